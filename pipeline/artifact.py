@@ -1,0 +1,504 @@
+"""A stage's output: one folder, complete or absent.
+
+    runs/<recipe>/<stage>/<fingerprint12>/            published; manifest.json was written last
+    runs/<recipe>/<stage>/<fingerprint12>.partial/    being made, or interrupted
+    runs/<recipe>/<stage>/current                     link to the published output in use, swapped last
+    runs/<recipe>/<stage>/lock.json                   who writes here now
+
+The content digest covers the files that later stages read. Logs and training checkpoints stay in the folder and are not content:
+they differ between two runs whose results are equal.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline import faults
+from pipeline.errors import UserError
+
+SCHEMA_VERSION = 1
+NOT_CONTENT = {"manifest.json", "run.json", "recipe.yaml", "metrics.jsonl", "requeue.json", "logs", "checkpoints", "work", "wandb"}
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "tokenizers", "sentencepiece", "safetensors", "numpy", "pyarrow")
+HEARTBEAT_SECONDS = 5
+# A holder on another host is taken for dead when its heartbeat is older than this. File systems shared by nodes may show a change of
+# mtime up to a minute late (NFS attribute caches: 60 s by default, nfs(5) acdirmax).
+DEAD_AFTER_SECONDS = 120
+
+
+# ---- small file tools ------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a whole file or nothing: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(data.encode() if isinstance(data, str) else data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file below `folder`, then the folders, deepest first."""
+    folders = [folder]
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            folders.append(path)
+        else:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+    for path in reversed(folders):
+        sync_folder(path)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, paths: list[Path]) -> dict[str, dict]:
+    """Path below `folder` -> {sha256, size, mtime}; several files at a time (hashlib leaves the interpreter lock)."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(sha256_file, paths))
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": digest, "size": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+        for path, digest in zip(paths, digests, strict=True)
+    }
+
+
+def digest_of(files: dict[str, dict]) -> str:
+    """Content digest of a set of hashed files; order does not matter, names do."""
+    lines = [f"{name}\0{entry['sha256']}\n" for name, entry in sorted(files.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fingerprint_of(identity: dict) -> str:
+    """sha256 of what decides a stage's result, as canonical JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def content_files(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        top = path.relative_to(folder).parts[0]
+        if path.is_file() and top not in NOT_CONTENT and not path.name.endswith(".tmp"):
+            found.append(path)
+    return found
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published output. `path` holds its files; everything else comes from the manifest."""
+
+    path: Path
+    manifest: dict = field(repr=False)
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"]
+
+    @property
+    def kind(self) -> str:
+        return self.manifest["kind"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def digest(self) -> str:
+        return self.manifest["digest"]
+
+    @property
+    def metrics(self) -> dict:
+        return self.manifest["metrics"]
+
+    def damage(self, full: bool = False) -> str | None:
+        """What is wrong with the files, in words, or None. Size and mtime decide; a file whose mtime moved, or any file if `full`, is hashed again."""
+        for name, entry in self.manifest["files"].items():
+            path = self.path / name
+            if not path.is_file():
+                return f"{path} is missing"
+            status = path.stat()
+            if status.st_size != entry["size"]:
+                return f"{path} has {status.st_size} bytes, the manifest says {entry['size']}"
+            if full or status.st_mtime_ns != entry["mtime"]:
+                found = sha256_file(path)
+                if found != entry["sha256"]:
+                    return f"{path} has sha256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…"
+        if digest_of(self.manifest["files"]) != self.manifest["digest"]:
+            return f"{self.path / 'manifest.json'} has been edited: its digest does not fit its list of files"
+        return None
+
+
+def read(path: Path) -> Artifact | None:
+    """The artifact in a folder, or None if there is none. A manifest that cannot be read is a UserError, not an absence."""
+    manifest = path / "manifest.json"
+    try:
+        value = json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{manifest}: damaged, not JSON ({error}); run the stage again with --restart") from None
+    missing = {"stage", "kind", "fingerprint", "digest", "files", "metrics"} - set(value if isinstance(value, dict) else {})
+    if missing:
+        raise UserError(f"{manifest}: damaged, lacks {', '.join(sorted(missing))}; run the stage again with --restart")
+    if value.get("schema_version", 0) > SCHEMA_VERSION:
+        raise UserError(f"{manifest}: written by a newer alma (schema {value['schema_version']}, this one reads {SCHEMA_VERSION}); update alma")
+    return Artifact(path.resolve(), value)
+
+
+def current(folder: Path) -> Artifact | None:
+    """The published output of a stage folder that is in use."""
+    link = folder / "current"
+    return read(link.resolve()) if link.is_symlink() else None
+
+
+def external(name: str, path: Path) -> Artifact:
+    """A folder made elsewhere, as an artifact: hashed at each start, for it has no manifest to trust."""
+    if not path.is_dir():
+        raise UserError(f"inputs.{name}: {path} is not a folder; give the name of a stage or an existing folder")
+    published = read(path)
+    if published:
+        return published
+    files = hash_files(path, content_files(path))
+    if not files:
+        raise UserError(f"inputs.{name}: {path} has no files")
+    digest = digest_of(files)
+    manifest = {"stage": str(path), "kind": "external", "fingerprint": digest, "digest": digest, "files": files, "metrics": {}}
+    return Artifact(path.resolve(), manifest)
+
+
+# ---- one writer ------------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """One writer per stage folder, also on file systems shared by several hosts: a file made by link(2), with a heartbeat."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "lock.json"
+        self.token = uuid.uuid4().hex
+        self._stop = threading.Event()
+
+    def acquire(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        mine = self.path.with_name(f".lock.{self.token}")
+        job = os.environ.get("SLURM_JOB_ID")
+        write_json(mine, {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "job": job, "token": self.token, "since": now()})
+        try:
+            for _ in range(20):
+                try:
+                    os.link(mine, self.path)  # atomic on NFS too, unlike O_EXCL before NFSv3
+                    threading.Thread(target=self._beat, daemon=True, name="lock heartbeat").start()
+                    return
+                except FileExistsError:
+                    self._take_over_or_refuse()
+            raise UserError(f"{self.path}: changes hands too quickly; another run is starting at the same time, try again")
+        finally:
+            mine.unlink()
+
+    def _take_over_or_refuse(self) -> None:
+        holder = lock_holder(self.path.parent)
+        if holder is None:
+            return
+        if not holder["dead"]:
+            raise UserError(
+                f"{self.path.parent}: another run is writing here: {describe_holder(holder)}; wait for it, or end it and run the same command again"
+            )
+        # Two takers may both see the dead lock: whoever renames it away must find that it is still the dead one, else it goes back.
+        aside = self.path.with_name(f".lock.dead.{self.token}")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        if json.loads(aside.read_text()).get("token") != holder["token"]:
+            os.link(aside, self.path)
+        aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:
+                return
+
+    def release(self) -> None:
+        self._stop.set()
+        try:
+            if json.loads(self.path.read_text())["token"] == self.token:
+                self.path.unlink()
+        except FileNotFoundError:
+            return
+
+
+def lock_holder(folder: Path) -> dict | None:
+    """Who holds a stage folder: host, pid, job, since, `age` in seconds since the last heartbeat, and whether it is dead. None if free."""
+    path = folder / "lock.json"
+    try:
+        holder = json.loads(path.read_text())
+        age = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    if holder["host"] == socket.gethostname():
+        dead = _born(holder["pid"]) != holder["born"]
+    else:
+        dead = age > DEAD_AFTER_SECONDS
+    return {**holder, "age": age, "dead": dead}
+
+
+def describe_holder(holder: dict) -> str:
+    job = f", job {holder['job']}" if holder.get("job") else ""
+    return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}, last sign of life {holder['age']:.0f} s ago"
+
+
+def _born(pid: int) -> int | None:
+    """When a process of this host started, in clock ticks since boot, so that a reused pid is not taken for the old process. None: no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        if Path("/proc/self/stat").exists():
+            return None
+        try:  # no /proc (macOS): existence is all that can be asked
+            os.kill(pid, 0)
+            return 0
+        except ProcessLookupError:
+            return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """The folder that a stage writes: `path` is under a temporary name until `publish`. Only the main process writes outside checkpoints."""
+
+    def __init__(self, folder: Path, stage: str, kind: str, identity: dict, is_main: bool = True):
+        self.folder, self.stage, self.kind, self.identity, self.is_main = folder, stage, kind, identity, is_main
+        self.fingerprint = fingerprint_of(identity)
+        self.final = folder / self.fingerprint[:12]
+        self.path = folder / f"{self.fingerprint[:12]}.partial"
+        self.lock = Lock(folder)
+        self.info: dict = {}
+        self.published: Artifact | None = None
+
+    def open(self, *, config: dict, parents: dict, restart: bool = False, fork: bool = False) -> "Output":
+        """Take the lock; go on in the unfinished folder of the same fingerprint, or make a new one. Refuses another unfinished run."""
+        if not self.is_main:
+            return self
+        self.lock.acquire()
+        try:
+            self._open(config, parents, restart, fork)
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def _open(self, config: dict, parents: dict, restart: bool, fork: bool) -> None:
+        self.published = None if restart else self._finish_publishing()
+        if self.published:
+            return
+        unfinished = partials(self.folder)
+        others = [path for path in unfinished if path != self.path]
+        if restart:
+            for path in unfinished:
+                _set_aside(path)
+        elif others and not fork:
+            before = json.loads((others[-1] / "run.json").read_text())["identity"]
+            raise UserError(
+                f"{others[-1]}: an unfinished run of stage {self.stage} was made by another recipe. Changed since: {'; '.join(differences(before, self.identity))}. "
+                "Put the recipe back to finish it, or give --restart to begin anew, or --fork to go on from its last checkpoint under the new recipe"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        known = self.path / "run.json"
+        if known.exists():
+            self.info = json.loads(known.read_text())
+            self.info["resumed"] = self.info.get("resumed", 0) + 1
+        else:
+            self.info = {"fingerprint": self.fingerprint, "identity": self.identity, "started": now(), "resumed": 0, "seconds": 0.0}
+            if fork:
+                self.info["forked_from"] = self._fork(others)
+                for path in others:
+                    _set_aside(path)
+        write_json(known, {**self.info, "config": config, "parents": parents, "stage": self.stage, "kind": self.kind})
+        self.config, self.parents = config, parents
+        self._clock = time.time()
+
+    def _finish_publishing(self) -> Artifact | None:
+        """The output of this fingerprint if it is complete, also when an earlier run died between its manifest and its link."""
+        for path in (self.final, self.path):
+            artifact = read(path)
+            if artifact is None:
+                continue
+            if artifact.damage():
+                _set_aside(path, "damaged")
+                continue
+            if path == self.path:
+                os.rename(self.path, self.final)
+                sync_folder(self.folder)
+            link(self.folder, self.final)
+            self._sweep()
+            return read(self.final)
+        if self.final.exists():
+            _set_aside(self.final, "damaged")
+        return None
+
+    def _sweep(self) -> None:
+        """Intermediates go last: until the link is swapped they are what a killed run goes on from."""
+        if (self.final / "work").exists():
+            shutil.rmtree(self.final / "work")
+
+    def _fork(self, others: list[Path]) -> str:
+        published = current(self.folder)
+        for source in [*reversed(others), *([published.path] if published else [])]:
+            steps = sorted(path.parent for path in source.glob("checkpoints/step-*/complete.json"))
+            if steps:
+                target = self.path / "checkpoints" / steps[-1].name
+                temporary = target.with_suffix(".tmp")
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                shutil.copytree(steps[-1], temporary)
+                sync_tree(temporary)
+                os.rename(temporary, target)
+                return f"{source.name.removesuffix('.partial')}/{steps[-1].name}"
+        raise UserError(f"{self.folder}: --fork found no complete checkpoint of stage {self.stage} to go on from; use --restart to begin anew")
+
+    def publish(self, metrics: dict) -> Artifact:
+        """Hash, sync, manifest, rename, link; in that order, so that a reader sees all or nothing."""
+        sync_tree(self.path)
+        files = hash_files(self.path, content_files(self.path))
+        if not files:
+            raise AssertionError(f"stage {self.stage} wrote no content")
+        faults.point("publish")
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "parents": self.parents,
+            "config": self.config,
+            "files": files,
+            "digest": digest_of(files),
+            "metrics": metrics,
+            "software": software(),
+            "started": self.info["started"],
+            "finished": now(),
+            "seconds": round(self.info.get("seconds", 0.0) + time.time() - self._clock, 3),
+            "resumed": self.info.get("resumed", 0),
+            "forked_from": self.info.get("forked_from"),
+        }
+        write_json(self.path / "manifest.json", manifest)
+        os.rename(self.path, self.final)
+        sync_folder(self.folder)
+        faults.point("publish")
+        link(self.folder, self.final)
+        self._sweep()
+        self.path = self.final
+        return read(self.final)
+
+    def note_time(self) -> None:
+        """Keep the seconds spent so far, so that a killed run's time is counted; called when something was saved."""
+        if self.is_main:
+            self.info["seconds"] = self.info.get("seconds", 0.0) + time.time() - self._clock
+            self._clock = time.time()
+            write_json(self.path / "run.json", {**self.info, "config": self.config, "parents": self.parents, "stage": self.stage, "kind": self.kind})
+
+    def close(self) -> None:
+        if self.is_main:
+            self.lock.release()
+
+
+def partials(folder: Path) -> list[Path]:
+    """Unfinished outputs of a stage, oldest first."""
+    found = [path for path in folder.glob("*.partial") if (path / "run.json").exists()]
+    return sorted(found, key=lambda path: (path / "run.json").stat().st_mtime)
+
+
+def link(folder: Path, target: Path) -> None:
+    """Swap `current`, atomically."""
+    temporary = folder / f".current.{os.getpid()}.tmp"
+    if temporary.is_symlink():
+        temporary.unlink()
+    os.symlink(target.name, temporary)
+    os.replace(temporary, folder / "current")
+    sync_folder(folder)
+
+
+def _set_aside(path: Path, why: str = "abandoned") -> None:
+    """An abandoned or damaged run keeps its files under another name: nothing is deleted by a run."""
+    os.rename(path, path.with_name(f"{path.name.removesuffix('.partial')}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"))
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """What changed between two identities, a phrase each: `optimizer.lr: 0.001 -> 0.0003`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found = []
+        for name in sorted({*before, *after}):
+            shown = name if name in ("parents", "config") and not key else f"{key}.{name}" if key else name
+            shown = shown.removeprefix("config.")
+            if name not in before:
+                found.append(f"{shown}: default -> {_short(after[name])}")
+            elif name not in after:
+                found.append(f"{shown}: {_short(before[name])} -> default")
+            else:
+                found += differences(before[name], after[name], shown)
+        return found
+    return [] if before == after else [f"{key}: {_short(before)} -> {_short(after)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        return text[:12] + "…"
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def software() -> dict:
+    """Versions and commit that made an output. No paths, no environment: manifests get published."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    answer = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True) if shutil.which("git") else None
+    if answer and answer.returncode == 0:
+        versions["git"] = answer.stdout.strip()
+    return versions
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

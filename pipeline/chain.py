@@ -1,0 +1,372 @@
+"""The chain: which stages of a recipe are out of date and why, and running them in order.
+
+A stage script ends in `chain.main("pretrain")`; `alma run` starts the same scripts one after another, so that a stage run by hand,
+by a launcher or by the chain goes through the same few lines (`run_stage`).
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline import artifact
+from pipeline.artifact import Artifact, Output
+from pipeline.errors import Stopped, UserError
+from pipeline.recipe import Recipe, StageConfig, dump, identity, load, module_of
+
+EXIT_USER, EXIT_STOPPED = 2, 75
+
+
+@dataclass
+class Node:
+    """A stage in its chain. `state` is one of: up to date, stale, interrupted, missing, damaged, waits, running."""
+
+    name: str
+    config: StageConfig
+    parents: dict[str, str]  # input -> stage name, or path of an outside folder
+    folder: Path
+    inputs: dict[str, Artifact] = field(default_factory=dict)
+    identity: dict | None = None
+    output: Artifact | None = None
+    state: str = "missing"
+    reason: str = ""
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------------
+
+
+def nodes(recipe: Recipe) -> dict[str, Node]:
+    """Stages in an order in which parents come first. Raises UserError for an input that cannot be had."""
+    found: dict[str, Node] = {}
+    for name, config in recipe.stages.items():
+        found[name] = Node(name, config, _parents(recipe, name, config), recipe.root / name)
+    ordered: dict[str, Node] = {}
+    trail: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in ordered:
+            return
+        if name in trail:
+            raise UserError(f"inputs go round in a circle: {' -> '.join([*trail[trail.index(name):], name])}")
+        trail.append(name)
+        for parent in found[name].parents.values():
+            if parent in found:
+                visit(parent)
+        trail.pop()
+        ordered[name] = found[name]
+
+    for name in found:
+        visit(name)
+    return ordered
+
+
+def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
+    """Input -> stage. `INPUTS` of a kind: name -> kinds it accepts; `name?` may be absent; `*` takes any number, by default all earlier ones."""
+    wanted = dict(module_of(config.kind).INPUTS)
+    anything = wanted.pop("*", ())
+    optional = {key.removesuffix("?") for key in wanted if key.endswith("?")}
+    wanted = {key.removesuffix("?"): kinds for key, kinds in wanted.items()}
+    earlier = list(recipe.stages)[: list(recipe.stages).index(name)]
+    parents: dict[str, str] = {}
+    for key, source in config.inputs.items():
+        kinds = wanted.get(key, anything)
+        if not kinds:
+            raise UserError(f"stages.{name}.inputs: {config.kind} has no input {key!r}; it takes {', '.join(wanted) or 'none'}")
+        if source.startswith((".", "/")):
+            parents[key] = source
+            continue
+        if source not in recipe.stages or source == name:
+            raise UserError(
+                f"stages.{name}.inputs.{key}: {source!r} is no other stage of this recipe; it has {', '.join(s for s in recipe.stages if s != name)} "
+                "(the path of a folder begins with . or /)"
+            )
+        if recipe.stages[source].kind not in kinds:
+            raise UserError(f"stages.{name}.inputs.{key}: stage {source!r} is of kind {recipe.stages[source].kind}, expected {' or '.join(kinds)}")
+        parents[key] = source
+    for key, kinds in wanted.items():
+        if key in parents or key in optional:
+            continue
+        nearest = [stage for stage in earlier if recipe.stages[stage].kind in kinds]
+        if not nearest:
+            raise UserError(f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands before it; add one or give inputs.{key}")
+        parents[key] = nearest[-1]
+    if anything and not set(parents) - set(wanted):
+        parents.update({stage: stage for stage in earlier if recipe.stages[stage].kind in anything and stage not in parents})
+    return parents
+
+
+def examine(recipe: Recipe) -> dict[str, Node]:
+    """Every stage with its state and, in words, the reason."""
+    graph = nodes(recipe)
+    for node in graph.values():
+        _examine(node, graph)
+    return graph
+
+
+def _examine(node: Node, graph: dict[str, Node]) -> None:
+    holder = artifact.lock_holder(node.folder)
+    running = holder if holder and not holder["dead"] else None
+    for key, source in node.parents.items():
+        if source not in graph:
+            node.inputs[key] = artifact.external(key, Path(source))
+            continue
+        parent = graph[source]
+        if parent.state != "up to date":
+            present = artifact.current(node.folder)
+            node.state = "stale" if present else "waits"
+            node.reason = f"{source} is {parent.state}"
+            node.output = present
+            break
+        node.inputs[key] = parent.output
+    else:
+        node.identity = identity_of(node)
+        _compare(node)
+    if running:
+        node.state, node.reason = "running", artifact.describe_holder(running)
+
+
+def _compare(node: Node) -> None:
+    """State of a stage whose parents are all up to date."""
+    fingerprint = artifact.fingerprint_of(node.identity)
+    published = artifact.current(node.folder)
+    if published is None or published.fingerprint != fingerprint:
+        same = artifact.read(node.folder / fingerprint[:12])  # an earlier recipe's output is kept, and serves again
+        if same and same.fingerprint == fingerprint and not same.damage():
+            node.state, node.output, node.reason = "up to date", same, "kept from an earlier run"
+            return
+    partial = node.folder / f"{fingerprint[:12]}.partial"
+    if published and published.fingerprint == fingerprint:
+        node.output = published
+        damage = published.damage()
+        node.state, node.reason = ("damaged", damage) if damage else ("up to date", "")
+    elif (partial / "run.json").exists():
+        steps = sorted(path.parent.name for path in partial.glob("checkpoints/step-*/complete.json"))
+        node.state, node.reason = "interrupted", f"at {steps[-1].replace('step-', 'step ').replace(' 0', ' ').replace(' 0', ' ')}" if steps else "before its first checkpoint"
+        if steps:
+            node.reason = f"at step {int(steps[-1].removeprefix('step-'))}"
+    elif published:
+        node.output = published
+        node.state, node.reason = "stale", "; ".join(artifact.differences(published.manifest["identity"], node.identity)) or "made by another version"
+
+
+def identity_of(node: Node) -> dict:
+    """What decides the result of a stage: its identity keys, its kind's version, its sources' contents, its parents' contents."""
+    module = module_of(node.config.kind)
+    config = identity(node.config)
+    config.pop("inputs", None)  # parents count by what they hold, not by what they are called
+    value = {"kind": node.config.kind, "version": module.VERSION, "config": config, "parents": {key: parent.digest for key, parent in node.inputs.items()}}
+    if getattr(node.config, "sources", None):
+        from pipeline.data.sources import identify
+
+        value["sources"] = identify(node.config.sources, cache=node.folder.parent / ".hashes.json")
+        config.pop("sources")
+    return value
+
+
+# ---- running one stage -----------------------------------------------------------------------------------------------------
+
+
+def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = False) -> Artifact | None:
+    """Run one stage in this process (one rank of it), or do nothing if its output is up to date. Returns the output on the main rank."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    graph = nodes(recipe)
+    node = graph[name]
+    node.config.check(world)
+    for key, source in node.parents.items():
+        if source not in graph:
+            node.inputs[key] = artifact.external(key, Path(source))
+            continue
+        parent = artifact.current(recipe.root / source)
+        if parent is None:
+            raise UserError(f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run that stage first, or the chain: alma run")
+        damage = parent.damage()
+        if damage:
+            raise UserError(f"stage {name} needs the output of {source}, which is damaged: {damage}; run {source} again with --restart")
+        node.inputs[key] = parent
+    node.identity = identity_of(node)
+    output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
+    parents = {
+        key: {"stage": parent.stage, "kind": parent.kind, "fingerprint": parent.fingerprint, "digest": parent.digest, "path": os.path.relpath(parent.path, node.folder)}
+        for key, parent in node.inputs.items()
+    }
+    output.open(config=dump(node.config), parents=parents, restart=restart, fork=fork)
+    try:
+        if output.published:
+            say(f"{name}: up to date ({output.published.path.name})", rank)
+            return output.published
+        if rank == 0:
+            artifact.write_atomic(output.path / "recipe.yaml", _resolved(recipe))
+        metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
+        return output.publish(metrics) if rank == 0 else None
+    finally:
+        output.close()
+
+
+def _resolved(recipe: Recipe) -> str:
+    import io
+
+    from ruamel.yaml import YAML
+
+    buffer = io.StringIO()
+    YAML(typ="safe", pure=True).dump({**dump(recipe.model_copy(update={"stages": {}})), "stages": {k: dump(v) for k, v in recipe.stages.items()}}, buffer)
+    return buffer.getvalue()
+
+
+def say(text: str, rank: int | None = None) -> None:
+    """A line for the user, from rank 0 alone."""
+    if (int(os.environ.get("RANK", 0)) if rank is None else rank) == 0:
+        print(text, flush=True)
+
+
+def main(kind: str, argv: list[str] | None = None) -> None:
+    """Entry point of a stage script: `python pipeline/KIND.py recipe.yaml [--stage NAME] [--restart|--fork] [key=value ...]`."""
+    parser = argparse.ArgumentParser(prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", help="recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as pretrain.optimizer.lr=3e-4")
+    parser.add_argument("--stage", help=f"which stage of kind {kind}, if the recipe has several")
+    parser.add_argument("--restart", action="store_true", help="set unfinished runs of this stage aside and begin anew")
+    parser.add_argument("--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made")
+    args = parser.parse_args(argv)
+    sys.exit(guarded(lambda: _main(kind, args)))
+
+
+def _main(kind: str, args: argparse.Namespace) -> None:
+    if os.environ.pop("ALMA_DIE_WITH_PARENT", None):
+        _die_with_parent()
+    recipe = load(args.recipe, args.overrides)
+    same = [name for name, config in recipe.stages.items() if config.kind == kind]
+    if args.stage and args.stage not in same:
+        raise UserError(f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; there is {', '.join(same) or 'none'}")
+    if not same:
+        raise UserError(f"{args.recipe}: has no stage of kind {kind}; it has {', '.join(recipe.stages)}")
+    if len(same) > 1 and not args.stage:
+        raise UserError(f"{args.recipe}: has {len(same)} stages of kind {kind} ({', '.join(same)}); say which with --stage NAME")
+    run_stage(recipe, args.stage or same[0], restart=args.restart, fork=args.fork)
+
+
+def guarded(action) -> int:
+    """Run `action`; a UserError becomes one sentence on stderr and exit code 2, a stop by signal its own code."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        action()
+        return 0
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+    except Stopped as stop:
+        say(str(stop), rank)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        if "torch.distributed" in sys.modules:
+            from pipeline.train.distributed import shutdown
+
+            shutdown()
+
+
+def _die_with_parent() -> None:
+    """If the chain's own process is killed, its stage goes too, so that the same command can start again at once (Linux: prctl(2))."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+# ---- running the chain -----------------------------------------------------------------------------------------------------
+
+
+def run(recipe: Recipe, path: str, overrides: list[str], only: list[str] = (), *, restart: bool = False, fork: bool = False) -> dict[str, Node]:
+    """Bring the stages `only` (default: all) and what they need up to date, one after another. Returns the examined graph."""
+    graph = nodes(recipe)
+    for name in only:
+        if name not in graph:
+            raise UserError(f"{path}: no stage is called {name!r}; there is {', '.join(graph)}")
+    for node in graph.values():  # everything that can be refused is refused before the first hour is spent
+        node.config.check(node.config.run.processes * node.config.run.nodes)
+        if node.config.run.nodes > 1:
+            raise UserError(f"stage {node.name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine: submit launch/slurm/alma.sbatch, or give {node.name}.run.nodes=1")
+    wanted = _ancestors(graph, only) if only else set(graph)
+    forced = set(only) if only else set(graph)
+    for name, node in graph.items():
+        if name not in wanted:
+            continue
+        node.inputs = {}
+        _examine(node, graph)
+        if node.state == "running":
+            raise UserError(f"{node.folder}: another run is writing here: {node.reason}; wait for it, or end it")
+        again = restart and name in forced and (node.state != "up to date" or bool(only))
+        if node.state == "up to date" and not again:
+            artifact.link(node.folder, node.output.path) if node.reason else None
+            say(f"{name}: up to date")
+            continue
+        say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
+        _launch(node, path, overrides, restart=again or node.state == "damaged", fork=fork and node.state != "interrupted" and _can_fork(node))
+        node.inputs = {}
+        _examine(node, graph)
+        if node.state != "up to date":
+            raise AssertionError(f"stage {name} ended well and is {node.state}: {node.reason}")
+    return graph
+
+
+def _can_fork(node: Node) -> bool:
+    return any(node.folder.glob("*/checkpoints/step-*/complete.json"))
+
+
+def _ancestors(graph: dict[str, Node], names: list[str]) -> set[str]:
+    found: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += [parent for parent in graph[name].parents.values() if parent in graph]
+    return found
+
+
+def _launch(node: Node, path: str, overrides: list[str], *, restart: bool, fork: bool) -> None:
+    """One stage in its own process, or in several through torchrun. The stage's own message stands; its exit code is passed on."""
+    script = Path(__file__).with_name(f"{node.config.kind}.py")
+    words = [str(script), path, *overrides, "--stage", node.name, *(["--restart"] if restart else []), *(["--fork"] if fork else [])]
+    run_config = node.config.run
+    environment = {**os.environ, "ALMA_DIE_WITH_PARENT": "1"}
+    threads = run_config.threads or max(1, _cores() // run_config.processes)
+    environment["OMP_NUM_THREADS"] = str(threads)
+    if run_config.processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run_config.processes}", *words]
+    else:
+        command = [sys.executable, *words]
+    child = subprocess.Popen(command, env=environment)
+    previous = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.wait()
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code == EXIT_STOPPED or (node.folder / "requeue.json").exists() and code:
+        raise Stopped(f"{node.name}: stopped after saving; the same command goes on from here")
+    if code:
+        raise StageFailed(node.name, EXIT_USER if code == EXIT_USER else 1)
+
+
+class StageFailed(Exception):
+    """A stage process ended badly and has already said why."""
+
+    def __init__(self, stage: str, code: int):
+        super().__init__(stage)
+        self.stage, self.code = stage, code
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+

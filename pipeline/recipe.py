@@ -1,0 +1,340 @@
+"""What a recipe may say: YAML 1.2 in, one strict pydantic model per stage out.
+
+    recipe = load("recipes/quickstart.yaml", ["pretrain.optimizer.lr=3e-4"])
+    recipe.stages["pretrain"].optimizer.lr
+
+A mistake ends in a UserError that names file, line, key, what was found and the nearest key that would have been right.
+The models of the stages stand beside the code that uses them (`pipeline/STAGE.py: Config`); this file holds what all share.
+"""
+
+import difflib
+import importlib
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError
+
+from pipeline.errors import UserError
+
+KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "ppo", "assess", "export")
+
+# Marks a key that changes how a stage is run and not what comes out (ranks, workers, saving, logging): recorded, not fingerprinted.
+EXECUTION = Field(json_schema_extra={"execution": True})
+
+
+class Strict(BaseModel):
+    """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True)
+
+
+class RunConfig(Strict):
+    """Where a stage runs. `alma run` starts the processes; under `accelerate launch`, torchrun or srun the launcher's count is taken."""
+
+    processes: int = Field(1, ge=1)
+    """Processes on each node: one per GPU, or one per group of CPU cores."""
+    nodes: int = Field(1, ge=1)
+    """Nodes; more than one needs a launcher that spans them (see launch/slurm)."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of one process; by default the cores of the machine divided by `processes`."""
+    time: str | None = None
+    """Wall-clock limit handed to the cluster's scheduler, such as 48h."""
+
+
+class StageConfig(Strict):
+    """Keys that every stage has."""
+
+    kind: str = ""
+    """Which stage this is; defaults to the name that the recipe gives it."""
+    inputs: dict[str, str] = {}
+    """Input name -> stage of this recipe, or the path of a folder made elsewhere (begins with `.` or `/`)."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of everything random here; defaults to the recipe's."""
+    run: Annotated[RunConfig, EXECUTION] = RunConfig()
+    """Processes, nodes, threads."""
+
+    def check(self, world: int) -> None:
+        """Raise UserError if this stage cannot run in `world` processes. Called before anything expensive."""
+        if world != 1:
+            raise UserError(f"stage {self.kind} runs in one process and spreads its work over `workers`, but {world} processes were launched; launch it with one")
+
+
+class Recipe(Strict):
+    """A whole recipe. Build it with `load`, which injects `seed` and `model` into the stages that have these keys."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of this recipe's runs below `output`."""
+    output: Path = Path("runs")
+    """Where runs are kept, relative to the folder the command is started in."""
+    seed: int = Field(0, ge=0)
+    """Seed of every stage that does not give its own."""
+    model: dict[str, Any] | None = None
+    """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration."""
+    stages: dict[str, Any]
+    """Stages in order; each key is a name, and its kind unless `kind` says otherwise."""
+
+    @property
+    def root(self) -> Path:
+        return self.output / self.name
+
+
+def module_of(kind: str):
+    """The module of a stage kind: it has `Config`, `VERSION`, `INPUTS` and `run`. Heavy imports stay inside its functions."""
+    return importlib.import_module(f"pipeline.{kind}")
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe, apply `extends` and `key=value` overrides, check every key. Raises UserError."""
+    places: dict[tuple, str] = {}
+    tree = _read(Path(path), places, ())
+    for word in overrides:
+        _override(tree, word, places)
+    top = {key: value for key, value in tree.items() if key != "stages"}
+    stages = tree.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise UserError(f"{path}: `stages` must name at least one stage; the kinds are {', '.join(KINDS)}")
+    recipe = _validated(Recipe, {**top, "stages": {}}, (), places, str(path))
+    parsed: dict[str, StageConfig] = {}
+    for name, block in stages.items():
+        where = ("stages", name)
+        if block is None:  # `dpo: ~` in a recipe that extends another takes the stage out
+            continue
+        if not isinstance(block, dict):
+            raise UserError(f"{_place(where, places, path)}: stages.{name} must be a block of keys, found {block!r}; an empty stage is written {{}}")
+        if name in Recipe.model_fields:
+            raise UserError(f"{_place(where, places, path)}: no stage may be called {name}, because that is a top-level key; choose another name and give `kind`")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
+            raise UserError(f"{_place(where, places, path)}: stage name {name!r} must be letters, digits, - and _")
+        kind = block.get("kind", name)
+        if kind not in KINDS:
+            raise UserError(f"{_place(where, places, path)}: stages.{name} has the unknown kind {kind!r}; {_nearest(str(kind), KINDS)}")
+        model = module_of(kind).Config
+        filled = {**block, "kind": kind}
+        filled.setdefault("seed", recipe.seed)
+        if "model" in model.model_fields and recipe.model is not None:
+            filled.setdefault("model", recipe.model)
+        parsed[name] = _validated(model, filled, where, places, str(path))
+    if not parsed:
+        raise UserError(f"{path}: every stage was taken out; keep at least one")
+    return recipe.model_copy(update={"stages": parsed})
+
+
+def identity(value: Any) -> Any:
+    """What of a config decides the result: execution keys and keys at their default are left out. JSON types only."""
+    if isinstance(value, BaseModel):
+        kept = {}
+        for name, field in type(value).model_fields.items():
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"):
+                continue
+            item = getattr(value, name)
+            if field.is_required() or item != field.get_default(call_default_factory=True):
+                kept[name] = identity(item)
+        return kept
+    if isinstance(value, dict):
+        return {str(key): identity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [identity(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def dump(config: BaseModel) -> dict:
+    """A config as plain JSON types, everything written out."""
+    return config.model_dump(mode="json")
+
+
+def schema() -> dict:
+    """JSON schema of a recipe, for editors (`# yaml-language-server: $schema=...`) and for documentation."""
+    base = Recipe.model_json_schema()
+    definitions = base.setdefault("$defs", {})
+    choices = {}
+    for kind in KINDS:
+        part = module_of(kind).Config.model_json_schema()
+        definitions.update(part.pop("$defs", {}))
+        definitions[f"stage-{kind}"] = part
+        choices[kind] = {"anyOf": [{"$ref": f"#/$defs/stage-{kind}"}, {"type": "null"}]}
+    base["properties"]["extends"] = {"type": "string", "description": "Another recipe, relative to this file, that this one changes."}
+    base["properties"]["stages"] = {
+        "type": "object",
+        "description": Recipe.model_fields["stages"].description,
+        "properties": choices,
+        "additionalProperties": {
+            "type": "object",
+            "required": ["kind"],
+            "allOf": [{"if": {"properties": {"kind": {"const": kind}}}, "then": {"$ref": f"#/$defs/stage-{kind}"}} for kind in KINDS],
+        },
+    }
+    base["title"] = "alma recipe"
+    base["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return base
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, places: dict, seen: tuple) -> dict:
+    """One file and, first, the file that it extends. `places` maps each key path to `file:line` for messages."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `extends` goes round in a circle: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such recipe; {'this folder has ' + ', '.join(near) if near else 'its folder has no recipes'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
+    try:
+        loaded = YAML(typ="rt", pure=True).load(text)
+    except DuplicateKeyError as error:
+        key = re.search(r'found duplicate key "?([^"\n]+?)"? with', str(error.problem or ""))
+        raise UserError(f"{path}:{error.problem_mark.line + 1}: the key {key.group(1) if key else ''!r} stands here for the second time; keep one of the two") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from None
+    except Exception as error:  # ruamel raises bare ReaderErrors for control characters
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}:1: a recipe is a block of `key: value` lines, found {'an empty file' if loaded is None else type(loaded).__name__}")
+    _remember(loaded, (), path, places)
+    tree = _plain(loaded)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise UserError(f"{_place(('extends',), places, path)}: `extends` takes the path of one recipe, found {parent!r}")
+    inherited: dict = {}
+    base = _read(path.parent / parent, inherited, (*seen, path.resolve()))
+    for key, place in inherited.items():
+        places.setdefault(key, place)
+    return _merge(base, tree)
+
+
+def _remember(node: Any, key: tuple, path: Path, places: dict) -> None:
+    if isinstance(node, CommentedMap):
+        for name, child in node.items():
+            places[(*key, name)] = f"{path}:{node.lc.key(name)[0] + 1}"
+            _remember(child, (*key, name), path, places)
+    elif isinstance(node, CommentedSeq):
+        for index, child in enumerate(node):
+            places[(*key, index)] = f"{path}:{node.lc.item(index)[0] + 1}"
+            _remember(child, (*key, index), path, places)
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's commented types -> dict, list and scalars, so that nothing of the parser leaks into a config."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    if isinstance(node, bool) or node is None:
+        return node
+    for kind in (int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return str(node)  # dates: a recipe has none
+
+
+def _merge(base: Any, change: Any) -> Any:
+    """Blocks are merged key by key; lists and scalars are replaced."""
+    if isinstance(base, dict) and isinstance(change, dict):
+        merged = dict(base)
+        for key, value in change.items():
+            merged[key] = _merge(base[key], value) if key in base else value
+        return merged
+    return change
+
+
+def _override(tree: dict, word: str, places: dict) -> None:
+    """Apply one `a.b.c=value` word of the command line; the value is read as YAML."""
+    dotted, found, text = word.partition("=")
+    keys = dotted.split(".")
+    if not found or not all(keys):
+        raise UserError(f"{word!r} is no override: expected key=value, such as pretrain.optimizer.lr=3e-4")
+    if keys[0] in (tree.get("stages") or {}):
+        keys = ["stages", *keys]
+    elif keys[0] not in Recipe.model_fields:
+        known = [*(tree.get("stages") or {}), *Recipe.model_fields]
+        raise UserError(f"{word!r}: {keys[0]!r} is neither a stage nor a top-level key of this recipe; {_nearest(keys[0], known)}")
+    try:
+        value = _plain(YAML(typ="safe", pure=True).load(text)) if text else None
+    except Exception:
+        raise UserError(f"{word!r}: {text!r} is not a YAML value; quote it, as in '{dotted}=\"{text}\"'") from None
+    node = tree
+    for depth, key in enumerate(keys[:-1]):
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise UserError(f"{word!r}: {'.'.join(keys[: depth + 1])} is {node!r}, not a block that could hold {keys[depth + 1]!r}")
+    node[keys[-1]] = value
+    for depth in range(1, len(keys) + 1):
+        places.setdefault(tuple(keys[:depth]), f"command line, {word}")
+    places[tuple(keys)] = f"command line, {word}"
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------------
+
+
+def _validated(model: type[BaseModel], tree: dict, prefix: tuple, places: dict, path: str):
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_sentence(item, model, prefix, places, path) for item in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _sentence(item: dict, model: type[BaseModel], prefix: tuple, places: dict, path: str) -> str:
+    # pydantic's location holds names of union members too; only what stands in the file is a key
+    location = [part for part in item["loc"]]
+    key = (*prefix, *location)
+    shown = ".".join(str(part) for part in key)
+    place = _place(key, places, path)
+    found = item.get("input")
+    if item["type"] == "extra_forbidden":
+        owner = _fields_at(model, location[:-1])
+        return f"{place}: unknown key {shown}; {_nearest(str(location[-1]), owner)}"
+    if item["type"] == "missing":
+        return f"{place}: the key {shown} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{place}: {shown + ': ' if location else ''}{message}"
+    wanted = message.removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    return f"{place}: {shown} is {found!r}, expected {wanted}"
+
+
+def _fields_at(model: Any, location: list) -> list[str]:
+    """Names of the keys that the block at `location` may have."""
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        annotation = field.annotation if field else model
+        model = _inner_model(annotation, model)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _inner_model(annotation: Any, fallback: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _inner_model(inner, None)
+        if found is not None:
+            return found
+    return fallback
+
+
+def _place(key: tuple, places: dict, path: Any) -> str:
+    """`file:line` of a key, or of the nearest block around it."""
+    while key and key not in places:
+        key = key[:-1]
+    return places.get(key, str(path))
+
+
+def _nearest(word: str, known: Any) -> str:
+    known = [str(name) for name in known]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"

@@ -1,0 +1,120 @@
+"""Keys that every training stage has. What a stage adds stands in its own script."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.errors import UserError
+from pipeline.recipe import EXECUTION, StageConfig, Strict
+
+
+class Optimizer(Strict):
+    """AdamW (Loshchilov & Hutter, 2019)."""
+
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments; (0.9, 0.95) is GPT-3's, section B."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of matrices; norms, biases and vectors are not decayed."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class Schedule(Strict):
+    """Learning rate over steps: warmup, then decay to `min_ratio` of the peak."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """wsd holds the peak and decays over the last `decay_ratio` of the steps (Hu et al., 2024)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps from 0 to the peak, linear."""
+    min_ratio: float = Field(0.1, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """wsd only: share of the steps that decays."""
+
+
+class Parallel(Strict):
+    """How the work is laid out. It does not change the result, so it is no part of a run's identity."""
+
+    zero: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage under DeepSpeed; none: plain data parallelism (DDP) without DeepSpeed."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages; the number of processes divided by this is the number of data-parallel ranks."""
+    offload: bool = False
+    """Keep the optimizer's state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory."""
+
+    @model_validator(mode="after")
+    def legal(self):
+        if self.pipeline > 1 and self.zero in (2, 3):
+            raise ValueError(
+                f"pipeline: {self.pipeline} with zero: {self.zero} cannot be had: ZeRO-{self.zero} splits gradients"
+                f"{' and parameters' if self.zero == 3 else ''} that the pipeline's stages must hold whole; use zero: 1"
+            )
+        if self.offload and (self.zero in (None, 0) or self.pipeline > 1):
+            raise ValueError("offload needs zero: 1, 2 or 3 without a pipeline")
+        return self
+
+
+class Save(Strict):
+    """Training checkpoints."""
+
+    every_steps: int = Field(500, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest complete checkpoints kept."""
+
+
+class Log(Strict):
+    """metrics.jsonl is always written; this says how often and where else."""
+
+    every_steps: int = Field(10, ge=1)
+    """Steps between lines."""
+    wandb: str | None = None
+    """Weights & Biases project; offline when WANDB_API_KEY is not set."""
+
+
+class TrainConfig(StageConfig):
+    """A stage that updates weights. One step is one update over `batch_size` rows, however many processes share them."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(ge=1)
+    """Rows (sequences, packed rows, pairs or prompts) of one step, summed over all processes."""
+    sequence_length: int = Field(ge=8)
+    """Tokens of one row."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: autocast with fp32 master weights and fp32 accumulation; fp32: everything in fp32."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW."""
+    schedule: Schedule = Schedule()
+    """Learning rate over steps."""
+    micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
+    """Rows in memory at a time on one process; none: all of its share. Gradients are accumulated up to `batch_size`."""
+    parallel: Annotated[Parallel, EXECUTION] = Parallel()
+    """ZeRO stage and pipeline depth."""
+    save: Annotated[Save, EXECUTION] = Save()
+    """Checkpoints."""
+    log: Annotated[Log, EXECUTION] = Log()
+    """Logging."""
+    evaluate_every: Annotated[int | None, EXECUTION] = Field(None, ge=1)
+    """Steps between evaluations on held-out data; they are always made before the first and after the last step."""
+
+    def check(self, world: int) -> None:
+        depth = self.parallel.pipeline
+        if depth > 1 and not type(self).supports_pipeline():
+            raise UserError(f"stage {self.kind}: pipeline: {depth} is for pretraining; use zero: 0, 1, 2 or 3 here")
+        if world % depth:
+            raise UserError(f"stage {self.kind}: {world} processes cannot be divided into pipeline: {depth} stages; launch a multiple of {depth}, or change parallel.pipeline")
+        ranks = world // depth
+        micro = self.micro_batch or max(1, self.batch_size // ranks)
+        if self.batch_size % ranks:
+            raise UserError(f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use {self.batch_size // ranks * ranks or ranks} or {(self.batch_size // ranks + 1) * ranks}")
+        if (self.batch_size // ranks) % micro:
+            raise UserError(f"stage {self.kind}: a rank's share of {self.batch_size // ranks} rows is not divisible by micro_batch {micro}")
+
+    @classmethod
+    def supports_pipeline(cls) -> bool:
+        return False
