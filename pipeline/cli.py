@@ -1,0 +1,182 @@
+"""The `alma` command: run a recipe's chain, look at it, verify it."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from pipeline import artifact, chain
+from pipeline.chain import EXIT_USER, StageFailed
+from pipeline.errors import UserError
+from pipeline.recipe import load, schema
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Raw text to an aligned chat model, from one recipe.")
+verify_app = typer.Typer(no_args_is_help=True, help="Prove on this machine what the documentation claims.")
+recipe_app = typer.Typer(no_args_is_help=True, help="Check a recipe, or write the JSON schema for editors.")
+app.add_typer(verify_app, name="verify")
+app.add_typer(recipe_app, name="recipe")
+
+RecipeFile = Annotated[str, typer.Argument(help="Recipe file.")]
+Words = Annotated[Optional[list[str]], typer.Argument(help="Names of stages, and key=value words that change the recipe.", metavar="[STAGE|key=value]...")]
+
+
+def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Stage names and overrides stand on the same line; an override has a `=`."""
+    words = words or []
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeFile,
+    words: Words = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Set unfinished runs aside and begin anew; with stage names, run these again even if up to date.")] = False,
+    fork: Annotated[bool, typer.Option("--fork", help="Go on from the last checkpoint of a run that another recipe made.")] = False,
+) -> None:
+    """Run the chain: what is up to date is skipped, what was interrupted goes on."""
+    if restart and fork:
+        raise UserError("--restart begins anew and --fork goes on from a checkpoint: give one of the two")
+    stages, overrides = _split(words)
+    graph = chain.run(load(recipe, overrides), recipe, overrides, stages, restart=restart, fork=fork)
+    _table(graph)
+
+
+@app.command("status")
+def status_command(recipe: RecipeFile, words: Words = None, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False) -> None:
+    """A line a stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where."""
+    stages, overrides = _split(words)
+    graph = chain.examine(load(recipe, overrides))
+    _known(stages, graph, recipe)
+    chosen = {name: node for name, node in graph.items() if not stages or name in stages}
+    if as_json:
+        print(json.dumps({name: {"kind": node.config.kind, "state": node.state, "reason": node.reason, "path": str(node.output.path) if node.output else None} for name, node in chosen.items()}))
+        return
+    for name, node in chosen.items():
+        made = f"  {os.path.relpath(node.output.path)}" if node.output else ""
+        print(f"{name:<12} {node.state:<12} {node.reason}{made}".rstrip())
+
+
+@verify_app.command("artifacts")
+def verify_artifacts(recipe: RecipeFile, words: Words = None) -> None:
+    """Hash every file of every published output again and compare it with its manifest, and each parent with what it was."""
+    stages, overrides = _split(words)
+    graph = chain.nodes(load(recipe, overrides))
+    _known(stages, graph, recipe)
+    bad = 0
+    for name, node in graph.items():
+        if stages and name not in stages:
+            continue
+        found = artifact.current(node.folder)
+        if found is None:
+            print(f"{name:<12} missing      nothing is published")
+            bad += 1
+            continue
+        problem = found.damage(full=True) or _lineage(found, node.folder)
+        size = sum(entry["size"] for entry in found.manifest["files"].values())
+        bad += problem is not None
+        whole = f"{len(found.manifest['files'])} files, {size / 1e6:.1f} MB, digest {found.digest[:12]}"
+        print(f"{name:<12} damaged      {problem}" if problem else f"{name:<12} whole        {whole}")
+    if bad:
+        raise UserError(f"{recipe}: {bad} of {len(stages or graph)} outputs are missing or damaged; alma run {recipe} makes them again")
+
+
+def _lineage(found: artifact.Artifact, folder: Path) -> str | None:
+    """Whether the parents that an output names are still what it was made from."""
+    for key, parent in found.manifest.get("parents", {}).items():
+        if parent["kind"] == "external":
+            continue
+        path = (folder / parent["path"]).resolve()
+        made_from = artifact.read(path)
+        if made_from is None:
+            return f"its parent {key} ({path}) is gone"
+        if made_from.digest != parent["digest"]:
+            return f"its parent {key} ({path}) has digest {made_from.digest[:12]}, it was made from {parent['digest'][:12]}"
+    return None
+
+
+@recipe_app.command("check")
+def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
+    """Read a recipe and check every key, every input, and that the layout can be had; nothing is run and no source is read."""
+    stages, overrides = _split(words)
+    parsed = load(recipe, overrides)
+    graph = chain.nodes(parsed)
+    _known(stages, graph, recipe)
+    for node in graph.values():
+        node.config.check(node.config.run.processes * node.config.run.nodes)
+    if parsed.model is not None:
+        from pipeline.models.build import check
+
+        check(parsed.model)
+    for name, node in graph.items():
+        parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
+        print(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
+    print(f"{recipe}: {len(graph)} stages, every key is known")
+
+
+@recipe_app.command("schema")
+def recipe_schema(output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write; standard output if not given.")] = None) -> None:
+    """The JSON schema of recipes, for completion and checks in an editor."""
+    text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+    if output:
+        artifact.write_atomic(output, text)
+        print(f"{output}: written")
+    else:
+        sys.stdout.write(text)
+
+
+def _known(stages: list[str], graph: dict, recipe: str) -> None:
+    for name in stages:
+        if name not in graph:
+            raise UserError(f"{recipe}: no stage is called {name!r}; there is {', '.join(graph)}")
+
+
+def _table(graph: dict[str, chain.Node]) -> None:
+    """The story of the chain: a line a stage. What went in, what came out, its metric before and after, time."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("stage", "in", "out", "measured", "time"):
+        table.add_column(title, overflow="fold", justify="right" if title == "time" else "left")
+    total = 0.0
+    for name, node in graph.items():
+        if node.state != "up to date" or node.output is None:
+            continue
+        summary, seconds = node.output.metrics.get("summary", {}), node.output.manifest["seconds"]
+        total += seconds
+        table.add_row(name, summary.get("input", ""), summary.get("output", ""), summary.get("measure", ""), f"{seconds:.0f} s")
+    table.add_section()
+    table.add_row("all", "", "", "", f"{total:.0f} s")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> None:
+    code = 0
+
+    def action() -> None:
+        nonlocal code
+        try:
+            code = app(standalone_mode=False) or 0
+        except StageFailed as failure:
+            code = failure.code
+            print(f"{failure.stage}: did not finish; its message stands above, and the same command goes on from where it was", file=sys.stderr)
+        except typer.Exit as leave:
+            code = leave.exit_code
+        except Exception as error:
+            if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):  # usage errors of the command line
+                if not error.format_message():  # `alma` alone: the help was printed
+                    code = EXIT_USER
+                    return
+                raise UserError(error.format_message()) from None
+            raise
+
+    stopped = chain.guarded(action)
+    sys.exit(stopped or code or 0)
+
+
+if __name__ == "__main__":
+    main()
