@@ -9,6 +9,7 @@ The content digest covers the files that later stages read. Logs and training ch
 they differ between two runs whose results are equal.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -230,22 +231,15 @@ class Lock:
             mine.unlink()
 
     def _take_over_or_refuse(self) -> None:
-        holder = lock_holder(self.path.parent)
-        if holder is None:
-            return
-        if not holder["dead"]:
-            raise UserError(
-                f"{self.path.parent}: another run is writing here: {describe_holder(holder)}; wait for it, or end it and run the same command again"
-            )
-        # Two takers may both see the dead lock: whoever renames it away must find that it is still the dead one, else it goes back.
-        aside = self.path.with_name(f".lock.dead.{self.token}")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if json.loads(aside.read_text()).get("token") != holder["token"]:
-            os.link(aside, self.path)
-        aside.unlink()
+        # Taking over is itself done by one at a time (flock), who looks again: else two takers could both remove a lock, one of them a new one.
+        with open(self.path.with_name(".takeover"), "w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            holder = lock_holder(self.path.parent)
+            if holder is None:
+                return
+            if not holder["dead"]:
+                raise UserError(f"{self.path.parent}: another run is writing here: {describe_holder(holder)}; wait for it, or end it and run the same command again")
+            self.path.unlink()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):

@@ -1,0 +1,217 @@
+"""The artifact contract: all or nothing, one writer, damage is seen, and what decides a fingerprint."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import artifact
+from pipeline.artifact import Lock, Output
+from pipeline.errors import UserError
+
+IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
+
+
+def make(folder: Path, identity=IDENTITY, files=(("data/one.bin", b"one"), ("two.json", b"{}")), publish=True, **how) -> Output:
+    output = Output(folder, "pack", "pack", identity).open(config={"a": 1}, parents={}, **how)
+    if output.published is None:
+        for name, data in files:
+            artifact.write_atomic(output.path / name, data)
+        if publish:
+            output.publish({"rows": 2})
+    output.close()
+    return output
+
+
+def test_published_output_is_complete_linked_and_read_back(tmp_path):
+    make(tmp_path / "pack")
+    found = artifact.current(tmp_path / "pack")
+    assert (found.path / "data/one.bin").read_bytes() == b"one"
+    assert found.damage(full=True) is None
+    assert found.metrics == {"rows": 2}
+    assert set(found.manifest["files"]) == {"data/one.bin", "two.json"}
+    assert found.manifest["files"]["data/one.bin"]["sha256"] == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"  # printf one | sha256sum
+    assert found.path.name == artifact.fingerprint_of(IDENTITY)[:12]
+    assert not (tmp_path / "pack/lock.json").exists()
+
+
+def test_logs_and_checkpoints_are_not_content(tmp_path):
+    first = make(tmp_path / "a")
+    second = make(tmp_path / "b", files=(("data/one.bin", b"one"), ("two.json", b"{}"), ("metrics.jsonl", b"x"), ("checkpoints/step-000001/s", b"y"), ("work/u", b"z")))
+    assert artifact.read(first.path).digest == artifact.read(second.path).digest
+    assert not (second.path / "work").exists()
+
+
+def test_unpublished_output_is_not_seen_and_is_continued(tmp_path):
+    output = make(tmp_path / "pack", publish=False)
+    assert artifact.current(tmp_path / "pack") is None
+    again = Output(tmp_path / "pack", "pack", "pack", IDENTITY).open(config={}, parents={})
+    assert again.path == output.path and (again.path / "two.json").exists() and again.info["resumed"] == 1
+    again.close()
+
+
+def test_changed_recipe_under_unfinished_run_is_refused_with_the_difference(tmp_path):
+    make(tmp_path / "pack", publish=False)
+    changed = {**IDENTITY, "config": {"a": 2}}
+    with pytest.raises(UserError, match=r"a: 1 -> 2.*--restart.*--fork"):
+        make(tmp_path / "pack", changed)
+    make(tmp_path / "pack", changed, restart=True)
+    assert artifact.current(tmp_path / "pack").manifest["identity"] == changed
+    assert len(list((tmp_path / "pack").glob("*.abandoned-*"))) == 1  # nothing is deleted by a run
+
+
+def test_fork_goes_on_from_the_last_complete_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        make(tmp_path / "none", fork=True)
+    make(tmp_path / "pack", files=(("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"), ("checkpoints/step-000020/half", b"")))
+    changed = {**IDENTITY, "config": {"a": 2}}
+    output = make(tmp_path / "pack", changed, fork=True)
+    assert (output.path / "checkpoints/step-000010/complete.json").exists()
+    assert not (output.path / "checkpoints/step-000020").exists()
+    assert artifact.current(tmp_path / "pack").manifest["forked_from"].endswith("/step-000010")
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (lambda path: (path / "two.json").unlink(), "two.json is missing"),
+        (lambda path: (path / "two.json").write_bytes(b"{ }"), "has 3 bytes, the manifest says 2"),
+        (lambda path: (path / "two.json").write_bytes(b"[]"), "has sha256"),
+    ],
+)
+def test_damage_is_named_and_made_good(tmp_path, harm, said):
+    output = make(tmp_path / "pack")
+    harm(output.path)
+    assert said in artifact.current(tmp_path / "pack").damage()
+    make(tmp_path / "pack")  # the same fingerprint again: the damaged folder is set aside, not overwritten
+    assert artifact.current(tmp_path / "pack").damage(full=True) is None
+    assert len(list((tmp_path / "pack").glob("*.damaged-*"))) == 1
+
+
+def test_a_bit_flipped_in_place_is_found_by_full_verification(tmp_path):
+    path = make(tmp_path / "pack").path / "data/one.bin"
+    before = path.stat()
+    path.write_bytes(b"ona")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = artifact.current(tmp_path / "pack")
+    assert found.damage() is None and "has sha256" in found.damage(full=True)
+
+
+def test_a_copied_run_folder_is_still_whole(tmp_path):
+    import shutil
+
+    make(tmp_path / "pack")
+    shutil.copytree(tmp_path / "pack", tmp_path / "copy", symlinks=True)
+    for path in (tmp_path / "copy").rglob("*"):
+        os.utime(path, follow_symlinks=False)
+    assert artifact.current(tmp_path / "copy").damage() is None
+
+
+def test_unreadable_manifest_is_an_error_not_an_absence(tmp_path):
+    output = make(tmp_path / "pack")
+    (output.path / "manifest.json").write_text('{"stage": ')
+    with pytest.raises(UserError, match="manifest.json: damaged, not JSON"):
+        artifact.current(tmp_path / "pack")
+
+
+def _publish_and_die(folder, count):
+    os.environ["ALMA_FAULT"] = f"publish:{count}"
+    make(Path(folder))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_death_in_publish_leaves_all_or_nothing_and_is_continued(tmp_path, count):
+    process = multiprocessing.get_context("forkserver").Process(target=_publish_and_die, args=(str(tmp_path / "pack"), count))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert artifact.current(tmp_path / "pack") is None  # killed before the link: not there for a reader
+    output = Output(tmp_path / "pack", "pack", "pack", IDENTITY).open(config={}, parents={})
+    if count == 2:  # after the rename: complete, only the link was missing
+        assert output.published and artifact.current(tmp_path / "pack").damage(full=True) is None
+    else:
+        assert output.published is None and (output.path / "two.json").exists()
+        output.publish({"rows": 2})
+    output.close()
+    assert artifact.current(tmp_path / "pack").damage(full=True) is None
+
+
+def _hold(folder, ready):
+    lock = Lock(Path(folder))
+    lock.acquire()
+    ready.set()
+    time.sleep(60)
+
+
+def test_one_writer_and_a_dead_holder_is_taken_over(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(str(tmp_path), ready))
+    holder.start()
+    assert ready.wait(20)
+    with pytest.raises(UserError, match=f"process {holder.pid} on "):
+        Lock(tmp_path).acquire()
+    holder.kill()
+    holder.join()
+    lock = Lock(tmp_path)
+    lock.acquire()
+    assert artifact.lock_holder(tmp_path)["pid"] == os.getpid()
+    lock.release()
+    assert artifact.lock_holder(tmp_path) is None
+    assert not list(tmp_path.glob(".lock.*"))
+
+
+def test_holder_on_another_host_is_dead_only_without_heartbeat(tmp_path):
+    artifact.write_json(tmp_path / "lock.json", {"host": "elsewhere", "pid": 1, "born": 1, "job": "77", "token": "t", "since": "then"})
+    with pytest.raises(UserError, match="process 1 on elsewhere, job 77"):
+        Lock(tmp_path).acquire()
+    old = time.time() - 2 * artifact.DEAD_AFTER_SECONDS
+    os.utime(tmp_path / "lock.json", (old, old))
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def _grab(folder, gate, results):
+    lock = Lock(Path(folder))
+    gate.wait()
+    try:
+        lock.acquire()
+        results.put(1)
+        time.sleep(2)  # longer than all the others' tries
+    except UserError:
+        results.put(0)
+
+
+def test_many_takers_of_a_dead_lock_one_winner(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    artifact.write_json(tmp_path / "lock.json", {"host": artifact.socket.gethostname(), "pid": 1, "born": -1, "job": None, "token": "dead", "since": "then"})
+    gate, results = context.Event(), context.Queue()
+    takers = [context.Process(target=_grab, args=(str(tmp_path), gate, results)) for _ in range(6)]
+    for taker in takers:
+        taker.start()
+    gate.set()
+    assert sum(results.get(timeout=30) for _ in takers) == 1
+    for taker in takers:
+        taker.join()
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_fingerprint_does_not_depend_on_key_order(value):
+    backwards = json.loads(json.dumps(dict(reversed(list(value.items())))))
+    assert artifact.fingerprint_of(value) == artifact.fingerprint_of(backwards)
+
+
+@given(json_values, json_values)
+def test_differences_are_empty_only_for_equal_values(before, after):
+    assert (artifact.differences({"k": before}, {"k": after}) == []) == (before == after)
