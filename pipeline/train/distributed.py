@@ -1,0 +1,131 @@
+"""Processes: starting the group that a launcher has laid out, agreeing on small things, and ending without a crash.
+
+`accelerate launch`, torchrun, srun and `alma run` only start processes and set RANK, WORLD_SIZE and LOCAL_RANK; what the processes do
+together is the recipe's business (`parallel`).
+"""
+
+import gc
+import os
+import sys
+import time
+from datetime import timedelta
+
+from pipeline.errors import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device():
+    """torch.device of this process: its GPU, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def setup(config=None) -> None:
+    """Threads, GPU and process group of this process. May be called again. Raises UserError if the launcher wants something else than the recipe."""
+    import torch
+    import torch.distributed as dist
+
+    if config is not None:
+        _agree_with_launcher(config)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = getattr(getattr(config, "run", None), "threads", None) or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, _cores() // local)
+    torch.set_num_threads(threads)
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if dist.is_initialized():
+        return
+    # Flags and sums of a few numbers travel over gloo also where tensors travel over nccl: no launch of a kernel, no wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    if world() > 1:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    elif config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1):  # DeepSpeed wants a group also for one process
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _agree_with_launcher(config) -> None:
+    """`accelerate config` may name a ZeRO stage too. Whoever wrote it meant it, so a disagreement is refused and not decided here."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true" or not hasattr(config, "parallel"):
+        return
+    launched = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if launched is None:
+        return
+    wanted = config.parallel.zero
+    if str(wanted) != launched:
+        shown = "none (plain data parallelism)" if wanted is None else wanted
+        raise UserError(
+            f"stage {config.kind}: the recipe says parallel.zero: {shown}, the accelerate launch config says zero_stage: {launched}; "
+            f"make them equal, or launch with --multi_gpu and let the recipe decide"
+        )
+
+
+def barrier() -> None:
+    if world() > 1:
+        all_reduce_sum([0.0])
+
+
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """Sums over all processes in double precision; every process gets them. Collective."""
+    return _reduce(values, "SUM")
+
+
+def all_reduce_max(values: list[float]) -> list[float]:
+    """Maxima over all processes. Collective."""
+    return _reduce(values, "MAX")
+
+
+def _reduce(values: list[float], operation: str) -> list[float]:
+    if world() == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
+    return tensor.tolist()
+
+
+def from_main(value):
+    """The main process's value of a small picklable object, on every process. Collective."""
+    if world() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def shutdown() -> None:
+    """End the process group. Without the pause a gloo thread may take the interpreter lock while Python is being torn down, and a run whose
+    work is done and published dies with SIGABRT (`terminate called without an active exception`); with it: 0 of 18 launches."""
+    if "torch.distributed" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    gc.collect()
+    if world() > 1:
+        time.sleep(0.5)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

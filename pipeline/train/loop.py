@@ -1,0 +1,130 @@
+"""The training loop of stages whose steps are all alike: resume, step, log, evaluate, save, and stop when asked."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import torch
+
+from pipeline import faults
+from pipeline.artifact import Output, write_json
+from pipeline.errors import Stopped
+from pipeline.seeds import derive
+from pipeline.tracking import Progress, Tracker
+from pipeline.train import checkpoints, distributed
+from pipeline.train.config import TrainConfig
+from pipeline.train.engine import Engine
+
+
+def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:
+    """Global row indices of this process's micro-batches of a step: rows step*batch_size to (step+1)*batch_size, cut among data ranks in order."""
+    rows = config.batch_size // engine.data_world
+    micro = config.micro_batch or rows
+    first = step * config.batch_size + engine.data_rank * rows
+    return [range(start, start + micro) for start in range(first, first + rows, micro)]
+
+
+def seed_step(config: TrainConfig, step: int, data_rank: int) -> None:
+    """Everything random inside a step (dropout) is a function of (seed, step, data rank), so that nothing of it has to be saved."""
+    torch.manual_seed(derive(config.seed or 0, "step", step, data_rank))
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGUSR1 into a flag that all processes look at together after each step, so that all stop at the same one."""
+
+    def __init__(self):
+        self.number = 0
+        self.previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        self.number = number
+
+    def agreed(self) -> int:
+        """The signal that some process received, or 0. Collective."""
+        return int(distributed.all_reduce_max([self.number])[0])
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def stop(output: Output, step: int, number: int) -> None:
+    """Leave word for the job script that this run wants to be queued again (exit codes do not survive launchers), and raise Stopped."""
+    name = signal.Signals(number).name
+    if output.is_main:
+        write_json(output.folder / "requeue.json", {"stage": output.stage, "step": step, "signal": name, "job": os.environ.get("SLURM_JOB_ID")})
+    raise Stopped(f"{output.stage}: {name} received, saved at step {step}; the same command goes on from here")
+
+
+def fit(
+    engine: Engine,
+    config: TrainConfig,
+    output: Output,
+    batches: Callable[[int], list[dict]],
+    *,
+    evaluate: Callable[[], dict] | None = None,
+    unit: str = "tok",
+) -> dict:
+    """Train from the newest checkpoint, or from the start, to `config.steps`. Collective.
+
+    batches(step) gives this process's micro-batches; evaluate() the numbers on held-out data, equal on all processes.
+    Returns before and after (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
+    skipped (updates that were not applied), and rate (weight per second of this process's training, without saving and evaluating).
+    """
+    state: dict = {"before": None, "after": None, "first": None, "last": None, "weight": 0.0, "skipped": 0}
+    tracker = Tracker(output.path, output.is_main, config.log.wandb, output.stage, {"stage": output.stage, **config.model_dump(mode="json")})
+    if output.is_main:
+        (output.folder / "requeue.json").unlink(missing_ok=True)
+    found = checkpoints.newest(output)
+    if found:
+        path, saved = found
+        engine.load(path)
+        state.update(saved)
+        if output.is_main:
+            print(f"{output.stage}: goes on from {path.name}", flush=True)
+    tracker.rewind(engine.step_count)
+    if evaluate and state["before"] is None:
+        state["before"] = evaluate()
+        tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
+    busy, done_weight, since, since_weight = 0.0, 0.0, time.perf_counter(), 0.0
+    try:
+        with StopSignal() as signals, Progress(output.stage, config.steps, "step", engine.step_count, output.is_main) as bar:
+            while engine.step_count < config.steps:
+                begun = time.perf_counter()
+                seed_step(config, engine.step_count, engine.data_rank)
+                stats = engine.step(batches(engine.step_count))
+                step = engine.step_count
+                busy += time.perf_counter() - begun
+                done_weight += stats["weight"]
+                since_weight += stats["weight"]
+                state["weight"] += stats["weight"]
+                state["skipped"] += not stats["applied"]
+                state["first"], state["last"] = state["first"] or stats, stats
+                last = step == config.steps
+                if step % config.log.every_steps == 0 or last or step == 1 or not stats["applied"]:
+                    now = time.perf_counter()
+                    tracker.log(step, **stats, **{f"{unit}_per_second": round(since_weight / (now - since), 1)})
+                    since, since_weight = now, 0.0
+                if not stats["applied"] and output.is_main:
+                    print(f"{output.stage}: step {step} was skipped: loss {stats['loss']}, gradient norm {stats['grad_norm']}", flush=True)
+                bar.update(1, loss=stats["loss"], **{f"{unit}/s": done_weight / busy})
+                faults.point("work")
+                number = signals.agreed()
+                pause = time.perf_counter()
+                if evaluate and (last or (config.evaluate_every and step % config.evaluate_every == 0)):
+                    state["after"] = evaluate()
+                    tracker.log(step, **{f"heldout_{key}": value for key, value in state["after"].items()})
+                if last or number or step % config.save.every_steps == 0:
+                    checkpoints.save(output, step, engine.save, state, config.save.keep)
+                if number and not last:
+                    stop(output, step, number)
+                since += time.perf_counter() - pause
+    finally:
+        tracker.close()
+    return {**state, "rate": done_weight / busy if busy else 0.0}

@@ -1,0 +1,76 @@
+"""The replicated engine: one process, or torch's DistributedDataParallel over several."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.train import distributed
+from pipeline.train.engine import Engine, Sums, adamw, finite
+
+FILE = "state.pt"
+
+
+class Replicated(Engine):
+    """Every process holds the whole model and optimizer; gradients are averaged by DDP on the last micro-batch of a step."""
+
+    layout = "replicated"
+
+    def __init__(self, model, loss_fn, config, name):
+        super().__init__(model.to(distributed.device()), loss_fn, config, name)
+        self.module = model
+        if self.data_world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.module = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = adamw(self.parameters, config, self.device)
+
+    def _update(self, micro_batches, weight, lr):
+        self.module.train()
+        sums = Sums()
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last or self.data_world == 1 else self.module.no_sync():
+                loss, metrics = self._forward(self.module, batch)
+                sums.add(loss, metrics)
+                (loss * (self.data_world / weight)).backward()  # DDP averages over processes
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        found = sums.read()
+        keys = sorted(found)
+        total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
+        norm, loss = float(norm), total.pop("loss")
+        applied = finite(loss, norm)
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, total, norm, applied
+
+    def _forward_sums(self, micro_batches, counted):
+        self.model.eval()
+        sums = Sums()
+        for batch, counts in zip(micro_batches, counted, strict=True):
+            if counts:
+                sums.add(*self._forward(self.model, batch))
+        self.model.train()
+        return sums.read()
+
+    def save(self, folder: Path) -> None:
+        if distributed.is_main():
+            torch.save({"layout": self.layout, "steps": self.step_count, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / f"{self.name}-{FILE}")
+
+    def load(self, folder: Path) -> None:
+        path = folder / f"{self.name}-{FILE}"
+        if not path.exists():
+            raise UserError(f"{folder}: was saved by another engine than {self.layout}; go on with the parallel.zero and parallel.pipeline it was made with, or give --restart")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_count = state["steps"]
+
+    def consolidated(self):
+        if not distributed.is_main():
+            return None
+        return {key: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).clone() for key, value in self.model.state_dict().items()}
