@@ -1,0 +1,208 @@
+"""Models: from a recipe's `model` block, from a folder, and back into one.
+
+Everything is a `transformers` model in the Hugging Face layout, so that what a stage publishes is read by from_pretrained, vLLM, lm-eval and TRL.
+Initial weights are a function of (seed, module name) alone, so that they do not depend on how a model is cut up or in which order it is built.
+"""
+
+import contextlib
+import difflib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import UserError
+from pipeline.seeds import derive
+
+# Keys of a model block that a recipe leaves to others: the tokenizer, the stage, and this module.
+TAKEN = {
+    "vocab_size": "the tokenizer decides it; `pad_vocab_to: 128` rounds it up",
+    "max_position_embeddings": "it is the stage's sequence_length",
+    "bos_token_id": "the tokenizer decides it",
+    "eos_token_id": "the tokenizer decides it",
+    "pad_token_id": "the tokenizer decides it",
+    "model_type": "write `family`",
+    "architectures": "`family` decides it",
+    "dtype": "weights are fp32 and `precision` says how they are used",
+    "torch_dtype": "weights are fp32 and `precision` says how they are used",
+}
+OWN = ("family", "pad_vocab_to")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+def check(block: dict | None) -> None:
+    """Raise UserError for a model block that cannot be built: unknown family, unknown key, a key that is not the recipe's to say."""
+    if not block:
+        raise UserError("model: the recipe has no model block; write for example model: {family: llama, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4, intermediate_size: 688}")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = block.get("family")
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(family), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
+        hint = f"did you mean {near[0]}?" if near else "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"
+        raise UserError(f"model.family: {family!r} is unknown; {hint}")
+    known = set(_config(family, {}).to_dict()) | set(OWN)
+    for key in block:
+        if key in TAKEN:
+            raise UserError(f"model.{key}: leave it out: {TAKEN[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known - set(TAKEN), 1)
+            raise UserError(f"model.{key}: {family} has no such key; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(k for k in known if not k.startswith('_')))}"))
+    config = _config(family, _keys(block))
+    heads, width = getattr(config, "num_attention_heads", 1), config.hidden_size
+    if "head_dim" not in block and width % heads:
+        raise UserError(f"model: hidden_size {width} is not divisible by num_attention_heads {heads}")
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if heads % groups:
+        raise UserError(f"model: num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
+
+
+def configure(block: dict, tokenizer, sequence_length: int):
+    """The transformers configuration of a checked model block, with the tokenizer's vocabulary and special ids."""
+    check(block)
+    multiple = block.get("pad_vocab_to", 1)
+    vocabulary = -(-len(tokenizer) // multiple) * multiple
+    special = {"vocab_size": vocabulary, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return _config(block["family"], {**_keys(block), **special, "max_position_embeddings": sequence_length, "use_cache": True})
+
+
+def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bool = True):
+    """A causal LM of a model block, fp32, on the CPU. Without `materialise` its parameters are on the meta device, for `initialise` in parts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = configure(block, tokenizer, sequence_length)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]
+    model.generation_config.max_length = sequence_length
+    if materialise:
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        initialise(model, seed)
+    return model
+
+
+def initialise(model, seed: int, module=None, prefix: str = "") -> None:
+    """Fill `module` (default: the whole model), which stands at `prefix` in `model`, with transformers' own initial values for its family.
+
+    Each module draws from a generator seeded by (seed, its global name), children first. A module all of whose parameters were filled
+    before, such as an output layer tied to the embedding, is left alone.
+    """
+    import torch
+
+    filled: set[int] = set()
+    module = model if module is None else module
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, part in _children_first(module, prefix):
+            own = list(part.parameters(recurse=False))
+            if own and all(id(parameter) in filled for parameter in own):
+                continue
+            torch.manual_seed(derive(seed, "initial", name))
+            model._init_weights(part)
+            filled.update(id(parameter) for parameter in own)
+
+
+def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed: int = 0):
+    """The model in a folder, fp32, on the CPU. head="reward" gives one score a sequence; a score layer that the folder lacks is drawn from `seed`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: holds no model (no config.json); expected a folder in the Hugging Face layout")
+    kind = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+    extra = {} if head == "causal" else {"num_labels": 1}
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(derive(seed, "initial", "score"))
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **extra)
+    expected = {"score.weight"} if head == "reward" else set()
+    if lacking := set(info["missing_keys"]) - expected:
+        raise UserError(f"{folder}: the weights of {', '.join(sorted(lacking)[:3])} are missing for a {type(model).__name__}; publish the model again, or name another folder")
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, generation: dict | None = None) -> None:
+    """Write weights, configuration, generation configuration and tokenizer files in the Hugging Face layout. Equal input, equal bytes.
+
+    `model_config.architectures` names the class. Generation ends at the document's end or at the end of a chat turn (<|im_end|>), whichever comes.
+    """
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+
+    kind = getattr(transformers, model_config.architectures[0])
+    with torch.device("meta"):
+        skeleton = kind._from_config(model_config)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    if skeleton.can_generate():
+        turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        ends = [tokenizer.eos_token_id, *([turn] if turn not in (None, tokenizer.unk_token_id, tokenizer.eos_token_id) else [])]
+        settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, **(generation or {})}
+        skeleton.generation_config = transformers.GenerationConfig(**settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if model_config.tie_word_embeddings else set()
+    with _quiet():
+        skeleton.save_pretrained(folder, state_dict={key: value.contiguous() for key, value in state_dict.items() if key not in tied}, max_shard_size="5GB")
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_folder) / name).is_file():
+            shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
+
+
+def count(model) -> dict[str, int]:
+    """Numbers of parameters: `total` (tied ones once), `embedding` (input embedding and, if it is its own, the output layer), `body`."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    tables = {id(layer.weight): layer.weight.numel() for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
+    return {"total": total, "embedding": sum(tables.values()), "body": total - sum(tables.values())}
+
+
+def flops_per_token(model, sequence_length: int) -> float:
+    """Training FLOPs of one token, forward and backward: 6 a parameter that multiplies (the embedding look-up does not, the output layer does)
+    plus 12 * layers * hidden * length for attention, not halved for causality: the convention of PaLM (2022, appendix B) and torchtitan."""
+    config = model.config
+    table = model.get_input_embeddings().weight.numel()
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    multiplying = count(model)["total"] - (0 if tied else table)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 6.0 * multiplying + 12.0 * config.num_hidden_layers * width * config.num_attention_heads * sequence_length
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+
+
+def _config(family: str, keys: dict):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(family, **keys)
+    except (ValueError, TypeError) as error:  # transformers' own checks of values
+        raise UserError(f"model: {family} cannot be built from these values: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def _keys(block: dict) -> dict:
+    return {key: value for key, value in block.items() if key not in OWN}
+
+
+def _children_first(module, name: str):
+    """(global name, module) with every module after its children: some families initialise a child again from its parent (GPT-2's c_proj)."""
+    for child, part in module.named_children():
+        yield from _children_first(part, f"{name}.{child}" if name else child)
+    yield name, module
+
+
+@contextlib.contextmanager
+def _quiet():
+    """transformers reports each load and save with progress bars and tables; a stage says what matters itself."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
