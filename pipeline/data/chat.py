@@ -1,0 +1,171 @@
+"""Conversations as token ids, by the tokenizer's own chat template, with the tokens that carry loss.
+
+    chat = Chat(tokenizer)
+    row = chat.encode([[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]])[0]     # Encoded, or a reason why not
+    prompt = chat.prompt([{"role": "user", "content": "2+2?"}])                                              # ids that a model answers to
+
+Two things differ from `tokenizer.apply_chat_template(..., return_assistant_tokens_mask=True)`, both on purpose:
+a special token spelled out in a message's text stays text (else a user could close his own turn and speak as the assistant), and what
+follows the last token that carries loss is cut off, because no token that counts can see it.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+# Stand-ins for special tokens, from a private-use plane of Unicode: two characters for each token, so that a string keeps its length.
+PRIVATE = 0xF0000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation."""
+
+    ids: list[int]
+    """Token ids; the last one is the end of the last assistant turn."""
+    trained: list[bool]
+    """Same length: is this token the assistant's (its answer and the end of its turn)?"""
+
+    @property
+    def start(self) -> int:
+        """Where the last assistant turn begins: `ids[:start]` is the prompt that it answers."""
+        end = len(self.trained)
+        while end and self.trained[end - 1]:
+            end -= 1
+        return end
+
+
+class Chat:
+    """The chat template of a tokenizer, checked once: it must mark what the assistant says, the end of its turn included."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        if not tokenizer.is_fast:
+            raise UserError(f"{name}: has no tokenizer.json; a fast tokenizer is needed, for the tokens that carry loss are found by character offsets")
+        if not tokenizer.chat_template:
+            raise UserError(f"{name}: has no chat template; use a tokenizer made by stage `tokenizer`, or add chat_template.jinja")
+        special = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True)
+        self._spelled = re.compile("|".join(re.escape(token) for token in special))
+        self._quoted = {token: chr(PRIVATE + 2 * i) * len(token) for i, token in enumerate(special)}  # stands for the text of a token
+        self._named = {token: chr(PRIVATE + 2 * i + 1) * len(token) for i, token in enumerate(special)}  # stands for the token itself
+        self._texts = {stand_in: token for token, stand_in in self._quoted.items()}
+        self._text_of = re.compile("|".join(self._texts))
+        self._private = re.compile(f"[{chr(PRIVATE)}-{chr(PRIVATE + 2 * len(special) + 1)}]")
+        self._renamed = _renamed(tokenizer, self._named)
+        self._probe(name)
+
+    def encode(self, conversations: list[list[dict]]) -> list[Encoded | str]:
+        """Ids and mask of each conversation, or the reason why it cannot be trained on."""
+        found: list[Encoded | str] = []
+        texts, spans = [], []
+        for messages in conversations:
+            try:
+                text, span = self._render(messages)
+            except _Unusable as error:
+                text, span = "", str(error)
+            texts.append(text)
+            spans.append(span)
+        for encoding, span in zip(self._renamed.encode_batch(texts, add_special_tokens=False), spans, strict=True):
+            found.append(span if isinstance(span, str) else _masked(encoding, span))
+        return found
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """Ids of a conversation that waits for the assistant. Raises ValueError if it cannot be written with this template."""
+        try:
+            text, _ = self._render(messages, add_generation_prompt=True)
+        except _Unusable as error:
+            raise ValueError(str(error)) from None
+        return self._renamed.encode(text, add_special_tokens=False).ids
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text, special tokens under their stand-ins, and the character spans that carry loss."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if any(self._private.search(message["content"]) for message in messages):
+            raise _Unusable("holds private-use characters that stand for special tokens")
+        quoted = [{**message, "content": self._spelled.sub(lambda found: self._quoted[found[0]], message["content"])} for message in messages]
+        try:
+            (text,), (spans,) = render_jinja_template(
+                conversations=[quoted],
+                chat_template=self.tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise _Unusable(f"the chat template refuses it: {error}") from None
+        text = self._spelled.sub(lambda found: self._named[found[0]], text)
+        return self._text_of.sub(lambda found: self._texts[found[0]], text), spans
+
+    def _probe(self, name: str) -> None:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        row = self.encode([messages])[0]
+        if isinstance(row, str):
+            raise UserError(
+                f"{name}: its chat template cannot be trained with: {row}. It must put what the assistant says, the end of its turn included, "
+                "between {% generation %} and {% endgeneration %}"
+            )
+        self.end_id = row.ids[-1]
+        """Token that ends the assistant's turn."""
+        if self.end_id not in self.tokenizer.added_tokens_decoder or not self.tokenizer.added_tokens_decoder[self.end_id].special:
+            raise UserError(
+                f"{name}: by its chat template the last token that carries loss is {self.tokenizer.convert_ids_to_tokens(self.end_id)!r}, which is no special token: "
+                "the model would never learn to end its turn. Move the end-of-turn token to before {% endgeneration %}"
+            )
+        if self.end_id == self.tokenizer.pad_token_id:
+            raise UserError(f"{name}: the end of a turn is also the padding token {self.tokenizer.pad_token!r}, which carries no loss; give the tokenizer a padding token of its own")
+        if self.tokenizer.pad_token_id is None:
+            raise UserError(f"{name}: has no padding token; give it one, distinct from the end of a turn")
+        if row.ids[: row.start] != self.prompt(messages[:1]):
+            raise UserError(f"{name}: its chat template writes a prompt that waits for an answer differently from one that has it; the model would be asked what it was never taught")
+
+
+class _Unusable(Exception):
+    """Why a conversation cannot be encoded."""
+
+
+def _masked(encoding, spans: list[tuple[int, int]]) -> Encoded | str:
+    """A token carries loss if it lies in a span. One that lies in it in part would be another token when the model is asked: not usable."""
+    ids, trained = encoding.ids, [False] * len(encoding.ids)
+    for begin, end in spans:
+        if begin == end:
+            continue
+        first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
+        if first is None or last is None:
+            return "the tokenizer drops characters at the edge of an answer"
+        if encoding.offsets[first][0] < begin or encoding.offsets[last][1] > end:
+            return "a token reaches over the edge of an answer"
+        trained[first : last + 1] = [True] * (last + 1 - first)
+    if not any(trained):
+        return "no assistant turn in it carries loss"
+    length = len(ids) - trained[::-1].index(True)
+    return Encoded(ids[:length], trained[:length])
+
+
+def _renamed(tokenizer, names: dict[str, str]):
+    """The same tokenizer with other spellings of its special tokens, so that text that spells one of the old ones is text.
+
+    The merges, the normaliser and the way in which special tokens split a text stay the tokenizer's own: ids of ordinary text are equal.
+    """
+    from tokenizers import Tokenizer
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in names}
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocabulary = spec["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        spec["model"]["vocab"] = {names.get(token, token): index for token, index in vocabulary.items()}
+    else:  # Unigram: [token, score]
+        spec["model"]["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    if spec["model"].get("unk_token") in names:
+        spec["model"]["unk_token"] = names[spec["model"]["unk_token"]]
+    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+    renamed = Tokenizer.from_str(json.dumps(spec))
+    assert all(renamed.token_to_id(names[token]) == index for token, index in ids.items()), "a special token lost its id"
+    return renamed

@@ -1,0 +1,54 @@
+"""Losses over pairs of answers, and what is measured beside them. Pairs stand in a batch as [chosen 0..B-1, rejected 0..B-1].
+
+Each takes what the model says and returns (sum over pairs, sums of metrics); the engine divides by the number of pairs of the global batch.
+`valid` [B] is 1 for a pair that counts and 0 for one that fills up a batch.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def bradley_terry(scores: torch.Tensor, valid: torch.Tensor, margin: torch.Tensor | None = None, centering: float = 0.0) -> tuple[torch.Tensor, dict]:
+    """-log P(chosen beats rejected) under Bradley & Terry (1952): -log sigmoid(s_chosen - s_rejected - margin).
+
+    scores: [2B]. margin: [B], how much better the chosen answer was found (Llama 2, section 3.2.2). centering: coefficient of
+    (s_chosen + s_rejected)^2, which pins the scores' free offset near 0 (Eisenstein et al., 2023).
+    """
+    chosen, rejected = scores.float().chunk(2)
+    difference = chosen - rejected
+    losses = -F.logsigmoid(difference if margin is None else difference - margin)
+    if centering:
+        losses = losses + centering * (chosen + rejected) ** 2
+    with torch.no_grad():
+        metrics = {"accuracy": _wins(difference, valid), "margin": (difference * valid).sum(), "score": ((chosen + rejected) / 2 * valid).sum()}
+    return (losses * valid).sum(), metrics
+
+
+def dpo(logps: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> tuple[torch.Tensor, dict]:
+    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), with labels that are wrong with probability `label_smoothing`
+    (cDPO: Mitchell, 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3; 0 is plain DPO).
+
+    logps, reference: [2B], log-probability of each answer, summed over its tokens, under the policy and under the frozen reference.
+    """
+    ratios = logps.float() - reference.float()
+    chosen, rejected = ratios.chunk(2)
+    logits = beta * (chosen - rejected)
+    losses = -F.logsigmoid(logits)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-logits)
+    with torch.no_grad():
+        policy_chosen, policy_rejected = logps.float().chunk(2)
+        metrics = {
+            "accuracy": _wins(logits, valid),
+            "margin": (logits * valid).sum(),
+            "reward_chosen": (beta * chosen * valid).sum(),
+            "reward_rejected": (beta * rejected * valid).sum(),
+            "logp_chosen": (policy_chosen * valid).sum(),
+            "logp_rejected": (policy_rejected * valid).sum(),
+        }
+    return (losses * valid).sum(), metrics
+
+
+def _wins(difference: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Pairs ranked right; a tie counts half, so that a model that tells nothing apart scores 0.5 and not 0."""
+    return (((difference > 0).float() + (difference == 0).float() / 2) * valid).sum()
