@@ -11,11 +11,11 @@ follows the last token that carries loss is cut off, because no token that count
 
 import json
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
 # Stand-ins for special tokens, from a private-use plane of Unicode: two characters for each token, so that a string keeps its length.
 PRIVATE = 0xF0000
 
@@ -61,25 +61,54 @@ class Chat:
     def encode(self, conversations: list[list[dict]]) -> list[Encoded | str]:
         """Ids and mask of each conversation, or the reason why it cannot be trained on."""
         found: list[Encoded | str] = []
-        texts, spans = [], []
+        rendered: list[tuple[str, list]] = []
         for messages in conversations:
             try:
-                text, span = self._render(messages)
+                rendered.append(self._render(messages))
+                found.append("")
             except _Unusable as error:
-                text, span = "", str(error)
-            texts.append(text)
-            spans.append(span)
-        for encoding, span in zip(self._renamed.encode_batch(texts, add_special_tokens=False), spans, strict=True):
-            found.append(span if isinstance(span, str) else _masked(encoding, span))
+                rendered.append(("", []))
+                found.append(str(error))
+        encodings = self._renamed.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        for row, (encoding, (text, spans)) in enumerate(zip(encodings, rendered, strict=True)):
+            if not found[row]:
+                try:
+                    found[row] = _cut(*self._ids(encoding, text, spans))
+                except _Unusable as error:
+                    found[row] = str(error)
         return found
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation that waits for the assistant. Raises ValueError if it cannot be written with this template."""
         try:
-            text, _ = self._render(messages, add_generation_prompt=True)
+            text, spans = self._render(messages, add_generation_prompt=True)
+            return self._ids(self._renamed.encode(text, add_special_tokens=False), text, spans)[0]
         except _Unusable as error:
             raise ValueError(str(error)) from None
-        return self._renamed.encode(text, add_special_tokens=False).ids
+
+    def _ids(self, encoding, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """A token carries loss if it lies in a span. None may reach over the edge of one (a newline of the template joined with the answer's
+        first word): the model, asked for an answer, would not see that token. Such a text is encoded in pieces, cut at the edges."""
+        starts = [offset[0] for offset in encoding.offsets]
+        edges = sorted({edge for span in spans for edge in span if 0 < edge < len(text)})
+        before = [bisect_left(starts, edge) - 1 for edge in edges]
+        if any(index >= 0 and encoding.offsets[index][1] > edge for index, edge in zip(before, edges, strict=True)):
+            if not self._cuttable:
+                raise _Unusable("a token reaches over the edge of an answer")
+            return self._pieces(text, spans, edges)
+        trained = [False] * len(starts)
+        for begin, end in spans:
+            first, last = bisect_left(starts, begin), bisect_left(starts, end)
+            trained[first:last] = [True] * (last - first)
+        return encoding.ids, trained
+
+    def _pieces(self, text: str, spans: list[tuple[int, int]], edges: list[int]) -> tuple[list[int], list[bool]]:
+        ids, trained = [], []
+        for begin, end in zip([0, *edges], [*edges, len(text)], strict=True):
+            piece = self._renamed.encode(text[begin:end], add_special_tokens=False).ids
+            ids += piece
+            trained += [any(span[0] <= begin and end <= span[1] for span in spans)] * len(piece)
+        return ids, trained
 
     def _render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The template's text, special tokens under their stand-ins, and the character spans that carry loss."""
@@ -103,7 +132,12 @@ class Chat:
         return self._text_of.sub(lambda found: self._texts[found[0]], text), spans
 
     def _probe(self, name: str) -> None:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        text, spans = self._render(messages)
+        whole = self._renamed.encode(text, add_special_tokens=False).ids
+        # Some tokenizers write the beginning of a text differently (a space in front): their texts cannot be cut.
+        edges = [edge for span in spans for edge in span if 0 < edge < len(text)]
+        self._cuttable = self._pieces(text, spans, edges)[0] == whole
         row = self.encode([messages])[0]
         if isinstance(row, str):
             raise UserError(
@@ -129,20 +163,9 @@ class _Unusable(Exception):
     """Why a conversation cannot be encoded."""
 
 
-def _masked(encoding, spans: list[tuple[int, int]]) -> Encoded | str:
-    """A token carries loss if it lies in a span. One that lies in it in part would be another token when the model is asked: not usable."""
-    ids, trained = encoding.ids, [False] * len(encoding.ids)
-    for begin, end in spans:
-        if begin == end:
-            continue
-        first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
-        if first is None or last is None:
-            return "the tokenizer drops characters at the edge of an answer"
-        if encoding.offsets[first][0] < begin or encoding.offsets[last][1] > end:
-            return "a token reaches over the edge of an answer"
-        trained[first : last + 1] = [True] * (last + 1 - first)
+def _cut(ids: list[int], trained: list[bool]) -> Encoded | str:
     if not any(trained):
-        return "no assistant turn in it carries loss"
+        return "no token of it carries loss: the chat template marks none as the assistant's"
     length = len(ids) - trained[::-1].index(True)
     return Encoded(ids[:length], trained[:length])
 

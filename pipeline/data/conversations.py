@@ -1,0 +1,433 @@
+"""What the tuning stages read: conversations, pairs of answers, and prompts, from the same named sources as everything else.
+
+    train, heldout, ledger = load_conversations({"reviews": ChatSource(path="reviews.jsonl", messages=[...])}, holdout=0.1)
+
+A source says with templates how a record becomes messages; a record that holds a conversation already needs none (messages, ShareGPT
+conversations, prompt + completion, Alpaca's instruction + input + output). Text is normalised as in cleaning. Exact duplicates are dropped.
+A record is held out if its own hash says so, and so in every stage; what is like a held-out record is then dropped from training.
+Nothing is dropped silently: the ledger counts each reason and names the first places.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.data.sources import Bad, MissingField, Source, fraction, read, render
+from pipeline.errors import UserError
+from pipeline.recipe import Strict
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "observation": "tool"}
+PLACES = 20  # of each reason are named in report.json
+
+
+class Message(Strict):
+    """One message of a template."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    """Who speaks."""
+    content: str
+    """What is said: a template such as `{instruction}`."""
+
+
+class ChatSource(Source):
+    """Conversations. Without `messages`, records must hold messages, conversations (ShareGPT), prompt + completion, or instruction + output (Alpaca)."""
+
+    messages: list[Message] | None = None
+    """Templates of a conversation, in turns."""
+    answer: str | None = None
+    """Template of the known answer: greedy answers to held-out prompts are then also scored by `rule`."""
+    rule: Literal["exact", "contains", "prefix"] = "prefix"
+    """How a greedy answer is compared with `answer`."""
+
+
+class PreferenceSource(Source):
+    """Pairs of answers. Without templates, records must hold prompt, chosen and rejected, as texts or messages (the prompt may be implicit in messages)."""
+
+    prompt: str | list[Message] | None = None
+    """Template of the user's message, or of several messages."""
+    chosen: str | None = None
+    """Template of the better answer."""
+    rejected: str | None = None
+    """Template of the worse answer."""
+    margin: str | None = None
+    """Template of a number that says how much better."""
+
+
+class PromptSource(Source):
+    """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation that begins with the user."""
+
+    prompt: str | None = None
+    """Template of the user's message."""
+    answer: str | None = None
+    """Template of the known answer, for scores by rule."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages up to the last one of the assistant."""
+
+    id: str
+    source: str
+    place: str
+    messages: list[dict]
+    content: str
+    """What the record itself says, without the words of templates: near duplicates are looked for in it."""
+    answer: str | None = None
+    rule: str = "prefix"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers, each one message of the assistant, to the same messages."""
+
+    id: str
+    source: str
+    place: str
+    prompt: list[dict]
+    chosen: str
+    rejected: str
+    content: str
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One message of the user."""
+
+    id: str
+    source: str
+    text: str
+    answer: str | None
+    place: str = ""
+    content: str = ""
+
+
+class Rejected(Exception):
+    """Why a record cannot be used."""
+
+
+class Ledger:
+    """What became of each record of each source."""
+
+    def __init__(self):
+        self.sources: dict[str, dict] = {}
+
+    def count(self, source: str, key: str) -> None:
+        entry = self.sources.setdefault(source, {"records": 0, "rejected": {}, "train": 0, "heldout": 0})
+        entry[key] += 1
+
+    def reject(self, source: str, place: str, reason: str) -> None:
+        entry = self.sources[source]["rejected"].setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        if len(entry["first"]) < PLACES:
+            entry["first"].append(place)
+
+    def why(self, source: str) -> str:
+        """The reasons, most frequent first, with a place each."""
+        rejected = self.sources[source]["rejected"]
+        return "; ".join(f"{entry['count']} x {reason} (first: {entry['first'][0]})" for reason, entry in sorted(rejected.items(), key=lambda item: -item[1]["count"])[:3])
+
+    def keep(self, rows: list, split: str, reasons: list[str | None]) -> list:
+        """Rows whose reason is None; the others are rejected, and each source must have something left in the end (`check`)."""
+        kept = []
+        for row, reason in zip(rows, reasons, strict=True):
+            if reason is None:
+                kept.append(row)
+                self.count(row.source, split)
+            else:
+                self.reject(row.source, row.place, reason)
+        return kept
+
+    def check(self, holdout: float) -> None:
+        """Raise UserError if a source gives nothing, or if nothing is held out or left."""
+        for name, entry in self.sources.items():
+            if not entry["train"] + entry["heldout"]:
+                raise UserError(f"sources.{name}: none of its {entry['records']} records can be used: {self.why(name)}")
+        train, heldout = self.total("train"), self.total("heldout")
+        if not heldout or not train:
+            raise UserError(f"sources: holdout: {holdout} leaves {train} rows to train on and {heldout} to measure on; give more records or another holdout")
+
+    def total(self, key: str) -> int:
+        return sum(entry[key] for entry in self.sources.values())
+
+    def rejected(self) -> int:
+        return sum(reason["count"] for entry in self.sources.values() for reason in entry["rejected"].values())
+
+
+def load_conversations(sources: dict[str, ChatSource], holdout: float) -> tuple[list[Conversation], list[Conversation], Ledger]:
+    """Conversations to train on and held out."""
+
+    def make(source: ChatSource, name: str, record) -> Conversation:
+        if source.messages is None:
+            messages = _cleaned(_conversation(record.fields))
+            content = _said(messages)
+        else:
+            messages = _cleaned(_filled(source.messages, record.fields))
+            content = _brought([message.content for message in source.messages], record.fields)
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if not messages:
+            raise Rejected("no message of the assistant")
+        answer = None if source.answer is None else _text(render(source.answer, record.fields, "the record"), "answer")
+        return Conversation(record.id, name, record.place, messages, content, answer, source.rule)
+
+    rows, ledger = _gathered(sources, make, lambda row: _key(row.messages))
+    return _split(rows, ledger, holdout, lambda row: _key(row.messages[:-1]))
+
+
+def load_pairs(sources: dict[str, PreferenceSource], holdout: float) -> tuple[list[Pair], list[Pair], Ledger]:
+    """Pairs of answers to train on and held out."""
+
+    def make(source: PreferenceSource, name: str, record) -> Pair:
+        templates = (source.prompt, source.chosen, source.rejected)
+        if all(template is None for template in templates):
+            prompt, chosen, rejected = _preference(record.fields)
+            prompt = _cleaned(prompt)
+            content = f"{_said(prompt)}\n{chosen}\n{rejected}"
+        else:
+            turns = source.prompt if isinstance(source.prompt, list) else [Message(role="user", content=source.prompt)]
+            prompt = _cleaned(_filled(turns, record.fields))
+            chosen, rejected = (render(template, record.fields, "the record") for template in (source.chosen, source.rejected))
+            content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], record.fields)
+        chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+        if not prompt or prompt[-1]["role"] == "assistant":
+            raise Rejected("the prompt does not end with the user")
+        if chosen == rejected:
+            raise Rejected("chosen equals rejected")
+        return Pair(record.id, name, record.place, prompt, chosen, rejected, content, _number(source.margin, record.fields))
+
+    for name, source in sources.items():
+        missing = [key for key in ("prompt", "chosen", "rejected") if getattr(source, key) is None]
+        if 0 < len(missing) < 3:
+            raise UserError(f"sources.{name}: {' and '.join(missing)} is missing; give templates for all of prompt, chosen and rejected, or none for records that hold these fields")
+    rows, ledger = _gathered(sources, make, lambda row: _key([row.prompt, row.chosen, row.rejected]))
+    return _split(rows, ledger, holdout, lambda row: _key(row.prompt))
+
+
+def load_prompts(sources: dict[str, PromptSource], holdout: float) -> tuple[list[Prompt], list[Prompt], dict]:
+    """Prompts to train on and held out, each prompt once, and what became of each record (JSON types)."""
+
+    def make(source: PromptSource, name: str, record) -> Prompt:
+        if source.prompt is None:
+            messages = _cleaned(_prompt(record.fields))
+            if [message["role"] for message in messages[:2]] not in (["user"], ["user", "assistant"]) or sum(m["role"] == "user" for m in messages) > 1:
+                raise Rejected("the prompt is not one message of the user")
+            text = content = messages[0]["content"]
+        else:
+            text = _text(render(source.prompt, record.fields, "the record"), "prompt")
+            content = _brought([source.prompt], record.fields)
+        answer = None if source.answer is None else _text(render(source.answer, record.fields, "the record"), "answer")
+        return Prompt(record.id, name, text, answer, record.place, content)
+
+    rows, ledger = _gathered(sources, make, lambda row: _key(row.text))
+    train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _key(row.text))
+    for rows, split in ((train, "train"), (heldout, "heldout")):
+        ledger.keep(rows, split, [None] * len(rows))
+    ledger.check(holdout)
+    return train, heldout, ledger.sources
+
+
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of one message of the user, up to where the assistant begins."""
+    return _chat(tokenizer).prompt([{"role": "user", "content": text}])
+
+
+@functools.lru_cache(4)
+def _chat(tokenizer):
+    from pipeline.data.chat import Chat
+
+    return Chat(tokenizer)
+
+
+# ---- from records to rows --------------------------------------------------------------------------------------------------
+
+
+def _gathered(sources: dict, make: Callable, key: Callable) -> tuple[list, Ledger]:
+    """Rows of all sources, in order, each text once."""
+    if not sources:
+        raise UserError("sources: name at least one source")
+    ledger, rows, seen = Ledger(), [], set()
+    for name, source in sources.items():
+        for item in read(source, name):
+            ledger.count(name, "records")
+            if isinstance(item, Bad):
+                ledger.reject(name, item.place, item.reason)
+                continue
+            try:
+                row = make(source, name, item)
+            except (Rejected, MissingField) as error:
+                ledger.reject(name, item.place, str(error).removeprefix("the record: "))
+                continue
+            digest = key(row)
+            if digest in seen:
+                ledger.reject(name, item.place, "duplicate")
+            else:
+                seen.add(digest)
+                rows.append(row)
+        if name not in ledger.sources:
+            raise UserError(f"sources.{name}: has no records{' after where, part and limit' if source.where or source.part != (0.0, 1.0) else ''}")
+        if ledger.sources[name]["records"] == sum(reason["count"] for reason in ledger.sources[name]["rejected"].values()):
+            raise UserError(f"sources.{name}: none of its {ledger.sources[name]['records']} records can be used: {ledger.why(name)}")
+    return rows, ledger
+
+
+def _split(rows: list, ledger: Ledger, holdout: float, prompt: Callable) -> tuple[list, list, Ledger]:
+    """Held-out rows are chosen by their own hash; training rows that answer a held-out prompt, or nearly repeat a held-out row, are dropped."""
+    from pipeline.data.dedup import near_duplicates
+
+    heldout = [row for row in rows if fraction(row.id) >= 1 - holdout]
+    asked = {prompt(row) for row in heldout}
+    train = []
+    for row in rows:
+        if fraction(row.id) < 1 - holdout:
+            if prompt(row) in asked:
+                ledger.reject(row.source, row.place, "its prompt is held out")
+            else:
+                train.append(row)
+    cluster = near_duplicates([row.content for row in heldout] + [row.content for row in train])
+    taken = set(cluster[: len(heldout)].tolist())
+    fresh = []
+    for row, label in zip(train, cluster[len(heldout) :].tolist(), strict=True):
+        if label in taken:
+            ledger.reject(row.source, row.place, "near duplicate of a held-out row")
+        else:
+            fresh.append(row)
+    return fresh, heldout, ledger
+
+
+def _filled(messages: list[Message], fields: dict) -> list[dict]:
+    return [{"role": message.role, "content": render(message.content, fields, "the record")} for message in messages]
+
+
+def _brought(templates: list[str], fields: dict) -> str:
+    """The values that templates take from a record. Their own words, the same in every row, would make short rows look like copies of each other."""
+    names = [name for template in templates for name in re.findall(r"\{([^{}]+)\}", template.replace("{{", "").replace("}}", ""))]
+    return _normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
+
+
+def _said(messages: list[dict]) -> str:
+    """What is said in a conversation, but for the system's message, which many rows share."""
+    return "\n".join(message["content"] for message in messages if message["role"] != "system")
+
+
+def _key(value) -> bytes:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _text(text, what: str) -> str:
+    """Normalised as in cleaning, without white space at the ends: it would merge with the template's own and be other tokens at inference."""
+    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
+        text = "".join(str(part.get("text", "")) for part in text)
+    if not isinstance(text, str):
+        raise Rejected(f"{what} is no text")
+    text = _normal(text)
+    if not text:
+        raise Rejected(f"{what} is empty")
+    return text
+
+
+def _normal(text: str) -> str:
+    from pipeline.data.text import normalise
+
+    return normalise(text).strip()
+
+
+def _cleaned(messages: list) -> list[dict]:
+    cleaned = []
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise Rejected("a message has no role and content")
+        role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
+        if role is None:
+            raise Rejected(f"unknown role {message['role']!r}; expected one of {', '.join(ROLES)}")
+        cleaned.append({"role": role, "content": _text(message["content"], f"a message of the {role}")})
+    return cleaned
+
+
+def _number(template: str | None, fields: dict) -> float:
+    if template is None:
+        return 0.0
+    text = render(template, fields, "the record")
+    try:
+        return float(text)
+    except ValueError:
+        raise Rejected("margin is no number") from None
+
+
+# ---- records that hold conversations already -------------------------------------------------------------------------------
+
+
+def _chatml(fields: dict) -> dict:
+    """ShareGPT's from/value as role/content, by TRL. It is imported only when a record needs it: 0.5 s in a stage that has torch and transformers loaded."""
+    from trl.data_utils import maybe_convert_to_chatml
+
+    return maybe_convert_to_chatml(copy.deepcopy(fields))
+
+
+def _alpaca(fields: dict) -> str | None:
+    """Instruction and, on a line of its own, its input."""
+    if not isinstance(fields.get("instruction"), str):
+        return None
+    return "\n".join(part for part in (fields["instruction"], fields.get("input")) if isinstance(part, str) and part.strip())
+
+
+def _conversation(fields: dict) -> list:
+    system = [{"role": "system", "content": fields["system"]}] if isinstance(fields.get("system"), str) and fields["system"].strip() else []
+    if "messages" in fields or "conversations" in fields:
+        messages = _chatml(fields)["messages"]
+    elif "prompt" in fields and "completion" in fields:
+        chat = _chatml({key: fields[key] for key in ("prompt", "completion")})
+        messages = _turn(chat["prompt"], "user") + _turn(chat["completion"], "assistant")
+    elif _alpaca(fields) is not None and isinstance(fields.get("output"), str):
+        messages = [{"role": "user", "content": _alpaca(fields)}, {"role": "assistant", "content": fields["output"]}]
+    else:
+        raise Rejected(f"no conversation among its fields ({', '.join(map(str, fields)) or 'none'}): expected messages, conversations, prompt + completion, instruction + output, or `messages` templates")
+    if not isinstance(messages, list):
+        raise Rejected("messages are no list")
+    return system + messages
+
+
+def _turn(value, role: str) -> list:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value if isinstance(value, list) else [value]
+
+
+def _preference(fields: dict) -> tuple[list, str, str]:
+    """(prompt messages, chosen text, rejected text) of a record in one of TRL's preference formats."""
+    from trl.data_utils import is_conversational, maybe_extract_prompt
+
+    if "chosen" not in fields or "rejected" not in fields:
+        raise Rejected(f"no pair among its fields ({', '.join(map(str, fields)) or 'none'}): expected chosen and rejected, or templates for prompt, chosen and rejected")
+    row = _chatml({key: [value] if isinstance(value, dict) else value for key, value in fields.items() if key in ("prompt", "chosen", "rejected", "conversations", "messages")})
+    if "prompt" not in row:
+        row |= {"prompt": row["messages"]} if "messages" in row else {"prompt": _alpaca(fields)} if _alpaca(fields) else {}
+    row.pop("messages", None)
+    if not row["chosen"] or not row["rejected"]:
+        raise Rejected("an empty answer")
+    if is_conversational({"chosen": row["chosen"]}) and not is_conversational({"prompt": row.get("prompt") or ""}) and "prompt" not in row:
+        row = maybe_extract_prompt(row)
+    if "prompt" not in row:
+        raise Rejected("no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen and rejected")
+    answers = [_turn(row[key], "assistant") for key in ("chosen", "rejected")]
+    prompt = _turn(row["prompt"], "user")
+    for key, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if answer[: len(prompt)] == prompt:  # the answers repeat a prompt that is also given on its own
+            answer = answers[key == "rejected"] = answer[len(prompt) :]
+        if len(answer) != 1 or not isinstance(answer[0], dict) or ROLES.get(answer[0].get("role")) != "assistant":
+            raise Rejected(f"{key} is not one message of the assistant")
+    system = [{"role": "system", "content": fields["system"]}] if isinstance(fields.get("system"), str) and fields["system"].strip() else []
+    return system + prompt, answers[0][0].get("content"), answers[1][0].get("content")
+
+
+def _prompt(fields: dict) -> list:
+    if "prompt" in fields:
+        return _turn(_chatml({"prompt": fields["prompt"]})["prompt"], "user")
+    if _alpaca(fields) is not None:
+        return [{"role": "user", "content": _alpaca(fields)}]
+    if "messages" in fields or "conversations" in fields:
+        return _conversation(fields)
+    raise Rejected(f"no prompt among its fields ({', '.join(map(str, fields)) or 'none'}): expected prompt, instruction or messages, or a `prompt` template")
