@@ -1,0 +1,155 @@
+"""Text as token ids, and the packed tokens that stage `pack` publishes.
+
+    ids = encode_text(tokenizer, ["raw text, in which <|im_end|> is eight ordinary characters"])
+    store = TokenStore(folder)                 # split="heldout" for the other part
+    store.read("wiki", 0, 512)                 # a view of the memory-mapped tokens
+
+A packed folder:
+
+    index.json                       vocabulary size, end-of-document id, dtype, and for each split and source its shards
+    token_bytes.npy                  int32 [vocab_size]: bytes of text that each token stands for
+    train/wiki-00000.tokens.npy      uint16 or uint32 [tokens]: the documents one after another, each closed by eos
+    train/wiki-00000.documents.npy   int64 [documents, 2]: where each document ends in this shard (after its eos), and its bytes of UTF-8
+"""
+
+import json
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+SPLITS = ("train", "heldout")
+
+
+def load_tokenizer(folder: Path | str):
+    """The fast tokenizer of a folder, exactly as its tokenizer.json says. Raises UserError if there is none.
+
+    AutoTokenizer does the same unless a config.json beside it names a family whose tokenizer class transformers forces (qwen2, phi3,
+    internlm3 and some others in 5.23): qwen2's class then rebuilds the pre-tokeniser and the ids change.
+    """
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: has no tokenizer.json; give the output of stage tokenizer, or the folder of a fast Hugging Face tokenizer")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of raw text: documents, and what people say in a chat. No special token is ever made from text, and none is added.
+
+    `tokenizer`: a fast transformers tokenizer or a `tokenizers.Tokenizer`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True  # "encode the characters of special tokens": do not recognise them
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def token_bytes(tokenizer):
+    """int32 [vocab_size]: bytes of text that each token stands for; 0 for special tokens. From the tokenizer's own decoder.
+
+    Exact where decoding is the identity, as for every tokenizer made here; pack checks it on each document.
+    """
+    import numpy as np
+
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    spec = json.loads(backend.to_str())
+    decoder = spec["decoder"] or {}
+    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+    special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+    sizes = np.zeros(backend.get_vocab_size(), dtype=np.int32)
+    for token, index in backend.get_vocab().items():
+        if index in special:
+            continue
+        if "ByteLevel" in kinds:
+            sizes[index] = len(token)  # one character stands for one byte
+        elif "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            sizes[index] = 1
+        else:
+            sizes[index] = len(token.replace("\u2581", " ").encode())
+    return sizes
+
+
+class TokenStore:
+    """Packed tokens of one split, memory-mapped and read-only. Opening it checks that every index fits its data (UserError)."""
+
+    def __init__(self, folder: Path | str, split: str = "train"):
+        import numpy as np
+
+        self.folder, self.split = Path(folder), split
+        try:
+            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            shards = index["splits"][split]
+            self.vocab_size, self.eos_id, self.dtype = index["vocab_size"], index["eos_id"], np.dtype(index["dtype"])
+        except FileNotFoundError:
+            raise UserError(f"{self.folder}: has no index.json, so it is not the output of stage pack") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / 'index.json'}: damaged ({error!r}); run stage pack again with --restart") from None
+        self.sources = sorted(shards)
+        self.token_bytes = self._open("token_bytes.npy", (self.vocab_size,), np.dtype(np.int32))
+        self._shards, self._starts, self._num_bytes = {}, {}, {}
+        for source in self.sources:
+            opened = []
+            for shard in shards[source]:
+                tokens = self._open(f"{shard['file']}.tokens.npy", (shard["tokens"],), self.dtype)
+                documents = self._open(f"{shard['file']}.documents.npy", (shard["documents"], 2), np.dtype(np.int64))
+                if len(documents) == 0 or documents[-1, 0] != len(tokens):
+                    raise UserError(f"{self.folder / shard['file']}.documents.npy: does not end where its {len(tokens)} tokens end; run stage pack again with --restart")
+                opened.append((tokens, documents))
+            self._shards[source] = opened
+            self._starts[source] = np.cumsum([0] + [len(tokens) for tokens, _ in opened])
+            self._num_bytes[source] = sum(shard["bytes"] for shard in shards[source])
+
+    def _open(self, name: str, shape: tuple, dtype):
+        import numpy as np
+
+        path = self.folder / name
+        try:
+            array = np.load(path, mmap_mode="r")
+        except FileNotFoundError:
+            raise UserError(f"{path}: is missing; run stage pack again with --restart") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path}: damaged ({error}); run stage pack again with --restart") from None
+        if array.shape != shape or array.dtype != dtype:
+            raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}, index.json says {dtype} {list(shape)}; run stage pack again with --restart")
+        return array
+
+    def num_tokens(self, source: str) -> int:
+        """Tokens of a source, the eos of each document included."""
+        return int(self._starts[source][-1])
+
+    def num_bytes(self, source: str) -> int:
+        """Bytes of UTF-8 of the documents of a source."""
+        return self._num_bytes[source]
+
+    def num_documents(self, source: str) -> int:
+        return sum(len(documents) for _, documents in self._shards[source])
+
+    def read(self, source: str, start: int, length: int):
+        """Tokens start .. start+length of a source, as stored. Within one shard this is a view and costs no copy."""
+        import numpy as np
+
+        starts = self._starts[source]
+        if not 0 <= start <= start + length <= starts[-1]:
+            raise IndexError(f"{source}: tokens {start} to {start + length} asked of {starts[-1]}")
+        first = int(np.searchsorted(starts, start, side="right")) - 1 if len(starts) > 2 else 0
+        offset = start - int(starts[first])
+        tokens = self._shards[source][first][0]
+        if offset + length <= len(tokens):
+            return tokens[offset : offset + length]
+        parts = [tokens[offset:]]
+        while (left := length - sum(map(len, parts))) > 0:
+            first += 1
+            parts.append(self._shards[source][first][0][:left])
+        return np.concatenate(parts)
+
+    def documents(self, source: str):
+        """int64 [documents, 2]: where each document of the source ends (after its eos), and its bytes. Read into memory."""
+        import numpy as np
+
+        parts = [np.asarray(documents) + [start, 0] for (_, documents), start in zip(self._shards[source], self._starts[source], strict=False)]
+        return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
