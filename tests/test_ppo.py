@@ -1,11 +1,12 @@
 """PPO. The parts against hand numbers, slow references and closed forms; then the stage, as a user runs it."""
 
-import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from harness import files_of, stage, succeed
 
 from pipeline.rl import advantages, kl, losses, rewards
 from pipeline.rl.responses import Sample, ValueModel, disable_dropout, layout, token_statistics
@@ -300,3 +301,99 @@ def test_dropout_is_off():
         disable_dropout(model)
         assert torch.equal(model(**batch["inputs"]).logits, model(**batch["inputs"]).logits)
     assert models[0].config.attention_dropout == 0.5
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz \n?"
+SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer_of(letters=LETTERS):
+    """A token for each letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, "<|unk|>", *letters])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unk|>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    names = {"pad_token": SPECIAL[0], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "unk_token": "<|unk|>", "extra_special_tokens": SPECIAL[3:]}
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, **names)
+
+
+def write_models(folder, letters=LETTERS, reward_letters=LETTERS, policy_changes={}):
+    """policy/model: random weights. reward/model: weights by hand, whose score grows with the share of `z` among all tokens read so far."""
+    policy_tokenizer, reward_tokenizer = tokenizer_of(letters), tokenizer_of(reward_letters)
+    policy = tiny(vocab_size=len(policy_tokenizer), initializer_range=0.05, eos_token_id=SPECIAL.index("<|eos|>"), **policy_changes)
+    reward = tiny("reward", vocab_size=len(reward_tokenizer), num_hidden_layers=1, num_attention_heads=1, eos_token_id=SPECIAL.index("<|eos|>"))
+    with torch.no_grad():
+        for name, parameter in reward.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        embedding, layer = reward.model.embed_tokens.weight, reward.model.layers[0]
+        embedding[:, 1] = 1.0
+        embedding[reward_tokenizer.convert_tokens_to_ids("z"), :2] = torch.tensor([1.0, 0.0])
+        layer.self_attn.v_proj.weight[0, 0] = layer.self_attn.o_proj.weight[2, 0] = 1.0  # queries and keys are 0: attention is the mean
+        reward.score.weight[0, 2] = 1.0
+    for name, model, tokenizer in (("policy", policy, policy_tokenizer), ("reward", reward, reward_tokenizer)):
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(folder / name / "model")
+        tokenizer.save_pretrained(folder / name / "model")
+
+
+RECIPE = """
+name: t
+stages:
+  ppo:
+    inputs: {policy: ./policy, reward: ./reward}
+    sources: {words: {path: prompts.jsonl, prompt: "{word}", answer: z}}
+    holdout: 0.3
+    rule: prefix
+    steps: 3
+    batch_size: 8
+    sequence_length: 48
+    precision: fp32
+    rollout: {max_new_tokens: 6, temperature: 0.7}
+    ppo: {epochs: 2, minibatches: 2, calibrate: 16, kl_target: 0.1, kl_horizon: 100}
+    optimizer: {lr: 3e-3}
+    value_optimizer: {lr: 3e-3}
+    evaluate_prompts: 12
+    save: {every_steps: 1}
+    log: {every_steps: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo")
+    write_models(folder)
+    source = np.random.default_rng(0)
+    words = ["".join(source.choice(list(LETTERS[:25]), size=source.integers(3, 9))) for _ in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in [*words, "q" * 60]))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def ppo(folder, *words, output="runs", **options):
+    text = succeed("ppo", "recipe.yaml", f"output={output}", *words, cwd=folder, **options)
+    found = (folder / output / "t" / "ppo" / "current").resolve()
+    return found, json.loads((found / "manifest.json").read_text())["metrics"], text
+
+
+def logged(found):
+    return [line for line in map(json.loads, (found / "metrics.jsonl").read_text().splitlines())]
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    """The uninterrupted run that others are compared with."""
+    return ppo(world, output="plain")
+
+
+def test_the_stage(world, plain):
+    found, metrics, _ = plain
+    assert metrics["prompts_too_long"] == 1

@@ -1,5 +1,6 @@
 """Prompts with their sampled responses, as tensors: layout of a batch, log-probabilities and values at response tokens."""
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,17 @@ def layout(samples: list[Sample], pad_id: int, device=None) -> dict:
     mask = torch.cat([mask, response_mask.long()], 1)
     inputs = {"input_ids": torch.cat([input_ids, responses], 1), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     return {"inputs": inputs, "responses": responses, "mask": response_mask.float()}
+
+
+def accepted(model: torch.nn.Module, inputs: dict) -> dict:
+    """Of the keyword inputs those that the model's forward knows: families without absolute positions take no position_ids."""
+    known = inspect.signature(model.forward).parameters
+    return {key: value for key, value in inputs.items() if key in known}
+
+
+def policy_inputs(model: torch.nn.Module, batch: dict) -> dict:
+    """Inputs of a causal LM, with logits for the response's tokens alone where the family can leave the prompt's out."""
+    return accepted(model, {**batch["inputs"], "use_cache": False, "logits_to_keep": batch["responses"].shape[1] + 1})
 
 
 def rows(values: list[list], fill, device=None) -> torch.Tensor:
@@ -83,5 +95,6 @@ class ValueModel(torch.nn.Module):
     def forward(self, **inputs):
         from transformers.modeling_outputs import TokenClassifierOutput
 
-        hidden = self.classifier.base_model(**inputs, use_cache=False).last_hidden_state
+        backbone = self.classifier.base_model
+        hidden = backbone(**accepted(backbone, {**inputs, "use_cache": False})).last_hidden_state
         return TokenClassifierOutput(logits=(self.classifier.score(hidden).float() - self.mean) / self.deviation)

@@ -47,6 +47,8 @@ def setup(config=None) -> None:
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn that it found none
     if dist.is_initialized():
         return
     # Flags and sums of a few numbers travel over gloo also where tensors travel over nccl: no launch of a kernel, no wait for the GPU.
@@ -110,6 +112,41 @@ def from_main(value):
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def all_gather(items: list) -> list:
+    """The picklable lists of all processes, joined in the order of ranks, on every process. Collective."""
+    if world() == 1:
+        return items
+    import torch.distributed as dist
+
+    parts: list = [None] * world()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def gathered_object(value) -> list:
+    """A small picklable object of each process, on every process. Collective."""
+    if world() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    box = [None] * world()
+    dist.all_gather_object(box, value, group=_cpu_group())
+    return box
+
+
+_group = None
+
+
+def _cpu_group():
+    """all_gather_object has no `device`: over nccl it would need GPU tensors, so it gets a gloo group."""
+    global _group
+    import torch.distributed as dist
+
+    if _group is None and device().type == "cuda":
+        _group = dist.new_group(backend="gloo")
+    return _group
 
 
 def shutdown() -> None:

@@ -1,0 +1,306 @@
+"""Align a policy with a reward model by proximal policy optimisation (PPO), held near its start by a KL penalty.
+
+    python pipeline/ppo.py recipes/quickstart.yaml                                      # one process
+    accelerate launch --num_processes 8 pipeline/ppo.py recipes/llama-7b.yaml           # or torchrun, srun
+
+An iteration (one `step`): sample a response to each of `batch_size` prompts, score it with the reward model, turn scores and the KL to the
+reference into advantages (GAE), update policy and value model over `ppo.epochs` passes. Sources: Schulman et al., 2017 (PPO); Ziegler et
+al., 2019 and Stiennon et al., 2020 (on language models); Huang et al., 2024 (the details). docs/ppo.md has the checklist and its tests.
+"""
+
+import functools
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline import faults
+from pipeline.artifact import Artifact, Output, write_atomic
+from pipeline.data.conversations import PromptSource
+from pipeline.errors import UserError
+from pipeline.recipe import EXECUTION, Strict
+from pipeline.rl.rules import Rule
+from pipeline.seeds import derive
+from pipeline.train.config import Optimizer, Schedule, TrainConfig
+
+VERSION = 1
+INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
+
+
+class PolicyOptimizer(Optimizer):
+    """AdamW as PPO on language models uses it."""
+
+    lr: float = Field(3e-6, gt=0)
+    """Peak learning rate; 3e-6 suits models of 1B to 7B (Huang et al., 2024), small ones take 1e-5 to 1e-4."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = Field(1e-5, gt=0)
+    """Added to the denominator; 1e-5 as in the original, where it matters in the first steps (Huang et al., 2024, detail 7)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices."""
+
+
+class ValueOptimizer(PolicyOptimizer):
+    """AdamW of the value model."""
+
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate; the value model may learn faster than the policy."""
+
+
+class LinearSchedule(Schedule):
+    """Learning rates over iterations, the same shape for policy and value model."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "linear"
+    """Annealed linearly, as in the original."""
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+
+
+class Rollout(Strict):
+    """Sampling of responses: the whole distribution, without top-k or top-p, whose truncated probabilities are not those that are trained."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens of a response at most; one that has not ended by then is cut off and pays `missing_eos_penalty`."""
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by this in sampling and in every log-probability."""
+    batch: Annotated[int, EXECUTION] = Field(64, ge=1)
+    """Rows sampled or measured at a time on one process."""
+
+
+class Algorithm(Strict):
+    """PPO itself."""
+
+    epochs: int = Field(4, ge=1)
+    """Passes over an iteration's samples, each in a fresh order."""
+    minibatches: int = Field(1, ge=1)
+    """Updates in a pass."""
+    clip: float = Field(0.2, gt=0)
+    """The ratio of new to old probability counts within 1 - clip and 1 + clip."""
+    clip_high: float | None = Field(None, gt=0)
+    """Another upper side of the clip range; none: the same."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound of the loss, in ratios, where the advantage is negative; none: no bound."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """The value may move this far from the old one before the larger loss counts; none: no clip. In standard deviations of the reward."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount of a token; a response's score is worth the same however long it is."""
+    lambda_: float = Field(0.95, ge=0, le=1)
+    """GAE's trade of bias (0) against variance (1)."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of the KL penalty in each token's reward, in standard deviations of the reward a nat."""
+    kl_target: float | None = Field(None, gt=0)
+    """Steer `kl_coef` so that the KL of a response comes to this many nats; none: it stays."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Samples over which the steering takes effect."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """Of the KL in the reward: k1 = log ratio (unbiased), k3 = never negative."""
+    reward_clip: float | None = Field(5.0, gt=0)
+    """Scores are clipped to this many standard deviations, before the KL; none: no clip."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """Subtracted from the score of a response that was cut off."""
+    whiten_rewards: bool = False
+    """Divide token rewards by their standard deviation over the batch; their mean is kept. Advantages are always whitened."""
+    rule_coef: float = Field(0.0, ge=0)
+    """Weight of the task's `rule` in the score, beside the reward model; 0: the rule only measures."""
+    target_kl: float | None = Field(None, gt=0)
+    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats a token; none: never."""
+    critic_warmup: int = Field(0, ge=0)
+    """First iterations, in which only the value model is trained."""
+    ratio_limit: float = Field(10.0, gt=1)
+    """A response whose mean ratio is above this has gone wrong and carries no policy loss; counted as skipped_fraction."""
+    importance_cap: float | None = Field(None, ge=1)
+    """Weigh tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no weights."""
+    calibrate: int = Field(256, ge=0)
+    """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores are taken as they come."""
+
+
+class Config(TrainConfig):
+    """Keys of stage `ppo`. steps: iterations. batch_size: prompts of an iteration. sequence_length: tokens of a prompt with its response."""
+
+    sources: dict[str, PromptSource]
+    """Prompts, by name."""
+    holdout: float = Field(0.05, gt=0, lt=1)
+    """Share of the prompts kept for evaluation; the same records as in the other tuning stages."""
+    rollout: Rollout = Rollout()
+    """Sampling."""
+    ppo: Algorithm = Algorithm()
+    """The algorithm."""
+    rule: Rule | None = None
+    """How a response is compared with the prompt's `answer`: exact, contains or prefix; none: the reward model alone judges."""
+    optimizer: PolicyOptimizer = PolicyOptimizer()
+    """Of the policy."""
+    value_optimizer: ValueOptimizer = ValueOptimizer()
+    """Of the value model."""
+    schedule: LinearSchedule = LinearSchedule()
+    """Of both learning rates, over iterations."""
+    evaluate_prompts: int = Field(128, ge=1)
+    """Held-out prompts answered in an evaluation, once sampled and once greedily."""
+    show: int = Field(8, ge=0)
+    """Of these, how many are written to samples.jsonl."""
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if self.rollout.max_new_tokens >= self.sequence_length:
+            raise ValueError(f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in sequence_length {self.sequence_length}")
+        if self.ppo.rule_coef and self.rule is None:
+            raise ValueError("ppo.rule_coef needs `rule`: exact, contains or prefix")
+        return self
+
+    def check(self, world: int) -> None:
+        super().check(world)
+        part = self.ppo.minibatches * world
+        if self.batch_size % part:
+            raise UserError(f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {self.ppo.minibatches} minibatches x {world} processes; use {max(1, round(self.batch_size / part)) * part}")
+        if self.micro_batch and (self.batch_size // part) % self.micro_batch:
+            raise UserError(f"stage {self.kind}: a process's share of a minibatch, {self.batch_size // part} prompts, is not divisible by micro_batch {self.micro_batch}")
+
+
+def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    from pipeline.models import build
+    from pipeline.rl.experience import collect, draw, evaluate
+    from pipeline.rl.iteration import iterate
+    from pipeline.rl.rewards import calibration
+    from pipeline.tracking import Progress, Tracker
+    from pipeline.train import checkpoints, distributed
+    from pipeline.train.loop import StopSignal, seed_step, stop
+
+    distributed.setup(config)
+    models, pool, heldout, report = _prepare(config, inputs)
+    tracker = Tracker(output.path, output.is_main, config.log.wandb, output.stage, {"stage": output.stage, **config.model_dump(mode="json")})
+    if output.is_main:
+        (output.folder / "requeue.json").unlink(missing_ok=True)
+
+    state = {"step": 0, "kl_coef": config.ppo.kl_coef, "calibration": None, "before": None, "after": None, "shown": {}, "skipped": 0, "last": None}
+    found = checkpoints.newest(output)
+    if found:
+        path, saved = found
+        models.policy.load(path), models.value.load(path)
+        state.update(saved)
+        if output.is_main:
+            print(f"{output.stage}: goes on from {path.name}", flush=True)
+    tracker.rewind(state["step"])
+    if state["calibration"] is None:
+        # 1 until measured: the value model and the rewards have the same units at any time.
+        state["calibration"] = (0.0, 1.0)
+        if count := config.ppo.calibrate:
+            tasks = [pool[draw(config.seed or 0, index, len(pool))] for index in range(count)]
+            made = collect(models, tasks, list(range(count)), [derive(config.seed or 0, "calibrate", index) for index in range(count)], temperature=config.rollout.temperature, clock=lambda _: None, measure="score")
+            state["calibration"] = calibration([sample.score for sample in made])
+    models.value.model.mean, models.value.model.deviation = state["calibration"]
+    if state["before"] is None:
+        state["before"], state["shown"]["before"] = evaluate(models, heldout)
+        tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
+
+    try:
+        with StopSignal() as signals, Progress(output.stage, config.steps, "step", state["step"], output.is_main) as bar:
+            while state["step"] < config.steps:
+                seed_step(config, state["step"], distributed.rank())
+                stats = iterate(models, pool, state)
+                state["step"] += 1
+                step, last = state["step"], state["step"] == config.steps
+                state["last"] = stats
+                if step == 1 or last or step % config.log.every_steps == 0:
+                    tracker.log(step, **stats)
+                if stats["rollout_difference"] > 0.1 and output.is_main:
+                    print(f"{output.stage}: step {step}: log-probabilities of sampler and trainer differ by {stats['rollout_difference']:.2g} a token; give ppo.importance_cap, or precision: fp32", flush=True)
+                bar.update(1, reward=stats["reward"], kl=stats["kl"])
+                faults.point("work")
+                number = signals.agreed()
+                if last or (config.evaluate_every and step % config.evaluate_every == 0):
+                    state["after"], state["shown"]["after"] = evaluate(models, heldout)
+                    tracker.log(step, **{f"heldout_{key}": value for key, value in state["after"].items()})
+                if last or number or step % config.save.every_steps == 0:
+                    checkpoints.save(output, step, lambda folder: (models.policy.save(folder), models.value.save(folder)), state, config.save.keep)
+                if number and not last:
+                    stop(output, step, number)
+    finally:
+        tracker.close()
+
+    weights = models.policy.consolidated()
+    if output.is_main:
+        build.publish(weights, models.policy.model.config, inputs["policy"].path / "model", output.path / "model")
+        lines = [json.dumps({"when": when, **row}, ensure_ascii=False) for when in ("before", "after") for row in state["shown"][when]]
+        write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in lines))
+        write_atomic(output.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    distributed.barrier()
+    before, after = state["before"], state["after"]
+    rule = f", {config.rule} {before['rule']:.2f} -> {after['rule']:.2f}" if config.rule else ""
+    return {
+        **{f"{key}_before": value for key, value in before.items()},
+        **{f"{key}_after": value for key, value in after.items()},
+        "kl": after["kl"],
+        "kl_coef": state["kl_coef"],
+        "skipped_updates": state["skipped"],
+        **report["counts"],
+        "summary": {
+            "input": f"{report['counts']['train_prompts']} prompts",
+            "output": f"{config.steps} x {config.batch_size} responses",
+            "measure": f"held-out reward {before['reward']:.2f} -> {after['reward']:.2f}{rule}, KL {after['kl']:.2f}",
+        },
+    }
+
+
+def _prepare(config: Config, inputs: dict[str, Artifact]):
+    """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused here."""
+    from transformers import AutoTokenizer
+
+    from pipeline.data.chat import Chat
+    from pipeline.data.conversations import load_prompts
+    from pipeline.models import build
+    from pipeline.rl.experience import Models, Task
+    from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
+    from pipeline.rl.responses import ValueModel, disable_dropout
+    from pipeline.train import engine
+
+    folders = {key: inputs[key].path / "model" for key in ("policy", "reward")}
+    for key, folder in folders.items():
+        longest = build.describe(folder).get("max_position_embeddings")
+        if longest and config.sequence_length > longest:
+            raise UserError(f"stage {config.kind}: sequence_length {config.sequence_length} is more than the {longest} tokens that the {key} model of {inputs[key].stage} can read; lower it")
+    chats = {key: Chat(AutoTokenizer.from_pretrained(folder, local_files_only=True)) for key, folder in folders.items()}
+    same = all(_text(folders["policy"] / name) == _text(folders["reward"] / name) for name in ("tokenizer.json", "chat_template.jinja"))
+
+    train, heldout, counted = load_prompts(config.sources, config.holdout)
+    heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
+    limit = config.sequence_length - config.rollout.max_new_tokens
+    tasks, too_long = {}, 0
+    for name, prompts in (("train", train), ("heldout", heldout)):
+        if config.rule:
+            for prompt in prompts:
+                if not (prompt.answer or "").strip():
+                    raise UserError(f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but prompt {prompt.id} of source {prompt.source} has none; give `answer` for the source, or leave `rule` out")
+        made = [Task(chats["policy"].prompt([{"role": "user", "content": prompt.text}]), prompt.text, prompt.answer) for prompt in prompts]
+        tasks[name] = [task for task in made if len(task.ids) <= limit]
+        too_long += len(made) - len(tasks[name])
+        if not tasks[name]:
+            raise UserError(f"stage {config.kind}: none of {len(made)} {name} prompts fits into {limit} tokens (sequence_length - rollout.max_new_tokens); " + ("add prompts or raise `holdout`" if not made else "raise sequence_length"))
+    report = {"sources": counted, "counts": {"train_prompts": len(tasks["train"]), "heldout_prompts": len(tasks["heldout"]), "prompts_too_long": too_long}}
+
+    policy, reference = build.load(folders["policy"]), build.load(folders["policy"])
+    value, reward = (ValueModel(build.load(folders["reward"], head="reward")) for _ in range(2))
+    for model in (policy, reference, value, reward):
+        disable_dropout(model)
+    for model in (reference, reward):
+        model.requires_grad_(False).eval()
+
+    models = Models(
+        policy=engine.build(policy, functools.partial(policy_loss_fn, config), config, name="policy"),
+        value=engine.build(value, functools.partial(value_loss_fn, config), config.model_copy(update={"optimizer": config.value_optimizer}), name="value"),
+        reference=reference,
+        reward=reward,
+        chat=chats["policy"],
+        reward_chat=None if same else chats["reward"],
+        config=config,
+    )
+    reference.to(models.policy.device), reward.to(models.policy.device)
+    return models, tasks["train"], tasks["heldout"], report
+
+
+def _text(path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+if __name__ == "__main__":
+    from pipeline.chain import main
+
+    main("ppo")
