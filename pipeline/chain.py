@@ -236,7 +236,7 @@ def main(kind: str, argv: list[str] | None = None) -> None:
 
 def _main(kind: str, args: argparse.Namespace) -> None:
     if os.environ.pop("ALMA_DIE_WITH_PARENT", None):
-        _die_with_parent()
+        die_with_parent()
     recipe = load(args.recipe, args.overrides)
     same = [name for name, config in recipe.stages.items() if config.kind == kind]
     if args.stage and args.stage not in same:
@@ -272,7 +272,7 @@ def guarded(action) -> int:
             shutdown()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """If the chain's own process is killed, its stage goes too, so that the same command can start again at once (Linux: prctl(2))."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
