@@ -62,6 +62,8 @@ class Source(Strict):
     items of an inner list become fields `0`, `1`, ..., and a bare string becomes the field `text`."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging Face's text loader."""
+    columns: list[str] = []
+    """csv, tsv: names of the columns of a file that has no header line."""
     text: str = "text"
     """The field that holds the text, or a template such as `{title}\\n\\n{body}`."""
     where: dict[str, Any] = {}
@@ -117,6 +119,7 @@ class Chunk:
     kind: str  # jsonl, line, paragraph, document: bytes; values: list of (position, value or Bad); table: pyarrow.Table
     first: int  # line or row of the first record, from 1
     data: Any
+    weight: int  # bytes, about
 
 
 class MissingField(UserError):
@@ -371,7 +374,7 @@ def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk
         elif kind == "json":
             yield from _json_chunks(source, name, relative, path, size)
         elif kind in ("csv", "tsv"):
-            yield from _csv_chunks(relative, path, "\t" if kind == "tsv" else ",", size)
+            yield from _csv_chunks(source.columns, relative, path, kind, size)
         elif kind == "txt" and source.sample_by == "document":
             yield from _document_chunk(relative, path)
         else:
@@ -443,7 +446,7 @@ def _line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Ch
         if kind == "paragraph":
             cut = max((match.end() for match in re.finditer(rb"\n[ \t\r]*\n", buffer)), default=0)
         if cut:
-            yield Chunk(relative, kind, number, bytes(buffer[:cut]))
+            yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut)
             number += buffer.count(b"\n", 0, cut)
             del buffer[:cut]
         if len(buffer) > MAX_RECORD_BYTES:
@@ -457,13 +460,13 @@ def _line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Ch
     if torn:  # what stands after the last whole line is the torn record
         cut = buffer.rfind(b"\n") + 1
     if cut:
-        yield Chunk(relative, kind, number, bytes(buffer[:cut]))
+        yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut)
     if torn:
         yield _bad(relative, number + buffer.count(b"\n", 0, cut), str(torn), bytes(buffer[cut:][:EXCERPT]).decode(errors="backslashreplace"))
 
 
 def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
-    return Chunk(relative, "values", position, [(position, Bad(f"{relative}:{position}" if position else relative, reason, raw))])
+    return Chunk(relative, "values", position, [(position, Bad(f"{relative}:{position}" if position else relative, reason, raw))], len(raw))
 
 
 def _document_chunk(relative: str, path: Path) -> Iterator[Chunk]:
@@ -478,7 +481,7 @@ def _document_chunk(relative: str, path: Path) -> Iterator[Chunk]:
         yield _bad(relative, 0, str(error), data[:EXCERPT].decode(errors="backslashreplace"))
         return
     if data.strip():
-        yield Chunk(relative, "document", 1, bytes(data.removeprefix(b"\xef\xbb\xbf")))
+        yield Chunk(relative, "document", 1, bytes(data.removeprefix(b"\xef\xbb\xbf")), len(data))
 
 
 def _json_chunks(source: Source, name: str, relative: str, path: Path, size: int) -> Iterator[Chunk]:
@@ -500,7 +503,8 @@ def _json_chunks(source: Source, name: str, relative: str, path: Path, size: int
     items = _walk(value, _steps(source.records), f"sources.{name}: {path}", source.records)
     several = max(1, len(items) * size // max(1, len(raw)))
     for first in range(0, len(items), several):
-        yield Chunk(relative, "values", first + 1, list(enumerate(items[first : first + several], first + 1)))
+        part = items[first : first + several]
+        yield Chunk(relative, "values", first + 1, list(enumerate(part, first + 1)), len(raw) * len(part) // len(items))
 
 
 def _steps(path: str) -> list[str]:
@@ -528,7 +532,7 @@ def _items(node: Any) -> list:
     return node if isinstance(node, list) else []
 
 
-def _csv_chunks(relative: str, path: Path, delimiter: str, size: int) -> Iterator[Chunk]:
+def _csv_chunks(columns: list[str], relative: str, path: Path, kind: str, size: int) -> Iterator[Chunk]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     torn = []
 
@@ -540,14 +544,15 @@ def _csv_chunks(relative: str, path: Path, delimiter: str, size: int) -> Iterato
             for line in chunk.data.removesuffix(b"\n").decode(errors="surrogateescape").split("\n"):
                 yield line + "\n"
 
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    header, rows, weight = None, [], 0
+    # RFC 4180 for csv; tsv (IANA text/tab-separated-values) has no quotes.
+    reader = csv.reader(lines(), strict=True) if kind == "csv" else csv.reader(lines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    header, rows, weight = columns or None, [], 0
     while True:
         begins = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            rows.append((begins, Bad(f"{relative}:{begins}", f"malformed {'TSV' if delimiter != ',' else 'CSV'}", str(error))))
+            rows.append((begins, Bad(f"{relative}:{begins}", "malformed CSV", str(error))))
             continue
         if cells is None:
             break
@@ -559,10 +564,10 @@ def _csv_chunks(relative: str, path: Path, delimiter: str, size: int) -> Iterato
         rows.append((begins, _row(header, cells, f"{relative}:{begins}")))
         weight += sum(map(len, cells))
         if weight >= size:
-            yield Chunk(relative, "values", rows[0][0], rows)
+            yield Chunk(relative, "values", rows[0][0], rows, weight)
             rows, weight = [], 0
     if rows or torn:
-        yield Chunk(relative, "values", begins, rows + torn)
+        yield Chunk(relative, "values", begins, rows + torn, weight)
 
 
 def _row(header: list[str], cells: list[str], place: str) -> dict | Bad:
@@ -594,7 +599,7 @@ def _parquet_chunks(relative: str, path: Path, size: int) -> Iterator[Chunk]:
             weight = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
             several = max(1, min(1 << 16, meta.num_rows * size // max(1, weight)))
             for batch in opened.iter_batches(batch_size=several):
-                yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]))
+                yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]), batch.nbytes)
                 row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         yield _bad(relative, row, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
@@ -612,4 +617,5 @@ def _dataset_chunks(source: Source, name: str, size: int) -> Iterator[Chunk]:
     several = max(1, size // weight)
     loaded = loaded.with_format("arrow")
     for first in range(0, len(loaded), several):
-        yield Chunk(source.dataset, "table", first + 1, loaded[first : first + several])
+        table = loaded[first : first + several]
+        yield Chunk(source.dataset, "table", first + 1, table, table.nbytes)

@@ -1,0 +1,91 @@
+"""Which documents are no text worth learning from. Few rules, each with one number, right for English and Chinese with the same number.
+
+Thresholds of web pipelines (Gopher: Rae et al., 2021, table A1; C4: Raffel et al., 2020; FineWeb: Penedo et al., 2024) count words, and with
+their defaults nearly all Chinese goes: words of under two characters fail Gopher's mean word length, short lines fail FineWeb's line rule.
+The rules here count tokens (a CJK character, or a word) and characters by class. docs/clean.md gives what they do on clean text.
+"""
+
+import re
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.data.text import CJK, DIGIT, LETTER, SYMBOL, Tokens, mixed
+from pipeline.recipe import Strict
+
+# Characters that stand in clean text by accident only: replacement characters, controls, private use, noncharacters.
+_GARBAGE = re.compile("[\ufffd\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufffe\uffff]")
+# UTF-8 read as Latin-1 or Windows-1252: a lead byte's letter before a continuation byte's sign; and UTF-8 read as GBK ("锟斤拷" is U+FFFD twice).
+_MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u2039\u0152\u2018-\u201d\u2022\u2122\u203a\u0153]{1,3}|锟斤拷|烫烫烫|屯屯屯")
+
+
+class Filters(Strict):
+    """Documents outside these bounds are left out, each under the name of the rule. A rule is turned off with the bound that nothing crosses (0 or 1)."""
+
+    min_tokens: int = Field(20, ge=1)
+    """too_short: fewer tokens than this. Gopher asks for 50 words of a web page; 20 keeps definitions, reviews and short poems, in both languages."""
+    min_letters: float = Field(0.5, ge=0, le=1)
+    """few_letters: share of letters (CJK characters are letters) among what is not space. English and Chinese prose have 0.85 to 0.97, source code 0.6 to 0.8, tables under 0.4."""
+    max_garbled: float = Field(0.005, ge=0, le=1)
+    """garbled: share of replacement, control and private-use characters and of mojibake such as `Ã©`, `â€™`, `锟斤拷`, measured before normalising."""
+    max_mean_word: float = Field(15, ge=1)
+    """long_words: mean length of words outside CJK, where most letters are outside CJK. Gopher allows 10 for English; 15 leaves room for compounds and links, base64 and hex dumps have far more."""
+    max_repeated_lines: float = Field(0.3, ge=0, le=1)
+    """repeated_lines: share of characters in lines that stood in the document before (Gopher: 0.2; a song's refrain stays below 0.3)."""
+    max_repeated_shingles: float = Field(0.3, ge=0, le=1)
+    """repeated_ngrams: share of runs of five tokens that stood in the document before (Gopher: 0.15 of the characters in repeated 5-grams of words)."""
+
+
+def reasons(raw: list[str], texts: list[str], tokens: Tokens, shingles: tuple[np.ndarray, np.ndarray], bounds: Filters) -> list[str | None]:
+    """Why each text is left out, or None. `raw` is before and `texts` after normalising; tokens and shingles are those of `texts`. The first rule that fails is named."""
+    number = np.diff(tokens.starts)
+    visible = np.maximum(1, tokens.counts[:, [LETTER, DIGIT, CJK, SYMBOL]].sum(1))
+    letters = tokens.counts[:, LETTER] + tokens.counts[:, CJK]
+    in_words = tokens.counts[:, LETTER] + tokens.counts[:, DIGIT]
+    short = number < bounds.min_tokens
+    few = letters / visible < bounds.min_letters
+    long = (in_words / np.maximum(1, tokens.words) > bounds.max_mean_word) & (in_words > tokens.counts[:, CJK])
+    repeated = _repeated(*shingles) > bounds.max_repeated_shingles
+    found: list[str | None] = []
+    for i, (before, text) in enumerate(zip(raw, texts, strict=True)):
+        if garbled(before) > bounds.max_garbled:
+            found.append("garbled")
+        elif short[i]:
+            found.append("too_short")
+        elif few[i]:
+            found.append("few_letters")
+        elif long[i]:
+            found.append("long_words")
+        elif repeated_lines(text) > bounds.max_repeated_lines:
+            found.append("repeated_lines")
+        else:
+            found.append("repeated_ngrams" if repeated[i] else None)
+    return found
+
+
+def garbled(text: str) -> float:
+    """Share of characters that are garbage or mojibake."""
+    if text.isascii() and text.isprintable():
+        return 0.0
+    bad = sum(map(len, _GARBAGE.findall(text)))
+    if not text.isascii():
+        bad += sum(map(len, _MOJIBAKE.findall(text)))
+    return bad / max(1, len(text))
+
+
+def repeated_lines(text: str) -> float:
+    """Share of characters in lines that stood in the text before."""
+    lines = [line.strip() for line in text.split("\n")]
+    unique = set(lines)
+    total = sum(map(len, lines))
+    return 0.0 if len(unique) == len(lines) or not total else (total - sum(map(len, unique))) / total
+
+
+def _repeated(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Share of each text's shingles that stood in it before, float [N]."""
+    sizes = np.diff(starts)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    keys = hashes ^ mixed(owner.astype(np.uint64) + np.uint64(1))  # equal only within a text
+    order = np.argsort(keys)
+    again = keys[order][1:] == keys[order][:-1]
+    return np.bincount(owner[order][1:][again], minlength=len(sizes)) / np.maximum(1, sizes)

@@ -1,0 +1,74 @@
+"""Work spread over processes, with what must happen after each piece of it done in the parent, one piece at a time."""
+
+import concurrent.futures
+import concurrent.futures.process
+import multiprocessing
+import os
+import signal
+import threading
+
+from pipeline.errors import UserError
+
+
+class Pool:
+    """Runs functions in `workers` processes, or here if one is enough; `finished(number, result, weight)` is called here, for each."""
+
+    def __init__(self, workers: int | None):
+        self.workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.executor, self.pending, self.held = None, {}, None
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.executor:
+            self.executor.shutdown(wait=kind is None, cancel_futures=True)
+
+    def submit(self, finished, number: int, weight: int, function, *arguments) -> None:
+        task = (finished, number, weight, function, arguments)
+        if self.workers == 1:
+            finished(number, function(*arguments), weight)
+        elif self.executor is None and self.held is None:
+            self.held = task  # processes are worth their start (about a second) from the second unit on
+        else:
+            if self.executor is None:
+                # spawn, because a forked child would inherit the lock's heartbeat thread in an unknown state
+                self.executor = concurrent.futures.ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin)
+            if self.held:
+                held, self.held = self.held, None
+                self._start(*held)
+            self._start(*task)
+
+    def _start(self, finished, number, weight, function, arguments) -> None:
+        while len(self.pending) >= 2 * self.workers:
+            self._collect()
+        self.pending[self.executor.submit(function, *arguments)] = (finished, number, weight)
+
+    def _collect(self) -> None:
+        ready, _ = concurrent.futures.wait(self.pending, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in ready:
+            finished, number, weight = self.pending.pop(future)
+            try:
+                result = future.result()
+            except concurrent.futures.process.BrokenProcessPool:
+                raise UserError(f"a worker process of clean was killed, by the system if memory ran out; give fewer workers than {self.workers}, or a smaller unit_bytes, and run the same command again") from None
+            finished(number, result, weight)
+
+    def drain(self) -> None:
+        if self.held:
+            held, self.held = self.held, None
+            finished, number, weight, function, arguments = held
+            finished(number, function(*arguments), weight)
+        while self.pending:
+            self._collect()
+
+
+def _begin() -> None:
+    """First thing in a worker: leave Ctrl-C to the parent, and end with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,134 @@
+"""Text as every stage of the data side sees it: one normal form, and one rule of tokens for English and Chinese alike.
+
+A token here is a CJK character, or a run of other letters and digits (lower case). One rule needs no language label, so a text that
+mixes languages is treated evenly, and a Chinese sentence is not one long "word". Whole batches of texts are hashed with numpy.
+"""
+
+import functools
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+
+SPACE, LETTER, DIGIT, CJK, SYMBOL = range(5)
+SHINGLE = 5  # tokens; Broder's w, and FineWeb's choice for MinHash (Penedo et al., 2024, section 3.4)
+
+_NEWLINES = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+# C0 and C1 controls but tab and newline, DEL, the byte order mark, noncharacters: nothing that a reader of text would miss.
+# Zero-width joiners stay: emoji and Indic scripts are written with them.
+_DROPPED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
+_SPACES = re.compile("[ \t\u00a0\u3000]+\n")
+_BLANK = re.compile("\n{3,}")
+_RARE = re.compile("[\r\x0b\x0c\x85\u2028\u2029\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+_ODD = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64; the golden ratio, as in splitmix64
+_INVERSE = pow(_ODD, -1, 1 << 64)
+
+
+def normalise(text: str) -> str:
+    """NFC, newlines as \\n, no control characters, no spaces at line ends, at most one blank line in a row, none at either end. Idempotent.
+
+    NFC and not NFKC: full-width punctuation is how Chinese is written, and superscripts carry meaning.
+    """
+    if _RARE.search(text):
+        text = _DROPPED.sub("", _NEWLINES.sub("\n", text))
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+    if any(end in text for end in (" \n", "\t\n", "\u00a0\n", "\u3000\n")):
+        text = _SPACES.sub("\n", text)
+    if "\n\n\n" in text:
+        text = _BLANK.sub("\n\n", text)
+    return text.strip(" \t\n\u00a0")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Hashed tokens of a batch of N texts. Text i owns tokens starts[i]:starts[i+1]; `counts` [N, 5] are its characters by class (SPACE ... SYMBOL)."""
+
+    hashes: np.ndarray  # uint64 [tokens]
+    starts: np.ndarray  # int64 [N + 1]
+    counts: np.ndarray  # int64 [N, 5]
+    words: np.ndarray  # int64 [N]: tokens that are no CJK character
+
+
+@functools.cache
+def _classes() -> np.ndarray:
+    """Class of each code point, uint8 [0x110000]."""
+    table = np.full(0x110000, SYMBOL, np.uint8)
+    for point in range(0x20000):  # letters above are Han (planes 2 and 3); the rest are variation selectors and private use
+        category = unicodedata.category(chr(point))
+        if category[0] in "LM":
+            table[point] = LETTER
+        elif category[0] == "N":
+            table[point] = DIGIT
+        elif category[0] == "Z" or point in (9, 10):
+            table[point] = SPACE
+    # Han with extensions and compatibility forms, kana, bopomofo. Hangul is written with spaces, so its words are runs.
+    for low, high in ((0x3005, 0x3008), (0x3041, 0x30FF + 1), (0x3105, 0x3130), (0x31A0, 0x31C0), (0x31F0, 0x3200), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000)):
+        table[low:high] = CJK
+    table[0] = SPACE  # stands between two texts of a batch
+    return table
+
+
+@functools.lru_cache(4)
+def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """_ODD**i and its inverse modulo 2**64, for i below `length`."""
+    both = []
+    for base in (_ODD, _INVERSE):
+        powers = np.full(length, base, np.uint64)
+        powers[0] = 1
+        both.append(np.multiply.accumulate(powers))
+    return both[0], both[1]
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea & Flood, 2014): every bit of the result depends on every bit of the value."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def tokens(texts: list[str]) -> Tokens:
+    """Token hashes and character counts of normalised texts.
+
+    A token's hash is its polynomial in _ODD modulo 2**64, taken out of one running sum over the batch: (S[end] - S[start]) * _ODD**-start.
+    """
+    codes = np.frombuffer(("\0".join(texts) + "\0").lower().encode("utf-32-le"), np.uint32)
+    kinds = _classes()[codes]
+    ends = np.flatnonzero(codes == 0)
+    begins = np.concatenate(([0], ends[:-1] + 1))
+    owner_of = np.zeros(len(codes) + 1, np.int64)
+    counts = np.empty((len(texts), 5), np.int64)
+    for kind in range(5):
+        np.cumsum(kinds == kind, out=owner_of[1:])
+        counts[:, kind] = owner_of[ends] - owner_of[begins]
+    word = (kinds == LETTER) | (kinds == DIGIT)
+    cjk = kinds == CJK
+    starts = cjk | (word & ~np.concatenate(([False], word[:-1])))
+    stops = cjk | (word & ~np.concatenate((word[1:], [False])))
+    first, last = np.flatnonzero(starts), np.flatnonzero(stops) + 1
+    length = 1 << max(16, (len(codes) + 1).bit_length())
+    powers, inverses = _powers(length)
+    sums = np.zeros(len(codes) + 1, np.uint64)
+    np.cumsum(codes * powers[: len(codes)], out=sums[1:])
+    hashes = mixed((sums[last] - sums[first]) * inverses[first])
+    bounds = np.concatenate((np.searchsorted(first, begins), [len(first)]))
+    single = np.concatenate(([0], np.cumsum(cjk[first])))
+    return Tokens(hashes, bounds, counts, np.diff(bounds) - (single[bounds[1:]] - single[bounds[:-1]]))
+
+
+def shingles(batch: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of all runs of SHINGLE tokens within a text (uint64) and where each text's begin (int64 [N + 1]). A shorter text is one shingle; one without tokens has none."""
+    lengths = np.diff(batch.starts)
+    padded = np.concatenate((batch.hashes, np.zeros(SHINGLE, np.uint64)))
+    rolled = np.zeros(len(batch.hashes), np.uint64)
+    for step in range(SHINGLE):
+        rolled = rolled * np.uint64(_ODD) + padded[step : step + len(rolled)]
+    left = np.repeat(batch.starts[1:], lengths) - np.arange(len(batch.hashes))  # tokens from here to the end of the text
+    keep = left >= SHINGLE
+    for text in np.flatnonzero((lengths > 0) & (lengths < SHINGLE)):
+        begin, end = batch.starts[text], batch.starts[text + 1]
+        keep[begin] = True
+        rolled[begin] = np.bitwise_xor.reduce(batch.hashes[begin:end] * np.arange(1, 2 * (end - begin), 2, dtype=np.uint64))
+    sizes = np.where(lengths >= SHINGLE, lengths - SHINGLE + 1, np.minimum(lengths, 1))
+    return mixed(rolled[keep]), np.concatenate(([0], np.cumsum(sizes)))
