@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,22 +84,21 @@ def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bo
     return model
 
 
-def initialise(model, seed: int, module=None, prefix: str = "") -> None:
-    """Fill `module` (default: the whole model), which stands at `prefix` in `model`, with transformers' own initial values for its family.
+def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> None:
+    """Fill a model, or a part of one, with transformers' own initial values for its family.
 
-    Each module draws from a generator seeded by (seed, its global name), children first. A module all of whose parameters were filled
-    before, such as an output layer tied to the embedding, is left alone.
+    Each module draws from a generator seeded by (seed, its name in the whole model), children first. A module all of whose parameters were
+    filled before, such as an output layer tied to the embedding, is left alone.
     """
     import torch
 
     filled: set[int] = set()
-    module = model if module is None else module
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for name, part in _children_first(module, prefix):
+        for name, part in _children_first(model, ""):
             own = list(part.parameters(recurse=False))
             if own and all(id(parameter) in filled for parameter in own):
                 continue
-            torch.manual_seed(derive(seed, "initial", name))
+            torch.manual_seed(derive(seed, "initial", global_name(name)))
             model._init_weights(part)
             filled.update(id(parameter) for parameter in own)
 
@@ -173,11 +173,12 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _config(family: str, keys: dict):
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.for_model(family, **keys)
-    except (ValueError, TypeError) as error:  # transformers' own checks of values
+    except (ValueError, TypeError, StrictDataclassError) as error:  # transformers' own checks of values
         raise UserError(f"model: {family} cannot be built from these values: {str(error).strip().splitlines()[-1].strip()}") from None
 
 

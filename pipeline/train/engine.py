@@ -156,13 +156,16 @@ def finite(*values: float) -> bool:
     return all(math.isfinite(value) for value in values)
 
 
-def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model") -> Engine:
-    """The engine that `config.parallel` asks for. The model's weights are taken as they are, equal on every process."""
+def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fill=None) -> Engine:
+    """The engine that `config.parallel` asks for. The model's weights are taken as they are, equal on every process.
+
+    A pipeline also takes a model on the meta device: fill(part, global_name) then fills the part that a process keeps.
+    """
     distributed.setup(config)
     if config.parallel.pipeline > 1:
         from pipeline.train.pipelined import Pipelined
 
-        return Pipelined(model, loss_fn, config, name)
+        return Pipelined(model, loss_fn, config, name, fill)
     if config.parallel.zero is not None:
         from pipeline.train.sharded import Sharded
 

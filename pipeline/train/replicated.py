@@ -1,6 +1,7 @@
 """The replicated engine: one process, or torch's DistributedDataParallel over several."""
 
 import contextlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ class Replicated(Engine):
         self.module = model
         if self.data_world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.module = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.11 does not know the new name
+                warnings.simplefilter("ignore", FutureWarning)
+                self.module = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = adamw(self.parameters, config, self.device)
 

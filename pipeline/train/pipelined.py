@@ -1,0 +1,169 @@
+"""The pipelined engine: DeepSpeed's PipelineModule (1F1B) over data-parallel ranks, always with its ZeRO-1 optimizer.
+
+Without that optimizer, in fp32, DeepSpeed 0.19.8 takes the gradient norm over the first stage alone and lets NaN gradients of the last
+stage reach the weights (seen: 1.154 where the norm was 1.648), so `zero: 0` and none use it too.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from pipeline.models import stages
+from pipeline.train import distributed
+from pipeline.train.engine import Sums, adamw, finite
+from pipeline.train.sharded import Checkpointed, GuardedAdamW, initialize, quiet, settings
+
+
+class Stage(torch.nn.Module):
+    """One stage as one layer of the PipelineModule: ids (and positions) in, hidden states (and positions) on, logits out at the end."""
+
+    def __init__(self, model, index: int, count: int, bf16: bool, fill):
+        super().__init__()
+        self.first, self.last, self.bf16 = index == 0, index == count - 1, bf16
+        layers = stages.cut(model, index, count)
+        self.offset = layers.start
+        if any(parameter.is_meta for parameter in model.parameters()):
+            model.to_empty(device="cpu")
+            fill(model, lambda name: stages.global_name(name, self.offset))
+        self.model = model
+
+    @property
+    def table(self):
+        """The module whose `weight` first and last stage share if the model ties its embeddings."""
+        return self.model.base_model.embed_tokens if self.first else self.model.lm_head
+
+    def forward(self, inputs):
+        tensor, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
+        given = {"input_ids" if self.first else "inputs_embeds": tensor, "use_cache": False, **({"position_ids": positions[0]} if positions else {})}
+        with torch.autocast(distributed.device().type, dtype=torch.bfloat16, enabled=self.bf16):
+            if self.last:
+                return self.model(**given).logits
+            hidden = self.model.base_model(**given).last_hidden_state
+        return (hidden, *positions) if positions else hidden
+
+
+class Pipelined(Checkpointed):
+    """Process p holds stage p // data_world of data rank p % data_world. Every process of a pipeline is given the same micro-batches.
+
+    Inputs may be `input_ids` and `position_ids`. `model` is None: no process holds it whole.
+    """
+
+    layout = "pipelined"
+
+    def __init__(self, model, loss_fn, config, name, fill=None):
+        super().__init__(None, loss_fn, config, name)
+        from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+        os.environ.setdefault("LOCAL_RANK", "0")
+        self.count = config.parallel.pipeline
+        stages.check(model.config)
+        stages.split(model.config.num_hidden_layers, self.count)
+        self.data_world = distributed.world() // self.count
+        self.data_rank, self.index = distributed.rank() % self.data_world, distributed.rank() // self.data_world
+        self.tied = bool(model.config.tie_word_embeddings)
+        self.micro_batches: list[dict] = []
+        self.sums, self.scale = Sums(), 1.0
+
+        def spec(index: int):
+            arguments = (Stage, model, index, self.count, config.precision == "bf16", fill)
+            if self.tied and index in (0, self.count - 1):
+                return TiedLayerSpec("table", *arguments, tied_weight_attr="table.weight")
+            return LayerSpec(*arguments)
+
+        micro = config.micro_batch or config.batch_size // self.data_world
+        accumulation = config.batch_size // self.data_world // micro
+        with quiet():
+            with torch.no_grad():  # tied weights are broadcast here, which autograd must not see
+                module = PipelineModule([spec(index) for index in range(self.count)], num_stages=self.count, loss_fn=self._loss, partition_method="uniform", seed_layers=False)
+            self.part = next(layer for layer in module.forward_funcs if isinstance(layer, Stage))
+            if self.tied and self.part.last:  # DeepSpeed takes the whole layer for a copy and would leave it out of the gradient norm
+                for parameter in self.part.parameters():
+                    parameter.ds_pipe_replicated = parameter is self.part.table.weight
+            self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
+            self.engine = initialize(model=module, optimizer=self.optimizer, config=settings(config, micro, accumulation, self.data_world))
+        self.shape = None
+
+    def _loss(self, logits, index):
+        """Called on the last stage; `index` says which micro-batch this is."""
+        loss, metrics = self.loss_fn(logits, self.micro_batches[int(index)])
+        if self.counted[int(index)]:
+            self.sums.add(loss, metrics)
+        return loss * self.scale
+
+    def _begin(self, micro_batches, counted, scale: float):
+        self.micro_batches, self.counted, self.sums, self.scale = micro_batches, counted, Sums(), scale
+        shapes = [tuple(batch["inputs"]["input_ids"].shape) for batch in micro_batches]
+        assert len(set(shapes)) == 1, "micro-batches of a pipeline must have one shape"
+        if shapes[0] != self.shape:
+            self.engine.reset_activation_shape()
+            self.shape = shapes[0]
+
+        def feed():
+            for index, batch in enumerate(micro_batches):
+                inputs = batch["inputs"]
+                assert set(inputs) <= {"input_ids", "position_ids"}, "a pipeline takes input_ids and position_ids"
+                yield tuple(inputs[key] for key in ("input_ids", "position_ids") if key in inputs), torch.tensor(index)
+
+        return feed()
+
+    def _update(self, micro_batches, weight, lr):
+        count = len(micro_batches)
+        # DeepSpeed averages over micro-batches and data ranks.
+        feed = self._begin(micro_batches, [True] * count, self.data_world * count / weight)
+        if self.engine.micro_batches != count:
+            self.engine.set_train_batch_size(self.engine.train_micro_batch_size_per_gpu() * count * self.data_world)
+        total: dict[str, float] = {}
+
+        def allow() -> bool:  # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+            if not total:
+                total.update(self._totals())
+            return finite(total["loss"])
+
+        self.optimizer.allow = allow
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.train_batch(feed)
+        applied = self.engine.was_step_applied()
+        norm = float(self.engine.get_global_grad_norm()) if applied else float("inf")
+        if not total:
+            total.update(self._totals())
+        loss = total.pop("loss")
+        return loss, total, norm, applied and finite(loss)
+
+    def _forward_sums(self, micro_batches, counted):
+        feed = self._begin(micro_batches, counted, 1.0)
+        with quiet():
+            self.engine.eval_batch(feed, compute_loss=True, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+        return self._from_last(self.sums.read())
+
+    def _from_last(self, found: dict) -> dict:
+        """The last stage knows the sums; the others learn their names."""
+        keys = distributed.gathered_object(sorted(found))
+        names = max(keys, key=len)
+        return {key: found.get(key, 0.0) for key in names}
+
+    def _totals(self) -> dict[str, float]:
+        found = self._from_last(self.sums.read())
+        return dict(zip(found, self._data_sum(list(found.values())), strict=True))
+
+    def _data_sum(self, values):
+        return distributed.all_reduce_sum(values if self.index == self.count - 1 else [0.0] * len(values))
+
+    def consolidated(self):
+        """Stage after stage, the first data rank sends its tensors to the main process over the CPU."""
+        mine = {stages.global_name(key, self.part.offset): value.detach().to("cpu").contiguous() for key, value in self.part.model.state_dict().items()}
+        whole = {key: value.clone() for key, value in mine.items()}
+        for index in range(1, self.count):
+            source = index * self.data_world
+            if distributed.rank() == source:
+                dist.send_object_list([[(key, value.shape, value.dtype) for key, value in mine.items()]], dst=0, device=torch.device("cpu"))
+                for value in mine.values():
+                    dist.send(value, dst=0)
+            elif distributed.is_main():
+                box: list = [None]
+                dist.recv_object_list(box, src=source, device=torch.device("cpu"))
+                for key, shape, dtype in box[0]:
+                    whole[key] = torch.empty(shape, dtype=dtype)
+                    dist.recv(whole[key], src=source)
+        return whole if distributed.is_main() else None
