@@ -15,9 +15,9 @@ A packed folder:
 import json
 from pathlib import Path
 
-from pipeline.errors import UserError
+import numpy as np
 
-SPLITS = ("train", "heldout")
+from pipeline.errors import UserError
 
 
 def load_tokenizer(folder: Path | str):
@@ -49,20 +49,19 @@ def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
-def token_bytes(tokenizer):
+def token_bytes(tokenizer) -> np.ndarray:
     """int32 [vocab_size]: bytes of text that each token stands for; 0 for special tokens. From the tokenizer's own decoder.
 
     Exact where decoding is the identity, as for every tokenizer made here; pack checks it on each document.
     """
-    import numpy as np
-
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     spec = json.loads(backend.to_str())
     decoder = spec["decoder"] or {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
     special = {token["id"] for token in spec["added_tokens"] if token["special"]}
-    sizes = np.zeros(backend.get_vocab_size(), dtype=np.int32)
-    for token, index in backend.get_vocab().items():
+    vocabulary = backend.get_vocab()
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
+    for token, index in vocabulary.items():
         if index in special:
             continue
         if "ByteLevel" in kinds:
@@ -78,8 +77,6 @@ class TokenStore:
     """Packed tokens of one split, memory-mapped and read-only. Opening it checks that every index fits its data (UserError)."""
 
     def __init__(self, folder: Path | str, split: str = "train"):
-        import numpy as np
-
         self.folder, self.split = Path(folder), split
         try:
             index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
@@ -104,9 +101,7 @@ class TokenStore:
             self._starts[source] = np.cumsum([0] + [len(tokens) for tokens, _ in opened])
             self._num_bytes[source] = sum(shard["bytes"] for shard in shards[source])
 
-    def _open(self, name: str, shape: tuple, dtype):
-        import numpy as np
-
+    def _open(self, name: str, shape: tuple, dtype: np.dtype) -> np.ndarray:
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode="r")
@@ -116,7 +111,7 @@ class TokenStore:
             raise UserError(f"{path}: damaged ({error}); run stage pack again with --restart") from None
         if array.shape != shape or array.dtype != dtype:
             raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}, index.json says {dtype} {list(shape)}; run stage pack again with --restart")
-        return array
+        return np.asarray(array)  # still the mapped file, without the cost of numpy's memmap class at each slice
 
     def num_tokens(self, source: str) -> int:
         """Tokens of a source, the eos of each document included."""
@@ -129,10 +124,8 @@ class TokenStore:
     def num_documents(self, source: str) -> int:
         return sum(len(documents) for _, documents in self._shards[source])
 
-    def read(self, source: str, start: int, length: int):
+    def read(self, source: str, start: int, length: int) -> np.ndarray:
         """Tokens start .. start+length of a source, as stored. Within one shard this is a view and costs no copy."""
-        import numpy as np
-
         starts = self._starts[source]
         if not 0 <= start <= start + length <= starts[-1]:
             raise IndexError(f"{source}: tokens {start} to {start + length} asked of {starts[-1]}")
@@ -147,9 +140,7 @@ class TokenStore:
             parts.append(self._shards[source][first][0][:left])
         return np.concatenate(parts)
 
-    def documents(self, source: str):
+    def documents(self, source: str) -> np.ndarray:
         """int64 [documents, 2]: where each document of the source ends (after its eos), and its bytes. Read into memory."""
-        import numpy as np
-
         parts = [np.asarray(documents) + [start, 0] for (_, documents), start in zip(self._shards[source], self._starts[source], strict=False)]
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)

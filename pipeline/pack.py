@@ -1,0 +1,307 @@
+"""Encode the cleaned documents and pack the tokens into memory-mapped shards.
+
+    python pipeline/pack.py recipes/quickstart.yaml
+
+Reads the outputs of `clean` and `tokenizer`. Writes what pipeline/data/tokens.py describes: for each split and source the documents one
+after another, each closed by the end-of-document token, with an index of where they end and how many bytes of text they were.
+
+The work is cut into units, one for each row group of the input. A unit is published whole into work/, so that a killed run loses the units
+in flight; the shards are then joined from the units in the order of the input, whoever made them.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, NamedTuple
+from urllib.parse import quote
+
+from pydantic import Field
+
+from pipeline import faults
+from pipeline.artifact import Artifact, Output, write_atomic, write_json
+from pipeline.chain import say
+from pipeline.errors import UserError
+from pipeline.recipe import EXECUTION, StageConfig
+from pipeline.tracking import Progress
+
+VERSION = 1
+INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
+
+COLUMNS = {"text": "string", "source": "string", "id": "string"}
+SPLITS = ("train", "heldout")
+BATCH = 512  # documents encoded at a time: bounds memory inside a row group
+SHARD_TOKENS = 2**28  # a shard ends with the unit that reaches this: 0.5 GB of uint16
+
+
+class Config(StageConfig):
+    """How documents become tokens. What comes out depends on the two inputs alone."""
+
+    workers: Annotated[int | None, EXECUTION] = Field(None, ge=1)
+    """Processes that encode; by default one for each core."""
+
+
+class Unit(NamedTuple):
+    """One row group of one input file."""
+
+    split: str
+    path: Path
+    group: int
+    rows: int
+    output: Path
+
+
+def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    import numpy as np
+
+    from pipeline.data.tokens import load_tokenizer, token_bytes
+
+    began = time.time()
+    folder = inputs["tokenizer"].path
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no eos token, and a document needs an end; set eos_token in its tokenizer_config.json")
+    sizes = token_bytes(tokenizer)
+    dtype = np.dtype(np.uint16 if len(sizes) <= 2**16 else np.uint32)
+    units = list(plan(inputs["data"].path, output.path / "work"))
+    todo = [unit for unit in units if not unit.output.exists()]
+
+    rows = sum(unit.rows for unit in units)
+    with Progress("pack", rows, unit="documents", start=rows - sum(unit.rows for unit in todo)) as bar:
+        for unit in encoded(todo, config.workers or len(os.sched_getaffinity(0)), folder, tokenizer.eos_token_id, dtype.str):
+            bar.update(unit.rows)
+            output.note_time()
+            faults.point("work")
+
+    index = {"vocab_size": len(sizes), "eos_id": tokenizer.eos_token_id, "dtype": dtype.name, "splits": {}}
+    for split in SPLITS:
+        index["splits"][split] = join([unit for unit in units if unit.split == split], output.path, split, dtype)
+    bad = [line for unit in units for line in _meta(unit.output)["bad"]]
+    if bad:
+        write_atomic(output.path / "bad.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
+    np.save(output.path / "token_bytes.npy", sizes)
+    write_json(output.path / "index.json", index)
+    if not index["splits"]["train"]:
+        raise UserError(f"inputs.data: {inputs['data'].path}: its split train has no document with text; there is nothing to pack")
+    inexact = sum(_meta(unit.output)["inexact"] for unit in units)
+    if inexact:
+        say(f"pack: the tokens of {inexact} documents do not spell their text byte for byte under this tokenizer; bits per byte spread a document's bytes over its tokens")
+    return metrics(index, len(bad), inexact, time.time() - began)
+
+
+def plan(data: Path, work: Path) -> Iterator[Unit]:
+    """Units of both splits in the order of the input. Raises UserError for files that are not what `clean` writes."""
+    import pyarrow.parquet
+    from pyarrow.lib import ArrowException
+
+    for split in SPLITS:
+        paths = sorted((data / split).glob("part-*.parquet"))
+        if not paths and split == "train":
+            raise UserError(f"inputs.data: {data}: has no train/part-*.parquet; expected the output of stage clean")
+        for path in paths:
+            try:
+                opened = pyarrow.parquet.ParquetFile(path)
+            except (ArrowException, OSError) as error:
+                raise UserError(f"{path}: cannot be read as parquet ({error}); run stage clean again with --restart") from None
+            with opened:
+                found = {name: str(opened.schema_arrow.field(name).type).removeprefix("large_") for name in opened.schema_arrow.names}
+                if {name: found.get(name) for name in COLUMNS} != COLUMNS:
+                    raise UserError(f"{path}: has the columns {found}, expected {COLUMNS}")
+                for group in range(opened.num_row_groups):
+                    yield Unit(split, path, group, opened.metadata.row_group(group).num_rows, work / f"{split}-{path.stem}-{group:06d}.npz")
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------------
+
+_worker: dict = {}
+
+
+def encoded(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: str) -> Iterable[Unit]:
+    """Encode and publish units, and yield each when it is on disk, in any order."""
+    workers = min(workers, len(units))
+    if workers <= 1:
+        _prepare(str(tokenizer), eos_id, dtype)
+        for unit in units:
+            _encode(unit)
+            yield unit
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer), eos_id, dtype)) as pool:
+        futures = {pool.submit(_encode, unit): unit for unit in units}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BrokenProcessPool:
+            raise UserError(f"pack: one of {workers} encoding processes was killed, most often for lack of memory; the same command goes on from here, with fewer `workers` if it happens again") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(*arguments) -> None:
+    from pipeline.chain import die_with_parent
+
+    die_with_parent()
+    _prepare(*arguments)
+
+
+def _prepare(tokenizer: str, eos_id: int, dtype: str) -> None:
+    """Load the tokenizer once in a process. Processes are the parallelism here, so the library's own threads stay off."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from pipeline.data.tokens import token_bytes
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
+    _worker.update(tokenizer=backend, eos_id=eos_id, dtype=np.dtype(dtype), sizes=token_bytes(backend))
+
+
+def _encode(unit: Unit) -> None:
+    """One unit: for each source its tokens and (end, bytes) of each document; bad documents with their place and reason."""
+    import numpy as np
+    import pyarrow
+    import pyarrow.parquet
+
+    from pipeline.data.tokens import encode_text
+
+    tokens: dict[str, list] = {}
+    documents: dict[str, list[tuple[int, int]]] = {}
+    filled: dict[str, int] = {}
+    bad, inexact, row = [], 0, 0
+    with pyarrow.parquet.ParquetFile(unit.path) as opened:
+        for batch in opened.iter_batches(batch_size=BATCH, row_groups=[unit.group], columns=["text", "source"], use_threads=False):
+            texts, sources = [], []
+            for raw, source in zip(batch.column(0).cast(pyarrow.large_binary()).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                text, reason = _text(raw, source)
+                if reason:
+                    bad.append({"split": unit.split, "file": unit.path.name, "row_group": unit.group, "row": row, "reason": reason})
+                else:
+                    texts.append(text)
+                    sources.append(source)
+                row += 1
+            for text, source, ids in zip(texts, sources, encode_text(_worker["tokenizer"], texts), strict=True):
+                array = np.array([*ids, _worker["eos_id"]], dtype=_worker["dtype"])
+                size = len(text.encode())
+                inexact += int(_worker["sizes"][array].sum()) != size
+                tokens.setdefault(source, []).append(array)
+                filled[source] = filled.get(source, 0) + len(array)
+                documents.setdefault(source, []).append((filled[source], size))
+    sources = sorted(tokens)
+    meta = {
+        "sources": {source: {"tokens": filled[source], "documents": len(documents[source]), "bytes": sum(size for _, size in documents[source])} for source in sources},
+        "bad": bad,
+        "inexact": inexact,
+    }
+    arrays = {"meta": np.array(json.dumps(meta))}
+    for number, source in enumerate(sources):
+        arrays[f"tokens{number}"] = np.concatenate(tokens[source])
+        arrays[f"documents{number}"] = np.array(documents[source], dtype=np.int64)
+    unit.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = unit.output.with_suffix(".tmp")
+    with open(temporary, "wb") as handle:
+        np.savez(handle, **arrays)
+        handle.flush()
+        os.fsync(handle.fileno())
+    faults.point("save")
+    os.replace(temporary, unit.output)
+
+
+def _text(raw: bytes | None, source: str | None) -> tuple[str, str | None]:
+    if source is None:
+        return "", "no source"
+    if not raw:
+        return "", "no text"
+    try:
+        return raw.decode(), None
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 at byte {error.start}"
+
+
+# ---- joining ---------------------------------------------------------------------------------------------------------------
+
+
+def _meta(path: Path) -> dict:
+    import numpy as np
+
+    with np.load(path) as unit:
+        return json.loads(str(unit["meta"]))
+
+
+def join(units: list[Unit], folder: Path, split: str, dtype) -> dict[str, list[dict]]:
+    """Write the shards of a split from its units. Returns source -> shards, as index.json lists them."""
+    import numpy as np
+
+    metas = [_meta(unit.output)["sources"] for unit in units]
+    sources = sorted({source for meta in metas for source in meta})
+    (folder / split).mkdir(exist_ok=True)
+    index: dict[str, list[dict]] = {}
+    for source in sources:
+        index[source] = []
+        parts = [(unit, sorted(meta).index(source), meta[source]) for unit, meta in zip(units, metas, strict=True) if source in meta]
+        for number, shard in enumerate(shards(parts)):
+            file = f"{split}/{quote(source, safe='')}-{number:05d}"
+            entry = {"file": file, **{key: sum(meta[key] for *_, meta in shard) for key in ("tokens", "documents", "bytes")}}
+            tokens = np.lib.format.open_memmap(folder / f"{file}.tokens.npy", mode="w+", dtype=dtype, shape=(entry["tokens"],))
+            documents = np.lib.format.open_memmap(folder / f"{file}.documents.npy", mode="w+", dtype=np.int64, shape=(entry["documents"], 2))
+            token = document = 0
+            for unit, place, meta in shard:
+                with np.load(unit.output) as made:
+                    tokens[token : token + meta["tokens"]] = made[f"tokens{place}"]
+                    documents[document : document + meta["documents"]] = made[f"documents{place}"] + [token, 0]
+                token += meta["tokens"]
+                document += meta["documents"]
+            tokens.flush()
+            documents.flush()
+            index[source].append(entry)
+    return index
+
+
+def shards(parts: list[tuple]) -> Iterator[list[tuple]]:
+    """Units of one source, grouped into shards."""
+    shard, size = [], 0
+    for part in parts:
+        shard.append(part)
+        size += part[2]["tokens"]
+        if size >= SHARD_TOKENS:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def metrics(index: dict, bad: int, inexact: int, seconds: float) -> dict:
+    totals = {
+        split: {source: {key: sum(shard[key] for shard in found) for key in ("tokens", "documents", "bytes")} for source, found in sources.items()}
+        for split, sources in index["splits"].items()
+    }
+    count = {split: {key: sum(source[key] for source in totals[split].values()) for key in ("tokens", "documents", "bytes")} for split in SPLITS}
+    return {
+        "tokens": count["train"]["tokens"],
+        "documents": count["train"]["documents"],
+        "bytes": count["train"]["bytes"],
+        "bytes_per_token": round(count["train"]["bytes"] / count["train"]["tokens"], 4),
+        "heldout_tokens": count["heldout"]["tokens"],
+        "heldout_documents": count["heldout"]["documents"],
+        "heldout_bytes": count["heldout"]["bytes"],
+        "sources": totals["train"],
+        "heldout_sources": totals["heldout"],
+        "dtype": index["dtype"],
+        "bad_documents": bad,
+        "inexact_documents": inexact,
+        "seconds": round(seconds, 3),
+        "summary": {
+            "input": f"{sum(part['documents'] for part in count.values()):,} documents, {sum(part['bytes'] for part in count.values()) / 1e6:.1f} MB",
+            "output": f"{count['train']['tokens'] / 1e6:.2f}M tokens, held out {count['heldout']['tokens'] / 1e6:.2f}M",
+            "measure": f"{count['train']['bytes'] / count['train']['tokens']:.2f} bytes per token",
+        },
+    }
+
+
+if __name__ == "__main__":
+    from pipeline.chain import main
+
+    main("pack")
