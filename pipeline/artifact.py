@@ -323,6 +323,9 @@ class Output:
         self.published = None if restart else self._finish_publishing()
         if self.published:
             return
+        for path in partials(self.folder):
+            if path != self.path and not _has_work(path):  # ended by a mistake in the recipe, or killed at its start
+                shutil.rmtree(path)
         unfinished = partials(self.folder)
         others = [path for path in unfinished if path != self.path]
         if restart:
@@ -414,6 +417,8 @@ class Output:
             "forked_from": self.info.get("forked_from"),
         }
         write_json(self.path / "manifest.json", manifest)
+        if self.final.exists():  # made again, with --restart
+            _set_aside(self.final, "replaced")
         os.rename(self.path, self.final)
         sync_folder(self.folder)
         faults.point("publish")
@@ -438,6 +443,11 @@ def partials(folder: Path) -> list[Path]:
     """Unfinished outputs of a stage, oldest first."""
     found = [path for path in folder.glob("*.partial") if (path / "run.json").exists()]
     return sorted(found, key=lambda path: (path / "run.json").stat().st_mtime)
+
+
+def _has_work(path: Path) -> bool:
+    """Whether an unfinished output holds anything that was worked for."""
+    return any(file.is_file() and file.relative_to(path).parts[0] not in ("run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb") for file in path.rglob("*"))
 
 
 def link(folder: Path, target: Path) -> None:

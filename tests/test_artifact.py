@@ -66,6 +66,13 @@ def test_changed_recipe_under_unfinished_run_is_refused_with_the_difference(tmp_
     assert len(list((tmp_path / "pack").glob("*.abandoned-*"))) == 1  # nothing is deleted by a run
 
 
+def test_a_run_that_ended_before_any_work_is_in_nobodys_way(tmp_path):
+    make(tmp_path / "pack", files=(("metrics.jsonl", b""),), publish=False)
+    make(tmp_path / "pack", {**IDENTITY, "config": {"a": 2}})
+    assert artifact.current(tmp_path / "pack").manifest["identity"]["config"] == {"a": 2}
+    assert not list((tmp_path / "pack").glob("*.partial"))
+
+
 def test_fork_goes_on_from_the_last_complete_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint"):
         make(tmp_path / "none", fork=True)

@@ -1,0 +1,219 @@
+"""Recipes: YAML 1.2, strict keys, helpful sentences, overrides, inheritance, and what is identity."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import recipe as recipes
+from pipeline.chain import nodes
+from pipeline.errors import UserError
+from pipeline.recipe import KINDS, dump, identity, load, module_of
+
+ROOT = Path(__file__).parents[1]
+BASE = """\
+name: small
+seed: 7
+model: {family: llama, hidden_size: 64}
+stages:
+  clean:
+    sources:
+      web: {path: data/*.jsonl}
+  tokenizer: {vocab_size: 512}
+  pack: {}
+  pretrain:
+    steps: 10
+    batch_size: 4
+    sequence_length: 32
+    optimizer: {lr: 3e-4}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def writer(text, name="r.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return writer
+
+
+def test_yaml_1_2_numbers_words_and_injected_keys(write):
+    recipe = load(write(BASE))
+    pretrain = recipe.stages["pretrain"]
+    assert pretrain.optimizer.lr == 0.0003 and isinstance(pretrain.optimizer.lr, float)  # YAML 1.1 reads 3e-4 as a word
+    assert pretrain.seed == 7 and pretrain.model == {"family": "llama", "hidden_size": 64}
+    assert load(write(BASE.replace("name: small", "name: no"))).name == "no"  # YAML 1.1 reads false
+
+
+@pytest.mark.parametrize(
+    "change, line, said",
+    [
+        (("optimizer:", "optimizr:"), 13, "unknown key stages.pretrain.optimizr; did you mean 'optimizer'?"),
+        (("{lr: 3e-4}", "{learning_rate: 3e-4}"), 13, "unknown key stages.pretrain.optimizer.learning_rate; expected one of lr, betas"),
+        (("steps: 10", "steps: ten"), 10, "stages.pretrain.steps is 'ten', expected"),
+        (("steps: 10", "steps: 0"), 10, "stages.pretrain.steps is 0, expected greater than or equal to 1"),
+        (("    steps: 10\n", ""), 9, "the key stages.pretrain.steps is missing"),
+        (("seed: 7", "sead: 7"), 2, "unknown key sead; did you mean 'seed'?"),
+        (("  pack: {}", "  pakc: {}"), 9, "stages.pakc has the unknown kind 'pakc'; did you mean 'pack'?"),
+        (("  pack: {}", "  seed: {kind: pack}"), 8, "no stage may be called seed"),
+        (("path: data/*.jsonl", "path: a, package: x==1, member: m"), 7, "give exactly one of path, package and dataset"),
+        (("    steps: 10", "    steps: 10\n    steps: 11"), 11, "the key 'steps' stands here for the second time"),
+        (("    optimizer: {lr: 3e-4}", "    parallel: {pipeline: 2, zero: 2}"), 13, "pipeline: 2 with zero: 2 cannot be had"),
+        (("stages:", "stages: ["), 6, "not valid YAML"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_with_file_and_line(write, change, line, said):
+    path = write(BASE.replace(*change))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert said in str(caught.value)
+    numbers = [int(part.split(":")[0]) for part in str(caught.value).split(f"{path}:")[1:]]
+    assert numbers and abs(numbers[0] - line) <= 1, str(caught.value)  # a flow block's inner keys may be placed at its own line
+
+
+def test_file_mistakes(write, tmp_path):
+    with pytest.raises(UserError, match=r"nosuch.yaml: no such recipe; this folder has r.yaml"):
+        write(BASE)
+        load(tmp_path / "nosuch.yaml")
+    with pytest.raises(UserError, match="found an empty file"):
+        load(write("", "empty.yaml"))
+    (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="cannot be read as a UTF-8 text file"):
+        load(tmp_path / "bytes.yaml")
+
+
+def test_overrides(write):
+    path = write(BASE)
+    recipe = load(path, ["pretrain.optimizer.lr=1e-2", "stages.pretrain.steps=12", "pretrain.save.keep=5", "seed=9", "pretrain.precision=fp32", "clean.sources.web.limit=3"])
+    pretrain = recipe.stages["pretrain"]
+    assert (pretrain.optimizer.lr, pretrain.steps, pretrain.save.keep, pretrain.seed, pretrain.precision) == (0.01, 12, 5, 9, "fp32")
+    assert recipe.stages["clean"].sources["web"].limit == 3
+    for word, said in [("pretrain.step=1", "did you mean 'steps'?"), ("pretrian.steps=1", "did you mean 'pretrain'?"), ("steps", "is no override"), ("pretrain.steps.x=1", "not a block"), ("pretrain.steps=[", "not a YAML value")]:
+        with pytest.raises(UserError, match=said.replace("?", r"\?")):
+            load(path, [word])
+    with pytest.raises(UserError, match=r"command line, pretrain.steps=0: stages.pretrain.steps is 0"):
+        load(path, ["pretrain.steps=0"])
+
+
+def test_extends_merges_blocks_replaces_lists_and_takes_stages_out(write):
+    write(BASE, "base.yaml")
+    child = write("extends: base.yaml\nname: child\nstages:\n  pretrain:\n    optimizer: {betas: [0.8, 0.9]}\n  pack: ~\n  longer: {kind: pretrain, steps: 3, batch_size: 2, sequence_length: 16}\n", "child.yaml")
+    recipe = load(child)
+    assert recipe.name == "child" and list(recipe.stages) == ["clean", "tokenizer", "pretrain", "longer"]
+    assert recipe.stages["pretrain"].optimizer.lr == 3e-4 and recipe.stages["pretrain"].optimizer.betas == (0.8, 0.9)
+    write("extends: b.yaml\nname: a\nstages: {pack: {}}", "a.yaml")
+    circle = write("extends: a.yaml\nname: b\nstages: {pack: {}}", "b.yaml")
+    with pytest.raises(UserError, match="goes round in a circle"):
+        load(circle)
+    wrong = write("extends: base.yaml\nstages:\n  pretrain:\n    stepz: 1\n", "wrong.yaml")
+    with pytest.raises(UserError, match=r"wrong.yaml:4: unknown key stages.pretrain.stepz"):
+        load(wrong)
+
+
+def test_identity_leaves_out_defaults_and_execution(write):
+    path = write(BASE)
+    plain = identity(load(path).stages["pretrain"])
+    written_out = identity(load(path, ["pretrain.schedule.kind=cosine", "pretrain.optimizer.betas=[0.9, 0.95]"]).stages["pretrain"])
+    executed = identity(load(path, ["pretrain.micro_batch=2", "pretrain.parallel.zero=3", "pretrain.run.processes=2", "pretrain.save.every_steps=1", "pretrain.log.every_steps=1"]).stages["pretrain"])
+    assert plain == written_out == executed
+    assert identity(load(path, ["pretrain.optimizer.lr=1e-3"]).stages["pretrain"]) != plain
+    assert plain["optimizer"] == {} if plain.get("optimizer") == {} else plain["optimizer"] == {"lr": 0.0003} or "optimizer" not in plain
+
+
+def test_inputs_are_the_nearest_earlier_stage_of_the_kind(write):
+    graph = nodes(load(write(BASE + "  anneal: {kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {model: pretrain}}\n")))
+    assert graph["pretrain"].parents == {"tokens": "pack", "tokenizer": "tokenizer"}
+    assert graph["anneal"].parents == {"model": "pretrain", "tokens": "pack", "tokenizer": "tokenizer"}
+    for inputs, said in [
+        ("{model: pak}", "is no other stage of this recipe"),
+        ("{model: pack}", "of kind pack, expected pretrain"),
+        ("{modle: pretrain}", "has no input 'modle'"),
+        ("{model: anneal}", "is no other stage"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            nodes(load(write(BASE + f"  anneal: {{kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {inputs}}}\n")))
+    with pytest.raises(UserError, match="needs the input 'tokens', a stage of kind pack, and none stands before it"):
+        nodes(load(write(BASE.replace("  pack: {}\n", ""))))
+    with pytest.raises(UserError, match="circle: one -> two -> one"):
+        pair = "".join(f"  {a}: {{kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {{model: {b}}}}}\n" for a, b in (("one", "two"), ("two", "one")))
+        nodes(load(write(BASE + pair)))
+
+
+def test_batch_and_ranks_are_checked_before_anything_runs(write):
+    stage = load(write(BASE)).stages["pretrain"]
+    stage.check(2)
+    with pytest.raises(UserError, match=r"batch_size 4 is not divisible by 3 data-parallel ranks; use 3 or 6"):
+        stage.check(3)
+    with pytest.raises(UserError, match="3 processes cannot be divided into pipeline: 2"):
+        load(write(BASE), ["pretrain.parallel.pipeline=2"]).stages["pretrain"].check(3)
+    with pytest.raises(UserError, match="not divisible by micro_batch 3"):
+        load(write(BASE), ["pretrain.micro_batch=3"]).stages["pretrain"].check(1)
+    with pytest.raises(UserError, match="pack runs in one process"):
+        load(write(BASE)).stages["pack"].check(2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_accepted_and_commented(path):
+    answer = subprocess.run([sys.executable, "-m", "pipeline.cli", "recipe", "check", str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    assert "every key is known" in answer.stdout
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# yaml-language-server: $schema=")
+
+
+def test_schema_accepts_the_shipped_recipes_and_refuses_a_wrong_key():
+    schema = recipes.schema()
+    assert {f"stage-{kind}" for kind in KINDS} <= set(schema["$defs"])
+    committed = json.loads((ROOT / "recipes" / "schema.json").read_text())
+    assert committed == json.loads(json.dumps(schema)), "recipes/schema.json is old: alma recipe schema -o recipes/schema.json"
+
+
+def test_every_key_of_every_stage_is_documented():
+    def undocumented(definition, where):
+        for key, value in definition.get("properties", {}).items():
+            if "description" not in value:
+                yield f"{where}.{key}"
+
+    schema = recipes.schema()
+    missing = [name for where, definition in schema["$defs"].items() for name in undocumented(definition, where)]
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_modules_keep_heavy_imports_inside_functions(kind):
+    """`alma status` imports every stage; with torch at the top of one it would take seconds."""
+    heavy = {"torch", "transformers", "deepspeed", "trl", "datasets", "pyarrow"}
+    code = f"import sys; import pipeline.{kind}; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_no_stage_script_shadows_a_module():
+    """A script's folder is first on sys.path when it is launched by path."""
+    from importlib.metadata import packages_distributions
+
+    taken = set(sys.stdlib_module_names) | set(packages_distributions())
+    names = {path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
+    assert not names & (taken - {"pipeline"}), names & taken
+
+
+def test_modules_have_the_contract():
+    for kind in KINDS:
+        module = module_of(kind)
+        assert isinstance(module.VERSION, int) and callable(module.run) and isinstance(module.INPUTS, dict), kind
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(st.sampled_from(["steps", "batch_size", "sequence_length", "optimizer", "x", "run"]), st.none() | st.integers(-3, 99) | st.text(max_size=4) | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2), max_size=5))
+def test_any_block_is_parsed_or_refused_with_a_sentence(tmp_path_factory, block):
+    path = tmp_path_factory.mktemp("r") / "r.yaml"
+    path.write_text(json.dumps({"name": "x", "stages": {"pretrain": block}}))
+    try:
+        dump(load(path).stages["pretrain"])
+    except UserError as error:
+        assert str(error)
