@@ -73,7 +73,7 @@ class Chat:
         for row, (encoding, (text, spans)) in enumerate(zip(encodings, rendered, strict=True)):
             if not found[row]:
                 try:
-                    found[row] = _cut(*self._ids(encoding, text, spans))
+                    found[row] = cut(*self._ids(encoding, text, spans))
                 except _Unusable as error:
                     found[row] = str(error)
         return found
@@ -163,7 +163,8 @@ class _Unusable(Exception):
     """Why a conversation cannot be encoded."""
 
 
-def _cut(ids: list[int], trained: list[bool]) -> Encoded | str:
+def cut(ids: list[int], trained: list[bool]) -> Encoded | str:
+    """Without what follows the last token that carries loss."""
     if not any(trained):
         return "no token of it carries loss: the chat template marks none as the assistant's"
     length = len(ids) - trained[::-1].index(True)

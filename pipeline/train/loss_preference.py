@@ -1,14 +1,13 @@
 """Losses over pairs of answers, and what is measured beside them. Pairs stand in a batch as [chosen 0..B-1, rejected 0..B-1].
 
 Each takes what the model says and returns (sum over pairs, sums of metrics); the engine divides by the number of pairs of the global batch.
-`valid` [B] is 1 for a pair that counts and 0 for one that fills up a batch.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def bradley_terry(scores: torch.Tensor, valid: torch.Tensor, margin: torch.Tensor | None = None, centering: float = 0.0) -> tuple[torch.Tensor, dict]:
+def bradley_terry(scores: torch.Tensor, margin: torch.Tensor | None = None, centering: float = 0.0) -> tuple[torch.Tensor, dict]:
     """-log P(chosen beats rejected) under Bradley & Terry (1952): -log sigmoid(s_chosen - s_rejected - margin).
 
     scores: [2B]. margin: [B], how much better the chosen answer was found (Llama 2, section 3.2.2). centering: coefficient of
@@ -20,11 +19,11 @@ def bradley_terry(scores: torch.Tensor, valid: torch.Tensor, margin: torch.Tenso
     if centering:
         losses = losses + centering * (chosen + rejected) ** 2
     with torch.no_grad():
-        metrics = {"accuracy": _wins(difference, valid), "margin": (difference * valid).sum(), "score": ((chosen + rejected) / 2 * valid).sum()}
-    return (losses * valid).sum(), metrics
+        metrics = {"accuracy": _wins(difference), "margin": difference.sum(), "score": ((chosen + rejected) / 2).sum()}
+    return losses.sum(), metrics
 
 
-def dpo(logps: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> tuple[torch.Tensor, dict]:
+def dpo(logps: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> tuple[torch.Tensor, dict]:
     """Direct preference optimisation (Rafailov et al., 2023, eq. 7), with labels that are wrong with probability `label_smoothing`
     (cDPO: Mitchell, 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3; 0 is plain DPO).
 
@@ -39,16 +38,16 @@ def dpo(logps: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor, beta:
     with torch.no_grad():
         policy_chosen, policy_rejected = logps.float().chunk(2)
         metrics = {
-            "accuracy": _wins(logits, valid),
-            "margin": (logits * valid).sum(),
-            "reward_chosen": (beta * chosen * valid).sum(),
-            "reward_rejected": (beta * rejected * valid).sum(),
-            "logp_chosen": (policy_chosen * valid).sum(),
-            "logp_rejected": (policy_rejected * valid).sum(),
+            "accuracy": _wins(logits),
+            "margin": logits.sum(),
+            "reward_chosen": (beta * chosen).sum(),
+            "reward_rejected": (beta * rejected).sum(),
+            "logp_chosen": policy_chosen.sum(),
+            "logp_rejected": policy_rejected.sum(),
         }
-    return (losses * valid).sum(), metrics
+    return losses.sum(), metrics
 
 
-def _wins(difference: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def _wins(difference: torch.Tensor) -> torch.Tensor:
     """Pairs ranked right; a tie counts half, so that a model that tells nothing apart scores 0.5 and not 0."""
-    return (((difference > 0).float() + (difference == 0).float() / 2) * valid).sum()
+    return ((difference > 0).float() + (difference == 0).float() / 2).sum()

@@ -1,0 +1,151 @@
+"""Direct preference optimisation: a chat model learns from pairs of answers, with neither a reward model nor sampling.
+
+    python pipeline/dpo.py recipes/quickstart.yaml
+    accelerate launch --multi_gpu --num_processes 8 pipeline/dpo.py recipes/llama-7b.yaml
+
+The reference is the model at the start; its log-probabilities are computed once, kept in work/, and need no second model in memory.
+Out: model/ (Hugging Face layout), report.json (what became of each record).
+"""
+
+import functools
+
+from pydantic import Field
+
+from pipeline.artifact import Artifact, Output
+from pipeline.data.conversations import PreferenceSource
+from pipeline.train.config import Optimizer, TrainConfig
+
+VERSION = 1
+INPUTS = {"model": ("sft", "pretrain")}
+UNIT = 64  # pairs whose reference log-probabilities are kept at a time
+
+
+class DpoOptimizer(Optimizer):
+    """AdamW for DPO."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate; 5e-7 to 1e-6 is usual for 7B parameters, small models take 1e-5 to 1e-4."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices."""
+
+
+class Config(TrainConfig):
+    """Direct preference optimisation."""
+
+    sources: dict[str, PreferenceSource]
+    """Pairs by name."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull towards the reference (Rafailov et al., 2023)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a pair's label is wrong (cDPO: Mitchell, 2023)."""
+    optimizer: DpoOptimizer = DpoOptimizer()
+    """AdamW."""
+
+
+def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    import torch
+
+    from pipeline.chain import say
+    from pipeline.data.chat import Chat
+    from pipeline.models.build import load, publish
+    from pipeline.reward import rows_of, wilson
+    from pipeline.train.engine import build
+    from pipeline.train.loop import fit, share
+    from pipeline.train.loss import token_logprobs
+    from pipeline.train.loss_preference import dpo
+    from pipeline.train.tuning import heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
+
+    folder = model_folder(inputs["model"])
+    tokenizer = tokenizer_of(folder, config.sequence_length)
+    chat = Chat(tokenizer)
+    arrays, extra = shared(output, config, functools.partial(rows_of, config, chat, output))
+    count, heldout = len(arrays["train.start"]), len(arrays["heldout.start"])
+
+    def loss(logits, batch: dict):
+        logps = token_logprobs(logits, batch["labels"]).sum(-1)
+        if "kept" in batch:  # the reference is asked
+            batch["kept"].append(logps.cpu())
+            return logps.sum(), {}
+        return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
+
+    engine = build(load(folder), loss, config)
+    say(f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); {config.steps * config.batch_size / count:.1f} epochs")
+    made_from = inputs["model"].digest[:12]
+    frozen = {split: reference(engine, arrays, split, tokenizer.pad_token_id, output, made_from, config) for split in ("train", "heldout")}
+
+    def pairs(split: str, rows) -> dict:
+        known = frozen[split][list(rows)]
+        return pair_batch(arrays, split, rows, tokenizer.pad_token_id) | {"reference": torch.cat([known[:, 0], known[:, 1]])}
+
+    measured = [pairs("heldout", rows) for rows in heldout_share(heldout, config, engine)]
+
+    def batches(step: int) -> list[dict]:
+        return [pairs("train", [row_at(config.seed, index, count) for index in indices]) for indices in share(config, engine, step)]
+
+    result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs")
+    weights = engine.consolidated()
+    if output.is_main:
+        publish(weights, engine.model.config, folder, output.path / "model")
+    before, after = result["before"], result["after"]
+    low, high = wilson(after["accuracy"], heldout)
+    return {
+        **{f"heldout_{key}_{when}": value for when, found in (("before", before), ("after", after)) for key, value in found.items() if key != "weight"},
+        "heldout_accuracy_interval": [low, high],
+        "train_loss": result["last"]["loss"],
+        "train_pairs": count,
+        "heldout_pairs": heldout,
+        "rejected": extra["rejected"],
+        "epochs": config.steps * config.batch_size / count,
+        "pairs_per_second": result["rate"],
+        "summary": {
+            "input": f"{len(config.sources)} sources, {count + heldout} pairs",
+            "output": f"model/, {config.steps} steps",
+            "measure": f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}, pairs ranked right {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%})",
+        },
+    }
+
+
+def reference(engine, arrays: dict, split: str, pad_id: int, output: Output, made_from: str, config: Config):
+    """Log-probabilities [pairs, 2] (chosen, rejected) under the weights that the engine has now, before any step or checkpoint: the frozen reference.
+
+    Unit by unit into work/reference-MODEL/, one process a unit, so that an interrupted run goes on and no unit is computed twice.
+    """
+    import io
+
+    import numpy as np
+    import torch
+
+    from pipeline import faults
+    from pipeline.artifact import write_atomic
+    from pipeline.train import distributed
+    from pipeline.train.tuning import pair_batch
+
+    folder = output.path / "work" / f"reference-{made_from}"
+    count = len(arrays[f"{split}.start"])
+    units = [range(start, min(start + UNIT, count)) for start in range(0, count, UNIT)]
+    paths = [folder / f"{split}-{index:06d}.npy" for index in range(len(units))]
+    missing = distributed.from_main([index for index, path in enumerate(paths) if not path.exists()])  # forward passes are collective: all must agree
+    micro = config.micro_batch or config.batch_size // engine.data_world
+    for first in range(0, len(missing), engine.data_world):
+        mine = missing[first : first + engine.data_world][engine.data_rank :][:1]
+        rows = units[mine[0] if mine else missing[first]]
+        batches = [{**pair_batch(arrays, split, rows[start : start + micro], pad_id), "kept": []} for start in range(0, len(rows), micro)]
+        engine.evaluate(batches)
+        if mine:
+            logps = [batch["kept"][0] for batch in batches]
+            table = torch.cat([torch.stack(both.chunk(2), 1) for both in logps])
+            buffer = io.BytesIO()
+            np.save(buffer, table.numpy())
+            write_atomic(paths[mine[0]], buffer.getvalue())
+            faults.point("work")
+            output.note_time()
+    distributed.barrier()
+    return torch.from_numpy(np.concatenate([np.load(path) for path in paths]))
+
+
+if __name__ == "__main__":
+    from pipeline.chain import main
+
+    main("dpo")

@@ -1,0 +1,165 @@
+"""Reward model: one score for an answer, learnt from pairs of answers of which one was preferred.
+
+    python pipeline/reward.py recipes/quickstart.yaml
+    accelerate launch --multi_gpu --num_processes 8 pipeline/reward.py recipes/llama-7b.yaml
+
+The SFT model with a new score layer, read at the end of the turn; Bradley-Terry loss. Out: model/ (AutoModelForSequenceClassification, one label,
+with the calibration in config.json), report.json (what became of each record).
+"""
+
+import functools
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.artifact import Artifact, Output, write_json
+from pipeline.data.conversations import PreferenceSource
+from pipeline.recipe import EXECUTION
+from pipeline.train.config import Optimizer, TrainConfig
+
+VERSION = 1
+INPUTS = {"model": ("sft", "pretrain")}
+
+
+class RewardOptimizer(Optimizer):
+    """AdamW for reward modelling."""
+
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate; small models take 1e-4 to 1e-3."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices."""
+
+
+class Config(TrainConfig):
+    """Reward model."""
+
+    sources: dict[str, PreferenceSource]
+    """Pairs by name."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
+    centering: float = Field(0.0, ge=0)
+    """Coefficient of (score of chosen + score of rejected)^2 in the loss; 0.01 in TRL's examples (Eisenstein et al., 2023)."""
+    optimizer: RewardOptimizer = RewardOptimizer()
+    """AdamW."""
+    calibration_pairs: Annotated[int, Field(ge=2)] = 1024
+    """Training pairs, drawn from the seed, on whose answers the published scores have mean 0 and standard deviation 1."""
+
+
+def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    from pipeline.chain import say
+    from pipeline.data.chat import Chat
+    from pipeline.models.build import load, publish
+    from pipeline.train.engine import build
+    from pipeline.train.loop import fit, share
+    from pipeline.train.loss_preference import bradley_terry
+    from pipeline.train.tuning import heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
+
+    folder = model_folder(inputs["model"])
+    tokenizer = tokenizer_of(folder, config.sequence_length)
+    chat = Chat(tokenizer)
+    arrays, extra = shared(output, config, functools.partial(rows_of, config, chat, output))
+    count, heldout = len(arrays["train.start"]), len(arrays["heldout.start"])
+
+    model = load(folder, head="reward")
+    initial_score(model, config.seed)
+    model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds a row's last token by it
+
+    def loss(logits, batch: dict):
+        scores = logits.squeeze(-1)
+        if "kept" in batch:
+            batch["kept"].append(scores.detach().float().cpu())
+        return bradley_terry(scores, batch["margin"], config.centering)
+
+    engine = build(model, loss, config)
+    measured = [pair_batch(arrays, "heldout", rows, tokenizer.pad_token_id) for rows in heldout_share(heldout, config, engine)]
+    say(f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); {config.steps * config.batch_size / count:.1f} epochs")
+
+    def batches(step: int) -> list[dict]:
+        chosen = [[row_at(config.seed, index, count) for index in indices] for indices in share(config, engine, step)]
+        return [pair_batch(arrays, "train", rows, tokenizer.pad_token_id) for rows in chosen]
+
+    result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs")
+    mean, deviation = moments(engine, arrays, tokenizer.pad_token_id, config)
+    weights = engine.consolidated()
+    if output.is_main:
+        model_config = engine.model.config
+        model_config.alma_reward_gain, model_config.alma_reward_bias = 1 / deviation, -mean / deviation
+        publish(weights, model_config, folder, output.path / "model")
+    before, after = result["before"], result["after"]
+    low, high = wilson(after["accuracy"], heldout)
+    return {
+        **{f"heldout_{key}_{when}": value for when, found in (("before", before), ("after", after)) for key, value in found.items() if key != "weight"},
+        "heldout_accuracy_interval": [low, high],
+        "train_loss": result["last"]["loss"],
+        "train_pairs": count,
+        "heldout_pairs": heldout,
+        "rejected": extra["rejected"],
+        "epochs": config.steps * config.batch_size / count,
+        "raw_score_mean": mean,
+        "raw_score_deviation": deviation,
+        "pairs_per_second": result["rate"],
+        "summary": {
+            "input": f"{len(config.sources)} sources, {count + heldout} pairs",
+            "output": f"model/, {config.steps} steps",
+            "measure": f"held-out pairs ranked right {before['accuracy']:.0%} -> {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%})",
+        },
+    }
+
+
+def rows_of(config, chat, output: Output) -> tuple[dict, dict]:
+    """Token rows of both splits; report.json. Runs on the main process. DPO reads its pairs with it too."""
+    from pipeline.data.conversations import load_pairs
+    from pipeline.train.tuning import encode_pairs
+
+    train, heldout, ledger = load_pairs(config.sources, config.holdout)
+    arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger) | encode_pairs(heldout, "heldout", chat, config.sequence_length, ledger)
+    ledger.check(config.holdout)
+    write_json(output.path / "report.json", {"sources": ledger.sources})
+    return arrays, {"rejected": ledger.rejected()}
+
+
+def initial_score(model, seed: int) -> None:
+    """The score layer ~ N(0, 1 / sqrt(width + 1)): scores of about 1 at the start, whatever the width (Stiennon et al., 2020, appendix B; Huang et al., 2024)."""
+    import torch
+
+    from pipeline.seeds import derive
+
+    weight = model.score.weight
+    with torch.no_grad():
+        weight.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=torch.Generator().manual_seed(derive(seed, "score")))
+
+
+def moments(engine, arrays: dict, pad_id: int, config: Config) -> tuple[float, float]:
+    """Mean and standard deviation of the raw scores of both answers of training pairs, equal on all processes."""
+    import torch
+
+    from pipeline.train.distributed import all_reduce_sum
+    from pipeline.train.tuning import pair_batch, permutation
+
+    chosen = permutation(config.seed, 0, len(arrays["train.start"]))[: config.calibration_pairs]
+    mine = chosen[engine.data_rank :: engine.data_world]
+    if not len(mine):  # more processes than pairs: forward passes are collective, so score one and count none
+        mine, counted = chosen[:1], 0.0
+    else:
+        counted = 1.0
+    micro = config.micro_batch or config.batch_size // engine.data_world
+    batches = [{**pair_batch(arrays, "train", mine[start : start + micro], pad_id), "kept": []} for start in range(0, len(mine), micro)]
+    engine.evaluate(batches)
+    scores = torch.cat([batch["kept"][0] for batch in batches]).double()
+    total, squares, number = all_reduce_sum([counted * float(scores.sum()), counted * float((scores**2).sum()), counted * len(scores)])
+    mean = total / number
+    deviation = max(squares / number - mean**2, 0.0) ** 0.5
+    return mean, deviation if deviation > 1e-6 else 1.0  # a model that scores all answers alike keeps its scale
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson, 1927): sensible for few pairs and for shares of 0 and 1, where the usual one has no width."""
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+if __name__ == "__main__":
+    from pipeline.chain import main
+
+    main("reward")

@@ -1,0 +1,38 @@
+"""Scores of a reward model: one number for a conversation, read at its last token and calibrated."""
+
+import torch
+
+from pipeline.errors import UserError
+
+
+def calibrated(model, logits: torch.Tensor) -> torch.Tensor:
+    """Raw scores on the scale on which the answers that the reward model was trained on have mean 0 and standard deviation 1 (Ziegler et al., 2019).
+
+    The two numbers stand in config.json, not in the weights: the score layer has no bias that could hold the offset.
+    """
+    return logits.float() * getattr(model.config, "alma_reward_gain", 1.0) + getattr(model.config, "alma_reward_bias", 0.0)
+
+
+@torch.no_grad()
+def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor:
+    """Calibrated scores [N], fp32 on the CPU, of N conversations as token ids (prompt, answer, end of turn), without padding.
+
+    `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. Raises UserError if it has no padding token.
+    """
+    if model.config.pad_token_id is None:
+        raise UserError("the reward model's config.json has no pad_token_id, so the last token of a padded row cannot be told; add it")
+    device, pad_id = next(model.parameters()).device, model.config.pad_token_id
+    assert all(rows), "an empty row has no last token"
+    training = model.training
+    model.eval()
+    scores = torch.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), row))
+    for start in range(0, len(order), batch):
+        chunk = order[start : start + batch]
+        longest = len(rows[chunk[-1]])
+        input_ids = torch.tensor([list(rows[row]) + [pad_id] * (longest - len(rows[row])) for row in chunk], device=device)
+        mask = torch.tensor([[1] * len(rows[row]) + [0] * (longest - len(rows[row])) for row in chunk], device=device)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.squeeze(-1)
+        scores[torch.tensor(chunk)] = calibrated(model, logits).cpu()
+    model.train(training)
+    return scores

@@ -1,0 +1,83 @@
+"""A small world for the tuning stages: a base model that knows nothing, and a task it can learn in seconds: the kind of thing a noun names."""
+
+import json
+from pathlib import Path
+
+KINDS = {"animal": ["cat", "dog", "horse", "小猫"], "plant": ["rose", "oak", "wheat", "竹子"], "metal": ["iron", "gold", "zinc", "青铜"]}
+WORDS = ["old", "red", "small", "good", "new", "bright", "很大", "漂亮", "便宜", "quiet", "heavy", "strange"]
+
+
+def rows() -> list[dict]:
+    """Every pair of words with every noun, in a fixed order that mixes kinds."""
+    found = []
+    for first in WORDS:
+        for second in WORDS:
+            if first < second:
+                for nouns in zip(*KINDS.values(), strict=True):
+                    for kind, noun in zip(KINDS, nouns, strict=True):
+                        wrong = list(KINDS)[(list(KINDS).index(kind) + len(found) % 2 + 1) % 3]
+                        found.append({"words": f"{first} {second}", "noun": noun, "kind": kind, "wrong": wrong})
+    return found
+
+
+def tokenizer(folder: Path, sentencepiece: bool = False):
+    from transformers import AutoTokenizer
+
+    from pipeline.data import bpe
+    from pipeline.tokenizer import publish
+
+    texts = [f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？\n\nassistant\n{row['kind']}" for row in rows()] * 2
+    if sentencepiece:
+        model = bpe.train_sentencepiece(texts, 380, True, 0.9995, folder / "log")
+        publish(bpe.from_sentencepiece(model), model, folder)
+    else:
+        publish(bpe.train_byte_level(texts, 380, True), None, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def base(folder: Path, hidden: int = 48, length: int = 64, family: str = "llama") -> Path:
+    """A folder with an untrained model and its tokenizer."""
+    from pipeline.models import build
+
+    made = tokenizer(folder / "tokenizer")
+    block = {"family": family, "hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * hidden, "initializer_range": 0.1}
+    model = build.new(block, made, length, seed=1)
+    build.publish(model.state_dict(), model.config, folder / "tokenizer", folder / "model")
+    return folder
+
+
+def write_rows(path: Path, extra: list = ()) -> None:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in [*rows(), *extra]) + "\n", encoding="utf-8")
+
+
+CHAT = "messages: [{role: user, content: 'What is a {words} {noun}?'}, {role: assistant, content: '{kind}'}]"
+PAIR = "prompt: 'What is a {words} {noun}?', chosen: '{kind}', rejected: '{wrong}'"
+COMMON = "batch_size: 8, sequence_length: 64, precision: fp32, save: {every_steps: 4, keep: 2}, log: {every_steps: 1}"
+
+RECIPE = f"""
+name: tiny
+seed: 3
+stages:
+  sft:
+    {{inputs: {{model: ./base}}, {COMMON}, steps: 10, optimizer: {{lr: 5e-3}}, max_prompts: 24, max_new_tokens: 6,
+     sources: {{nouns: {{path: rows.jsonl, {CHAT}, answer: '{{kind}}'}}}}}}
+  reward:
+    {{{COMMON}, steps: 10, optimizer: {{lr: 2e-3}}, sources: {{nouns: {{path: rows.jsonl, {PAIR}}}}}}}
+  dpo:
+    {{{COMMON}, steps: 10, optimizer: {{lr: 1e-3}}, sources: {{nouns: {{path: rows.jsonl, {PAIR}}}}}}}
+"""
+
+
+def world(folder: Path) -> Path:
+    base(folder / "base")
+    write_rows(folder / "rows.jsonl")
+    (folder / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+def metrics(folder: Path, stage: str) -> dict:
+    return json.loads((folder / "runs/tiny" / stage / "current/manifest.json").read_text())["metrics"]
+
+
+def lines(folder: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs/tiny" / stage / "current/metrics.jsonl").read_text().splitlines()]
