@@ -9,12 +9,16 @@ from pipeline.recipe import EXECUTION, StageConfig, Strict
 
 
 class Optimizer(Strict):
-    """AdamW (Loshchilov & Hutter, 2019)."""
+    """AdamW (Loshchilov & Hutter, 2019), or Muon (Jordan et al., 2024) for the matrices inside the model with AdamW for the rest."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon learns more from each token and needs whole matrices: not with zero or pipeline."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the two moments; (0.9, 0.95) is GPT-3's, section B."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """muon only: decay of its momentum."""
     eps: float = Field(1e-8, gt=0)
     """Added to the denominator."""
     weight_decay: float = Field(0.1, ge=0)
@@ -88,11 +92,13 @@ class TrainConfig(StageConfig):
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast with fp32 master weights and fp32 accumulation; fp32: everything in fp32."""
     optimizer: Optimizer = Optimizer()
-    """AdamW."""
+    """AdamW or Muon."""
     schedule: Schedule = Schedule()
     """Learning rate over steps."""
     micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Rows in memory at a time on one process; none: all of its share. Gradients are accumulated up to `batch_size`."""
+    activation_checkpointing: Annotated[bool, EXECUTION] = False
+    """Keep only each layer's input and compute the rest again in the backward pass (Chen et al., 2016): a third more work, far less memory."""
     parallel: Annotated[Parallel, EXECUTION] = Parallel()
     """ZeRO stage and pipeline depth."""
     save: Annotated[Save, EXECUTION] = Save()
@@ -101,6 +107,12 @@ class TrainConfig(StageConfig):
     """Logging."""
     evaluate_every: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Steps between evaluations on held-out data; they are always made before the first and after the last step."""
+
+    @model_validator(mode="after")
+    def whole_matrices(self):
+        if self.optimizer.kind == "muon" and (self.parallel.zero is not None or self.parallel.pipeline > 1):
+            raise ValueError("optimizer.kind: muon orthogonalises whole matrices, which zero and pipeline cut up; use adamw, or data parallelism alone (parallel: {})")
+        return self
 
     def check(self, world: int) -> None:
         depth = self.parallel.pipeline

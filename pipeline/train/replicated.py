@@ -9,6 +9,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.train import distributed
 from pipeline.train.engine import Engine, Sums, adamw, finite
+from pipeline.train.muon import Muon
 
 FILE = "state.pt"
 
@@ -27,7 +28,7 @@ class Replicated(Engine):
                 warnings.simplefilter("ignore", FutureWarning)
                 self.module = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = adamw(self.parameters, config, self.device)
+        self.optimizer = Muon(model, config, self.device) if config.optimizer.kind == "muon" else adamw(self.parameters, config, self.device)
 
     def _update(self, micro_batches, weight, lr):
         self.module.train()

@@ -1,0 +1,45 @@
+"""Muon for the matrices inside the model, AdamW for embeddings, output layer, norms and biases (Jordan et al., 2024), as one optimizer.
+
+Muon orthogonalises a whole matrix's momentum, so it computes something else where a process holds a part of the matrix: it is refused with
+ZeRO and pipelines (train/config.py). Its step is scaled to AdamW's size (`match_rms_adamw`, Liu et al., 2025, section 2.2), so that both
+take the same learning rate.
+"""
+
+import torch
+
+from pipeline.train.config import TrainConfig
+from pipeline.train.engine import adamw
+
+
+class Muon:
+    """torch.optim.Muon and AdamW behind the four names that the engine uses."""
+
+    def __init__(self, model, config: TrainConfig, device: torch.device):
+        tables = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        inner = [parameter for parameter in trained if parameter.ndim == 2 and min(parameter.shape) > 1 and id(parameter) not in tables]
+        chosen = {id(parameter) for parameter in inner}
+        options = config.optimizer
+        self.parts = {
+            "muon": torch.optim.Muon(inner, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            "adamw": adamw([parameter for parameter in trained if id(parameter) not in chosen], config, device),
+        }
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts.values():
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
