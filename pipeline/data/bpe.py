@@ -150,18 +150,12 @@ def from_sentencepiece(model: bytes):
 def merges_of(score: dict[str, float]) -> list[tuple[str, str]]:
     """All pairs of pieces whose joining is a piece, best first.
 
-    sentencepiece joins the adjacent pair whose result has the best score, the leftmost if results are equal; `tokenizers` ranks the pairs
-    themselves. They can differ only where two splits of one piece overlap in the text: x+y and y+z spell the same piece, as ab+a and a+ba in
-    "ab a ba". The left pair is the one whose right part is also a beginning of the piece, so it goes first.
+    sentencepiece joins the adjacent pair whose result has the best score, the leftmost of equals; `tokenizers` ranks the pairs themselves. The two
+    could differ only where two splits of one piece overlap in the text (ab+a and a+ba in "ab a ba"). Merging from the best score down does
+    not lead there: no difference on all 9,216 strings over {a, b} of 10 and of 13 letters with six vocabularies, and the stage compares (`ids_equal`).
     """
-    found = []
-    for piece, value in score.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in score and right in score:
-                found.append((-value, not piece.startswith(right), -cut, left, right))
-    found.sort()
-    return [(left, right) for *_, left, right in found]
+    found = [(-value, piece, cut) for piece, value in score.items() for cut in range(1, len(piece)) if piece[:cut] in score and piece[cut:] in score]
+    return [(piece[:cut], piece[cut:]) for _, piece, cut in sorted(found)]
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int, split_digits: bool):

@@ -129,7 +129,7 @@ class TokenStore:
         starts = self._starts[source]
         if not 0 <= start <= start + length <= starts[-1]:
             raise IndexError(f"{source}: tokens {start} to {start + length} asked of {starts[-1]}")
-        first = int(np.searchsorted(starts, start, side="right")) - 1 if len(starts) > 2 else 0
+        first = int(np.searchsorted(starts[1:-1], start, side="right"))
         offset = start - int(starts[first])
         tokens = self._shards[source][first][0]
         if offset + length <= len(tokens):

@@ -1,0 +1,321 @@
+"""Stage pack, the token store and the sampler: nothing lost, nothing twice, and the same for any number of workers, ranks and kills."""
+
+import collections
+import json
+import random
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from harness import files_of, stage, succeed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+WORDS = "the of and 白日 依山尽 黄河 入海流 <|im_end|> 1984 tokenizer \U0001f468\u200d\U0001f469 \n\n".split(" ")
+
+
+def text(generator: random.Random, words: int) -> str:
+    return " ".join(generator.choices(WORDS, k=words))
+
+
+def write(path, rows, row_group_size=25):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"text": [row[0] for row in rows], "source": [row[1] for row in rows], "id": [f"{path.stem}-{i}" for i in range(len(rows))]}
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema=pyarrow.schema([(name, pyarrow.string()) for name in columns])), path, row_group_size=row_group_size)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """data/ as stage clean writes it, tokenizer/ as stage tokenizer does, and their packed output."""
+    from pipeline.data import bpe
+    from pipeline.tokenizer import publish
+
+    folder, generator = tmp_path_factory.mktemp("pack"), random.Random(0)
+    for part in range(2):
+        write(folder / f"data/train/part-{part:05d}.parquet", [(text(generator, generator.randint(1, 60)), generator.choice(["wiki/en", "诗"])) for _ in range(60)])
+    write(folder / "data/heldout/part-00000.parquet", [(text(generator, 40), generator.choice(["wiki/en", "诗"])) for _ in range(20)])
+    publish(bpe.train_byte_level([text(generator, 2000)], 300, True), None, folder / "tokenizer")
+    recipe(folder)
+    succeed("pack", folder / "r.yaml", "pack.workers=1", cwd=folder)
+    return folder
+
+
+def recipe(folder, home=None):
+    inputs = {"data": str((home or folder) / "data"), "tokenizer": str((home or folder) / "tokenizer")}
+    (folder / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"pack": {"inputs": inputs}}}))
+    return folder / "r.yaml"
+
+
+def store(home, split="train"):
+    from pipeline.data.tokens import TokenStore
+
+    return TokenStore(home / "runs/t/pack/current", split)
+
+
+def rows_of(home, split):
+    return [row for path in sorted((home / "data" / split).glob("*.parquet")) for row in pyarrow.parquet.read_table(path).to_pylist()]
+
+
+def test_every_document_stands_in_its_source_in_order_and_ends_with_eos(home):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(home / "tokenizer")
+    for split in ("train", "heldout"):
+        packed, rows = store(home, split), rows_of(home, split)
+        assert packed.sources == ["wiki/en", "诗"] and packed.dtype == np.uint16
+        for source in packed.sources:
+            wanted = [row["text"] for row in rows if row["source"] == source]
+            ends = packed.documents(source)
+            assert ends[-1, 0] == packed.num_tokens(source) and len(ends) == packed.num_documents(source) == len(wanted)
+            assert packed.num_bytes(source) == sum(len(text.encode()) for text in wanted)
+            begin = 0
+            for (end, size), document in zip(ends, wanted, strict=True):
+                ids = packed.read(source, begin, end - begin).tolist()
+                assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+                assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == document and size == len(document.encode())
+                assert ids[:-1] == tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                begin = end
+    with pytest.raises(IndexError):
+        packed.read("诗", packed.num_tokens("诗") - 1, 2)
+
+
+def test_the_same_bytes_for_any_number_of_workers_and_after_any_kill(home, tmp_path):
+    wanted = files_of(home / "runs/t/pack/current")
+    path = recipe(tmp_path, home)
+    for fault in ("save:2", "work:2", "publish:1", "publish:2"):
+        assert stage("pack", path, "pack.workers=1", cwd=tmp_path, fault=fault)[0] == -9, fault
+    succeed("pack", path, "pack.workers=1", cwd=tmp_path)
+    assert files_of(tmp_path / "runs/t/pack/current") == wanted
+    (tmp_path / "two").mkdir()
+    path = recipe(tmp_path / "two", home)
+    code, said = stage("pack", path, "pack.workers=2", cwd=tmp_path / "two", fault="save:2")
+    assert code == 2 and "goes on from here" in said, "the death of a worker is told"
+    stage("pack", path, "pack.workers=1", cwd=tmp_path / "two", kill_after=random.Random().uniform(0.05, 0.5))
+    succeed("pack", path, "pack.workers=2", cwd=tmp_path / "two")
+    assert files_of(tmp_path / "two/runs/t/pack/current") == wanted
+
+
+def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
+    from pipeline import pack
+
+    parts = [("unit", 0, {"tokens": n}) for n in (5, 3, 9, 1, 1)]
+    monkeypatch.setattr(pack, "SHARD_TOKENS", 8)
+    assert [[part[2]["tokens"] for part in shard] for shard in pack.shards(parts)] == [[5, 3], [9], [1, 1]]
+
+    def rerun(folder):
+        folder.mkdir()
+        inputs = {name: SimpleNamespace(path=home / name) for name in ("data", "tokenizer")}
+        pack.run(pack.Config(workers=1), inputs, SimpleNamespace(path=folder, note_time=lambda: None))
+        from pipeline.data.tokens import TokenStore
+
+        return TokenStore(folder)
+
+    monkeypatch.setattr(pack, "SHARD_TOKENS", 500)
+    many, one = rerun(home / "many"), store(home)
+    assert len(list((home / "many/train").iterdir())) > 8
+    for source in one.sources:
+        total = one.num_tokens(source)
+        assert (many.documents(source) == one.documents(source)).all()
+        for start, length in [(0, total), (1, total - 2), (total // 2, 7), (total, 0)]:
+            assert (many.read(source, start, length) == one.read(source, start, length)).all()
+
+
+def test_bad_documents_are_kept_aside_with_their_place(home, tmp_path):
+    path = tmp_path / "data/train/part-00000.parquet"
+    write(path, [("good", "a"), (None, "a"), ("", "a"), ("no source", None), ("also good", "a")], row_group_size=2)
+    table = pyarrow.parquet.read_table(path)
+    raw = pyarrow.array([b"good", None, b"", b"x", b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(table.set_column(0, "text", raw), path, row_group_size=2)
+    shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
+    succeed("pack", recipe(tmp_path), "pack.workers=1", cwd=tmp_path)
+    bad = [json.loads(line) for line in (tmp_path / "runs/t/pack/current/bad.jsonl").read_text().splitlines()]
+    assert [(line["row_group"], line["row"], line["reason"]) for line in bad] == [(0, 1, "no text"), (1, 0, "no text"), (1, 1, "no source"), (2, 0, "not UTF-8 at byte 0")]
+    assert store(tmp_path).num_documents("a") == 1
+
+
+def test_mistakes_end_in_a_sentence(home, tmp_path):
+    def refused():
+        code, said = stage("pack", recipe(tmp_path), "pack.workers=1", "--restart", cwd=tmp_path)
+        assert code == 2 and "Traceback" not in said, said
+        return said
+
+    shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "data/note.txt").write_text("x")
+    assert "has no train/part-*.parquet" in refused()
+    (tmp_path / "data/train/part-00000.parquet").write_bytes(b"PAR1 not really")
+    assert "cannot be read as parquet" in refused()
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "data/train/part-00000.parquet")
+    assert "has the columns {'content': 'string'}" in refused()
+    write(tmp_path / "data/train/part-00000.parquet", [])
+    assert "nothing to pack" in refused()
+    (tmp_path / "tokenizer/tokenizer.json").unlink()
+    assert "no tokenizer.json" in refused()
+
+
+def test_damage_is_found_on_opening(home, tmp_path):
+    from pipeline.data.tokens import TokenStore
+
+    def damaged(change):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(home / "runs/t/pack/current", folder)
+        change(folder)
+        with pytest.raises(UserError) as error:
+            TokenStore(folder)
+        return str(error.value)
+
+    tokens, documents = "train/wiki%2Fen-00000.tokens.npy", "train/wiki%2Fen-00000.documents.npy"
+    assert "damaged" in damaged(lambda f: (f / tokens).write_bytes((f / tokens).read_bytes()[:-2]))
+    assert "is missing" in damaged(lambda f: (f / tokens).unlink())
+    assert "says" in damaged(lambda f: np.save(f / tokens, np.zeros(3, np.uint16)))
+    assert "does not end where" in damaged(lambda f: np.save(f / documents, np.load(f / documents) - 1))
+    assert "index.json: damaged" in damaged(lambda f: (f / "index.json").write_text("{"))
+    assert "not the output of stage pack" in damaged(lambda f: (f / "index.json").unlink())
+
+
+# ---- held-out rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_heldout_rows_count_each_label_and_its_bytes_once(home):
+    from transformers import AutoTokenizer
+
+    from pipeline.data.sampler import heldout_rows
+
+    tokenizer, packed = AutoTokenizer.from_pretrained(home / "tokenizer"), store(home, "heldout")
+    for length, most in ((32, 5), (17, 10**6)):
+        rows = heldout_rows(packed, length, most)
+        assert len(rows) == min(most, sum(packed.num_tokens(source) // length for source in packed.sources))
+        assert all(row.tokens.shape == (length + 1,) and row.tokens.dtype == np.int64 for row in rows)
+        for source in packed.sources:
+            mine = [row for row in rows if row.source == source]
+            labels = np.concatenate([row.tokens[1:] for row in mine])
+            assert (labels == packed.read(source, 0, len(labels))).all() and mine[0].tokens[0] == packed.eos_id
+            assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(mine, mine[1:], strict=False)), "the context of a row's first label is the label before"
+            spelled = re.sub("\ufffd+$", "", tokenizer.decode([i for i in labels if i != packed.eos_id], skip_special_tokens=False))
+            assert 0 <= sum(row.bytes for row in mine) - len(spelled.encode()) <= 3, "a cut character has up to three bytes that do not decode"
+    with pytest.raises(UserError, match="shorten sequence_length"):
+        heldout_rows(packed, 10**6, 5)
+
+
+def test_bytes_of_whole_documents_are_exact_under_a_tokenizer_that_is_not(home, tmp_path):
+    """A tokenizer that puts a space before every text: its tokens spell one byte more than each document has."""
+    from pipeline.data.sampler import heldout_rows
+
+    shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
+    spec = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Prepend", "prepend": " "}
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(spec))
+    for split in ("train", "heldout"):
+        write(tmp_path / f"data/{split}/part-00000.parquet", [("abc " * n, "a") for n in range(1, 9)])
+    said = succeed("pack", recipe(tmp_path), "pack.workers=1", cwd=tmp_path)
+    assert "16 documents do not spell" in said
+    packed = store(tmp_path, "heldout")
+    divisor = next(n for n in range(8, 200) if packed.num_tokens("a") % n == 0)
+    assert sum(row.bytes for row in heldout_rows(packed, divisor, 10**6)) == packed.num_bytes("a")
+
+
+# ---- the sampler -------------------------------------------------------------------------------------------------------------
+
+
+class Fake:
+    """A store of counted tokens: token i of source s is i, so that a row shows where it comes from."""
+
+    eos_id, folder = 10**9, "fake"
+
+    def __init__(self, sizes):
+        self.sizes, self.sources = sizes, sorted(sizes)
+
+    def num_tokens(self, source):
+        return self.sizes[source]
+
+    def read(self, source, start, length):
+        return np.arange(start, start + length)
+
+
+def sampler(sizes, length, weights=None, seed=0):
+    from pipeline.data.sampler import RowSampler
+
+    return RowSampler(Fake(sizes), length, weights, seed)
+
+
+@quick
+@given(st.integers(17, 3000), st.integers(1, 16), st.integers(0, 9))
+def test_every_row_once_an_epoch_and_each_epoch_in_its_own_order(tokens, length, seed):
+    made = sampler({"a": tokens}, length, None, seed)
+    count = (tokens - 1) // length
+    epochs = [[made.row(epoch * count + i) for i in range(count)] for epoch in range(2)]
+    for epoch, rows in enumerate(epochs):
+        assert sorted(row.index for row in rows) == list(range(count)) and {row.epoch for row in rows} == {epoch}
+        assert all((row.tokens == np.arange(row.index * length, row.index * length + length + 1)).all() for row in rows)
+    if count > 20:
+        assert [row.index for row in epochs[0]] != [row.index for row in epochs[1]]
+
+
+@quick
+@given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.001, 1), min_size=1), st.integers(0, 5), st.integers(0, 20_000))
+def test_a_row_depends_on_seed_and_index_alone(weights, seed, index):
+    """Ranks, restarts and the length of the run are not asked: a fresh sampler, and one that has gone elsewhere before, give the same row."""
+    sizes = {source: 5000 + 100 * ord(source) for source in "abcde"}
+    first, second = sampler(sizes, 16, weights, seed), sampler(sizes, 16, weights, seed)
+    for elsewhere in (50_000, 3, 9_000):
+        second.row(elsewhere)
+    one, other = first.row(index), second.row(index)
+    assert (one.source, one.epoch, one.index) == (other.source, other.epoch, other.index) and (one.tokens == other.tokens).all()
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.0005, 1), min_size=1), st.integers(0, 5))
+def test_weights_are_realised_in_every_prefix_and_no_row_repeats_within_an_epoch(weights, seed):
+    sizes = {source: 1000 + 331 * ord(source) for source in "abcde"}
+    made = sampler(sizes, 16, weights, seed)
+    seen, counts = set(), collections.Counter()
+    for index in range(9_000):
+        row = made.row(index)
+        assert (row.source, row.epoch, row.index) not in seen
+        seen.add((row.source, row.epoch, row.index))
+        counts[row.source] += 1
+        if index + 1 in (1000, 4096, 4097, 9000):
+            assert made.rows_of(index + 1) == {source: counts[source] for source in made.sources}
+            for source in made.sources:
+                assert abs(counts[source] / (index + 1) - made.weights[source]) < 0.01
+    for source in made.sources:  # far away: a rare source too has its share
+        assert made.rows_of(10**8)[source] == pytest.approx(1e8 * made.weights[source], rel=1e-3)
+
+
+def test_rows_are_well_shuffled():
+    """Neighbours in the order are not neighbours in the text: mean distance of a random permutation is n/3."""
+    made = sampler({"a": 160_001}, 16)
+    order = np.array([made.row(i).index for i in range(10_000)])
+    assert abs(np.abs(np.diff(order)).mean() / 10_000 - 1 / 3) < 0.02
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05 and abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+
+
+def test_document_starts_of_a_row(home):
+    from pipeline.data.sampler import RowSampler
+
+    packed = store(home)
+    made = RowSampler(packed, 64, None, 3)
+    for index in range(50):
+        row = made.row(index)
+        begins = packed.documents(row.source)[:, 0] - row.index * 64
+        assert row.starts.tolist() == [begin for begin in begins if 0 < begin <= 64]
+
+
+def test_weights_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="no source 'c'"):
+        sampler({"a": 100, "b": 100}, 8, {"c": 1})
+    with pytest.raises(UserError, match="fewer than the 9"):
+        sampler({"a": 100, "b": 5}, 8, {"a": 1, "b": 1})
+    with pytest.raises(UserError, match="all are 0"):
+        sampler({"a": 100}, 8, {"a": 0})
+    with pytest.raises(UserError, match="no source has the 9 tokens"):
+        sampler({"a": 5}, 8)
+    made = sampler({"a": 100, "b": 5}, 8)
+    assert made.sources == ["a"] and any("b is left out" in line for line in made.warnings(1)) and any("a repeats: 8.33 epochs" in line for line in made.warnings(100))
