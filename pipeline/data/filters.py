@@ -6,12 +6,16 @@ The rules here count tokens (a CJK character, or a word) and characters by class
 """
 
 import re
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import Field
 
-from pipeline.data.text import CJK, DIGIT, LETTER, SYMBOL, Tokens, mixed
 from pipeline.recipe import Strict
+
+if TYPE_CHECKING:  # the recipe's models load without numpy
+    import numpy as np
+
+    from pipeline.data.text import Tokens
 
 # Characters that stand in clean text by accident only: replacement characters, controls, private use, noncharacters.
 _GARBAGE = re.compile("[\ufffd\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufffe\uffff]")
@@ -36,8 +40,12 @@ class Filters(Strict):
     """repeated_ngrams: share of runs of five tokens that stood in the document before (Gopher: 0.15 of the characters in repeated 5-grams of words)."""
 
 
-def reasons(raw: list[str], texts: list[str], tokens: Tokens, shingles: tuple[np.ndarray, np.ndarray], bounds: Filters) -> list[str | None]:
+def reasons(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple[np.ndarray, np.ndarray]", bounds: Filters) -> list[str | None]:
     """Why each text is left out, or None. `raw` is before and `texts` after normalising; tokens and shingles are those of `texts`. The first rule that fails is named."""
+    import numpy as np
+
+    from pipeline.data.text import CJK, DIGIT, LETTER, SYMBOL
+
     number = np.diff(tokens.starts)
     visible = np.maximum(1, tokens.counts[:, [LETTER, DIGIT, CJK, SYMBOL]].sum(1))
     letters = tokens.counts[:, LETTER] + tokens.counts[:, CJK]
@@ -81,8 +89,12 @@ def repeated_lines(text: str) -> float:
     return 0.0 if len(unique) == len(lines) or not total else (total - sum(map(len, unique))) / total
 
 
-def _repeated(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def _repeated(hashes: "np.ndarray", starts: "np.ndarray") -> "np.ndarray":
     """Share of each text's shingles that stood in it before, float [N]."""
+    import numpy as np
+
+    from pipeline.data.text import mixed
+
     sizes = np.diff(starts)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     keys = hashes ^ mixed(owner.astype(np.uint64) + np.uint64(1))  # equal only within a text
