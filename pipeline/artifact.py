@@ -309,7 +309,11 @@ class Output:
 
     def open(self, *, config: dict, parents: dict, restart: bool = False, fork: bool = False) -> "Output":
         """Take the lock; go on in the unfinished folder of the same fingerprint, or make a new one. Refuses another unfinished run."""
-        if not self.is_main:
+        if not self.is_main:  # the main process may be renaming it at this moment, hence the second look at its last place
+            for path in () if restart else (self.final, self.path, self.final):
+                found = read(path)
+                if found and not found.damage():
+                    self.published = found
             return self
         self.lock.acquire()
         try:

@@ -140,7 +140,9 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
         ends = [tokenizer.eos_token_id, *([turn] if turn not in (None, tokenizer.unk_token_id, tokenizer.eos_token_id) else [])]
         settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, **(generation or {})}
         skeleton.generation_config = transformers.GenerationConfig(**settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():  # left half-written by a killed run
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if model_config.tie_word_embeddings else set()
     with _quiet():
         skeleton.save_pretrained(folder, state_dict={key: value.contiguous() for key, value in state_dict.items() if key not in tied}, max_shard_size="5GB")

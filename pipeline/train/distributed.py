@@ -67,7 +67,7 @@ def _agree_with_launcher(config) -> None:
     launched = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if launched is None:
         return
-    wanted = config.parallel.zero
+    wanted = 1 if config.parallel.pipeline > 1 else config.parallel.zero  # a pipeline always has DeepSpeed's ZeRO-1 optimizer
     if str(wanted) != launched:
         shown = "none (plain data parallelism)" if wanted is None else wanted
         raise UserError(

@@ -162,6 +162,8 @@ def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fil
     A pipeline also takes a model on the meta device: fill(part, global_name) then fills the part that a process keeps.
     """
     distributed.setup(config)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.parallel.pipeline > 1:
         from pipeline.train.pipelined import Pipelined
 

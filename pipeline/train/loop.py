@@ -1,5 +1,6 @@
 """The training loop of stages whose steps are all alike: resume, step, log, evaluate, save, and stop when asked."""
 
+import math
 import os
 import signal
 import time
@@ -62,6 +63,11 @@ def stop(output: Output, step: int, number: int) -> None:
     raise Stopped(f"{output.stage}: {name} received, saved at step {step}; the same command goes on from here")
 
 
+def _plain(stats: dict) -> dict:
+    """JSON has no NaN and no infinity: null says that there is no number."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in stats.items()}
+
+
 def fit(
     engine: Engine,
     config: TrainConfig,
@@ -98,7 +104,7 @@ def fit(
             while engine.step_count < config.steps:
                 begun = time.perf_counter()
                 seed_step(config, engine.step_count, engine.data_rank)
-                stats = engine.step(batches(engine.step_count))
+                stats = _plain(engine.step(batches(engine.step_count)))
                 step = engine.step_count
                 busy += time.perf_counter() - begun
                 done_weight += stats["weight"]
@@ -112,8 +118,8 @@ def fit(
                     tracker.log(step, **stats, **{f"{unit}_per_second": round(since_weight / (now - since), 1)})
                     since, since_weight = now, 0.0
                 if not stats["applied"] and output.is_main:
-                    print(f"{output.stage}: step {step} was skipped: loss {stats['loss']}, gradient norm {stats['grad_norm']}", flush=True)
-                bar.update(1, loss=stats["loss"], **{f"{unit}/s": done_weight / busy})
+                    print(f"{output.stage}: step {step} was skipped, its loss ({stats['loss']}) or gradient norm ({stats['grad_norm']}) is not finite or it had no labels", flush=True)
+                bar.update(1, loss=stats["loss"] if stats["loss"] is not None else "nan", **{f"{unit}/s": done_weight / busy})
                 faults.point("work")
                 number = signals.agreed()
                 pause = time.perf_counter()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pipeline.models import stages
 from pipeline.train import distributed
 from pipeline.train.engine import Sums, adamw, finite
-from pipeline.train.sharded import Checkpointed, GuardedAdamW, initialize, quiet, settings
+from pipeline.train.sharded import Checkpointed, GuardedAdamW, quiet, settings, start
 
 
 class Stage(torch.nn.Module):
@@ -53,6 +53,7 @@ class Pipelined(Checkpointed):
 
     def __init__(self, model, loss_fn, config, name, fill=None):
         super().__init__(None, loss_fn, config, name)
+        import deepspeed
         from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
         os.environ.setdefault("LOCAL_RANK", "0")
@@ -74,6 +75,7 @@ class Pipelined(Checkpointed):
         micro = config.micro_batch or config.batch_size // self.data_world
         accumulation = config.batch_size // self.data_world // micro
         with quiet():
+            start()
             with torch.no_grad():  # tied weights are broadcast here, which autograd must not see
                 module = PipelineModule([spec(index) for index in range(self.count)], num_stages=self.count, loss_fn=self._loss, partition_method="uniform", seed_layers=False)
             self.part = next(layer for layer in module.forward_funcs if isinstance(layer, Stage))
@@ -81,7 +83,7 @@ class Pipelined(Checkpointed):
                 for parameter in self.part.parameters():
                     parameter.ds_pipe_replicated = parameter is self.part.table.weight
             self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
-            self.engine = initialize(model=module, optimizer=self.optimizer, config=settings(config, micro, accumulation, self.data_world))
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings(config, micro, accumulation, self.data_world), dist_init_required=False)
         self.shape = None
 
     def _loss(self, logits, index):

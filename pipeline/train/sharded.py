@@ -66,16 +66,16 @@ def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
     }
 
 
-def initialize(**arguments):
-    """deepspeed.initialize, without the shared-memory all-reduce that DeepSpeed compiles for CPUs at its first start: it takes 31 s and a C++
-    compiler, and a run must not end because a machine has none. gloo does this work."""
+def start() -> None:
+    """DeepSpeed over the process group that exists, without the shared-memory all-reduce that it compiles for CPUs at its first start: that takes
+    31 s and a C++ compiler, and a run must not end because a machine has none. gloo does this work."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     # DeepSpeed calls functions that torch 2.13 has renamed, some of them at each step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    return deepspeed.initialize(dist_init_required=False, **arguments)[0]
+    deepspeed.init_distributed(dist_init_required=False)
 
 
 @contextlib.contextmanager
@@ -123,11 +123,15 @@ class Sharded(Checkpointed):
 
     def __init__(self, model, loss_fn, config, name):
         super().__init__(model, loss_fn, config, name)
+        import deepspeed
+
         self.stage = config.parallel.zero
         model.to(self.device)
         self.optimizer = adamw(model.parameters(), config, self.device, GuardedAdamW)
         with quiet():
-            self.engine = initialize(model=Autocast(model, config.precision == "bf16"), optimizer=self.optimizer, config=settings(config, 1, 1, self.data_world))
+            start()
+            wrapped = Autocast(model, config.precision == "bf16")
+            self.engine, *_ = deepspeed.initialize(model=wrapped, optimizer=self.optimizer, config=settings(config, 1, 1, self.data_world), dist_init_required=False)
 
     def _forward(self, module, batch):
         return self.loss_fn(module(**batch["inputs"]).logits, batch)

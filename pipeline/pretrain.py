@@ -1,0 +1,195 @@
+"""Causal language model pretraining: DDP, DeepSpeed ZeRO 0-3, or a DeepSpeed pipeline, from one recipe.
+
+    python pipeline/pretrain.py recipes/quickstart.yaml
+    accelerate launch --multi_gpu --num_processes 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.zero=1
+    torchrun --nproc-per-node 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.pipeline=4
+
+Reads packed tokens and their tokenizer; begins from initial weights, or goes on from another pretraining stage (inputs: {model: pretrain}).
+Out: model/ (Hugging Face layout).
+"""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pipeline.artifact import Artifact, Output
+from pipeline.chain import say
+from pipeline.errors import UserError
+from pipeline.recipe import EXECUTION
+from pipeline.train.config import TrainConfig
+
+VERSION = 1
+INPUTS = {"tokens": ("pack",), "tokenizer": ("tokenizer",), "model?": ("pretrain",)}
+
+
+class Config(TrainConfig):
+    """One step reads batch_size rows of sequence_length tokens."""
+
+    model: dict[str, Any] | None = None
+    """Model to build; the recipe's top-level `model` unless given here. Not used when an input `model` is given."""
+    mixture: dict[str, float] | None = None
+    """Source -> share of the rows, any scale; none: in proportion to the sources' tokens."""
+    document_mask: bool = False
+    """Tokens see their own document only, and positions begin anew with each (Llama 3, section 3.1). Slower, since attention then needs a mask."""
+    heldout_rows: Annotated[int, EXECUTION] = Field(256, ge=1)
+    """Fixed rows of held-out text on which bits per byte are measured."""
+    compile: Annotated[bool, EXECUTION] = False
+    """torch.compile the model: faster steps after a minute of compiling. Not with zero: 3 or a pipeline."""
+
+    @classmethod
+    def supports_pipeline(cls) -> bool:
+        return True
+
+    def check(self, world: int) -> None:
+        super().check(world)
+        if self.compile and (self.parallel.zero == 3 or self.parallel.pipeline > 1):
+            raise UserError(f"stage {self.kind}: compile: true does not go with zero: 3 or a pipeline, which work module by module; leave one of them out")
+        if "model" not in self.inputs:
+            from pipeline.models import build
+
+            build.check(self.model)
+
+
+def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    from pipeline.data.sampler import RowSampler, heldout_rows
+    from pipeline.data.tokens import TokenStore, load_tokenizer
+    from pipeline.models import build
+    from pipeline.train import distributed, engine
+    from pipeline.train.loop import fit, share
+
+    # What is there
+    store = TokenStore(inputs["tokens"].path)
+    tokenizer_folder = inputs["tokenizer"].path
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if len(tokenizer) != store.vocab_size:
+        raise UserError(f"inputs.tokenizer has {len(tokenizer)} tokens, inputs.tokens was packed with {store.vocab_size}; give the tokenizer that packed them")
+    sampler = RowSampler(store, config.sequence_length, config.mixture, config.seed)
+    heldout = heldout_rows(store, config.sequence_length, config.heldout_rows)
+    sources = sorted({row.source for row in heldout})
+
+    # The model
+    distributed.setup(config)
+    if "model" in inputs:
+        model = build.load(inputs["model"].path / "model")
+        if model.config.vocab_size < store.vocab_size:
+            raise UserError(f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size}; they must share one tokenizer")
+    else:
+        model = build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=config.parallel.pipeline == 1)
+    model_config, size, flops = model.config, build.count(model), build.flops_per_token(model, config.sequence_length)
+    for line in derivation(config, size, flops, sampler):
+        say(line)
+    if config.compile:
+        model.compile(dynamic=False)
+    trainer = engine.build(model, loss_of(sources), config, fill=lambda part, name: build.initialise(part, config.seed, name))
+
+    # Training
+    def batches(step: int) -> list[dict]:
+        return [to_batch([sampler.row(index) for index in rows], config.document_mask) for rows in share(config, trainer, step)]
+
+    fixed = heldout_batches(heldout, sources, config, trainer)
+    num_bytes = sum(row.bytes for row in heldout)
+    bytes_of = {source: sum(row.bytes for row in heldout if row.source == source) for source in sources}
+
+    def evaluate() -> dict:
+        found = trainer.evaluate(fixed)
+        nats = {source: found[f"nats/{source}"] * found["weight"] for source in sources}
+        per_source = {f"bits_per_byte/{source}": nats[source] / math.log(2) / bytes_of[source] for source in sources}
+        return {"loss": found["loss"], "bits_per_byte": found["loss"] * found["weight"] / math.log(2) / num_bytes, **(per_source if len(sources) > 1 else {})}
+
+    result = fit(trainer, config, output, batches, evaluate=evaluate)
+
+    # What it was for
+    weights = trainer.consolidated()
+    if output.is_main:
+        build.publish(weights, model_config, tokenizer_folder, output.path / "model")
+    before, after, tokens = result["before"], result["after"], int(result["weight"])
+    return {
+        "bits_per_byte_before": before["bits_per_byte"],
+        "bits_per_byte_after": after["bits_per_byte"],
+        "bits_per_byte_sources": {key.partition("/")[2]: value for key, value in after.items() if "/" in key} or {sources[0]: after["bits_per_byte"]},
+        "loss_before": before["loss"],
+        "loss_after": after["loss"],
+        "train_loss": result["last"]["loss"],
+        "tokens": tokens,
+        "parameters": size["total"],
+        "flops": tokens * flops,
+        "tokens_per_second": round(result["rate"], 1),
+        "skipped_steps": result["skipped"],
+        "summary": {
+            "input": f"{sum(store.num_tokens(source) for source in sampler.sources) / 1e6:.2f}M tokens, {len(sampler.sources)} source{'s' * (len(sampler.sources) > 1)}",
+            "output": f"{size['total'] / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
+            "measure": f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}",
+        },
+    }
+
+
+def derivation(config: Config, size: dict, flops: float, sampler) -> list[str]:
+    """What follows from the recipe, before the first step is made."""
+    from pipeline.train import distributed
+
+    world, depth = distributed.world(), config.parallel.pipeline
+    tokens = config.steps * config.batch_size * config.sequence_length
+    ranks = world // depth
+    micro = config.micro_batch or config.batch_size // ranks
+    layout = f"pipeline {depth} x {ranks} data ranks" if depth > 1 else f"ZeRO-{config.parallel.zero} over {world}" if config.parallel.zero is not None else f"data parallel over {world}" if world > 1 else "one process"
+    # fp32: weights 4, gradients 4, Adam's moments 8 bytes a parameter; ZeRO splits the last of them first
+    zero = 1 if depth > 1 else config.parallel.zero or 0
+    each = {0: 16.0, 1: 8 + 8 / ranks, 2: 4 + 12 / ranks, 3: 16 / ranks}[zero] / depth
+    return [
+        f"model      {size['total']:,} parameters: {size['body']:,} in layers, {size['embedding']:,} in embeddings",
+        f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x {config.sequence_length}; {tokens / size['total']:.1f} tokens a parameter (Chinchilla's optimum is about 20)",
+        f"layout     {layout}; {config.batch_size // ranks // micro} micro-batch{'es' * (config.batch_size // ranks > micro)} of {micro} rows a step on each; {config.precision}",
+        f"cost       {flops * tokens:.2e} FLOPs, {flops:.2e} a token; weights, gradients and optimizer take {size['total'] * each / 1e9:.2f} GB a process, activations come on top",
+        *sampler.warnings(config.steps * config.batch_size),
+    ]
+
+
+def loss_of(sources: list[str]):
+    """Cross-entropy; on held-out rows also the nats of each source."""
+    from pipeline.train.loss import cross_entropy_sum, token_logprobs
+
+    def loss_fn(logits, batch):
+        if "source" not in batch:
+            return cross_entropy_sum(logits, batch["labels"]), {}
+        nats = -token_logprobs(logits, batch["labels"]).sum(dim=1)
+        return nats.sum(), {f"nats/{source}": nats[batch["source"] == number].sum() for number, source in enumerate(sources)}
+
+    return loss_fn
+
+
+def to_batch(rows: list, document_mask: bool) -> dict:
+    """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one. Every label counts."""
+    import numpy as np
+    import torch
+
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
+    inputs = {"input_ids": tokens[:, :-1].contiguous()}
+    if document_mask:  # transformers reads the borders of documents off the positions
+        positions = np.arange(tokens.shape[1] - 1)
+        starts = [row.starts[row.starts < len(positions)] for row in rows]
+        inputs["position_ids"] = torch.from_numpy(np.stack([positions - np.repeat([0, *at], np.diff([0, *at, len(positions)])) for at in starts]))
+    return {"inputs": inputs, "labels": tokens[:, 1:].contiguous(), "weight": float(tokens[:, 1:].numel())}
+
+
+def heldout_batches(rows: list, sources: list[str], config: Config, trainer) -> list[dict]:
+    """This data rank's share of the fixed rows, in micro-batches of one shape (a pipeline wants that), the last one filled up with rows that do not count."""
+    import torch
+
+    if len(rows) < trainer.data_world:
+        raise UserError(f"stage {config.kind}: {len(rows)} held-out rows cannot be shared by {trainer.data_world} processes; hold out more text in stage clean")
+    mine = rows[trainer.data_rank :: trainer.data_world]
+    micro = min(config.micro_batch or config.batch_size // trainer.data_world, -(-len(rows) // trainer.data_world))
+    batches = []
+    for start in range(0, len(mine), micro):
+        part = mine[start : start + micro]
+        batch = to_batch(part + part[:1] * (micro - len(part)), False)
+        batch["labels"][len(part) :] = -100
+        batches.append({**batch, "weight": float(len(part) * config.sequence_length), "source": torch.tensor([sources.index(row.source) for row in part] + [0] * (micro - len(part)))})
+    return batches
+
+
+if __name__ == "__main__":
+    from pipeline.chain import main
+
+    main("pretrain")
