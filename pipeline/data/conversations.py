@@ -363,7 +363,10 @@ def _number(template: str | None, fields: dict) -> float:
 
 
 def _chatml(fields: dict) -> dict:
-    """ShareGPT's from/value as role/content, by TRL. It is imported only when a record needs it: 0.5 s in a stage that has torch and transformers loaded."""
+    """ShareGPT's from/value as role/content, by TRL. It is imported only when a record needs it: 0.5 s in a stage that has loaded torch and transformers, 8 s alone."""
+    lists = [value for value in fields.values() if isinstance(value, list)]
+    if "conversations" not in fields and not any(isinstance(message, dict) and "from" in message for value in lists for message in value):
+        return fields
     from trl.data_utils import maybe_convert_to_chatml
 
     return maybe_convert_to_chatml(copy.deepcopy(fields))
@@ -398,8 +401,6 @@ def _turn(value, role: str) -> list:
 
 def _preference(fields: dict) -> tuple[list, str, str]:
     """(prompt messages, chosen text, rejected text) of a record in one of TRL's preference formats."""
-    from trl.data_utils import is_conversational, maybe_extract_prompt
-
     if "chosen" not in fields or "rejected" not in fields:
         raise Rejected(f"no pair among its fields ({', '.join(map(str, fields)) or 'none'}): expected chosen and rejected, or templates for prompt, chosen and rejected")
     row = _chatml({key: [value] if isinstance(value, dict) else value for key, value in fields.items() if key in ("prompt", "chosen", "rejected", "conversations", "messages")})
@@ -408,7 +409,9 @@ def _preference(fields: dict) -> tuple[list, str, str]:
     row.pop("messages", None)
     if not row["chosen"] or not row["rejected"]:
         raise Rejected("an empty answer")
-    if is_conversational({"chosen": row["chosen"]}) and not is_conversational({"prompt": row.get("prompt") or ""}) and "prompt" not in row:
+    if "prompt" not in row and isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
+        from trl.data_utils import maybe_extract_prompt
+
         row = maybe_extract_prompt(row)
     if "prompt" not in row:
         raise Rejected("no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen and rejected")
