@@ -230,7 +230,7 @@ def main(kind: str, argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", help=f"which stage of kind {kind}, if the recipe has several")
     parser.add_argument("--restart", action="store_true", help="set unfinished runs of this stage aside and begin anew")
     parser.add_argument("--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
     sys.exit(guarded(lambda: _main(kind, args)))
 
 
