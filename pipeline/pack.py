@@ -89,7 +89,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         raise UserError(f"inputs.data: {inputs['data'].path}: its split train has no document with text; there is nothing to pack")
     inexact = sum(_meta(unit.output)["inexact"] for unit in units)
     if inexact:
-        say(f"pack: the tokens of {inexact} documents do not spell their text byte for byte under this tokenizer; bits per byte spread a document's bytes over its tokens")
+        say(f"pack: the tokens of {inexact} documents do not spell their text byte for byte; bits per byte will spread a document's bytes over its tokens")
     return metrics(index, len(bad), inexact, time.time() - began)
 
 
@@ -136,7 +136,10 @@ def encoded(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype
                 future.result()
                 yield futures[future]
         except BrokenProcessPool:
-            raise UserError(f"pack: one of {workers} encoding processes was killed, most often for lack of memory; the same command goes on from here, with fewer `workers` if it happens again") from None
+            raise UserError(
+                f"pack: one of {workers} encoding processes was killed, most often for lack of memory; the same command goes on from here, "
+                "with fewer `workers` if it happens again"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -63,7 +63,7 @@ class Config(StageConfig):
     """How the tokenizer is trained."""
 
     algorithm: Literal["sentencepiece-bpe", "byte-bpe"] = "sentencepiece-bpe"
-    """sentencepiece-bpe: characters, with bytes for rare ones, trains in seconds; byte-bpe: bytes over the word split of GPT-4, trains about ten times longer, 2-3% fewer tokens."""
+    """sentencepiece-bpe: characters, bytes for rare ones, trains in seconds; byte-bpe: bytes over GPT-4's word split, trains ten times as long, 2-3% fewer tokens."""
     vocab_size: int = Field(ge=300)
     """Tokens, the special ones included. Text that cannot fill it is refused."""
     sample_bytes: int = Field(100_000_000, ge=1, le=2_000_000_000)
@@ -73,7 +73,7 @@ class Config(StageConfig):
     split_digits: bool = True
     """Each digit is a token of its own; false: runs of digits may be learned (byte-bpe: at most three)."""
     character_coverage: float | None = Field(None, ge=0.98, le=1)
-    """sentencepiece-bpe: share of the text whose characters get a token of their own, the rest is bytes; by default what leaves 60% of the vocabulary for longer pieces, at most 0.9995."""
+    """sentencepiece-bpe: share of the text whose characters get a token each, the rest is bytes; by default what leaves 60% of the vocabulary for longer pieces."""
     heldout_bytes: int = Field(20_000_000, ge=0)
     """Bytes of held-out text to measure on, at most."""
 
@@ -280,7 +280,7 @@ def measure(folder: Path, model: bytes | None, work: Path) -> dict:
     if pieces:
         found["ids_equal"] = {"texts": compared, "equal": equal}
         if equal < compared:
-            say(f"tokenizer: sentencepiece gives other ids on {compared - equal} of {compared} texts; the published tokenizer.json is what every stage uses, tokenizer.model is its near twin")
+            say(f"tokenizer: sentencepiece gives other ids on {compared - equal} of {compared} texts; every stage uses tokenizer.json, tokenizer.model is a near twin")
     return found
 
 

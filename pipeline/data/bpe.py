@@ -111,13 +111,17 @@ def _stderr_to(path: Path):
 def _explained(message: str, vocab_size: int) -> Exception:
     most = re.search(r"Please set it to a value <= (\d+)", message)
     if most:
-        return UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most.group(1)}; set vocab_size to at most {most.group(1)}, or train on more text")
+        return _too_large(vocab_size, int(most.group(1)))
     least = re.search(r"required_chars. \d+ vs (\d+)", message)
     if least:
         return UserError(f"vocab_size: {vocab_size} has no room for the characters of this text: {least.group(1)} are needed; set it higher, or lower character_coverage")
     if "sentences_.empty()" in message:
         return UserError("the training text is empty: there is nothing to learn a vocabulary from")
     return RuntimeError(message)
+
+
+def _too_large(vocab_size: int, most: int) -> UserError:
+    return UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; set vocab_size to at most {most}, or train on more text")
 
 
 def from_sentencepiece(model: bytes):
@@ -172,6 +176,5 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, split_digits: bool):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
-        most = tokenizer.get_vocab_size()
-        raise UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; set vocab_size to at most {most}, or train on more text")
+        raise _too_large(vocab_size, tokenizer.get_vocab_size())
     return tokenizer

@@ -66,7 +66,8 @@ class RowSampler:
             if not weight >= 0:
                 raise UserError(f"weights: {source} has the weight {weight}, expected 0 or more")
             if weight and not rows[source]:
-                raise UserError(f"weights: source {source} has {store.num_tokens(source)} tokens, fewer than the {sequence_length + 1} of one row; leave it out or shorten sequence_length")
+                found = store.num_tokens(source)
+                raise UserError(f"weights: source {source} has {found} tokens, fewer than the {sequence_length + 1} of one row; leave it out or shorten sequence_length")
         total = float(sum(weights.values()))
         if total <= 0:
             raise UserError("weights: all are 0; give at least one source a weight")
@@ -112,7 +113,8 @@ class RowSampler:
             for source, epochs in self.epochs(rows).items()
             if epochs > 1
         ]
-        return lines + [f"source {source} is left out: its {self.store.num_tokens(source)} tokens are fewer than the {self.sequence_length + 1} of one row" for source in self.left_out]
+        needed = self.sequence_length + 1
+        return lines + [f"source {source} is left out: its {self.store.num_tokens(source)} tokens are fewer than the {needed} of one row" for source in self.left_out]
 
     def _shift(self, block):
         """Where a block's points begin, in units of their distance: an even sequence over blocks, so that a rare source gets its share over many."""
@@ -187,7 +189,10 @@ def heldout_rows(store: TokenStore | Path, sequence_length: int, max_rows: int) 
     available = {source: store.num_tokens(source) // sequence_length for source in store.sources}
     if not any(available.values()):
         found = sum(store.num_tokens(source) for source in store.sources)
-        raise UserError(f"{store.folder}: no source of its held-out split has the {sequence_length} tokens of one row ({found} tokens in all); shorten sequence_length or hold out more text")
+        raise UserError(
+            f"{store.folder}: no source of its held-out split has the {sequence_length} tokens of one row ({found} tokens in all); "
+            "shorten sequence_length or hold out more text"
+        )
     wanted = dict.fromkeys(store.sources, 0)
     while sum(wanted.values()) < min(max_rows, sum(available.values())):
         for source in store.sources:
