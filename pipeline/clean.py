@@ -13,6 +13,7 @@ The result depends on the content of the sources and the recipe alone, not on wo
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,14 +132,16 @@ def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Prog
     source = config.sources[name]
     folder.mkdir(parents=True, exist_ok=True)
     records: dict[int, int] = {}  # of each finished unit, for `limit`
-    told = [0]
+    told, noted = [0], [time.time()]
 
     def finished(number: int, counted: int, weight: int) -> None:
         records[number] = counted
         step = min(weight, size - told[0])  # compressed files unpack to more than their size on disk
         told[0] += step
         bar.update(step, source=name)
-        output.note_time()
+        if time.time() - noted[0] > 1:  # it writes a file, and units may be small
+            output.note_time()
+            noted[0] = time.time()
         faults.point("work")
 
     for number, unit in enumerate(units.cut(source, name, config.unit_bytes)):
@@ -162,19 +165,23 @@ def _prefix(records: dict[int, int]) -> int:
 
 def _try(source: Source, name: str) -> None:
     """Refuse a source that has no good record, before any work is done."""
-    first, number = None, 0
-    for item in reading.read(source, name):
+    first, bad, left_out = None, 0, 0
+    for item in (item for chunk in reading.chunks(source, name) for item in reading.parse(chunk)):
         if not isinstance(item, Bad):
+            if reading.deselected(source, item):
+                left_out += 1
+                continue
             try:
                 reading.text_of(source, item)
                 return
             except MissingField as error:
-                item = Bad(item.place, str(error), "")
-        first, number = first or item, number + 1
+                item = Bad(item.place, str(error).removeprefix(f"{item.place}: "))
+        first, bad = first or item, bad + 1
+    if left_out:
+        raise UserError(f"sources.{name}: has no record that `where` and `part` select, among {left_out}; change one of the two")
     if first is None:
-        chosen = " that `where` and `part` select" if source.where or source.part != (0.0, 1.0) else ""
-        raise UserError(f"sources.{name}: has no record{chosen}; look at its files, format and `records`")
-    raise UserError(f"sources.{name}: none of its {number} records is good; the first: {first.place}: {first.reason.removeprefix(f'{first.place}: ')}{f' ({first.raw[:80]!r})' if first.raw else ''}")
+        raise UserError(f"sources.{name}: has no record; look at its files, `format` and `records`")
+    raise UserError(f"sources.{name}: none of its {bad} records is good; the first: {first.place}: {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}")
 
 
 def _size(source: Source, name: str) -> int:

@@ -78,7 +78,7 @@ def garbled(text: str) -> float:
     bad = sum(map(len, _GARBAGE.findall(text)))
     if not text.isascii():
         bad += sum(map(len, _MOJIBAKE.findall(text)))
-    return bad / max(1, len(text))
+    return min(1.0, bad / max(1, len(text)))  # controls within mojibake are found by both expressions
 
 
 def repeated_lines(text: str) -> float:

@@ -55,7 +55,7 @@ class Tokens:
 def _classes() -> np.ndarray:
     """Class of each code point, uint8 [0x110000]."""
     table = np.full(0x110000, SYMBOL, np.uint8)
-    for point in range(0x20000):  # letters above are Han (planes 2 and 3); the rest are variation selectors and private use
+    for point in (*range(0x20000), *range(0xE0100, 0xE01F0)):  # what lies between is Han (planes 2 and 3) or unassigned
         category = unicodedata.category(chr(point))
         if category[0] in "LM":
             table[point] = LETTER
