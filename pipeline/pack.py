@@ -298,7 +298,7 @@ def metrics(index: dict, bad: int, inexact: int, seconds: float) -> dict:
         "seconds": round(seconds, 3),
         "summary": {
             "input": f"{sum(part['documents'] for part in count.values()):,} documents, {sum(part['bytes'] for part in count.values()) / 1e6:.1f} MB",
-            "output": f"{count['train']['tokens'] / 1e6:.2f}M tokens, held out {count['heldout']['tokens'] / 1e6:.2f}M",
+            "output": f"{count['train']['tokens']:,} tokens, held out {count['heldout']['tokens']:,}",
             "measure": f"{count['train']['bytes'] / count['train']['tokens']:.2f} bytes per token",
         },
     }
