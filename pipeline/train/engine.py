@@ -163,7 +163,8 @@ def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fil
     """
     distributed.setup(config)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in transformers 5.23
+        enable({"use_reentrant": False})
     if config.parallel.pipeline > 1:
         from pipeline.train.pipelined import Pipelined
 

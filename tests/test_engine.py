@@ -1,0 +1,372 @@
+"""The engine in one process: against a plain loop, and under injected harm."""
+
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tuned import tokenizer as make_tokenizer
+
+from pipeline.artifact import Output
+from pipeline.errors import UserError
+from pipeline.models import build, stages
+from pipeline.train import checkpoints, engine
+from pipeline.train.config import Schedule, TrainConfig
+from pipeline.train.loop import fit, share
+from pipeline.train.loss import cross_entropy_sum, token_logprobs
+from pipeline.train.schedule import learning_rate
+
+VOCABULARY, LENGTH, ROWS = 61, 12, 8
+
+
+def tiny(**changes):
+    keys = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, **changes}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **keys))
+    build.initialise(model, seed=0)
+    return model
+
+
+def config(**changes) -> TrainConfig:
+    keys = {"steps": 6, "batch_size": ROWS, "sequence_length": LENGTH, "precision": "fp32", "seed": 0, "optimizer": {"lr": 3e-3, "max_grad_norm": 0.5}, "save": {"every_steps": 2}}
+    return TrainConfig(kind="pretrain", **{**keys, **changes})
+
+
+def rows(step: int):
+    """Random rows of which the first tokens carry no loss, more in each row, so that micro-batches differ in weight."""
+    tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    labels = tokens[:, 1:].clone()
+    for row in range(ROWS):
+        labels[row, : (row + step) % LENGTH] = -100
+    return tokens[:, :-1], labels
+
+
+def batch_of(step: int, part) -> dict:
+    ids, labels = (tensor[part.start % ROWS : part.start % ROWS + len(part)] for tensor in rows(step))
+    return {"inputs": {"input_ids": ids}, "labels": labels, "weight": float((labels >= 0).sum())}
+
+
+def loss_fn(logits, batch):
+    right = ((logits.argmax(-1) == batch["labels"]) & (batch["labels"] >= 0)).sum()
+    return cross_entropy_sum(logits, batch["labels"]), {"accuracy": right}
+
+
+def plain_loop(steps: int, settings: TrainConfig):
+    """The whole batch at once, torch's parts, no engine."""
+    model = tiny()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    o = settings.optimizer
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}], betas=o.betas, eps=o.eps, foreach=False, fused=False)
+    found = []
+    for step in range(steps):
+        ids, labels = rows(step)
+        loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings.schedule, o.lr, step, settings.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((loss.item(), norm.item()))
+    return model, found
+
+
+@pytest.mark.parametrize("micro", [None, 4, 2, 1])
+def test_any_micro_batch_gives_the_steps_of_a_plain_loop(micro):
+    """Relative 1e-5 for losses and norms of 6 clipped steps; weights to a thousandth of what a step changes (Adam divides small gradients by their own size)."""
+    settings = config(micro_batch=micro)
+    reference, expected = plain_loop(6, settings)
+    trainer = engine.build(tiny(), loss_fn, settings)
+    for step, (loss, norm) in enumerate(expected):
+        found = trainer.step([batch_of(step, part) for part in share(settings, trainer, step)])
+        assert found["loss"] == pytest.approx(loss, rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(norm, rel=1e-5) and norm > settings.optimizer.max_grad_norm
+        assert found["applied"] and 0 <= found["accuracy"] <= 1
+    for name, weight in trainer.consolidated().items():
+        assert torch.allclose(weight, reference.state_dict()[name], atol=1e-4), name
+
+
+def test_evaluation_is_the_mean_over_labels_and_leaves_no_trace():
+    settings = config()
+    trainer = engine.build(tiny(), loss_fn, settings)
+    ids, labels = rows(0)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(tiny()(ids).logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+    found = trainer.evaluate([batch_of(0, range(0, 3)), batch_of(0, range(3, 8))])
+    assert found["loss"] == pytest.approx(expected, rel=1e-6) and found["weight"] == (labels >= 0).sum()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+INFINITE = "infinite loss, finite gradient"
+
+
+def spoiled(logits, batch):
+    """The loss with the harm that the batch names."""
+    loss, sums = loss_fn(logits, batch)
+    if batch.get("spoil") == "nan loss":
+        loss = loss * float("nan")
+    elif batch.get("spoil") == INFINITE:
+        loss = loss + float("inf")
+    elif batch.get("spoil") == "nan gradient":
+        logits.register_hook(lambda gradient: gradient * float("nan"))
+    return loss, sums
+
+
+@pytest.mark.parametrize("zero", [None, 0, 1, 2, 3])
+def test_what_is_not_finite_does_not_reach_the_weights(zero):
+    """Harmed steps, the first of all among them, leave weights and moments alone: the others are, bit for bit, those of a run that never saw harm."""
+
+    def run(order):
+        trainer = engine.build(tiny(), spoiled, config(parallel={"zero": zero}, micro_batch=4))
+        found = []
+        for step, spoil in order:
+            batches = [batch_of(step, part) for part in (range(0, 4), range(4, 8))]
+            batches[1]["spoil"] = spoil
+            found.append(trainer.step(batches, lr=1e-3))
+        return found, trainer.consolidated()
+
+    harmed, weights = run([(9, INFINITE), (0, None), (1, "nan loss"), (1, "nan gradient"), (2, None), (3, INFINITE), (3, None)])
+    clean, expected = run([(0, None), (2, None), (3, None)])
+    assert [stats["applied"] for stats in harmed] == [False, True, False, False, True, False, True]
+    assert all(math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]) for stats in harmed if stats["applied"])
+    assert [stats for stats in harmed if stats["applied"]] == clean
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_bf16_keeps_fp32_weights_and_stays_near_fp32():
+    """Losses of 6 steps within 1% of fp32 (bf16 has 8 bits of mantissa: 0.4% a product)."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        settings = config(precision=precision)
+        trainer = engine.build(tiny(), loss_fn, settings)
+        found[precision] = [trainer.step([batch_of(step, range(ROWS))])["loss"] for step in range(6)]
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=1e-2) and found["bf16"] != found["fp32"]
+
+
+def test_activation_checkpointing_does_not_change_a_bit():
+    found = []
+    for on in (False, True):
+        trainer = engine.build(tiny(), loss_fn, config(activation_checkpointing=on))
+        found.append([trainer.step([batch_of(step, range(ROWS))]) for step in range(3)])
+    assert found[0] == found[1]
+
+
+def test_decay_is_for_matrices_alone():
+    trainer = engine.build(tiny(), loss_fn, config())
+    groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in trainer.optimizer.param_groups}
+    for name, parameter in trainer.model.named_parameters():
+        assert id(parameter) in groups[0.0 if "norm" in name else 0.1], name
+
+
+def test_learning_rate():
+    def at(step, steps=100, **keys):
+        return learning_rate(Schedule(**keys), 1.0, step, steps)
+
+    assert [at(step, warmup_steps=4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert at(0, min_ratio=0.1) == 1.0 and at(50, min_ratio=0.1) == pytest.approx(0.55) and at(99, min_ratio=0.1) == pytest.approx(0.1, abs=1e-3)
+    assert at(75, kind="linear", min_ratio=0.0) == 0.25
+    assert at(99, kind="constant") == 1.0
+    assert at(79, kind="wsd", min_ratio=0.0) == 1.0 and at(90, kind="wsd", min_ratio=0.0) == 0.5
+
+
+def test_losses_against_torch():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, -100, 6, 0], [-100, -100, 3, 3, 5]])
+    expected = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+    assert torch.allclose(token_logprobs(logits, labels), expected, atol=1e-6)
+    assert cross_entropy_sum(logits, labels).item() == pytest.approx(-expected.sum().item(), rel=1e-6)
+
+
+# ---- checkpoints and the loop ----------------------------------------------------------------------------------------------
+
+
+def output_in(folder) -> Output:
+    return Output(folder / "run", "pretrain", "pretrain", {"a": 1}).open(config={}, parents={})
+
+
+def train(folder, steps: int, total: int = 6, spoil: int | None = None):
+    """Train to `steps` of `total` by the loop in a fresh engine; returns (result, weights)."""
+    settings = config(steps=total, schedule={"kind": "constant"})
+    output = output_in(folder)
+    try:
+        trainer = engine.build(tiny(attention_dropout=0.1), loss_fn, settings)
+
+        def batches(step):
+            batch = batch_of(step, range(ROWS))
+            if step == spoil:
+                batch["inputs"]["input_ids"] = batch["inputs"]["input_ids"].clone()
+                trainer.model.lm_head.register_forward_hook(lambda *a: a[2] * float("nan") if trainer.step_count == spoil else None)
+            return [batch]
+
+        result = fit(trainer, settings.model_copy(update={"steps": steps}), output, batches, evaluate=lambda: trainer.evaluate([batch_of(99, range(ROWS))]))
+        return result, trainer.consolidated(), output.path
+    finally:
+        output.close()
+
+
+def test_a_run_in_parts_is_the_run_in_one(tmp_path):
+    """Dropout on, so the random state counts too. Bit for bit, and so are the numbers that are reported."""
+    whole, expected, path = train(tmp_path / "whole", 6)
+    for steps in (1, 4, 6):
+        parts, weights, _ = train(tmp_path / "parts", steps)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert all(parts[key] == whole[key] for key in ("before", "after", "first", "last", "weight", "skipped"))
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000004", "step-000006"], "two newest are kept"
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "marker cut", "no marker"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, harm):
+    _, _, path = train(tmp_path, 4)
+    folder = path / "checkpoints" / "step-000004"
+    file = folder / ("complete.json" if "marker" in harm else "model-state.pt")
+    data = file.read_bytes()
+    if harm in ("missing", "no marker"):
+        file.unlink()
+    elif harm == "flipped":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    output = output_in(tmp_path)
+    found, state = checkpoints.newest(output)
+    output.close()
+    assert found.name == "step-000002" and state["weight"] > 0
+    said = capsys.readouterr().out
+    assert ("step-000004" in said and "passed over" in said) or harm == "no marker", said
+
+
+def test_a_skipped_step_is_logged_and_counted(tmp_path, capsys):
+    result, _, path = train(tmp_path, 4, spoil=2)
+    assert result["skipped"] == 1 and "step 3 was skipped" in capsys.readouterr().out
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if line.get("applied") is False] == [None]
+
+
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
+    trainer = engine.build(tiny(), loss_fn, config())
+    trainer.save(tmp_path)
+    sharded = engine.build(tiny(), loss_fn, config(parallel={"zero": 1}))
+    with pytest.raises(UserError, match="parallel.zero was None, is 1"):
+        sharded.load(tmp_path)
+
+
+def test_a_launcher_that_names_another_zero_stage_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(UserError, match="zero: 2.*zero_stage: 3"):
+        engine.build(tiny(), loss_fn, config(parallel={"zero": 2}))
+    with pytest.raises(UserError, match="none.*zero_stage: 3"):
+        engine.build(tiny(), loss_fn, config())
+
+
+def test_layouts_that_cannot_be_had_are_refused_before_anything_starts():
+    with pytest.raises(ValidationError, match="pipeline: 2 with zero: 3 cannot be had"):
+        config(parallel={"zero": 3, "pipeline": 2})
+    with pytest.raises(ValidationError, match="offload needs"):
+        config(parallel={"offload": True})
+    with pytest.raises(UserError, match="batch_size 8 is not divisible by 3"):
+        config().check(3)
+    with pytest.raises(UserError, match="not divisible by micro_batch 3"):
+        config(micro_batch=3).check(1)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
+FAMILIES = [
+    {"family": "llama", **SMALL},
+    {"family": "llama", **SMALL, "tie_word_embeddings": True, "pad_vocab_to": 64},
+    {"family": "qwen3", **SMALL, "head_dim": 16},
+    {"family": "mixtral", **SMALL, "num_local_experts": 2},
+    {"family": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return make_tokenizer(folder), folder
+
+
+@pytest.mark.parametrize("block", FAMILIES, ids=lambda block: block["family"] + "-tied" * ("pad_vocab_to" in block))
+def test_a_model_is_a_function_of_its_seed_and_survives_publishing(block, tokenizer, tmp_path):
+    made, folder = tokenizer
+    model, again, other = (build.new(block, made, 64, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    assert model.get_input_embeddings().weight[5].std().item() == pytest.approx(model.config.initializer_range, rel=0.5)
+    assert model.config.max_position_embeddings == 64 and model.config.vocab_size % block.get("pad_vocab_to", 1) == 0
+    ids = torch.arange(20)[None]
+    build.publish(model.state_dict(), model.config, folder, tmp_path / "one")
+    build.publish(model.state_dict(), model.config, folder, tmp_path / "two")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}, "equal input, equal bytes"
+    loaded, reader = AutoModelForCausalLM.from_pretrained(tmp_path / "one"), AutoTokenizer.from_pretrained(tmp_path / "one")
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    assert loaded.generation_config.eos_token_id == [reader.eos_token_id, reader.convert_tokens_to_ids("<|im_end|>")] and reader.chat_template
+    head = build.load(tmp_path / "one", "reward", seed=3)
+    assert torch.equal(head.score.weight, build.load(tmp_path / "one", "reward", seed=3).score.weight) and head.score.weight.shape == (1, 32)
+    size = build.count(model)
+    assert size["total"] == model.num_parameters() and size["body"] == model.num_parameters(exclude_embeddings=False) - size["embedding"]
+
+
+def test_flops_of_a_known_model(tokenizer):
+    """Llama 2 7B: 6.74B parameters, 6.61B without the embedding look-up; attention adds 12 x 32 x 4096 x 4096 a token at length 4096."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32))
+    assert build.count(model)["total"] == 6_738_415_616
+    assert build.flops_per_token(model, 4096) == 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
+
+
+@pytest.mark.parametrize(
+    "block, said",
+    [
+        (None, "no model block"),
+        ({"family": "lama"}, "did you mean llama"),
+        ({"family": "llama", "hiden_size": 8}, "did you mean hidden_size"),
+        ({"family": "llama", "vocab_size": 8}, "the tokenizer decides"),
+        ({"family": "llama", "hidden_size": 30, "num_attention_heads": 4}, "30"),
+        ({"family": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ],
+)
+def test_a_wrong_model_block_is_named(block, said):
+    with pytest.raises(UserError, match=said):
+        build.check(block)
+
+
+# ---- pipeline stages -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", stages.FAMILIES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_stages_in_a_row_are_the_whole_model(family, count, tokenizer):
+    """Logits of random ids, with positions that begin anew in the middle as packed documents have, to 1e-6; every parameter in exactly one stage."""
+    from pipeline.train.pipelined import Stage
+
+    made, _ = tokenizer
+    block = {"family": family, **SMALL}
+    whole = build.new(block, made, 64, seed=1).eval()
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(12)], [*range(5), *range(7)]])
+    names, flow = {}, (ids, positions)
+    for index in range(count):
+        part = Stage(build.new(block, made, 64, seed=1, materialise=False), index, count, False, lambda model, name: build.initialise(model, 1, name)).eval()
+        if index == 0:
+            table = part.table.weight
+        elif index == count - 1 and whole.config.tie_word_embeddings:  # what DeepSpeed's TiedLayerSpec does between processes
+            part.table.weight = table
+        names |= {stages.global_name(name, part.offset): value for name, value in part.model.state_dict().items()}
+        with torch.no_grad():
+            flow = part(flow)
+    assert torch.allclose(flow, whole(input_ids=ids, position_ids=positions, use_cache=False).logits, atol=1e-6)
+    assert set(names) == set(whole.state_dict()) and all(torch.equal(value, names[name]) for name, value in whole.state_dict().items()), "weights do not depend on the cut"
+
+
+def test_a_family_or_depth_that_cannot_be_cut_is_refused():
+    with pytest.raises(UserError, match="gpt2 cannot be cut"):
+        stages.check(type("C", (), {"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="the model has 3"):
+        stages.split(3, 4)
+    assert [len(part) for part in stages.split(10, 4)] == [3, 3, 2, 2]
