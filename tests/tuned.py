@@ -1,7 +1,13 @@
 """A small world for the tuning stages: a base model that knows nothing, and a task it can learn in seconds: the kind of thing a noun names."""
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
+
+from harness import files_of, stage, succeed
 
 KINDS = {"animal": ["cat", "dog", "horse", "小猫"], "plant": ["rose", "oak", "wheat", "竹子"], "metal": ["iron", "gold", "zinc", "青铜"]}
 WORDS = ["old", "red", "small", "good", "new", "bright", "很大", "漂亮", "便宜", "quiet", "heavy", "strange"]
@@ -52,19 +58,19 @@ def write_rows(path: Path, extra: list = ()) -> None:
 
 CHAT = "messages: [{role: user, content: 'What is a {words} {noun}?'}, {role: assistant, content: '{kind}'}]"
 PAIR = "prompt: 'What is a {words} {noun}?', chosen: '{kind}', rejected: '{wrong}'"
-COMMON = "batch_size: 8, sequence_length: 64, precision: fp32, save: {every_steps: 4, keep: 2}, log: {every_steps: 1}"
+COMMON = "batch_size: 8, sequence_length: 64, precision: fp32, save: {every_steps: 4, keep: 2}, log: {every_steps: 1}, schedule: {kind: constant}"
 
 RECIPE = f"""
 name: tiny
 seed: 3
 stages:
   sft:
-    {{inputs: {{model: ./base}}, {COMMON}, steps: 10, optimizer: {{lr: 5e-3}}, max_prompts: 24, max_new_tokens: 6,
+    {{inputs: {{model: ./base}}, {COMMON}, steps: 40, optimizer: {{lr: 5e-3}}, max_prompts: 24, max_new_tokens: 6,
      sources: {{nouns: {{path: rows.jsonl, {CHAT}, answer: '{{kind}}'}}}}}}
   reward:
-    {{{COMMON}, steps: 10, optimizer: {{lr: 2e-3}}, sources: {{nouns: {{path: rows.jsonl, {PAIR}}}}}}}
+    {{{COMMON}, steps: 30, optimizer: {{lr: 3e-3}}, sources: {{nouns: {{path: rows.jsonl, {PAIR}}}}}}}
   dpo:
-    {{{COMMON}, steps: 10, optimizer: {{lr: 1e-3}}, sources: {{nouns: {{path: rows.jsonl, {PAIR}}}}}}}
+    {{{COMMON}, steps: 20, optimizer: {{lr: 1e-3}}, sources: {{nouns: {{path: rows.jsonl, {PAIR}}}}}}}
 """
 
 
@@ -81,3 +87,39 @@ def metrics(folder: Path, stage: str) -> dict:
 
 def lines(folder: Path, stage: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs/tiny" / stage / "current/metrics.jsonl").read_text().splitlines()]
+
+
+@functools.cache
+def plain() -> Path:
+    """The world after uninterrupted runs of all three stages, made once for all test files."""
+    folder = Path(tempfile.mkdtemp(prefix="alma-tuned-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    world(folder)
+    for stage in ("sft", "reward", "dpo"):
+        succeed(stage, "tiny.yaml", cwd=folder)
+    return folder
+
+
+def copy_until(stage: str, folder: Path) -> Path:
+    """A copy of the plain world as it was before `stage`."""
+    shutil.copytree(plain(), folder, symlinks=True, dirs_exist_ok=True)
+    for later in ("sft", "reward", "dpo")[("sft", "reward", "dpo").index(stage) :]:
+        shutil.rmtree(folder / "runs/tiny" / later)
+    return folder
+
+
+def killed_like_plain(name: str, folder: Path, faults: list[str], kill_after: float | None = None) -> str:
+    """Kill a stage at each of `faults` in turn, always going on from what was left, let it end, and compare with the run that was left alone."""
+    copy_until(name, folder)
+    for fault in faults:
+        code, text = stage(name, "tiny.yaml", cwd=folder, fault=fault)
+        assert code == -9, f"{name} did not reach {fault}: {code}\n{text}"
+    if kill_after is not None:
+        stage(name, "tiny.yaml", cwd=folder, kill_after=kill_after)
+    text = succeed(name, "tiny.yaml", cwd=folder)
+    expected, found = (files_of(where / "runs/tiny" / name / "current") for where in (plain(), folder))
+    assert expected == found
+    kept, again = metrics(plain(), name), metrics(folder, name)
+    assert {key: value for key, value in kept.items() if "per_second" not in key} == {key: value for key, value in again.items() if "per_second" not in key}
+    assert [line["loss"] for line in lines(plain(), name) if "loss" in line] == [line["loss"] for line in lines(folder, name) if "loss" in line]
+    return text

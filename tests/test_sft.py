@@ -1,0 +1,175 @@
+"""SFT: what it learns, that packed conversations do not see each other, that a killed run ends as if it had not been, and that ranks do not matter."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import tuned
+from harness import stage
+from pipeline.errors import UserError
+from pipeline.sft import batch, check_packing
+from pipeline.train.tuning import Ragged
+
+
+def tiny(family, **changes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    keys = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}
+    keys |= {"intermediate_size": 64, "num_key_value_heads": 2} if family in ("llama", "qwen3") else {}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys, **changes), dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_packed_conversations_do_not_see_each_other(family, attention):
+    model = tiny(family, attn_implementation=attention)
+    source = np.random.default_rng(0)
+    rows = [source.integers(1, 97, size).tolist() for size in (9, 5, 14, 3, 7)]
+    split = {"ids": Ragged.of(rows, np.int32), "trained": Ragged.of([[True] * len(row) for row in rows], np.bool_)}
+    made = batch(split, [[0, 1, 2], [3, 4]], pad_id=0)
+    assert made["weight"] == sum(len(row) - 1 for row in rows)
+    with torch.no_grad():
+        packed = model(**made["inputs"]).logits
+        at = {0: (0, 0), 1: (0, 9), 2: (0, 14), 3: (1, 0), 4: (1, 3)}
+        for index, (row, start) in at.items():
+            alone = model(input_ids=torch.tensor([rows[index]])).logits[0]
+            torch.testing.assert_close(packed[row, start : start + len(rows[index])], alone, atol=1e-5, rtol=1e-5)
+            labels = made["labels"][row, start : start + len(rows[index])].tolist()
+            assert labels == [*rows[index][1:], -100]
+        leaking = model(**made["inputs"], attention_mask=torch.ones_like(made["inputs"]["input_ids"])).logits  # the trap: a mask of ones beside the positions
+        assert not torch.allclose(leaking[0, 9:14], packed[0, 9:14], atol=1e-3)
+
+
+def test_families_that_cannot_pack_are_refused():
+    for family in ("llama", "gpt2"):
+        check_packing(tiny(family), 5)
+    with pytest.raises(UserError, match="bloom cannot keep conversations in one row apart; set packing: false"):
+        check_packing(tiny("bloom"), 5)
+
+
+def test_what_is_learned_and_measured():
+    folder = tuned.plain()
+    found = tuned.metrics(folder, "sft")
+    assert found["heldout_loss_after"] < 0.3 < 3 < found["heldout_loss_before"]
+    assert found["heldout_eos_rate_before"] < 0.5 < 0.9 < found["heldout_eos_rate_after"]
+    assert found["heldout_rule_before"] == 0 and found["heldout_rule_after"] > 0.8
+    assert found["packing_fill"] > 0.9 and found["train_conversations"] + found["heldout_conversations"] == len(tuned.rows())
+    # the base model's loss, by transformers alone: its template, its mask, one conversation at a time
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pipeline.data.conversations import load_conversations
+    from pipeline.recipe import load
+
+    os_path = os.getcwd()
+    os.chdir(folder)
+    try:
+        config = load("tiny.yaml").stages["sft"]
+        _, heldout, _ = load_conversations(config.sources, config.holdout)
+    finally:
+        os.chdir(os_path)
+    for name, key in (("base", "heldout_loss_before"), ("runs/tiny/sft/current", "heldout_loss_after")):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / name / "model"), AutoTokenizer.from_pretrained(folder / name / "model")
+        total = count = 0
+        for row in heldout:
+            made = tokenizer.apply_chat_template(row.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            labels = torch.tensor([[token if kept else -100 for token, kept in zip(made["input_ids"], made["assistant_masks"], strict=True)]])
+            with torch.no_grad():
+                loss = model(input_ids=torch.tensor([made["input_ids"]]), labels=labels).loss
+            total, count = total + float(loss) * int((labels != -100).sum()), count + int((labels != -100).sum())
+        assert abs(total / count - found[key]) < 1e-4
+    # what is published answers and ends its turn with transformers' own generate
+    prompt = tokenizer.apply_chat_template(heldout[0].messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :])
+    assert text.endswith("<|im_end|>")
+    report = json.loads((folder / "runs/tiny/sft/current/report.json").read_text())
+    assert report["sources"]["nouns"]["train"] == found["train_conversations"] and report["trained_tokens"]["heldout"] == count
+
+
+def test_killed_at_every_step_and_resumed(tmp_path):
+    text = tuned.killed_like_plain("sft", tmp_path, ["save:1", "work:6", "save:1", "publish:1", "publish:2"])
+    assert "up to date" in text  # the last kill came after the rename
+
+
+def test_killed_at_a_random_moment(tmp_path):
+    moment = np.random.default_rng().uniform(0.2, 4)
+    print(f"killed after {moment:.2f} s")
+    tuned.killed_like_plain("sft", tmp_path, [], kill_after=moment)
+
+
+TWO_RANKS = """
+from pipeline.chain import run_stage
+from pipeline.recipe import load
+from pipeline.train import distributed
+words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in ("steps=8", "parallel.zero=1", "micro_batch=2", "run.processes=2")]
+recipe = load("tiny.yaml", [*words, "reward.inputs.model=./learned", "dpo.inputs.model=./learned"])
+for name in ("sft", "reward", "dpo"):
+    run_stage(recipe, name)
+    distributed.barrier()
+distributed.shutdown()
+"""
+
+
+def test_two_ranks_with_zero_like_one_process(tmp_path):
+    """The losses of the first eight steps and the evaluation before them, of all three stages, within 1e-5 of one process's."""
+    tuned.copy_until("sft", tmp_path)
+    shutil.copytree((tuned.plain() / "runs/tiny/sft/current").resolve(), tmp_path / "learned")
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "two.py"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    for name in ("sft", "reward", "dpo"):
+        one, two = ([line["loss"] for line in tuned.lines(where, name) if "loss" in line] for where in (tuned.plain(), tmp_path))
+        assert len(two) == 8
+        np.testing.assert_allclose(two, one[:8], atol=1e-5, err_msg=name)
+        one, two = ({key: value for key, value in tuned.metrics(where, name).items() if key.startswith("heldout_") and key.endswith("_before")} for where in (tuned.plain(), tmp_path))
+        assert one.keys() == two.keys() and len(one) >= 3
+        np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5, err_msg=name)
+
+
+def test_long_conversations_are_counted_or_cut(tmp_path):
+    tuned.copy_until("sft", tmp_path)
+    long = [{"words": "very " * 40 + str(i), "noun": "cat", "kind": "animal"} for i in range(5)] + [{"words": f"w{i}", "noun": "x", "kind": "animal metal " * 40} for i in range(5)]
+    tuned.write_rows(tmp_path / "rows.jsonl", long)
+    for how, rows, reason in (("drop", 792, "longer than sequence_length"), ("truncate", 797, "its answers begin after sequence_length")):
+        tuned.succeed("sft", "tiny.yaml", f"sft.too_long={how}", "sft.steps=1", "sft.max_prompts=0", cwd=tmp_path)
+        entry = json.loads((tmp_path / "runs/tiny/sft/current/report.json").read_text())["sources"]["nouns"]
+        assert entry["train"] + entry["heldout"] + entry["rejected"].get("near duplicate of a held-out row", {"count": 0})["count"] == rows
+        assert entry["rejected"][reason]["first"] and entry.get("truncated", 0) == (rows - 792)
+
+
+def test_without_packing_the_same_is_measured(tmp_path):
+    tuned.copy_until("sft", tmp_path)
+    tuned.succeed("sft", "tiny.yaml", "sft.packing=false", "sft.steps=1", "sft.max_prompts=0", cwd=tmp_path)
+    assert abs(tuned.metrics(tmp_path, "sft")["heldout_loss_before"] - tuned.metrics(tuned.plain(), "sft")["heldout_loss_before"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["sft.sequence_length=128"], "sequence_length: 128 is more than the 64 positions"),
+        (["sft.sources.nouns.path=none.jsonl"], "none.jsonl does not exist"),
+        (["sft.sources.nouns.answer='{knid}'"], "no field 'knid'.*the record has words, noun, kind, wrong"),
+        (["sft.sequence_length=8"], "none of its 792 records can be used: 7.. x longer than sequence_length"),
+        (["sft.holdout=0"], "greater than 0"),
+        (["sft.sources.nouns.mesages=[]"], "unknown key stages.sft.sources.nouns.mesages; did you mean .messages.?"),
+        (["sft.inputs.model=./nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_are_sentences(tmp_path_factory, words, message):
+    code, text = stage("sft", "tiny.yaml", "--restart", *words, cwd=wrong_world(tmp_path_factory))
+    assert code == 2 and re.search(message, text) and "Traceback" not in text, text
+
+
+def wrong_world(factory):
+    folder = factory.getbasetemp() / "sft-mistakes"
+    if not folder.exists():
+        tuned.copy_until("sft", folder)
+    return folder
