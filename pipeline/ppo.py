@@ -94,7 +94,7 @@ class Algorithm(Strict):
     """Samples over which the steering takes effect."""
     kl_estimator: Literal["k1", "k3"] = "k1"
     """Of the KL in the reward: k1 = log ratio (unbiased), k3 = never negative."""
-    reward_clip: float | None = Field(5.0, gt=0)
+    reward_clip: float | None = Field(10.0, gt=0)
     """Scores are clipped to this many standard deviations, before the KL; none: no clip."""
     missing_eos_penalty: float = Field(1.0, ge=0)
     """Subtracted from the score of a response that was cut off."""
@@ -178,7 +178,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         state.update(saved)
         if output.is_main:
             print(f"{output.stage}: goes on from {path.name}", flush=True)
-    tracker.rewind(state["step"])
+    tracker.rewind(state["step"] if found else -1)
     if state["calibration"] is None:
         # 1 until measured: the value model and the rewards have the same units at any time.
         state["calibration"] = (0.0, 1.0)
@@ -219,7 +219,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     weights = models.policy.consolidated()
     if output.is_main:
         build.publish(weights, models.policy.model.config, inputs["policy"].path / "model", output.path / "model")
-        lines = [json.dumps({"when": when, **row}, ensure_ascii=False) for when in ("before", "after") for row in state["shown"][when]]
+        lines = [json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True) for when in ("before", "after") for row in state["shown"][when]]
         write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in lines))
         write_atomic(output.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
     distributed.barrier()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -240,7 +241,7 @@ def tiny(kind="causal", **changes):
 
 def samples_of(lengths):
     source = np.random.default_rng(0)
-    return [Sample(i, source.integers(3, VOCABULARY, size=a).tolist(), source.integers(3, VOCABULARY, size=b).tolist(), True, []) for i, (a, b) in enumerate(lengths)]
+    return [Sample(i, source.integers(3, 35, size=a).tolist(), source.integers(3, 35, size=b).tolist(), True, []) for i, (a, b) in enumerate(lengths)]
 
 
 def test_layout_and_masks():
@@ -325,10 +326,10 @@ def tokenizer_of(letters=LETTERS):
     return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, **names)
 
 
-def write_models(folder, letters=LETTERS, reward_letters=LETTERS, policy_changes={}):
+def write_models(folder, letters=LETTERS, reward_letters=LETTERS):
     """policy/model: random weights. reward/model: weights by hand, whose score grows with the share of `z` among all tokens read so far."""
     policy_tokenizer, reward_tokenizer = tokenizer_of(letters), tokenizer_of(reward_letters)
-    policy = tiny(vocab_size=len(policy_tokenizer), initializer_range=0.05, eos_token_id=SPECIAL.index("<|eos|>"), **policy_changes)
+    policy = tiny(vocab_size=len(policy_tokenizer), initializer_range=0.05, eos_token_id=SPECIAL.index("<|eos|>"), attention_dropout=0.1)
     reward = tiny("reward", vocab_size=len(reward_tokenizer), num_hidden_layers=1, num_attention_heads=1, eos_token_id=SPECIAL.index("<|eos|>"))
     with torch.no_grad():
         for name, parameter in reward.named_parameters():
@@ -350,9 +351,9 @@ name: t
 stages:
   ppo:
     inputs: {policy: ./policy, reward: ./reward}
-    sources: {words: {path: prompts.jsonl, prompt: "{word}", answer: z}}
+    sources: {words: {path: prompts.jsonl, prompt: "{word}", answer: zzzzzz}}
     holdout: 0.3
-    rule: prefix
+    rule: exact
     steps: 3
     batch_size: 8
     sequence_length: 48
@@ -394,6 +395,308 @@ def plain(world):
     return ppo(world, output="plain")
 
 
+def weights(found):
+    from safetensors.torch import load_file
+
+    return load_file(found / "model" / "model.safetensors")
+
+
 def test_the_stage(world, plain):
+    """8, 9, 18, 24, 31, 36, 37, 43: three iterations at temperature 0.7 of a policy whose config asks for dropout."""
     found, metrics, _ = plain
-    assert metrics["prompts_too_long"] == 1
+    assert metrics["prompts_too_long"] == 1 and metrics["train_prompts"] + metrics["heldout_prompts"] == 60  # 6
+    assert metrics["summary"]["measure"].startswith("held-out reward 0.00 -> ")
+    lines = logged(found)
+    iterations = [line for line in lines if "policy_loss" in line]
+    names = (
+        "reward score kl rlhf_reward rule entropy entropy_update approx_kl clip_fraction value_loss explained_variance ratio_mean ratio_variance length_mean length_max eos_rate "
+        "repetition value_clip_fraction rollout_difference_max skipped_fraction seconds_rollout seconds_measure seconds_score seconds_update tok_per_second lr value_lr grad_norm value_grad_norm"
+    )
+    assert [line["step"] for line in iterations] == [1, 2, 3] and not set(names.split()) - set(iterations[0])
+    assert iterations[0]["kl"] == 0 and abs(metrics["kl_before"]) < 1e-5 and metrics["kl_after"] > 0.01
+    for line in iterations:
+        assert line["first_approx_kl"] < 1e-10  # all ratios of the first minibatch are 1
+        assert line["rollout_difference_max"] < 1e-5  # the sampler has the trainer's weights
+        assert line["policy_updates"] == line["value_updates"] == 4
+        assert line["rlhf_reward"] == pytest.approx(line["score"] - line["kl_coef"] * line["kl"])
+    np.testing.assert_allclose([line["lr"] for line in iterations], [3e-3, 2e-3, 1e-3])
+    coefficients = [line["kl_coef"] for line in iterations] + [metrics["kl_coef"]]
+    for before, after, line in zip(coefficients, coefficients[1:], iterations, strict=False):
+        assert after == pytest.approx(before * (1 + min(max(line["kl"] / 0.1 - 1, -0.2), 0.2) * 8 / 100))
+    rows = [json.loads(line) for line in (found / "samples.jsonl").read_text().splitlines()]
+    assert [row["when"] for row in rows] == ["before"] * 8 + ["after"] * 8 and rows[0]["prompt"] == rows[8]["prompt"]
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(found / "model"), AutoTokenizer.from_pretrained(found / "model")
+    assert model.config.attention_dropout == 0.1 and len(tokenizer) == model.config.vocab_size
+    # greedy samples are what transformers generates with the published model, and their score is that of the published reward model
+    from transformers import AutoModelForSequenceClassification
+
+    reward = AutoModelForSequenceClassification.from_pretrained(world / "reward" / "model")
+    for row in rows[8:]:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        made = model.generate(ids, max_new_tokens=6, do_sample=False)
+        assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) == row["greedy"]
+        assert reward(made).logits.item() == pytest.approx(row["greedy_reward"], abs=1e-4)
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
+    """39, 40: after a step, inside a save, at a random moment, twice while publishing; weights, samples and curve of the uninterrupted run."""
+    code, _ = stage("ppo", "recipe.yaml", "output=killed", cwd=world, kill_after=random.Random(0).uniform(0.5, 1.5))
+    assert code in (-9, 0)  # a fast machine may be done
+    assert files_of(ppo(world, output="killed")[0]) == files_of(plain[0])
+    for fault in ("work:1", "save:2", "work:2", "publish:1", "publish:2"):
+        code, text = stage("ppo", "recipe.yaml", "output=faults", cwd=world, fault=fault)
+        assert code == -9, text
+    found, metrics, _ = ppo(world, output="faults")
+    assert files_of(found) == files_of(plain[0])
+    timed = {"time", "seconds_rollout", "seconds_measure", "seconds_score", "seconds_update", "tok_per_second"}
+    curves = [[{key: value for key, value in line.items() if key not in timed} for line in logged(run)] for run in (found, plain[0])]
+    assert curves[0] == curves[1]
+    assert metrics == plain[1]
+
+
+def test_stopped_by_a_signal_it_saves_and_goes_on(world, plain):
+    import os
+    import signal
+    import time
+
+    import harness
+
+    process = harness._context.Process(target=harness._child, args=("ppo", ["recipe.yaml", "output=stopped", "ppo.save.every_steps=100"], {"OMP_NUM_THREADS": "1"}, str(world), str(world / "log")))
+    process.start()
+    deadline = time.time() + 60
+    while time.time() < deadline and not any("policy_loss" in path.read_text() for path in world.glob("stopped/t/ppo/*.partial/metrics.jsonl")):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 75, (world / "log").read_text()
+    assert list(world.glob("stopped/t/ppo/*.partial/checkpoints/step-*/complete.json")) and (world / "stopped/t/ppo/requeue.json").exists()
+    found, _, text = ppo(world, "ppo.save.every_steps=100", output="stopped")
+    assert "goes on from step-" in text and files_of(found) == files_of(plain[0])
+
+
+def close(found, other, **tolerance):
+    wanted = weights(other)
+    for name, tensor in weights(found).items():
+        torch.testing.assert_close(tensor, wanted[name], **{"rtol": 1e-4, "atol": 1e-5, **tolerance})
+
+
+def test_micro_batches_do_not_change_the_result(world, plain):
+    """20, 28: rows one at a time, of uneven lengths. Adam divides by small second moments, so float noise is visible in weights as 1e-5."""
+    found, metrics, _ = ppo(world, "ppo.micro_batch=1", "ppo.rollout.batch=3", output="micro")
+    close(found, plain[0])
+    assert metrics["reward_after"] == pytest.approx(plain[1]["reward_after"], abs=1e-4)
+
+
+def ranks(world, *words, output):
+    """Two processes as a launcher starts them."""
+    import socket
+    from concurrent.futures import ThreadPoolExecutor
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank):
+        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return stage("ppo", "recipe.yaml", f"output={output}", *words, cwd=world, env=env)
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(one, range(2)))
+    assert [code for code, _ in answers] == [0, 0], answers
+    found = (world / output / "t" / "ppo" / "current").resolve()
+    return found, json.loads((found / "manifest.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("zero", ["null", pytest.param(2, marks=pytest.mark.slow), 3])
+def test_two_processes_make_the_run_of_one(world, zero):
+    """20, 28, 32, 38: the same samples, whitening and updates, and the same early stop, which only the reduced KL decides."""
+    words = ["ppo.ppo.target_kl=0.02", "ppo.ppo.epochs=3", "ppo.steps=2"]
+    alone, _, _ = ppo(world, *words, output="alone")
+    found, _ = ranks(world, *words, f"ppo.parallel.zero={zero}", output=f"zero-{zero}")
+    close(found, alone)
+    lines, wanted = logged(found), logged(alone)
+    assert [line.get("policy_updates") for line in lines] == [line.get("policy_updates") for line in wanted]
+    assert min(line["policy_updates"] for line in wanted if "policy_updates" in line) < 6
+    for key in ("reward", "kl", "eos_rate", "length_mean", "grad_norm", "value_grad_norm", "approx_kl", "explained_variance"):
+        np.testing.assert_allclose([line[key] for line in lines if key in line], [line[key] for line in wanted if key in line], rtol=1e-3, atol=1e-5)
+    assert (found / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
+
+
+def test_the_two_models_learn_apart(world):
+    """33, 34, 39: a value model gone wild leaves the policy's first iteration alone; in critic warmup only the value model moves; another seed, other samples."""
+    words = ["ppo.steps=1", "ppo.schedule.kind=constant"]
+    calm, _, _ = ppo(world, *words, output="calm")
+    wild, _, _ = ppo(world, *words, "ppo.value_optimizer.lr=10", "ppo.value_optimizer.max_grad_norm=1e6", output="wild")
+    assert files_of(wild)["model/model.safetensors"] == files_of(calm)["model/model.safetensors"]
+    assert logged(wild)[1]["grad_norm"] == logged(calm)[1]["grad_norm"] and logged(wild)[1]["value_loss"] > 10 * logged(calm)[1]["value_loss"]
+    warm, _, _ = ppo(world, *words, "ppo.ppo.critic_warmup=1", output="warm")
+    start = weights(world / "policy")
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights(warm).items())
+    assert logged(warm)[1]["value_updates"] == 4 and logged(warm)[1]["policy_updates"] == 0
+    seeded, _, _ = ppo(world, *words, "ppo.seed=1", output="seeded")
+    assert logged(seeded)[1]["kl"] != 0 or logged(seeded)[1]["reward"] != logged(calm)[1]["reward"]
+
+
+def test_a_sampler_of_another_precision_is_seen(world):
+    """37: here the trainer is the one in bf16. The difference is logged; the first ratio is still 1 up to the rounding of other batch shapes."""
+    found, _, _ = ppo(world, "ppo.steps=1", "ppo.precision=bf16", "ppo.ppo.importance_cap=2", output="bf16")
+    line = logged(found)[1]
+    assert 1e-4 < line["rollout_difference"] < 0.05 and line["first_approx_kl"] < 1e-4
+
+
+def test_a_reward_model_with_its_own_tokenizer_reads_text(world, tmp_path):
+    """14: the same letters under other ids give the same rewards and so the same policy."""
+    write_models(tmp_path, reward_letters=LETTERS[::-1])
+    (tmp_path / "prompts.jsonl").write_bytes((world / "prompts.jsonl").read_bytes())
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    _, metrics, _ = ppo(tmp_path, "ppo.ppo.epochs=1", "ppo.value_optimizer.lr=1e-9")
+    _, wanted, _ = ppo(world, "ppo.ppo.epochs=1", "ppo.value_optimizer.lr=1e-9", output="shared")
+    assert metrics["reward_before"] == wanted["reward_before"] and metrics["reward_greedy_after"] == pytest.approx(wanted["reward_greedy_after"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["ppo.batch_size=6", "ppo.ppo.minibatches=4"], "batch_size 6 is not divisible by 4 minibatches x 1 processes; use 8"),
+        (["ppo.micro_batch=4", "ppo.ppo.minibatches=4"], "share of a minibatch, 2 prompts, is not divisible by micro_batch 4"),
+        (["ppo.sequence_length=65"], "sequence_length 65 is more than the 64 tokens that the policy model of"),
+        (["ppo.rollout.max_new_tokens=48"], "rollout.max_new_tokens 48 leaves no room for a prompt in sequence_length 48"),
+        (["ppo.sources.words.answer=null"], "rule: exact needs an answer to compare with"),
+        (["ppo.ppo.gamma=1.5"], "gamma is 1.5, expected less than or equal to 1"),
+        (["ppo.rollout.temperature=0"], "temperature is 0, expected greater than 0"),
+        (["ppo.rule=null", "ppo.ppo.rule_coef=1"], "ppo.rule_coef needs `rule`"),
+        (["ppo.rollout.max_new_tokens=40"], "none of 36 train prompts fits into 8 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(world, words, message):
+    code, text = stage("ppo", "recipe.yaml", *words, "output=refused", cwd=world)
+    assert code == 2 and message in text, text
+
+
+# ---- inside one process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inside(world, monkeypatch):
+    """Models, prompts and state as the stage has them before its first iteration."""
+    from pipeline import artifact
+    from pipeline import ppo as module
+    from pipeline.recipe import load
+
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = load("recipe.yaml", ["ppo.steps=4"]).stages["ppo"]
+    models, pool, heldout, _ = module._prepare(config, {key: artifact.external(key, world / key) for key in ("policy", "reward")})
+    return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped": 0}
+
+
+def test_the_reference_and_the_reward_model_stay(inside):
+    """38, 41: bitwise, over five updates; neither has gradients or an optimizer."""
+    from pipeline.rl.iteration import iterate
+
+    models, pool, _, state = inside
+    frozen = {name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in (("reference", models.reference), ("reward", models.reward))}
+    start = {key: value.clone() for key, value in models.policy.model.state_dict().items()}
+    for state["step"] in range(2):
+        iterate(models, pool, state)
+    for name, model in (("reference", models.reference), ("reward", models.reward)):
+        assert all(torch.equal(value, frozen[name][key]) for key, value in model.state_dict().items())
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    assert not all(torch.equal(value, start[key]) for key, value in models.policy.model.state_dict().items())
+
+
+def test_each_sample_once_an_epoch_in_a_fresh_order(inside, monkeypatch):
+    """29, 4: and the ids that are trained on are the ids that were sampled, though their text would be read back as others."""
+    from pipeline.rl import experience, iteration
+
+    models, pool, _, state = inside
+    seen, sampled = [], []
+    monkeypatch.setattr(models.value, "step", lambda batches, lr: seen.append(batches) or {"loss": 0.0, "grad_norm": 0.0, "value_clip_fraction": 0.0, "value_mean": 0.0, "applied": True})
+    collect = experience.collect
+    monkeypatch.setattr(iteration, "collect", lambda *a, **k: sampled.extend(collect(*a, **k)) or sampled)
+    iteration.iterate(models, pool, state)
+    wanted = sorted((sample.prompt_ids, sample.response_ids) for sample in sampled)
+    orders = []
+    for epoch in range(2):
+        rows = []
+        for batches in seen[2 * epoch : 2 * epoch + 2]:
+            for batch in batches:
+                length = batch["mask"].shape[1]
+                for ids, attended, mask in zip(batch["inputs"]["input_ids"], batch["inputs"]["attention_mask"].bool(), batch["mask"].bool(), strict=True):
+                    prompt, response = slice(None, -length), slice(-length, None)
+                    rows.append((ids[prompt][attended[prompt]].tolist(), ids[response][mask].tolist()))
+        assert sorted(rows) == wanted
+        orders.append(rows)
+    assert orders[0] != orders[1]
+
+
+def test_an_update_that_is_no_number_is_skipped_and_counted(inside, monkeypatch):
+    """35: weights of the policy untouched, the value model goes on."""
+    from pipeline.rl import advantages as module
+    from pipeline.rl.iteration import iterate
+
+    models, pool, _, state = inside
+    start = {key: value.clone() for key, value in models.policy.model.state_dict().items()}
+    monkeypatch.setattr(module, "whiten", lambda values, mask, shift_mean=True: values * math.nan)
+    stats = iterate(models, pool, state)
+    assert state["skipped"] == stats["skipped_updates"] == stats["policy_updates"] == 4
+    assert all(torch.equal(value, start[key]) for key, value in models.policy.model.state_dict().items())
+
+
+def test_scores_do_not_depend_on_padding(inside):
+    """5, 12: against the reward model alone on each row; responses whose last token is the pad id are read at that token all the same."""
+    from pipeline.rl.experience import reward_scores
+
+    models, *_ = inside
+    made = samples_of([(5, 4), (1, 6), (9, 1), (3, 5)])
+    made[3].response_ids[-1] = PAD
+    models.config = models.config.model_copy(update={"rollout": models.config.rollout.model_copy(update={"batch": 3})})
+    scores = reward_scores(models, made, [None] * 4)
+    for sample, found in zip(made, scores, strict=True):
+        hidden = models.reward.classifier.model(torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state[0, -1]
+        assert found == pytest.approx(models.reward.classifier.score(hidden).item(), abs=1e-6)
+
+
+def test_prompts_are_drawn_once_a_pass():
+    """39: a pure function of (seed, index)."""
+    from pipeline.rl.experience import draw
+
+    passes = [[draw(0, index, 10) for index in range(10 * k, 10 * k + 10)] for k in range(2)]
+    assert [sorted(drawn) for drawn in passes] == [list(range(10))] * 2 and passes[0] != passes[1]
+    assert [draw(1, index, 10) for index in range(10)] != passes[0]
+
+
+def test_defaults():
+    """23, 31."""
+    from pipeline.ppo import Algorithm, PolicyOptimizer, ValueOptimizer
+
+    assert PolicyOptimizer().eps == ValueOptimizer().eps == 1e-5 and Algorithm().gamma == 1.0 and Algorithm().lambda_ == 0.95
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------------
+
+LEARN = [
+    *("ppo.steps=16", "ppo.batch_size=32", "ppo.rollout.temperature=1", "ppo.ppo.kl_target=null", "ppo.ppo.epochs=4", "ppo.ppo.calibrate=64", "ppo.ppo.missing_eos_penalty=0"),
+    *("ppo.ppo.reward_clip=null", "ppo.save.every_steps=100", "ppo.show=24", "ppo.evaluate_prompts=24"),
+]
+
+
+def share_of_z(found, when):
+    rows = [json.loads(line) for line in (found / "samples.jsonl").read_text().splitlines()]
+    text = "".join(row["sampled"] for row in rows if row["when"] == when)
+    return text.count("z") / len(text)
+
+
+def test_it_learns_what_is_rewarded(world):
+    """42: the share of one letter of 29 in held-out answers rises from about 1/29 to above 0.8, KL below that of always the letter (6 log 35)."""
+    found, metrics, _ = ppo(world, *LEARN, "ppo.ppo.kl_coef=0.01", output="learns")
+    assert share_of_z(found, "before") < 0.15 and share_of_z(found, "after") > 0.8, metrics
+    assert metrics["reward_after"] > metrics["reward_before"] + 2 and metrics["rule_after"] > 0.3 and 0 < metrics["kl_after"] < 6 * math.log(35)
+
+
+def test_a_large_kl_coefficient_holds_it_back(world):
+    found, metrics, _ = ppo(world, *LEARN, "ppo.steps=12", "ppo.ppo.kl_coef=10", output="held")
+    assert share_of_z(found, "after") < 0.2 and metrics["kl_after"] < 0.5
