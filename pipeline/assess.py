@@ -128,11 +128,11 @@ def measure(path: Path, prompts: list, config: Config, inputs: dict[str, Artifac
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import device
-    from transformers import AutoTokenizer
+    from pipeline.data.tokens import load_tokenizer
 
     folder = path / "model" if (path / "model").exists() else path
     model = load(folder).to(device()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     result = text_loss(model, config, inputs["tokens"])
     if not prompts:
         return {**result, "answers": [], "rewards": [], "rules": []}

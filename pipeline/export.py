@@ -36,7 +36,8 @@ class Config(StageConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from pipeline.data.tokens import load_tokenizer
+    from transformers import AutoModelForCausalLM
 
     source = inputs["model"].path / "model"
     if not (source / "config.json").exists():
@@ -45,7 +46,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         raise UserError(f"export: {inputs['model'].path} holds no model: neither config.json nor model/config.json is there")
 
     trained = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(output.path)
     tokenizer.save_pretrained(output.path)

@@ -73,6 +73,8 @@ class Recipe(Strict):
     """Where runs are kept, relative to the folder the command is started in."""
     seed: int = Field(0, ge=0)
     """Seed of every stage that does not give its own."""
+    sources: dict[str, dict[str, Any]] = {}
+    """Places of records that several stages read: a stage's source takes one over with `from: NAME` and adds its own keys."""
     model: dict[str, Any] | None = None
     """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration."""
     stages: dict[str, Any]
@@ -116,12 +118,27 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         model = module_of(kind).Config
         filled = {**block, "kind": kind}
         filled.setdefault("seed", recipe.seed)
+        if isinstance(block.get("sources"), dict):
+            filled["sources"] = {key: _from(source, (*where, "sources", key), recipe.sources, places, path) for key, source in block["sources"].items()}
         if "model" in model.model_fields and recipe.model is not None:
             filled.setdefault("model", recipe.model)
         parsed[name] = _validated(model, filled, where, places, str(path))
     if not parsed:
         raise UserError(f"{path}: every stage was taken out; keep at least one")
     return recipe.model_copy(update={"stages": parsed})
+
+
+def _from(source: Any, where: tuple, shared: dict, places: dict, path: Any) -> Any:
+    """A stage's source with `from: NAME` replaced by what the top-level `sources` say of NAME; the stage's own keys win."""
+    if not isinstance(source, dict) or "from" not in source:
+        return source
+    name = source["from"]
+    if name not in shared:
+        raise UserError(f"{_place((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no {name!r}; {_nearest(str(name), shared) if shared else 'there are none'}")
+    for key in list(places):
+        if key[:2] == ("sources", name):
+            places.setdefault((*where, *key[2:]), places[key])
+    return {**shared[name], **{key: value for key, value in source.items() if key != "from"}}
 
 
 def identity(value: Any) -> Any:
@@ -218,7 +235,8 @@ def _read(path: Path, places: dict, seen: tuple) -> dict:
 def _remember(node: Any, key: tuple, path: Path, places: dict) -> None:
     if isinstance(node, CommentedMap):
         for name, child in node.items():
-            places[(*key, name)] = f"{path}:{node.lc.key(name)[0] + 1}"
+            if name in (node.lc.data or {}):  # a key that came with `<<: *anchor` has no line of its own
+                places[(*key, name)] = f"{path}:{node.lc.key(name)[0] + 1}"
             _remember(child, (*key, name), path, places)
     elif isinstance(node, CommentedSeq):
         for index, child in enumerate(node):
