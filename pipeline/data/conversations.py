@@ -322,7 +322,7 @@ def _key(value) -> bytes:
 def _text(text, what: str) -> str:
     """Normalised as in cleaning, without white space at the ends: it would merge with the template's own and be other tokens at inference."""
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
-        text = "".join(str(part.get("text", "")) for part in text)
+        text = "".join(str(part.get("text", part.get("value", ""))) for part in text)
     if not isinstance(text, str):
         raise Rejected(f"{what} is no text")
     text = _normal(text)
