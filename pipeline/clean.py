@@ -86,6 +86,9 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
                 f"sources.{name}: {bad} of {counts['read']} records are bad ({bad / counts['read']:.1%}, most often: {most}), more than max_bad {config.max_bad:g}; "
                 f"look into {output.path / 'rejected' / name}.jsonl.zst, then mend the source or raise max_bad"
             )
+        if counts["read"] and not counts["train_documents"] + counts["heldout_documents"] + sum(counts["duplicates"].values()):
+            most = max(counts["filtered"], key=counts["filtered"].get, default="not selected")
+            raise UserError(f"sources.{name}: nothing is left of its {counts['read']} records (most often: {most}); look into {output.path / 'rejected' / name}.jsonl.zst, then change its `text` or `filters`")
     total = report["total"]
     if not total["train_documents"] or config.holdout and not total["heldout_documents"]:
         split = "heldout" if total["train_documents"] else "train"
@@ -109,9 +112,7 @@ def _summary(config: Config, total: dict) -> dict[str, str]:
 
 def _clean(config: Config, work: Path, pool: Pool, output: Output) -> dict[str, list[Path]]:
     """Clean every source, unit by unit, where a former run has not done it. Returns the files of the units by source, in order."""
-    from pipeline.data.dedup import MAKER
-
-    folder = work / f"{MAKER}-{config.unit_bytes}"
+    folder = work / f"units-{config.unit_bytes}"
     sizes = {name: _size(source, name) for name, source in config.sources.items()}
     with Progress("clean", sum(sizes.values()), "B", is_main=output.is_main) as bar:
         for name in sorted(config.sources):
@@ -134,11 +135,14 @@ def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Prog
     records: dict[int, int] = {}  # of each finished unit, for `limit`
     told, noted = [0], [time.time()]
 
-    def finished(number: int, counted: int, weight: int) -> None:
-        records[number] = counted
+    def tell(weight: int) -> None:
         step = min(weight, size - told[0])  # compressed files unpack to more than their size on disk
         told[0] += step
         bar.update(step, source=name)
+
+    def finished(number: int, counted: int, weight: int) -> None:
+        records[number] = counted
+        tell(weight)
         if time.time() - noted[0] > 1:  # it writes a file, and units may be small
             output.note_time()
             noted[0] = time.time()
@@ -150,7 +154,7 @@ def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Prog
         path, weight = folder / f"{number:08d}.parquet", sum(chunk.weight for chunk in unit)
         if path.exists():
             records[number] = units.counted(path)
-            bar.update(weight)
+            tell(weight)
         else:
             pool.submit(finished, number, weight, units.clean_unit, unit, source, config.filters, path)
 

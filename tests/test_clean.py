@@ -263,7 +263,8 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
         ({"sources": {"a": {"path": "data/en.jsonl", "pth": "x"}}}, "path"),
         ({"sources": {"a": {"path": "data/en.jsonl", "package": "x==1", "member": "y"}}}, "exactly one of path, package and dataset"),
         ({"max_bad": 0.001}, "sources.en: 4 of 411 records are bad (1.0%, most often: missing field), more than max_bad 0.001"),
-        ({"filters": {"min_tokens": 9999}}, "no document is left for train"),
+        ({"filters": {"min_tokens": 9999}}, "sources.en: nothing is left of its 411 records (most often: too_short)"),
+        ({"holdout": 0.9999}, "no document is left for train"),
         ({"holdout": 0.0001}, "no document is left for heldout"),
     ],
 )

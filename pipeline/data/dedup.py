@@ -4,36 +4,44 @@
 0.8, 0.99 at 0.85. Bands alone would also merge one pair in nine at 0.5 to 0.6, so a pair is believed only if its whole
 signatures agree in `similarity` of the 112 places, whose standard error is sqrt(s (1 - s) / 112), at most 0.047.
 
-Signatures are made by rensa (Rust, MIT licence): the same integers in every process and for every order of the shingles.
+Signatures are numpy: 112 hash functions of 1.5 million shingles take 0.26 CPU-s. rensa, a library in Rust, takes 0.14 s of them, but its signatures changed
+from one version to the next, and with them what a recipe keeps; a few per cent of the stage's time are not worth that.
 """
-
-from importlib import metadata
 
 import numpy as np
 
 from pipeline.data.text import mixed, shingles, tokens
 
 BANDS, ROWS = 14, 8
-SEED = 1
-# An interrupted run goes on only with signatures of the same making.
-MAKER = f"rensa-{metadata.version('rensa')}"
+# Multiply-add-shift (Dietzfelbinger, 1996): x -> (a x + b mod 2**64) >> 32, for x that are well mixed already; a and b are fixed for good. Over 1,000 pairs
+# of sets of 300, the estimates have mean 0.399, 0.599, 0.851 and deviation 0.046, 0.047, 0.034 at 0.4, 0.6, 0.85; theory says 0.046, 0.046, 0.034.
+_A = mixed(np.arange(1, BANDS * ROWS + 1, dtype=np.uint64)) | np.uint64(1)
+_B = mixed(np.arange(1001, BANDS * ROWS + 1001, dtype=np.uint64))
 
 
 def signatures(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """MinHash signatures, uint32 [N, BANDS * ROWS], of N sets of shingle hashes (see text.shingles)."""
-    from rensa import RMinHash
-
-    if len(starts) == 1:
-        return np.zeros((0, BANDS * ROWS), np.uint32)
-    rows = RMinHash.digest_matrix_from_flat_token_hashes(hashes, starts.astype(np.uint64), BANDS * ROWS, SEED).to_rows()
-    return np.array(rows, np.uint32)
+    """MinHash signatures, uint32 [N, BANDS * ROWS], of N sets of shingle hashes (see text.shingles). That of an empty set is all ones."""
+    table = np.full((len(starts) - 1, BANDS * ROWS), 0xFFFFFFFF, np.uint32)
+    filled = np.flatnonzero(np.diff(starts))
+    if len(filled):
+        for column in range(BANDS * ROWS):
+            table[filled, column] = np.minimum.reduceat(hashes * _A[column] + _B[column], starts[filled]) >> np.uint64(32)
+    return table
 
 
 def near_duplicates(texts: list[str], similarity: float = 0.7) -> np.ndarray:
-    """Cluster of each text: the smallest index of a text in its cluster, int64 [N]. For what fits in memory."""
-    hashes, starts = shingles(tokens(texts)) if texts else (np.zeros(0, np.uint64), np.zeros(1, np.int64))
-    filled = np.flatnonzero(np.diff(starts))
-    found = clusters(signatures(hashes, starts), filled, similarity)
+    """Cluster of each text: the smallest index of a text in its cluster, int64 [N]. For texts that fit in memory; they are hashed some megabytes at a time."""
+    tables, sizes, batch, length = [np.zeros((0, BANDS * ROWS), np.uint32)], [], [], 0
+    for index, text in enumerate(texts):
+        batch.append(text)
+        length += len(text)
+        if length > 1 << 22 or index == len(texts) - 1:
+            hashes, starts = shingles(tokens(batch))
+            tables.append(signatures(hashes, starts))
+            sizes.append(np.diff(starts))
+            batch, length = [], 0
+    filled = np.flatnonzero(np.concatenate(sizes)) if sizes else np.zeros(0, np.int64)
+    found = clusters(np.concatenate(tables), filled, similarity)
     labels = np.arange(len(texts))
     labels[filled] = filled[found]
     return labels

@@ -29,7 +29,7 @@ class Filters(Strict):
     min_tokens: int = Field(20, ge=1)
     """too_short: fewer tokens than this. Gopher asks for 50 words of a web page; 20 keeps definitions, reviews and short poems, in both languages."""
     min_letters: float = Field(0.5, ge=0, le=1)
-    """few_letters: share of letters (CJK characters are letters) among what is not space. English and Chinese prose have 0.85 to 0.97, source code 0.6 to 0.8, tables under 0.4."""
+    """few_letters: share of letters (CJK characters are letters) among what is not space. English and Chinese prose have 0.85 to 0.97, source code 0.6 to 0.8, tables of numbers less."""
     max_garbled: float = Field(0.005, ge=0, le=1)
     """garbled: share of replacement, control and private-use characters and of mojibake such as `Ã©`, `â€™`, `锟斤拷`, measured before normalising."""
     max_mean_word: float = Field(15, ge=1)

@@ -32,6 +32,8 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], scratch: Pat
     import numpy as np
     import pyarrow.parquet
 
+    from pipeline.data.dedup import BANDS, ROWS
+
     parts: dict[str, list] = {key: [] for key in ("source", "unit", "row", "size", "id", "hash")}
     rows: dict[str, list[int]] = {}
     with open(scratch / "signatures", "wb") as table:
@@ -54,7 +56,7 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], scratch: Pat
                 parts["hash"].append(np.frombuffer(b"".join(chosen["hash"].to_pylist()), ">u8").astype(np.uint64).reshape(-1, 2))
                 table.write(b"".join(chosen["signature"].to_pylist()))
     arrays = {key: np.concatenate(pieces) for key, pieces in parts.items()}
-    width = 14 * 8
+    width = BANDS * ROWS
     signature = np.memmap(scratch / "signatures", np.uint32, "r").reshape(-1, width) if len(arrays["row"]) else np.zeros((0, width), np.uint32)
     return Index(**arrays, signature=signature, rows=rows)
 
