@@ -1,0 +1,110 @@
+"""Runs in each process of one torchrun launch: every layout that two processes can have, one after another. Results go to the file named on the command line.
+
+A launch costs ten seconds and a layout a tenth of one, so test_parallel.py starts this once and asserts on what it wrote.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+LAYOUTS = {
+    "ddp": {},
+    "zero 0": {"zero": 0},
+    "zero 1": {"zero": 1},
+    "zero 2": {"zero": 2},
+    "zero 3": {"zero": 3},
+    "zero 1 offload": {"zero": 1, "offload": True},
+    "zero 3 offload": {"zero": 3, "offload": True},
+    "pipeline": {"pipeline": 2},
+    "pipeline tied": {"pipeline": 2},
+}
+STEPS = 6
+
+
+def model(tied: bool):
+    from test_engine import tiny
+
+    return tiny(tie_word_embeddings=tied, pad_token_id=0)
+
+
+def micro_batches(settings, engine, step: int, spoil: str | None = None) -> list[dict]:
+    from test_engine import batch_of
+
+    from pipeline.train.loop import share
+
+    found = [batch_of(step, part) for part in share(settings, engine, step)]
+    found[-1]["spoil"] = spoil
+    return found
+
+
+def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
+    """Six steps with an evaluation before and after; for one process too, which is the reference. `folder`: also save in the middle, resume and compare."""
+    from test_engine import config, spoiled
+
+    from pipeline.train import distributed, engine
+
+    settings = config(parallel=LAYOUTS.get(name, {}), micro_batch=micro)
+
+    def fresh():
+        return engine.build(model("tied" in name), spoiled, settings)
+
+    trainer = fresh()
+    found = {"before": trainer.evaluate(micro_batches(settings, trainer, 90))["loss"], "steps": []}
+    for step in range(STEPS):
+        found["steps"].append(trainer.step(micro_batches(settings, trainer, step)))
+        if folder and step == 2:
+            if distributed.is_main():
+                folder.mkdir()
+            distributed.barrier()
+            trainer.save(folder)
+            distributed.barrier()
+    found["after"] = trainer.evaluate(micro_batches(settings, trainer, 91))["loss"]
+    found["weights"] = trainer.consolidated()
+    if folder:
+        resumed = fresh()
+        resumed.load(folder)
+        found["resumed steps"] = [resumed.step(micro_batches(settings, resumed, step)) for step in range(resumed.step_count, STEPS)]
+        found["resumed weights"] = resumed.consolidated()
+        # Harm on one process alone: each must leave the weights alone, everywhere
+        for spoil in ("nan loss", "infinite loss, finite gradient", "nan gradient"):
+            stats = resumed.step(micro_batches(settings, resumed, 7, spoil if distributed.rank() == distributed.world() - 1 or trainer.layout == "pipelined" else None))
+            found[spoil] = stats["applied"]
+        found["harmed weights"] = resumed.consolidated()
+        found["step after harm"] = resumed.step(micro_batches(settings, resumed, 8))
+    return found
+
+
+def generate() -> list:
+    """Greedy continuation under ZeRO-3, whose parameters are in shards: gathered, and a step afterwards."""
+    from test_engine import config, loss_fn
+
+    from pipeline.train import engine
+
+    settings = config(parallel={"zero": 3})
+    trainer = engine.build(model(False), loss_fn, settings)
+    trainer.step(micro_batches(settings, trainer, 0))
+    with trainer.gathered():
+        ids = trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[0].tolist()
+    return [ids, trainer.step(micro_batches(settings, trainer, 1))["loss"]]
+
+
+if __name__ == "__main__":
+    import warnings
+
+    from pipeline.train import distributed
+
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as scratch:
+        distributed.setup()
+        scratch = Path(distributed.from_main(scratch))
+        results = {"generated": generate()}  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
+        for layout in LAYOUTS:
+            results[layout] = train(layout, 2, scratch / layout)
+            if "offload" not in layout:
+                results[f"{layout}, whole share at once"] = train(layout, None)
+        if distributed.is_main():
+            torch.save(results, sys.argv[1])
+        distributed.barrier()
+        distributed.shutdown()

@@ -1,0 +1,124 @@
+"""Layouts over two processes give what one process gives: losses, gradient norms, weights; resume bit for bit; stop together."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from harness import files_of, succeed
+from parallel_worker import LAYOUTS, STEPS, micro_batches, model, train
+
+ROOT = Path(__file__).parent.parent
+CPU = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parallel") / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests" / "parallel_worker.py"), str(path)]
+    done = subprocess.run(command, env={**CPU, "PYTHONPATH": f"{ROOT}/tests"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert not [line for line in done.stdout.splitlines() if "steps:" in line or "SEED_LAYERS" in line], "DeepSpeed's own chatter"
+    return torch.load(path, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {tied: train("tied" if tied else "one", None) for tied in (False, True)}
+    torch.set_num_threads(threads)
+    return found
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *(f"{layout}, whole share at once" for layout in LAYOUTS if "offload" not in layout)])
+def test_a_layout_trains_as_one_process_does(results, alone, name):
+    """Losses and gradient norms of 6 steps, all of them clipped, to 1e-5 relative; weights to 1e-4 absolute after updates of 3e-3."""
+    expected, found = alone["tied" in name], results[name]
+    assert found["before"] == pytest.approx(expected["before"], rel=1e-6)
+    assert len(found["steps"]) == STEPS
+    for one, other in zip(expected["steps"], found["steps"], strict=True):
+        assert one["grad_norm"] > 0.5 and other["applied"]
+        for key in ("loss", "grad_norm", "weight", "lr", "accuracy"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
+    assert found["after"] == pytest.approx(expected["after"], rel=1e-5)
+    for key, value in expected["weights"].items():
+        if key in found["weights"]:
+            assert torch.allclose(found["weights"][key], value, atol=1e-4), key
+        else:
+            assert "tied" in name
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resume_on_the_same_layout_is_exact(results, name):
+    found = results[name]
+    assert found["resumed steps"] == found["steps"][3:]
+    assert all(torch.equal(value, found["weights"][key]) for key, value in found["resumed weights"].items())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_harm_on_one_process_is_kept_from_the_weights_of_all(results, name):
+    found = results[name]
+    assert [found[harm] for harm in ("nan loss", "infinite loss, finite gradient", "nan gradient")] == [False] * 3
+    assert all(torch.equal(value, found["weights"][key]) for key, value in found["harmed weights"].items())
+    assert found["step after harm"]["applied"] and math.isfinite(found["step after harm"]["loss"])
+
+
+def test_generation_from_shards(results):
+    """ZeRO-3's gathered model continues a prompt as one process does, and trains on afterwards."""
+    from test_engine import config, loss_fn
+
+    from pipeline.train import engine
+
+    settings = config()
+    trainer = engine.build(model(False), loss_fn, settings)
+    trainer.step(micro_batches(settings, trainer, 0))
+    ids, loss = results["generated"]
+    assert ids == trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[0].tolist()
+    assert loss == pytest.approx(trainer.step(micro_batches(settings, trainer, 1))["loss"], rel=1e-5)
+
+
+# ---- the stage under a launcher --------------------------------------------------------------------------------------------
+
+
+def launch(folder: Path, *words: str) -> subprocess.Popen:
+    command = [f"{Path(sys.executable).parent}/accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", str(ROOT / "pipeline" / "pretrain.py")]
+    return subprocess.Popen([*command, "recipe.yaml", *words], cwd=folder, env=CPU, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_stop_together_when_asked_and_go_on(tmp_path):
+    """accelerate launch, ZeRO-1: SIGTERM to the launcher; all save at one step and leave word; started again, the model is that of one process (1e-4)."""
+    tiny.write_inputs(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    words = ["pretrain.steps=150", "pretrain.save.every_steps=1000"]
+    child = launch(tmp_path, *words, "pretrain.parallel.zero=1")
+    folder = tmp_path / "runs" / "tiny" / "pretrain"
+    try:
+        deadline = time.time() + 120
+        while not any('"step": 5,' in path.read_text() for path in folder.glob("*.partial/metrics.jsonl")):
+            assert time.time() < deadline and child.poll() is None, child.communicate(timeout=20)[0]
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        said = child.communicate(timeout=60)[0]
+    finally:
+        child.kill()
+    word = json.loads((folder / "requeue.json").read_text())
+    assert 5 <= word["step"] < 150 and word["signal"] == "SIGTERM" and f"saved at step {word['step']}" in said
+    assert [path.name for path in folder.glob("*.partial/checkpoints/*")] == [f"step-{word['step']:06d}"]
+    child = launch(tmp_path, *words, "pretrain.parallel.zero=1")
+    said = child.communicate(timeout=120)[0]
+    assert child.returncode == 0 and f"goes on from step-{word['step']:06d}" in said, said
+    assert not (folder / "requeue.json").exists() and "terminate called" not in said
+    succeed("pretrain", "recipe.yaml", "output=alone", *words, cwd=tmp_path)
+    one, two = (json.loads((tmp_path / runs / "tiny/pretrain/current/manifest.json").read_text())["metrics"] for runs in ("alone", "runs"))
+    assert two["bits_per_byte_before"] == pytest.approx(one["bits_per_byte_before"], rel=1e-6)
+    assert two["bits_per_byte_after"] == pytest.approx(one["bits_per_byte_after"], rel=1e-3)
+    assert two["tokens"] == one["tokens"]
+    assert set(files_of(folder / "current")) == set(files_of(tmp_path / "alone/tiny/pretrain/current"))
