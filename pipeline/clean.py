@@ -88,7 +88,10 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
             )
         if counts["read"] and not counts["train_documents"] + counts["heldout_documents"] + sum(counts["duplicates"].values()):
             most = max(counts["filtered"], key=counts["filtered"].get, default="not selected")
-            raise UserError(f"sources.{name}: nothing is left of its {counts['read']} records (most often: {most}); look into {output.path / 'rejected' / name}.jsonl.zst, then change its `text` or `filters`")
+            raise UserError(
+                f"sources.{name}: nothing is left of its {counts['read']} records (most often: {most}); "
+                f"look into {output.path / 'rejected' / name}.jsonl.zst, then change its `text` or `filters`"
+            )
     total = report["total"]
     if not total["train_documents"] or config.holdout and not total["heldout_documents"]:
         split = "heldout" if total["train_documents"] else "train"

@@ -239,7 +239,8 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
     for name, unit in (("a", 2_000), ("b", 4 << 20)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "data").symlink_to(folder / "data")
-        succeed("clean", recipe(tmp_path / name, sources={"zh": {"path": "data/zh.jsonl.gz", "text": "t", "limit": limit}}, unit_bytes=unit, holdout=0), cwd=tmp_path / name)
+        sources = {"zh": {"path": "data/zh.jsonl.gz", "text": "t", "limit": limit}}
+        succeed("clean", recipe(tmp_path / name, sources=sources, unit_bytes=unit, holdout=0), cwd=tmp_path / name)
         kept.append(files_of(published(tmp_path / name)))
     assert kept[0] == kept[1]
     assert json.loads(kept[0]["report.json"])["total"]["documents_in"] == limit
@@ -297,7 +298,8 @@ def test_normal_form(text):
     once = normalise(text)
     assert normalise(once) == once and unicodedata.is_normalized("NFC", once)
     assert not re.search(r"[\r\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\u2028\u2029]|\n{3}|[ \t]\n", once)
-    assert [c for c in once if c.isalnum()] == [c for c in unicodedata.normalize("NFC", text) if c.isalnum()] or "\ufeff" in text or any(unicodedata.category(c) == "Cc" for c in text)
+    if "\ufeff" not in text and not any(unicodedata.category(c) == "Cc" for c in text):  # what stood apart may combine when these are gone
+        assert [c for c in once if c.isalnum()] == [c for c in unicodedata.normalize("NFC", text) if c.isalnum()]
 
 
 def test_normalise_keeps_what_carries_meaning():
@@ -318,8 +320,11 @@ def plain_tokens(text: str) -> list[str]:
     return found + ([run] if run else [])
 
 
+ANY = st.text(alphabet=st.one_of(st.sampled_from("aAéß 9.,\n中文字かな한글𠀀"), st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+
+
 @settings(max_examples=200)
-@given(st.lists(st.text(alphabet=st.one_of(st.sampled_from("aAéß 9.,\n中文字かな한글𠀀"), st.characters(exclude_categories=["Cs"], exclude_characters="\0"))), min_size=1, max_size=5))
+@given(st.lists(ANY, min_size=1, max_size=5))
 def test_hashed_tokens_are_the_plain_tokens(texts):
     hashed = tokens(texts)
     known: dict[str, int] = {}
@@ -339,7 +344,9 @@ def plain_shingles(text: str) -> set:
 
 def test_hashed_shingles_are_the_plain_shingles():
     rng = random.Random(1)
-    texts = [" ".join(rng.choice(EN) for _ in range(rng.randrange(60))) + "".join(rng.choice(HAN[:6]) for _ in range(rng.randrange(30))) for _ in range(60)] + ["", "one", "中文"]
+    texts = ["", "one", "中文"]
+    for _ in range(60):
+        texts.append(" ".join(rng.choices(EN, k=rng.randrange(60))) + "".join(rng.choices(HAN[:6], k=rng.randrange(30))))
     hashes, starts = shingles(tokens(texts))
     for i, text in enumerate(texts):
         assert len(set(hashes[starts[i] : starts[i + 1]].tolist())) == len(plain_shingles(text))
@@ -359,7 +366,8 @@ def test_filters_keep_prose_and_name_what_they_drop():
     )
     chinese_text = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空。青山依旧在，几度夕阳红。白发渔樵江渚上，惯看秋月春风。一壶浊酒喜相逢。古今多少事，都付笑谈中。"
     mixed_text = "今天我们介绍 Python 语言：print(\"hello\") 会在屏幕上输出一行文字，许多人从这里开始学习编程。"
-    code = "def add(a, b):\n    total = a + b\n    return total\n\n\nclass Reader:\n    def __init__(self, path):\n        self.path = path\n        self.opened = open(path)\n"
+    code = "def add(a, b):\n    total = a + b\n    return total\n\n\nclass Reader:\n"
+    code += "    def __init__(self, path):\n        self.path = path\n        self.opened = open(path)\n"
     french = "L'été dernier, à Orléans, la fête a été très réussie ; les élèves ont chanté « à la claire fontaine », puis chacun est rentré chez soi."
     assert judge([english_text, chinese_text, mixed_text, code, french]) == [None] * 5
     wrong = {

@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
 # Characters that stand in clean text by accident only: replacement characters, controls, private use, noncharacters.
 _GARBAGE = re.compile("[\ufffd\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufffe\uffff]")
 # UTF-8 read as Latin-1 or Windows-1252: a lead byte's letter before a continuation byte's sign; and UTF-8 read as GBK ("锟斤拷" is U+FFFD twice).
-_MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u2039\u0152\u2018-\u201d\u2022\u2122\u203a\u0153]{1,3}|锟斤拷|烫烫烫|屯屯屯")
+_CONTINUATION = "[\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u2039\u0152\u2018-\u201d\u2022\u2122\u203a\u0153]"
+_MOJIBAKE = re.compile(f"[\u00c2-\u00f4]{_CONTINUATION}{{1,3}}|锟斤拷|烫烫烫|屯屯屯")
 
 
 class Filters(Strict):
@@ -29,11 +30,13 @@ class Filters(Strict):
     min_tokens: int = Field(20, ge=1)
     """too_short: fewer tokens than this. Gopher asks for 50 words of a web page; 20 keeps definitions, reviews and short poems, in both languages."""
     min_letters: float = Field(0.5, ge=0, le=1)
-    """few_letters: share of letters (CJK characters are letters) among what is not space. English and Chinese prose have 0.85 to 0.97, source code 0.6 to 0.8, tables of numbers less."""
+    """few_letters: share of letters (CJK characters are letters) among what is not space.
+    English and Chinese prose have 0.8 to 0.97, tables of numbers far less."""
     max_garbled: float = Field(0.005, ge=0, le=1)
     """garbled: share of replacement, control and private-use characters and of mojibake such as `Ã©`, `â€™`, `锟斤拷`, measured before normalising."""
     max_mean_word: float = Field(15, ge=1)
-    """long_words: mean length of words outside CJK, where most letters are outside CJK. Gopher allows 10 for English; 15 leaves room for compounds and links, base64 and hex dumps have far more."""
+    """long_words: mean length of words outside CJK, where most letters are outside CJK. 
+    Gopher allows 10 for English; 15 leaves room for compounds and links, base64 and hex dumps have far more."""
     max_repeated_lines: float = Field(0.3, ge=0, le=1)
     """repeated_lines: share of characters in lines that stood in the document before (Gopher: 0.2; a song's refrain stays below 0.3)."""
     max_repeated_shingles: float = Field(0.3, ge=0, le=1)

@@ -241,7 +241,8 @@ def _walk(value: Any, steps: list[str], where: str, path: str) -> list:
         else:
             found = [node[step] for node in found if isinstance(node, dict) and step in node]
             if not found:
-                raise UserError(f"{where}: has nothing at {step!r} of records: {path!r}; its outermost keys are {', '.join(list(value)[:8]) if isinstance(value, dict) else 'those of a list'}")
+                shape = f"a block with the keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else f"a {type(value).__name__}"
+                raise UserError(f"{where}: has nothing at {step!r} of records: {path!r}; it holds {shape}")
     return found
 
 

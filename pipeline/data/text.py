@@ -64,7 +64,8 @@ def _classes() -> np.ndarray:
         elif category[0] == "Z" or point in (9, 10):
             table[point] = SPACE
     # Han with extensions and compatibility forms, kana, bopomofo. Hangul is written with spaces, so its words are runs.
-    for low, high in ((0x3005, 0x3008), (0x3041, 0x30FF + 1), (0x3105, 0x3130), (0x31A0, 0x31C0), (0x31F0, 0x3200), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000)):
+    small = ((0x3005, 0x3008), (0x3041, 0x3100), (0x3105, 0x3130), (0x31A0, 0x31C0), (0x31F0, 0x3200))
+    for low, high in (*small, (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000)):
         table[low:high] = CJK
     table[0] = SPACE  # stands between two texts of a batch
     return table
@@ -115,7 +116,10 @@ def tokens(texts: list[str]) -> Tokens:
 
 
 def shingles(batch: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of SHINGLE tokens within a text (uint64) and where each text's begin (int64 [N + 1]). A shorter text is one shingle; one without tokens has none."""
+    """Hashes of all runs of SHINGLE tokens within a text (uint64) and where each text's begin (int64 [N + 1]).
+
+    A shorter text is one shingle; one without tokens has none.
+    """
     lengths = np.diff(batch.starts)
     padded = np.concatenate((batch.hashes, np.zeros(SHINGLE, np.uint64)))
     rolled = np.zeros(len(batch.hashes), np.uint64)

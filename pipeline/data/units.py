@@ -68,8 +68,8 @@ def clean_unit(unit: list[Chunk], source: Source, filters: Filters, path: Path) 
     binary = {"hash": pyarrow.binary(16), "signature": pyarrow.binary(), "bytes": pyarrow.int64(), "size": pyarrow.int64(), "counted": pyarrow.int8()}
     columns = {key: pyarrow.array([row[key] for row in rows], binary.get(key, pyarrow.string())) for key in OUTCOME}
     buffer = io.BytesIO()
-    compressed = [key for key in OUTCOME if key not in ("hash", "signature")]  # the two are random bits
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression={key: "zstd" if key in compressed else "none" for key in OUTCOME}, use_dictionary=["status", "reason"])
+    compression = {key: "none" if key in ("hash", "signature") else "zstd" for key in OUTCOME}  # the two are random bits
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression=compression, use_dictionary=["status", "reason"])
     faults.point("save")
     write_atomic(path, buffer.getvalue())
     return sum(row["counted"] for row in rows)
@@ -117,6 +117,7 @@ def write_shard(pieces: list[tuple[str, Path, Any]], path: Path) -> None:
         table = pyarrow.parquet.read_table(unit, columns=["text", "id"], use_threads=False).take(rows)
         tables.append(pyarrow.table({"text": table["text"], "source": pyarrow.array([name] * len(rows)), "id": table["id"]}))
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.concat_tables(tables).combine_chunks(), buffer, compression="zstd", row_group_size=1 << 14, use_dictionary=["source"], write_statistics=False)
+    shard = pyarrow.concat_tables(tables).combine_chunks()
+    pyarrow.parquet.write_table(shard, buffer, compression="zstd", row_group_size=1 << 14, use_dictionary=["source"], write_statistics=False)
     faults.point("save")
     write_atomic(path, buffer.getvalue())
