@@ -65,5 +65,7 @@ def test_labels_may_be_noisy(tmp_path):
     tuned.copy_until("dpo", tmp_path)
     code, text = stage("dpo", "tiny.yaml", "dpo.label_smoothing=0.5", cwd=tmp_path)
     assert code == 2 and "label_smoothing" in text and "less than 0.5" in text
+    code, text = stage("dpo", "tiny.yaml", "dpo.sources.nouns.rejected=", cwd=tmp_path)
+    assert code == 2 and "rejected is missing: give templates for all of prompt, chosen and rejected" in text and "Traceback" not in text
     tuned.succeed("dpo", "tiny.yaml", "dpo.label_smoothing=0.1", "dpo.steps=2", cwd=tmp_path)
     np.testing.assert_allclose(tuned.metrics(tmp_path, "dpo")["heldout_loss_before"], math.log(2), atol=1e-5)

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import model_validator
+
 from pipeline.data.sources import Bad, MissingField, Source, fraction, read, render
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
@@ -44,6 +46,12 @@ class ChatSource(Source):
     rule: Literal["exact", "contains", "prefix"] = "prefix"
     """How a greedy answer is compared with `answer`."""
 
+    @model_validator(mode="after")
+    def _assistant_speaks(self):
+        if self.messages is not None and all(message.role != "assistant" for message in self.messages):
+            raise ValueError("messages has none with role: assistant, so there is nothing to learn")
+        return self
+
 
 class PreferenceSource(Source):
     """Pairs of answers. Without templates, records must hold prompt, chosen and rejected, as texts or messages (the prompt may be implicit in messages)."""
@@ -56,6 +64,13 @@ class PreferenceSource(Source):
     """Template of the worse answer."""
     margin: str | None = None
     """Template of a number that says how much better."""
+
+    @model_validator(mode="after")
+    def _all_or_none(self):
+        missing = [key for key in ("prompt", "chosen", "rejected") if getattr(self, key) is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"{' and '.join(missing)} is missing: give templates for all of prompt, chosen and rejected, or none for records that hold these fields")
+        return self
 
 
 class PromptSource(Source):
@@ -146,6 +161,7 @@ class Ledger:
     def check(self, holdout: float) -> None:
         """Raise UserError if a source gives nothing, or if nothing is held out or left."""
         for name, entry in self.sources.items():
+            assert entry["records"] == entry["train"] + entry["heldout"] + sum(reason["count"] for reason in entry["rejected"].values()), f"{name}: a record is not accounted for"
             if not entry["train"] + entry["heldout"]:
                 raise UserError(f"sources.{name}: none of its {entry['records']} records can be used: {self.why(name)}")
         train, heldout = self.total("train"), self.total("heldout")
@@ -201,10 +217,6 @@ def load_pairs(sources: dict[str, PreferenceSource], holdout: float) -> tuple[li
             raise Rejected("chosen equals rejected")
         return Pair(record.id, name, record.place, prompt, chosen, rejected, content, _number(source.margin, record.fields))
 
-    for name, source in sources.items():
-        missing = [key for key in ("prompt", "chosen", "rejected") if getattr(source, key) is None]
-        if 0 < len(missing) < 3:
-            raise UserError(f"sources.{name}: {' and '.join(missing)} is missing; give templates for all of prompt, chosen and rejected, or none for records that hold these fields")
     rows, ledger = _gathered(sources, make, lambda row: _key([row.prompt, row.chosen, row.rejected]))
     return _split(rows, ledger, holdout, lambda row: _key(row.prompt))
 
