@@ -163,6 +163,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.tracking import Progress, Tracker
     from pipeline.train import checkpoints, distributed
     from pipeline.train.loop import StopSignal, seed_step, stop
+    from pipeline.train.tuning import model_folder
 
     distributed.setup(config)
     models, pool, heldout, report = _prepare(config, inputs)
@@ -218,7 +219,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     weights = models.policy.consolidated()
     if output.is_main:
-        build.publish(weights, models.policy.model.config, inputs["policy"].path / "model", output.path / "model")
+        build.publish(weights, models.policy.model.config, model_folder(inputs["policy"]), output.path / "model")
         lines = [json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True) for when in ("before", "after") for row in state["shown"][when]]
         write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in lines))
         write_atomic(output.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
@@ -242,42 +243,48 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 def _prepare(config: Config, inputs: dict[str, Artifact]):
     """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused here."""
-    from transformers import AutoTokenizer
-
     from pipeline.data.chat import Chat
-    from pipeline.data.conversations import load_prompts
+    from pipeline.data.conversations import PLACES, load_prompts
     from pipeline.models import build
     from pipeline.rl.experience import Models, Task
     from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout
     from pipeline.train import engine
+    from pipeline.train.tuning import model_folder, tokenizer_of
 
-    folders = {key: inputs[key].path / "model" for key in ("policy", "reward")}
-    for key, folder in folders.items():
-        longest = build.describe(folder).get("max_position_embeddings")
-        if longest and config.sequence_length > longest:
-            raise UserError(f"stage {config.kind}: sequence_length {config.sequence_length} is more than the {longest} tokens that the {key} model of {inputs[key].stage} can read; lower it")
-    chats = {key: Chat(AutoTokenizer.from_pretrained(folder, local_files_only=True)) for key, folder in folders.items()}
+    folders = {key: model_folder(inputs[key]) for key in ("policy", "reward")}
+    chats = {key: Chat(tokenizer_of(folder, config.sequence_length)) for key, folder in folders.items()}
     same = all(_text(folders["policy"] / name) == _text(folders["reward"] / name) for name in ("tokenizer.json", "chat_template.jinja"))
 
     train, heldout, counted = load_prompts(config.sources, config.holdout)
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
     limit = config.sequence_length - config.rollout.max_new_tokens
-    tasks, too_long = {}, 0
-    for name, prompts in (("train", train), ("heldout", heldout)):
-        if config.rule:
-            for prompt in prompts:
-                if not (prompt.answer or "").strip():
-                    raise UserError(f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but prompt {prompt.id} of source {prompt.source} has none; give `answer` for the source, or leave `rule` out")
-        made = [Task(chats["policy"].prompt([{"role": "user", "content": prompt.text}]), prompt.text, prompt.answer) for prompt in prompts]
-        tasks[name] = [task for task in made if len(task.ids) <= limit]
-        too_long += len(made) - len(tasks[name])
-        if not tasks[name]:
-            raise UserError(f"stage {config.kind}: none of {len(made)} {name} prompts fits into {limit} tokens (sequence_length - rollout.max_new_tokens); " + ("add prompts or raise `holdout`" if not made else "raise sequence_length"))
+    tasks = {"train": [], "heldout": []}
+    too_long = 0
+    for split, prompts in (("train", train), ("heldout", heldout)):
+        for prompt in prompts:
+            if config.rule and not (prompt.answer or "").strip():
+                raise UserError(f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but source {prompt.source} gives none ({prompt.place}); give `answer` for the source, or leave `rule` out")
+            try:
+                ids = chats["policy"].prompt([{"role": "user", "content": prompt.text}])
+                reason = None if len(ids) <= limit else f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
+                too_long += reason is not None
+            except ValueError as error:  # text that the chat template cannot carry
+                reason = str(error)
+            if reason is None:
+                tasks[split].append(Task(ids, prompt.text, prompt.answer))
+                continue
+            entry = counted[prompt.source]
+            entry[split] -= 1
+            kept_aside = entry["rejected"].setdefault(reason, {"count": 0, "first": []})
+            kept_aside["count"] += 1
+            kept_aside["first"] += [prompt.place] if len(kept_aside["first"]) < PLACES else []
+        if not tasks[split]:
+            raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {'; '.join({reason for entry in counted.values() for reason in entry['rejected']})}")
     report = {"sources": counted, "counts": {"train_prompts": len(tasks["train"]), "heldout_prompts": len(tasks["heldout"]), "prompts_too_long": too_long}}
 
     policy, reference = build.load(folders["policy"]), build.load(folders["policy"])
-    value, reward = (ValueModel(build.load(folders["reward"], head="reward")) for _ in range(2))
+    value, reward = ValueModel(build.load(folders["reward"], head="reward")), build.load(folders["reward"], head="reward")
     for model in (policy, reference, value, reward):
         disable_dropout(model)
     for model in (reference, reward):

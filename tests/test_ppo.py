@@ -340,6 +340,7 @@ def write_models(folder, letters=LETTERS, reward_letters=LETTERS):
         embedding[reward_tokenizer.convert_tokens_to_ids("z"), :2] = torch.tensor([1.0, 0.0])
         layer.self_attn.v_proj.weight[0, 0] = layer.self_attn.o_proj.weight[2, 0] = 1.0  # queries and keys are 0: attention is the mean
         reward.score.weight[0, 2] = 1.0
+    reward.config.alma_reward_gain, reward.config.alma_reward_bias = 2.0, -1.0
     for name, model, tokenizer in (("policy", policy, policy_tokenizer), ("reward", reward, reward_tokenizer)):
         model.config.architectures = [type(model).__name__]
         model.save_pretrained(folder / name / "model")
@@ -405,7 +406,9 @@ def test_the_stage(world, plain):
     """8, 9, 18, 24, 31, 36, 37, 43: three iterations at temperature 0.7 of a policy whose config asks for dropout."""
     found, metrics, _ = plain
     assert metrics["prompts_too_long"] == 1 and metrics["train_prompts"] + metrics["heldout_prompts"] == 60  # 6
-    assert metrics["summary"]["measure"].startswith("held-out reward 0.00 -> ")
+    assert metrics["summary"]["measure"].startswith("held-out reward -1.00 -> ")
+    sources = json.loads((found / "report.json").read_text())["sources"]["words"]
+    assert sources["train"] + sources["heldout"] == 60 and [(reason["count"], len(reason["first"])) for reason in sources["rejected"].values()] == [(1, 1)]
     lines = logged(found)
     iterations = [line for line in lines if "policy_loss" in line]
     names = (
@@ -438,7 +441,7 @@ def test_the_stage(world, plain):
         ids = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
         made = model.generate(ids, max_new_tokens=6, do_sample=False)
         assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) == row["greedy"]
-        assert reward(made).logits.item() == pytest.approx(row["greedy_reward"], abs=1e-4)
+        assert 2 * reward(made).logits.item() - 1 == pytest.approx(row["greedy_reward"], abs=1e-4)
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
@@ -562,13 +565,13 @@ def test_a_reward_model_with_its_own_tokenizer_reads_text(world, tmp_path):
     [
         (["ppo.batch_size=6", "ppo.ppo.minibatches=4"], "batch_size 6 is not divisible by 4 minibatches x 1 processes; use 8"),
         (["ppo.micro_batch=4", "ppo.ppo.minibatches=4"], "share of a minibatch, 2 prompts, is not divisible by micro_batch 4"),
-        (["ppo.sequence_length=65"], "sequence_length 65 is more than the 64 tokens that the policy model of"),
+        (["ppo.sequence_length=65"], "sequence_length: 65 is more than the 64 positions that the model was made for"),
         (["ppo.rollout.max_new_tokens=48"], "rollout.max_new_tokens 48 leaves no room for a prompt in sequence_length 48"),
         (["ppo.sources.words.answer=null"], "rule: exact needs an answer to compare with"),
         (["ppo.ppo.gamma=1.5"], "gamma is 1.5, expected less than or equal to 1"),
         (["ppo.rollout.temperature=0"], "temperature is 0, expected greater than 0"),
         (["ppo.rule=null", "ppo.ppo.rule_coef=1"], "ppo.rule_coef needs `rule`"),
-        (["ppo.rollout.max_new_tokens=40"], "none of 36 train prompts fits into 8 tokens"),
+        (["ppo.rollout.max_new_tokens=40"], "none of 36 train prompts can be used: longer than 8 tokens"),
     ],
 )
 def test_what_cannot_be_done_is_refused(world, words, message):
@@ -648,16 +651,17 @@ def test_an_update_that_is_no_number_is_skipped_and_counted(inside, monkeypatch)
 
 def test_scores_do_not_depend_on_padding(inside):
     """5, 12: against the reward model alone on each row; responses whose last token is the pad id are read at that token all the same."""
-    from pipeline.rl.experience import reward_scores
+    from pipeline.rl.experience import score
 
     models, *_ = inside
     made = samples_of([(5, 4), (1, 6), (9, 1), (3, 5)])
     made[3].response_ids[-1] = PAD
     models.config = models.config.model_copy(update={"rollout": models.config.rollout.model_copy(update={"batch": 3})})
-    scores = reward_scores(models, made, [None] * 4)
-    for sample, found in zip(made, scores, strict=True):
-        hidden = models.reward.classifier.model(torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state[0, -1]
-        assert found == pytest.approx(models.reward.classifier.score(hidden).item(), abs=1e-6)
+    scores = score(models, made, [None] * 4)
+    with torch.no_grad():
+        for sample, found in zip(made, scores, strict=True):
+            hidden = models.reward.model(torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state[0, -1]
+            assert found == pytest.approx(2 * models.reward.score(hidden).item() - 1, abs=1e-6)
 
 
 def test_prompts_are_drawn_once_a_pass():

@@ -19,6 +19,7 @@ from pipeline.rl.rollout import generate
 from pipeline.seeds import derive
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
+from pipeline.train.scores import reward_scores
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Models:
     policy: Engine
     value: Engine
     reference: torch.nn.Module
-    reward: ValueModel
+    reward: torch.nn.Module
     chat: Chat
     reward_chat: Chat | None
     """Set if the reward model has a tokenizer of its own: then it reads text, not the policy's ids."""
@@ -96,7 +97,7 @@ def collect(models: Models, tasks: list[Task], indices: list[int], seeds: list[i
             for sample, values in zip(samples, _values(models, models.value.model, samples), strict=True):
                 sample.values = values
     clock("measure")
-    for sample, task, value in zip(samples, tasks, reward_scores(models, samples, tasks), strict=True):
+    for sample, task, value in zip(samples, tasks, score(models, samples, tasks), strict=True):
         sample.score = value
         if config.rule is not None:
             sample.rule = rules.score(config.rule, models.text(sample), task.answer)
@@ -104,22 +105,20 @@ def collect(models: Models, tasks: list[Task], indices: list[int], seeds: list[i
     return distributed.all_gather(samples)
 
 
-def reward_scores(models: Models, samples: list[Sample], tasks: list[Task]) -> list[float]:
-    """The reward model's score at the last token of each response, as it comes. Found by length: the score does not depend on padding or on the pad id."""
-    if models.reward_chat is not None:
-        samples = [_retokenised(models, sample, task) for sample, task in zip(samples, tasks, strict=True)]
-    # The value at a token speaks of what stands after it; the score of a whole response is read one further, at its end.
-    return [row[-1] for row in _values(models, models.reward, samples, shift=0)]
+def score(models: Models, samples: list[Sample], tasks: list[Task]) -> list[float]:
+    """The reward model's score at the last token of each response, as published (calibrated by the reward stage on its own answers)."""
+    rows = [_row(models, sample, task) for sample, task in zip(samples, tasks, strict=True)]
+    with _autocast(models):
+        return reward_scores(models.reward, rows, models.config.rollout.batch).tolist() if rows else []
 
 
-def _retokenised(models: Models, sample: Sample, task: Task) -> Sample:
-    """The same conversation in the reward model's tokens; a response that was cut off stays open."""
+def _row(models: Models, sample: Sample, task: Task) -> list[int]:
+    """What the reward model reads: the policy's own ids, or the same conversation in its own tokens. A response that was cut off stays open."""
     chat = models.reward_chat
+    if chat is None:
+        return sample.prompt_ids + sample.response_ids
     ids = chat.tokenizer(models.text(sample), add_special_tokens=False, split_special_tokens=True).input_ids
-    ids = [*ids, *([chat.end_id] if sample.stopped else [])]
-    prompt = chat.prompt([{"role": "user", "content": task.text}])
-    # A response may be empty once its special tokens are taken out; the score is then read at the prompt's end.
-    return Sample(sample.index, prompt if ids else prompt[:-1], ids or prompt[-1:], sample.stopped, [])
+    return [*chat.prompt([{"role": "user", "content": task.text}]), *ids, *([chat.end_id] if sample.stopped else [])]
 
 
 def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[float], list[float]]]:
@@ -130,11 +129,9 @@ def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[f
     return _forward(models, model, samples, read)
 
 
-def _values(models: Models, model: ValueModel, samples: list[Sample], shift: int = 1) -> list[list[float]]:
+def _values(models: Models, model: ValueModel, samples: list[Sample]) -> list[list[float]]:
     def read(batch):
-        values = model(**batch["inputs"]).logits[..., 0]
-        length = batch["responses"].shape[1]
-        return (at_responses(values, length) if shift else values[:, -length:],)
+        return (at_responses(model(**batch["inputs"]).logits[..., 0], batch["responses"].shape[1]),)
 
     return [row for (row,) in _forward(models, model, samples, read)]
 
@@ -148,13 +145,17 @@ def _forward(models: Models, model, samples: list[Sample], read: Callable) -> li
     for start in range(0, len(samples), models.config.rollout.batch):
         part = samples[start : start + models.config.rollout.batch]
         batch = layout(part, models.pad_id, device)
-        # As the engine does it, so that the first ratio of an iteration is 1.
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=models.config.precision == "bf16"):
+        with _autocast(models):
             tensors = read(batch)
         lists = [tensor.float().tolist() for tensor in tensors]
         for row, sample in enumerate(part):
             found.append(tuple(values[row][: len(sample.response_ids)] for values in lists))
     return found
+
+
+def _autocast(models: Models):
+    """As the engine does it, so that the first ratio of an iteration is 1."""
+    return torch.autocast(models.policy.device.type, dtype=torch.bfloat16, enabled=models.config.precision == "bf16")
 
 
 def tensors_of(samples: list[Sample]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.rl.rollout import left_pad
+from pipeline.train.scores import calibrated
 
 
 @dataclass
@@ -84,12 +85,13 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 class ValueModel(torch.nn.Module):
-    """A value at each token from a reward model: its backbone and head, in calibrated units. At the start it says what the reward model would score at each token."""
+    """A value at each token from a reward model: its backbone and head, in the units of the run's rewards. At the start it says what the reward model
+    would score if the text ended there (Stiennon et al., 2020: initialised from the reward model)."""
 
     def __init__(self, classifier):
         super().__init__()
         self.classifier = classifier
-        self.mean, self.deviation = 0.0, 1.0  # constants of the run, set once after calibration and kept in the checkpoint's state
+        self.mean, self.deviation = 0.0, 1.0  # constants of the run (rewards.calibration), set once and kept in the checkpoint's state
         self.config = classifier.config
 
     def forward(self, **inputs):
@@ -97,4 +99,5 @@ class ValueModel(torch.nn.Module):
 
         backbone = self.classifier.base_model
         hidden = backbone(**accepted(backbone, {**inputs, "use_cache": False})).last_hidden_state
-        return TokenClassifierOutput(logits=(self.classifier.score(hidden).float() - self.mean) / self.deviation)
+        scores = calibrated(self.classifier, self.classifier.score(hidden))
+        return TokenClassifierOutput(logits=(scores - self.mean) / self.deviation)

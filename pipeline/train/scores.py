@@ -32,7 +32,10 @@ def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor
         longest = len(rows[chunk[-1]])
         input_ids = torch.tensor([list(rows[row]) + [pad_id] * (longest - len(rows[row])) for row in chunk], device=device)
         mask = torch.tensor([[1] * len(rows[row]) + [0] * (longest - len(rows[row])) for row in chunk], device=device)
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.squeeze(-1)
+        hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        # By length: transformers reads at the last id that is not the pad id, and a policy may sample that one too.
+        last = mask.sum(1) - 1
+        logits = model.score(hidden[torch.arange(len(chunk), device=device), last]).squeeze(-1)
         scores[torch.tensor(chunk)] = calibrated(model, logits).cpu()
     model.train(training)
     return scores
