@@ -159,12 +159,20 @@ def identity_of(node: Node) -> dict:
     config = identity(node.config)
     config.pop("inputs", None)  # parents count by what they hold, not by what they are called
     value = {"kind": node.config.kind, "version": module.VERSION, "config": config, "parents": {key: parent.digest for key, parent in node.inputs.items()}}
-    if getattr(node.config, "sources", None):
-        from pipeline.data.sources import identify
-
-        value["sources"] = identify(node.config.sources, cache=node.folder.parent / ".hashes.json")
+    sources = _source_identity(node)
+    if sources:
+        value["sources"] = sources
         config.pop("sources")
     return value
+
+
+def _source_identity(node: Node) -> dict | None:
+    """What the sources of a stage hold. Raises UserError if one is not there."""
+    if not getattr(node.config, "sources", None):
+        return None
+    from pipeline.data.sources import identify
+
+    return identify(node.config.sources, cache=node.folder.parent / ".hashes.json")
 
 
 # ---- running one stage -----------------------------------------------------------------------------------------------------
@@ -282,17 +290,18 @@ def die_with_parent() -> None:
 # ---- running the chain -----------------------------------------------------------------------------------------------------
 
 
-def run(recipe: Recipe, path: str, overrides: list[str], only: list[str] = (), *, restart: bool = False, fork: bool = False) -> dict[str, Node]:
+def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bool = False) -> dict[str, Node]:
     """Bring the stages `only` (default: all) and what they need up to date, one after another. Returns the examined graph."""
     graph = nodes(recipe)
     for name in only:
         if name not in graph:
-            raise UserError(f"{path}: no stage is called {name!r}; there is {', '.join(graph)}")
-    for node in graph.values():  # everything that can be refused is refused before the first hour is spent
+            raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; there is {', '.join(graph)}")
+    wanted = _ancestors(graph, only) if only else set(graph)
+    for node in [graph[name] for name in graph if name in wanted]:  # everything that can be refused is refused before the first hour is spent
         node.config.check(node.config.run.processes * node.config.run.nodes)
+        _source_identity(node)
         if node.config.run.nodes > 1:
             raise UserError(f"stage {node.name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine: submit launch/slurm/alma.sbatch, or give {node.name}.run.nodes=1")
-    wanted = _ancestors(graph, only) if only else set(graph)
     forced = set(only) if only else set(graph)
     for name, node in graph.items():
         if name not in wanted:
@@ -307,7 +316,7 @@ def run(recipe: Recipe, path: str, overrides: list[str], only: list[str] = (), *
             say(f"{name}: up to date")
             continue
         say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
-        _launch(node, path, overrides, restart=again or node.state == "damaged", fork=fork and node.state != "interrupted" and _can_fork(node))
+        _launch(node, recipe, restart=again, fork=fork and node.state != "interrupted" and _can_fork(node))
         node.inputs = {}
         _examine(node, graph)
         if node.state != "up to date":
@@ -330,10 +339,15 @@ def _ancestors(graph: dict[str, Node], names: list[str]) -> set[str]:
     return found
 
 
-def _launch(node: Node, path: str, overrides: list[str], *, restart: bool, fork: bool) -> None:
-    """One stage in its own process, or in several through torchrun. The stage's own message stands; its exit code is passed on."""
+def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
+    """One stage in its own process, or in several through torchrun. The stage's own message stands; its exit code is passed on.
+
+    It gets the recipe as it was when the chain started: an edit of the file while the chain runs concerns the next run.
+    """
     script = Path(__file__).with_name(f"{node.config.kind}.py")
-    words = [str(script), path, *overrides, "--stage", node.name, *(["--restart"] if restart else []), *(["--fork"] if fork else [])]
+    snapshot = recipe.root / f".chain-{os.getpid()}.yaml"
+    artifact.write_atomic(snapshot, _resolved(recipe))
+    words = [str(script), str(snapshot), "--stage", node.name, *(["--restart"] if restart else []), *(["--fork"] if fork else [])]
     run_config = node.config.run
     environment = {**os.environ, "ALMA_DIE_WITH_PARENT": "1"}
     threads = run_config.threads or max(1, _cores() // run_config.processes)
@@ -343,13 +357,15 @@ def _launch(node: Node, path: str, overrides: list[str], *, restart: bool, fork:
     else:
         command = [sys.executable, *words]
     child = subprocess.Popen(command, env=environment)
-    previous = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    # torchrun passes SIGTERM on to its processes; SIGUSR1 would end torchrun alone
+    previous = {number: signal.signal(number, lambda number, _: child.send_signal(number if run_config.processes == 1 else signal.SIGTERM)) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         code = child.wait()
     except KeyboardInterrupt:
         child.wait()
         raise
     finally:
+        snapshot.unlink()
         for number, handler in previous.items():
             signal.signal(number, handler)
     if code == EXIT_STOPPED or (node.folder / "requeue.json").exists() and code:

@@ -9,6 +9,7 @@ Out: model/ (Hugging Face layout).
 """
 
 import math
+import shutil
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -35,7 +36,7 @@ class Config(TrainConfig):
     heldout_rows: Annotated[int, EXECUTION] = Field(256, ge=1)
     """Fixed rows of held-out text on which bits per byte are measured."""
     compile: Annotated[bool, EXECUTION] = False
-    """torch.compile the model: faster steps after a minute of compiling. Not with zero: 3 or a pipeline."""
+    """torch.compile the model: a minute of compiling, then 1.7 times as many tokens a second on a CPU core (docs/pretrain.md). Not with zero: 3 or a pipeline."""
 
     @classmethod
     def supports_pipeline(cls) -> bool:
@@ -45,6 +46,8 @@ class Config(TrainConfig):
         super().check(world)
         if self.compile and (self.parallel.zero == 3 or self.parallel.pipeline > 1):
             raise UserError(f"stage {self.kind}: compile: true does not go with zero: 3 or a pipeline, which work module by module; leave one of them out")
+        if self.compile and not (shutil.which("g++") or shutil.which("clang++")):
+            raise UserError(f"stage {self.kind}: compile: true needs a C++ compiler (g++ or clang++), and this machine has none on its PATH; install one or leave compile out")
         if "model" not in self.inputs:
             from pipeline.models import build
 

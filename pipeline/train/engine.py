@@ -141,7 +141,7 @@ def decayed(parameter: torch.Tensor) -> bool:
 def adamw(parameters, config: TrainConfig, device: torch.device, kind=torch.optim.AdamW) -> torch.optim.AdamW:
     """AdamW over named parameters with decay on matrices alone.
 
-    `fused` on both devices: on 2 CPU cores one update of 4.2M parameters takes 4.5 ms fused and 16 ms with the foreach loop (docs/pretrain.md).
+    `fused` on both devices: one update of 4.2M parameters takes 5.5 ms of one CPU core, 14.6 ms with foreach, 15.8 ms with a plain loop.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
