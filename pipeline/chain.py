@@ -6,12 +6,15 @@ by a launcher or by the chain goes through the same few lines (`run_stage`).
 
 import argparse
 import ctypes
+import io
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ruamel.yaml import YAML
 
 from pipeline import artifact
 from pipeline.artifact import Artifact, Output
@@ -215,12 +218,9 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
 
 
 def _resolved(recipe: Recipe) -> str:
-    import io
-
-    from ruamel.yaml import YAML
-
+    """The recipe with everything written out, in its order (the order of stages decides their default inputs)."""
     buffer = io.StringIO()
-    YAML(typ="safe", pure=True).dump({**dump(recipe.model_copy(update={"stages": {}})), "stages": {k: dump(v) for k, v in recipe.stages.items()}}, buffer)
+    YAML(typ="rt", pure=True).dump({**dump(recipe.model_copy(update={"stages": {}})), "stages": {name: dump(config) for name, config in recipe.stages.items()}}, buffer)
     return buffer.getvalue()
 
 

@@ -40,7 +40,7 @@ def run_command(
     if restart and fork:
         raise UserError("--restart begins anew and --fork goes on from a checkpoint: give one of the two")
     stages, overrides = _split(words)
-    graph = chain.run(load(recipe, overrides), recipe, overrides, stages, restart=restart, fork=fork)
+    graph = chain.run(load(recipe, overrides), stages, restart=restart, fork=fork)
     _table(graph)
 
 

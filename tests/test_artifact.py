@@ -66,6 +66,13 @@ def test_changed_recipe_under_unfinished_run_is_refused_with_the_difference(tmp_
     assert len(list((tmp_path / "pack").glob("*.abandoned-*"))) == 1  # nothing is deleted by a run
 
 
+def test_restart_of_a_published_output_replaces_it(tmp_path):
+    before = make(tmp_path / "pack").path
+    make(tmp_path / "pack", files=(("three", b"3"),), restart=True)
+    assert set(artifact.current(tmp_path / "pack").manifest["files"]) == {"three"}
+    assert len(list((tmp_path / "pack").glob(before.name + ".replaced-*"))) == 1
+
+
 def test_a_run_that_ended_before_any_work_is_in_nobodys_way(tmp_path):
     make(tmp_path / "pack", files=(("metrics.jsonl", b""),), publish=False)
     make(tmp_path / "pack", {**IDENTITY, "config": {"a": 2}})

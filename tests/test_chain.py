@@ -1,0 +1,274 @@
+"""The chain: a small recipe through all ten stages with `alma`, then what happens when things change, break and die."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import tuned
+from harness import files_of, stage, succeed
+
+from pipeline import artifact, chain
+from pipeline.recipe import load
+
+ALMA = [sys.executable, "-m", "pipeline.cli"]
+TUNING = "batch_size: 8, sequence_length: 64, precision: fp32, steps: 4, save: {every_steps: 2, keep: 1}, optimizer: {lr: 1e-3}"
+PROMPT = "prompt: 'What is a {words} {noun}?', answer: '{kind}'"
+RECIPE = f"""
+name: whole
+seed: 1
+model: {{family: llama, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64}}
+sources: {{nouns: {{path: rows.jsonl}}}}
+stages:
+  clean:
+    sources:
+      animals: {{path: animals.txt, sample_by: line}}
+      nouns: {{path: rows.jsonl, text: "a {{words}} {{noun}} is a {{kind}}, and the {{noun}} is {{words}}; {{kind}} {{noun}} {{words}} {{noun}}, {{words}} {{kind}}"}}
+    holdout: 0.1
+    workers: 1
+    filters: {{max_repeated_shingles: 1.0}}
+  tokenizer: {{algorithm: byte-bpe, vocab_size: 320}}
+  pack: {{workers: 1}}
+  pretrain: {{sequence_length: 64, batch_size: 8, steps: 6, precision: fp32, heldout_rows: 8, optimizer: {{lr: 3e-3}}, save: {{every_steps: 3}}}}
+  sft: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.CHAT}}}}}, max_prompts: 8, max_new_tokens: 4}}
+  reward: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
+  dpo: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
+  ppo: {{{TUNING}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}, holdout: 0.1, rollout: {{max_new_tokens: 4}}, evaluate_prompts: 8, ppo: {{epochs: 1, calibrate: 8}}}}
+  assess:
+    inputs: {{tokens: pack, reward: reward, pretrain: pretrain, sft: sft, dpo: dpo, ppo: ppo}}
+    sequence_length: 64
+    max_rows: 8
+    sources: {{nouns: {{from: nouns, {PROMPT}}}}}
+    compare: [[dpo, sft], [ppo, sft]]
+    max_prompts: 12
+    max_new_tokens: 4
+    bootstrap: 200
+  export: {{inputs: {{model: ppo}}}}
+"""
+
+
+def alma(*words, cwd, code=0, env=None) -> str:
+    answer = subprocess.run([*ALMA, *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=300)
+    assert answer.returncode == code, f"alma {' '.join(map(str, words))} ended with {answer.returncode}:\n{answer.stdout}\n{answer.stderr}"
+    assert "Traceback" not in answer.stderr, answer.stderr
+    return answer.stdout + answer.stderr
+
+
+def states(folder: Path, *words) -> dict[str, str]:
+    graph = chain.examine(load(folder / "r.yaml", [f"output={folder / 'runs'}", *words]))
+    return {name: node.state for name, node in graph.items()}
+
+
+def rows_of(folder: Path) -> None:
+    tuned.write_rows(folder / "rows.jsonl")
+    (folder / "animals.txt").write_text("\n".join(tiny.texts(0, 150)) + "\n", encoding="utf-8")
+    (folder / "r.yaml").write_text(RECIPE, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The chain, run once: killed at its first stage's first unit, and started again with the same command, as a user would."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows_of(folder)
+    before = os.getcwd()
+    os.chdir(folder)
+    # Stages run in forked children with torch loaded: ten imports less. `alma run` itself is tested below.
+    for name, config in load("r.yaml").stages.items():
+        succeed(config.kind, "r.yaml", cwd=folder)
+    yield folder
+    os.chdir(before)
+
+
+def test_every_stage_is_up_to_date_and_a_second_run_does_nothing(whole):
+    begun = time.time()
+    said = alma("run", "r.yaml", cwd=whole)
+    assert time.time() - begun < 30
+    assert said.count(": up to date") == 10 and "running" not in said
+    assert "logits differ by" in said and "win" not in said  # the closing table
+    answer = json.loads(alma("status", "r.yaml", "--json", cwd=whole))
+    assert {node["state"] for node in answer.values()} == {"up to date"} and list(answer) == list(load(whole / "r.yaml").stages)
+
+
+def test_every_output_is_whole_and_knows_its_parents(whole):
+    said = alma("verify", "artifacts", "r.yaml", cwd=whole)
+    assert said.count("whole ") == 10
+    card = (whole / "runs/whole/export/current/README.md").read_text()
+    for name in ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "ppo"):
+        assert f"| {name} | {name} |" in card
+    assert "| dpo |" not in card  # not an ancestor
+
+
+def test_exported_folder_is_a_chat_model(whole):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = whole / "runs/whole/export/current"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "What is a red cat?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    trained = AutoModelForCausalLM.from_pretrained(whole / "runs/whole/ppo/current/model")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, trained(**inputs).logits)
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert artifact.current(whole / "runs/whole/export").metrics["logit_difference"] == 0
+
+
+def test_export_in_bf16_says_how_far_it_is(whole):
+    succeed("export", "r.yaml", "export.dtype=bf16", "name=bf16", "export.inputs={model: ./runs/whole/sft/current}", cwd=whole)
+    metrics = artifact.current(whole / "runs/bf16/export").metrics
+    assert 0 < metrics["logit_difference"] < 0.1 and metrics["top1_agreement"] > 0.9
+
+
+def test_assess_against_transformers_own_loss(whole):
+    """Perplexity of the SFT model on the same rows, by the loss that transformers computes."""
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.data.sampler import heldout_rows
+
+    report = json.loads((whole / "runs/whole/assess/current/report.json").read_text())
+    rows = heldout_rows(whole / "runs/whole/pack/current", 64, 8)
+    ids = torch.stack([torch.tensor(row.tokens.tolist()) for row in rows])
+    model = AutoModelForCausalLM.from_pretrained(whole / "runs/whole/sft/current/model")
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    found = report["models"]["sft"]
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(loss * 64 * len(rows) / math.log(2) / sum(row.bytes for row in rows), rel=1e-4)
+    win = report["win_rates"]["dpo over sft"]
+    assert 0 <= win["low"] <= win["rate"] <= win["high"] <= 1 and win["prompts"] == 12
+
+
+def test_win_rate_and_its_interval():
+    from types import SimpleNamespace
+
+    from pipeline.assess import win_rate
+
+    config = SimpleNamespace(seed=0, bootstrap=4000)
+    win = win_rate([1.0] * 60 + [0.0] * 30 + [0.5] * 10, [0.5] * 100, config, "x")
+    assert win["rate"] == 0.65 and win["ties"] == 0.1
+    error = (0.6 * 0.35**2 + 0.3 * 0.65**2 + 0.1 * 0.15**2) ** 0.5 / 10  # standard error of the mean of these outcomes
+    assert win["low"] == pytest.approx(0.65 - 1.96 * error, abs=0.015) and win["high"] == pytest.approx(0.65 + 1.96 * error, abs=0.015)
+
+
+@pytest.mark.parametrize("kind, faults", [("assess", ["work:2", "save:1", "publish:1"]), ("export", ["save:1", "work:1", "publish:1", "publish:2"])])
+def test_killed_assess_and_export_end_with_the_same_bytes(whole, kind, faults):
+    expected = files_of(whole / f"runs/whole/{kind}/current")
+    shutil.rmtree(whole / f"runs/whole/{kind}")
+    for fault in faults:
+        assert stage(kind, "r.yaml", cwd=whole, fault=fault)[0] == -signal.SIGKILL
+        assert states(whole)[kind] in ("interrupted", "up to date") if fault == "publish:2" else states(whole)[kind] == "interrupted"
+    succeed(kind, "r.yaml", cwd=whole)
+    assert files_of(whole / f"runs/whole/{kind}/current") == expected
+
+
+def test_a_change_is_explained_and_concerns_only_what_comes_after(whole):
+    changed = states(whole, "reward.optimizer.lr=2e-3")
+    assert [name for name, state in changed.items() if state != "up to date"] == ["reward", "ppo", "assess", "export"]
+    said = alma("status", "r.yaml", "reward.optimizer.lr=2e-3", cwd=whole)
+    assert "optimizer.lr: 0.001 -> 0.002" in said and "reward is stale" in said
+    assert set(states(whole, "pretrain.micro_batch=2", "clean.workers=2", "sft.save.every_steps=1", "dpo.run.processes=2").values()) == {"up to date"}
+
+
+def test_a_parent_made_again_with_the_same_result_makes_nothing_stale(whole):
+    succeed("tokenizer", "r.yaml", "--restart", cwd=whole)
+    assert set(states(whole).values()) == {"up to date"}
+
+
+def test_an_earlier_recipes_output_serves_again(whole):
+    first = artifact.current(whole / "runs/whole/tokenizer").path
+    succeed("tokenizer", "r.yaml", "tokenizer.vocab_size=330", cwd=whole)
+    assert artifact.current(whole / "runs/whole/tokenizer").path != first
+    said = alma("run", "r.yaml", "tokenizer", cwd=whole)
+    assert "tokenizer: up to date" in said and artifact.current(whole / "runs/whole/tokenizer").path == first
+
+
+def test_damage_is_named_refused_by_children_and_mended(whole):
+    path = whole / "runs/whole/tokenizer/current/tokenizer.json"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b" ")
+    try:
+        assert states(whole)["tokenizer"] == "damaged" and states(whole)["pack"] == "stale"
+        code, said = stage("pack", "r.yaml", cwd=whole)
+        assert code == 2 and "tokenizer.json has sha256" in said and "Traceback" not in said
+        assert "damaged" in alma("verify", "artifacts", "r.yaml", "tokenizer", cwd=whole, code=2)
+        succeed("tokenizer", "r.yaml", cwd=whole)
+        assert set(states(whole).values()) == {"up to date"}
+    finally:
+        assert path.read_bytes() == good
+
+
+def test_a_source_that_changed_makes_its_readers_stale(whole):
+    path = whole / "animals.txt"
+    before, status = path.read_text(), path.stat()
+    try:
+        path.write_text(before + "one more line of text\n")
+        assert states(whole)["clean"] == "stale" and states(whole)["sft"] == "stale"
+        path.write_text(before)  # another mtime, the same text
+        assert set(states(whole).values()) == {"up to date"}
+    finally:
+        path.write_text(before)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_alma_run_is_killed_and_goes_on_and_its_stage_dies_with_it(tmp_path):
+    """kill -9 of the chain's own process: the stage goes too, nothing holds the lock, and the same command ends."""
+    rows_of(tmp_path)
+    words = [*ALMA, "run", "r.yaml", "tokenizer"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lock = tmp_path / "runs/whole/clean/lock.json"
+    deadline = time.time() + 60
+    while not lock.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, process.stdout.read()
+    holder = json.loads(lock.read_text())["pid"]
+    process.kill()
+    process.wait()
+    for _ in range(200):
+        if not Path(f"/proc/{holder}").exists() or Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("the stage outlived the chain")
+    said = alma("run", "r.yaml", "tokenizer", cwd=tmp_path)
+    assert "tokenizer: missing, running" in said and artifact.current(tmp_path / "runs/whole/tokenizer") is not None
+    assert not list((tmp_path / "runs/whole").glob(".chain-*")) or len(list((tmp_path / "runs/whole").glob(".chain-*"))) == 1
+
+
+def test_mistakes_end_before_any_work_with_code_2(tmp_path):
+    rows_of(tmp_path)
+    (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    said = alma("run", "r.yaml", cwd=tmp_path, code=2)
+    assert said.startswith("error: ") and "rows.jsonl" in said and "clean: missing, running" not in said
+    (tmp_path / "elsewhere.jsonl").rename(tmp_path / "rows.jsonl")
+    for words, part in [
+        (["run", "r.yaml", "tokeniser"], "no stage is called 'tokeniser'"),
+        (["run", "r.yaml", "pretrain.batch_size=9", "pretrain.run.processes=2"], "batch_size 9 is not divisible by 2 data-parallel ranks"),
+        (["run", "r.yaml", "pretrain.parallel={pipeline: 2, zero: 3}"], "pipeline: 2 with zero: 3 cannot be had"),
+        (["run", "r.yaml", "sft.parallel.pipeline=2", "sft.run.processes=2"], "pipeline: 2 is for pretraining"),
+        (["run", "r.yaml", "model.hiden_size=3"], "did you mean hidden_size?"),
+    ]:
+        said = alma(*words, cwd=tmp_path, code=2)
+        assert part in said and said.count("\n") == 1, said
+    assert not any((tmp_path / "runs").rglob("run.json"))
+
+
+def test_a_stage_without_its_parent_says_which(tmp_path):
+    rows_of(tmp_path)
+    code, said = stage("pack", "r.yaml", cwd=tmp_path)
+    assert code == 2 and "needs the output of clean" in said and "alma run" in said
+
+
+def test_two_stages_of_a_kind_need_a_name(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE + "  export2: {kind: export, inputs: {model: sft}}\n")
+    code, said = stage("export", "r.yaml", cwd=tmp_path)
+    assert code == 2 and "has 2 stages of kind export (export, export2); say which with --stage NAME" in said
+    code, said = stage("export", "r.yaml", "--stage", "export3", cwd=tmp_path)
+    assert code == 2 and "no stage of kind export has this name; there is export, export2" in said
