@@ -71,7 +71,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
 
     engine = build(load(folder), loss, config)
-    say(f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); {config.steps * config.batch_size / count:.1f} epochs")
+    say(
+        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); "
+        f"{config.steps * config.batch_size / count:.1f} epochs"
+    )
     made_from = inputs["model"].digest[:12]
     frozen = {split: reference(engine, arrays, split, tokenizer.pad_token_id, output, made_from, config) for split in ("train", "heldout")}
 

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, Output, write_json
 from pipeline.data.conversations import PreferenceSource
-from pipeline.recipe import EXECUTION
 from pipeline.train.config import Optimizer, TrainConfig
 
 VERSION = 1
@@ -72,7 +71,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     engine = build(model, loss, config)
     measured = [pair_batch(arrays, "heldout", rows, tokenizer.pad_token_id) for rows in heldout_share(heldout, config, engine)]
-    say(f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); {config.steps * config.batch_size / count:.1f} epochs")
+    say(
+        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); "
+        f"{config.steps * config.batch_size / count:.1f} epochs"
+    )
 
     def batches(step: int) -> list[dict]:
         chosen = [[row_at(config.seed, index, count) for index in indices] for indices in share(config, engine, step)]

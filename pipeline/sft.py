@@ -78,7 +78,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         return [rows[row] for row in permutation(derive(config.seed, "rows"), epoch, len(rows))]
 
     rows_per_epoch = len(packed(0))
-    for_heldout = best_fit(heldout["ids"].lengths, config.sequence_length, permutation(0, 0, len(heldout["ids"]))) if config.packing else [[i] for i in range(len(heldout["ids"]))]
+    for_heldout = (
+        best_fit(heldout["ids"].lengths, config.sequence_length, permutation(0, 0, len(heldout["ids"]))) if config.packing else [[i] for i in range(len(heldout["ids"]))]
+    )
     measured = [batch(heldout, [for_heldout[row] for row in rows], tokenizer.pad_token_id) for rows in heldout_share(len(for_heldout), config, engine)]
     filled = float(train["ids"].lengths.sum() / (rows_per_epoch * config.sequence_length))
     say(
@@ -219,7 +221,13 @@ def answers(engine, chat, heldout: dict, extra: dict, config: Config) -> dict:
     with engine.gathered():
         prompts = [heldout["ids"][index][: extra["starts"][index]].tolist() for index in mine]
         completions = generate(
-            engine.model, prompts, max_new_tokens=config.max_new_tokens, temperature=0, stop_ids=[chat.end_id], pad_id=chat.tokenizer.pad_token_id, seeds=[0] * len(prompts)
+            engine.model,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=0,
+            stop_ids=[chat.end_id],
+            pad_id=chat.tokenizer.pad_token_id,
+            seeds=[0] * len(prompts),
         )
     for index, completion in zip(mine, completions, strict=True):
         ended += completion.stopped

@@ -49,7 +49,9 @@ def test_templates_holdout_and_ledger(tmp_path):
     assert reasons["duplicate"]["first"] == [f"rows.jsonl:{entry['records']}"]
     first = next(row for row in train + heldout if row.place == "rows.jsonl:1")
     assert first.messages == [{"role": "user", "content": "What is a old red cat?"}, {"role": "assistant", "content": "animal"}] and first.answer == "animal"
-    assert {row.id for row in heldout} == {item.id for item in read(sources["nouns"], "nouns") if hasattr(item, "id") and fraction(item.id) >= 0.8} & {row.id for row in train + heldout}
+    assert {row.id for row in heldout} == {item.id for item in read(sources["nouns"], "nouns") if hasattr(item, "id") and fraction(item.id) >= 0.8} & {
+        row.id for row in train + heldout
+    }
     # the same records are held out as prompts and as pairs
     prompts = load_prompts({"p": PromptSource(path=str(tmp_path / "rows.jsonl"), prompt="Name {words} {noun}!", answer="{kind}")}, 0.2)
     pairs = load_pairs({"p": PreferenceSource(path=str(tmp_path / "rows.jsonl"), prompt="Q {words} {noun}", chosen="{kind}", rejected="{wrong}")}, 0.2)
@@ -148,7 +150,13 @@ def test_what_is_like_a_held_out_row_is_not_trained_on(tmp_path):
 def test_lines_of_a_text_file(tmp_path):
     """The quickstart's reviews: a record is a line, its field is text."""
     (tmp_path / "pos.txt").write_text("".join(f"{row['instruction']} 很好\n" for row in filler()), encoding="utf-8")
-    source = ChatSource(path=str(tmp_path / "pos.txt"), sample_by="line", limit=30, messages=[{"role": "user", "content": "评论：{text}"}, {"role": "assistant", "content": "正面"}], answer="正面")
+    source = ChatSource(
+        path=str(tmp_path / "pos.txt"),
+        sample_by="line",
+        limit=30,
+        messages=[{"role": "user", "content": "评论：{text}"}, {"role": "assistant", "content": "正面"}],
+        answer="正面",
+    )
     train, heldout, _ = load_conversations({"pos": source}, 0.2)
     assert len(train) + len(heldout) == 30 and train[0].messages[0]["content"].startswith("评论：") and train[0].messages[1]["content"] == "正面"
 
@@ -156,11 +164,23 @@ def test_lines_of_a_text_file(tmp_path):
 @pytest.mark.parametrize(
     "load, kind, records, keys, message",
     [
-        (load_conversations, ChatSource, filler(), {"messages": [{"role": "user", "content": "{instructoin}"}, NOUN[1]]}, "no field 'instructoin'.*the record has instruction, output"),
+        (
+            load_conversations,
+            ChatSource,
+            filler(),
+            {"messages": [{"role": "user", "content": "{instructoin}"}, NOUN[1]]},
+            "no field 'instructoin'.*the record has instruction, output",
+        ),
         (load_conversations, ChatSource, filler(), {"messages": NOUN}, "no field 'words'"),
         (load_conversations, ChatSource, filler(), {"where": {"output": "nothing"}}, "has no records after where"),
         (load_prompts, PromptSource, filler(1), {}, "holdout: 0.3 leaves [01] rows to train on and [01] to measure on"),
-        (load_conversations, ChatSource, [{"messages": [{"role": "user", "content": "x"}]}] * 2, {}, "none of its 2 records can be used: 2 x no message of the assistant"),
+        (
+            load_conversations,
+            ChatSource,
+            [{"messages": [{"role": "user", "content": "x"}]}] * 2,
+            {},
+            "none of its 2 records can be used: 2 x no message of the assistant",
+        ),
         (load_pairs, PreferenceSource, [{"a": "x"}], {"prompt": "{a}", "chosen": "y", "rejected": "y"}, "1 x chosen equals rejected"),
         (load_prompts, PromptSource, [{"x": 1}], {}, "no prompt among its fields"),
         (load_prompts, PromptSource, [{"x": 1}], {"prompt": "{x.y}"}, "no field 'x.y'"),
@@ -201,7 +221,9 @@ def test_ids_and_mask_are_the_templates(tokenizer):
         oracle = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         assert tokenizer.decode(row.ids) == tokenizer.decode(oracle["input_ids"]).removesuffix("\n")
         assert row.ids[: row.start] == chat.prompt(turns[:-1]) and row.ids[-1] == chat.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert tokenizer.decode([token for token, trained in zip(row.ids, row.trained, strict=True) if trained]) == "".join(m["content"] + "<|im_end|>" for m in turns if m["role"] == "assistant")
+        assert tokenizer.decode([token for token, trained in zip(row.ids, row.trained, strict=True) if trained]) == "".join(
+            m["content"] + "<|im_end|>" for m in turns if m["role"] == "assistant"
+        )
         if row.ids == oracle["input_ids"][: len(row.ids)]:
             equal += 1
             assert [int(trained) for trained in row.trained] == oracle["assistant_masks"][: len(row.ids)]
@@ -213,7 +235,14 @@ def test_special_tokens_in_text_are_text(tokenizer):
     chat = Chat(tokenizer)
     special = ["<|im_end|>", "<|im_start|>", "<|bos|>", "<|eos|>", "<|pad|>"]
     ids = {tokenizer.convert_tokens_to_ids(token) for token in special}
-    for text in [*special, "a<|im_end|>\n<|im_start|>assistant\nno", "<|im_end|><|im_end|>", "<|im_end|", "<|<|im_end|>", *(f"{a}{s}{b}" for a, s, b in zip(texts(20), special * 4, texts(20, 1), strict=True))]:
+    for text in [
+        *special,
+        "a<|im_end|>\n<|im_start|>assistant\nno",
+        "<|im_end|><|im_end|>",
+        "<|im_end|",
+        "<|<|im_end|>",
+        *(f"{a}{s}{b}" for a, s, b in zip(texts(20), special * 4, texts(20, 1), strict=True)),
+    ]:
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
         (row,) = chat.encode([turns])
         assert [token for token in row.ids if token in ids] == [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>") * 2], text
@@ -240,7 +269,11 @@ def test_templates_that_cannot_teach_are_refused(tokenizer):
     ]:
         with pytest.raises(UserError, match=message):
             Chat(changed(tokenizer, old, new))
-    for key, value, message in [("chat_template", None, "has no chat template"), ("pad_token", None, "has no padding token"), ("pad_token", "<|im_end|>", "also the padding token")]:
+    for key, value, message in [
+        ("chat_template", None, "has no chat template"),
+        ("pad_token", None, "has no padding token"),
+        ("pad_token", "<|im_end|>", "also the padding token"),
+    ]:
         other = changed(tokenizer, "im_end", "im_end")
         setattr(other, key, value)
         with pytest.raises(UserError, match=message):
@@ -248,7 +281,11 @@ def test_templates_that_cannot_teach_are_refused(tokenizer):
 
 
 def test_a_template_that_refuses_a_row(tokenizer):
-    strict = changed(tokenizer, "{%- for message in messages -%}", "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system here') }}{%- endif -%}{%- for message in messages -%}")
+    strict = changed(
+        tokenizer,
+        "{%- for message in messages -%}",
+        "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system here') }}{%- endif -%}{%- for message in messages -%}",
+    )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     fine, refused = Chat(strict).encode([turns, [{"role": "system", "content": "s"}, *turns]])
     assert fine.ids == Chat(tokenizer).encode([turns])[0].ids and refused == "the chat template refuses it: no system here"

@@ -129,14 +129,19 @@ def test_two_ranks_with_zero_like_one_process(tmp_path):
         one, two = ([line["loss"] for line in tuned.lines(where, name) if "loss" in line] for where in (tuned.plain(), tmp_path))
         assert len(two) == 8
         np.testing.assert_allclose(two, one[:8], atol=1e-5, err_msg=name)
-        one, two = ({key: value for key, value in tuned.metrics(where, name).items() if key.startswith("heldout_") and key.endswith("_before")} for where in (tuned.plain(), tmp_path))
+        one, two = (
+            {key: value for key, value in tuned.metrics(where, name).items() if key.startswith("heldout_") and key.endswith("_before")}
+            for where in (tuned.plain(), tmp_path)
+        )
         assert one.keys() == two.keys() and len(one) >= 3
         np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5, err_msg=name)
 
 
 def test_long_conversations_are_counted_or_cut(tmp_path):
     tuned.copy_until("sft", tmp_path)
-    long = [{"words": "very " * 40 + str(i), "noun": "cat", "kind": "animal"} for i in range(5)] + [{"words": f"w{i}", "noun": "x", "kind": "animal metal " * 40} for i in range(5)]
+    long = [{"words": "very " * 40 + str(i), "noun": "cat", "kind": "animal"} for i in range(5)] + [
+        {"words": f"w{i}", "noun": "x", "kind": "animal metal " * 40} for i in range(5)
+    ]
     tuned.write_rows(tmp_path / "rows.jsonl", long)
     for how, rows, reason in (("drop", 792, "longer than sequence_length"), ("truncate", 797, "its answers begin after sequence_length")):
         tuned.succeed("sft", "tiny.yaml", f"sft.too_long={how}", "sft.steps=1", "sft.max_prompts=0", cwd=tmp_path)

@@ -8,7 +8,7 @@ import torch
 
 import tuned
 from pipeline.data.chat import Chat
-from pipeline.data.conversations import Conversation, Ledger, Pair
+from pipeline.data.conversations import Ledger, Pair
 from pipeline.models import build
 from pipeline.train.loss import token_logprobs
 from pipeline.train.loss_preference import bradley_terry, dpo
@@ -40,7 +40,8 @@ def conversations() -> list[list[dict]]:
 
 def pairs(chat):
     rows = [
-        Pair(str(i), "s", "", [{"role": "user", "content": f"{row['words']} {row['noun']}"}], row["kind"] * (1 + i % 3), row["wrong"], "", margin=0.1 * i) for i, row in enumerate(tuned.rows()[:6])
+        Pair(str(i), "s", "", [{"role": "user", "content": f"{row['words']} {row['noun']}"}], row["kind"] * (1 + i % 3), row["wrong"], "", margin=0.1 * i)
+        for i, row in enumerate(tuned.rows()[:6])
     ]
     ledger = Ledger()
     ledger.sources["s"] = {"records": 6, "rejected": {}, "train": 0, "heldout": 0}
@@ -52,7 +53,15 @@ def pairs(chat):
 def options(folder, kind, **changes):
     import trl
 
-    keys = {"output_dir": str(folder), "per_device_train_batch_size": 16, "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_strategy": "no"}
+    keys = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 16,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_strategy": "no",
+    }
     return getattr(trl, kind)(**keys, max_length=128, **changes)
 
 
@@ -112,7 +121,12 @@ def test_reward(tiny, tmp_path, centering):
     ours = build.load(folder, head="reward", seed=2)
     ours.config.pad_token_id = tokenizer.pad_token_id
     theirs = copy.deepcopy(ours)
-    data = Dataset.from_list([{"chosen_ids": arrays["train.chosen"][i].tolist(), "rejected_ids": arrays["train.rejected"][i].tolist(), "margin": float(arrays["train.margin"][i])} for i in range(6)])
+    data = Dataset.from_list(
+        [
+            {"chosen_ids": arrays["train.chosen"][i].tolist(), "rejected_ids": arrays["train.rejected"][i].tolist(), "margin": float(arrays["train.margin"][i])}
+            for i in range(6)
+        ]
+    )
     trainer = RewardTrainer(theirs, args=options(tmp_path, "RewardConfig", center_rewards_coefficient=centering or None), train_dataset=data, processing_class=tokenizer)
     batch = pair_batch(arrays, "train", range(6), tokenizer.pad_token_id)
     loss, metrics = bradley_terry(ours(**batch["inputs"]).logits.squeeze(-1), batch["margin"], centering)
@@ -134,7 +148,11 @@ def test_dpo(tiny, tmp_path):
     theirs = copy.deepcopy(ours)
     starts = arrays["train.start"]
     examples = [
-        {"prompt_ids": arrays["train.chosen"][i][: starts[i]].tolist(), "chosen_ids": arrays["train.chosen"][i][starts[i] :].tolist(), "rejected_ids": arrays["train.rejected"][i][starts[i] :].tolist()}
+        {
+            "prompt_ids": arrays["train.chosen"][i][: starts[i]].tolist(),
+            "chosen_ids": arrays["train.chosen"][i][starts[i] :].tolist(),
+            "rejected_ids": arrays["train.rejected"][i][starts[i] :].tolist(),
+        }
         for i in range(6)
     ]
     theirs.train()
@@ -156,7 +174,9 @@ def test_our_rows_are_trls(tiny, tmp_path):
 
     folder, tokenizer, chat = tiny
     rows = [{"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [{"role": "assistant", "content": "no 不"}]} for turns in conversations()]
-    trainer = DPOTrainer(build.load(folder), ref_model=build.load(folder), args=options(tmp_path, "DPOConfig"), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = DPOTrainer(
+        build.load(folder), ref_model=build.load(folder), args=options(tmp_path, "DPOConfig"), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     for row, theirs in zip(rows, trainer.train_dataset, strict=True):
         ours = chat.encode([row["prompt"] + row["chosen"]])[0]

@@ -95,8 +95,8 @@ def plain() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="alma-tuned-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     world(folder)
-    for stage in ("sft", "reward", "dpo"):
-        succeed(stage, "tiny.yaml", cwd=folder)
+    for name in ("sft", "reward", "dpo"):
+        succeed(name, "tiny.yaml", cwd=folder)
     return folder
 
 

@@ -23,7 +23,17 @@ from pipeline.data.sources import Bad, MissingField, Source, fraction, read, ren
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "observation": "tool"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
 PLACES = 20  # of each reason are named in report.json
 
 
@@ -145,7 +155,9 @@ class Ledger:
     def why(self, source: str) -> str:
         """The reasons, most frequent first, with a place each."""
         rejected = self.sources[source]["rejected"]
-        return "; ".join(f"{entry['count']} x {reason} (first: {entry['first'][0]})" for reason, entry in sorted(rejected.items(), key=lambda item: -item[1]["count"])[:3])
+        return "; ".join(
+            f"{entry['count']} x {reason} (first: {entry['first'][0]})" for reason, entry in sorted(rejected.items(), key=lambda item: -item[1]["count"])[:3]
+        )
 
     def keep(self, rows: list, split: str, reasons: list[str | None]) -> list:
         """Rows whose reason is None; the others are rejected, and each source must have something left in the end (`check`)."""
@@ -161,7 +173,9 @@ class Ledger:
     def check(self, holdout: float) -> None:
         """Raise UserError if a source gives nothing, or if nothing is held out or left."""
         for name, entry in self.sources.items():
-            assert entry["records"] == entry["train"] + entry["heldout"] + sum(reason["count"] for reason in entry["rejected"].values()), f"{name}: a record is not accounted for"
+            assert entry["records"] == entry["train"] + entry["heldout"] + sum(reason["count"] for reason in entry["rejected"].values()), (
+                f"{name}: a record is not accounted for"
+            )
             if not entry["train"] + entry["heldout"]:
                 raise UserError(f"sources.{name}: none of its {entry['records']} records can be used: {self.why(name)}")
         train, heldout = self.total("train"), self.total("heldout")
@@ -401,7 +415,10 @@ def _conversation(fields: dict) -> list:
     elif _alpaca(fields) is not None and isinstance(fields.get("output"), str):
         messages = [{"role": "user", "content": _alpaca(fields)}, {"role": "assistant", "content": fields["output"]}]
     else:
-        raise Rejected(f"no conversation among its fields ({', '.join(map(str, fields)) or 'none'}): expected messages, conversations, prompt + completion, instruction + output, or `messages` templates")
+        raise Rejected(
+            f"no conversation among its fields ({', '.join(map(str, fields)) or 'none'}): "
+            "expected messages, conversations, prompt + completion, instruction + output, or `messages` templates"
+        )
     if not isinstance(messages, list):
         raise Rejected("messages are no list")
     return system + messages
@@ -415,7 +432,9 @@ def _preference(fields: dict) -> tuple[list, str, str]:
     """(prompt messages, chosen text, rejected text) of a record in one of TRL's preference formats."""
     if "chosen" not in fields or "rejected" not in fields:
         raise Rejected(f"no pair among its fields ({', '.join(map(str, fields)) or 'none'}): expected chosen and rejected, or templates for prompt, chosen and rejected")
-    row = _chatml({key: [value] if isinstance(value, dict) else value for key, value in fields.items() if key in ("prompt", "chosen", "rejected", "conversations", "messages")})
+    row = _chatml(
+        {key: [value] if isinstance(value, dict) else value for key, value in fields.items() if key in ("prompt", "chosen", "rejected", "conversations", "messages")}
+    )
     if "prompt" not in row:
         row |= {"prompt": row["messages"]} if "messages" in row else {"prompt": _alpaca(fields)} if _alpaca(fields) else {}
     row.pop("messages", None)

@@ -29,7 +29,7 @@ def tokenizer_of(folder: Path, sequence_length: int):
         raise UserError(f"{folder}: holds no model with its tokenizer (config.json, tokenizer_config.json); expected a folder in the Hugging Face layout")
     most = getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "max_position_embeddings", None)
     if most and sequence_length > most:
-        raise UserError(f"sequence_length: {sequence_length} is more than the {most} positions that the model was made for ({folder.name}/config.json, max_position_embeddings); use at most {most}")
+        raise UserError(f"sequence_length: {sequence_length} is more than the {most} positions of the model (max_position_embeddings); use at most {most}")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
