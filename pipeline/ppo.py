@@ -150,7 +150,8 @@ class Config(TrainConfig):
         super().check(world)
         part = self.ppo.minibatches * world
         if self.batch_size % part:
-            raise UserError(f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {self.ppo.minibatches} minibatches x {world} processes; use {max(1, round(self.batch_size / part)) * part}")
+            near = max(1, round(self.batch_size / part)) * part
+            raise UserError(f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {self.ppo.minibatches} minibatches x {world} processes; use {near}")
         if self.micro_batch and (self.batch_size // part) % self.micro_batch:
             raise UserError(f"stage {self.kind}: a process's share of a minibatch, {self.batch_size // part} prompts, is not divisible by micro_batch {self.micro_batch}")
 
@@ -185,7 +186,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         state["calibration"] = (0.0, 1.0)
         if count := config.ppo.calibrate:
             tasks = [pool[draw(config.seed or 0, index, len(pool))] for index in range(count)]
-            made = collect(models, tasks, list(range(count)), [derive(config.seed or 0, "calibrate", index) for index in range(count)], temperature=config.rollout.temperature, clock=lambda _: None, measure="score")
+            seeds = [derive(config.seed or 0, "calibrate", index) for index in range(count)]
+            made = collect(models, tasks, list(range(count)), seeds, temperature=config.rollout.temperature, clock=lambda _: None, measure="score")
             state["calibration"] = calibration([sample.score for sample in made])
     models.value.model.mean, models.value.model.deviation = state["calibration"]
     if state["before"] is None:
@@ -203,7 +205,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
                 if step == 1 or last or step % config.log.every_steps == 0:
                     tracker.log(step, **stats)
                 if stats["rollout_difference"] > 0.1 and output.is_main:
-                    print(f"{output.stage}: step {step}: log-probabilities of sampler and trainer differ by {stats['rollout_difference']:.2g} a token; give ppo.importance_cap, or precision: fp32", flush=True)
+                    text = f"log-probabilities of sampler and trainer differ by {stats['rollout_difference']:.2g} a token; give ppo.importance_cap, or precision: fp32"
+                    print(f"{output.stage}: step {step}: {text}", flush=True)
                 bar.update(1, reward=stats["reward"], kl=stats["kl"])
                 faults.point("work")
                 number = signals.agreed()
@@ -264,7 +267,8 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
     for split, prompts in (("train", train), ("heldout", heldout)):
         for prompt in prompts:
             if config.rule and not (prompt.answer or "").strip():
-                raise UserError(f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but source {prompt.source} gives none ({prompt.place}); give `answer` for the source, or leave `rule` out")
+                where = f"source {prompt.source} gives none ({prompt.place}); give `answer` for the source, or leave `rule` out"
+                raise UserError(f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but {where}")
             try:
                 ids = chats["policy"].prompt([{"role": "user", "content": prompt.text}])
                 reason = None if len(ids) <= limit else f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
@@ -280,7 +284,8 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
             kept_aside["count"] += 1
             kept_aside["first"] += [prompt.place] if len(kept_aside["first"]) < PLACES else []
         if not tasks[split]:
-            raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {'; '.join({reason for entry in counted.values() for reason in entry['rejected']})}")
+            reasons = "; ".join(sorted({reason for entry in counted.values() for reason in entry["rejected"]}))
+            raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {reasons}")
     report = {"sources": counted, "counts": {"train_prompts": len(tasks["train"]), "heldout_prompts": len(tasks["heldout"]), "prompts_too_long": too_long}}
 
     policy, reference = build.load(folders["policy"]), build.load(folders["policy"])

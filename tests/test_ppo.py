@@ -565,7 +565,7 @@ def test_a_reward_model_with_its_own_tokenizer_reads_text(world, tmp_path):
     [
         (["ppo.batch_size=6", "ppo.ppo.minibatches=4"], "batch_size 6 is not divisible by 4 minibatches x 1 processes; use 8"),
         (["ppo.micro_batch=4", "ppo.ppo.minibatches=4"], "share of a minibatch, 2 prompts, is not divisible by micro_batch 4"),
-        (["ppo.sequence_length=65"], "sequence_length: 65 is more than the 64 positions that the model was made for"),
+        (["ppo.sequence_length=65"], "sequence_length: 65 is more than the 64 positions"),
         (["ppo.rollout.max_new_tokens=48"], "rollout.max_new_tokens 48 leaves no room for a prompt in sequence_length 48"),
         (["ppo.sources.words.answer=null"], "rule: exact needs an answer to compare with"),
         (["ppo.ppo.gamma=1.5"], "gamma is 1.5, expected less than or equal to 1"),

@@ -189,8 +189,8 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
         numbers |= {"rule": mean(sample.rule for sample in sampled), "rule_greedy": mean(sample.rule for sample in greedy)}
     rows = []
     for task, one, best in list(zip(tasks, sampled, greedy, strict=True))[: config.show]:
-        row = {"prompt": task.text, "answer": task.answer, "sampled": models.text(one), "sampled_reward": round(one.score, 4), "greedy": models.text(best), "greedy_reward": round(best.score, 4)}
-        rows.append(row)
+        sampled_row = {"sampled": models.text(one), "sampled_reward": round(one.score, 4)}
+        rows.append({"prompt": task.text, "answer": task.answer, **sampled_row, "greedy": models.text(best), "greedy_reward": round(best.score, 4)})
     return numbers, rows
 
 

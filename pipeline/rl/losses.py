@@ -52,7 +52,9 @@ def policy_loss(
     return torch.where(kept.bool(), loss, 0.0).sum(), metrics
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, *, clip: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, *, clip: float | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Half the squared error; with `clip`, the larger of it and that of values held within `clip` of the old ones."""
     plain = (values - returns).square()
     loss = plain
