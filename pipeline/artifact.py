@@ -386,7 +386,7 @@ class Output:
             steps = sorted(path.parent for path in source.glob("checkpoints/step-*/complete.json"))
             if steps:
                 target = self.path / "checkpoints" / steps[-1].name
-                temporary = target.with_suffix(".tmp")
+                temporary = target.with_name(f".{target.name}.tmp")
                 if temporary.exists():
                     shutil.rmtree(temporary)
                 shutil.copytree(steps[-1], temporary)

@@ -76,7 +76,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         f"{config.steps * config.batch_size / count:.1f} epochs"
     )
     made_from = inputs["model"].digest[:12]
-    frozen = {split: reference(engine, arrays, split, tokenizer.pad_token_id, output, made_from, config) for split in ("train", "heldout")}
+    used = {
+        "train": sorted({row_at(config.seed, index, count) for index in range(min(config.steps * config.batch_size, count))}),
+        "heldout": list(range(heldout)),
+    }
+    frozen = {split: reference(engine, arrays, split, rows, tokenizer.pad_token_id, output, made_from, config) for split, rows in used.items()}
 
     def pairs(split: str, rows) -> dict:
         known = frozen[split][list(rows)]
@@ -110,10 +114,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     }
 
 
-def reference(engine, arrays: dict, split: str, pad_id: int, output: Output, made_from: str, config: Config):
+def reference(engine, arrays: dict, split: str, used: list[int], pad_id: int, output: Output, made_from: str, config: Config):
     """Log-probabilities [pairs, 2] (chosen, rejected) under the weights that the engine has now, before any step or checkpoint: the frozen reference.
 
-    Unit by unit into work/reference-MODEL/, one process a unit, so that an interrupted run goes on and no unit is computed twice.
+    Of the pairs `used` alone; the others' are NaN. Unit by unit into work/reference-MODEL/, one process a unit, so that an interrupted run goes on and no unit is computed twice.
     """
     import io
 
@@ -122,30 +126,34 @@ def reference(engine, arrays: dict, split: str, pad_id: int, output: Output, mad
 
     from pipeline import faults
     from pipeline.artifact import write_atomic
+    from pipeline.tracking import Progress
     from pipeline.train import distributed
     from pipeline.train.tuning import pair_batch
 
     folder = output.path / "work" / f"reference-{made_from}"
-    count = len(arrays[f"{split}.start"])
-    units = [range(start, min(start + UNIT, count)) for start in range(0, count, UNIT)]
+    units = [used[start : start + UNIT] for start in range(0, len(used), UNIT)]
     paths = [folder / f"{split}-{index:06d}.npy" for index in range(len(units))]
     missing = distributed.from_main([index for index, path in enumerate(paths) if not path.exists()])  # forward passes are collective: all must agree
     micro = config.micro_batch or config.batch_size // engine.data_world
-    for first in range(0, len(missing), engine.data_world):
-        mine = missing[first : first + engine.data_world][engine.data_rank :][:1]
-        rows = units[mine[0] if mine else missing[first]]
-        batches = [{**pair_batch(arrays, split, rows[start : start + micro], pad_id), "kept": []} for start in range(0, len(rows), micro)]
-        engine.evaluate(batches)
-        if mine:
-            logps = [batch["kept"][0] for batch in batches]
-            table = torch.cat([torch.stack(both.chunk(2), 1) for both in logps])
-            buffer = io.BytesIO()
-            np.save(buffer, table.numpy())
-            write_atomic(paths[mine[0]], buffer.getvalue())
-            faults.point("work")
-            output.note_time()
+    with Progress(f"{output.stage}: reference, {split}", len(missing) * UNIT, "pairs", is_main=output.is_main) as bar:
+        for first in range(0, len(missing), engine.data_world):
+            mine = missing[first : first + engine.data_world][engine.data_rank :][:1]
+            rows = units[mine[0] if mine else missing[first]]
+            batches = [{**pair_batch(arrays, split, rows[start : start + micro], pad_id), "kept": []} for start in range(0, len(rows), micro)]
+            engine.evaluate(batches)
+            if mine:
+                logps = [batch["kept"][0] for batch in batches]
+                table = torch.cat([torch.stack(both.chunk(2), 1) for both in logps])
+                buffer = io.BytesIO()
+                np.save(buffer, table.numpy())
+                write_atomic(paths[mine[0]], buffer.getvalue())
+                faults.point("work")
+                output.note_time()
+            bar.update(UNIT * engine.data_world)
     distributed.barrier()
-    return torch.from_numpy(np.concatenate([np.load(path) for path in paths]))
+    table = torch.full((len(arrays[f"{split}.start"]), 2), float("nan"))
+    table[used] = torch.from_numpy(np.concatenate([np.load(path) for path in paths]))
+    return table
 
 
 if __name__ == "__main__":

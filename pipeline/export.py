@@ -12,7 +12,6 @@ from pydantic import Field
 
 from pipeline import artifact, faults
 from pipeline.artifact import Artifact, Output
-from pipeline.errors import UserError
 from pipeline.recipe import StageConfig
 from pipeline.seeds import derive
 
@@ -36,24 +35,28 @@ class Config(StageConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
-    from pipeline.data.tokens import load_tokenizer
     from transformers import AutoModelForCausalLM
 
+    from pipeline.data.tokens import load_tokenizer
+    from pipeline.models.build import count, load, quiet
+    from pipeline.train import distributed
+
+    distributed.setup()
     source = inputs["model"].path / "model"
     if not (source / "config.json").exists():
         source = inputs["model"].path  # a folder made elsewhere
-    if not (source / "config.json").exists():
-        raise UserError(f"export: {inputs['model'].path} holds no model: neither config.json nor model/config.json is there")
 
-    trained = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    trained = load(source).eval()
     tokenizer = load_tokenizer(source)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(output.path)
+    with quiet():
+        AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True).save_pretrained(output.path)
     tokenizer.save_pretrained(output.path)
     faults.point("save")
 
     # The proof reads what was written, as a user will.
-    exported = AutoModelForCausalLM.from_pretrained(output.path, dtype=dtype).eval()
+    with quiet():
+        exported = AutoModelForCausalLM.from_pretrained(output.path, dtype=dtype, local_files_only=True).eval()
     generator = torch.Generator().manual_seed(derive(config.seed, "export"))
     length = min(128, trained.config.max_position_embeddings)
     ids = torch.randint(len(tokenizer), (max(1, config.compare_tokens // length), length), generator=generator)
@@ -68,7 +71,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         raise AssertionError(f"the exported model's likeliest token is the training model's in {agreement:.1%} of {ids.numel()} places, expected {BF16_AGREEMENT:.0%}")
 
     lineage = ancestry(inputs["model"])
-    parameters = sum(parameter.numel() for parameter in trained.parameters())
+    parameters = count(trained)["total"]
     card = model_card(inputs["model"], lineage, parameters, config.dtype, difference, agreement, ids.numel())
     artifact.write_atomic(output.path / "README.md", card)
     return {

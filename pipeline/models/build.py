@@ -112,7 +112,7 @@ def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed:
         raise UserError(f"{folder}: holds no model (no config.json); expected a folder in the Hugging Face layout")
     kind = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
     extra = {} if head == "causal" else {"num_labels": 1}
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(derive(seed, "initial", "score"))
         model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **extra)
     expected = {"score.weight"} if head == "reward" else set()
@@ -144,7 +144,7 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if model_config.tie_word_embeddings else set()
-    with _quiet():
+    with quiet():
         skeleton.save_pretrained(folder, state_dict={key: value.contiguous() for key, value in state_dict.items() if key not in tied}, max_shard_size="5GB")
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_folder) / name).is_file():
@@ -196,7 +196,7 @@ def _children_first(module, name: str):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """transformers reports each load and save with progress bars and tables; a stage says what matters itself."""
     from transformers.utils import logging
 

@@ -94,7 +94,7 @@ def fit(
         state.update(saved)
         if output.is_main:
             print(f"{output.stage}: goes on from {path.name}", flush=True)
-    tracker.rewind(engine.step_count)
+    tracker.rewind(engine.step_count if state["before"] else -1)  # without a checkpoint the first evaluation is made again
     if evaluate and state["before"] is None:
         state["before"] = evaluate()
         tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
