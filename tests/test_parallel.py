@@ -93,12 +93,34 @@ def launch(folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen([*command, "recipe.yaml", *words], cwd=folder, env=CPU, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_two_processes_stop_together_when_asked_and_go_on(tmp_path):
-    """accelerate launch, ZeRO-1: SIGTERM to the launcher; all save at one step and leave word; started again, the model is that of one process (1e-4)."""
+# recipes/llama-7b.yaml, smaller in every number, on two processes: the same family, the same layout (a pipeline over ZeRO-1), the same keys.
+SMALL_LLAMA_7B = f"""
+extends: {ROOT}/recipes/llama-7b.yaml
+name: tiny
+output: runs
+model: {{hidden_size: 64, intermediate_size: 172, num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 4}}
+stages:
+  pretrain:
+    inputs: {{tokens: ./tokens, tokenizer: ./tokenizer}}
+    sequence_length: 32
+    batch_size: 8
+    steps: 150
+    mixture: ~
+    precision: fp32
+    schedule: {{warmup_steps: 10}}
+    parallel: {{pipeline: 2}}
+    run: {{nodes: 1, processes: 2}}
+    save: {{every_steps: 1000}}
+    heldout_rows: 10
+    log: {{every_steps: 1, wandb: ~}}
+"""
+
+
+def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path):
+    """accelerate launch: SIGTERM to the launcher; all save at one step and leave word; started again, the model is that of one process (1e-3)."""
     tiny.write_inputs(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
-    words = ["pretrain.steps=150", "pretrain.save.every_steps=1000"]
-    child = launch(tmp_path, *words, "pretrain.parallel.zero=1")
+    (tmp_path / "recipe.yaml").write_text(SMALL_LLAMA_7B)
+    child = launch(tmp_path)
     folder = tmp_path / "runs" / "tiny" / "pretrain"
     try:
         deadline = time.time() + 120
@@ -112,11 +134,11 @@ def test_two_processes_stop_together_when_asked_and_go_on(tmp_path):
     word = json.loads((folder / "requeue.json").read_text())
     assert 5 <= word["step"] < 150 and word["signal"] == "SIGTERM" and f"saved at step {word['step']}" in said
     assert [path.name for path in folder.glob("*.partial/checkpoints/*")] == [f"step-{word['step']:06d}"]
-    child = launch(tmp_path, *words, "pretrain.parallel.zero=1")
+    child = launch(tmp_path)
     said = child.communicate(timeout=120)[0]
     assert child.returncode == 0 and f"goes on from step-{word['step']:06d}" in said, said
     assert not (folder / "requeue.json").exists() and "terminate called" not in said
-    succeed("pretrain", "recipe.yaml", "output=alone", *words, cwd=tmp_path)
+    succeed("pretrain", "recipe.yaml", "output=alone", "pretrain.parallel={}", cwd=tmp_path)
     one, two = (json.loads((tmp_path / runs / "tiny/pretrain/current/manifest.json").read_text())["metrics"] for runs in ("alone", "runs"))
     assert two["bits_per_byte_before"] == pytest.approx(one["bits_per_byte_before"], rel=1e-6)
     assert two["bits_per_byte_after"] == pytest.approx(one["bits_per_byte_after"], rel=1e-3)
