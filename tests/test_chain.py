@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,11 @@ def test_killed_assess_and_export_end_with_the_same_bytes(whole, kind, faults):
     for fault in faults:
         assert stage(kind, "r.yaml", cwd=whole, fault=fault)[0] == -signal.SIGKILL
         assert states(whole)[kind] in ("interrupted", "up to date") if fault == "publish:2" else states(whole)[kind] == "interrupted"
+    succeed(kind, "r.yaml", cwd=whole)
+    assert files_of(whole / f"runs/whole/{kind}/current") == expected
+    shutil.rmtree(whole / f"runs/whole/{kind}")
+    for _ in range(2):
+        stage(kind, "r.yaml", cwd=whole, kill_after=random.uniform(0.2, 2))
     succeed(kind, "r.yaml", cwd=whole)
     assert files_of(whole / f"runs/whole/{kind}/current") == expected
 

@@ -1,6 +1,7 @@
 """DPO: the loss by hand and with noisy labels, the frozen reference, what it learns, and that a killed run ends as if it had not been."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -58,7 +59,11 @@ def test_reference_is_the_input_model():
 
 def test_killed_and_resumed(tmp_path):
     """work:5 falls into the reference (12 units of training pairs, 2 held out), so its units are taken up too; work:9 of the next run into the steps."""
-    tuned.killed_like_plain("dpo", tmp_path, ["save:1", "work:5", "work:16", "save:1", "publish:1"])
+    tuned.killed_like_plain("dpo", tmp_path, ["save:1", "work:5", "work:16", "save:1"], kill_after=random.uniform(0.2, 2.5))
+
+
+def test_killed_in_publish(tmp_path):
+    tuned.killed_like_plain("dpo", tmp_path, ["publish:1", "publish:2"])
 
 
 def test_labels_may_be_noisy(tmp_path):

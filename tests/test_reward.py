@@ -1,6 +1,7 @@
 """The reward model: it ranks, its scores do not depend on padding, they are calibrated, and a killed run ends as if it had not been."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -90,4 +91,4 @@ def test_no_padding_token_is_refused(model):
 
 
 def test_killed_and_resumed(tmp_path):
-    tuned.killed_like_plain("reward", tmp_path, ["save:1", "work:6", "save:1", "publish:1"])
+    tuned.killed_like_plain("reward", tmp_path, ["save:1", "work:6", "save:1", "publish:1"], kill_after=random.uniform(0.2, 2.5))
