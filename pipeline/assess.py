@@ -15,8 +15,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output, write_atomic, write_json
+from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PromptSource
+from pipeline.errors import UserError
+from pipeline.files import write_atomic, write_json
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.seeds import derive
 from pipeline.tracking import Progress
@@ -70,8 +72,6 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     for pair in config.compare:
         for name in pair:
             if name not in models:
-                from pipeline.errors import UserError
-
                 raise UserError(f"assess.compare: {name!r} is no model input; there is {', '.join(models)}")
     prompts = held_out_prompts(config)
 
@@ -124,11 +124,11 @@ def measure(path: Path, prompts: list, config: Config, inputs: dict[str, Artifac
     import torch
 
     from pipeline.data.conversations import prompt_ids
+    from pipeline.data.tokens import load_tokenizer
     from pipeline.models.build import load
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import device
-    from pipeline.data.tokens import load_tokenizer
 
     folder = path / "model" if (path / "model").exists() else path
     model = load(folder).to(device()).eval()

@@ -19,6 +19,8 @@ from ruamel.yaml import YAML
 from pipeline import artifact
 from pipeline.artifact import Artifact, Output
 from pipeline.errors import Stopped, UserError
+from pipeline.files import write_atomic
+from pipeline.lock import describe_holder, lock_holder
 from pipeline.recipe import Recipe, StageConfig, dump, identity, load, module_of
 
 EXIT_USER, EXIT_STOPPED = 2, 75
@@ -111,7 +113,7 @@ def examine(recipe: Recipe) -> dict[str, Node]:
 
 
 def _examine(node: Node, graph: dict[str, Node]) -> None:
-    holder = artifact.lock_holder(node.folder)
+    holder = lock_holder(node.folder)
     running = holder if holder and not holder["dead"] else None
     for key, source in node.parents.items():
         if source not in graph:
@@ -129,7 +131,7 @@ def _examine(node: Node, graph: dict[str, Node]) -> None:
         node.identity = identity_of(node)
         _compare(node)
     if running:
-        node.state, node.reason = "running", artifact.describe_holder(running)
+        node.state, node.reason = "running", describe_holder(running)
 
 
 def _compare(node: Node) -> None:
@@ -210,7 +212,7 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
             say(f"{name}: up to date ({output.published.path.name})", rank)
             return output.published
         if rank == 0:
-            artifact.write_atomic(output.path / "recipe.yaml", _resolved(recipe))
+            write_atomic(output.path / "recipe.yaml", _resolved(recipe))
         metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
         return output.publish(metrics) if rank == 0 else None
     finally:
@@ -346,7 +348,7 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
     """
     script = Path(__file__).with_name(f"{node.config.kind}.py")
     snapshot = recipe.root / f".chain-{os.getpid()}.yaml"
-    artifact.write_atomic(snapshot, _resolved(recipe))
+    write_atomic(snapshot, _resolved(recipe))
     words = [str(script), str(snapshot), "--stage", node.name, *(["--restart"] if restart else []), *(["--fork"] if fork else [])]
     run_config = node.config.run
     environment = {**os.environ, "ALMA_DIE_WITH_PARENT": "1"}

@@ -20,13 +20,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output, write_json
+from pipeline.artifact import Artifact, Output
 from pipeline.data import ledger, units
 from pipeline.data import sources as reading
 from pipeline.data.filters import Filters
 from pipeline.data.pool import Pool
 from pipeline.data.sources import Bad, MissingField, Source
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.recipe import EXECUTION, StageConfig, Strict
 from pipeline.tracking import Progress
 

@@ -4,13 +4,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from pipeline import artifact, chain
 from pipeline.chain import EXIT_USER, StageFailed
 from pipeline.errors import UserError
+from pipeline.files import write_atomic
 from pipeline.recipe import load, schema
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Raw text to an aligned chat model, from one recipe.")
@@ -20,7 +21,7 @@ app.add_typer(verify_app, name="verify")
 app.add_typer(recipe_app, name="recipe")
 
 RecipeFile = Annotated[str, typer.Argument(help="Recipe file.")]
-Words = Annotated[Optional[list[str]], typer.Argument(help="Names of stages, and key=value words that change the recipe.", metavar="[STAGE|key=value]...")]
+Words = Annotated[list[str] | None, typer.Argument(help="Names of stages, and key=value words that change the recipe.", metavar="[STAGE|key=value]...")]
 
 
 def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
@@ -117,11 +118,11 @@ def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
 
 
 @recipe_app.command("schema")
-def recipe_schema(output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write; standard output if not given.")] = None) -> None:
+def recipe_schema(output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; standard output if not given.")] = None) -> None:
     """The JSON schema of recipes, for completion and checks in an editor."""
     text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
     if output:
-        artifact.write_atomic(output, text)
+        write_atomic(output, text)
         print(f"{output}: written")
     else:
         sys.stdout.write(text)

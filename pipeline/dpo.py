@@ -125,7 +125,7 @@ def reference(engine, arrays: dict, split: str, used: list[int], pad_id: int, ou
     import torch
 
     from pipeline import faults
-    from pipeline.artifact import write_atomic
+    from pipeline.files import write_atomic
     from pipeline.tracking import Progress
     from pipeline.train import distributed
     from pipeline.train.tuning import pair_batch

@@ -6,12 +6,14 @@
 The folder holds what vLLM, lm-eval and TRL read as well: safetensors, config, generation config, tokenizer with chat template.
 """
 
+import json
 from typing import Literal
 
 from pydantic import Field
 
 from pipeline import artifact, faults
 from pipeline.artifact import Artifact, Output
+from pipeline.files import write_atomic
 from pipeline.recipe import StageConfig
 from pipeline.seeds import derive
 
@@ -73,7 +75,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     lineage = ancestry(inputs["model"])
     parameters = count(trained)["total"]
     card = model_card(inputs["model"], lineage, parameters, config.dtype, difference, agreement, ids.numel())
-    artifact.write_atomic(output.path / "README.md", card)
+    write_atomic(output.path / "README.md", card)
     return {
         "logit_difference": difference,
         "top1_agreement": agreement,
@@ -141,7 +143,7 @@ def model_card(found: Artifact, lineage: list[dict], parameters: int, dtype: str
 
 
 def _brief(entry) -> str:
-    text = artifact.json.dumps(entry, ensure_ascii=False, sort_keys=True).replace("|", "/")
+    text = json.dumps(entry, ensure_ascii=False, sort_keys=True).replace("|", "/")
     return text if len(text) <= 160 else text[:157] + "…"
 
 

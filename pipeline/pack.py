@@ -23,9 +23,10 @@ from urllib.parse import quote
 from pydantic import Field
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output, write_atomic, write_json
+from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
 from pipeline.errors import UserError
+from pipeline.files import write_atomic, write_json
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.tracking import Progress
 

@@ -15,9 +15,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output, write_atomic
+from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PromptSource
 from pipeline.errors import UserError
+from pipeline.files import write_atomic
 from pipeline.recipe import EXECUTION, Strict
 from pipeline.rl.rules import Rule
 from pipeline.seeds import derive

@@ -12,8 +12,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact, Output, write_json
+from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PreferenceSource
+from pipeline.files import write_json
 from pipeline.train.config import Optimizer, TrainConfig
 
 VERSION = 1

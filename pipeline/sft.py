@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact, Output, write_json
+from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import ChatSource
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.recipe import EXECUTION
 from pipeline.train.config import Optimizer, TrainConfig
 

@@ -17,9 +17,10 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output, sha256_file, write_atomic, write_json
+from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
 from pipeline.errors import UserError
+from pipeline.files import sha256_file, write_atomic, write_json
 from pipeline.recipe import StageConfig
 from pipeline.seeds import derive
 

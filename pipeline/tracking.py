@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.artifact import write_atomic
+from pipeline.files import write_atomic
 
 PLAIN_SECONDS = 10
 
@@ -70,7 +70,8 @@ class Progress:
         self.start, self.begun, self.said = start, time.time(), time.time()
         self.bar = None
         if is_main and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
 
             self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
 

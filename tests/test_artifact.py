@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -11,18 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import artifact
-from pipeline.artifact import Lock, Output
+from pipeline import artifact, files, lock
+from pipeline.artifact import Output
 from pipeline.errors import UserError
+from pipeline.lock import Lock
 
 IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
 
 
-def make(folder: Path, identity=IDENTITY, files=(("data/one.bin", b"one"), ("two.json", b"{}")), publish=True, **how) -> Output:
+def make(folder: Path, identity=IDENTITY, content=(("data/one.bin", b"one"), ("two.json", b"{}")), publish=True, **how) -> Output:
     output = Output(folder, "pack", "pack", identity).open(config={"a": 1}, parents={}, **how)
     if output.published is None:
-        for name, data in files:
-            artifact.write_atomic(output.path / name, data)
+        for name, data in content:
+            files.write_atomic(output.path / name, data)
         if publish:
             output.publish({"rows": 2})
     output.close()
@@ -43,7 +45,7 @@ def test_published_output_is_complete_linked_and_read_back(tmp_path):
 
 def test_logs_and_checkpoints_are_not_content(tmp_path):
     first = make(tmp_path / "a")
-    second = make(tmp_path / "b", files=(("data/one.bin", b"one"), ("two.json", b"{}"), ("metrics.jsonl", b"x"), ("checkpoints/step-000001/s", b"y"), ("work/u", b"z")))
+    second = make(tmp_path / "b", content=(("data/one.bin", b"one"), ("two.json", b"{}"), ("metrics.jsonl", b"x"), ("checkpoints/step-000001/s", b"y"), ("work/u", b"z")))
     assert artifact.read(first.path).digest == artifact.read(second.path).digest
     assert not (second.path / "work").exists()
 
@@ -68,13 +70,13 @@ def test_changed_recipe_under_unfinished_run_is_refused_with_the_difference(tmp_
 
 def test_restart_of_a_published_output_replaces_it(tmp_path):
     before = make(tmp_path / "pack").path
-    make(tmp_path / "pack", files=(("three", b"3"),), restart=True)
+    make(tmp_path / "pack", content=(("three", b"3"),), restart=True)
     assert set(artifact.current(tmp_path / "pack").manifest["files"]) == {"three"}
     assert len(list((tmp_path / "pack").glob(before.name + ".replaced-*"))) == 1
 
 
 def test_a_run_that_ended_before_any_work_is_in_nobodys_way(tmp_path):
-    make(tmp_path / "pack", files=(("metrics.jsonl", b""),), publish=False)
+    make(tmp_path / "pack", content=(("metrics.jsonl", b""),), publish=False)
     make(tmp_path / "pack", {**IDENTITY, "config": {"a": 2}})
     assert artifact.current(tmp_path / "pack").manifest["identity"]["config"] == {"a": 2}
     assert not list((tmp_path / "pack").glob("*.partial"))
@@ -83,7 +85,7 @@ def test_a_run_that_ended_before_any_work_is_in_nobodys_way(tmp_path):
 def test_fork_goes_on_from_the_last_complete_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint"):
         make(tmp_path / "none", fork=True)
-    make(tmp_path / "pack", files=(("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"), ("checkpoints/step-000020/half", b"")))
+    make(tmp_path / "pack", content=(("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"), ("checkpoints/step-000020/half", b"")))
     changed = {**IDENTITY, "config": {"a": 2}}
     output = make(tmp_path / "pack", changed, fork=True)
     assert (output.path / "checkpoints/step-000010/complete.json").exists()
@@ -157,8 +159,8 @@ def test_death_in_publish_leaves_all_or_nothing_and_is_continued(tmp_path, count
 
 
 def _hold(folder, ready):
-    lock = Lock(Path(folder))
-    lock.acquire()
+    held = Lock(Path(folder))
+    held.acquire()
     ready.set()
     time.sleep(60)
 
@@ -173,30 +175,30 @@ def test_one_writer_and_a_dead_holder_is_taken_over(tmp_path):
         Lock(tmp_path).acquire()
     holder.kill()
     holder.join()
-    lock = Lock(tmp_path)
-    lock.acquire()
-    assert artifact.lock_holder(tmp_path)["pid"] == os.getpid()
-    lock.release()
-    assert artifact.lock_holder(tmp_path) is None
+    held = Lock(tmp_path)
+    held.acquire()
+    assert lock.lock_holder(tmp_path)["pid"] == os.getpid()
+    held.release()
+    assert lock.lock_holder(tmp_path) is None
     assert not list(tmp_path.glob(".lock.*"))
 
 
 def test_holder_on_another_host_is_dead_only_without_heartbeat(tmp_path):
-    artifact.write_json(tmp_path / "lock.json", {"host": "elsewhere", "pid": 1, "born": 1, "job": "77", "token": "t", "since": "then"})
+    files.write_json(tmp_path / "lock.json", {"host": "elsewhere", "pid": 1, "born": 1, "job": "77", "token": "t", "since": "then"})
     with pytest.raises(UserError, match="process 1 on elsewhere, job 77"):
         Lock(tmp_path).acquire()
-    old = time.time() - 2 * artifact.DEAD_AFTER_SECONDS
+    old = time.time() - 2 * lock.DEAD_AFTER_SECONDS
     os.utime(tmp_path / "lock.json", (old, old))
-    lock = Lock(tmp_path)
-    lock.acquire()
-    lock.release()
+    held = Lock(tmp_path)
+    held.acquire()
+    held.release()
 
 
 def _grab(folder, gate, results):
-    lock = Lock(Path(folder))
+    held = Lock(Path(folder))
     gate.wait()
     try:
-        lock.acquire()
+        held.acquire()
         results.put(1)
         time.sleep(2)  # longer than all the others' tries
     except UserError:
@@ -205,7 +207,7 @@ def _grab(folder, gate, results):
 
 def test_many_takers_of_a_dead_lock_one_winner(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    artifact.write_json(tmp_path / "lock.json", {"host": artifact.socket.gethostname(), "pid": 1, "born": -1, "job": None, "token": "dead", "since": "then"})
+    files.write_json(tmp_path / "lock.json", {"host": socket.gethostname(), "pid": 1, "born": -1, "job": None, "token": "dead", "since": "then"})
     gate, results = context.Event(), context.Queue()
     takers = [context.Process(target=_grab, args=(str(tmp_path), gate, results)) for _ in range(6)]
     for taker in takers:

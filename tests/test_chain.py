@@ -80,7 +80,7 @@ def whole(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     # Stages run in forked children with torch loaded: ten imports less. `alma run` itself is tested below.
-    for name, config in load("r.yaml").stages.items():
+    for config in load("r.yaml").stages.values():
         succeed(config.kind, "r.yaml", cwd=folder)
     yield folder
     os.chdir(before)
@@ -248,10 +248,21 @@ def test_alma_run_is_killed_and_goes_on_and_its_stage_dies_with_it(tmp_path):
     assert not list((tmp_path / "runs/whole").glob(".chain-*")) or len(list((tmp_path / "runs/whole").glob(".chain-*"))) == 1
 
 
-def test_mistakes_end_before_any_work_with_code_2(tmp_path):
+def test_mistakes_end_before_any_work_with_code_2(tmp_path, monkeypatch, capfd):
+    from pipeline import cli
+
+    def refused(*words):  # the command in this process: torch is imported once
+        monkeypatch.setattr(sys, "argv", ["alma", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        answer = capfd.readouterr()
+        assert left.value.code == 2 and "Traceback" not in answer.err
+        return answer.out + answer.err
+
     rows_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere.jsonl")
-    said = alma("run", "r.yaml", cwd=tmp_path, code=2)
+    said = refused("run", "r.yaml")
     assert said.startswith("error: ") and "rows.jsonl" in said and "clean: missing, running" not in said
     (tmp_path / "elsewhere.jsonl").rename(tmp_path / "rows.jsonl")
     for words, part in [
@@ -261,7 +272,7 @@ def test_mistakes_end_before_any_work_with_code_2(tmp_path):
         (["run", "r.yaml", "sft.parallel.pipeline=2", "sft.run.processes=2"], "pipeline: 2 is for pretraining"),
         (["run", "r.yaml", "model.hiden_size=3"], "did you mean hidden_size?"),
     ]:
-        said = alma(*words, cwd=tmp_path, code=2)
+        said = refused(*words)
         assert part in said and said.count("\n") == 1, said
     assert not any((tmp_path / "runs").rglob("run.json"))
 

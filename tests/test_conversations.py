@@ -5,8 +5,8 @@ import random
 
 import numpy as np
 import pytest
-
 import tuned
+
 from pipeline.data.chat import Chat
 from pipeline.data.conversations import ChatSource, PreferenceSource, PromptSource, load_conversations, load_pairs, load_prompts, prompt_ids
 from pipeline.data.sources import fraction, read

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-
 import tuned
 from harness import stage
+
 from pipeline.train.loss_preference import dpo
 
 

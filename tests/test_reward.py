@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
-
 import tuned
+
 from pipeline.errors import UserError
 from pipeline.models import build
 from pipeline.reward import wilson

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 import tuned
 from harness import stage
+
 from pipeline.errors import UserError
 from pipeline.sft import batch, check_packing
 from pipeline.train.tuning import Ragged

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-
 import tuned
+
 from pipeline.data.chat import Chat
 from pipeline.data.conversations import Ledger, Pair
 from pipeline.models import build

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import write_json
 from pipeline.data.sources import Source
+from pipeline.files import write_json
 from pipeline.seeds import derive
 
 TRAIN, HELDOUT, EXACT, NEAR = range(4)

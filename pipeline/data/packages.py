@@ -9,8 +9,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from pipeline.artifact import sha256_file, sync_folder
 from pipeline.errors import UserError
+from pipeline.files import sha256_file, sync_folder
 
 
 def cache_folder() -> Path:

@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import sha256_file, write_json
 from pipeline.data.formats import EXCERPT, Bad, Chunk, csv_chunks, document_chunk, json_chunks, line_chunks, parquet_chunks, steps_of, values
 from pipeline.data.packages import fetch
 from pipeline.errors import UserError
+from pipeline.files import sha256_file, write_json
 from pipeline.recipe import EXECUTION, Strict, identity
 
 CHUNK_BYTES = 4 << 20

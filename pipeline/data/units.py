@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import faults
-from pipeline.artifact import write_atomic
 from pipeline.data import sources as reading
 from pipeline.data.filters import Filters
 from pipeline.data.sources import Bad, Chunk, MissingField, Source
+from pipeline.files import write_atomic
 
 # A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and `size` of the normalised text; `hash` of the
 # latter; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`.

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import faults
-from pipeline.artifact import Output, hash_files, sha256_file, sync_folder, sync_tree, write_json
+from pipeline.artifact import Output
+from pipeline.files import hash_files, sha256_file, sync_folder, sync_tree, write_json
 from pipeline.train import distributed
 
 MARKER = "complete.json"

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 
 from pipeline import faults
-from pipeline.artifact import Output, write_json
+from pipeline.artifact import Output
 from pipeline.errors import Stopped
+from pipeline.files import write_json
 from pipeline.seeds import derive
 from pipeline.tracking import Progress, Tracker
 from pipeline.train import checkpoints, distributed

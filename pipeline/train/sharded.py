@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.artifact import write_json
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.train import distributed
 from pipeline.train.engine import Engine, Sums, adamw, finite
 

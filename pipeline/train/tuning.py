@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output, sync_tree, write_json
+from pipeline.artifact import Artifact, Output
 from pipeline.errors import UserError
+from pipeline.files import sync_tree, write_json
 from pipeline.seeds import derive
 from pipeline.train import distributed
 
