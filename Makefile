@@ -9,10 +9,10 @@ quickstart: .venv/installed
 	$(BIN)/alma run recipes/quickstart.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # torch first: with it in place no other package pulls a build of its own choice.
 .venv/installed: pyproject.toml constraints.txt

@@ -234,6 +234,8 @@ def say(text: str, rank: int | None = None) -> None:
 
 def main(kind: str, argv: list[str] | None = None) -> None:
     """Entry point of a stage script: `python pipeline/KIND.py recipe.yaml [--stage NAME] [--restart|--fork] [key=value ...]`."""
+    # Before torch is loaded. Spinning threads cost a busy machine more than sleeping ones cost an idle one (docs/log.md, 3).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", help="recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as pretrain.optimizer.lr=3e-4")
