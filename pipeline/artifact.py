@@ -28,7 +28,7 @@ from pipeline.files import hash_files, now, sha256_file, sync_folder, sync_tree,
 from pipeline.lock import Lock
 
 SCHEMA_VERSION = 1
-NOT_CONTENT = {"manifest.json", "run.json", "recipe.yaml", "metrics.jsonl", "requeue.json", "logs", "checkpoints", "work", "wandb"}
+NOT_CONTENT = {"README.md", "manifest.json", "run.json", "recipe.yaml", "metrics.jsonl", "requeue.json", "logs", "checkpoints", "work", "wandb"}
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "tokenizers", "sentencepiece", "safetensors", "numpy", "pyarrow")
 
 
@@ -123,18 +123,23 @@ def current(folder: Path) -> Artifact | None:
     return read(link.resolve()) if link.is_symlink() else None
 
 
-def external(name: str, path: Path) -> Artifact:
-    """A folder made elsewhere, as an artifact: hashed at each start, for it has no manifest to trust."""
+def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
+    """A folder made elsewhere, as an artifact: hashed at each start. If a stage published it, it must be whole and of one of `kinds`."""
     if not path.is_dir():
         raise UserError(f"inputs.{name}: {path} is not a folder; give the name of a stage or an existing folder")
     published = read(path)
     if published:
+        if kinds and published.kind not in kinds:
+            raise UserError(f"inputs.{name}: {path} was published by a stage of kind {published.kind}, expected {' or '.join(kinds)}")
+        damage = published.damage(full=True)
+        if damage:
+            raise UserError(f"inputs.{name}: {path} is damaged: {damage}; copy it again, or run the stage that made it")
         return published
     files = hash_files(path, content_files(path))
     if not files:
         raise UserError(f"inputs.{name}: {path} has no files")
     digest = digest_of(files)
-    manifest = {"stage": str(path), "kind": "external", "fingerprint": digest, "digest": digest, "files": files, "metrics": {}}
+    manifest = {"stage": path.name, "kind": "external", "fingerprint": digest, "digest": digest, "files": files, "metrics": {}}
     return Artifact(path.resolve(), manifest)
 
 
@@ -156,7 +161,7 @@ class Output:
     def open(self, *, config: dict, parents: dict, restart: bool = False, fork: bool = False) -> "Output":
         """Take the lock; go on in the unfinished folder of the same fingerprint, or make a new one. Refuses another unfinished run."""
         if not self.is_main:  # the main process may be renaming it at this moment, hence the second look at its last place
-            for path in () if restart else (self.final, self.path, self.final):
+            for path in () if restart or restarting(self.path) else (self.final, self.path, self.final):
                 found = read(path)
                 if found and not found.damage():
                     self.published = found
@@ -170,16 +175,17 @@ class Output:
         return self
 
     def _open(self, config: dict, parents: dict, restart: bool, fork: bool) -> None:
-        self.published = None if restart else self._finish_publishing()
+        (self.folder / "requeue.json").unlink(missing_ok=True)  # the word that an earlier run left for its job script
+        begun = restarting(self.path)  # a killed --restart is gone on with, by the same command and by the plain one
+        self.published = None if restart or begun else self._finish_publishing()
         if self.published:
             return
         for path in partials(self.folder):
             if path != self.path and not _has_work(path):  # ended by a mistake in the recipe, or killed at its start
                 shutil.rmtree(path)
-        unfinished = partials(self.folder)
-        others = [path for path in unfinished if path != self.path]
+        others = [path for path in partials(self.folder) if path != self.path]
         if restart:
-            for path in unfinished:
+            for path in others if begun else partials(self.folder):
                 _set_aside(path)
         elif others and not fork:
             before = json.loads((others[-1] / "run.json").read_text())["identity"]
@@ -187,24 +193,29 @@ class Output:
                 f"{others[-1]}: an unfinished run of stage {self.stage} was made by another recipe. Changed since: {'; '.join(differences(before, self.identity))}. "
                 "Put the recipe back to finish it, or give --restart to begin anew, or --fork to go on from its last checkpoint under the new recipe"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
         known = self.path / "run.json"
         if known.exists():
             self.info = json.loads(known.read_text())
             self.info["resumed"] = self.info.get("resumed", 0) + 1
         else:
-            self.info = {"fingerprint": self.fingerprint, "identity": self.identity, "started": now(), "resumed": 0, "seconds": 0.0}
+            self.info = {"fingerprint": self.fingerprint, "identity": self.identity, "started": now(), "resumed": 0, "seconds": 0.0, "restart": restart}
             if fork:
-                self.info["forked_from"] = self._fork(others)
-                for path in others:
-                    _set_aside(path)
-        write_json(known, {**self.info, "config": config, "parents": parents, "stage": self.stage, "kind": self.kind})
+                self.info["forked_from"] = fork_source(self.folder, self.identity, config, self.stage).relative_to(self.folder.resolve()).as_posix()
         self.config, self.parents = config, parents
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(known, {**self.info, "config": config, "parents": parents, "stage": self.stage, "kind": self.kind})
+        # The word of the fork stands before the copy and the old run is set aside after it, so that a kill in between is gone on from.
+        if self.info.get("forked_from") and not list(self.path.glob("checkpoints/step-*/complete.json")):
+            self._copy_checkpoint(self.folder / self.info["forked_from"])
+        faults.point("fork")
+        if fork:
+            for path in others:
+                _set_aside(path)
         self._clock = time.time()
 
     def _finish_publishing(self) -> Artifact | None:
         """The output of this fingerprint if it is complete, also when an earlier run died between its manifest and its link."""
-        for path in (self.final, self.path):
+        for path in (self.path, self.final):
             artifact = read(path)
             if artifact is None:
                 continue
@@ -212,8 +223,7 @@ class Output:
                 _set_aside(path, "damaged")
                 continue
             if path == self.path:
-                os.rename(self.path, self.final)
-                sync_folder(self.folder)
+                self._rename()
             link(self.folder, self.final)
             self._sweep()
             return read(self.final)
@@ -221,25 +231,25 @@ class Output:
             _set_aside(self.final, "damaged")
         return None
 
+    def _rename(self) -> None:
+        if self.final.exists():  # made again with --restart: readers have the old one until here
+            _set_aside(self.final, "replaced")
+        os.rename(self.path, self.final)
+        sync_folder(self.folder)
+
     def _sweep(self) -> None:
         """Intermediates go last: until the link is swapped they are what a killed run goes on from."""
         if (self.final / "work").exists():
             shutil.rmtree(self.final / "work")
 
-    def _fork(self, others: list[Path]) -> str:
-        published = current(self.folder)
-        for source in [*reversed(others), *([published.path] if published else [])]:
-            steps = sorted(path.parent for path in source.glob("checkpoints/step-*/complete.json"))
-            if steps:
-                target = self.path / "checkpoints" / steps[-1].name
-                temporary = target.with_name(f".{target.name}.tmp")
-                if temporary.exists():
-                    shutil.rmtree(temporary)
-                shutil.copytree(steps[-1], temporary)
-                sync_tree(temporary)
-                os.rename(temporary, target)
-                return f"{source.name.removesuffix('.partial')}/{steps[-1].name}"
-        raise UserError(f"{self.folder}: --fork found no complete checkpoint of stage {self.stage} to go on from; use --restart to begin anew")
+    def _copy_checkpoint(self, source: Path) -> None:
+        target = self.path / "checkpoints" / source.name
+        temporary = target.with_name(f".{target.name}.tmp")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        shutil.copytree(source, temporary)
+        sync_tree(temporary)
+        os.rename(temporary, target)
 
     def publish(self, metrics: dict) -> Artifact:
         """Hash, sync, manifest, rename, link; in that order, so that a reader sees all or nothing."""
@@ -293,6 +303,30 @@ def partials(folder: Path) -> list[Path]:
     """Unfinished outputs of a stage, oldest first."""
     found = [path for path in folder.glob("*.partial") if (path / "run.json").exists()]
     return sorted(found, key=lambda path: (path / "run.json").stat().st_mtime)
+
+
+def restarting(partial: Path) -> bool:
+    """Whether an unfinished output is a --restart that was killed: what is published beside it is then not the end of the story."""
+    known = partial / "run.json"
+    return known.exists() and not (partial / "manifest.json").exists() and bool(json.loads(known.read_text()).get("restart"))
+
+
+def fork_source(folder: Path, identity: dict, config: dict, stage: str) -> Path:
+    """The checkpoint that --fork goes on from: the newest of the newest run, before the wanted last step, of a run on the same inputs. Raises UserError."""
+    published = current(folder)
+    refused = "there is none"
+    for run in [*reversed(partials(folder)), *([published.path] if published else [])]:
+        before = json.loads((run / "run.json").read_text())["identity"]
+        steps = sorted(path.parent for path in run.glob("checkpoints/step-*/complete.json"))
+        changed = differences({key: before.get(key) for key in ("parents", "sources")}, {key: identity.get(key) for key in ("parents", "sources")})
+        early = [step for step in steps if int(step.name.removeprefix("step-")) < config.get("steps", float("inf"))]
+        if steps and changed:
+            refused = f"{run.name} was made from other inputs ({'; '.join(changed)})"
+        elif steps and not early:
+            refused = f"{run.name} is at {steps[-1].name} already and the recipe asks for {config['steps']} steps"
+        elif early:
+            return folder.resolve() / run.name / "checkpoints" / early[-1].name
+    raise UserError(f"{folder}: --fork found no complete checkpoint of stage {stage} to go on from: {refused}; use --restart to begin anew")
 
 
 def _has_work(path: Path) -> bool:

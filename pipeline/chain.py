@@ -112,12 +112,18 @@ def examine(recipe: Recipe) -> dict[str, Node]:
     return graph
 
 
-def _examine(node: Node, graph: dict[str, Node]) -> None:
-    holder = lock_holder(node.folder)
-    running = holder if holder and not holder["dead"] else None
+def _accepts(node: Node, key: str) -> tuple[str, ...]:
+    wanted = module_of(node.config.kind).INPUTS
+    return wanted.get(key) or wanted.get(f"{key}?") or wanted.get("*", ())
+
+
+def _examine(node: Node, graph: dict[str, Node], running: bool = True) -> None:
+    """Fill in inputs, identity, state and reason; parents have been examined. Without `running` a stage that is being written is judged by what it has published."""
+    holder = lock_holder(node.folder) if running else None
+    writer = holder if holder and not holder["dead"] else None
     for key, source in node.parents.items():
         if source not in graph:
-            node.inputs[key] = artifact.external(key, Path(source))
+            node.inputs[key] = artifact.external(key, Path(source), _accepts(node, key))
             continue
         parent = graph[source]
         if parent.state != "up to date":
@@ -130,29 +136,29 @@ def _examine(node: Node, graph: dict[str, Node]) -> None:
     else:
         node.identity = identity_of(node)
         _compare(node)
-    if running:
-        node.state, node.reason = "running", describe_holder(running)
+    if writer:
+        node.state, node.reason = "running", describe_holder(writer)
 
 
 def _compare(node: Node) -> None:
     """State of a stage whose parents are all up to date."""
     fingerprint = artifact.fingerprint_of(node.identity)
     published = artifact.current(node.folder)
-    if published is None or published.fingerprint != fingerprint:
+    if (published is None or published.fingerprint != fingerprint) and not artifact.restarting(node.folder / f"{fingerprint[:12]}.partial"):
         same = artifact.read(node.folder / fingerprint[:12])  # an earlier recipe's output is kept, and serves again
         if same and same.fingerprint == fingerprint and not same.damage():
             node.state, node.output, node.reason = "up to date", same, "kept from an earlier run"
             return
     partial = node.folder / f"{fingerprint[:12]}.partial"
-    if published and published.fingerprint == fingerprint:
+    again = artifact.restarting(partial)
+    if published and published.fingerprint == fingerprint and not again:
         node.output = published
         damage = published.damage()
         node.state, node.reason = ("damaged", damage) if damage else ("up to date", "")
     elif (partial / "run.json").exists():
         steps = sorted(path.parent.name for path in partial.glob("checkpoints/step-*/complete.json"))
-        node.state, node.reason = "interrupted", f"at {steps[-1].replace('step-', 'step ').replace(' 0', ' ').replace(' 0', ' ')}" if steps else "before its first checkpoint"
-        if steps:
-            node.reason = f"at step {int(steps[-1].removeprefix('step-'))}"
+        node.state = "interrupted"
+        node.reason = f"at step {int(steps[-1].removeprefix('step-'))}" if steps else "before its first checkpoint"
     elif published:
         node.output = published
         node.state, node.reason = "stale", "; ".join(artifact.differences(published.manifest["identity"], node.identity)) or "made by another version"
@@ -189,17 +195,18 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
     graph = nodes(recipe)
     node = graph[name]
     node.config.check(world)
+    for ancestor in [graph[other] for other in graph if other in _ancestors(graph, [name]) - {name}]:
+        _examine(ancestor, graph, running=False)
     for key, source in node.parents.items():
         if source not in graph:
-            node.inputs[key] = artifact.external(key, Path(source))
+            node.inputs[key] = artifact.external(key, Path(source), _accepts(node, key))
             continue
-        parent = artifact.current(recipe.root / source)
-        if parent is None:
+        parent = graph[source]
+        if parent.state == "missing" or parent.state == "waits":
             raise UserError(f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run that stage first, or the chain: alma run")
-        damage = parent.damage()
-        if damage:
-            raise UserError(f"stage {name} needs the output of {source}, which is damaged: {damage}; run {source} again with --restart")
-        node.inputs[key] = parent
+        if parent.state != "up to date":
+            raise UserError(f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source} first, or the chain: alma run")
+        node.inputs[key] = parent.output
     node.identity = identity_of(node)
     output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
     parents = {
@@ -329,7 +336,12 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
 
 
 def _can_fork(node: Node) -> bool:
-    return any(node.folder.glob("*/checkpoints/step-*/complete.json"))
+    """A stage whose inputs changed with the fork of an earlier one has nothing to go on from: it is run from its start."""
+    try:
+        artifact.fork_source(node.folder, node.identity, dump(node.config), node.name)
+        return True
+    except UserError:
+        return False
 
 
 def _ancestors(graph: dict[str, Node], names: list[str]) -> set[str]:
@@ -349,6 +361,9 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
     It gets the recipe as it was when the chain started: an edit of the file while the chain runs concerns the next run.
     """
     script = Path(__file__).with_name(f"{node.config.kind}.py")
+    for left in recipe.root.glob(".chain-*.yaml"):  # of chains that were killed
+        if Path("/proc/self").exists() and not Path(f"/proc/{left.stem.rpartition('-')[2]}").exists():
+            left.unlink(missing_ok=True)
     snapshot = recipe.root / f".chain-{os.getpid()}.yaml"
     write_atomic(snapshot, _resolved(recipe))
     words = [str(script), str(snapshot), "--stage", node.name, *(["--restart"] if restart else []), *(["--fork"] if fork else [])]
@@ -360,7 +375,8 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run_config.processes}", *words]
     else:
         command = [sys.executable, *words]
-    child = subprocess.Popen(command, env=environment)
+    (node.folder / "requeue.json").unlink(missing_ok=True)
+    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)  # torchrun knows nothing of it, so it is done before torchrun starts
     # torchrun passes SIGTERM on to its processes; SIGUSR1 would end torchrun alone
     previous = {number: signal.signal(number, lambda number, _: child.send_signal(number if run_config.processes == 1 else signal.SIGTERM)) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -372,7 +388,7 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
         snapshot.unlink()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if code == EXIT_STOPPED or (node.folder / "requeue.json").exists() and code:
+    if code == EXIT_STOPPED or (code not in (0, EXIT_USER) and (node.folder / "requeue.json").exists()):
         raise Stopped(f"{node.name}: stopped after saving; the same command goes on from here")
     if code:
         raise StageFailed(node.name, EXIT_USER if code == EXIT_USER else 1)

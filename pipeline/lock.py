@@ -57,6 +57,9 @@ class Lock:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
+                if json.loads(self.path.read_text())["token"] != self.token:
+                    print(f"{self.path}: another run took this lock over while this one was suspended; ending without touching its files", flush=True)
+                    os._exit(1)
                 os.utime(self.path)
             except FileNotFoundError:
                 return

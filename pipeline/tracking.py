@@ -23,7 +23,7 @@ class Tracker:
         """Drop lines after `step`: a resumed run makes them again, and a curve must not run twice."""
         if not self.is_main or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _step(line) <= step]
         if len(kept) != len(lines):
             write_atomic(self.path, "".join(line + "\n" for line in kept))

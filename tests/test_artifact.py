@@ -231,3 +231,50 @@ def test_fingerprint_does_not_depend_on_key_order(value):
 @given(json_values, json_values)
 def test_differences_are_empty_only_for_equal_values(before, after):
     assert (artifact.differences({"k": before}, {"k": after}) == []) == (before == after)
+
+
+def _open_and_die(folder, identity, how, fault):
+    os.environ["ALMA_FAULT"] = fault
+    make(Path(folder), identity, **how)
+
+
+def test_death_in_a_fork_keeps_its_lineage_and_the_same_command_goes_on(tmp_path):
+    content = (("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"))
+    make(tmp_path / "pack", content=content, publish=False)
+    changed = {**IDENTITY, "config": {"a": 2}}
+    process = multiprocessing.get_context("forkserver").Process(target=_open_and_die, args=(str(tmp_path / "pack"), changed, {"fork": True}, "fork:1"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and artifact.current(tmp_path / "pack") is None
+    make(tmp_path / "pack", changed, fork=True)
+    found = artifact.current(tmp_path / "pack")
+    assert found.manifest["forked_from"].endswith("/step-000010") and found.manifest["resumed"] == 1
+    assert (found.path / "checkpoints/step-000010/complete.json").exists()
+    assert len(list((tmp_path / "pack").glob("*.abandoned-*"))) == 1
+
+
+def test_a_fork_needs_the_same_inputs_and_steps_left(tmp_path):
+    content = (("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"))
+    make(tmp_path / "pack", content=content)
+    with pytest.raises(UserError, match=r"made from other inputs \(parents.data: default -> aaa\)"):
+        make(tmp_path / "pack", {**IDENTITY, "parents": {"data": "aaa"}}, fork=True)
+    output = Output(tmp_path / "pack", "pack", "pack", {**IDENTITY, "config": {"a": 3}})
+    with pytest.raises(UserError, match="is at step-000010 already and the recipe asks for 10 steps"):
+        output.open(config={"steps": 10}, parents={}, fork=True)
+
+
+@pytest.mark.parametrize("words", [{}, {"restart": True}], ids=["plain", "restart"])
+def test_a_killed_restart_is_gone_on_with(tmp_path, words):
+    make(tmp_path / "pack")
+    make(tmp_path / "pack", content=(("half", b"h"),), publish=False, restart=True)
+    assert artifact.current(tmp_path / "pack").damage() is None  # the old output serves until the new one is there
+    output = make(tmp_path / "pack", content=(("whole", b"w"),), **words)
+    assert output.published is None and output.info["resumed"] == 1
+    assert set(artifact.current(tmp_path / "pack").manifest["files"]) == {"half", "whole"}
+
+
+def test_the_word_of_an_earlier_stop_is_taken_back(tmp_path):
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack/requeue.json").write_text("{}")
+    make(tmp_path / "pack")
+    assert not (tmp_path / "pack/requeue.json").exists()

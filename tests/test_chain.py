@@ -289,3 +289,33 @@ def test_two_stages_of_a_kind_need_a_name(tmp_path):
     assert code == 2 and "has 2 stages of kind export (export, export2); say which with --stage NAME" in said
     code, said = stage("export", "r.yaml", "--stage", "export3", cwd=tmp_path)
     assert code == 2 and "no stage of kind export has this name; there is export, export2" in said
+
+
+FORKED = tiny.RECIPE + """
+  more: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: pretrain}, sequence_length: 32, batch_size: 8, steps: 3, precision: fp32, heldout_rows: 4, optimizer: {lr: 3e-3}}
+"""
+
+
+def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path):
+    """Only the stage whose own keys changed goes on from its checkpoint; a stage whose input changed has nothing to go on from."""
+    tiny.write_inputs(tmp_path)
+    (tmp_path / "r.yaml").write_text(FORKED)
+    for name in ("pretrain", "more"):
+        succeed("pretrain", "r.yaml", "--stage", name, cwd=tmp_path)
+    code, said = stage("pretrain", "r.yaml", "--stage", "more", "pretrain.steps=8", cwd=tmp_path)  # its parent is stale now
+    assert code == 2 and "needs the output of pretrain, which is stale: steps: 6 -> 8" in said
+    said = alma("run", "r.yaml", "pretrain.steps=8", "--fork", cwd=tmp_path)
+    assert "goes on from step-000006" in said and said.count("goes on from") == 1
+    assert artifact.current(tmp_path / "runs/tiny/pretrain").manifest["forked_from"].endswith("step-000006")
+    assert artifact.current(tmp_path / "runs/tiny/more").manifest["forked_from"] is None
+    forked = files_of(tmp_path / "runs/tiny/more/current")
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(tmp_path / "runs/tiny/pretrain/current", tmp_path / "alone/model")
+    succeed("pretrain", "r.yaml", "--stage", "more", "output=again", "more.inputs.model=./alone/model", cwd=tmp_path)
+    assert files_of(tmp_path / "again/tiny/more/current") == forked
+    path = tmp_path / "alone/model/model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, said = stage("pretrain", "r.yaml", "--stage", "more", "output=third", "more.inputs.model=./alone/model", cwd=tmp_path)
+    assert code == 2 and "is damaged" in said and "model.safetensors" in said
+    code, said = stage("pretrain", "r.yaml", "--stage", "more", "output=third", "more.inputs.model=./runs/pack", cwd=tmp_path)
+    assert code == 2 and "is not a folder" in said

@@ -93,7 +93,6 @@ def shared(output: Output, config, build: Callable[[], tuple[dict[str, "Ragged |
 
 
 @functools.lru_cache(4)
-@functools.lru_cache(4)
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Order of `count` rows in an epoch: a function of (seed, epoch). Not to be changed."""
     return np.random.Generator(np.random.PCG64(derive(seed, "epoch", epoch))).permutation(count)
