@@ -273,6 +273,7 @@ class Output:
             "started": self.info["started"],
             "finished": now(),
             "seconds": round(self.info.get("seconds", 0.0) + time.time() - self._clock, 3),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "resumed": self.info.get("resumed", 0),
             "forked_from": self.info.get("forked_from"),
         }
@@ -286,6 +287,11 @@ class Output:
         self._sweep()
         self.path = self.final
         return read(self.final)
+
+    def drop_if_empty(self) -> None:
+        """Leave no folder behind for a mistake that was found before any work was done."""
+        if self.is_main and self.path.exists() and not _has_work(self.path):
+            shutil.rmtree(self.path)
 
     def note_time(self) -> None:
         """Keep the seconds spent so far, so that a killed run's time is counted; called when something was saved."""

@@ -59,6 +59,10 @@ class Config(StageConfig):
     def whole(self):
         if self.compare and not self.sources:
             raise ValueError("compare needs prompts: give `sources`")
+        named = set(self.inputs) - {"tokens", "reward"}
+        unknown = [name for pair in self.compare for name in pair if named and name not in named]
+        if unknown:
+            raise ValueError(f"compare: {unknown[0]!r} is no model input; there is {', '.join(sorted(named))}")
         if self.compare and "reward" not in self.inputs:
             raise ValueError("compare needs a judge: give `inputs: {reward: STAGE}`")
         return self

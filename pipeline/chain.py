@@ -6,11 +6,13 @@ by a launcher or by the chain goes through the same few lines (`run_stage`).
 
 import argparse
 import ctypes
+import errno
 import io
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,16 @@ from pipeline.lock import describe_holder, lock_holder
 from pipeline.recipe import Recipe, StageConfig, dump, identity, load, module_of
 
 EXIT_USER, EXIT_STOPPED = 2, 75
+# What a machine can refuse, and what its user can do.
+MACHINE = {
+    errno.ENOSPC: "make room or give another `output`",
+    errno.EDQUOT: "make room or give another `output`",
+    errno.EROFS: "give an `output` that can be written",
+    errno.EACCES: "give an `output` that can be written",
+    errno.EPERM: "give an `output` that can be written",
+    errno.ENOTDIR: "give an `output` that is a folder",
+    errno.EEXIST: "give an `output` that is a folder",
+}
 
 
 @dataclass
@@ -104,6 +116,20 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
     return parents
 
 
+def check(node: Node, graph: dict[str, Node]) -> None:
+    """What can be told of a stage from its recipe alone. Raises UserError."""
+    node.config.check(node.config.run.processes * node.config.run.nodes)
+    for key, source in node.parents.items():
+        if source not in graph:
+            if not Path(source).is_dir() or not any(Path(source).iterdir()):
+                raise UserError(f"stages.{node.name}.inputs.{key}: {source} is not a folder with files in it")
+            continue
+        parent = graph[source].config
+        longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
+        if key in ("model", "policy") and node.config.kind != "pretrain" and longest and wanted and wanted > longest:
+            raise UserError(f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that {source} gives its model; use {longest} or fewer, or pretrain with more")
+
+
 def examine(recipe: Recipe) -> dict[str, Node]:
     """Every stage with its state and, in words, the reason."""
     graph = nodes(recipe)
@@ -129,7 +155,7 @@ def _examine(node: Node, graph: dict[str, Node], running: bool = True) -> None:
         if parent.state != "up to date":
             present = artifact.current(node.folder)
             node.state = "stale" if present else "waits"
-            node.reason = f"{source} is {parent.state}"
+            node.reason = f"{source} {'waits too' if parent.state == 'waits' else f'is {parent.state}'}"
             node.output = present
             break
         node.inputs[key] = parent.output
@@ -192,6 +218,7 @@ def _source_identity(node: Node) -> dict | None:
 def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = False) -> Artifact | None:
     """Run one stage in this process (one rank of it), or do nothing if its output is up to date. Returns the output on the main rank."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    _writable(recipe)
     graph = nodes(recipe)
     node = graph[name]
     node.config.check(world)
@@ -222,6 +249,9 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
             write_atomic(output.path / "recipe.yaml", _resolved(recipe))
         metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
         return output.publish(metrics) if rank == 0 else None
+    except UserError:
+        output.drop_if_empty()
+        raise
     finally:
         output.close()
 
@@ -231,6 +261,13 @@ def _resolved(recipe: Recipe) -> str:
     buffer = io.StringIO()
     YAML(typ="rt", pure=True).dump({**dump(recipe.model_copy(update={"stages": {}})), "stages": {name: dump(config) for name, config in recipe.stages.items()}}, buffer)
     return buffer.getvalue()
+
+
+def _writable(recipe: Recipe) -> None:
+    try:
+        recipe.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: the folder {recipe.root} cannot be made ({error.strerror}); give another `output`") from None
 
 
 def say(text: str, rank: int | None = None) -> None:
@@ -276,6 +313,13 @@ def guarded(action) -> int:
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # a launcher ends all ranks when the first one leaves: rank 0 must have spoken by then
+        return EXIT_USER
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        print(f"error: {error.filename or 'the output folder'}: {error.strerror}; {MACHINE[error.errno]}, then the same command goes on", file=sys.stderr, flush=True)
         return EXIT_USER
     except Stopped as stop:
         say(str(stop), rank)
@@ -308,8 +352,9 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
         if name not in graph:
             raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; there is {', '.join(graph)}")
     wanted = _ancestors(graph, only) if only else set(graph)
+    _writable(recipe)
     for node in [graph[name] for name in graph if name in wanted]:  # everything that can be refused is refused before the first hour is spent
-        node.config.check(node.config.run.processes * node.config.run.nodes)
+        check(node, graph)
         _source_identity(node)
         if node.config.run.nodes > 1:
             raise UserError(f"stage {node.name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine: submit launch/slurm/alma.sbatch, or give {node.name}.run.nodes=1")

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from pipeline import faults
 from pipeline.artifact import Artifact, Output
+from pipeline.chain import say
 from pipeline.data import ledger, units
 from pipeline.data import sources as reading
 from pipeline.data.filters import Filters
@@ -79,6 +80,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
 
 def _refuse(config: Config, report: dict, output: Output) -> None:
     """Too much of a source was unreadable, or nothing is left. The rejected records stay for reading."""
+    for name, counts in report["sources"].items():
+        for reason, number in counts["bad"].items():
+            if reason.startswith("truncated"):  # one bad record, behind which any number of good ones may be lost
+                say(f"WARNING sources.{name}: {number} file{'s end' if number > 1 else ' ends'} early ({reason}); what follows is lost: fetch again (places: {output.path / 'rejected' / name}.jsonl.zst)")
     for name, counts in report["sources"].items():
         bad = sum(counts["bad"].values())
         if bad > config.max_bad * counts["read"]:

@@ -106,7 +106,7 @@ def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
     graph = chain.nodes(parsed)
     _known(stages, graph, recipe)
     for node in graph.values():
-        node.config.check(node.config.run.processes * node.config.run.nodes)
+        chain.check(node, graph)
     if parsed.model is not None:
         from pipeline.models.build import check
 
@@ -114,7 +114,7 @@ def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
         print(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
-    print(f"{recipe}: {len(graph)} stages, every key is known")
+    print(f"{recipe}: {len(graph)} stages, every key is known (sources are not read by this check)")
 
 
 @recipe_app.command("schema")
@@ -164,7 +164,8 @@ def main() -> None:
             code = app(standalone_mode=False) or 0
         except StageFailed as failure:
             code = failure.code
-            print(f"{failure.stage}: did not finish; its message stands above, and the same command goes on from where it was", file=sys.stderr)
+            if code != EXIT_USER:
+                print(f"{failure.stage}: did not finish; its message stands above, and the same command goes on from where it was", file=sys.stderr)
         except typer.Exit as leave:
             code = leave.exit_code
         except Exception as error:

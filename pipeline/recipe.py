@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -31,6 +31,15 @@ class Strict(BaseModel):
     """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        wanted = str(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
+            raise ValueError(f"is {str(value).lower()}, expected a number")
+        return value
 
 
 class RunConfig(Strict):
@@ -97,10 +106,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     for word in overrides:
         _override(tree, word, places)
     top = {key: value for key, value in tree.items() if key != "stages"}
+    recipe = _validated(Recipe, {**top, "stages": {}}, (), places, str(path))
     stages = tree.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise UserError(f"{path}: `stages` must name at least one stage; the kinds are {', '.join(KINDS)}")
-    recipe = _validated(Recipe, {**top, "stages": {}}, (), places, str(path))
     parsed: dict[str, StageConfig] = {}
     for name, block in stages.items():
         where = ("stages", name)

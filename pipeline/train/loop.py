@@ -94,7 +94,10 @@ def fit(
         engine.load(path)
         state.update(saved)
         if output.is_main:
-            print(f"{output.stage}: goes on from {path.name}", flush=True)
+            before, now = saved.get("processes", distributed.world()), distributed.world()
+            other = "" if before == now else f", which {before} process{'es' if before > 1 else ''} saved; with {now} the rows are the same and the last bits are not"
+            print(f"{output.stage}: goes on from {path.name}{other}", flush=True)
+    state["processes"] = distributed.world()
     tracker.rewind(engine.step_count if state["before"] else -1)  # without a checkpoint the first evaluation is made again
     if evaluate and state["before"] is None:
         state["before"] = evaluate()
