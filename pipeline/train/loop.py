@@ -14,7 +14,7 @@ from pipeline.errors import Stopped
 from pipeline.files import write_json
 from pipeline.seeds import derive
 from pipeline.tracking import Progress, Tracker
-from pipeline.train import checkpoints, distributed
+from pipeline.train import checkpoints, distributed, phases
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
 
@@ -107,8 +107,10 @@ def fit(
         with StopSignal() as signals, Progress(output.stage, config.steps, "step", engine.step_count, output.is_main) as bar:
             while engine.step_count < config.steps:
                 begun = time.perf_counter()
+                phases.enter("data", engine.step_count + 1)
                 seed_step(config, engine.step_count, engine.data_rank)
                 stats = _plain(engine.step(batches(engine.step_count)))
+                phases.enter("log")
                 step = engine.step_count
                 busy += time.perf_counter() - begun
                 done_weight += stats["weight"]
@@ -128,8 +130,10 @@ def fit(
                 number = signals.agreed()
                 pause = time.perf_counter()
                 if evaluate and (last or (config.evaluate_every and step % config.evaluate_every == 0)):
+                    phases.enter("evaluate")
                     state["after"] = evaluate()
                     tracker.log(step, **{f"heldout_{key}": value for key, value in state["after"].items()})
+                phases.enter("save")
                 if last or number or step % config.save.every_steps == 0:
                     checkpoints.save(output, step, engine.save, state, config.save.keep)
                 if number and not last:

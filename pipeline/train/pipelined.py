@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.models import stages
-from pipeline.train import distributed
+from pipeline.train import distributed, phases
 from pipeline.train.engine import Sums, adamw, finite
 from pipeline.train.sharded import Checkpointed, GuardedAdamW, quiet, settings, start
 
@@ -125,7 +125,9 @@ class Pipelined(Checkpointed):
         self.optimizer.allow = allow
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        phases.enter("pipeline")  # forward, backward, reduction and update, interleaved
         self.engine.train_batch(feed)
+        phases.enter("reduce")
         applied = self.engine.was_step_applied()
         norm = float(self.engine.get_global_grad_norm()) if applied else float("inf")
         if not total:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
-from pipeline.train import distributed
+from pipeline.train import distributed, phases
 from pipeline.train.engine import Engine, Sums, adamw, finite
 from pipeline.train.muon import Muon
 
@@ -36,15 +36,19 @@ class Replicated(Engine):
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last or self.data_world == 1 else self.module.no_sync():
+                phases.enter("forward")
                 loss, metrics = self._forward(self.module, batch)
                 sums.add(loss, metrics)
+                phases.enter("backward")
                 (loss * (self.data_world / weight)).backward()  # DDP averages over processes
+        phases.enter("reduce")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         found = sums.read()
         keys = sorted(found)
         total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
         norm, loss = float(norm), total.pop("loss")
         applied = finite(loss, norm)
+        phases.enter("update")
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

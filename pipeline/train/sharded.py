@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.train import distributed
+from pipeline.train import distributed, phases
 from pipeline.train.engine import Engine, Sums, adamw, finite
 
 TAG = "deepspeed"
@@ -141,9 +141,12 @@ class Sharded(Checkpointed):
         sums = Sums()
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            phases.enter("forward")
             loss, metrics = self._forward(self.engine, batch)
             sums.add(loss, metrics)
+            phases.enter("backward")
             self.engine.backward(loss * (self.data_world / weight), scale_wrt_gas=False)  # DeepSpeed averages over processes
+        phases.enter("reduce")
         found = sums.read()
         keys = sorted(found)
         total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
@@ -155,6 +158,7 @@ class Sharded(Checkpointed):
         self.optimizer.allow = lambda: allowed
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        phases.enter("update")
         self.engine.step()
         applied = allowed and self.engine.was_step_applied()
         if norm is None:

@@ -1,0 +1,33 @@
+"""What this process is doing right now. Read by the metrics (how long each phase of a step took) and by the watchdog (where a process hangs).
+
+    enter("data", at=12)        # ends the phase before it
+    enter("forward")
+    take()                      # {"data": 0.0004, "forward": 0.31, ...}: seconds since the last call of take
+
+On a GPU, work is queued: the host's time goes to the phase that waits for it, which is `reduce`, where losses and norms are read.
+"""
+
+import time
+
+step = 0
+name = "start"
+since = time.perf_counter()
+_seconds: dict[str, float] = {}
+
+
+def enter(phase: str, at: int | None = None) -> None:
+    """Begin a phase; `at`: the step that begins with it."""
+    global step, name, since
+    now = time.perf_counter()
+    _seconds[name] = _seconds.get(name, 0.0) + now - since
+    name, since = phase, now
+    if at is not None:
+        step = at
+
+
+def take() -> dict[str, float]:
+    """Seconds spent in each phase since the last call."""
+    enter(name)
+    found = dict(_seconds)
+    _seconds.clear()
+    return found
