@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.train import distributed, phases
-from pipeline.train.engine import Engine, Sums, adamw, finite
+from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite
 from pipeline.train.muon import Muon
 
 FILE = "state.pt"
@@ -42,7 +42,7 @@ class Replicated(Engine):
                 phases.enter("backward")
                 (loss * (self.data_world / weight)).backward()  # DDP averages over processes
         phases.enter("reduce")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm)
         found = sums.read()
         keys = sorted(found)
         total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))

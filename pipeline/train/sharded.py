@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.train import distributed, phases
-from pipeline.train.engine import Engine, Sums, adamw, finite
+from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite
 
 TAG = "deepspeed"
 BUCKET = 50_000_000  # elements; DeepSpeed's default of 500M takes 2 GB a buffer in fp32
@@ -153,7 +153,7 @@ class Sharded(Checkpointed):
         loss = total.pop("loss")
         norm = None
         if self.stage == 0:  # DeepSpeed neither keeps this norm nor looks whether it is finite
-            norm = float(torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.config.optimizer.max_grad_norm))
+            norm = float(clip_gradients(list(self.engine.module.parameters()), self.config.optimizer.max_grad_norm))
         allowed = finite(loss) if norm is None else finite(loss, norm)
         self.optimizer.allow = lambda: allowed
         for group in self.engine.optimizer.param_groups:
