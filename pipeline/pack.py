@@ -3,7 +3,7 @@
     python pipeline/pack.py recipes/quickstart.yaml
 
 Reads the outputs of `clean` and `tokenizer`. Writes what pipeline/data/tokens.py describes: for each split and source the documents one
-after another, each closed by the end-of-document token, with an index of where they end and how many bytes of text they were.
+after another, each closed by the end-of-document token, with an index of where they end, how many bytes of text they were, and their ids.
 
 The work is cut into units, one for each row group of the input. A unit is published whole into work/, so that a killed run loses the units
 in flight; the shards are then joined from the units in the order of the input, whoever made them.
@@ -30,7 +30,7 @@ from pipeline.files import write_atomic, write_json
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.tracking import Progress
 
-VERSION = 1
+VERSION = 2  # 2: ids of documents
 INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
 
 COLUMNS = {"text": "string", "source": "string", "id": "string"}
@@ -165,7 +165,7 @@ def _prepare(tokenizer: str, eos_id: int, dtype: str) -> None:
 
 
 def _encode(unit: Unit) -> None:
-    """One unit: for each source its tokens and (end, bytes) of each document; bad documents with their place and reason."""
+    """One unit: for each source its tokens, (end, bytes) of each document and its id; bad documents with their place and reason."""
     import numpy as np
     import pyarrow
     import pyarrow.parquet
@@ -174,29 +174,35 @@ def _encode(unit: Unit) -> None:
 
     tokens: dict[str, list] = {}
     documents: dict[str, list[tuple[int, int]]] = {}
+    names: dict[str, list[bytes]] = {}
     filled: dict[str, int] = {}
     bad, inexact, row = [], 0, 0
     with pyarrow.parquet.ParquetFile(unit.path) as opened:
-        for batch in opened.iter_batches(batch_size=BATCH, row_groups=[unit.group], columns=["text", "source"], use_threads=False):
+        for batch in opened.iter_batches(batch_size=BATCH, row_groups=[unit.group], columns=["text", "source", "id"], use_threads=False):
             texts, sources = [], []
-            for raw, source in zip(batch.column(0).cast(pyarrow.large_binary()).to_pylist(), batch.column(1).to_pylist(), strict=True):
+            for raw, source, id_ in zip(batch.column(0).cast(pyarrow.large_binary()).to_pylist(), batch.column(1).to_pylist(), batch.column(2).to_pylist(), strict=True):
                 text, reason = _text(raw, source)
                 if reason:
                     bad.append({"split": unit.split, "file": unit.path.name, "row_group": unit.group, "row": row, "reason": reason})
                 else:
                     texts.append(text)
                     sources.append(source)
+                    names.setdefault(source, []).append((id_ or f"{unit.path.stem}/{unit.group}/{row}").encode())
                 row += 1
-            for text, source, ids in zip(texts, sources, encode_text(_worker["tokenizer"], texts), strict=True):
-                array = np.array([*ids, _worker["eos_id"]], dtype=_worker["dtype"])
+            for text, source, encoding in zip(texts, sources, encode_text(_worker["tokenizer"], texts), strict=True):
+                array = np.array([*encoding, _worker["eos_id"]], dtype=_worker["dtype"])
                 size = len(text.encode())
                 inexact += int(_worker["sizes"][array].sum()) != size
                 tokens.setdefault(source, []).append(array)
                 filled[source] = filled.get(source, 0) + len(array)
                 documents.setdefault(source, []).append((filled[source], size))
     sources = sorted(tokens)
+    counts = {
+        source: {"tokens": filled[source], "documents": len(names[source]), "bytes": sum(size for _, size in documents[source]), "id_bytes": sum(map(len, names[source]))}
+        for source in sources
+    }
     meta = {
-        "sources": {source: {"tokens": filled[source], "documents": len(documents[source]), "bytes": sum(size for _, size in documents[source])} for source in sources},
+        "sources": counts,
         "bad": bad,
         "inexact": inexact,
     }
@@ -204,6 +210,8 @@ def _encode(unit: Unit) -> None:
     for number, source in enumerate(sources):
         arrays[f"tokens{number}"] = np.concatenate(tokens[source])
         arrays[f"documents{number}"] = np.array(documents[source], dtype=np.int64)
+        arrays[f"ids{number}"] = np.frombuffer(b"".join(names[source]), np.uint8)
+        arrays[f"id_ends{number}"] = np.cumsum([len(name) for name in names[source]], dtype=np.int64)
     unit.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = unit.output.with_suffix(".tmp")
     with open(temporary, "wb") as handle:
@@ -248,18 +256,23 @@ def join(units: list[Unit], folder: Path, split: str, dtype) -> dict[str, list[d
         parts = [(unit, sorted(meta).index(source), meta[source]) for unit, meta in zip(units, metas, strict=True) if source in meta]
         for number, shard in enumerate(shards(parts)):
             file = f"{split}/{quote(source, safe='')}-{number:05d}"
-            entry = {"file": file, **{key: sum(meta[key] for *_, meta in shard) for key in ("tokens", "documents", "bytes")}}
-            tokens = np.lib.format.open_memmap(folder / f"{file}.tokens.npy", mode="w+", dtype=dtype, shape=(entry["tokens"],))
-            documents = np.lib.format.open_memmap(folder / f"{file}.documents.npy", mode="w+", dtype=np.int64, shape=(entry["documents"], 2))
-            token = document = 0
+            entry = {"file": file, **{key: sum(meta[key] for *_, meta in shard) for key in ("tokens", "documents", "bytes", "id_bytes")}}
+            count = (entry["documents"],)
+            shapes = {"tokens": (dtype, (entry["tokens"],)), "documents": (np.int64, (*count, 2)), "ids": (np.uint8, (entry["id_bytes"],)), "id_ends": (np.int64, count)}
+            files = {name: np.lib.format.open_memmap(folder / f"{file}.{name}.npy", mode="w+", dtype=kind, shape=shape) for name, (kind, shape) in shapes.items()}
+            token = document = id_byte = 0
             for unit, place, meta in shard:
+                rows = slice(document, document + meta["documents"])
                 with np.load(unit.output) as made:
-                    tokens[token : token + meta["tokens"]] = made[f"tokens{place}"]
-                    documents[document : document + meta["documents"]] = made[f"documents{place}"] + [token, 0]
+                    files["tokens"][token : token + meta["tokens"]] = made[f"tokens{place}"]
+                    files["documents"][rows] = made[f"documents{place}"] + [token, 0]
+                    files["ids"][id_byte : id_byte + meta["id_bytes"]] = made[f"ids{place}"]
+                    files["id_ends"][rows] = made[f"id_ends{place}"] + id_byte
                 token += meta["tokens"]
                 document += meta["documents"]
-            tokens.flush()
-            documents.flush()
+                id_byte += meta["id_bytes"]
+            for written in files.values():
+                written.flush()
             index[source].append(entry)
     return index
 

@@ -86,6 +86,21 @@ def test_every_document_stands_in_its_source_in_order_and_ends_with_eos(home):
         packed.read("诗", packed.num_tokens("诗") - 1, 2)
 
 
+def test_every_token_leads_to_its_document(home):
+    """Stretches of all sizes, also over shards: each token's document, by id, and its place in that document."""
+    packed, generator = store(home), random.Random(3)
+    for source in packed.sources:
+        ids = [row["id"] for row in rows_of(home, "train") if row["source"] == source]
+        ends = packed.documents(source)[:, 0]
+        owner = np.repeat(np.arange(len(ids)), np.diff(np.concatenate([[0], ends])))
+        total = packed.num_tokens(source)
+        for start, length in [(0, total), (0, 1), (total - 1, 1), *((at := generator.randrange(total), generator.randint(1, min(90, total - at))) for _ in range(40))]:
+            pieces = packed.pieces(source, start, length)
+            assert [id_ for piece in pieces for id_ in [piece.id] * piece.length] == [ids[number] for number in owner[start : start + length]]
+            assert [piece.start for piece in pieces] == np.cumsum([0, *(piece.length for piece in pieces[:-1])]).tolist()
+            assert all(piece.offset == start + piece.start - (ends[ids.index(piece.id) - 1] if ids.index(piece.id) else 0) for piece in pieces)
+
+
 def test_the_same_bytes_for_any_number_of_workers_and_after_any_kill(home, tmp_path):
     wanted = files_of(home / "runs/t/pack/current")
     path = recipe(tmp_path, home)
@@ -125,6 +140,7 @@ def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
         assert (many.documents(source) == one.documents(source)).all()
         for start, length in [(0, total), (1, total - 2), (total // 2, 7), (total, 0)]:
             assert (many.read(source, start, length) == one.read(source, start, length)).all()
+            assert many.pieces(source, start, length) == one.pieces(source, start, length)
 
 
 def test_bad_documents_are_kept_aside_with_their_place(home, tmp_path):
@@ -176,6 +192,8 @@ def test_damage_is_found_on_opening(home, tmp_path):
     assert "is missing" in damaged(lambda f: (f / tokens).unlink())
     assert "says" in damaged(lambda f: np.save(f / tokens, np.zeros(3, np.uint16)))
     assert "does not end where" in damaged(lambda f: np.save(f / documents, np.load(f / documents) - 1))
+    assert "ids end" in damaged(lambda f: np.save(f / documents.replace("documents", "id_ends"), np.load(f / documents.replace("documents", "id_ends")) - 1))
+    assert "older version" in damaged(lambda f: (f / "index.json").write_text((f / "index.json").read_text().replace("id_bytes", "other")))
     assert "index.json: damaged" in damaged(lambda f: (f / "index.json").write_text("{"))
     assert "not the output of stage pack" in damaged(lambda f: (f / "index.json").unlink())
 

@@ -10,10 +10,13 @@ A packed folder:
     token_bytes.npy                  int32 [vocab_size]: bytes of text that each token stands for
     train/wiki-00000.tokens.npy      uint16 or uint32 [tokens]: the documents one after another, each closed by eos
     train/wiki-00000.documents.npy   int64 [documents, 2]: where each document ends in this shard (after its eos), and its bytes of UTF-8
+    train/wiki-00000.ids.npy         uint8: the documents' ids one after another, UTF-8
+    train/wiki-00000.id_ends.npy     int64 [documents]: where each id ends
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,6 +76,18 @@ def token_bytes(tokenizer) -> np.ndarray:
     return sizes
 
 
+class Piece(NamedTuple):
+    """A stretch of tokens that belongs to one document."""
+
+    id: str
+    """The document's id, as stage clean gave it."""
+    start: int
+    """Where the stretch begins, counted from the first token that was asked for."""
+    length: int
+    offset: int
+    """Tokens of the document before the stretch."""
+
+
 class TokenStore:
     """Packed tokens of one split, memory-mapped and read-only. Opening it checks that every index fits its data (UserError)."""
 
@@ -88,16 +103,24 @@ class TokenStore:
             raise UserError(f"{self.folder / 'index.json'}: damaged ({error!r}); run stage pack again with --restart") from None
         self.sources = sorted(shards)
         self.token_bytes = self._open("token_bytes.npy", (self.vocab_size,), np.dtype(np.int32))
-        self._shards, self._starts, self._num_bytes = {}, {}, {}
+        self._shards, self._names, self._starts, self._num_bytes = {}, {}, {}, {}
         for source in self.sources:
-            opened = []
+            opened, names = [], []
             for shard in shards[source]:
+                if "id_bytes" not in shard:
+                    raise UserError(f"{self.folder}: was packed by an older version, which did not keep the ids of documents; run stage pack again")
                 tokens = self._open(f"{shard['file']}.tokens.npy", (shard["tokens"],), self.dtype)
                 documents = self._open(f"{shard['file']}.documents.npy", (shard["documents"], 2), np.dtype(np.int64))
                 if len(documents) == 0 or documents[-1, 0] != len(tokens):
                     raise UserError(f"{self.folder / shard['file']}.documents.npy: does not end where its {len(tokens)} tokens end; run stage pack again with --restart")
+                ids = self._open(f"{shard['file']}.ids.npy", (shard["id_bytes"],), np.dtype(np.uint8))
+                id_ends = self._open(f"{shard['file']}.id_ends.npy", (shard["documents"],), np.dtype(np.int64))
+                if id_ends[-1] != len(ids):
+                    raise UserError(f"{self.folder / shard['file']}.id_ends.npy: does not end where its {len(ids)} bytes of ids end; run stage pack again with --restart")
                 opened.append((tokens, documents))
+                names.append((ids, id_ends))
             self._shards[source] = opened
+            self._names[source] = names
             self._starts[source] = np.cumsum([0] + [len(tokens) for tokens, _ in opened])
             self._num_bytes[source] = sum(shard["bytes"] for shard in shards[source])
 
@@ -144,3 +167,20 @@ class TokenStore:
         """int64 [documents, 2]: where each document of the source ends (after its eos), and its bytes. Read into memory."""
         parts = [np.asarray(documents) + [start, 0] for (_, documents), start in zip(self._shards[source], self._starts[source], strict=False)]
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
+
+    def pieces(self, source: str, start: int, length: int) -> list[Piece]:
+        """Which documents the tokens start .. start+length of a source come from, in order."""
+        found: list[Piece] = []
+        shard = int(np.searchsorted(self._starts[source][1:-1], start, side="right"))
+        at = start
+        while at < start + length:
+            first = int(self._starts[source][shard])
+            (_, documents), (ids, id_ends) = self._shards[source][shard], self._names[source][shard]
+            number = int(np.searchsorted(documents[:, 0], at - first, side="right"))
+            while number < len(documents) and at < start + length:
+                begin, end = first + (int(documents[number - 1, 0]) if number else 0), first + int(documents[number, 0])
+                name = ids[int(id_ends[number - 1]) if number else 0 : int(id_ends[number])].tobytes().decode()
+                found.append(Piece(name, at - start, min(end, start + length) - at, at - begin))
+                at, number = min(end, start + length), number + 1
+            shard += 1
+        return found
