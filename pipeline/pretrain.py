@@ -57,9 +57,10 @@ class Config(TrainConfig):
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer
-    from pipeline.models import build
+    from pipeline.models import build, cost
     from pipeline.train import distributed, engine
     from pipeline.train.loop import fit, share
+    from pipeline.train.meters import Text
 
     # What is there
     store = TokenStore(inputs["tokens"].path)
@@ -79,18 +80,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             raise UserError(f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size}; they must share one tokenizer")
     else:
         model = build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=config.parallel.pipeline == 1)
-    model_config, size, flops = model.config, build.count(model), build.flops_per_token(model, config.sequence_length)
+    model_config, size = model.config, cost.count(model)
+    flops = cost.training_flops(model, size, config.sequence_length)
     for line in derivation(config, size, flops, sampler):
         say(line)
     if config.compile:
         model.compile(dynamic=False)
-    trainer = engine.build(model, loss_of(sources), config, fill=lambda part, name: build.initialise(part, config.seed, name))
+    trainer = engine.build(model, loss_of(store.sources), config, fill=lambda part, name: build.initialise(part, config.seed, name))
 
     # Training
     def batches(step: int) -> list[dict]:
-        return [to_batch([sampler.row(index) for index in rows], config.document_mask) for rows in share(config, trainer, step)]
+        return [to_batch([sampler.row(index) for index in rows], store, config.document_mask) for rows in share(config, trainer, step)]
 
-    fixed = heldout_batches(heldout, sources, config, trainer)
+    fixed = heldout_batches(heldout, store, config, trainer)
     num_bytes = sum(row.bytes for row in heldout)
     bytes_of = {source: sum(row.bytes for row in heldout if row.source == source) for source in sources}
 
@@ -100,7 +102,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         per_source = {f"bits_per_byte/{source}": nats[source] / math.log(2) / bytes_of[source] for source in sources}
         return {"loss": found["loss"], "bits_per_byte": found["loss"] * found["weight"] / math.log(2) / num_bytes, **(per_source if len(sources) > 1 else {})}
 
-    result = fit(trainer, config, output, batches, evaluate=evaluate)
+    text = Text({source: rows * config.sequence_length for source, rows in sampler.rows_per_epoch.items()}, flops)
+    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text)
 
     # What it was for
     weights = trainer.consolidated()
@@ -115,19 +118,20 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "loss_after": after["loss"],
         "train_loss": result["last"]["loss"],
         "tokens": tokens,
-        "parameters": size["total"],
-        "flops": tokens * flops,
+        "tokens_sources": result["sources"],
+        "parameters": size.total,
+        "flops": tokens * flops.full,
         "tokens_per_second": round(result["rate"], 1),
         "skipped_steps": result["skipped"],
         "summary": {
             "input": f"{sum(store.num_tokens(source) for source in sampler.sources) / 1e6:.2f}M tokens, {len(sampler.sources)} source{'s' * (len(sampler.sources) > 1)}",
-            "output": f"{size['total'] / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
+            "output": f"{size.total / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
             "measure": f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}",
         },
     }
 
 
-def derivation(config: Config, size: dict, flops: float, sampler) -> list[str]:
+def derivation(config: Config, size, flops, sampler) -> list[str]:
     """What follows from the recipe, before the first step is made."""
     from pipeline.train import distributed
 
@@ -140,29 +144,33 @@ def derivation(config: Config, size: dict, flops: float, sampler) -> list[str]:
     zero = 1 if depth > 1 else config.parallel.zero or 0
     each = {0: 16.0, 1: 8 + 8 / ranks, 2: 4 + 12 / ranks, 3: 16 / ranks}[zero] / depth
     return [
-        f"model      {size['total']:,} parameters: {size['body']:,} in layers, {size['embedding']:,} in embeddings",
-        f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x {config.sequence_length}; {tokens / size['total']:.1f} tokens a parameter (Chinchilla's optimum is about 20)",
+        f"model      {size.total:,} parameters: {size.body:,} in layers, {size.embedding:,} in embeddings",
+        f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x {config.sequence_length}; {tokens / size.total:.1f} tokens a parameter (Chinchilla's optimum is about 20)",
         f"layout     {layout}; {config.batch_size // ranks // micro} micro-batch{'es' * (config.batch_size // ranks > micro)} of {micro} rows a step on each; {config.precision}",
-        f"cost       {flops * tokens:.2e} FLOPs, {flops:.2e} a token; weights, gradients and optimizer take {size['total'] * each / 1e9:.2f} GB a process, activations come on top",
+        f"cost       {flops.full * tokens:.2e} FLOPs, {flops.full:.2e} a token; weights, gradients and optimizer take {size.total * each / 1e9:.2f} GB a process, activations come on top",
         *sampler.warnings(config.steps * config.batch_size),
     ]
 
 
 def loss_of(sources: list[str]):
-    """Cross-entropy; on held-out rows also the nats of each source."""
-    from pipeline.train.loss import cross_entropy_sum, token_logprobs
+    """Cross-entropy, and for the meters the nats and tokens of each source and the bytes of text that the labels stand for."""
+    import torch
+
+    from pipeline.train.loss import IGNORE, token_logprobs
 
     def loss_fn(logits, batch):
-        if "source" not in batch:
-            return cross_entropy_sum(logits, batch["labels"]), {}
         nats = -token_logprobs(logits, batch["labels"]).sum(dim=1)
-        return nats.sum(), {f"nats/{source}": nats[batch["source"] == number].sum() for number, source in enumerate(sources)}
+        counts = (batch["labels"] != IGNORE).sum(dim=1)
+        of_row = torch.stack([nats.detach(), counts.to(nats.dtype)])
+        of_source = of_row.new_zeros(2, len(sources)).index_add_(1, batch["source"], of_row)
+        sums = {f"{kind}/{source}": value for kind, values in zip(("nats", "tokens"), of_source, strict=True) for source, value in zip(sources, values, strict=True)}
+        return nats.sum(), {**sums, "bytes": batch["bytes"].sum()}
 
     return loss_fn
 
 
-def to_batch(rows: list, document_mask: bool) -> dict:
-    """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one. Every label counts."""
+def to_batch(rows: list, store, document_mask: bool) -> dict:
+    """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one. Every label counts. `source` [B] is the place in the store's names, `bytes` [B] of the labels."""
     import numpy as np
     import torch
 
@@ -172,13 +180,18 @@ def to_batch(rows: list, document_mask: bool) -> dict:
         positions = np.arange(tokens.shape[1] - 1)
         starts = [row.starts[row.starts < len(positions)] for row in rows]
         inputs["position_ids"] = torch.from_numpy(np.stack([positions - np.repeat([0, *at], np.diff([0, *at, len(positions)])) for at in starts]))
-    return {"inputs": inputs, "labels": tokens[:, 1:].contiguous(), "weight": float(tokens[:, 1:].numel())}
+    labels = tokens[:, 1:].contiguous()
+    return {
+        "inputs": inputs,
+        "labels": labels,
+        "weight": float(labels.numel()),
+        "source": torch.tensor([store.sources.index(row.source) for row in rows]),
+        "bytes": torch.from_numpy(store.token_bytes[labels.numpy()].sum(axis=1)),
+    }
 
 
-def heldout_batches(rows: list, sources: list[str], config: Config, trainer) -> list[dict]:
+def heldout_batches(rows: list, store, config: Config, trainer) -> list[dict]:
     """This data rank's share of the fixed rows, in micro-batches of one shape (a pipeline wants that), the last one filled up with rows that do not count."""
-    import torch
-
     if len(rows) < trainer.data_world:
         raise UserError(f"stage {config.kind}: {len(rows)} held-out rows cannot be shared by {trainer.data_world} processes; hold out more text in stage clean")
     mine = rows[trainer.data_rank :: trainer.data_world]
@@ -186,9 +199,9 @@ def heldout_batches(rows: list, sources: list[str], config: Config, trainer) -> 
     batches = []
     for start in range(0, len(mine), micro):
         part = mine[start : start + micro]
-        batch = to_batch(part + part[:1] * (micro - len(part)), False)
+        batch = to_batch(part + part[:1] * (micro - len(part)), store, False)
         batch["labels"][len(part) :] = -100
-        batches.append({**batch, "weight": float(len(part) * config.sequence_length), "source": torch.tensor([sources.index(row.source) for row in part] + [0] * (micro - len(part)))})
+        batches.append({**batch, "weight": float(len(part) * config.sequence_length)})
     return batches
 
 

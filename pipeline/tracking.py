@@ -1,6 +1,7 @@
 """What a user sees of a run: metrics.jsonl always, Weights & Biases if asked for, a progress bar on a terminal, plain lines elsewhere."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ class Tracker:
     def log(self, step: int, **values) -> None:
         if not self.is_main:
             return
+        values = plain(values)
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values}, ensure_ascii=False)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(line + "\n")
@@ -40,6 +42,11 @@ class Tracker:
     def close(self) -> None:
         if self.wandb:
             self.wandb.finish()
+
+
+def plain(values: dict) -> dict:
+    """JSON has no NaN and no infinity: null says that there is no number."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def _step(line: str) -> int:

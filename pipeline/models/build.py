@@ -154,24 +154,6 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
             shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
 
 
-def count(model) -> dict[str, int]:
-    """Numbers of parameters: `total` (tied ones once), `embedding` (input embedding and, if it is its own, the output layer), `body`."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    tables = {id(layer.weight): layer.weight.numel() for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
-    return {"total": total, "embedding": sum(tables.values()), "body": total - sum(tables.values())}
-
-
-def flops_per_token(model, sequence_length: int) -> float:
-    """Training FLOPs of one token, forward and backward: 6 a parameter that multiplies (the embedding look-up does not, the output layer does)
-    plus 12 * layers * hidden * length for attention, not halved for causality: the convention of PaLM (2022, appendix B) and torchtitan."""
-    config = model.config
-    table = model.get_input_embeddings().weight.numel()
-    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    multiplying = count(model)["total"] - (0 if tied else table)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6.0 * multiplying + 12.0 * config.num_hidden_layers * width * config.num_attention_heads * sequence_length
-
-
 def describe(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
     return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))

@@ -76,6 +76,8 @@ class Log(Strict):
 
     every_steps: int = Field(10, ge=1)
     """Steps between lines."""
+    peak: Literal["measured"] | Annotated[float, Field(gt=0)] | None = None
+    """Arithmetic peak of one device that MFU is measured against: TFLOP/s, or `measured` by a matrix product at the start (a second); none: from a table of GPUs."""
     wandb: str | None = None
     """Weights & Biases project; offline when WANDB_API_KEY is not set."""
 

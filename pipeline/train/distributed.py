@@ -91,6 +91,14 @@ def all_reduce_max(values: list[float]) -> list[float]:
     return _reduce(values, "MAX")
 
 
+def all_rows(values: list[float]) -> list[list[float]]:
+    """The numbers of each process, in the order of ranks, on every process. Collective."""
+    flat = [0.0] * (world() * len(values))
+    flat[rank() * len(values) : (rank() + 1) * len(values)] = values
+    flat = all_reduce_sum(flat)
+    return [flat[start : start + len(values)] for start in range(0, len(flat), len(values))]
+
+
 def _reduce(values: list[float], operation: str) -> list[float]:
     if world() == 1:
         return list(values)

@@ -1,6 +1,5 @@
 """The training loop of stages whose steps are all alike: resume, step, log, evaluate, save, and stop when asked."""
 
-import math
 import os
 import signal
 import time
@@ -13,10 +12,11 @@ from pipeline.artifact import Output
 from pipeline.errors import Stopped
 from pipeline.files import write_json
 from pipeline.seeds import derive
-from pipeline.tracking import Progress, Tracker
+from pipeline.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
+from pipeline.train.meters import Meters, Text
 
 
 def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:
@@ -64,11 +64,6 @@ def stop(output: Output, step: int, number: int) -> None:
     raise Stopped(f"{output.stage}: {name} received, saved at step {step}; the same command goes on from here")
 
 
-def _plain(stats: dict) -> dict:
-    """JSON has no NaN and no infinity: null says that there is no number."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in stats.items()}
-
-
 def fit(
     engine: Engine,
     config: TrainConfig,
@@ -77,10 +72,11 @@ def fit(
     *,
     evaluate: Callable[[], dict] | None = None,
     unit: str = "tok",
+    text: Text | None = None,
 ) -> dict:
     """Train from the newest checkpoint, or from the start, to `config.steps`. Collective.
 
-    batches(step) gives this process's micro-batches; evaluate() the numbers on held-out data, equal on all processes.
+    batches(step) gives this process's micro-batches; evaluate() the numbers on held-out data, equal on all processes; `text` is for the meters.
     Returns before and after (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
     skipped (updates that were not applied), and rate (weight per second of this process's training, without saving and evaluating).
     """
@@ -102,33 +98,28 @@ def fit(
     if evaluate and state["before"] is None:
         state["before"] = evaluate()
         tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
-    busy, done_weight, since, since_weight = 0.0, 0.0, time.perf_counter(), 0.0
+    meters = Meters(config, state, unit, text, engine.device)
     try:
         with StopSignal() as signals, Progress(output.stage, config.steps, "step", engine.step_count, output.is_main) as bar:
             while engine.step_count < config.steps:
                 begun = time.perf_counter()
                 phases.enter("data", engine.step_count + 1)
                 seed_step(config, engine.step_count, engine.data_rank)
-                stats = _plain(engine.step(batches(engine.step_count)))
+                stats = engine.step(batches(engine.step_count))
                 phases.enter("log")
                 step = engine.step_count
-                busy += time.perf_counter() - begun
-                done_weight += stats["weight"]
-                since_weight += stats["weight"]
+                stats = plain(meters.step(stats, time.perf_counter() - begun))
                 state["weight"] += stats["weight"]
                 state["skipped"] += not stats["applied"]
                 state["first"], state["last"] = state["first"] or stats, stats
                 last = step == config.steps
                 if step % config.log.every_steps == 0 or last or step == 1 or not stats["applied"]:
-                    now = time.perf_counter()
-                    tracker.log(step, **stats, **{f"{unit}_per_second": round(since_weight / (now - since), 1)})
-                    since, since_weight = now, 0.0
+                    tracker.log(step, **stats, **meters.line(step, config.steps))
                 if not stats["applied"] and output.is_main:
                     print(f"{output.stage}: step {step} was skipped, its loss ({stats['loss']}) or gradient norm ({stats['grad_norm']}) is not finite or it had no labels", flush=True)
-                bar.update(1, loss=stats["loss"] if stats["loss"] is not None else "nan", **{f"{unit}/s": done_weight / busy})
+                bar.update(1, loss=stats["loss"] if stats["loss"] is not None else "nan", **{f"{unit}/s": meters.rate})
                 faults.point("work")
                 number = signals.agreed()
-                pause = time.perf_counter()
                 if evaluate and (last or (config.evaluate_every and step % config.evaluate_every == 0)):
                     phases.enter("evaluate")
                     state["after"] = evaluate()
@@ -138,7 +129,6 @@ def fit(
                     checkpoints.save(output, step, engine.save, state, config.save.keep)
                 if number and not last:
                     stop(output, step, number)
-                since += time.perf_counter() - pause
     finally:
         tracker.close()
-    return {**state, "rate": done_weight / busy if busy else 0.0}
+    return {**state, "rate": meters.rate}

@@ -1,0 +1,134 @@
+"""What is written of a step: metrics.jsonl, the terminal's line, Weights & Biases. docs/pretrain.md has the table of all names.
+
+    meters = Meters(config, steps, state, unit="tok", text=Text(...))
+    stats = meters.step(engine.step(...), seconds)     # each step: adds up, and takes the sums that are not for reading out of `stats`
+    line = meters.line(step)                           # each `log.every_steps`. Collective
+
+What is counted over the run (tokens of each source) lives in `state`, which goes into checkpoints, so that a resumed run's counts are exact.
+"""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.models.cost import Flops
+from pipeline.train import distributed, phases, peak
+
+OF_A_STEP = ("data", "forward", "backward", "pipeline", "reduce", "update", "log")  # phases that every step has; their times are shown a step
+BESIDE = ("evaluate", "sample", "save")  # and those that come now and then, whose times are shown whole
+SETTLED = 3  # first steps of a process that say nothing about the others: kernels are loaded, buffers made
+
+
+@dataclass
+class Text:
+    """What is known of the text that is read: for bits per byte, tokens of each source, epochs, and MFU."""
+
+    epoch_tokens: dict[str, int] = field(default_factory=dict)
+    """Source -> tokens of one pass over it."""
+    flops: Flops | None = None
+    """Of one token."""
+
+
+class Meters:
+    """weight: what a step's loss is averaged over (tokens, pairs); `unit` is its name in `UNIT_per_second`."""
+
+    def __init__(self, config, state: dict, unit: str = "tok", text: Text | None = None, device=None):
+        self.config, self.state, self.unit, self.text = config, state, unit, text or Text()
+        self.device = device or distributed.device()
+        self.state.setdefault("sources", {})
+        self.peak = None  # FLOP/s of all devices together
+        if self.text.flops and config.log.peak != 0:
+            mine = peak.peak(config.log.peak, config.precision, self.device)
+            found = distributed.all_reduce_sum([mine or 0.0, float(mine is None)])
+            self.peak = found[0] if found[1] == 0 else None
+        self.busy, self.done = 0.0, 0.0  # seconds and weight of all steps of this process
+        self.settled_steps, self.settled_seconds, self.steps = 0, 0.0, 0
+        self.begun = time.perf_counter()
+        phases.take()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.weight, self.count = 0.0, 0
+        self.nats: dict[str, float] = {}
+        self.tokens: dict[str, float] = {}
+
+    def step(self, stats: dict, seconds: float) -> dict:
+        """Count one step of `seconds`. Returns `stats` without the sums by source and with bits_per_byte."""
+        weight = stats["weight"]
+        shown = {}
+        for key, value in stats.items():
+            kind, _, source = key.partition("/")
+            if kind == "nats":
+                self.nats[source] = self.nats.get(source, 0.0) + value * weight
+            elif kind == "tokens":
+                number = round(value * weight)
+                self.tokens[source] = self.tokens.get(source, 0) + number
+                self.state["sources"][source] = self.state["sources"].get(source, 0) + number
+            elif key == "bytes":
+                shown["bits_per_byte"] = stats["loss"] / math.log(2) / value if value else None  # both are divided by the weight
+            else:
+                shown[key] = value
+        self.busy, self.done, self.steps = self.busy + seconds, self.done + weight, self.steps + 1
+        if self.steps > SETTLED:
+            self.settled_seconds, self.settled_steps = self.settled_seconds + seconds, self.settled_steps + 1
+        self.weight, self.count = self.weight + weight, self.count + 1
+        return shown
+
+    def line(self, step: int, steps: int | None) -> dict:
+        """What else is logged at `step` of `steps`: rates, times and memory since the last line, counts over the run. Collective."""
+        spent = phases.take()
+        # All of the time but that of the phases beside: what is logged here, and looking out for signals, is part of a step.
+        mine = [sum(spent.get(name, 0.0) for name in OF_A_STEP), peak_memory(self.device), *(spent.get(name, 0.0) for name in (*OF_A_STEP, *BESIDE))]
+        rows = distributed.all_rows(mine)
+        count = max(1, self.count)
+        mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        rate = self.weight / max(mean[0], 1e-9)
+        found = {f"{self.unit}_per_second": round(rate, 1), "seconds/step": mean[0] / count}
+        if len(rows) > 1:
+            found["seconds/step_max"] = max(row[0] for row in rows) / count
+            if spent.get("forward"):  # steps end together, so a slow rank shows in the time before it meets the others
+                own = [row[2 + OF_A_STEP.index("data")] + row[2 + OF_A_STEP.index("forward")] for row in rows]
+                found |= {"seconds/alone": sum(own) / len(own) / count, "seconds/alone_max": max(own) / count, "slowest_rank": own.index(max(own))}
+        for name, value in zip(OF_A_STEP, mean[2:], strict=False):
+            if value:
+                found[f"seconds/{name}"] = value / count
+        for name, value in zip(BESIDE, mean[2 + len(OF_A_STEP) :], strict=True):
+            if value > 1e-4:
+                found[f"seconds/{name}"] = value
+        found["data_wait_share"] = max(row[2 + OF_A_STEP.index("data")] / max(row[0], 1e-9) for row in rows)
+        found["peak_memory_gb"] = max(row[1] for row in rows) / 1e9
+        found = {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
+        if self.text.flops and self.peak:
+            found["mfu"], found["mfu_causal"] = (round(rate * flops / self.peak, 4) for flops in (self.text.flops.full, self.text.flops.causal))
+        for source, tokens in self.tokens.items():
+            if tokens:
+                found[f"loss/{source}"] = self.nats[source] / tokens
+        for source, tokens in self.state["sources"].items():
+            found[f"tokens/{source}"] = tokens
+            if source in self.text.epoch_tokens:
+                found[f"epochs/{source}"] = round(tokens / self.text.epoch_tokens[source], 4)
+        if steps is not None:
+            found["seconds_left"] = round((steps - step) * (time.perf_counter() - self.begun) / max(1, self.steps), 1)
+        self._clear()
+        return found
+
+    @property
+    def rate(self) -> float:
+        """Weight a second over all steps of this process, all ranks together, without evaluating and saving."""
+        return self.done / self.busy if self.busy else 0.0
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a step, the first few left out; None as long as there was none."""
+        return self.settled_seconds / self.settled_steps if self.settled_steps else None
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most that torch had allocated on the GPU, or on a CPU the most that the process had resident."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

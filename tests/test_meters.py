@@ -1,0 +1,82 @@
+"""What a run writes of its steps, against numbers computed beside it."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from harness import stage, succeed
+from transformers import AutoModelForCausalLM
+
+from pipeline.data.sampler import RowSampler
+from pipeline.data.tokens import TokenStore
+from pipeline.models import cost
+
+# The initial model's step: at lr 1e-30 no weight moves, so that every step's numbers can be had from the published model.
+STILL = ("pretrain.optimizer.lr=1e-30", "pretrain.optimizer.weight_decay=0", "pretrain.micro_batch=4", "pretrain.log.every_steps=3", "pretrain.log.peak=0.5", "pretrain.steps=7")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meters")
+    tiny.write_inputs(folder)
+    (folder / "recipe.yaml").write_text(tiny.RECIPE)
+    succeed("pretrain", "recipe.yaml", *STILL, cwd=folder)
+    return folder
+
+
+def published(folder, runs="runs"):
+    return folder / runs / "tiny" / "pretrain" / "current"
+
+
+def lines(folder, runs="runs") -> list[dict]:
+    found = [json.loads(line, parse_constant=pytest.fail) for line in (published(folder, runs) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "grad_norm" in line]
+
+
+def test_losses_and_bits_per_byte_are_those_of_the_rows(world):
+    store = TokenStore(world / "tokens")
+    sampler = RowSampler(store, 32, {"one": 2, "two": 1}, 5)
+    model = AutoModelForCausalLM.from_pretrained(published(world) / "model").eval()
+
+    def nats(rows):
+        with torch.no_grad():
+            return sum(model(input_ids=ids[None], labels=ids[None]).loss.item() * 32 for ids in (torch.from_numpy(row.tokens) for row in rows))
+
+    for line, window in zip(lines(world), [(0, 1), (1, 3), (3, 6), (6, 7)], strict=True):
+        last = [sampler.row(i) for i in range((line["step"] - 1) * 8, line["step"] * 8)]
+        text = sum(int(store.token_bytes[row.tokens[1:]].sum()) for row in last)
+        assert line["loss"] == pytest.approx(nats(last) / 256, rel=1e-5)
+        assert line["bits_per_byte"] == pytest.approx(nats(last) / math.log(2) / text, rel=1e-5)
+        rows = [sampler.row(i) for i in range(window[0] * 8, window[1] * 8)]
+        for source in ("one", "two"):
+            mine = [row for row in rows if row.source == source]
+            assert line[f"loss/{source}"] == pytest.approx(nats(mine) / len(mine) / 32, rel=1e-5)
+            seen = sampler.rows_of(line["step"] * 8)[source]
+            assert line[f"tokens/{source}"] == seen * 32 and line[f"epochs/{source}"] == pytest.approx(seen / sampler.rows_per_epoch[source], abs=1e-4)
+
+
+def test_rates_follow_from_times(world):
+    model = AutoModelForCausalLM.from_pretrained(published(world) / "model")
+    flops = cost.training_flops(model, cost.count(model), 32)
+    for line in lines(world):
+        assert line["tok_per_second"] == pytest.approx(256 / line["seconds/step"], rel=1e-3)
+        assert line["mfu"] == pytest.approx(line["tok_per_second"] * flops.full / 0.5e12, abs=1e-4) and line["mfu_causal"] <= line["mfu"]
+        parts = sum(line[f"seconds/{name}"] for name in ("data", "forward", "backward", "reduce", "update", "log"))
+        assert parts == pytest.approx(line["seconds/step"], abs=1e-5)
+        assert 0 < line["data_wait_share"] < 1 and 0.05 < line["peak_memory_gb"] < 10
+    assert lines(world)[-1]["seconds_left"] == 0 and lines(world)[0]["seconds_left"] > 0
+
+
+def test_no_peak_no_mfu_and_counts_are_exact_after_a_kill(world):
+    code, _ = stage("pretrain", "recipe.yaml", *STILL[:-2], "pretrain.steps=7", "output=killed", cwd=world, fault="work:5")
+    assert code == -9
+    said = succeed("pretrain", "recipe.yaml", *STILL[:-2], "pretrain.steps=7", "output=killed", cwd=world)
+    assert "goes on from step-000004" in said
+    assert not any("mfu" in line for line in lines(world, "killed"))
+    for line, expected in zip(lines(world, "killed")[1:], lines(world)[1:], strict=True):
+        for key in ("step", "loss", "grad_norm", "lr", "bits_per_byte", "tokens/one", "tokens/two", "epochs/one"):
+            assert line[key] == expected[key], key
+    counted = json.loads((published(world, "killed") / "manifest.json").read_text())["metrics"]["tokens_sources"]
+    assert sum(counted.values()) == 7 * 8 * 32
