@@ -29,6 +29,8 @@ class Config(TrainConfig):
 
     model: dict[str, Any] | None = None
     """Model to build; the recipe's top-level `model` unless given here. Not used when an input `model` is given."""
+    model_changes: dict[str, Any] = {}
+    """Keys of the input model's configuration that change as training goes on, such as rope_parameters for rows longer than it has seen."""
     mixture: dict[str, float] | None = None
     """Source -> share of the rows, any scale; none: in proportion to the sources' tokens."""
     document_mask: bool = False
@@ -51,6 +53,8 @@ class Config(TrainConfig):
         if "model" not in self.inputs:
             from pipeline.models import build
 
+            if self.model_changes:
+                raise UserError(f"stage {self.kind}: model_changes are for a model that training goes on with (inputs: {{model: ...}}); write {', '.join(self.model_changes)} into the model block")
             build.check(self.model)
 
 
@@ -61,6 +65,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import distributed, engine
     from pipeline.train.loop import fit, share
     from pipeline.train.meters import Text
+    from pipeline.train.tuning import model_folder
 
     # What is there
     store = TokenStore(inputs["tokens"].path)
@@ -75,9 +80,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     # The model
     distributed.setup(config)
     if "model" in inputs:
-        model = build.load(inputs["model"].path / "model")
+        folder = model_folder(inputs["model"])
+        model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
         if model.config.vocab_size < store.vocab_size:
             raise UserError(f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size}; they must share one tokenizer")
+        if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"inputs.tokenizer is not the tokenizer of inputs.model ({folder}): their tokens have other ids; pack the text with the model's, as in inputs: {{tokenizer: {folder}}}")
     else:
         model = build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=config.parallel.pipeline == 1)
     model_config, size = model.config, cost.count(model)

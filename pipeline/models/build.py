@@ -7,6 +7,7 @@ Initial weights are a function of (seed, module name) alone, so that they do not
 import contextlib
 import difflib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +29,16 @@ TAKEN = {
     "torch_dtype": "weights are fp32 and `precision` says how they are used",
 }
 OWN = ("family", "pad_vocab_to")
+# Keys that a family's code reads (qwen3_moe), or train/balance.py does (DeepSeek-V3), and that its configuration class does not list.
+UNLISTED = {"qwen3_moe": ("head_dim",), "deepseek_v3": ("router_aux_loss_coef",)}
+UNLIMITED = ("bloom", "mamba", "mamba2", "rwkv")  # families without positions: max_position_embeddings only says what they were trained with
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 def check(block: dict | None) -> None:
     """Raise UserError for a model block that cannot be built: unknown family, unknown key, a key that is not the recipe's to say."""
+    from pipeline.train import balance
+
     if not block:
         raise UserError("model: the recipe has no model block; write for example model: {family: llama, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4, intermediate_size: 688}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -46,14 +52,18 @@ def check(block: dict | None) -> None:
         hint = f"did you mean {near[0]}?" if near else "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"
         raise UserError(f"model.family: {family!r} is unknown; {hint}")
     known = set(_config(family, {}).to_dict()) | set(OWN)
+    bare = _config(family, {})
+    known = {*bare.to_dict(), *bare.attribute_map, *OWN, *UNLISTED.get(family, ())}
+    length = bare.attribute_map.get("max_position_embeddings")  # GPT's n_positions, RWKV's context_length
     for key in block:
-        if key in TAKEN:
-            raise UserError(f"model.{key}: leave it out: {TAKEN[key]}")
+        if key in TAKEN or key == length:
+            raise UserError(f"model.{key}: leave it out: {TAKEN.get(key, TAKEN['max_position_embeddings'])}")
         if key not in known:
             near = difflib.get_close_matches(key, known - set(TAKEN), 1)
             raise UserError(f"model.{key}: {family} has no such key; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(k for k in known if not k.startswith('_')))}"))
     config = _config(family, _keys(block))
-    heads, width = getattr(config, "num_attention_heads", 1), config.hidden_size
+    balance.coefficient(config)
+    heads, width = getattr(config, "num_attention_heads", None) or 1, config.hidden_size  # mamba and rwkv have none
     if "head_dim" not in block and width % heads:
         raise UserError(f"model: hidden_size {width} is not divisible by num_attention_heads {heads}")
     groups = getattr(config, "num_key_value_heads", None) or heads
@@ -91,30 +101,44 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
     """Fill a model, or a part of one, with transformers' own initial values for its family.
 
     Each module draws from a generator seeded by (seed, its name in the whole model), children first. A module all of whose parameters were
-    filled before, such as an output layer tied to the embedding, is left alone.
+    filled before, such as an output layer tied to the embedding, is left alone. What a family leaves to its constructors is found by the NaNs that
+    stand in every parameter before (GPT-1's Conv1D; transformers gives it normal weights and no bias), and none may stay.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     filled: set[int] = set()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
         for name, part in _children_first(model, ""):
             own = list(part.parameters(recurse=False))
             if own and all(id(parameter) in filled for parameter in own):
                 continue
             torch.manual_seed(derive(seed, "initial", global_name(name)))
             model._init_weights(part)
+            if isinstance(part, Conv1D) and part.weight.isnan().any():
+                part.weight.normal_(std=model.config.initializer_range)
+                part.bias.zero_()
             filled.update(id(parameter) for parameter in own)
+    empty = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    assert not empty, f"{model.config.model_type}: no initial values for {', '.join(empty[:3])}"
 
 
-def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed: int = 0):
-    """The model in a folder, fp32, on the CPU. head="reward" gives one score a sequence; a score layer that the folder lacks is drawn from `seed`."""
+def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed: int = 0, config=None):
+    """The model in a folder, fp32, on the CPU. head="reward" gives one score a sequence; a score layer that the folder lacks is drawn from `seed`.
+
+    `config` replaces the folder's own (see `changed`).
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: holds no model (no config.json); expected a folder in the Hugging Face layout")
     kind = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
-    extra = {} if head == "causal" else {"num_labels": 1}
+    extra: dict = {} if head == "causal" else {"num_labels": 1}
+    if config is not None:
+        extra["config"] = config
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(derive(seed, "initial", "score"))
         model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **extra)
@@ -123,6 +147,37 @@ def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed:
         raise UserError(f"{folder}: the weights of {', '.join(sorted(lacking)[:3])} are missing for a {type(model).__name__}; publish the model again, or name another folder")
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def changed(folder: Path | str, changes: dict, sequence_length: int):
+    """The configuration of a model folder for training to go on with: `changes` made, and positions for rows of `sequence_length` tokens.
+
+    Raises UserError for a change of a parameter's shape, and for rows that the model has no positions for unless `changes` say how they are scaled.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: holds no model (no config.json); expected a folder in the Hugging Face layout")
+    before = AutoConfig.from_pretrained(folder, local_files_only=True)
+    length = before.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    most, rotary = getattr(before, length, None), hasattr(before, "rope_parameters")
+    longer = bool(most) and sequence_length > most
+    if longer and not (rotary and "rope_parameters" in changes) and before.model_type not in UNLIMITED:
+        how = "; or say how positions are scaled, such as model_changes: {rope_parameters: {rope_type: yarn, factor: %g, ...}}" % (sequence_length / most) if rotary else ", since its positions are learned"
+        raise UserError(f"sequence_length: {sequence_length} is more than the {most} positions of the model in {folder}; use {most} or fewer{how}")
+    known = {*before.to_dict(), *UNLISTED.get(before.model_type, ())}
+    for key in changes:
+        if key in TAKEN or key == length or key not in known:
+            near = difflib.get_close_matches(key, known - set(TAKEN), 1)
+            raise UserError(f"model_changes.{key}: " + (f"leave it out: {TAKEN[key]}" if key in TAKEN else f"{before.model_type} has no such key" + (f"; did you mean {near[0]}?" if near else "")))
+    after = _config(before.model_type, {**before.to_dict(), **changes, **({length: sequence_length} if longer else {})})
+    after.architectures = before.architectures
+    with torch.device("meta"):
+        shapes = [{name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()} for config in (before, after)]
+    if other := sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)):
+        raise UserError(f"model_changes: {', '.join(changes)} would change the shape of {other[0]}; a model goes on with the parameters it has")
+    return after
 
 
 def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, generation: dict | None = None) -> None:

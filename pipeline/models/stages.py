@@ -6,11 +6,21 @@ and not a copy. What makes this possible is that `inputs_embeds` may stand in fo
 
 import copy
 
+from torch import nn
+
 from pipeline.errors import UserError
 
-# Families whose stages in a row were seen to give the whole model's logits (tests/test_parallel.py). Others may scale their embeddings in the
+# Families whose stages in a row were seen to give the whole model's logits (tests/test_families.py). Others may scale their embeddings in the
 # model's forward (gemma), or keep state between layers, and would be wrong without a sign of it.
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "olmo2", "smollm3", "phi3", "glm4")
+FAMILIES = ("gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo2", "smollm3", "phi3", "glm", "glm4", "deepseek_v3")
+
+# Attributes of the base model: embedding of ids, layers, norm after the last layer.
+NAMES = {"gpt2": ("wte", "h", "ln_f")}
+COMMON_NAMES = ("embed_tokens", "layers", "norm")
+
+
+def names(config) -> tuple[str, str, str]:
+    return NAMES.get(config.model_type, COMMON_NAMES)
 
 
 def split(num_layers: int, stages: int) -> list[range]:
@@ -30,23 +40,34 @@ def check(config) -> None:
         raise UserError(f"parallel.pipeline: the family {config.model_type} cannot be cut into stages here; these can: {', '.join(FAMILIES)}. Use zero: 0, 1, 2 or 3")
 
 
-def cut(model, index: int, stages: int) -> range:
-    """Take from `model`, in place, everything that stage `index` of `stages` does not hold. Returns the layers that stay, by their global numbers."""
-    from torch import nn
+class NoPositions(nn.Module):
+    """In place of GPT-2's learned positions in every stage but the first, which has added them already. An integer keeps the hidden states' type."""
 
+    def forward(self, position_ids):
+        return position_ids.new_zeros(())
+
+
+def cut(model, index: int, stages: int) -> range:
+    """Take from `model`, in place, everything that stage `index` of `stages` does not hold. Returns the layers that stay, by their global numbers.
+
+    `config.num_hidden_layers` stays the whole model's: initial weights of GPT-2 depend on it.
+    """
     check(model.config)
     base = model.base_model
-    layers = split(len(base.layers), stages)[index]
+    embedding, inner, norm = names(model.config)
+    layers = split(len(getattr(base, inner)), stages)[index]
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.tie_word_embeddings = len(layers), False
+    config.tie_word_embeddings = False
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layers.start : layers.stop]
     model.config = base.config = config
-    base.layers = nn.ModuleList([base.layers[i] for i in layers])
+    setattr(base, inner, nn.ModuleList([getattr(base, inner)[i] for i in layers]))
     if index > 0:
-        base.embed_tokens = nn.Identity()
+        setattr(base, embedding, nn.Identity())
+        if hasattr(base, "wpe"):
+            base.wpe, base.drop = NoPositions(), nn.Identity()
     if index < stages - 1:
-        base.norm = nn.Identity()
+        setattr(base, norm, nn.Identity())
         model.lm_head = nn.Identity()
     return layers
 
@@ -55,7 +76,7 @@ def global_name(name: str, first_layer: int) -> str:
     """Name in the whole model of a module or parameter of a stage: `model.layers.0.x` -> `model.layers.{first_layer}.x`."""
     parts = name.split(".")
     for position, part in enumerate(parts[:-1]):
-        if part == "layers" and parts[position + 1].isdigit():
+        if part in ("layers", "h") and parts[position + 1].isdigit():
             parts[position + 1] = str(int(parts[position + 1]) + first_layer)
             break
     return ".".join(parts)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.train import distributed
+from pipeline.train import balance, distributed
 from pipeline.train.config import TrainConfig
 from pipeline.train.schedule import learning_rate
 
@@ -36,6 +36,7 @@ class Engine:
         self.device = distributed.device()
         self.step_count = 0
         self.data_rank, self.data_world = distributed.rank(), distributed.world()
+        self.balance = balance.attach(model, config) if model is not None else None  # before an engine wraps the model
 
     def step(self, micro_batches: list[dict], lr: float | None = None) -> dict:
         """One update from this process's micro-batches. Collective; every data rank gives equally many micro-batches.
@@ -44,14 +45,17 @@ class Engine:
         """
         if lr is None:
             lr = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step_count, self.config.steps)
-        weight, count = self._data_sum([float(sum(batch["weight"] for batch in micro_batches)), len(micro_batches)])
+        rows = sum(len(batch["inputs"]["input_ids"]) for batch in micro_batches) if self.balance else 0
+        weight, count, rows = self._data_sum([float(sum(batch["weight"] for batch in micro_batches)), len(micro_batches), rows])
         assert count == len(micro_batches) * self.data_world, "every data rank must give equally many micro-batches"
         if weight == 0:  # nothing to learn from: all labels masked
             self.step_count += 1
             return {"loss": 0.0, "grad_norm": 0.0, "applied": False, "weight": 0.0, "lr": lr}
+        if self.balance:
+            self.balance.begin(self.data_world / rows)  # gradients are averaged over data ranks
         loss, sums, norm, applied = self._update([self._to_device(batch) for batch in micro_batches], weight, lr)
         self.step_count += 1
-        return {"loss": loss / weight, "grad_norm": norm, "applied": applied, "weight": weight, "lr": lr, **{key: value / weight for key, value in sums.items()}}
+        return {"loss": loss / weight, "grad_norm": norm, "applied": applied, "weight": weight, "lr": lr, **{key: value / weight for key, value in sums.items()}, **(self.balance.read(rows) if self.balance else {})}
 
     def evaluate(self, micro_batches: list[dict]) -> dict:
         """Loss and further sums over the micro-batches of all data ranks, each divided by the total weight. No gradient, dropout off. Collective.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.models import stages
-from pipeline.train import distributed, phases
+from pipeline.train import balance, distributed, phases
 from pipeline.train.engine import Sums, adamw, finite
 from pipeline.train.sharded import Checkpointed, GuardedAdamW, quiet, settings, start
 
@@ -31,7 +31,7 @@ class Stage(torch.nn.Module):
     @property
     def table(self):
         """The module whose `weight` first and last stage share if the model ties its embeddings."""
-        return self.model.base_model.embed_tokens if self.first else self.model.lm_head
+        return self.model.get_input_embeddings() if self.first else self.model.lm_head
 
     def forward(self, inputs):
         tensor, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -79,6 +79,7 @@ class Pipelined(Checkpointed):
             with torch.no_grad():  # tied weights are broadcast here, which autograd must not see
                 module = PipelineModule([spec(index) for index in range(self.count)], num_stages=self.count, loss_fn=self._loss, partition_method="uniform", seed_layers=False)
             self.part = next(layer for layer in module.forward_funcs if isinstance(layer, Stage))
+            self.balance = balance.attach(self.part.model, config, self.part.offset)
             if self.tied and self.part.last:  # DeepSpeed takes the whole layer for a copy and would leave it out of the gradient norm
                 for parameter in self.part.parameters():
                     parameter.ds_pipe_replicated = parameter is self.part.table.weight
