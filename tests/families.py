@@ -57,6 +57,10 @@ class Sized:
         return self.size
 
 
+SOME = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+WITHOUT_RECIPE = {family: {"family": family, **SOME} for family in ("olmo2", "smollm3", "phi3")}
+
+
 def load(name: str) -> recipes.Recipe:
     return recipes.load(ROOT / "recipes" / f"{name}.yaml")
 
@@ -70,3 +74,8 @@ def shrunken(name: str) -> dict:
     if block.get("rope_parameters", {}).get("rope_type") == "llama3":
         small["rope_parameters"] = {**block["rope_parameters"], "original_max_position_embeddings": 8}
     return {key: 0.0 if key.endswith("pdrop") or key == "dropout" else value for key, value in small.items()}
+
+
+def of_family(family: str) -> dict:
+    """A tiny model block of a family."""
+    return WITHOUT_RECIPE.get(family) or next(shrunken(name) for name in PUBLISHED if load(name).model["family"] == family)

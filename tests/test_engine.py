@@ -341,34 +341,9 @@ def test_a_wrong_model_block_is_named(block, said):
 # ---- pipeline stages -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", stages.FAMILIES)
-@pytest.mark.parametrize("count", [2, 3])
-def test_stages_in_a_row_are_the_whole_model(family, count, tokenizer):
-    """Logits of random ids, with positions that begin anew in the middle as packed documents have, to 1e-6; every parameter in exactly one stage."""
-    from pipeline.train.pipelined import Stage
-
-    made, _ = tokenizer
-    block = {"family": family, **SMALL}
-    whole = build.new(block, made, 64, seed=1).eval()
-    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[*range(12)], [*range(5), *range(7)]])
-    names, flow = {}, (ids, positions)
-    for index in range(count):
-        part = Stage(build.new(block, made, 64, seed=1, materialise=False), index, count, False, lambda model, name: build.initialise(model, 1, name)).eval()
-        if index == 0:
-            table = part.table.weight
-        elif index == count - 1 and whole.config.tie_word_embeddings:  # what DeepSpeed's TiedLayerSpec does between processes
-            part.table.weight = table
-        names |= {stages.global_name(name, part.offset): value for name, value in part.model.state_dict().items()}
-        with torch.no_grad():
-            flow = part(flow)
-    assert torch.allclose(flow, whole(input_ids=ids, position_ids=positions, use_cache=False).logits, atol=1e-6)
-    assert set(names) == set(whole.state_dict()) and all(torch.equal(value, names[name]) for name, value in whole.state_dict().items()), "weights do not depend on the cut"
-
-
 def test_a_family_or_depth_that_cannot_be_cut_is_refused():
-    with pytest.raises(UserError, match="gpt2 cannot be cut"):
-        stages.check(type("C", (), {"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="gemma cannot be cut"):
+        stages.check(type("C", (), {"model_type": "gemma"}))
     with pytest.raises(UserError, match="the model has 3"):
         stages.split(3, 4)
     assert [len(part) for part in stages.split(10, 4)] == [3, 3, 2, 2]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_engine import config
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
-from tuned import tokenizer as make_tokenizer
 
 from pipeline.errors import UserError
 from pipeline.models import build, cost, stages
@@ -42,7 +41,7 @@ def test_a_recipes_model_has_the_published_size(name):
     """Built on the meta device; within 1%: a vocabulary rounded up, positions of another length."""
     recipe = families.load(name)
     model = build.new(recipe.model, families.Sized(recipe.stages["tokenizer"].vocab_size), recipe.stages["pretrain"].sequence_length, 0, materialise=False)
-    assert cost.count(model)["total"] == pytest.approx(families.PUBLISHED[name], rel=0.01)
+    assert cost.count(model).total == pytest.approx(families.PUBLISHED[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", families.PUBLISHED)
@@ -64,3 +63,106 @@ def test_a_tiny_copy_starts_as_transformers_says_and_learns(name):
     assert whole[2]["loss"] < whole[1]["loss"] < whole[0]["loss"] and all(stats["applied"] for stats in whole)
     for one, other in zip(whole, parts, strict=True):
         assert [other[key] for key in one] == pytest.approx(list(one.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", stages.FAMILIES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_stages_in_a_row_are_the_whole_model(family, count):
+    """Logits of random ids, with positions that begin anew in the middle as packed documents have, to 1e-6; every parameter in exactly one stage."""
+    from pipeline.train.pipelined import Stage
+
+    block, made = families.of_family(family), families.Sized(VOCABULARY)
+    whole = build.new(block, made, LENGTH, seed=1).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(12)], [*range(5), *range(7)]])
+    names, flow = {}, (ids, positions)
+    for index in range(count):
+        part = Stage(build.new(block, made, LENGTH, seed=1, materialise=False), index, count, False, lambda model, name: build.initialise(model, 1, name)).eval()
+        if index == 0:
+            table = part.table.weight
+        elif index == count - 1 and whole.config.tie_word_embeddings:  # what DeepSpeed's TiedLayerSpec does between processes
+            part.table.weight = table
+        names |= {stages.global_name(name, part.offset): value for name, value in part.model.state_dict().items()}
+        with torch.no_grad():
+            flow = part(flow)
+    assert torch.allclose(flow, whole(input_ids=ids, position_ids=positions, use_cache=False).logits, atol=1e-6)
+    assert set(names) == set(whole.state_dict()) and all(torch.equal(value, names[name]) for name, value in whole.state_dict().items()), "weights do not depend on the cut"
+
+
+# ---- the balancing loss ----------------------------------------------------------------------------------------------------
+
+
+def plain_balance(router_logits, rows: int, top: int, affinity) -> torch.Tensor:
+    """Equations 17 to 20 row by row, expert by expert; summed over layers and rows."""
+    total = 0.0
+    for logits in router_logits:
+        for row in logits.float().view(rows, -1, logits.shape[-1]):
+            scores = affinity(row)
+            shares = scores / scores.sum(-1, keepdim=True)
+            chosen = scores.topk(top, -1).indices
+            for expert in range(scores.shape[1]):
+                f = (chosen == expert).sum() * scores.shape[1] / (top * len(row))
+                total = total + f * shares[:, expert].mean()
+    return total
+
+
+def language_loss(model, ids, **options):
+    out = model(input_ids=ids, use_cache=False, **options)
+    return torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), ids.flatten()), out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b"])
+def test_the_balancing_loss_is_the_papers(name, checkpointing):
+    """Loss and gradients of a plain implementation on transformers' own router logits, to 1e-6; also when activations are computed twice."""
+    model, reference, plain = fresh(name), fresh(name), fresh(name)
+    ids, coefficient = batch_of(range(ROWS))["inputs"]["input_ids"], model.config.router_aux_loss_coef
+    language, out = language_loss(reference, ids, output_router_logits=True)
+    router = plain_balance(out.router_logits, ROWS, 2, lambda row: row.softmax(-1)) / ROWS
+    (language + coefficient * router).backward()
+    language_loss(plain, ids)[0].backward()
+    balancing = balance.Balance(model, 0)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    balancing.begin(1 / ROWS)
+    language_loss(model, ids)[0].backward()
+    read = balancing.read(ROWS)
+    assert read["router_loss"] == pytest.approx(coefficient * router.item(), rel=1e-6) and 1 <= read["expert_load"] <= 4
+    changed = 0
+    for (key, parameter), expected, alone in zip(model.named_parameters(), reference.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, expected.grad, rtol=1e-6, atol=1e-6 * expected.grad.abs().max().item()), key
+        changed += "gate.weight" in key and not torch.allclose(parameter.grad, alone.grad, rtol=1e-3)
+    assert changed, "without the loss the routers' gradients are others"
+
+
+def test_deepseeks_affinities_and_values_of_known_routers():
+    """Balanced routing costs exactly 1 a layer and row; a router that sends everything to K of N experts with certainty costs N / K."""
+    even = torch.zeros(8, 4)
+    chosen = torch.tensor([[0, 1], [2, 3]] * 4)
+    for affinity in ("softmax", "sigmoid"):
+        assert balance.row_losses(even, chosen, 2, affinity)[0].tolist() == pytest.approx([1, 1])
+    certain = torch.tensor([[50.0, 50.0, -50.0, -50.0]]).repeat(8, 1)
+    losses, counts = balance.row_losses(certain, torch.tensor([[0, 1]] * 8), 2, "sigmoid")
+    assert losses.tolist() == pytest.approx([2, 2]) and counts.tolist() == [8, 8, 0, 0]
+    logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    plain = plain_balance([logits], 3, 2, torch.sigmoid)
+    assert balance.row_losses(logits, logits.topk(2).indices, 3, "sigmoid")[0].sum().item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_the_balancing_loss_balances():
+    """Routers that begin lopsided: with the loss the busiest expert has less than with almost none."""
+    found = {}
+    for coefficient in (1e-9, 1.0):
+        model = MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **families.SOME, num_local_experts=4, router_aux_loss_coef=coefficient))
+        build.initialise(model, 0)
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.data *= 20
+        trainer = engine.build(model, loss_fn, config(sequence_length=LENGTH, batch_size=ROWS))
+        found[coefficient] = [trainer.step([batch_of(range(ROWS), step)], lr=1e-2)["expert_load"] for step in range(25)][-1]
+    assert found[1.0] < found[1e-9] - 0.1, found
+
+
+def test_a_router_that_was_not_checked_is_refused():
+    with pytest.raises(UserError, match="olmoe, only with mixtral"):
+        build.check({"family": "olmoe", "router_aux_loss_coef": 0.01})
+    build.check({"family": "olmoe", "router_aux_loss_coef": 0})

@@ -219,6 +219,9 @@ def _config(family: str, keys: dict):
     from transformers import AutoConfig
 
     try:
+        if keys:  # YAML's 0 is an integer, which transformers refuses where it wants a number with a point
+            usual = AutoConfig.for_model(family)
+            keys = {key: float(value) if type(value) is int and isinstance(getattr(usual, key, None), float) else value for key, value in keys.items()}
         return AutoConfig.for_model(family, **keys)
     except (ValueError, TypeError, StrictDataclassError) as error:  # transformers' own checks of values
         raise UserError(f"model: {family} cannot be built from these values: {str(error).strip().splitlines()[-1].strip()}") from None
