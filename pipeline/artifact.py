@@ -28,7 +28,7 @@ from pipeline.files import hash_files, now, sha256_file, sync_folder, sync_tree,
 from pipeline.lock import Lock
 
 SCHEMA_VERSION = 1
-NOT_CONTENT = {"README.md", "manifest.json", "run.json", "recipe.yaml", "metrics.jsonl", "requeue.json", "logs", "checkpoints", "work", "wandb"}
+NOT_CONTENT = {"README.md", "manifest.json", "run.json", "recipe.yaml", "metrics.jsonl", "horizon.json", "requeue.json", "logs", "checkpoints", "work", "wandb"}
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "tokenizers", "sentencepiece", "safetensors", "numpy", "pyarrow")
 
 
@@ -272,7 +272,7 @@ class Output:
             "software": software(),
             "started": self.info["started"],
             "finished": now(),
-            "seconds": round(self.info.get("seconds", 0.0) + time.time() - self._clock, 3),
+            "seconds": round(self.spent(), 3),
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "resumed": self.info.get("resumed", 0),
             "forked_from": self.info.get("forked_from"),
@@ -296,9 +296,13 @@ class Output:
     def note_time(self) -> None:
         """Keep the seconds spent so far, so that a killed run's time is counted; called when something was saved."""
         if self.is_main:
-            self.info["seconds"] = self.info.get("seconds", 0.0) + time.time() - self._clock
+            self.info["seconds"] = self.spent()
             self._clock = time.time()
             write_json(self.path / "run.json", {**self.info, "config": self.config, "parents": self.parents, "stage": self.stage, "kind": self.kind})
+
+    def spent(self) -> float:
+        """Seconds that this output has been worked on, by killed runs too. Main process only."""
+        return self.info.get("seconds", 0.0) + time.time() - self._clock
 
     def close(self) -> None:
         if self.is_main:
@@ -325,7 +329,7 @@ def fork_source(folder: Path, identity: dict, config: dict, stage: str) -> Path:
         before = json.loads((run / "run.json").read_text())["identity"]
         steps = sorted(path.parent for path in run.glob("checkpoints/step-*/complete.json"))
         changed = differences({key: before.get(key) for key in ("parents", "sources")}, {key: identity.get(key) for key in ("parents", "sources")})
-        early = [step for step in steps if int(step.name.removeprefix("step-")) < config.get("steps", float("inf"))]
+        early = [step for step in steps if int(step.name.removeprefix("step-")) < (config.get("steps") or float("inf"))]
         if steps and changed:
             refused = f"{run.name} was made from other inputs ({'; '.join(changed)})"
         elif steps and not early:

@@ -12,21 +12,45 @@ import math
 import shutil
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
 from pipeline.errors import UserError
 from pipeline.recipe import EXECUTION
-from pipeline.train.config import TrainConfig
+from pipeline.train import horizon
+from pipeline.train.config import Schedule, TrainConfig
 
 VERSION = 1
 INPUTS = {"tokens": ("pack",), "tokenizer": ("tokenizer",), "model?": ("pretrain",)}
 
 
+class PretrainSchedule(Schedule):
+    """Warmup may also be given in tokens."""
+
+    warmup_tokens: int | None = Field(None, ge=1)
+    """Tokens from 0 to the peak, rounded up to whole steps, in place of warmup_steps."""
+
+    @model_validator(mode="after")
+    def one_warmup(self):
+        if self.warmup_tokens and self.warmup_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} and warmup_tokens {self.warmup_tokens} both say how long the warmup is; keep one")
+        return self
+
+
 class Config(TrainConfig):
     """One step reads batch_size rows of sequence_length tokens."""
 
+    steps: int | None = Field(None, ge=1)
+    """Horizon in optimizer steps. Exactly one of steps, tokens, tokens_per_parameter and time is given."""
+    tokens: int | None = Field(None, ge=1)
+    """Horizon in tokens read, rounded up to whole steps."""
+    tokens_per_parameter: float | None = Field(None, gt=0)
+    """Horizon in tokens for each parameter of the model; 20 is Hoffmann et al.'s (2022) optimum of a fixed amount of compute."""
+    time: str | None = None
+    """Horizon in wall-clock time of this stage, such as 2h or 90m; becomes steps once the first 20 have been timed (docs/pretrain.md)."""
+    schedule: PretrainSchedule = PretrainSchedule()
+    """Learning rate over steps."""
     model: dict[str, Any] | None = None
     """Model to build; the recipe's top-level `model` unless given here. Not used when an input `model` is given."""
     model_changes: dict[str, Any] = {}
@@ -39,6 +63,16 @@ class Config(TrainConfig):
     """Fixed rows of held-out text on which bits per byte are measured."""
     compile: Annotated[bool, EXECUTION] = False
     """torch.compile the model: a minute of compiling, then 1.7 times as many tokens a second on a CPU core (docs/pretrain.md). Not with zero: 3 or a pipeline."""
+
+    @model_validator(mode="after")
+    def one_horizon(self):
+        given = [key for key in horizon.KINDS if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = f"has {len(given)} horizons ({', '.join(given)}), which is one too many" if given else "does not say how long it is"
+            raise ValueError(f"stage {self.kind} {found}; give one of {', '.join(horizon.KINDS)} (key=~ takes one out)")
+        if self.time is not None:
+            horizon.seconds_of(self.time)
+        return self
 
     @classmethod
     def supports_pipeline(cls) -> bool:
@@ -62,9 +96,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer
     from pipeline.models import build, cost
-    from pipeline.train import distributed, engine
+    from pipeline.train import derivation, distributed, engine, meters
     from pipeline.train.loop import fit, share
-    from pipeline.train.meters import Text
     from pipeline.train.tuning import model_folder
 
     # What is there
@@ -90,7 +123,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         model = build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=config.parallel.pipeline == 1)
     model_config, size = model.config, cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
-    for line in derivation(config, size, flops, sampler):
+    config = horizon.in_steps(config, size.total)
+    peak = meters.total_peak(config)
+    for line in derivation.lines(config, model_config, size, flops, peak, sampler, output.folder):
         say(line)
     if config.compile:
         model.compile(dynamic=False)
@@ -110,7 +145,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         per_source = {f"bits_per_byte/{source}": nats[source] / math.log(2) / bytes_of[source] for source in sources}
         return {"loss": found["loss"], "bits_per_byte": found["loss"] * found["weight"] / math.log(2) / num_bytes, **(per_source if len(sources) > 1 else {})}
 
-    text = Text({source: rows * config.sequence_length for source, rows in sampler.rows_per_epoch.items()}, flops)
+    epochs = {source: rows * config.sequence_length for source, rows in sampler.rows_per_epoch.items()}
+    text = meters.Text(epochs, flops, peak, derivation.expected_seconds(config, flops, peak))
     result = fit(trainer, config, output, batches, evaluate=evaluate, text=text)
 
     # What it was for
@@ -125,6 +161,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "loss_before": before["loss"],
         "loss_after": after["loss"],
         "train_loss": result["last"]["loss"],
+        "steps": trainer.step_count,
         "tokens": tokens,
         "tokens_sources": result["sources"],
         "parameters": size.total,
@@ -137,27 +174,6 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             "measure": f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}",
         },
     }
-
-
-def derivation(config: Config, size, flops, sampler) -> list[str]:
-    """What follows from the recipe, before the first step is made."""
-    from pipeline.train import distributed
-
-    world, depth = distributed.world(), config.parallel.pipeline
-    tokens = config.steps * config.batch_size * config.sequence_length
-    ranks = world // depth
-    micro = config.micro_batch or config.batch_size // ranks
-    layout = f"pipeline {depth} x {ranks} data ranks" if depth > 1 else f"ZeRO-{config.parallel.zero} over {world}" if config.parallel.zero is not None else f"data parallel over {world}" if world > 1 else "one process"
-    # fp32: weights 4, gradients 4, Adam's moments 8 bytes a parameter; ZeRO splits the last of them first
-    zero = 1 if depth > 1 else config.parallel.zero or 0
-    each = {0: 16.0, 1: 8 + 8 / ranks, 2: 4 + 12 / ranks, 3: 16 / ranks}[zero] / depth
-    return [
-        f"model      {size.total:,} parameters: {size.body:,} in layers, {size.embedding:,} in embeddings",
-        f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x {config.sequence_length}; {tokens / size.total:.1f} tokens a parameter (Chinchilla's optimum is about 20)",
-        f"layout     {layout}; {config.batch_size // ranks // micro} micro-batch{'es' * (config.batch_size // ranks > micro)} of {micro} rows a step on each; {config.precision}",
-        f"cost       {flops.full * tokens:.2e} FLOPs, {flops.full:.2e} a token; weights, gradients and optimizer take {size.total * each / 1e9:.2f} GB a process, activations come on top",
-        *sampler.warnings(config.steps * config.batch_size),
-    ]
 
 
 def loss_of(sources: list[str]):

@@ -101,6 +101,12 @@ class Progress:
             left = (self.total - self.done) / rate if rate > 0 else 0
             print(f"{self.name}: {100 * self.done / max(self.total, 1e-9):.0f}% ({_count(self.done)} of {_count(self.total)} {self.unit}), {self._rate(now)}, {_time(left)} left {_shown(values)}".rstrip(), flush=True)
 
+    def retarget(self, total: float) -> None:
+        """Another end than was thought."""
+        self.total = total
+        if self.bar:
+            self.bar.update(self.task, total=total)
+
     def _rate(self, now: float) -> str:
         return f"{_count((self.done - self.start) / max(now - self.begun, 1e-9))} {self.unit}/s"
 

@@ -58,7 +58,7 @@ def test_yaml_1_2_numbers_words_and_injected_keys(write):
         (("{lr: 3e-4}", "{learning_rate: 3e-4}"), 13, "unknown key stages.pretrain.optimizer.learning_rate; expected one of kind, lr, betas"),
         (("steps: 10", "steps: ten"), 10, "stages.pretrain.steps is 'ten', expected"),
         (("steps: 10", "steps: 0"), 10, "stages.pretrain.steps is 0, expected greater than or equal to 1"),
-        (("    steps: 10\n", ""), 9, "the key stages.pretrain.steps is missing"),
+        (("    steps: 10\n", ""), 9, "stage pretrain does not say how long it is; give one of steps, tokens"),
         (("seed: 7", "sead: 7"), 2, "unknown key sead; did you mean 'seed'?"),
         (("  pack: {}", "  pakc: {}"), 9, "stages.pakc has the unknown kind 'pakc'; did you mean 'pack'?"),
         (("  pack: {}", "  seed: {kind: pack}"), 8, "no stage may be called seed"),

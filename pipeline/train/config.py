@@ -8,6 +8,13 @@ from pipeline.errors import UserError
 from pipeline.recipe import EXECUTION, StageConfig, Strict
 
 
+def _idle(block: Strict, key: str, why: str) -> None:
+    """Refuse a key that would change a run's identity and not its result. At its default it may stand: a recipe that is written out has all keys."""
+    value = getattr(block, key)
+    if value != type(block).model_fields[key].default:
+        raise ValueError(f"{key}: {value} {why}; leave it out")
+
+
 class Optimizer(Strict):
     """AdamW (Loshchilov & Hutter, 2019), or Muon (Jordan et al., 2024) for the matrices inside the model with AdamW for the rest."""
 
@@ -26,6 +33,12 @@ class Optimizer(Strict):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if self.kind != "muon":
+            _idle(self, "momentum", "is of kind: muon alone, adamw has `betas`")
+        return self
+
 
 class Schedule(Strict):
     """Learning rate over steps: warmup, then decay to `min_ratio` of the peak."""
@@ -38,6 +51,19 @@ class Schedule(Strict):
     """Final learning rate as a share of the peak."""
     decay_ratio: float = Field(0.2, gt=0, le=1)
     """wsd only: share of the steps that decays."""
+    decay_steps: int | None = Field(None, ge=1)
+    """wsd only: how many steps decay, in place of decay_ratio."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if self.kind != "wsd":
+            _idle(self, "decay_ratio", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
+            _idle(self, "decay_steps", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
+        elif self.decay_steps:
+            _idle(self, "decay_ratio", "and decay_steps both say how long the decay is")
+        if self.kind == "constant":
+            _idle(self, "min_ratio", "has no effect with kind: constant, which never decays")
+        return self
 
 
 class Parallel(Strict):

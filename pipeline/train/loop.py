@@ -16,6 +16,7 @@ from pipeline.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
+from pipeline.train.horizon import CALIBRATION, Horizon
 from pipeline.train.meters import Meters, Text
 
 
@@ -74,7 +75,7 @@ def fit(
     unit: str = "tok",
     text: Text | None = None,
 ) -> dict:
-    """Train from the newest checkpoint, or from the start, to `config.steps`. Collective.
+    """Train from the newest checkpoint, or from the start, to the end of the horizon. Collective.
 
     batches(step) gives this process's micro-batches; evaluate() the numbers on held-out data, equal on all processes; `text` is for the meters.
     Returns before and after (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
@@ -94,27 +95,36 @@ def fit(
             other = "" if before == now else f", which {before} process{'es' if before > 1 else ''} saved; with {now} the rows are the same and the last bits are not"
             print(f"{output.stage}: goes on from {path.name}{other}", flush=True)
     state["processes"] = distributed.world()
+    horizon = Horizon(config, output, engine.step_count)
     tracker.rewind(engine.step_count if state["before"] else -1)  # without a checkpoint the first evaluation is made again
     if evaluate and state["before"] is None:
+        phases.enter("evaluate")
+        begun = time.perf_counter()
         state["before"] = evaluate()
+        state["evaluation_seconds"] = time.perf_counter() - begun
         tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
     meters = Meters(config, state, unit, text, engine.device)
     try:
-        with StopSignal() as signals, Progress(output.stage, config.steps, "step", engine.step_count, output.is_main) as bar:
-            while engine.step_count < config.steps:
+        with StopSignal() as signals, Progress(output.stage, horizon.steps or CALIBRATION, "step", engine.step_count, output.is_main) as bar:
+            while horizon.steps is None or engine.step_count < horizon.steps:
                 begun = time.perf_counter()
                 phases.enter("data", engine.step_count + 1)
                 seed_step(config, engine.step_count, engine.data_rank)
-                stats = engine.step(batches(engine.step_count))
+                stats = engine.step(batches(engine.step_count), horizon.learning_rate(engine.step_count))
                 phases.enter("log")
                 step = engine.step_count
                 stats = plain(meters.step(stats, time.perf_counter() - begun))
+                settled = horizon.settle(step, meters.step_seconds, state.get("evaluation_seconds", 0.0))
+                if settled:
+                    bar.retarget(horizon.steps)
+                if output.is_main and (told := settled or meters.calibrated(step, horizon.steps)):
+                    print(told, flush=True)
                 state["weight"] += stats["weight"]
                 state["skipped"] += not stats["applied"]
                 state["first"], state["last"] = state["first"] or stats, stats
-                last = step == config.steps
+                last = step == horizon.steps
                 if step % config.log.every_steps == 0 or last or step == 1 or not stats["applied"]:
-                    tracker.log(step, **stats, **meters.line(step, config.steps))
+                    tracker.log(step, **stats, **meters.line(step, horizon.steps))
                 if not stats["applied"] and output.is_main:
                     print(f"{output.stage}: step {step} was skipped, its loss ({stats['loss']}) or gradient norm ({stats['grad_norm']}) is not finite or it had no labels", flush=True)
                 bar.update(1, loss=stats["loss"] if stats["loss"] is not None else "nan", **{f"{unit}/s": meters.rate})

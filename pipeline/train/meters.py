@@ -1,6 +1,6 @@
 """What is written of a step: metrics.jsonl, the terminal's line, Weights & Biases. docs/pretrain.md has the table of all names.
 
-    meters = Meters(config, steps, state, unit="tok", text=Text(...))
+    meters = Meters(config, state, unit="tok", text=Text(...))
     stats = meters.step(engine.step(...), seconds)     # each step: adds up, and takes the sums that are not for reading out of `stats`
     line = meters.line(step)                           # each `log.every_steps`. Collective
 
@@ -16,10 +16,13 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.models.cost import Flops
-from pipeline.train import distributed, phases, peak
+from pipeline.train import distributed, phases
+from pipeline.train.derivation import duration
+from pipeline.train.peak import peak
 
 OF_A_STEP = ("data", "forward", "backward", "pipeline", "reduce", "update", "log")  # phases that every step has; their times are shown a step
 BESIDE = ("evaluate", "sample", "save")  # and those that come now and then, whose times are shown whole
+CALIBRATED = 20  # steps of a process after which the time of a step is told
 SETTLED = 3  # first steps of a process that say nothing about the others: kernels are loaded, buffers made
 
 
@@ -31,6 +34,10 @@ class Text:
     """Source -> tokens of one pass over it."""
     flops: Flops | None = None
     """Of one token."""
+    peak: float | None = None
+    """FLOP/s of all devices together, if known."""
+    expected: float | None = None
+    """Seconds that the run was expected to take before its first step."""
 
 
 class Meters:
@@ -40,11 +47,6 @@ class Meters:
         self.config, self.state, self.unit, self.text = config, state, unit, text or Text()
         self.device = device or distributed.device()
         self.state.setdefault("sources", {})
-        self.peak = None  # FLOP/s of all devices together
-        if self.text.flops and config.log.peak != 0:
-            mine = peak.peak(config.log.peak, config.precision, self.device)
-            found = distributed.all_reduce_sum([mine or 0.0, float(mine is None)])
-            self.peak = found[0] if found[1] == 0 else None
         self.busy, self.done = 0.0, 0.0  # seconds and weight of all steps of this process
         self.settled_steps, self.settled_seconds, self.steps = 0, 0.0, 0
         self.begun = time.perf_counter()
@@ -102,8 +104,8 @@ class Meters:
         found["data_wait_share"] = max(row[2 + OF_A_STEP.index("data")] / max(row[0], 1e-9) for row in rows)
         found["peak_memory_gb"] = max(row[1] for row in rows) / 1e9
         found = {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
-        if self.text.flops and self.peak:
-            found["mfu"], found["mfu_causal"] = (round(rate * flops / self.peak, 4) for flops in (self.text.flops.full, self.text.flops.causal))
+        if self.text.flops and self.text.peak:
+            found["mfu"], found["mfu_causal"] = (round(rate * flops / self.text.peak, 4) for flops in (self.text.flops.full, self.text.flops.causal))
         for source, tokens in self.tokens.items():
             if tokens:
                 found[f"loss/{source}"] = self.nats[source] / tokens
@@ -116,6 +118,15 @@ class Meters:
         self._clear()
         return found
 
+    def calibrated(self, step: int, steps: int | None) -> str | None:
+        """Once, when the first steps have been timed: what the rest will take, beside what was expected."""
+        if self.steps != CALIBRATED or steps is None or steps - step < CALIBRATED:
+            return None
+        expected = f"; {duration(self.text.expected * (steps - step) / steps)} were expected" if self.text.expected else ""
+        rate = self.done / self.steps / self.step_seconds
+        mfu = f", {100 * rate * self.text.flops.full / self.text.peak:.1f}% MFU" if self.text.flops and self.text.peak else ""
+        return f"measured   {self.step_seconds:.3g} s a step, {rate:,.0f} {self.unit}/s{mfu}: the other {steps - step:,} steps take {duration(self.step_seconds * (steps - step))}{expected}"
+
     @property
     def rate(self) -> float:
         """Weight a second over all steps of this process, all ranks together, without evaluating and saving."""
@@ -125,6 +136,13 @@ class Meters:
     def step_seconds(self) -> float | None:
         """Seconds of a step, the first few left out; None as long as there was none."""
         return self.settled_seconds / self.settled_steps if self.settled_steps else None
+
+
+def total_peak(config) -> float | None:
+    """FLOP/s of all processes' devices together, None if one is unknown. Measured on all at the same time, because CPU processes share a machine. Collective."""
+    mine = peak(config.log.peak, config.precision, distributed.device())
+    total, unknown = distributed.all_reduce_sum([mine or 0.0, float(mine is None)])
+    return None if unknown else total
 
 
 def peak_memory(device: torch.device) -> float:

@@ -5,19 +5,19 @@ import math
 from pipeline.train.config import Schedule
 
 
-def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
+def learning_rate(schedule: Schedule, peak: float, step: int, steps: int, hold: int = 0) -> float:
     """Learning rate of update number `step` (from 0) of `steps`.
 
     Warmup is linear and its first update has peak / warmup_steps, not 0: an update of nothing would be wasted. Decay starts after it;
-    cosine is Loshchilov & Hutter (2017) without restarts, wsd is Hu et al. (2024) with a linear decay.
+    cosine is Loshchilov & Hutter (2017) without restarts, wsd is Hu et al. (2024) with a linear decay. No decay before step `hold`.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return peak
-    begin = schedule.warmup_steps
+    begin = max(schedule.warmup_steps, hold)
     if schedule.kind == "wsd":
-        begin = max(begin, steps - round(schedule.decay_ratio * steps))
+        begin = max(begin, steps - (schedule.decay_steps or round(schedule.decay_ratio * steps)))
     if step < begin:
         return peak
     progress = min(1.0, (step - begin) / max(1, steps - begin))

@@ -1,0 +1,85 @@
+"""What follows from a pretraining recipe, printed before the first step: parameters, tokens, FLOPs, time, memory, disk."""
+
+import shutil
+
+from pipeline.models import cost
+from pipeline.models.cost import Flops, Size
+from pipeline.train import distributed
+
+ASSUMED_MFU = 0.4  # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
+
+
+def layout_of(config) -> cost.Layout:
+    depth = config.parallel.pipeline
+    ranks = distributed.world() // depth
+    micro = config.micro_batch or config.batch_size // ranks
+    checkpointing = config.activation_checkpointing
+    return cost.Layout(
+        ranks=ranks,
+        depth=depth,
+        zero=config.parallel.zero,
+        micro=micro,
+        accumulation=config.batch_size // ranks // micro,
+        precision=config.precision,
+        optimizer=config.optimizer.kind,
+        checkpointing=checkpointing if isinstance(checkpointing, str) else "full" if checkpointing else "none",
+        offload=config.parallel.offload,
+    )
+
+
+def expected_seconds(config, flops: Flops, peak: float | None) -> float | None:
+    """Of the whole run at the assumed MFU; None where no peak or no number of steps is known."""
+    if peak is None or config.steps is None:
+        return None
+    return flops.full * config.steps * config.batch_size * config.sequence_length / (peak * ASSUMED_MFU)
+
+
+def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sampler, folder) -> list[str]:
+    """config: with steps, unless its horizon is a time. peak: FLOP/s of all devices, if known. folder: where checkpoints go."""
+    layout = layout_of(config)
+    world, step = layout.ranks * layout.depth, config.batch_size * config.sequence_length
+    picked, experts = cost.routed(model_config)
+    active = f"; {size.active:,} active for a token ({picked} of {experts} experts)" if experts > 1 else ""
+    found = [f"model      {size.total:,} parameters: {size.body:,} in layers, {size.embedding:,} in embeddings{active}"]
+    if config.steps is None:
+        found.append(f"data       {step:,} tokens a step ({config.batch_size} rows x {config.sequence_length}); how many steps fit into {config.time} is said once the first ones have been timed")
+    else:
+        tokens = config.steps * step
+        found.append(f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x {config.sequence_length}; {tokens / size.total:.1f} tokens a parameter (Chinchilla's optimum is about 20)")
+        epochs = sampler.epochs(config.steps * config.batch_size)
+        shares = [f"{source} {100 * sampler.weights[source]:.3g}% of the rows, {epochs[source]:.2f} epochs of {sampler.store.num_tokens(source):,} tokens" for source in sampler.sources]
+        found.append("sources    " + "; ".join(shares))
+    schedule = config.schedule
+    end = "" if schedule.kind == "constant" else f" to {schedule.min_ratio * config.optimizer.lr:.3g}"
+    found.append(f"schedule   {config.optimizer.kind}, {schedule.kind} from {config.optimizer.lr:.3g}{end}, warmup of {schedule.warmup_steps:,} steps ({schedule.warmup_steps * step:,} tokens)")
+    where = f"pipeline {layout.depth} x {layout.ranks} data ranks" if layout.depth > 1 else f"ZeRO-{layout.zero} over {world}" if layout.zero is not None else f"data parallel over {world}" if world > 1 else "one process"
+    found.append(f"layout     {where}; {layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of {layout.micro} rows a step on each; {config.precision}")
+    total = f"{flops.full * config.steps * step:.2e} FLOPs, " if config.steps else ""
+    seconds = expected_seconds(config, flops, peak)
+    guess = f"; about {duration(seconds)} at {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:,.4g} TFLOP/s (an assumption)" if seconds is not None else ""
+    found.append(f"compute    {total}{flops.full:.2e} a token, {flops.causal:.2e} with causal attention halved{guess}")
+    parts = cost.memory(model_config, size, config.sequence_length, layout)
+    found.append(f"memory     about {gigabytes(sum(parts.values()))} a process: " + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items()))
+    if distributed.device().type == "cuda":
+        import torch
+
+        there = torch.cuda.get_device_properties(distributed.device()).total_memory
+        if sum(parts.values()) > there:
+            found.append(f"           this GPU has {gigabytes(there)}: a smaller micro_batch, activation_checkpointing, or more ranks under zero take less")
+    each = cost.checkpoint_bytes(size, config.optimizer.kind)
+    kept = config.save.keep + 1
+    free = shutil.disk_usage(folder).free
+    found.append(f"disk       {gigabytes(each)} a checkpoint, at most {kept} at a time: {gigabytes(kept * each)}; {gigabytes(free)} are free")
+    return found + (sampler.warnings(config.steps * config.batch_size) if config.steps else [])
+
+
+def gigabytes(number: float) -> str:
+    return f"{number / 1e9:.3g} GB" if number >= 1e8 else f"{number / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 12 min, 3.4 h, 21 days."""
+    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {name}"
+    return f"{seconds:.3g} s"
