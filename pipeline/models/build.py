@@ -171,7 +171,8 @@ def changed(folder: Path | str, changes: dict, sequence_length: int):
         if key in TAKEN or key == length or key not in known:
             near = difflib.get_close_matches(key, known - set(TAKEN), 1)
             raise UserError(f"model_changes.{key}: " + (f"leave it out: {TAKEN[key]}" if key in TAKEN else f"{before.model_type} has no such key" + (f"; did you mean {near[0]}?" if near else "")))
-    after = _config(before.model_type, {**before.to_dict(), **changes, **({length: sequence_length} if longer else {})})
+    kept = {key: value for key, value in before.to_dict().items() if key != "model_type"}
+    after = _config(before.model_type, {**kept, **changes, **({length: sequence_length} if longer else {})})
     after.architectures = before.architectures
     with torch.device("meta"):
         shapes = [{name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()} for config in (before, after)]
