@@ -21,12 +21,15 @@ _B = mixed(np.arange(1001, BANDS * ROWS + 1001, dtype=np.uint64))
 
 def signatures(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """MinHash signatures, uint32 [N, BANDS * ROWS], of N sets of shingle hashes (see text.shingles). That of an empty set is all ones."""
-    table = np.full((len(starts) - 1, BANDS * ROWS), 0xFFFFFFFF, np.uint32)
+    table = np.full((BANDS * ROWS, len(starts) - 1), 0xFFFFFFFF, np.uint32)
     filled = np.flatnonzero(np.diff(starts))
     if len(filled):
+        begins, values, least = starts[filled], np.empty_like(hashes), np.empty(len(filled), np.uint64)
         for column in range(BANDS * ROWS):
-            table[filled, column] = np.minimum.reduceat(hashes * _A[column] + _B[column], starts[filled]) >> np.uint64(32)
-    return table
+            np.multiply(hashes, _A[column], out=values)
+            np.add(values, _B[column], out=values)
+            table[column, filled] = np.minimum.reduceat(values, begins, out=least) >> np.uint64(32)
+    return np.ascontiguousarray(table.T)
 
 
 def near_duplicates(texts: list[str], similarity: float = 0.7) -> np.ndarray:
