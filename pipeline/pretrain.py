@@ -149,6 +149,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     text = meters.Text(epochs, flops, peak, derivation.expected_seconds(config, flops, peak))
     result = fit(trainer, config, output, batches, evaluate=evaluate, text=text)
 
+    if advice := trainer.advice():
+        say(advice)
+
     # What it was for
     weights = trainer.consolidated()
     if output.is_main:

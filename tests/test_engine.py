@@ -13,7 +13,7 @@ from pipeline.artifact import Output
 from pipeline.errors import UserError
 from pipeline.models import build, stages
 from pipeline.train import checkpoints, engine
-from pipeline.train.config import Schedule, TrainConfig
+from pipeline.train.config import Parallel, Schedule, TrainConfig
 from pipeline.train.loop import fit, share
 from pipeline.train.loss import cross_entropy_sum, token_logprobs
 from pipeline.train.schedule import learning_rate
@@ -345,5 +345,24 @@ def test_a_family_or_depth_that_cannot_be_cut_is_refused():
     with pytest.raises(UserError, match="gemma cannot be cut"):
         stages.check(type("C", (), {"model_type": "gemma"}))
     with pytest.raises(UserError, match="the model has 3"):
-        stages.split(3, 4)
-    assert [len(part) for part in stages.split(10, 4)] == [3, 3, 2, 2]
+        stages.split(tiny(), Parallel(pipeline=4), LENGTH)
+    with pytest.raises(UserError, match="add up to 3"):
+        stages.split(tiny(), Parallel(pipeline=2, layers=[1, 1]), LENGTH)
+    with pytest.raises(ValidationError, match="are 3 stages, pipeline says 2"):
+        Parallel(pipeline=2, layers=[1, 1, 1])
+
+
+def test_layers_are_shared_out_by_cost():
+    def sizes(**keys):
+        shape = {"num_hidden_layers": 10, "hidden_size": 64, "intermediate_size": 128, **keys.pop("shape", {})}
+        return [len(part) for part in stages.split(tiny(**shape), Parallel(**keys), LENGTH)]
+
+    assert sizes(pipeline=4) == [2, 3, 3, 2] and sizes(pipeline=4, partition="uniform") == [3, 3, 2, 2] and sizes(pipeline=2, layers=[7, 3]) == [7, 3]
+    costs, slowest = [3.0, 1, 1, 1, 2, 1, 1], []
+    for output in (0.0, 1.5, 4.0):
+        found = stages.partition(costs, output, 3)
+        cuts = [(a, b) for a in range(1, 6) for b in range(a + 1, 7)]
+        everything = {(a, b): max(sum(costs[:a]), sum(costs[a:b]), sum(costs[b:]) + output) for a, b in cuts}
+        assert everything[found[0].stop, found[1].stop] == min(everything.values()) and found[-1].stop == 7
+        slowest.append(len(found[-1]))
+    assert slowest == sorted(slowest, reverse=True) and slowest[0] > slowest[-1], "a dear output layer leaves fewer layers to the last stage"

@@ -1,6 +1,9 @@
 """Every shipped recipe's model: its published size, its initial values, a few steps of its tiny copy; the balancing loss; stages of a pipeline."""
 
 import math
+import os
+import subprocess
+import sys
 
 import families
 import pytest
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from pipeline.errors import UserError
 from pipeline.models import build, cost, stages
 from pipeline.train import balance, engine
+from pipeline.train.config import Parallel
 from pipeline.train.loss import cross_entropy_sum
 
 VOCABULARY, LENGTH, ROWS = 260, 16, 4
@@ -75,9 +79,9 @@ def test_stages_in_a_row_are_the_whole_model(family, count):
     whole = build.new(block, made, LENGTH, seed=1).eval()
     ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[*range(12)], [*range(5), *range(7)]])
-    names, flow = {}, (ids, positions)
+    names, flow, parts = {}, (ids, positions), stages.split(whole, Parallel(pipeline=count), LENGTH)
     for index in range(count):
-        part = Stage(build.new(block, made, LENGTH, seed=1, materialise=False), index, count, False, lambda model, name: build.initialise(model, 1, name)).eval()
+        part = Stage(build.new(block, made, LENGTH, seed=1, materialise=False), index, parts, False, lambda model, name: build.initialise(model, 1, name)).eval()
         if index == 0:
             table = part.table.weight
         elif index == count - 1 and whole.config.tie_word_embeddings:  # what DeepSpeed's TiedLayerSpec does between processes
@@ -166,3 +170,36 @@ def test_a_router_that_was_not_checked_is_refused():
     with pytest.raises(UserError, match="olmoe, only with mixtral"):
         build.check({"family": "olmoe", "router_aux_loss_coef": 0.01})
     build.check({"family": "olmoe", "router_aux_loss_coef": 0})
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names, layouts",
+    [
+        pytest.param("gpt2-124m,qwen3-30b-a3b", "ddp,zero 3,pipeline", id="some"),
+        pytest.param("all", "zero 1,zero 3,pipeline", marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_two_processes_train_a_family_as_one_does(names, layouts, tmp_path):
+    """Losses, gradient norms, balancing losses and loads of 3 steps to 1e-5 relative, weights to 1e-4 absolute after updates of 3e-3."""
+    import families_worker
+
+    root = families.ROOT
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": f"{root}/tests"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"{root}/tests/families_worker.py", tmp_path / "results.pt", names, layouts]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    alone = {}
+    for (name, layout), found in torch.load(tmp_path / "results.pt", weights_only=False).items():
+        expected = alone.setdefault(name, families_worker.train(name, "one"))
+        for one, other in zip(expected["steps"], found["steps"], strict=True):
+            assert other["applied"] and set(one) == set(other), (name, layout)
+            assert [other[key] for key in one] == pytest.approx(list(one.values()), rel=1e-5), (name, layout, list(one))
+        for key, value in found["weights"].items():
+            if key in expected["weights"]:
+                assert torch.allclose(value, expected["weights"][key], atol=1e-4), (name, layout, key)
+        assert set(expected["weights"]) >= set(found["weights"]) - {"lm_head.weight"}
+        if layout == "pipeline":
+            assert 0 < found["measured"]["bubble"] < 1 and found["measured"]["bubble_ideal"] == pytest.approx(1 / 5) and "stages were busy" in found["advice"]

@@ -9,6 +9,7 @@ import copy
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.models import cost
 
 # Families whose stages in a row were seen to give the whole model's logits (tests/test_families.py). Others may scale their embeddings in the
 # model's forward (gemma), or keep state between layers, and would be wrong without a sign of it.
@@ -23,15 +24,54 @@ def names(config) -> tuple[str, str, str]:
     return NAMES.get(config.model_type, COMMON_NAMES)
 
 
-def split(num_layers: int, stages: int) -> list[range]:
-    """Which layers each stage holds; earlier stages take the remainder, because the last one has the output layer too."""
-    if num_layers < stages:
-        raise UserError(f"parallel.pipeline: {stages} stages need at least as many layers, the model has {num_layers}; use pipeline: {num_layers} or fewer")
-    size, extra = divmod(num_layers, stages)
-    bounds = [0]
-    for index in range(stages):
-        bounds.append(bounds[-1] + size + (index < extra))
+def partition(costs: list[float], output: float, stages: int) -> list[range]:
+    """Which layers each stage holds so that the slowest stage is as fast as can be: `costs` of the layers, of which the last stage has `output` on top.
+
+    Minimises the sum of the stages' costs to the eighth power, by dynamic programming: nearly the maximum, and among equal maxima the most even. Of equal cuts the one with fewer layers in front:
+    the first stage of 1F1B keeps the most micro-batches.
+    """
+    scale = (sum(costs) + output) / stages
+    reach = [0.0]
+    for cost in costs:
+        reach.append(reach[-1] + cost / scale)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}  # layers placed -> (sum, bounds), after each stage
+    for stage in range(stages):
+        last = stage == stages - 1
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for end in [len(costs)] if last else range(stage + 1, len(costs) - (stages - stage - 1) + 1):
+            extra = output / scale if last else 0.0
+            following[end] = min((total + (reach[end] - reach[start] + extra) ** 8, (*bounds, end)) for start, (total, bounds) in best.items() if start < end)
+        best = following
+    bounds = best[len(costs)][1]
     return [range(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+
+
+def split(model, parallel, sequence_length: int) -> list[range]:
+    """The layers of each stage: those that `parallel.layers` counts, else evenly (`partition: uniform`) or by estimated FLOPs, the output layer's among them."""
+    count, total = parallel.pipeline, model.config.num_hidden_layers
+    if total < count:
+        raise UserError(f"parallel.pipeline: {count} stages need at least as many layers, the model has {total}; use pipeline: {total} or fewer")
+    sizes = parallel.layers
+    if sizes is None and parallel.partition == "uniform":
+        sizes = [total // count + (index < total % count) for index in range(count)]
+    if sizes is None:
+        return partition(*flops(model, sequence_length), count)
+    if sum(sizes) != total:
+        raise UserError(f"parallel.layers: {sizes} are {sum(sizes)} layers, the model has {total}; make them add up to {total}")
+    ends = [sum(sizes[: index + 1]) for index in range(count)]
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def flops(model, sequence_length: int) -> tuple[list[float], float]:
+    """Forward FLOPs of a token in each layer and in the output layer: 2 a parameter that works for it, and attention over half of the row on average."""
+    _, inner, _ = names(model.config)
+    picked, of = cost.routed(model.config)
+    attention = cost.attention_width(model.config) / model.config.num_hidden_layers * sequence_length
+    layers = []
+    for layer in getattr(model.base_model, inner):
+        working = sum(parameter.numel() * (picked / of if cost.EXPERTS.search(name) else 1) for name, parameter in layer.named_parameters())
+        layers.append(2 * working + attention)
+    return layers, 2.0 * model.get_output_embeddings().weight.numel()
 
 
 def check(config) -> None:
@@ -47,15 +87,15 @@ class NoPositions(nn.Module):
         return position_ids.new_zeros(())
 
 
-def cut(model, index: int, stages: int) -> range:
-    """Take from `model`, in place, everything that stage `index` of `stages` does not hold. Returns the layers that stay, by their global numbers.
+def cut(model, index: int, parts: list[range]) -> range:
+    """Take from `model`, in place, everything that stage `index` does not hold. Returns the layers that stay, by their global numbers.
 
     `config.num_hidden_layers` stays the whole model's: initial weights of GPT-2 depend on it.
     """
     check(model.config)
     base = model.base_model
     embedding, inner, norm = names(model.config)
-    layers = split(len(getattr(base, inner)), stages)[index]
+    layers = parts[index]
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     if getattr(config, "layer_types", None):
@@ -66,7 +106,7 @@ def cut(model, index: int, stages: int) -> range:
         setattr(base, embedding, nn.Identity())
         if hasattr(base, "wpe"):
             base.wpe, base.drop = NoPositions(), nn.Identity()
-    if index < stages - 1:
+    if index < len(parts) - 1:
         setattr(base, norm, nn.Identity())
         model.lm_head = nn.Identity()
     return layers

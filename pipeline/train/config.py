@@ -73,6 +73,10 @@ class Parallel(Strict):
     """ZeRO stage under DeepSpeed; none: plain data parallelism (DDP) without DeepSpeed."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages; the number of processes divided by this is the number of data-parallel ranks."""
+    partition: Literal["estimated", "uniform"] = "estimated"
+    """How a pipeline's layers are shared out: by FLOPs, the output layer's among them, or in equal numbers."""
+    layers: list[Annotated[int, Field(ge=1)]] | None = None
+    """Layers of each pipeline stage, such as [9, 8, 8, 7]; instead of `partition`. A run ends with what it measured and would suggest."""
     offload: bool = False
     """Keep the optimizer's state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory."""
 
@@ -83,6 +87,8 @@ class Parallel(Strict):
                 f"pipeline: {self.pipeline} with zero: {self.zero} cannot be had: ZeRO-{self.zero} splits gradients"
                 f"{' and parameters' if self.zero == 3 else ''} that the pipeline's stages must hold whole; use zero: 1"
             )
+        if self.layers and len(self.layers) != self.pipeline:
+            raise ValueError(f"layers: {self.layers} are {len(self.layers)} stages, pipeline says {self.pipeline}")
         if self.offload and (self.zero in (None, 0) or self.pipeline > 1):
             raise ValueError("offload needs zero: 1, 2 or 3 without a pipeline")
         return self

@@ -74,6 +74,14 @@ class Engine:
         weight, *values = self._data_sum([float(sum(batch["weight"] for batch in micro_batches)), *(sums[key] for key in keys)])
         return {**{key: value / max(weight, 1e-9) for key, value in zip(keys, values, strict=True)}, "weight": weight}
 
+    def measured(self) -> dict[str, float]:
+        """What the layout has to say of its speed since the last call, for the log. Collective."""
+        return {}
+
+    def advice(self) -> str | None:
+        """What a run's measurements suggest to do otherwise."""
+        return None
+
     @contextlib.contextmanager
     def gathered(self):
         """Inside, `model` has its full parameters on every process (ZeRO-3 keeps them in shards); do not change them. Collective."""

@@ -124,7 +124,7 @@ def fit(
                 state["first"], state["last"] = state["first"] or stats, stats
                 last = step == horizon.steps
                 if step % config.log.every_steps == 0 or last or step == 1 or not stats["applied"]:
-                    tracker.log(step, **stats, **meters.line(step, horizon.steps))
+                    tracker.log(step, **stats, **meters.line(step, horizon.steps), **engine.measured())
                 if not stats["applied"] and output.is_main:
                     print(f"{output.stage}: step {step} was skipped, its loss ({stats['loss']}) or gradient norm ({stats['grad_norm']}) is not finite or it had no labels", flush=True)
                 bar.update(1, loss=stats["loss"] if stats["loss"] is not None else "nan", **{f"{unit}/s": meters.rate})

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipeline.models import stages
 from pipeline.train import balance, distributed, phases
+from pipeline.train.bubble import Bubble
 from pipeline.train.engine import Sums, adamw, finite
 from pipeline.train.sharded import Checkpointed, GuardedAdamW, quiet, settings, start
 
@@ -18,10 +19,10 @@ from pipeline.train.sharded import Checkpointed, GuardedAdamW, quiet, settings, 
 class Stage(torch.nn.Module):
     """One stage as one layer of the PipelineModule: ids (and positions) in, hidden states (and positions) on, logits out at the end."""
 
-    def __init__(self, model, index: int, count: int, bf16: bool, fill):
+    def __init__(self, model, index: int, parts: list[range], bf16: bool, fill):
         super().__init__()
-        self.first, self.last, self.bf16 = index == 0, index == count - 1, bf16
-        layers = stages.cut(model, index, count)
+        self.first, self.last, self.bf16 = index == 0, index == len(parts) - 1, bf16
+        layers = stages.cut(model, index, parts)
         self.offset = layers.start
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")
@@ -59,7 +60,7 @@ class Pipelined(Checkpointed):
         os.environ.setdefault("LOCAL_RANK", "0")
         self.count = config.parallel.pipeline
         stages.check(model.config)
-        stages.split(model.config.num_hidden_layers, self.count)
+        self.parts = stages.split(model, config.parallel, config.sequence_length)
         self.data_world = distributed.world() // self.count
         self.data_rank, self.index = distributed.rank() % self.data_world, distributed.rank() // self.data_world
         self.tied = bool(model.config.tie_word_embeddings)
@@ -67,7 +68,7 @@ class Pipelined(Checkpointed):
         self.sums, self.scale = Sums(), 1.0
 
         def spec(index: int):
-            arguments = (Stage, model, index, self.count, config.precision == "bf16", fill)
+            arguments = (Stage, model, index, self.parts, config.precision == "bf16", fill)
             if self.tied and index in (0, self.count - 1):
                 return TiedLayerSpec("table", *arguments, tied_weight_attr="table.weight")
             return LayerSpec(*arguments)
@@ -86,6 +87,14 @@ class Pipelined(Checkpointed):
             self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings(config, micro, accumulation, self.data_world), dist_init_required=False)
         self.shape = None
+        self.bubble = Bubble(self.engine, self.device, self.index, self.count, self.data_world)
+
+    def measured(self):
+        return self.bubble.measured(self.engine.micro_batches)
+
+    def advice(self):
+        said = self.bubble.advice(self.parts)
+        return said and f"pipeline   {said}"
 
     def _loss(self, logits, index):
         """Called on the last stage; `index` says which micro-batch this is."""
@@ -127,7 +136,8 @@ class Pipelined(Checkpointed):
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         phases.enter("pipeline")  # forward, backward, reduction and update, interleaved
-        self.engine.train_batch(feed)
+        with self.bubble.clock:
+            self.engine.train_batch(feed)
         phases.enter("reduce")
         applied = self.engine.was_step_applied()
         norm = float(self.engine.get_global_grad_norm()) if applied else float("inf")
