@@ -174,13 +174,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         (output.folder / "requeue.json").unlink(missing_ok=True)
 
     state = {"step": 0, "kl_coef": config.ppo.kl_coef, "calibration": None, "before": None, "after": None, "shown": {}, "skipped": 0, "last": None}
+    saver = checkpoints.Saver(output, [models.policy, models.value], config.save)
     found = checkpoints.newest(output)
     if found:
         path, saved = found
-        models.policy.load(path), models.value.load(path)
+        changed = models.policy.load(path)
+        models.value.load(path)
         state.update(saved)
         if output.is_main:
-            print(f"{output.stage}: goes on from {path.name}", flush=True)
+            print(f"{output.stage}: goes on from {path.name}" + (f", {changed}: the last bits are others" if changed else ""), flush=True)
+    saver.check_room(config.steps)
     tracker.rewind(state["step"] if found else -1)
     if state["calibration"] is None:
         # 1 until measured: the value model and the rewards have the same units at any time.
@@ -196,7 +199,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
 
     try:
-        with StopSignal() as signals, Progress(output.stage, config.steps, "step", state["step"], output.is_main) as bar:
+        with StopSignal() as signals, Progress(output.stage, config.steps, "step", state["step"], output.is_main) as bar, saver:
             while state["step"] < config.steps:
                 seed_step(config, state["step"], distributed.rank())
                 stats = iterate(models, pool, state)
@@ -210,14 +213,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
                     print(f"{output.stage}: step {step}: {text}", flush=True)
                 bar.update(1, reward=stats["reward"], kl=stats["kl"])
                 faults.point("work")
-                number = signals.agreed()
+                number, *flags = distributed.all_reduce_max([signals.number, *saver.flags()])
+                saver.settle(*flags)
                 if last or (config.evaluate_every and step % config.evaluate_every == 0):
                     state["after"], state["shown"]["after"] = evaluate(models, heldout)
                     tracker.log(step, **{f"heldout_{key}": value for key, value in state["after"].items()})
                 if last or number or step % config.save.every_steps == 0:
-                    checkpoints.save(output, step, lambda folder: (models.policy.save(folder), models.value.save(folder)), state, config.save.keep)
+                    saver.save(step, state, wait=bool(number))
                 if number and not last:
-                    stop(output, step, number)
+                    stop(output, step, int(number))
     finally:
         tracker.close()
 

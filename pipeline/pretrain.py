@@ -4,7 +4,8 @@
     accelerate launch --multi_gpu --num_processes 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.zero=1
     torchrun --nproc-per-node 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.pipeline=4
 
-Reads packed tokens and their tokenizer; begins from initial weights, or goes on from another pretraining stage (inputs: {model: pretrain}).
+Reads packed tokens and their tokenizer; begins from initial weights, or goes on from another pretraining stage (inputs: {model: pretrain}),
+from its model, or from one of its checkpoints (from_step).
 Out: model/ (Hugging Face layout).
 """
 
@@ -55,6 +56,9 @@ class Config(TrainConfig):
     """Model to build; the recipe's top-level `model` unless given here. Not used when an input `model` is given."""
     model_changes: dict[str, Any] = {}
     """Keys of the input model's configuration that change as training goes on, such as rope_parameters for rows longer than it has seen."""
+    from_step: int | None = Field(None, ge=1)
+    """With an input `model`: go on from the checkpoint of this step that it kept, with moments, step count and place in the data, and not from its model alone.
+    `steps` counts from that run's beginning; schedule and data are this stage's own. `save.keep_every` of the parent says which steps stay."""
     mixture: dict[str, float] | None = None
     """Source -> share of the rows, any scale; none: in proportion to the sources' tokens."""
     document_mask: bool = False
@@ -80,6 +84,10 @@ class Config(TrainConfig):
 
     def check(self, world: int) -> None:
         super().check(world)
+        if self.from_step is not None and "model" not in self.inputs:
+            raise UserError(f"stage {self.kind}: from_step: {self.from_step} says from which checkpoint of another pretraining stage to go on; name that stage (inputs: {{model: pretrain}})")
+        if self.from_step is not None and self.steps is not None and self.from_step >= self.steps:
+            raise UserError(f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, which counts from the beginning of the run that is gone on from")
         if self.compile and (self.parallel.zero == 3 or self.parallel.pipeline > 1):
             raise UserError(f"stage {self.kind}: compile: true does not go with zero: 3 or a pipeline, which work module by module; leave one of them out")
         if self.compile and not (shutil.which("g++") or shutil.which("clang++")):
@@ -96,7 +104,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer
     from pipeline.models import build, cost
-    from pipeline.train import derivation, distributed, engine, meters
+    from pipeline.train import checkpoints, derivation, distributed, engine, meters
     from pipeline.train.loop import fit, share
     from pipeline.train.tuning import model_folder
 
@@ -112,6 +120,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # The model
     distributed.setup(config)
+    branch = checkpoints.of_step(inputs["model"].path, config.from_step, f"stage {output.stage}: from_step: {config.from_step}") if config.from_step else None
     if "model" in inputs:
         folder = model_folder(inputs["model"])
         model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
@@ -147,7 +156,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     epochs = {source: rows * config.sequence_length for source, rows in sampler.rows_per_epoch.items()}
     text = meters.Text(epochs, flops, peak, derivation.expected_seconds(config, flops, peak))
-    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text)
+    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch)
 
     if advice := trainer.advice():
         say(advice)

@@ -20,12 +20,12 @@ class Tracker:
         if is_main and wandb_project:
             self.wandb = _start_wandb(folder, wandb_project, name, config or {})
 
-    def rewind(self, step: int) -> None:
-        """Drop lines after `step`: a resumed run makes them again, and a curve must not run twice."""
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drop lines after `step`, and unless `evaluated` the evaluation at it: a resumed run makes them again, and a curve must not run twice."""
         if not self.is_main or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step(line) <= step]
+        kept = [line for line in lines if _step(line) <= step and (evaluated or _step(line) < step or "heldout_" not in line)]
         if len(kept) != len(lines):
             write_atomic(self.path, "".join(line + "\n" for line in kept))
 

@@ -4,7 +4,6 @@ A launch costs ten seconds and a layout a tenth of one, so test_parallel.py star
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -64,7 +63,7 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
     found["weights"] = trainer.consolidated()
     if folder:
         resumed = fresh()
-        resumed.load(folder)
+        found["said"] = resumed.load(folder)
         found["resumed steps"] = [resumed.step(micro_batches(settings, resumed, step)) for step in range(resumed.step_count, STEPS)]
         found["resumed weights"] = resumed.consolidated()
         # Harm on one process alone: each must leave the weights alone, everywhere
@@ -73,7 +72,35 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
             found[spoil] = stats["applied"]
         found["harmed weights"] = resumed.consolidated()
         found["step after harm"] = resumed.step(micro_batches(settings, resumed, 8))
+        ENGINES[name] = resumed
     return found
+
+
+ENGINES: dict = {}  # one of each layout: DeepSpeed cannot build a plain engine in a process that has had a pipeline
+
+
+def muon(folder: Path | None = None):
+    """An engine with Muon, DDP or one process, and three steps of it, saved."""
+    from test_engine import config, spoiled
+
+    from pipeline.train import distributed, engine
+
+    settings = config(optimizer={"kind": "muon", "lr": 3e-3, "max_grad_norm": 0.5}, micro_batch=2)
+    trainer = engine.build(model(False), spoiled, settings)
+    for step in range(3):
+        trainer.step(micro_batches(settings, trainer, step))
+    if folder:
+        if distributed.is_main():
+            folder.mkdir()
+        distributed.barrier()
+        trainer.save(folder)
+    return trainer
+
+
+def go_on(trainer, folder: Path) -> tuple[str, list[dict]]:
+    """What loading another layout's checkpoint says, and the three steps after it."""
+    said = trainer.load(folder)
+    return said, [trainer.step(micro_batches(trainer.config, trainer, step)) for step in range(trainer.step_count, STEPS)]
 
 
 def generate() -> list:
@@ -96,15 +123,21 @@ if __name__ == "__main__":
     from pipeline.train import distributed
 
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as scratch:
-        distributed.setup()
-        scratch = Path(distributed.from_main(scratch))
-        results = {"generated": generate()}  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
-        for layout in LAYOUTS:
-            results[layout] = train(layout, 2, scratch / layout)
-            if "offload" not in layout:
-                results[f"{layout}, whole share at once"] = train(layout, None)
-        if distributed.is_main():
-            torch.save(results, sys.argv[1])
-        distributed.barrier()
-        distributed.shutdown()
+    distributed.setup()
+    scratch = Path(sys.argv[1]).parent / "checkpoints"  # where one process has left its own
+    MUON = muon(scratch / "ddp muon")
+    results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}, "generated": generate()}  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
+    for layout in LAYOUTS:
+        results[layout] = train(layout, 2, scratch / layout)
+        if "offload" not in layout:
+            results[f"{layout}, whole share at once"] = train(layout, None)
+        if layout == "zero 0":  # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
+            trainer = ENGINES.pop(layout)
+            results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}
+    for target, trainer in ENGINES.items():
+        for source in [f"one{' tied' * ('tied' in target)}", *(other for other in LAYOUTS if other != target and ("tied" in other) == ("tied" in target))]:
+            results["elastic"][source, target] = go_on(trainer, scratch / source)
+    if distributed.is_main():
+        torch.save(results, sys.argv[1])
+    distributed.barrier()
+    distributed.shutdown()

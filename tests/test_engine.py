@@ -233,7 +233,7 @@ def test_a_run_in_parts_is_the_run_in_one(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, harm):
     _, _, path = train(tmp_path, 4)
     folder = path / "checkpoints" / "step-000004"
-    file = folder / ("complete.json" if "marker" in harm else "model-state.pt")
+    file = folder / ("complete.json" if "marker" in harm else "model-00000.safetensors")
     data = file.read_bytes()
     if harm in ("missing", "no marker"):
         file.unlink()
@@ -254,14 +254,6 @@ def test_a_skipped_step_is_logged_and_counted(tmp_path, capsys):
     assert result["skipped"] == 1 and "step 3 was skipped" in capsys.readouterr().out
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if line.get("applied") is False] == [None]
-
-
-def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
-    trainer = engine.build(tiny(), loss_fn, config())
-    trainer.save(tmp_path)
-    sharded = engine.build(tiny(), loss_fn, config(parallel={"zero": 1}))
-    with pytest.raises(UserError, match="parallel.zero was None, is 1"):
-        sharded.load(tmp_path)
 
 
 def test_a_launcher_that_names_another_zero_stage_is_refused(monkeypatch):

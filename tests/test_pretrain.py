@@ -73,7 +73,7 @@ def test_killed_and_started_again_it_ends_the_same(world, faults):
     folder, _ = world
     runs = "killed-" + "-".join(faults).replace(":", "")
     for fault in faults:
-        code, text = stage("pretrain", "recipe.yaml", f"output={runs}", cwd=folder, fault=fault)
+        code, text = stage("pretrain", "recipe.yaml", f"output={runs}", "pretrain.save.asynchronous=false", cwd=folder, fault=fault)
         assert code == -9, f"{fault}: {code}\n{text}"
     said = succeed("pretrain", "recipe.yaml", f"output={runs}", cwd=folder)
     assert files_of(published(folder, runs)) == files_of(published(folder))

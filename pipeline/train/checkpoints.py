@@ -1,83 +1,288 @@
-"""Training checkpoints: a folder that is complete or is not looked at.
+"""Training checkpoints: a folder that is complete or is not looked at, written beside the training.
 
-    checkpoints/.step-000100.tmp/      being written
+    checkpoints/.step-000100.tmp/      being written, or being removed
     checkpoints/step-000100/           complete.json, written last, holds sizes and sha256 of all other files and the loop's state
+    checkpoints/losses.json            held-out losses of the steps that were evaluated, for save.keep_best
+
+Training stands still while this process's pieces are copied in memory. A thread writes, hashes and syncs the copy; when all processes have
+said so, in the all-reduce that follows each step anyway, the main process's thread writes the marker and renames the folder. Threads make no
+collective calls. One checkpoint is in flight at a time.
 """
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
+import threading
 from pathlib import Path
 
 from pipeline import faults
 from pipeline.artifact import Output
-from pipeline.files import hash_files, sha256_file, sync_folder, sync_tree, write_json
-from pipeline.train import distributed
+from pipeline.errors import UserError
+from pipeline.files import sha256_file, sync_folder, write_json
+from pipeline.train import distributed, state
+from pipeline.train.config import Save
 
 MARKER = "complete.json"
+LOSSES = "losses.json"
 
 
-def save(output: Output, step: int, write: Callable[[Path], None], state: dict, keep: int) -> None:
-    """Write a checkpoint of `step` steps. Collective: `write(folder)` is called on every process, each writing its own files.
+class Saver:
+    """Saves a run's engines. `with Saver(...) as saver:` finishes what is pending, or gives it up if the processes cannot be waited for.
 
-    `state` must be JSON. The newest `keep` complete checkpoints stay; older ones go only once this one is complete.
+    In each step, on all processes: `saver.settle(*distributed.all_reduce_max(saver.flags()))`, in one all-reduce with whatever else is agreed on.
     """
-    folder = output.path / "checkpoints"
-    final, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
-    if output.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*.tmp"):  # of a run that was killed while saving
-            shutil.rmtree(left)
-        temporary.mkdir()
-    distributed.barrier()
-    write(temporary)
-    distributed.barrier()
-    if output.is_main:
-        sync_tree(temporary)
-        files = hash_files(temporary, sorted(path for path in temporary.rglob("*") if path.is_file()))
+
+    def __init__(self, output: Output, engines: list, options: Save):
+        self.output, self.engines, self.options = output, engines, options
+        self.folder = output.path / "checkpoints"
+        self.copiers = {engine.name: state.Copier() for engine in engines}
+        self.step: int | None = None  # of the checkpoint in flight
+        self.loop_state: dict = {}
+        self.written: dict | None = None  # {file: {sha256, size}} of this process
+        self.publishing = False
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        self.given_up = threading.Event()
+        known = self.folder / LOSSES
+        self.losses: dict[str, float] = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+
+    def save(self, step: int, loop_state: dict, wait: bool = False) -> None:
+        """Begin a checkpoint of `step` steps; with `wait`, or save.asynchronous: false, also end it. Collective.
+
+        `loop_state` must be JSON. Raises UserError if the disk has no room for it; an error of the writing is raised by the call that learns of it.
+        """
+        if self.step is not None:
+            if self.output.is_main:
+                print(f"{self.output.stage}: the checkpoint of step {self.step} is still being written, that of step {step} waits for it", flush=True)
+            self.finish()
+        self._room_for_one(step)
+        wait = wait or not self.options.asynchronous
+        parts = {engine.name: engine.pieces() for engine in self.engines}
+        if not wait:
+            parts = {name: part._replace(fragments=self.copiers[name].copy(part.fragments)) for name, part in parts.items()}
+        self.step, self.loop_state, self.publishing = step, json.loads(json.dumps(loop_state)), False
+        self._begin(lambda: self._write(parts), wait)
+        if wait:
+            self.finish()
+
+    def flags(self) -> list[float]:
+        """[something is being written here, it failed here]: to be reduced to their maxima over all processes and given to `settle`."""
+        return [float(self.thread is not None and self.thread.is_alive()), float(self.failure is not None)]
+
+    def settle(self, busy: float, failed: float) -> None:
+        """Go on with the checkpoint in flight, now that it is known how all processes stand. Raises UserError if one of them could not write."""
+        if self.step is None or busy:
+            return
+        if failed:
+            self._fail()
+        if self.publishing:
+            self.step = None
+            return
+        parts = distributed.gathered_object(self.written)
+        self.publishing = True
+        if self.output.is_main:
+            files = {name: entry for part in parts for name, entry in part.items()}
+            self._begin(lambda: self._publish(files), False)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in flight. Collective."""
+        while self.step is not None:
+            if self.thread:
+                self.thread.join()
+            self.settle(*distributed.all_reduce_max(self.flags()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if kind is None:
+            self.finish()
+            return
+        if distributed.world() > 1:
+            self.given_up.set()  # the others may be anywhere: nothing can be agreed on, and the folder keeps its hidden name
+            if self.thread:
+                self.thread.join()
+            return
+        try:
+            self.finish()
+        except (UserError, OSError) as second:
+            print(f"{self.output.stage}: {second}", flush=True)
+
+    def note_loss(self, step: int, loss: float | None) -> None:
+        """Remember the held-out loss after `step` steps, for save.keep_best."""
+        if not self.output.is_main or loss is None or not math.isfinite(loss):
+            return
+        there = {str(_step(path)) for path in complete(self.folder)} | {str(self.step), str(step)}
+        self.losses = {**{key: value for key, value in self.losses.items() if key in there}, str(step): loss}
+        if self.options.keep_best:
+            write_json(self.folder / LOSSES, self.losses)
+
+    def check_room(self, steps: int | None) -> None:
+        """Before the first step: room for all the checkpoints that will stand at a time, and for the model. Raises UserError with the numbers. Collective."""
+        one, options = self._size(), self.options
+        count = options.keep + 1 + options.keep_best
+        if steps is not None:  # None: as many as a time allows, which only the first steps will tell
+            count = min(count + (steps // options.keep_every if options.keep_every else 0), -(-steps // options.every_steps))
+        model = 4 * sum(math.prod(shape) for shape in self.engines[0].shapes.values())
+        there = sum(file.stat().st_size for path in complete(self.folder) for file in path.iterdir()) if self.output.is_main else 0
+        needed = count * one + model - there
+        free = shutil.disk_usage(self.output.path).free if self.output.is_main else 0
+        free, there, needed = distributed.from_main((free, there, needed))
+        if needed > free:
+            raise UserError(
+                f"{self.output.path}: {count} checkpoints of {_gb(one)} (save.keep: {options.keep}, and one being written) and a model of {_gb(model)} need {_gb(needed)} more, "
+                f"{_gb(free)} are free; make room, give another `output`, or save less (save.keep, save.keep_every)"
+            )
+
+    def _size(self) -> int:
+        """Bytes of a checkpoint, all processes together: fp32 weights and moments."""
+        return sum(engine.state_bytes() for engine in self.engines)
+
+    def _room_for_one(self, step: int) -> None:
+        free = distributed.from_main(shutil.disk_usage(self.output.path).free if self.output.is_main else 0)
+        if self._size() > free:
+            raise UserError(f"{self.folder}: the checkpoint of step {step} takes {_gb(self._size())}, {_gb(free)} are free; {self._advice()}")
+
+    def _advice(self) -> str:
+        there = complete(self.folder)
+        return f"make room, then the same command goes on from {there[-1].name}" if there else "make room, then start it again"
+
+    # ---- in the writing thread -------------------------------------------------------------------------------------------------
+
+    def _begin(self, action, here: bool) -> None:
+        def run():
+            try:
+                action()
+            except Exception as error:  # raised again in the main thread, see _fail
+                self.failure = error
+
+        self.thread = None
+        if here:
+            run()
+        else:
+            self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+            self.thread.start()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".step-{self.step:06d}.tmp"
+
+    def _write(self, parts: dict[str, state.Part]) -> None:
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        self.written = {}
+        for name, part in parts.items():
+            file = f"{name}-{distributed.rank():05d}.safetensors"
+            self.written[file] = state.write(self._temporary / file, part, self.given_up.is_set)
+            if self.output.is_main:
+                path = self._temporary / f"{name}.json"
+                write_json(path, part.summary)
+                self.written[path.name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+
+    def _publish(self, files: dict) -> None:
+        sync_folder(self._temporary)
         faults.point("save")
-        write_json(temporary / MARKER, {"step": step, "state": state, "files": {name: {"sha256": e["sha256"], "size": e["size"]} for name, e in files.items()}})
+        write_json(self._temporary / MARKER, {"step": self.step, "state": self.loop_state, "files": files})
+        final = self.folder / f"step-{self.step:06d}"
         if final.exists():  # damaged: a valid one would have been resumed from
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_folder(folder)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
-        output.note_time()
-    distributed.barrier()
+            _remove(final)
+        self._temporary.rename(final)
+        sync_folder(self.folder)
+        for path in self._superfluous():
+            _remove(path)
+        self.output.note_time()
+
+    def _superfluous(self) -> list[Path]:
+        there = complete(self.folder)
+        kept = set(there[-self.options.keep :])
+        if self.options.keep_every:
+            kept |= {path for path in there if _step(path) % self.options.keep_every == 0}
+        losses = self.losses
+        measured = [path for path in there if str(_step(path)) in losses]
+        if self.options.keep_best and measured:
+            kept.add(min(measured, key=lambda path: losses[str(_step(path))]))
+        return [path for path in there if path not in kept]
+
+    def _fail(self) -> None:
+        """Every process raises; what was written goes, and the checkpoints before stay as they are."""
+        own, step, temporary = self.failure, self.step, self._temporary
+        self.step = self.failure = None
+        words = distributed.gathered_object(f"{own.strerror or own} ({own.filename or 'file'})" if isinstance(own, OSError) else repr(own) if own else None)
+        if self.output.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if own and not isinstance(own, OSError):
+            raise own
+        index, what = next((index, word) for index, word in enumerate(words) if word)
+        raise UserError(f"the checkpoint of step {step} could not be written by process {index}: {what}; {self._advice()}") from own
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------------------
 
 
 def newest(output: Output) -> tuple[Path, dict] | None:
     """The newest valid checkpoint and the state saved with it; a damaged one is named and passed over. Collective."""
-    found = None
+    folder = output.path / "checkpoints"
     if output.is_main:
-        for path in reversed(_complete(output.path / "checkpoints")):
-            damage = _damage(path)
-            if damage is None:
-                found = path, json.loads((path / MARKER).read_text(encoding="utf-8"))["state"]
-                break
-            print(f"checkpoint {path} is damaged ({damage}) and passed over", flush=True)
-    return distributed.from_main(found)
-
-
-def _complete(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _damage(path: Path) -> str | None:
-    try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        files = marker["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        return f"{MARKER} cannot be read: {error}"
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {entry['size']}"
-        if sha256_file(file) != entry["sha256"]:
-            return f"{name} has another sha256 than when it was written"
+        for left in folder.glob(".step-*.tmp"):  # of a run that was killed while saving
+            shutil.rmtree(left)
+    for path in reversed(distributed.from_main(complete(folder))):
+        found = damage(path)
+        if found is None:
+            return path, json.loads((path / MARKER).read_text(encoding="utf-8"))["state"]
+        if output.is_main:
+            print(f"checkpoint {path} is damaged ({found}) and passed over", flush=True)
     return None
+
+
+def of_step(folder: Path, step: int, what: str) -> Path:
+    """The checkpoint of a step in a run's folder, whole. Raises UserError that names the steps there are. `what`: who asks. Collective."""
+    there = distributed.from_main(complete(folder / "checkpoints"))
+    path = folder / "checkpoints" / f"step-{step:06d}"
+    if path not in there:
+        steps = ", ".join(str(_step(found)) for found in there)
+        raise UserError(f"{what}: {folder} has no checkpoint of step {step}; it has {f'those of steps {steps}' if steps else 'none'} (save.keep and save.keep_every say which stay)")
+    if found := damage(path):
+        raise UserError(f"{what}: {path} is damaged ({found}); name another step, or run the stage again that made it")
+    return path
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).exists()]
+    return sorted(found, key=_step)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words. Each process hashes some of them. Collective."""
+    try:
+        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+        mine = sorted(files)[distributed.rank() :: distributed.world()]
+        own = next((words for words in (_damage(path / name, files[name]) for name in mine) if words), None)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        own = f"{MARKER} cannot be read: {error}"
+    return next((words for words in distributed.gathered_object(own) if words), None)
+
+
+def _damage(file: Path, entry: dict) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != entry["size"]:
+        return f"{file.name} has {file.stat().st_size} bytes, expected {entry['size']}"
+    return None if sha256_file(file) == entry["sha256"] else f"{file.name} has another sha256 than when it was written"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    """Under its hidden name first, so that a kill in between leaves no damaged checkpoint."""
+    hidden = path.with_name(f".{path.name}.old.tmp")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,5 +1,6 @@
 """Keys that every training stage has. What a stage adds stands in its own script."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -101,6 +102,12 @@ class Save(Strict):
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(2, ge=1)
     """Newest complete checkpoints kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of steps divisible by this stay too: where a decay can branch off (`from_step`)."""
+    keep_best: bool = False
+    """The checkpoint with the lowest held-out loss stays too; the steps that are both saved and evaluated (`evaluate_every`) can be it."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written: it waits for a copy in (CPU) memory, which is kept, 12 bytes a parameter over all processes."""
 
 
 class Log(Strict):
@@ -154,6 +161,8 @@ class TrainConfig(StageConfig):
             raise UserError(f"stage {self.kind}: pipeline: {depth} is for pretraining; use zero: 0, 1, 2 or 3 here")
         if world % depth:
             raise UserError(f"stage {self.kind}: {world} processes cannot be divided into pipeline: {depth} stages; launch a multiple of {depth}, or change parallel.pipeline")
+        if self.save.keep_best and (self.evaluate_every is None or math.lcm(self.evaluate_every, self.save.every_steps) > (self.steps or math.inf)):
+            raise UserError(f"stage {self.kind}: save.keep_best: no step is both saved (save.every_steps: {self.save.every_steps}) and evaluated (evaluate_every: {self.evaluate_every or 'none'}); make one a multiple of the other")
         ranks = world // depth
         micro = self.micro_batch or max(1, self.batch_size // ranks)
         if self.batch_size % ranks:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.train import balance, distributed
+from pipeline.files import write_json
+from pipeline.train import balance, distributed, state
 from pipeline.train.config import TrainConfig
 from pipeline.train.schedule import learning_rate
 
@@ -27,6 +28,7 @@ class Engine:
     model: the transformers model, for forward and generation (None where a pipeline holds only a part).
     data_rank, data_world: which share of a step's rows this process reads, and how many shares there are.
     step_count: calls of `step` so far, skipped updates included.
+    shapes: of all parameters of the whole model, by name.
     """
 
     layout: str
@@ -37,6 +39,7 @@ class Engine:
         self.step_count = 0
         self.data_rank, self.data_world = distributed.rank(), distributed.world()
         self.balance = balance.attach(model, config) if model is not None else None  # before an engine wraps the model
+        self.shapes = {} if model is None else {key: list(parameter.shape) for key, parameter in model.named_parameters()}
 
     def step(self, micro_batches: list[dict], lr: float | None = None) -> dict:
         """One update from this process's micro-batches. Collective; every data rank gives equally many micro-batches.
@@ -87,13 +90,61 @@ class Engine:
         """Inside, `model` has its full parameters on every process (ZeRO-3 keeps them in shards); do not change them. Collective."""
         yield
 
+    def pieces(self) -> state.Part:
+        """What this process writes of the run's state: views of live memory, whose every element some process writes once. Collective only in that all must save."""
+        mine, common = self._held()
+        fragments = mine + state.share(common, self.data_rank, self.data_world)
+        parameters = {fragment.name: {"shape": self.shapes[fragment.name], "updates": self._updates(fragment.name)} for fragment in fragments if fragment.kind == "weight"}
+        return state.Part(fragments, parameters, {"format": state.FORMAT, "steps": self.step_count, "optimizer": self.config.optimizer.kind, "layout": self._layout()})
+
     def save(self, folder: Path) -> None:
-        """Write what `load` needs for a bit-identical continuation, with the same layout. Collective."""
+        """Write what `load` needs to go on, in whatever layout. Collective."""
+        part = self.pieces()
+        state.write(folder / f"{self.name}-{distributed.rank():05d}.safetensors", part)
+        if distributed.is_main():
+            write_json(folder / f"{self.name}.json", part.summary)
+
+    def state_bytes(self) -> int:
+        """Bytes that a checkpoint takes, all processes together: fp32 weights and two moments."""
+        return 12 * sum(math.prod(shape) for shape in self.shapes.values())
+
+    def load(self, folder: Path) -> str:
+        """Go on from a folder that `save` wrote; in the same layout, bit for bit. Returns what changed in the layout, in words. Collective.
+
+        Raises UserError if the folder holds another model, another optimizer's moments, or not all of the state.
+        """
+        reader = state.Reader(folder, self.name)
+        reader.compare(self.shapes, self.config.optimizer.kind)
+        self._begin_moments(reader.parameters)
+        mine, common = self._held()
+        for fragment in mine + common + self._copies():
+            reader.fill(fragment)
+        self._loaded()
+        self.step_count = reader.steps
+        return reader.changed(self._layout())
+
+    def _layout(self) -> dict:
+        parallel = self.config.parallel
+        return {"processes": distributed.world(), "zero": parallel.zero if parallel.pipeline == 1 else None, "pipeline": parallel.pipeline, "offload": parallel.offload}
+
+    def _held(self) -> tuple[list[state.Fragment], list[state.Fragment]]:
+        """(pieces that this process alone answers for, pieces that all of its data ranks hold), as views of live memory."""
         raise AssertionError("an engine implements this")
 
-    def load(self, folder: Path) -> None:
-        """Go on from a folder that `save` of the same layout wrote. Collective."""
+    def _copies(self) -> list[state.Fragment]:
+        """Pieces that this process needs and another one writes."""
+        return []
+
+    def _updates(self, name: str) -> int:
+        """Updates that a parameter's moments have seen."""
         raise AssertionError("an engine implements this")
+
+    def _begin_moments(self, saved: dict[str, dict]) -> None:
+        """Make the moments that `load` will fill; none for what was never updated."""
+        raise AssertionError("an engine implements this")
+
+    def _loaded(self) -> None:
+        """Whatever must follow from weights that were filled."""
 
     def consolidated(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights under transformers' names, fp32 on the CPU, on the main process; None elsewhere. Collective."""

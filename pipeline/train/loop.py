@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -48,10 +49,6 @@ class StopSignal:
     def _note(self, number, frame) -> None:
         self.number = number
 
-    def agreed(self) -> int:
-        """The signal that some process received, or 0. Collective."""
-        return int(distributed.all_reduce_max([self.number])[0])
-
     def __exit__(self, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -74,8 +71,9 @@ def fit(
     evaluate: Callable[[], dict] | None = None,
     unit: str = "tok",
     text: Text | None = None,
+    branch: Path | None = None,
 ) -> dict:
-    """Train from the newest checkpoint, or from the start, to the end of the horizon. Collective.
+    """Train from the newest checkpoint, or else from `branch` (a checkpoint of another run), or from the start, to the end of the horizon. Collective.
 
     batches(step) gives this process's micro-batches; evaluate() the numbers on held-out data, equal on all processes; `text` is for the meters.
     Returns before and after (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
@@ -85,27 +83,38 @@ def fit(
     tracker = Tracker(output.path, output.is_main, config.log.wandb, output.stage, {"stage": output.stage, **config.model_dump(mode="json")})
     if output.is_main:
         (output.folder / "requeue.json").unlink(missing_ok=True)
+    saver = checkpoints.Saver(output, [engine], config.save)
     found = checkpoints.newest(output)
-    if found:
-        path, saved = found
-        engine.load(path)
+    if found or branch:
+        path, saved = found or (branch, {})
+        changed = engine.load(path)
         state.update(saved)
         if output.is_main:
-            before, now = saved.get("processes", distributed.world()), distributed.world()
-            other = "" if before == now else f", which {before} process{'es' if before > 1 else ''} saved; with {now} the rows are the same and the last bits are not"
-            print(f"{output.stage}: goes on from {path.name}{other}", flush=True)
-    state["processes"] = distributed.world()
+            print(f"{output.stage}: goes on from {path.name if found else path}" + (f", {changed}: the rows are the same, the last bits are not" if changed else ""), flush=True)
     horizon = Horizon(config, output, engine.step_count)
-    tracker.rewind(engine.step_count if state["before"] else -1)  # without a checkpoint the first evaluation is made again
-    if evaluate and state["before"] is None:
+    saver.check_room(horizon.steps)
+
+    def due(step: int) -> bool:
+        return evaluate is not None and (step == horizon.steps or (config.evaluate_every is not None and step % config.evaluate_every == 0))
+
+    def measure(step: int, key: str) -> None:
         phases.enter("evaluate")
         begun = time.perf_counter()
-        state["before"] = evaluate()
-        state["evaluation_seconds"] = time.perf_counter() - begun
-        tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
+        state[key] = evaluate()
+        if key == "before":
+            state["evaluation_seconds"] = time.perf_counter() - begun
+        tracker.log(step, **{f"heldout_{name}": value for name, value in state[key].items()})
+        saver.note_loss(step, state[key].get("loss"))
+
+    again = found is not None and due(engine.step_count)  # a checkpoint is written before its evaluation, which may have been lost
+    tracker.rewind(engine.step_count if found else -1, evaluated=not again)
+    if evaluate and state["before"] is None:
+        measure(engine.step_count, "before")
+    elif again:
+        measure(engine.step_count, "after")
     meters = Meters(config, state, unit, text, engine.device)
     try:
-        with StopSignal() as signals, Progress(output.stage, horizon.steps or CALIBRATION, "step", engine.step_count, output.is_main) as bar:
+        with StopSignal() as signals, Progress(output.stage, horizon.steps or CALIBRATION, "step", engine.step_count, output.is_main) as bar, saver:
             while horizon.steps is None or engine.step_count < horizon.steps:
                 begun = time.perf_counter()
                 phases.enter("data", engine.step_count + 1)
@@ -129,16 +138,15 @@ def fit(
                     print(f"{output.stage}: step {step} was skipped, its loss ({stats['loss']}) or gradient norm ({stats['grad_norm']}) is not finite or it had no labels", flush=True)
                 bar.update(1, loss=stats["loss"] if stats["loss"] is not None else "nan", **{f"{unit}/s": meters.rate})
                 faults.point("work")
-                number = signals.agreed()
-                if evaluate and (last or (config.evaluate_every and step % config.evaluate_every == 0)):
-                    phases.enter("evaluate")
-                    state["after"] = evaluate()
-                    tracker.log(step, **{f"heldout_{key}": value for key, value in state["after"].items()})
-                phases.enter("save")
+                number, *flags = distributed.all_reduce_max([signals.number, *saver.flags()])
+                saver.settle(*flags)
                 if last or number or step % config.save.every_steps == 0:
-                    checkpoints.save(output, step, engine.save, state, config.save.keep)
+                    phases.enter("save")
+                    saver.save(step, state, wait=bool(number))
                 if number and not last:
-                    stop(output, step, number)
+                    stop(output, step, int(number))
+                if due(step):
+                    measure(step, "after")
     finally:
         tracker.close()
     return {**state, "rate": meters.rate}

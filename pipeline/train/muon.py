@@ -12,7 +12,7 @@ from pipeline.train.engine import adamw
 
 
 class Muon:
-    """torch.optim.Muon and AdamW behind the four names that the engine uses."""
+    """torch.optim.Muon and AdamW behind the names that the engine uses."""
 
     def __init__(self, model, config: TrainConfig, device: torch.device):
         tables = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
@@ -36,10 +36,3 @@ class Muon:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts.values():
             part.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])

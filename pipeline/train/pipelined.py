@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline.models import stages
-from pipeline.train import balance, distributed, phases
+from pipeline.train import balance, distributed, phases, shards
 from pipeline.train.bubble import Bubble
-from pipeline.train.engine import Sums, adamw, finite
-from pipeline.train.sharded import Checkpointed, GuardedAdamW, quiet, settings, start
+from pipeline.train.engine import Engine, Sums, adamw, finite
+from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
 
 
 class Stage(torch.nn.Module):
@@ -44,7 +44,7 @@ class Stage(torch.nn.Module):
         return (hidden, *positions) if positions else hidden
 
 
-class Pipelined(Checkpointed):
+class Pipelined(Engine):
     """Process p holds stage p // data_world of data rank p % data_world. Every process of a pipeline is given the same micro-batches.
 
     Inputs may be `input_ids` and `position_ids`. `model` is None: no process holds it whole.
@@ -64,6 +64,8 @@ class Pipelined(Checkpointed):
         self.data_world = distributed.world() // self.count
         self.data_rank, self.index = distributed.rank() % self.data_world, distributed.rank() // self.data_world
         self.tied = bool(model.config.tie_word_embeddings)
+        self.shapes = {key: list(parameter.shape) for key, parameter in model.named_parameters()}  # before the model is cut
+        table_name = next(key for key, parameter in model.named_parameters() if parameter is model.get_input_embeddings().weight)
         self.micro_batches: list[dict] = []
         self.sums, self.scale = Sums(), 1.0
 
@@ -88,6 +90,11 @@ class Pipelined(Checkpointed):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings(config, micro, accumulation, self.data_world), dist_init_required=False)
         self.shape = None
         self.bubble = Bubble(self.engine, self.device, self.index, self.count, self.data_world)
+        self.named = {stages.global_name(key, self.part.offset): parameter for key, parameter in self.part.model.named_parameters()}
+        self.copied = {}  # the tied table's second end reads it and leaves writing to the first
+        if self.tied and self.part.last:
+            self.named = {key: parameter for key, parameter in self.named.items() if parameter is not self.part.table.weight}
+            self.copied = {table_name: self.part.table.weight}
 
     def measured(self):
         return self.bubble.measured(self.engine.micro_batches)
@@ -182,3 +189,19 @@ class Pipelined(Checkpointed):
                     whole[key] = torch.empty(shape, dtype=dtype)
                     dist.recv(whole[key], src=source)
         return whole if distributed.is_main() else None
+
+    def _held(self):
+        buffers = [fragment._replace(name=stages.global_name(fragment.name, self.part.offset)) for fragment in shards.buffers(self.part.model)]
+        return shards.split(self.named, self.engine.optimizer), buffers
+
+    def _copies(self):
+        return shards.split(self.copied, self.engine.optimizer)
+
+    def _updates(self, name):
+        return shards.updates_flat(self.engine.optimizer)
+
+    def _begin_moments(self, saved):
+        shards.begin_split(self.engine.optimizer, max(entry["updates"] for entry in saved.values()))
+
+    def _loaded(self):
+        self.engine.optimizer.update_lp_params()

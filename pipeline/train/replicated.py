@@ -2,16 +2,12 @@
 
 import contextlib
 import warnings
-from pathlib import Path
 
 import torch
 
-from pipeline.errors import UserError
-from pipeline.train import distributed, phases
+from pipeline.train import distributed, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite
 from pipeline.train.muon import Muon
-
-FILE = "state.pt"
 
 
 class Replicated(Engine):
@@ -29,6 +25,8 @@ class Replicated(Engine):
                 self.module = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = Muon(model, config, self.device) if config.optimizer.kind == "muon" else adamw(self.parameters, config, self.device)
+        self.optimizers = list(self.optimizer.parts.values()) if config.optimizer.kind == "muon" else [self.optimizer]
+        self.named = dict(model.named_parameters())
 
     def _update(self, micro_batches, weight, lr):
         self.module.train()
@@ -65,18 +63,18 @@ class Replicated(Engine):
         self.model.train()
         return sums.read()
 
-    def save(self, folder: Path) -> None:
-        if distributed.is_main():
-            torch.save({"layout": self.layout, "steps": self.step_count, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / f"{self.name}-{FILE}")
+    def state_bytes(self):
+        inner = self.optimizer.parts["muon"].param_groups if self.config.optimizer.kind == "muon" else []  # Muon has one moment, AdamW two
+        return super().state_bytes() - 4 * sum(parameter.numel() for group in inner for parameter in group["params"])
 
-    def load(self, folder: Path) -> None:
-        path = folder / f"{self.name}-{FILE}"
-        if not path.exists():
-            raise UserError(f"{folder}: was saved by another engine than {self.layout}; go on with the parallel.zero and parallel.pipeline it was made with, or give --restart")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step_count = state["steps"]
+    def _held(self):
+        return [], shards.whole(self.named, self.optimizers) + shards.buffers(self.model)
+
+    def _updates(self, name):
+        return shards.updates_whole(self.named, self.optimizers, name)
+
+    def _begin_moments(self, saved):
+        shards.begin_whole(self.named, self.optimizers, saved)
 
     def consolidated(self):
         if not distributed.is_main():

@@ -2,19 +2,14 @@
 
 import contextlib
 import io
-import json
 import logging
 import warnings
-from pathlib import Path
 
 import torch
 
-from pipeline.errors import UserError
-from pipeline.files import write_json
-from pipeline.train import distributed, phases
+from pipeline.train import distributed, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite
 
-TAG = "deepspeed"
 BUCKET = 50_000_000  # elements; DeepSpeed's default of 500M takes 2 GB a buffer in fp32
 
 
@@ -92,31 +87,7 @@ def quiet():
         logger.setLevel(max(level, logging.WARNING))
 
 
-class Checkpointed(Engine):
-    """Saving in DeepSpeed's own format, which holds shards and is read back by the same layout only. It is a pickle: read from the run's own folder, never from elsewhere."""
-
-    def _layout(self) -> dict:
-        parallel = self.config.parallel
-        return {"processes": distributed.world(), "parallel.zero": 1 if parallel.pipeline > 1 else parallel.zero, "parallel.pipeline": parallel.pipeline, "parallel.offload": parallel.offload}
-
-    def save(self, folder: Path) -> None:
-        with quiet():
-            self.engine.save_checkpoint(str(folder / self.name), tag=TAG, client_state={"steps": self.step_count}, save_latest=False)
-        if distributed.is_main():
-            write_json(folder / f"{self.name}-layout.json", self._layout())
-
-    def load(self, folder: Path) -> None:
-        path = folder / f"{self.name}-layout.json"
-        made = json.loads(path.read_text()) if path.exists() else {"parallel.zero": None}
-        changed = [f"{key} was {made.get(key)}, is {value}" for key, value in self._layout().items() if made.get(key) != value]
-        if changed:
-            raise UserError(f"{folder}: the checkpoint was made with another layout: {'; '.join(changed)}; go on with the old one, or give --restart")
-        with quiet():
-            _, client = self.engine.load_checkpoint(str(folder / self.name), tag=TAG)
-        self.step_count = client["steps"]
-
-
-class Sharded(Checkpointed):
+class Sharded(Engine):
     """ZeRO: optimizer state (1), gradients (2) and parameters (3) are split over the processes; 0 splits nothing."""
 
     layout = "sharded"
@@ -132,6 +103,8 @@ class Sharded(Checkpointed):
             start()
             wrapped = Autocast(model, config.precision == "bf16")
             self.engine, *_ = deepspeed.initialize(model=wrapped, optimizer=self.optimizer, config=settings(config, 1, 1, self.data_world), dist_init_required=False)
+        self.named = dict(model.named_parameters())
+        self.frozen = {name: parameter for name, parameter in self.named.items() if not parameter.requires_grad}
 
     def _forward(self, module, batch):
         return self.loss_fn(module(**batch["inputs"]).logits, batch)
@@ -211,3 +184,27 @@ class Sharded(Checkpointed):
                 if distributed.is_main():
                     state[key] = value.detach().cpu().clone()
         return state if distributed.is_main() else None
+
+    def _held(self):
+        common = shards.buffers(self.model)
+        if self.stage == 0:
+            return [], shards.whole(self.named, [self.optimizer]) + common
+        if self.stage == 3:
+            return shards.scattered(self.named, self.engine.optimizer), common
+        return shards.split(self.named, self.engine.optimizer), shards.whole(self.frozen, []) + common
+
+    def _updates(self, name):
+        return shards.updates_whole(self.named, [self.optimizer], name) if self.stage == 0 else shards.updates_flat(self.engine.optimizer)
+
+    def _begin_moments(self, saved):
+        if self.stage == 0:
+            shards.begin_whole(self.named, [self.optimizer], saved)
+            return
+        begin = shards.begin_scattered if self.stage == 3 else shards.begin_split
+        begin(self.engine.optimizer, max(entry["updates"] for entry in saved.values()))
+
+    def _loaded(self):
+        if self.stage == 3:
+            shards.spread(self.engine.optimizer)
+        elif self.stage:
+            self.engine.optimizer.update_lp_params()

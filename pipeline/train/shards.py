@@ -1,0 +1,122 @@
+"""Where each layout keeps weights and moments: the same live memory is written by `save` and filled by `load`.
+
+Each function gives pieces (state.Fragment) that are views of what this process holds, named as in the whole model; `begin_*` makes the
+moments of an optimizer that has made no step yet, so that there is something to fill. DeepSpeed 0.19's own names are used for its parts.
+"""
+
+import torch
+
+from pipeline.train.state import Fragment
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def buffers(model) -> list[Fragment]:
+    """Persistent state that is no parameter."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [Fragment("buffer", name, 0, value.detach().view(-1)) for name, value in model.state_dict(keep_vars=True).items() if name not in parameters and isinstance(value, torch.Tensor)]
+
+
+def _steps(state: dict) -> int:
+    """Updates that a parameter's moments have seen; Muon counts none."""
+    return int(state["step"]) if "step" in state else int(bool(state))
+
+
+def _fresh(values: torch.Tensor, updates: int, kinds=("exp_avg", "exp_avg_sq")) -> dict:
+    count = {} if "momentum_buffer" in kinds else {"step": torch.tensor(float(updates), dtype=torch.float32, device=values.device)}
+    return {**count, **{kind: torch.zeros_like(values) for kind in kinds}}
+
+
+# ---- whole parameters: one process, DDP, ZeRO-0, and what is not trained -----------------------------------------------------
+
+
+def whole(parameters: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]) -> list[Fragment]:
+    found = []
+    for name, parameter in parameters.items():
+        found.append(Fragment("weight", name, 0, parameter.detach().view(-1)))
+        state = next((optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state), {})
+        found += [Fragment(kind, name, 0, state[kind].view(-1)) for kind in MOMENTS if kind in state]
+    return found
+
+
+def updates_whole(parameters: dict, optimizers: list, name: str) -> int:
+    return next((_steps(optimizer.state[parameters[name]]) for optimizer in optimizers if parameters[name] in optimizer.state), 0)
+
+
+def begin_whole(parameters: dict, optimizers: list, saved: dict[str, dict]) -> None:
+    names = {parameter: name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        kinds = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if updates := saved[names[parameter]]["updates"]:
+                    optimizer.state[parameter] = _fresh(parameter.detach(), updates, kinds)
+
+
+# ---- ZeRO-1 and 2: a flat fp32 part of each parameter group ------------------------------------------------------------------
+
+
+def split(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:
+    """zero: DeepSpeedZeroOptimizer. `_hp_mapping` says which elements of a parameter lie where in this process's part."""
+    found = []
+    for name, parameter in parameters.items():
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            continue
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        start, at, count = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        found.append(Fragment("weight", name, start, flat.detach().narrow(0, at, count)))
+        state = zero.optimizer.state.get(flat, {})
+        found += [Fragment(kind, name, start, state[kind].narrow(0, at, count)) for kind in MOMENTS if kind in state]
+    return found
+
+
+def begin_split(zero, updates: int) -> None:
+    zero.optimizer.state.clear()
+    zero._hp_optimizer_states_linked = False  # linked again by its next step
+    for flat in zero.single_partition_of_fp32_groups if updates else ():
+        zero.optimizer.state[flat] = _fresh(flat.detach(), updates)
+
+
+# ---- ZeRO-3: a flat part of each parameter, of which the last process's may be padded ----------------------------------------
+
+
+def scattered(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:
+    """zero: DeepSpeedZeroOptimizer_Stage3."""
+    found = []
+    for name, parameter in parameters.items():
+        part = parameter.ds_tensor.ds_numel
+        start = part * zero._get_param_partition_rank(parameter)
+        count = min(part, parameter.ds_numel - start)
+        if count <= 0:
+            continue
+        if not parameter.requires_grad:
+            found.append(Fragment("weight", name, start, parameter.ds_tensor.detach().view(-1).narrow(0, 0, count)))
+            continue
+        group, at, _ = zero.grad_position[zero.get_param_id(parameter)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        found.append(Fragment("weight", name, start, flat.detach().narrow(0, at, count)))
+        state = zero.optimizer.state.get(flat, {})
+        found += [Fragment(kind, name, start, state[kind].narrow(0, at, count)) for kind in MOMENTS if kind in state]
+    return found
+
+
+def begin_scattered(zero, updates: int) -> None:
+    zero.optimizer.state.clear()
+    for flat in zero.fp32_partitioned_groups_flat if updates else ():
+        zero.optimizer.state[flat] = _fresh(flat.detach(), updates)
+
+
+def spread(zero) -> None:
+    """After its fp32 part was filled: ZeRO-3 takes the weights that it computes with from there. Collective."""
+    for index in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    if zero.persistent_parameters:  # small ones, which every process holds whole
+        zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def updates_flat(zero) -> int:
+    """Updates that ZeRO's moments have seen, the same for all parameters."""
+    return max((_steps(state) for state in zero.optimizer.state.values()), default=0)
