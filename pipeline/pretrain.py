@@ -11,7 +11,7 @@ Out: model/ (Hugging Face layout).
 
 import math
 import shutil
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,8 +65,14 @@ class Config(TrainConfig):
     """Tokens see their own document only, and positions begin anew with each (Llama 3, section 3.1). Slower, since attention then needs a mask."""
     heldout_rows: Annotated[int, EXECUTION] = Field(256, ge=1)
     """Fixed rows of held-out text on which bits per byte are measured."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of logsumexp(logits)^2 beside the cross-entropy, which keeps logits from drifting; PaLM (2022, section 5) has 1e-4. Logged as z_loss, not part of `loss`."""
+    loss_chunk: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, EXECUTION] = "auto"
+    """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it (pipeline/train/head.py)."""
+    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "eager"], EXECUTION] = "auto"
+    """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU, else torch's scaled_dot_product_attention."""
     compile: Annotated[bool, EXECUTION] = False
-    """torch.compile the model: a minute of compiling, then 1.7 times as many tokens a second on a CPU core (docs/pretrain.md). Not with zero: 3 or a pipeline."""
+    """torch.compile each decoder layer and the loss: half a minute of compiling, then more tokens a second (docs/performance.md). Not with zero: 3."""
 
     @model_validator(mode="after")
     def one_horizon(self):
@@ -88,8 +94,8 @@ class Config(TrainConfig):
             raise UserError(f"stage {self.kind}: from_step: {self.from_step} says from which checkpoint of another pretraining stage to go on; name that stage (inputs: {{model: pretrain}})")
         if self.from_step is not None and self.steps is not None and self.from_step >= self.steps:
             raise UserError(f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, which counts from the beginning of the run that is gone on from")
-        if self.compile and (self.parallel.zero == 3 or self.parallel.pipeline > 1):
-            raise UserError(f"stage {self.kind}: compile: true does not go with zero: 3 or a pipeline, which work module by module; leave one of them out")
+        if self.compile and self.parallel.zero == 3:
+            raise UserError(f"stage {self.kind}: compile: true does not go with zero: 3, which gathers weights module by module while a layer runs; use zero: 2, or leave compile out")
         if self.compile and not (shutil.which("g++") or shutil.which("clang++")):
             raise UserError(f"stage {self.kind}: compile: true needs a C++ compiler (g++ or clang++), and this machine has none on its PATH; install one or leave compile out")
         if "model" not in self.inputs:
@@ -104,7 +110,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer
     from pipeline.models import build, cost
-    from pipeline.train import checkpoints, derivation, distributed, engine, meters
+    from pipeline.train import checkpoints, derivation, distributed, engine, layers, meters
     from pipeline.train.loop import fit, share
     from pipeline.train.tuning import model_folder
 
@@ -136,9 +142,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     peak = meters.total_peak(config)
     for line in derivation.lines(config, model_config, size, flops, peak, sampler, output.folder):
         say(line)
-    if config.compile:
-        model.compile(dynamic=False)
-    trainer = engine.build(model, loss_of(store.sources), config, fill=lambda part, name: build.initialise(part, config.seed, name))
+    layers.prepare(model, config)
+    trainer = engine.build(model, loss_of(store.sources, config.z_loss), config, fill=lambda part, name: build.initialise(part, config.seed, name))
 
     # Training
     def batches(step: int) -> list[dict]:
@@ -188,19 +193,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     }
 
 
-def loss_of(sources: list[str]):
-    """Cross-entropy, and for the meters the nats and tokens of each source and the bytes of text that the labels stand for."""
+def loss_of(sources: list[str], z_loss: float = 0.0):
+    """Cross-entropy, beside it the z-loss, and for the meters the nats and tokens of each source and the bytes of text that the labels stand for."""
     import torch
 
-    from pipeline.train.loss import IGNORE, token_logprobs
+    from pipeline.train.loss import IGNORE, next_token
 
-    def loss_fn(logits, batch):
-        nats = -token_logprobs(logits, batch["labels"]).sum(dim=1)
+    def loss_fn(outputs, batch):
+        loss, nll, sums = next_token(outputs, batch["labels"], z_loss)
         counts = (batch["labels"] != IGNORE).sum(dim=1)
-        of_row = torch.stack([nats.detach(), counts.to(nats.dtype)])
+        of_row = torch.stack([nll.sum(dim=1), counts.to(nll.dtype)])
         of_source = of_row.new_zeros(2, len(sources)).index_add_(1, batch["source"], of_row)
-        sums = {f"{kind}/{source}": value for kind, values in zip(("nats", "tokens"), of_source, strict=True) for source, value in zip(sources, values, strict=True)}
-        return nats.sum(), {**sums, "bytes": batch["bytes"].sum()}
+        sums |= {f"{kind}/{source}": value for kind, values in zip(("nats", "tokens"), of_source, strict=True) for source, value in zip(sources, values, strict=True)}
+        return loss, {**sums, "bytes": batch["bytes"].sum()}
 
     return loss_fn
 

@@ -16,9 +16,15 @@ LAYOUTS = {
     "zero 3": {"zero": 3},
     "zero 1 offload": {"zero": 1, "offload": True},
     "zero 3 offload": {"zero": 3, "offload": True},
+    "ddp chunks": {},
+    "zero 1 chunks selective": {"zero": 1},
+    "zero 3 chunks full": {"zero": 3},
     "pipeline": {"pipeline": 2},
     "pipeline tied": {"pipeline": 2},
-}
+    "pipeline tied chunks full": {"pipeline": 2},
+    "pipeline chunks selective": {"pipeline": 2},
+}  # chunks: the output layer computes its losses; full, selective: activation checkpointing
+PLAIN = [name for name in LAYOUTS if "chunks" not in name]
 STEPS = 6
 
 
@@ -42,12 +48,16 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
     """Six steps with an evaluation before and after; for one process too, which is the reference. `folder`: also save in the middle, resume and compare."""
     from test_engine import config, spoiled
 
-    from pipeline.train import distributed, engine
+    from pipeline.train import distributed, engine, head
 
-    settings = config(parallel=LAYOUTS.get(name, {}), micro_batch=micro)
+    kept = name.split()[-1] if name.endswith(("full", "selective")) else "none"
+    settings = config(parallel=LAYOUTS.get(name, {}), micro_batch=micro, activation_checkpointing=kept)
 
     def fresh():
-        return engine.build(model("tied" in name), spoiled, settings)
+        made = model("tied" in name)
+        if "chunks" in name:
+            head.install(made, chunk=20)
+        return engine.build(made, spoiled, settings)
 
     trainer = fresh()
     found = {"before": trainer.evaluate(micro_batches(settings, trainer, 90))["loss"], "steps": []}
@@ -72,7 +82,8 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
             found[spoil] = stats["applied"]
         found["harmed weights"] = resumed.consolidated()
         found["step after harm"] = resumed.step(micro_batches(settings, resumed, 8))
-        ENGINES[name] = resumed
+        if name in PLAIN:
+            ENGINES[name] = resumed
     return found
 
 
@@ -129,13 +140,13 @@ if __name__ == "__main__":
     results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}, "generated": generate()}  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
     for layout in LAYOUTS:
         results[layout] = train(layout, 2, scratch / layout)
-        if "offload" not in layout:
+        if "offload" not in layout and "chunks" not in layout:
             results[f"{layout}, whole share at once"] = train(layout, None)
         if layout == "zero 0":  # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
             trainer = ENGINES.pop(layout)
             results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}
     for target, trainer in ENGINES.items():
-        for source in [f"one{' tied' * ('tied' in target)}", *(other for other in LAYOUTS if other != target and ("tied" in other) == ("tied" in target))]:
+        for source in [f"one{' tied' * ('tied' in target)}", *(other for other in PLAIN if other != target and ("tied" in other) == ("tied" in target))]:
             results["elastic"][source, target] = go_on(trainer, scratch / source)
     if distributed.is_main():
         torch.save(results, sys.argv[1])

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.models import build, stages
 from pipeline.train import checkpoints, engine
 from pipeline.train.config import Parallel, Schedule, TrainConfig
+from pipeline.train.head import TokenLosses
 from pipeline.train.loop import fit, share
 from pipeline.train.loss import cross_entropy_sum, token_logprobs
 from pipeline.train.schedule import learning_rate
@@ -48,6 +49,8 @@ def batch_of(step: int, part) -> dict:
 
 
 def loss_fn(logits, batch):
+    if isinstance(logits, TokenLosses):
+        return logits.total, {}
     right = ((logits.argmax(-1) == batch["labels"]) & (batch["labels"] >= 0)).sum()
     return cross_entropy_sum(logits, batch["labels"]), {"accuracy": right}
 
@@ -110,7 +113,7 @@ def spoiled(logits, batch):
     elif batch.get("spoil") == INFINITE:
         loss = loss + float("inf")
     elif batch.get("spoil") == "nan gradient":
-        logits.register_hook(lambda gradient: gradient * float("nan"))
+        (logits.total if isinstance(logits, TokenLosses) else logits).register_hook(lambda gradient: gradient * float("nan"))
     return loss, sums
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import UserError
 from pipeline.recipe import EXECUTION, StageConfig, Strict
@@ -138,8 +138,8 @@ class TrainConfig(StageConfig):
     """Learning rate over steps."""
     micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Rows in memory at a time on one process; none: all of its share. Gradients are accumulated up to `batch_size`."""
-    activation_checkpointing: Annotated[bool, EXECUTION] = False
-    """Keep only each layer's input and compute the rest again in the backward pass (Chen et al., 2016): a third more work, far less memory."""
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value), EXECUTION] = "none"
+    """Keep less for the backward pass and compute it again there. full: each layer's input alone (Chen et al., 2016), a third more work; selective: also the results of matrix products and attention."""
     parallel: Annotated[Parallel, EXECUTION] = Parallel()
     """ZeRO stage and pipeline depth."""
     save: Annotated[Save, EXECUTION] = Save()

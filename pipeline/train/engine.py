@@ -1,7 +1,8 @@
 """The engine: what every training stage shares. A stage brings a model, a loss and micro-batches; the engine makes updates of them.
 
 A micro-batch is a dict: `inputs` (keyword tensors of the model's forward), `weight` (what the loss is averaged over: tokens, pairs), and
-whatever else the loss reads. `loss_fn(logits, batch)` returns the SUM of the loss over the micro-batch and a dict of further sums.
+whatever else the loss reads. `loss_fn(outputs, batch)` returns the SUM of the loss over the micro-batch and a dict of further sums;
+outputs are logits, or TokenLosses where the model's output layer computes the losses itself (head.py), from the batch's `labels`.
 
 One step minimises (sum over the whole global batch) / (its total weight), so that micro-batch size, accumulation and number of
 processes do not change the gradient. A non-finite loss or gradient norm leaves the weights untouched (`applied: False`).
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from pipeline.files import write_json
-from pipeline.train import balance, distributed, state
+from pipeline.train import balance, distributed, head, layers, state
 from pipeline.train.config import TrainConfig
 from pipeline.train.schedule import learning_rate
 
@@ -36,6 +37,7 @@ class Engine:
     def __init__(self, model, loss_fn: Loss, config: TrainConfig, name: str):
         self.model, self.loss_fn, self.config, self.name = model, loss_fn, config, name
         self.device = distributed.device()
+        self.head = head.installed(model)
         self.step_count = 0
         self.data_rank, self.data_world = distributed.rank(), distributed.world()
         self.balance = balance.attach(model, config) if model is not None else None  # before an engine wraps the model
@@ -172,9 +174,11 @@ class Engine:
 
     def _forward(self, module, batch: dict) -> tuple[torch.Tensor, dict]:
         """(loss sum with gradient, further sums); the loss itself is computed outside autocast."""
+        if self.head:
+            self.head.expect([batch["labels"]])
         with self._autocast():
-            logits = module(**batch["inputs"]).logits
-        return self.loss_fn(logits, batch)
+            outputs = module(**{"use_cache": False, **batch["inputs"]}).logits
+        return self.loss_fn(outputs, batch)
 
 
 class Sums:
@@ -241,9 +245,8 @@ def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fil
     A pipeline also takes a model on the meta device: fill(part, global_name) then fills the part that a process keeps.
     """
     distributed.setup(config)
-    if config.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in transformers 5.23
-        enable({"use_reentrant": False})
+    if config.activation_checkpointing != "none":
+        layers.checkpoint(model, config.activation_checkpointing)
     if config.parallel.pipeline > 1:
         from pipeline.train.pipelined import Pipelined
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.models import stages
-from pipeline.train import balance, distributed, phases, shards
+from pipeline.train import balance, distributed, head, phases, shards
 from pipeline.train.bubble import Bubble
 from pipeline.train.engine import Engine, Sums, adamw, finite
 from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
@@ -86,6 +86,7 @@ class Pipelined(Engine):
             if self.tied and self.part.last:  # DeepSpeed takes the whole layer for a copy and would leave it out of the gradient norm
                 for parameter in self.part.parameters():
                     parameter.ds_pipe_replicated = parameter is self.part.table.weight
+            self.head = head.installed(self.part.model) if self.part.last else None
             self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings(config, micro, accumulation, self.data_world), dist_init_required=False)
         self.shape = None
@@ -103,9 +104,9 @@ class Pipelined(Engine):
         said = self.bubble.advice(self.parts)
         return said and f"pipeline   {said}"
 
-    def _loss(self, logits, index):
+    def _loss(self, outputs, index):
         """Called on the last stage; `index` says which micro-batch this is."""
-        loss, metrics = self.loss_fn(logits, self.micro_batches[int(index)])
+        loss, metrics = self.loss_fn(outputs, self.micro_batches[int(index)])
         if self.counted[int(index)]:
             self.sums.add(loss, metrics)
         return loss * self.scale
@@ -117,6 +118,8 @@ class Pipelined(Engine):
         if shapes[0] != self.shape:
             self.engine.reset_activation_shape()
             self.shape = shapes[0]
+        if self.head:  # on the last stage the k-th forward of a step is its k-th micro-batch
+            self.head.expect([batch["labels"] for batch in micro_batches])
 
         def feed():
             for index, batch in enumerate(micro_batches):

@@ -107,7 +107,9 @@ class Sharded(Engine):
         self.frozen = {name: parameter for name, parameter in self.named.items() if not parameter.requires_grad}
 
     def _forward(self, module, batch):
-        return self.loss_fn(module(**batch["inputs"]).logits, batch)
+        if self.head:
+            self.head.expect([batch["labels"]])
+        return self.loss_fn(module(**{"use_cache": False, **batch["inputs"]}).logits, batch)
 
     def _update(self, micro_batches, weight, lr):
         self.engine.train()
