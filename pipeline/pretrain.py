@@ -109,7 +109,7 @@ class Config(TrainConfig):
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer
-    from pipeline.models import build, cost
+    from pipeline.models import build, cost, scaling
     from pipeline.train import checkpoints, derivation, distributed, engine, layers, meters
     from pipeline.train.loop import fit, share
     from pipeline.train.tuning import model_folder
@@ -130,6 +130,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     if "model" in inputs:
         folder = model_folder(inputs["model"])
         model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
+        scaling.learning_rates(model)
         if model.config.vocab_size < store.vocab_size:
             raise UserError(f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size}; they must share one tokenizer")
         if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from harness import files_of, stage, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.tokens import TokenStore
+from pipeline.models import build
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +138,45 @@ def test_mistakes_are_one_sentence(world, word, said):
     folder, _ = world
     code, text = stage("pretrain", "recipe.yaml", "output=wrong", word, *(["pretrain.compile=true"] if "zero" in word else []), cwd=folder)
     assert code == 2 and said in text and "Traceback" not in text and text.count("error:") == 1, text
+
+
+# ---- going on from a model -------------------------------------------------------------------------------------------------
+
+LONGER = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+
+
+def test_a_hub_folder_goes_on_with_longer_rows(world, tmp_path):
+    """Twice the context by scaled positions. What training starts from has the logits of transformers' model with the same configuration, and so has what it publishes."""
+    folder, _ = world
+    source = published(folder) / "model"
+    copy = tmp_path / "by-hand"
+    shutil.copytree(source, copy)
+    written = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**written, "rope_parameters": LONGER, "max_position_embeddings": 64}))
+    ids = torch.randint(3, 290, (2, 64), generator=torch.Generator().manual_seed(0))
+    by_hand, plain = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (copy, source))
+    ours = build.load(source, config=build.changed(source, {"rope_parameters": LONGER}, 64)).eval()
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, by_hand(ids).logits) and not torch.allclose(ours(ids).logits, plain(ids).logits, atol=1e-4)
+    (folder / "hub").exists() or shutil.copytree(source, folder / "hub")
+    block = "  longer: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: ./hub}, sequence_length: 64, batch_size: 4, steps: 2, precision: fp32, heldout_rows: 4"
+    (folder / "longer.yaml").write_text(tiny.RECIPE + block + f", model_changes: {{rope_parameters: {json.dumps(LONGER)}}}}}\n")
+    succeed("pretrain", "longer.yaml", "--stage", "longer", cwd=folder)
+    made = AutoModelForCausalLM.from_pretrained(folder / "runs/tiny/longer/current/model")
+    assert made.config.max_position_embeddings == 64 and made.config.rope_parameters["rope_type"] == "yarn"
+    for word, said in [("model_changes={}", "more than the 32 positions"), ("model_changes={hidden_size: 64}", "would change the shape of"), ("model_changes={rope: 1}", "has no such key")]:
+        code, text = stage("pretrain", "longer.yaml", "--stage", "longer", "output=wrong", f"longer.{word}", *([] if "{}" in word else ["longer.sequence_length=32"]), cwd=folder)
+        assert code == 2 and said in text and "Traceback" not in text, text
+
+
+def test_a_model_with_other_tokens_is_refused(world):
+    folder, _ = world
+    other = folder / "other"
+    other.exists() or shutil.copytree(published(folder) / "model", other)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    a, b = list(vocabulary)[100:102]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    code, text = stage("pretrain", "recipe.yaml", "output=wrong", "pretrain.inputs.model=./other", cwd=folder)
+    assert code == 2 and "is not the tokenizer of inputs.model" in text, text

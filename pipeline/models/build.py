@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.models import scaling
 from pipeline.seeds import derive
 
 # Keys of a model block that a recipe leaves to others: the tokenizer, the stage, and this module.
@@ -28,7 +29,7 @@ TAKEN = {
     "dtype": "weights are fp32 and `precision` says how they are used",
     "torch_dtype": "weights are fp32 and `precision` says how they are used",
 }
-OWN = ("family", "pad_vocab_to")
+OWN = ("family", "pad_vocab_to", "init", "mup")
 # Keys that a family's code reads (qwen3_moe), or train/balance.py does (DeepSeek-V3), and that its configuration class does not list.
 UNLISTED = {"qwen3_moe": ("head_dim",), "deepseek_v3": ("router_aux_loss_coef",)}
 UNLIMITED = ("bloom", "mamba", "mamba2", "rwkv")  # families without positions: max_position_embeddings only says what they were trained with
@@ -51,7 +52,6 @@ def check(block: dict | None) -> None:
         near = difflib.get_close_matches(str(family), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"
         raise UserError(f"model.family: {family!r} is unknown; {hint}")
-    known = set(_config(family, {}).to_dict()) | set(OWN)
     bare = _config(family, {})
     known = {*bare.to_dict(), *bare.attribute_map, *OWN, *UNLISTED.get(family, ())}
     length = bare.attribute_map.get("max_position_embeddings")  # GPT's n_positions, RWKV's context_length
@@ -63,6 +63,7 @@ def check(block: dict | None) -> None:
             raise UserError(f"model.{key}: {family} has no such key; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(k for k in known if not k.startswith('_')))}"))
     config = _config(family, _keys(block))
     balance.coefficient(config)
+    scaling.check(block, config)
     heads, width = getattr(config, "num_attention_heads", None) or 1, config.hidden_size  # mamba and rwkv have none
     if "head_dim" not in block and width % heads:
         raise UserError(f"model: hidden_size {width} is not divisible by num_attention_heads {heads}")
@@ -77,7 +78,7 @@ def configure(block: dict, tokenizer, sequence_length: int):
     multiple = block.get("pad_vocab_to", 1)
     vocabulary = -(-len(tokenizer) // multiple) * multiple
     special = {"vocab_size": vocabulary, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return _config(block["family"], {**_keys(block), **special, "max_position_embeddings": sequence_length, "use_cache": True})
+    return _config(block["family"], {**_keys(block), **scaling.kept(block), **special, "max_position_embeddings": sequence_length, "use_cache": True})
 
 
 def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bool = True):
@@ -102,7 +103,7 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
 
     Each module draws from a generator seeded by (seed, its name in the whole model), children first. A module all of whose parameters were
     filled before, such as an output layer tied to the embedding, is left alone. What a family leaves to its constructors is found by the NaNs that
-    stand in every parameter before (GPT-1's Conv1D; transformers gives it normal weights and no bias), and none may stay.
+    stand in every parameter before (GPT-1's Conv1D; transformers gives it normal weights and no bias), and none may stay. `init` and `mup` come last.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -121,6 +122,7 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
                 part.weight.normal_(std=model.config.initializer_range)
                 part.bias.zero_()
             filled.update(id(parameter) for parameter in own)
+        scaling.initial(model)
     empty = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
     assert not empty, f"{model.config.model_type}: no initial values for {', '.join(empty[:3])}"
 

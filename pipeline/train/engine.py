@@ -205,17 +205,30 @@ def decayed(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "ds_shape", parameter.shape).__len__() >= 2
 
 
+def lr_scale(parameter: torch.Tensor) -> float:
+    """A parameter's share of the learning rate: 1, or what mu-P says (models/scaling.py)."""
+    return getattr(parameter, "lr_scale", 1.0)
+
+
+def set_learning_rate(optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 def adamw(parameters, config: TrainConfig, device: torch.device, kind=torch.optim.AdamW) -> torch.optim.AdamW:
     """AdamW over named parameters with decay on matrices alone.
 
     `fused` on both devices: one update of 4.2M parameters takes 5.5 ms of one CPU core, 14.6 ms with foreach, 15.8 ms with a plain loop.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if decayed(p)], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for p in trained if not decayed(p)], "weight_decay": 0.0},
-    ]
     options = config.optimizer
+    groups = []
+    for scale in sorted({lr_scale(p) for p in trained}, reverse=True):
+        part = [p for p in trained if lr_scale(p) == scale]
+        own = {"lr_scale": scale} if scale != 1 else {}
+        # Decay is lr * weight_decay a step: where the learning rate is scaled, that stays what it is elsewhere.
+        groups.append({"params": [p for p in part if decayed(p)], "weight_decay": options.weight_decay / scale, **own})
+        groups.append({"params": [p for p in part if not decayed(p)], "weight_decay": 0.0, **own})
     return kind([group for group in groups if group["params"]], lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pipeline.models import stages
 from pipeline.train import balance, distributed, head, phases, shards
 from pipeline.train.bubble import Bubble
-from pipeline.train.engine import Engine, Sums, adamw, finite
+from pipeline.train.engine import Engine, Sums, adamw, finite, set_learning_rate
 from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
 
 
@@ -143,8 +143,7 @@ class Pipelined(Engine):
             return finite(total["loss"])
 
         self.optimizer.allow = allow
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         phases.enter("pipeline")  # forward, backward, reduction and update, interleaved
         with self.bubble.clock:
             self.engine.train_batch(feed)

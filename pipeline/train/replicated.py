@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from pipeline.train import distributed, phases, shards
-from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite
+from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, set_learning_rate
 from pipeline.train.muon import Muon
 
 
@@ -48,8 +48,7 @@ class Replicated(Engine):
         applied = finite(loss, norm)
         phases.enter("update")
         if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, total, norm, applied

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from pipeline.train import distributed, phases, shards
-from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite
+from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, set_learning_rate
 
 BUCKET = 50_000_000  # elements; DeepSpeed's default of 500M takes 2 GB a buffer in fp32
 
@@ -131,8 +131,7 @@ class Sharded(Engine):
             norm = float(clip_gradients(list(self.engine.module.parameters()), self.config.optimizer.max_grad_norm))
         allowed = finite(loss) if norm is None else finite(loss, norm)
         self.optimizer.allow = lambda: allowed
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         phases.enter("update")
         self.engine.step()
         applied = allowed and self.engine.was_step_applied()
