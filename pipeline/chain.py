@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -247,8 +248,15 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
             return output.published
         if rank == 0:
             write_atomic(output.path / "recipe.yaml", _resolved(recipe))
-        metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
-        return output.publish(metrics) if rank == 0 else None
+        if not hasattr(node.config, "watch"):
+            return output.publish(module_of(node.config.kind).run(node.config, node.inputs, output))
+        from pipeline.train.stop import outside
+        from pipeline.train.watch import Watch
+
+        with outside(output):
+            with Watch(output, node.config.watch):
+                metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
+            return output.publish(metrics) if rank == 0 else None
     except UserError:
         output.drop_if_empty()
         raise
@@ -434,7 +442,8 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if code == EXIT_STOPPED or (code not in (0, EXIT_USER) and (node.folder / "requeue.json").exists()):
-        raise Stopped(f"{node.name}: stopped after saving; the same command goes on from here")
+        word = json.loads((node.folder / "requeue.json").read_text()) if (node.folder / "requeue.json").exists() else {}
+        raise Stopped(f"{node.name}: {word.get('message') or 'stopped after saving'}; the same command goes on from {'step ' + str(word['saved']) if word.get('saved') else 'here'}")
     if code:
         raise StageFailed(node.name, EXIT_USER if code == EXIT_USER else 1)
 

@@ -53,7 +53,7 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Annotated[b
     _known(stages, graph, recipe)
     chosen = {name: node for name, node in graph.items() if not stages or name in stages}
     if as_json:
-        print(json.dumps({name: {"kind": node.config.kind, "state": node.state, "reason": node.reason, "path": str(node.output.path) if node.output else None} for name, node in chosen.items()}))
+        print(json.dumps({name: {"kind": node.config.kind, "state": node.state, "reason": node.reason, "path": str(node.output.path) if node.output else None, "folder": str(node.folder)} for name, node in chosen.items()}))
         return
     for name, node in chosen.items():
         made = f"  {os.path.relpath(node.output.path)}" if node.output else ""

@@ -163,8 +163,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.rl.iteration import iterate
     from pipeline.rl.rewards import calibration
     from pipeline.tracking import Progress, Tracker
-    from pipeline.train import checkpoints, distributed
-    from pipeline.train.loop import StopSignal, seed_step, stop
+    from pipeline.train import checkpoints, distributed, phases
+    from pipeline.train.loop import seed_step
+    from pipeline.train.stop import StopSignal, stop
     from pipeline.train.tuning import model_folder
 
     distributed.setup(config)
@@ -201,6 +202,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     try:
         with StopSignal() as signals, Progress(output.stage, config.steps, "step", state["step"], output.is_main) as bar, saver:
             while state["step"] < config.steps:
+                phases.enter("rollout", at=state["step"] + 1)
                 seed_step(config, state["step"], distributed.rank())
                 stats = iterate(models, pool, state)
                 state["step"] += 1

@@ -121,6 +121,17 @@ class Log(Strict):
     """Weights & Biases project; offline when WANDB_API_KEY is not set."""
 
 
+class Watchdog(Strict):
+    """How long silence may last before the run is ended and put back into the queue (train/watch.py)."""
+
+    hang: float = Field(600, gt=0)
+    """Seconds without progress of any rank inside a step. Then the rank that the others wait for is named, stacks are written and all ranks end."""
+    start: float = Field(3600, gt=0)
+    """The same for what may take long: starting, the first step (compiling), rollouts, evaluating, saving and publishing."""
+    lost: float = Field(30, gt=0)
+    """Seconds without a heartbeat after which a rank is taken for dead; it writes one every second, two with more than 16 ranks."""
+
+
 class TrainConfig(StageConfig):
     """A stage that updates weights. One step is one update over `batch_size` rows, however many processes share them."""
 
@@ -146,6 +157,8 @@ class TrainConfig(StageConfig):
     """Checkpoints."""
     log: Annotated[Log, EXECUTION] = Log()
     """Logging."""
+    watch: Annotated[Watchdog, EXECUTION] = Watchdog()
+    """Hangs and lost ranks."""
     evaluate_every: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Steps between evaluations on held-out data; they are always made before the first and after the last step."""
 

@@ -54,7 +54,10 @@ def setup(config=None) -> None:
     # Flags and sums of a few numbers travel over gloo also where tensors travel over nccl: no launch of a kernel, no wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if world() > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # The watch (train/watch.py) knows who lags and says it, so it must be the first to lose patience.
+        watch = getattr(config, "watch", None)
+        seconds = 2 * max(watch.start, watch.hang) if watch else 0
+        dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, seconds)))
     elif config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1):  # DeepSpeed wants a group also for one process
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

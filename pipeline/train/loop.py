@@ -1,7 +1,5 @@
 """The training loop of stages whose steps are all alike: resume, step, log, evaluate, save, and stop when asked."""
 
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +8,6 @@ import torch
 
 from pipeline import faults
 from pipeline.artifact import Output
-from pipeline.errors import Stopped
-from pipeline.files import write_json
 from pipeline.seeds import derive
 from pipeline.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
@@ -19,6 +15,7 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
 from pipeline.train.horizon import CALIBRATION, Horizon
 from pipeline.train.meters import Meters, Text
+from pipeline.train.stop import StopSignal, stop
 
 
 def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:
@@ -32,34 +29,6 @@ def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:
 def seed_step(config: TrainConfig, step: int, data_rank: int) -> None:
     """Everything random inside a step (dropout) is a function of (seed, step, data rank), so that nothing of it has to be saved."""
     torch.manual_seed(derive(config.seed or 0, "step", step, data_rank))
-
-
-class StopSignal:
-    """Turns SIGTERM and SIGUSR1 into a flag that all processes look at together after each step, so that all stop at the same one."""
-
-    def __init__(self):
-        self.number = 0
-        self.previous = {}
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame) -> None:
-        self.number = number
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-def stop(output: Output, step: int, number: int) -> None:
-    """Leave word for the job script that this run wants to be queued again (exit codes do not survive launchers), and raise Stopped."""
-    name = signal.Signals(number).name
-    if output.is_main:
-        write_json(output.folder / "requeue.json", {"stage": output.stage, "step": step, "signal": name, "job": os.environ.get("SLURM_JOB_ID")})
-    raise Stopped(f"{output.stage}: {name} received, saved at step {step}; the same command goes on from here")
 
 
 def fit(

@@ -10,6 +10,7 @@ On a GPU, work is queued: the host's time goes to the phase that waits for it, w
 import time
 
 step = 0
+place = 0  # phases entered since the step began: says who is behind, since all ranks enter the same ones in the same order
 name = "start"
 since = time.perf_counter()
 _seconds: dict[str, float] = {}
@@ -17,17 +18,21 @@ _seconds: dict[str, float] = {}
 
 def enter(phase: str, at: int | None = None) -> None:
     """Begin a phase; `at`: the step that begins with it."""
-    global step, name, since
+    global step, place, name, since
     now = time.perf_counter()
     _seconds[name] = _seconds.get(name, 0.0) + now - since
     name, since = phase, now
-    if at is not None:
-        step = at
+    if at is None:
+        place += 1
+    else:
+        step, place = at, 0
 
 
 def take() -> dict[str, float]:
     """Seconds spent in each phase since the last call."""
-    enter(name)
-    found = dict(_seconds)
+    global since
+    now = time.perf_counter()
+    found = {**_seconds, name: _seconds.get(name, 0.0) + now - since}
+    since = now
     _seconds.clear()
     return found

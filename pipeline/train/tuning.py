@@ -14,7 +14,8 @@ from pipeline.artifact import Artifact, Output
 from pipeline.errors import UserError
 from pipeline.files import sync_tree, write_json
 from pipeline.seeds import derive
-from pipeline.train import distributed
+from pipeline.train import distributed, phases
+from pipeline.train.watch import wait_for
 
 
 def model_folder(artifact: Artifact) -> Path:
@@ -66,7 +67,10 @@ def shared(output: Output, config, build: Callable[[], tuple[dict[str, "Ragged |
     The group is started after building, so that a mistake in the data is one sentence from the main process, while the others still wait.
     """
     folder = output.path / "work" / "rows"
-    if output.is_main and not folder.exists():
+    if not output.is_main:
+        wait_for(folder)
+    elif not folder.exists():
+        phases.enter("prepare")
         temporary = folder.with_name("rows.tmp")
         if temporary.exists():  # of a run that was killed while writing
             shutil.rmtree(temporary)
@@ -81,6 +85,7 @@ def shared(output: Output, config, build: Callable[[], tuple[dict[str, "Ragged |
         faults.point("save")
         temporary.rename(folder)
         output.note_time()
+    phases.enter("start")
     distributed.setup(config)
     distributed.barrier()
     loaded = {path.name.removesuffix(".npy"): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}

@@ -1,0 +1,107 @@
+"""Steps that must not count: a loss or gradient norm that jumps, or that is no number. What is done then, and what is left on disk for people.
+
+    guard = Guard(config.spikes, state)               # its statistics live in the loop's state, so a resumed run decides as the one that was killed
+    stats = engine.step(micro_batches, lr, guard.admit)     # asked on every rank between backward and update
+    reason = guard.after(stats)
+
+A value is a spike if it lies `sigma` robust deviations above the median of the last `window` applied steps: median and 1.4826 x median absolute
+deviation (Hampel, 1974), of the loss and of the logarithm of the gradient norm. OLMo's SkipStepOptimizer compares with mean and standard deviation
+over the same 128 steps and 6 sigma; a median does not move with the spikes themselves. Fewer than half a window of steps decide nothing.
+
+Rolling back is what PaLM did (Chowdhery et al., 2022, section 5.1): the newest checkpoint before the spike, and on with other data than those that led to it.
+The rows of all steps since that checkpoint, the spike's among them, are left out: which rows a step reads stays a function of (seed, step, list of skipped rows).
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.files import write_atomic
+from pipeline.train.config import Spikes
+
+FLOOR = 1e-3  # of the median: a deviation of nothing (all losses equal) would make a spike of anything
+TOLD = 3  # steps in a row whose rows are written out; a run that has gone to NaN would fill the disk
+
+
+class Guard:
+    """Decides on each step, from the loop's state alone, so equally on every rank and after every resume."""
+
+    def __init__(self, config: Spikes, state: dict):
+        self.config = config
+        self.state = state.setdefault("spikes", {"loss": [], "log_norm": [], "in_a_row": 0, "count": 0, "rollbacks": 0, "skipped_rows": []})
+        self.admit = self._admit if config.policy != "off" else None
+        self.reason: str | None = None
+
+    def _admit(self, loss: float, norm: float) -> bool:
+        """Whether an update with this loss and gradient norm may be made. Both are finite."""
+        self.reason = self._judge("loss", loss, lambda x: x) or self._judge("log_norm", math.log(max(norm, 1e-30)), math.exp)
+        return self.reason is None
+
+    def _judge(self, name: str, value: float, shown) -> str | None:
+        history = self.state[name]
+        if len(history) < max(2, self.config.window // 2):
+            return None
+        median = statistics.median(history)
+        deviation = max(1.4826 * statistics.median(abs(x - median) for x in history), FLOOR * max(1.0, abs(median)))
+        sigma = (value - median) / deviation
+        if sigma <= self.config.sigma:
+            return None
+        what = {"loss": "loss", "log_norm": "gradient norm"}[name]
+        return f"its {what} of {shown(value):.4g} is {sigma:.1f} deviations above the median of the last {len(history)} steps, {shown(median):.4g}"
+
+    def after(self, stats: dict) -> str | None:
+        """Count a step that was made. Returns why it was not applied, in words, or None."""
+        if stats["applied"]:
+            self.state["in_a_row"] = 0
+            if self.admit:
+                for name, value in (("loss", stats["loss"]), ("log_norm", math.log(max(stats["grad_norm"], 1e-30)))):
+                    self.state[name] = [*self.state[name], value][-self.config.window :]
+            return None
+        if stats["weight"] == 0:
+            return "it had no labels"
+        self.state["in_a_row"] += 1
+        if not stats["refused"]:
+            return "its loss or gradient norm is not finite"
+        self.state["count"] += 1
+        return self.reason or "another rank refused it"
+
+    @property
+    def worth_telling(self) -> bool:
+        return 0 < self.state["in_a_row"] <= TOLD
+
+    def verdict(self, stats: dict) -> str:
+        """What to do about a step that was not applied: go on, stop, or rollback."""
+        if self.state["in_a_row"] >= self.config.in_a_row:
+            return "stop"
+        if not stats["refused"] or self.config.policy == "skip":
+            return "go on"
+        if self.config.policy == "rollback" and self.state["rollbacks"] < self.config.rollbacks:
+            return "rollback"
+        return "stop"
+
+    def row(self, step: int, batch_size: int) -> int:
+        """The first global row that step `step` (from 0) reads: step * batch_size, unless rows were skipped before it."""
+        row = step * batch_size
+        for start, end in self.state["skipped_rows"]:
+            if row >= start:
+                row += end - start
+        return row
+
+    def position(self, step: int, batch_size: int) -> int:
+        """Which batch of the data step `step` reads."""
+        return -(-self.row(step, batch_size) // batch_size)
+
+    def rolled_back(self, saved: dict, checkpoint: int, step: int, batch_size: int) -> dict:
+        """The state to go on with from a checkpoint whose state is `saved`: all rows from there to the batch of `step` (from 0) are skipped."""
+        start, end = self.row(checkpoint, batch_size), self.row(step, batch_size) + batch_size
+        ranges = [found for found in self.state["skipped_rows"] if found[0] < start] + [[start, end]]  # later ones lie inside the new one
+        return {**saved, "spikes": {**saved["spikes"], "count": self.state["count"], "rollbacks": self.state["rollbacks"] + 1, "skipped_rows": ranges}}
+
+
+def write_rows(path: Path, step: int, reason: str, stats: dict, rows: Iterable[dict]) -> None:
+    """logs/spikes/step-000123.jsonl: first the step, then every row of its global batch."""
+    shown = {key: stats.get(key) for key in ("loss", "grad_norm", "lr")}
+    lines = [{"step": step, "reason": reason, **shown}, *rows]
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

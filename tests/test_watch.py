@@ -1,0 +1,130 @@
+"""Two ranks of a stage, started as srun starts them (nobody ends the other when one leaves): a signal to one, a hang, a death, a mistake on one, and the end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from harness import files_of
+
+ROOT = Path(__file__).parent.parent
+STEPS = 240
+WORDS = (f"pretrain.steps={STEPS}", "pretrain.save.every_steps=20", "pretrain.schedule.warmup_steps=4", "pretrain.optimizer.lr=1e-3")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watch")
+    tiny.write_inputs(folder)
+    (folder / "recipe.yaml").write_text(tiny.RECIPE)
+    return folder
+
+
+def start(folder: Path, *words: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    """Both ranks; `second`: words for rank 1 alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    found = []
+    for rank in range(2):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(ROOT / "pipeline/pretrain.py"), "recipe.yaml", *WORDS, *words, *(second if rank else ())]
+        with open(folder / f"rank-{rank}.log", "w") as log:
+            found.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return found
+
+
+def said(folder: Path, rank: int) -> str:
+    return (folder / f"rank-{rank}.log").read_text()
+
+
+def until(condition, ranks, folder, seconds=90):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and all(rank.poll() is None for rank in ranks), said(folder, 0) + said(folder, 1)
+        time.sleep(0.02)
+
+
+def at_step(step: int, folder: Path, rank: int = 1):
+    """Whether the heartbeat of a rank says that it is inside this step or a later one, and not in the first of its process."""
+
+    def reached() -> bool:
+        for path in (folder / "runs/tiny/pretrain").glob(f"*.partial/logs/heartbeat/rank-{rank:05d}.json"):
+            found = json.loads(path.read_text())
+            return found["step"] >= step and found["patience"] == "hang" and found["word"] is None
+        return False
+
+    return reached
+
+
+def end(ranks, folder, seconds=60) -> list[int]:
+    begun = time.time()
+    try:
+        return [rank.wait(max(1, seconds - (time.time() - begun))) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"a rank did not end in {seconds} s\n{said(folder, 0)}\n{said(folder, 1)}") from None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def word(folder: Path) -> dict:
+    return json.loads((folder / "runs/tiny/pretrain/requeue.json").read_text())
+
+
+def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_result_is_that_of_a_quiet_run(world):
+    # SIGUSR1 to rank 1 alone: both stop at one step
+    ranks = start(world)
+    until(at_step(12, world), ranks, world)
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert end(ranks, world) == [75, 75]
+    stopped = word(world)
+    assert stopped["reason"] == "signal" and stopped["signal"] == "SIGUSR1" and stopped["saved"] == stopped["step"] >= 12
+
+    # Rank 1 hangs (SIGSTOP): found after watch.hang seconds, not after a collective's half hour
+    ranks = start(world, "pretrain.watch={hang: 3, lost: 50}")
+    until(at_step(stopped["step"] + 12, world), ranks, world)
+    ranks[1].send_signal(signal.SIGSTOP)
+    begun = time.time()
+    assert ranks[0].wait(40) == 76
+    assert 3 <= time.time() - begun < 25
+    ranks[1].send_signal(signal.SIGCONT)  # the other's word is read late, and obeyed
+    assert end(ranks, world)[1] != 0
+    hang, text = word(world), said(world, 0)
+    assert hang["reason"] == "hang" and hang["rank"] == 1 and hang["step"] >= stopped["step"] + 12 and hang["saved"] >= stopped["step"]
+    assert f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) has been in phase {hang['phase']} of step {hang['step']} for" in text and "rank 0 waits in" in text, text
+    folder = next((world / "runs/tiny/pretrain").glob("*.partial"))
+    assert "Thread" in (folder / "logs/stacks-rank-0.txt").read_text()
+
+    # Rank 1 is killed: rank 0 names it
+    ranks = start(world)
+    until(at_step(hang["saved"] + 12, world), ranks, world)
+    ranks[1].kill()
+    begun = time.time()
+    code = end(ranks, world)[0]
+    assert time.time() - begun < 60 and code == 76, said(world, 0)
+    lost = word(world)
+    assert lost["reason"] == "lost" and lost["rank"] == 1 and f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) is lost: its process is gone" in said(world, 0), said(world, 0)
+
+    # To the end, and the same run without any of this
+    ranks = start(world)
+    assert end(ranks, world, 120) == [0, 0], said(world, 0) + said(world, 1)
+    ranks = start(world, "output=quiet")
+    assert end(ranks, world, 120) == [0, 0], said(world, 0) + said(world, 1)
+    assert files_of(world / "runs/tiny/pretrain/current") == files_of(world / "quiet/tiny/pretrain/current")
+    assert not (world / "runs/tiny/pretrain/requeue.json").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_rank_makes_is_told_by_the_other(world):
+    ranks = start(world, "output=mistake", second=("pretrain.heldout_rows=1",))
+    codes = end(ranks, world)
+    assert codes[1] == 2 and codes[0] in (1, 2) and "1 held-out rows cannot be shared by 2 processes" in said(world, 0), (codes, said(world, 0))
+    assert not (world / "mistake/tiny/pretrain/requeue.json").exists()
