@@ -1,5 +1,6 @@
 """What is in launch/ and docker/ is checked by the tools that will read it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,43 +36,82 @@ def test_accelerate_reads_each_launch_config(path):
     assert YAML(typ="safe").load(path.read_text())["mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "slurm").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(path for path in (ROOT / "launch" / "slurm").iterdir() if path.suffix != ".py"), ids=lambda path: path.name)
 def test_job_scripts_are_valid_bash_and_can_be_executed(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     assert path.stat().st_mode & 0o111
 
 
-def test_job_script_names_stages_in_order_and_layouts(tmp_path):
-    """The job script with Slurm's commands replaced by ones that write down how they were called."""
-    calls = tmp_path / "calls"
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    states = tmp_path / "done"
-    states.mkdir()
+def job(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProcess:
+    """The job script on two stages, with Slurm's commands and `alma` replaced by ones that write down how they were called in folder/calls."""
+    binaries = folder / "bin"
+    if not binaries.exists():
+        binaries.mkdir()
+        (folder / "launch").symlink_to(ROOT / "launch")
+        for stage in ("clean", "pretrain"):
+            (folder / stage).mkdir()
     tools = {
-        "scontrol": 'echo n1; echo n2',
+        "scontrol": f'[ "$1" = show ] && {{ echo n1; echo n2; exit; }}; echo "scontrol $@" >> {folder}/calls',
         "alma": f"""python3 - <<'P'
 import json, os
-kinds = {{"clean": "clean", "pretrain": "pretrain"}}
-print(json.dumps({{n: {{"kind": k, "state": "up to date" if os.path.exists("{states}/" + n) else "missing"}} for n, k in kinds.items()}}))
+print(json.dumps({{kind: {{"kind": kind, "state": "up to date" if os.path.exists(f"{folder}/{{kind}}/done") else "missing", "folder": f"{folder}/{{kind}}"}} for kind in ("clean", "pretrain")}}))
 P""",
-        "srun": f'echo "$@" >> {calls}; for last; do :; done; touch {states}/$last',
-        "python": 'if [ "$1" = -c ] && [ $# -gt 2 ]; then echo /nowhere; else exec python3 "$@"; fi',
+        "srun": f'echo "srun $@" >> {folder}/calls; for last; do :; done; cd {folder}/$last; rm -f requeue.json; {srun}',
+        "python": 'exec python3 "$@"',
     }
     for name, body in tools.items():
-        script = binaries / name
-        script.write_text(f"#!/bin/bash\n{body}\n")
-        script.chmod(0o755)
-    environment = {
+        (binaries / name).write_text(f"#!/bin/bash\n{body}\n")
+        (binaries / name).chmod(0o755)
+    settings = {
         "PATH": f"{binaries}:/usr/bin:/bin:{Path(sys.executable).resolve().parent}",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
-        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_SUBMIT_DIR": str(folder),
+        **environment,
     }
-    answer = subprocess.run(["bash", ROOT / "launch" / "slurm" / "alma.sbatch", "r.yaml", "pretrain.steps=3"], env=environment, capture_output=True, text=True)
+    return subprocess.run(["bash", ROOT / "launch" / "slurm" / "alma.sbatch", "r.yaml", "pretrain.steps=3"], env=settings, capture_output=True, text=True, timeout=60)
+
+
+def calls(folder: Path, name: str) -> list[str]:
+    return [line for line in (folder / "calls").read_text().splitlines() if line.startswith(name)]
+
+
+def test_job_script_names_stages_in_order_and_layouts(tmp_path):
+    answer = job(tmp_path, "touch done")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    first, second = calls.read_text().splitlines()
+    first, second = calls(tmp_path, "srun")
     assert "--nodes=1 --ntasks=1 launch/slurm/rank.sh pipeline/clean.py r.yaml pretrain.steps=3 --stage clean" in first
     assert "--nodes=2 --ntasks-per-node=8 launch/slurm/rank.sh pipeline/pretrain.py r.yaml pretrain.steps=3 --stage pretrain" in second
+
+
+def leaves(saved: int, reason: str = "hang", code: int = 76) -> str:
+    word = {"stage": "pretrain", "reason": reason, "step": saved + 7, "saved": saved, "message": f"{reason}: rank 3"}
+    return f"echo '{json.dumps(word)}' > requeue.json; exit {code}"
+
+
+def test_a_job_that_may_go_on_is_queued_again_until_it_makes_no_progress(tmp_path):
+    job(tmp_path, "[ $last = clean ] && touch done")
+    for saved, reason in ((100, "hang"), (100, "lost"), (200, "hang"), (200, "hang")):
+        answer = job(tmp_path, leaves(saved, reason))
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert len(calls(tmp_path, "scontrol requeue 7")) == 4
+    answer = job(tmp_path, leaves(200, "lost"))
+    assert answer.returncode == 76 and "3 tries ended at step 200 without progress, the last with: lost: rank 3" in answer.stdout
+    answer = job(tmp_path, leaves(200), ALMA_TRIES="1")
+    assert answer.returncode == 76 and "1 tries ended at step 200" in answer.stdout
+    assert len(calls(tmp_path, "scontrol requeue 7")) == 4
+
+
+@pytest.mark.parametrize("end", ["exit 2", "exit 1", "kill -9 $$"], ids=["mistake or spike", "exception", "killed"])
+def test_a_job_without_a_word_is_not_queued_again(tmp_path, end):
+    answer = job(tmp_path, end)
+    assert answer.returncode not in (0, 75) and not calls(tmp_path, "scontrol requeue") and "left no word" in answer.stdout
+
+
+def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
+    """SIGUSR1 to the job script: the stage is told, saves and leaves word; a stage that keeps units of work leaves none."""
+    for end in ("exit 1", leaves(5, "signal", 75)):
+        assert job(tmp_path, f"leave() {{ {end}; }}; trap leave USR1; kill -USR1 $PPID; sleep 2 & wait").returncode == 0
+    assert len(calls(tmp_path, "scontrol requeue 7")) == 2
