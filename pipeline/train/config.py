@@ -121,6 +121,21 @@ class Log(Strict):
     """Weights & Biases project; offline when WANDB_API_KEY is not set."""
 
 
+class Spikes(Strict):
+    """What is done about a step whose loss or gradient norm jumps (train/spikes.py). A step that is not finite is never applied, whatever is said here."""
+
+    policy: Literal["off", "stop", "skip", "rollback"] = "off"
+    """stop: the update is not made, the state before it is saved and the run ends; skip: the update is not made; rollback: back to the newest checkpoint, and past the rows since then."""
+    sigma: float = Field(6.0, gt=0)
+    """Robust deviations above the median of the last steps from which on a value is a spike; OLMo's and here 6."""
+    window: int = Field(128, ge=4)
+    """Applied steps that are compared with. Fewer than half of them decide nothing."""
+    rollbacks: int = Field(3, ge=1)
+    """Rollbacks after which the next spike stops the run."""
+    in_a_row: int = Field(16, ge=1)
+    """Steps one after another that are not applied, spikes or not finite, after which the run stops, with every policy."""
+
+
 class Watchdog(Strict):
     """How long silence may last before the run is ended and put back into the queue (train/watch.py)."""
 
@@ -147,6 +162,8 @@ class TrainConfig(StageConfig):
     """AdamW or Muon."""
     schedule: Schedule = Schedule()
     """Learning rate over steps."""
+    spikes: Spikes = Spikes()
+    """Jumps of the loss or the gradient norm."""
     micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Rows in memory at a time on one process; none: all of its share. Gradients are accumulated up to `batch_size`."""
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value), EXECUTION] = "none"

@@ -1,8 +1,8 @@
 """Stopping when asked (SIGTERM, SIGUSR1), at any moment, and the word that is left for the job script.
 
     with outside(output):              # around the whole stage: nothing is unsaved, so a signal ends this process at once
-        with StopSignal() as signals:  # around the steps: a signal is noted,
-            number = signals.agreed()  # and all processes look at it together, so that all stop at the same step
+        with StopSignal() as signals:  # around the steps: a signal is noted, and all processes look at it together, so that all stop at the same step
+            number = int(distributed.all_reduce_max([signals.number])[0])
             if number:
                 save(...); stop(output, step, number)
 
@@ -19,7 +19,6 @@ import signal
 from pipeline.artifact import Output
 from pipeline.errors import Stopped
 from pipeline.files import write_json
-from pipeline.train import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -36,7 +35,7 @@ def saved_step(output: Output) -> int:
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGUSR1 into a flag that all processes look at together, so that all stop at the same step."""
+    """Notes SIGTERM and SIGUSR1 in `number`, the maximum of which over all processes is what all of them act on."""
 
     def __init__(self):
         self.number = 0
@@ -49,12 +48,6 @@ class StopSignal:
 
     def _note(self, number, frame) -> None:
         self.number = number
-
-    def agreed(self) -> int:
-        """The signal that some process received, or 0. Collective."""
-        found = int(distributed.all_reduce_max([self.number])[0])
-        self.number = 0
-        return found
 
     def __exit__(self, kind, error, trace):
         for number, handler in self.previous.items():
