@@ -104,6 +104,8 @@ class Config(TrainConfig):
             if self.model_changes:
                 raise UserError(f"stage {self.kind}: model_changes are for a model that training goes on with (inputs: {{model: ...}}); write {', '.join(self.model_changes)} into the model block")
             build.check(self.model)
+            if self.document_mask:
+                build.check_documents(self.model["family"])
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
@@ -131,6 +133,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         folder = model_folder(inputs["model"])
         model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
         scaling.learning_rates(model)
+        if config.document_mask:
+            build.check_documents(model.config.model_type)
         if model.config.vocab_size < store.vocab_size:
             raise UserError(f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size}; they must share one tokenizer")
         if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():

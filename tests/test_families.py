@@ -93,6 +93,18 @@ def test_stages_in_a_row_are_the_whole_model(family, count):
     assert set(names) == set(whole.state_dict()) and all(torch.equal(value, names[name]) for name, value in whole.state_dict().items()), "weights do not depend on the cut"
 
 
+@pytest.mark.parametrize("family", build.DOCUMENTS)
+def test_documents_of_a_row_do_not_see_each_other(family):
+    """The second document's logits are those it has alone, to 1e-5, where positions begin anew with it. Families where that is not so are refused."""
+    model = build.new(families.of_family(family), families.Sized(VOCABULARY), LENGTH, 1).eval()
+    ids = torch.randint(3, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=torch.tensor([[*range(6), *range(LENGTH - 6)]]), use_cache=False).logits[:, 6:]
+        assert torch.allclose(packed, model(input_ids=ids[:, 6:], use_cache=False).logits, atol=1e-5)
+    with pytest.raises(UserError, match="bloom is not among"):
+        build.check_documents("bloom")
+
+
 # ---- the balancing loss ----------------------------------------------------------------------------------------------------
 
 

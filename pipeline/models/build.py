@@ -32,6 +32,11 @@ TAKEN = {
 OWN = ("family", "pad_vocab_to", "init", "mup")
 # Keys that a family's code reads (qwen3_moe), or train/balance.py does (DeepSeek-V3), and that its configuration class does not list.
 UNLISTED = {"qwen3_moe": ("head_dim",), "deepseek_v3": ("router_aux_loss_coef",)}
+# Families that read the borders of documents off the positions, so that no token sees another document. Seen to leak: openai-gpt, opt, bloom, mamba, mamba2, rwkv.
+DOCUMENTS = (
+    *("gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "glm", "glm4"),
+    *("deepseek_v3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3"),
+)
 UNLIMITED = ("bloom", "mamba", "mamba2", "rwkv")  # families without positions: max_position_embeddings only says what they were trained with
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
 
@@ -70,6 +75,12 @@ def check(block: dict | None) -> None:
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
         raise UserError(f"model: num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
+
+
+def check_documents(family: str) -> None:
+    """Raise UserError for a family whose tokens would see other documents of a row in spite of `document_mask`."""
+    if family not in DOCUMENTS:
+        raise UserError(f"document_mask: {family} is not among the families whose attention was seen to stay within a document ({', '.join(DOCUMENTS)}); leave it out")
 
 
 def configure(block: dict, tokenizer, sequence_length: int):
