@@ -15,7 +15,7 @@ The result depends on the content of the sources and the recipe alone, not on wo
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -25,14 +25,19 @@ from pipeline.chain import say
 from pipeline.data import ledger, units
 from pipeline.data import sources as reading
 from pipeline.data.filters import Filters
+from pipeline.data.language import Language
 from pipeline.data.pool import Pool
+from pipeline.data.rules import Rules
 from pipeline.data.sources import Bad, MissingField, Source
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.recipe import EXECUTION, StageConfig, Strict
 from pipeline.tracking import Progress
 
-VERSION = 1
+if TYPE_CHECKING:
+    from pipeline.data.steps import Steps
+
+VERSION = 2
 INPUTS: dict[str, tuple[str, ...]] = {}
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
@@ -50,7 +55,11 @@ class Config(StageConfig):
     sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Source] = Field(min_length=1)
     """Name -> where its records come from. The names come back in the mixture of `pretrain` and in every report."""
     filters: Filters = Filters()
-    """Which documents are left out."""
+    """Which documents are left out: few rules with the same numbers for every language."""
+    language: Language = Language()
+    """Which languages are kept."""
+    rules: Rules = Rules()
+    """Published quality rules: Gopher, C4, FineWeb; off unless named."""
     dedup: Dedup = Dedup()
     """What counts as a duplicate."""
     holdout: float = Field(0.01, ge=0, lt=1)
@@ -72,7 +81,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
         done = _clean(config, work, pool, output)
         index = ledger.build(config.sources, done, work)
         ledger.deduplicate(index, near=config.dedup.near, similarity=config.dedup.similarity, holdout=config.holdout, seed=config.seed)
-        report = ledger.account(done, index, output.path)
+        report = ledger.account(done, index, output.path, _steps(config))
         _refuse(config, report, output)
         _write_shards(done, index, pool, output)
     return {**report["total"], "by_source": report["sources"], "summary": _summary(config, report["total"])}
@@ -139,7 +148,7 @@ def _clean(config: Config, work: Path, pool: Pool, output: Output) -> dict[str, 
 
 def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Progress, size: int, output: Output) -> None:
     """Hand out the units of one source. Those of the next source follow while these are still in work."""
-    source = config.sources[name]
+    source, steps = config.sources[name], _steps(config)
     folder.mkdir(parents=True, exist_ok=True)
     records: dict[int, int] = {}  # of each finished unit, for `limit`
     told, noted = [0], [time.time()]
@@ -165,7 +174,13 @@ def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Prog
             records[number] = units.counted(path)
             tell(weight)
         else:
-            pool.submit(finished, number, weight, units.clean_unit, unit, source, config.filters, path)
+            pool.submit(finished, number, weight, units.clean_unit, unit, source, steps, path)
+
+
+def _steps(config: Config) -> "Steps":
+    from pipeline.data.steps import Steps
+
+    return Steps(**{field: getattr(config, field) for field in Steps.__dataclass_fields__})
 
 
 def _prefix(records: dict[int, int]) -> int:

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from pipeline import artifact
 from pipeline.data.dedup import components, near_duplicates
 from pipeline.data.documents import documents
-from pipeline.data.filters import Filters, garbled, reasons
+from pipeline.data import steps
+from pipeline.data.filters import Filters, garbled
 from pipeline.data.sources import Source
 from pipeline.data.text import normalise, shingles, tokens
 from pipeline.data.units import cut
@@ -355,9 +356,9 @@ def test_hashed_shingles_are_the_plain_shingles():
 
 
 def judge(raw: list[str], **bounds) -> list[str | None]:
-    texts = [normalise(text) for text in raw]
-    hashed = tokens(texts)
-    return reasons(raw, texts, hashed, shingles(hashed), Filters(**bounds))
+    rows = [({"status": "ok"}, text) for text in raw]
+    steps.judge(rows, steps.Steps(filters=Filters(**bounds)))
+    return [row.get("reason") for row, _ in rows]
 
 
 def test_filters_keep_prose_and_name_what_they_drop():

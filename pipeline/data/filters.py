@@ -43,34 +43,29 @@ class Filters(Strict):
     """repeated_ngrams: share of runs of five tokens that stood in the document before (Gopher: 0.15 of the characters in repeated 5-grams of words)."""
 
 
-def reasons(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple[np.ndarray, np.ndarray]", bounds: Filters) -> list[str | None]:
-    """Why each text is left out, or None. `raw` is before and `texts` after normalising; tokens and shingles are those of `texts`. The first rule that fails is named."""
+# (reason, key of Filters, is an upper bound) of each rule, in the order in which the first failure gives the reason.
+BASIC = (
+    ("garbled", "max_garbled", True), ("too_short", "min_tokens", False), ("few_letters", "min_letters", False), ("long_words", "max_mean_word", True),
+    ("repeated_lines", "max_repeated_lines", True), ("repeated_ngrams", "max_repeated_shingles", True),
+)  # fmt: skip
+
+
+def measure(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple[np.ndarray, np.ndarray]") -> "np.ndarray":
+    """What each rule of BASIC looks at, float64 [N, 6]. `raw` is before and `texts` after normalising; tokens and shingles are those of `texts`."""
     import numpy as np
 
     from pipeline.data.text import CJK, DIGIT, LETTER, SYMBOL
 
-    number = np.diff(tokens.starts)
     visible = np.maximum(1, tokens.counts[:, [LETTER, DIGIT, CJK, SYMBOL]].sum(1))
     letters = tokens.counts[:, LETTER] + tokens.counts[:, CJK]
     in_words = tokens.counts[:, LETTER] + tokens.counts[:, DIGIT]
-    short = number < bounds.min_tokens
-    few = letters / visible < bounds.min_letters
-    long = (in_words / np.maximum(1, tokens.words) > bounds.max_mean_word) & (in_words > tokens.counts[:, CJK])
-    repeated = _repeated(*shingles) > bounds.max_repeated_shingles
-    found: list[str | None] = []
-    for i, (before, text) in enumerate(zip(raw, texts, strict=True)):
-        if garbled(before) > bounds.max_garbled:
-            found.append("garbled")
-        elif short[i]:
-            found.append("too_short")
-        elif few[i]:
-            found.append("few_letters")
-        elif long[i]:
-            found.append("long_words")
-        elif repeated_lines(text) > bounds.max_repeated_lines:
-            found.append("repeated_lines")
-        else:
-            found.append("repeated_ngrams" if repeated[i] else None)
+    found = np.empty((len(texts), len(BASIC)))
+    found[:, 0] = list(map(garbled, raw))
+    found[:, 1] = np.diff(tokens.starts)
+    found[:, 2] = letters / visible
+    found[:, 3] = np.where(in_words > tokens.counts[:, CJK], in_words / np.maximum(1, tokens.words), 0)
+    found[:, 4] = list(map(repeated_lines, texts))
+    found[:, 5] = _repeated(*shingles)
     return found
 
 

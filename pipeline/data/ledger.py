@@ -3,13 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.sources import Source
 from pipeline.files import write_json
 from pipeline.seeds import derive
 
+if TYPE_CHECKING:
+    from pipeline.data.steps import Steps
+
 TRAIN, HELDOUT, EXACT, NEAR = range(4)
+ACCOUNTED = ("place", "id", "status", "reason", "excerpt", "bytes", "counted", "language", "kind", "statistics", "failed")
 
 
 @dataclass
@@ -89,13 +93,16 @@ def deduplicate(index: Index, *, near: bool, similarity: float, holdout: float, 
     index.fate[ranked], index.original[ranked] = fate, ranked[cluster]
 
 
-def account(units: dict[str, list[Path]], index: Index, folder: Path) -> dict:
+def account(units: dict[str, list[Path]], index: Index, folder: Path, steps: "Steps") -> dict:
     """Write rejected/ and report.json; returns the report. Every record is in exactly one of its counts."""
     import numpy as np
     import pyarrow.parquet
     import zstandard
 
+    from pipeline.data.rejections import Rejections
+
     report: dict[str, Any] = {"sources": {}}
+    rejections = Rejections(steps)
     (folder / "rejected").mkdir(exist_ok=True)
     at = 0
     for number, (name, paths) in enumerate(units.items()):
@@ -104,7 +111,8 @@ def account(units: dict[str, list[Path]], index: Index, folder: Path) -> dict:
         ledger = folder / "work" / f"{name}.jsonl.zst"
         with open(ledger, "wb") as handle, zstandard.ZstdCompressor().stream_writer(handle) as packed:
             for path, rows in zip(paths, index.rows[name], strict=True):
-                outcome = pyarrow.parquet.read_table(path, columns=["place", "id", "status", "reason", "excerpt", "bytes", "counted"], use_threads=False).slice(0, rows)
+                outcome = pyarrow.parquet.read_table(path, columns=[*ACCOUNTED], use_threads=False).slice(0, rows)
+                rejections.add(name, outcome)
                 read, records, size = read + rows, records + int(outcome["counted"].to_numpy().sum()), size + int(outcome["bytes"].to_numpy().sum())
                 ok = outcome["status"].to_numpy() == "ok"
                 document = at + np.cumsum(ok) - 1
@@ -125,6 +133,8 @@ def account(units: dict[str, list[Path]], index: Index, folder: Path) -> dict:
             chosen = (index.source == number) & (index.fate == fate)
             report["sources"][name].update({f"{split}_documents": int(chosen.sum()), f"{split}_bytes": int(index.size[chosen].sum())})
     _total(report)
+    report["rules"] = rejections.report()
+    assert report["rules"]["rejected"] + report["total"]["nothing_left"] == report["total"]["filtered_documents"]
     write_json(folder / "report.json", report)
     return report
 
@@ -137,6 +147,7 @@ def _total(report: dict) -> None:
             "not_selected": sum(counts["not selected"].values()),
             "bad_records": sum(counts["bad"].values()),
             "filtered_documents": sum(counts["filtered"].values()),
+            "nothing_left": counts["filtered"].get("nothing_left", 0),
             "duplicates_exact": counts["duplicates"].get("exact", 0),
             "duplicates_near": counts["duplicates"].get("near", 0),
         }

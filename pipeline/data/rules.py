@@ -8,17 +8,18 @@
 Every rule is asked about every document, also behind one that has rejected it, so that the ledger can say how rules overlap and what another threshold would have done.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from pipeline.data.filters import BASIC, Filters
 from pipeline.recipe import Strict
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np
 
 GROUPS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
-Share = Field(ge=0, le=1)
 
 
 class Thresholds(Strict):
@@ -160,8 +161,8 @@ class Rules(Strict):
     """What C4 takes out of a document."""
 
 
-def table() -> list[tuple[str, str, str, bool]]:
-    """(group, key, statistic, is an upper bound) of each rule, in the order in which the first failure gives the reason."""
+def listed() -> list[tuple[str, str, str, bool]]:
+    """(group, key, statistic, is an upper bound) of each published rule, in the order in which the first failure gives the reason."""
     from pipeline.data.statistics import NAMES
 
     group = {name: GROUPS[0] if "dup_" in name and name != "dup_kept_chars" or name.startswith("top_") else GROUPS[1] for name in NAMES}
@@ -170,18 +171,33 @@ def table() -> list[tuple[str, str, str, bool]]:
     return [(group[name], f"{side}_{name}", name, side == "max") for name in NAMES for side in ("min", "max") if f"{side}_{name}" in Thresholds.model_fields]
 
 
-def judge(statistics: "np.ndarray", kind: "np.ndarray", rules: Rules) -> "np.ndarray":
-    """Which rules each document fails, bool [N, len(table())]. `kind` [N]: 0 English, 1 Chinese, 2 other."""
-    import numpy as np
+@dataclass(frozen=True)
+class Rule:
+    """A bound on one statistic, for English, Chinese and other languages; NaN where it is off."""
 
-    from pipeline.data.statistics import NAMES
+    reason: str
+    key: str  # in the recipe; with {} for the language where each has its own
+    column: int
+    upper: bool
+    bounds: tuple[float, float, float]
 
-    listed = table()
-    failed = np.zeros((len(statistics), len(listed)), bool)
-    for column, (group, key, name, upper) in enumerate(listed):
-        if group in rules.use:
+    def fails(self, values: "np.ndarray", kind: "np.ndarray", scale: float = 1.0) -> "np.ndarray":
+        """Which documents fail, bool [N], with the bounds times `scale`."""
+        import numpy as np
+
+        bound = np.array(self.bounds)[kind] * scale
+        return values[:, self.column] > bound if self.upper else values[:, self.column] < bound
+
+
+def active(filters: Filters, rules: Rules) -> list[Rule]:
+    """The rules that a recipe asks about, those of `filters` first. Their columns are filters.BASIC, then statistics.NAMES."""
+    found = [Rule(reason, f"filters.{key}", column, upper, (float(getattr(filters, key)),) * 3) for column, (reason, key, upper) in enumerate(BASIC)]
+    if rules.use:
+        from pipeline.data.statistics import NAMES
+
+        for group, key, name, upper in listed():
             bounds = [getattr(block, key) for block in (rules.en, rules.zh, rules.other)]
-            bound = np.array([np.nan if value is None else value for value in bounds], np.float64)[kind]
-            value = statistics[:, NAMES.index(name)]
-            failed[:, column] = value > bound if upper else value < bound
-    return failed
+            if group in rules.use and any(bound is not None for bound in bounds):
+                values = tuple(float("nan") if bound is None else float(bound) for bound in bounds)
+                found.append(Rule(key, f"rules.{{}}.{key}", len(BASIC) + NAMES.index(name), upper, values))
+    return found

@@ -29,10 +29,10 @@ _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "u
 _POLICY_ZH = ("隐私政策", "隐私条款", "使用条款", "服务条款", "版权所有", "保留所有权利", "icp备", "使用cookie", "免责声明")
 
 
-def measure(batch: Batch, chinese: np.ndarray, lines: "Lines", short_line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def measure(batch: Batch, chinese: np.ndarray, lines: "Lines | None", short_line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All statistics, float32 [N, len(NAMES)], and which lines C4's line rules keep, bool [L].
 
-    `chinese` [N] says which texts are judged as Chinese (other stop words and phrases), `lines` which line rules are on, `short_line` [N] how long a short line is.
+    `chinese` [N] says which texts are judged as Chinese (other stop words and phrases), `lines` which line rules are on (None: no line goes, and C4's statistics are not taken), `short_line` [N] how long a short line is.
     Undefined values (the mean length of no word) are NaN, which no threshold rejects.
     """
     number = len(batch.begins)
@@ -124,9 +124,11 @@ def _repeated_lines(batch: Batch, size: np.ndarray, owner: np.ndarray) -> dict[s
     return found
 
 
-def _c4_lines(batch: Batch, chinese: np.ndarray, lines: "Lines") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _c4_lines(batch: Batch, chinese: np.ndarray, lines: "Lines | None") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """C4 (Raffel et al., 2020) as FineWeb uses it, without the rule of terminal punctuation: lines kept, and lines that condemn their text, in the order of its code. bool [L]."""
     filled = batch.line_last > batch.line_first
+    if lines is None:
+        return filled, np.zeros(len(filled), bool), np.zeros(len(filled), bool)
     lower = batch.joined.lower()
     if len(lower) != len(batch.joined):  # a few letters become two signs; offsets must not move
         lower = "".join(sign if len(sign.lower()) != 1 else sign.lower() for sign in batch.joined)

@@ -1,21 +1,23 @@
 """Units of cleaning: a few megabytes of one source, cleaned by one process, with the outcome of every record in one file."""
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import faults
 from pipeline.data import sources as reading
-from pipeline.data.filters import Filters
 from pipeline.data.sources import Bad, Chunk, MissingField, Source
 from pipeline.files import write_atomic
 
+if TYPE_CHECKING:  # the recipe's models load without numpy
+    from pipeline.data.steps import Steps
+
 # A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and `size` of the normalised text; `hash` of the
-# latter; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`.
-OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "signature", "counted")
+# latter; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that could be read, `kind`
+# (which thresholds judge it), `statistics` (float32, see data/steps.py) and `failed` (a bit for each rule).
+OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "signature", "counted", "language", "kind", "statistics", "failed")
 BATCH_CHARACTERS = 1 << 18  # texts hashed at a time: numpy's arrays of a batch then stay in the cache (1 << 22: half the speed)
 
 
@@ -32,10 +34,12 @@ def cut(source: Source, name: str, size: int) -> Iterator[list[Chunk]]:
         yield unit
 
 
-def clean_unit(unit: list[Chunk], source: Source, filters: Filters, path: Path) -> int:
+def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) -> int:
     """Clean one unit and publish its outcome, a row for each record in order. Returns how many records count towards `limit`."""
     import pyarrow
     import pyarrow.parquet
+
+    from pipeline.data.steps import judge
 
     rows, raw = [], []
     for item in (item for chunk in unit for item in reading.parse(chunk)):
@@ -63,36 +67,17 @@ def clean_unit(unit: list[Chunk], source: Source, filters: Filters, path: Path) 
         size = number = 0
         while number < len(raw) and size < BATCH_CHARACTERS:
             size, number = size + len(raw[number][1]), number + 1
-        _judge(raw[:number], filters)
+        judge(raw[:number], steps)
         del raw[:number]
     binary = {"hash": pyarrow.binary(16), "signature": pyarrow.binary(), "bytes": pyarrow.int64(), "size": pyarrow.int64(), "counted": pyarrow.int8()}
+    binary |= {"kind": pyarrow.int8(), "statistics": pyarrow.binary(), "failed": pyarrow.int64()}
     columns = {key: pyarrow.array([row[key] for row in rows], binary.get(key, pyarrow.string())) for key in OUTCOME}
     buffer = io.BytesIO()
     compression = {key: "none" if key in ("hash", "signature") else "zstd" for key in OUTCOME}  # the two are random bits
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression=compression, use_dictionary=["status", "reason"])
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression=compression, use_dictionary=["status", "reason", "language"])
     faults.point("save")
     write_atomic(path, buffer.getvalue())
     return sum(row["counted"] for row in rows)
-
-
-def _judge(raw: list[tuple[dict, str]], filters: Filters) -> None:
-    """Fill in the rows of a batch of texts: text, hash and signature, or why it is left out."""
-    from pipeline.data.dedup import signatures
-    from pipeline.data.filters import reasons
-    from pipeline.data.text import normalise, shingles, tokens
-
-    before = [text for _, text in raw]
-    texts = [normalise(text) for text in before]
-    hashed = tokens(texts)
-    shingled = shingles(hashed)
-    verdicts = reasons(before, texts, hashed, shingled, filters)
-    for (row, _), text, verdict, signature in zip(raw, texts, verdicts, signatures(*shingled), strict=True):
-        row["excerpt"] = text[: reading.EXCERPT]
-        if verdict:
-            row.update(status="filtered", reason=verdict)
-        else:
-            data = text.encode()
-            row.update(text=text, size=len(data), hash=hashlib.blake2b(data, digest_size=16).digest(), signature=signature.tobytes())
 
 
 def _valid(text: str) -> str:
