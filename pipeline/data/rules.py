@@ -96,35 +96,57 @@ class Thresholds(Strict):
 
 
 class Chinese(Thresholds):
-    """Where Chinese differs: fitted, see docs/clean.md. A character is a word here, and a line says in 12 characters what English says in 30."""
+    """Where Chinese differs: fitted on 1,832 clean documents (manuals, answers, reviews, a novel), see docs/clean.md. A character is a word here."""
 
-    max_top_2_gram: float | None = 0.20
-    max_top_3_gram: float | None = 0.20
-    max_top_4_gram: float | None = 0.20
-    max_dup_5_grams: float | None = 0.30
+    max_top_2_gram: float | None = 0.2
+    """Two characters are about one word; clean text has 0.06 in the median, 0.20 at the 99th percentile."""
+    max_top_3_gram: float | None = 0.2
+    """Clean text: 0.05 in the median, 0.15 at the 95th percentile."""
+    max_top_4_gram: float | None = 0.2
+    """Four characters are about two words, so this is what `max_top_2_gram` is in English."""
+    max_dup_5_grams: float | None = 0.3
+    """Five characters are three words: repetition is far more common. Clean text: 0.03 in the median, 0.29 at the 99th percentile."""
     max_dup_6_grams: float | None = 0.28
+    """Clean text: 0.25 at the 99th percentile."""
     max_dup_7_grams: float | None = 0.26
+    """Clean text: 0.24 at the 99th percentile."""
     max_dup_8_grams: float | None = 0.24
+    """Clean text: 0.23 at the 99th percentile."""
     max_dup_9_grams: float | None = 0.22
-    max_dup_10_grams: float | None = 0.20
+    """Clean text: 0.20 at the 99th percentile."""
+    max_dup_10_grams: float | None = 0.2
+    """Ten characters are about six words, of which English allows 0.14. Clean text: 0.17 at the 99th percentile."""
     min_words: float | None = 50
+    """Characters, and words of other scripts: about 30 words."""
     max_words: float | None = 200_000
+    """Characters, and words of other scripts."""
     min_mean_word: float | None = None
+    """Off: the words that are left beside CJK characters are numbers and names."""
     max_mean_word: float | None = 15
+    """Names of functions in manuals have 12 at the 99th percentile; base64 and text read in a wrong encoding more."""
     min_alpha_words: float | None = 0.65
+    """Signs of punctuation count as words, and there is one for eight characters. Clean text: 0.70 at the 1st percentile."""
     min_stop_words: float | None = 3
+    """Of 22 characters. Clean text has 13 kinds of them in the median, 3 at the 1st percentile; text read in a wrong encoding has none."""
     min_stop_share: float | None = 0.04
+    """Clean text: 0.12 in the median, 0.044 at the 1st percentile; lists of goods 0.013, strings of key words 0.011."""
     min_sentences: float | None = 2
+    """Answers and reviews of one paragraph have few full stops, for commas part what English parts with them."""
     min_line_punctuation: float | None = 0.04
+    """Clean text: 0.098 at the 5th percentile; menus and lists have 0."""
     max_dup_kept_chars: float | None = 0.08
+    """Clean text: 0.089 at the 99th percentile; short lines such as `示例：` stand in a manual more than once."""
     max_newlines: float | None = 0.15
+    """Clean text: 0.09 at the 99th percentile; a line has more characters than words."""
     short_line: int = Field(12, ge=0)
+    """Twelve characters say what thirty letters do."""
 
 
 class Other(Thresholds):
     """Languages that are neither: English's values without its words."""
 
     min_stop_words: float | None = None
+    """Off: the words are English."""
 
 
 class Lines(Strict):
