@@ -84,6 +84,28 @@ def verify_artifacts(recipe: RecipeFile, words: Words = None) -> None:
         raise UserError(f"{recipe}: {bad} of {len(stages or graph)} outputs are missing or damaged; alma run {recipe} makes them again")
 
 
+Keep = Annotated[bool, typer.Option("--keep", help="Leave the proof's working folder in place.")]
+Full = Annotated[bool, typer.Option("--full", help="The model as the recipe has it, however large.")]
+Width = Annotated[int, typer.Option("--width", min=8, help="Width that a model above 5 M parameters is shrunk to.")]
+Layers = Annotated[int, typer.Option("--layers", min=2, help="Layers that it is shrunk to.")]
+
+
+@verify_app.command("parallel")
+def verify_parallel(recipe: RecipeFile, words: Words = None, full: Full = False, width: Width = 64, layers: Layers = 4, keep: Keep = False) -> None:
+    """Train one process, DDP, ZeRO 0-3 and pipelines from one checkpoint and compare every loss and gradient norm. Exit code 1: a layout differs."""
+    from pipeline.verify.parallel import prove
+
+    stages, overrides = _split(words)
+    if not prove(load(recipe, overrides), _one(stages), full=full, width=width, layers=layers, keep=keep):
+        raise typer.Exit(1)
+
+
+def _one(stages: list[str]) -> str | None:
+    if len(stages) > 1:
+        raise UserError(f"one stage at a time: {', '.join(stages)} were given")
+    return stages[0] if stages else None
+
+
 def _lineage(found: artifact.Artifact, folder: Path) -> str | None:
     """Whether the parents that an output names are still what it was made from."""
     for key, parent in found.manifest.get("parents", {}).items():

@@ -158,14 +158,14 @@ def test_activation_checkpointing_does_not_change_a_bit():
 
 
 def test_the_gradient_norm_of_a_large_table_is_right():
-    """Gradients of a word table: many rows near zero, some large. torch's own norm is off by 3e-5 here on a CPU; 2e-6 of the norm in fp64 is asked."""
+    """Gradients of a word table: many rows near zero, some large. torch's own norm is off by 3e-5 here on a CPU; 2e-7 of the norm in fp64 is asked."""
     draw = torch.Generator().manual_seed(0)
     table = torch.nn.Parameter(torch.zeros(4096, 256))
     table.grad = torch.randn(4096, 256, generator=draw) * torch.rand(4096, 1, generator=draw) ** 8
     expected = table.grad.double().norm().item()
     direction = table.grad / expected
     norm = engine.clip_gradients([table, torch.nn.Parameter(torch.zeros(2))], 0.5)
-    assert norm.item() == pytest.approx(expected, rel=2e-6)
+    assert norm.item() == pytest.approx(expected, rel=2e-7)
     assert torch.allclose(table.grad, 0.5 * direction, rtol=1e-5)
 
 
