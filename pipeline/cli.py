@@ -100,6 +100,25 @@ def verify_parallel(recipe: RecipeFile, words: Words = None, full: Full = False,
         raise typer.Exit(1)
 
 
+@verify_app.command("resume")
+def verify_resume(
+    recipe: RecipeFile,
+    words: Words = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the moments at which runs are killed.")] = 0,
+    elastic: Annotated[bool, typer.Option("--elastic/--same-layout", help="Also move a run from layout to layout.")] = True,
+    full: Full = False,
+    width: Width = 64,
+    layers: Layers = 4,
+    keep: Keep = False,
+) -> None:
+    """Kill a run twice, move another from layout to layout, and compare rows, losses and weights with an undisturbed one. Exit code 1: they differ."""
+    from pipeline.verify.resume import prove
+
+    stages, overrides = _split(words)
+    if not prove(load(recipe, overrides), _one(stages), seed=seed, elastic=elastic, full=full, width=width, layers=layers, keep=keep):
+        raise typer.Exit(1)
+
+
 def _one(stages: list[str]) -> str | None:
     if len(stages) > 1:
         raise UserError(f"one stage at a time: {', '.join(stages)} were given")

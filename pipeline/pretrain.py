@@ -112,7 +112,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer
     from pipeline.models import build, cost, scaling
-    from pipeline.train import checkpoints, derivation, distributed, engine, layers, meters
+    from pipeline.train import checkpoints, derivation, distributed, engine, layers, meters, witness
     from pipeline.train.loop import fit, share
     from pipeline.train.tuning import model_folder
 
@@ -152,7 +152,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Training
     def batches(step: int) -> list[dict]:
-        return [to_batch([sampler.row(index) for index in rows], store, config.document_mask) for rows in share(config, trainer, step)]
+        return [to_batch([read(step, index) for index in rows], store, config.document_mask) for rows in share(config, trainer, step)]
+
+    def read(step: int, index: int):
+        row = sampler.row(index)
+        witness.note(step, index, row.tokens)
+        return row
 
     fixed = heldout_batches(heldout, store, config, trainer)
     num_bytes = sum(row.bytes for row in heldout)

@@ -58,10 +58,10 @@ def prove(recipe: Recipe, stage: str | None, *, full: bool = False, width: int =
     stage = stage_of(recipe, stage)
     began = time.time()
     with workplace(recipe, "parallel", keep) as work:
-        ready = prepare(recipe, stage, work, full=full, width=width, layers=layers)
+        ready = prepare(recipe, stage, work, STEPS + 2, full=full, width=width, layers=layers)
         precisions = ["fp32"] + ["bf16"] * (ready.config.precision == "bf16")
         optimizer = ready.config.optimizer.model_copy(update={"max_grad_norm": min(MAX_GRAD_NORM, ready.config.optimizer.max_grad_norm)})
-        config = ready.config.model_copy(update={"optimizer": optimizer, "steps": STEPS + 2})
+        config = ready.config.model_copy(update={"optimizer": optimizer})
         gpus = launch.gpus()
         if not gpus:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports, would warn that it found none

@@ -61,10 +61,11 @@ def workplace(recipe: Recipe, what: str, keep: bool):
             shutil.rmtree(folder)
 
 
-def prepare(recipe: Recipe, stage: str, work: Path, *, full: bool = False, width: int = 64, layers: int = 4) -> Prepared:
+def prepare(recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = False, width: int = 64, layers: int = 4) -> Prepared:
     """Tokens and a config of `stage` for a proof. Raises UserError for what the recipe says wrong."""
     from pipeline.data.tokens import load_tokenizer
-    from pipeline.models import build
+    from pipeline.models import build, cost
+    from pipeline.train import horizon
 
     config = recipe.stages[stage]
     lines = []
@@ -75,30 +76,34 @@ def prepare(recipe: Recipe, stage: str, work: Path, *, full: bool = False, width
     build.check(config.model)
     reader = load_tokenizer(tokenizer)
     block = dict(config.model)
-    size = build.count(build.new(block, reader, config.sequence_length, 0, materialise=False))["total"]
+    size = cost.count(build.new(block, reader, config.sequence_length, 0, materialise=False)).total
     length = config.sequence_length
     if full or size <= PARAMETERS:
         lines.append(f"model      {block['family']}, {size / 1e6:.1f} M parameters, as the recipe has it")
     else:
         block, length = shrunk(block, width, layers), min(length, TOKENS)
-        small = build.count(build.new(block, reader, length, 0, materialise=False))["total"]
+        small = cost.count(build.new(block, reader, length, 0, materialise=False)).total
         shape = ", ".join(f"{key} {block[key]}" for key in (*LAYERS, *WIDTHS, *HEADS, "num_key_value_heads", *INNER, *EXPERTS) if block.get(key) is not None)
         lines.append(f"model      {block['family']}, shrunk from {size / 1e6:.1f} M to {small / 1e6:.1f} M parameters ({shape}, rows of {length} tokens); --full takes it as it is")
     dropped = [key for key, value in build.configure(block, reader, length).to_dict().items() if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0]
     if dropped:
         lines.append(f"dropout    off ({', '.join(dropped)}): its masks are drawn on each data rank, so layouts must differ")
     block.update(dict.fromkeys(dropped, 0.0))
-    lr, kind = config.optimizer.lr, config.optimizer.kind
-    if kind == "muon":
+    if config.optimizer.kind == "muon":
         lines.append("optimizer  AdamW in Muon's place, which needs whole matrices and so has no ZeRO and no pipeline")
     settings = config.model_copy(
         update={
             "model": block,
             "inputs": {"tokens": str(tokens), "tokenizer": str(tokenizer)},
+            "model_changes": {},
+            "from_step": None,
+            **dict.fromkeys(horizon.KINDS),
+            "steps": steps,
+            "schedule": type(config.schedule)(kind="constant"),
             "sequence_length": length,
             "batch_size": ROWS,
             "micro_batch": None,
-            "optimizer": config.optimizer.model_copy(update={"kind": "adamw", "lr": lr}),
+            "optimizer": config.optimizer.model_copy(update={"kind": "adamw"}),
             "parallel": type(config.parallel)(),
             "compile": False,
             "run": RunConfig(),
@@ -154,8 +159,9 @@ def shrunk(block: dict, width: int, layers: int) -> dict:
     for key in EXPERTS:
         if isinstance(had.get(key), int):
             put(key, min(had[key], 4))
-    if isinstance(had.get("num_experts_per_tok"), int):
-        put("num_experts_per_tok", min(had["num_experts_per_tok"], 2))
+    for key, most in (("num_experts_per_tok", 2), ("n_group", 2), ("topk_group", 1)):  # DeepSeek-V3's groups of experts are among these
+        if isinstance(had.get(key), int):
+            put(key, min(had[key], most))
     for key in ("layer_types", "mlp_layer_types"):
         if key in block:
             small[key] = block[key][:layers]

@@ -46,22 +46,25 @@ def train(config, job: dict, seed: Path) -> dict:
 
     from pipeline.data.sampler import RowSampler
     from pipeline.data.tokens import TokenStore
-    from pipeline.models import build
+    from pipeline.models import build, scaling
     from pipeline.pretrain import loss_of, to_batch
-    from pipeline.train import distributed, engine
+    from pipeline.train import distributed, engine, layers
     from pipeline.train.loop import seed_step, share
 
-    sampler = RowSampler(TokenStore(job["tokens"]), config.sequence_length, config.mixture, config.seed)
+    store = TokenStore(job["tokens"])
+    sampler = RowSampler(store, config.sequence_length, config.mixture, config.seed)
     model = build.load(seed)
+    scaling.learning_rates(model)
     expected = {key: value.clone() for key, value in model.state_dict().items()} if distributed.is_main() else {}
-    trainer = engine.build(model, loss_of(sampler.sources), config)
+    layers.prepare(model, config)
+    trainer = engine.build(model, loss_of(store.sources, config.z_loss), config)
     begun = trainer.consolidated()
     from_seed = all(torch.equal(value, expected[key]) for key, value in (begun or {}).items())
 
     def step() -> dict:
         number = trainer.step_count
         seed_step(config, number, trainer.data_rank)
-        stats = trainer.step([to_batch([sampler.row(index) for index in rows], config.document_mask) for rows in share(config, trainer, number)], lr=config.optimizer.lr)
+        stats = trainer.step([to_batch([sampler.row(index) for index in rows], store, config.document_mask) for rows in share(config, trainer, number)], lr=config.optimizer.lr)
         return {key: stats[key] for key in NUMBERS}
 
     steps = [step() for _ in range(job["steps"])]
