@@ -70,7 +70,7 @@ def test_a_tiny_copy_starts_as_transformers_says_and_learns(name):
 
 
 @pytest.mark.parametrize("family", stages.FAMILIES)
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [3])
 def test_stages_in_a_row_are_the_whole_model(family, count):
     """Logits of random ids, with positions that begin anew in the middle as packed documents have, to 1e-6; every parameter in exactly one stage."""
     from pipeline.train.pipelined import Stage
