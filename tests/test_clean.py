@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import artifact
-from pipeline.data.dedup import components, near_duplicates
-from pipeline.data.documents import documents
 from pipeline.data import steps
+from pipeline.data.dedup import near_duplicates
+from pipeline.data.documents import documents
+from pipeline.data.external import components
 from pipeline.data.filters import Filters, garbled
 from pipeline.data.sources import Source
 from pipeline.data.text import normalise, shingles, tokens

@@ -4,93 +4,176 @@
 0.8, 0.99 at 0.85. Bands alone would also merge one pair in nine at 0.5 to 0.6, so a pair is believed only if its whole
 signatures agree in `similarity` of the 112 places, whose standard error is sqrt(s (1 - s) / 112), at most 0.047.
 
-Signatures are numpy: 112 hash functions of 1.5 million shingles take 0.26 CPU-s. rensa, a library in Rust, takes 0.14 s of them, but its signatures changed
-from one version to the next, and with them what a recipe keeps; a few per cent of the stage's time are not worth that.
+Signatures are numpy: 112 hash functions of 1.5 million shingles take 0.15 CPU-s. rensa, a library in Rust, takes as long, and its signatures changed
+from one version to the next, and with them what a recipe keeps.
 """
 
-import numpy as np
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.data.text import mixed, shingles, tokens
+from pydantic import Field, field_validator, model_validator
 
-BANDS, ROWS = 14, 8
-# Multiply-add-shift (Dietzfelbinger, 1996): x -> (a x + b mod 2**64) >> 32, for x that are well mixed already; a and b are fixed for good. Over 1,000 pairs
-# of sets of 300, the estimates have mean 0.399, 0.599, 0.851 and deviation 0.046, 0.047, 0.034 at 0.4, 0.6, 0.85; theory says 0.046, 0.046, 0.034.
-_A = mixed(np.arange(1, BANDS * ROWS + 1, dtype=np.uint64)) | np.uint64(1)
-_B = mixed(np.arange(1001, BANDS * ROWS + 1001, dtype=np.uint64))
+from pipeline.recipe import Strict
+
+if TYPE_CHECKING:  # the recipe's models load without numpy
+    import numpy as np
 
 
-def signatures(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """MinHash signatures, uint32 [N, BANDS * ROWS], of N sets of shingle hashes (see text.shingles). That of an empty set is all ones."""
-    table = np.full((BANDS * ROWS, len(starts) - 1), 0xFFFFFFFF, np.uint32)
+class Near(Strict):
+    """Near duplicates: MinHash of runs of tokens, in bands."""
+
+    bands: int = Field(14, ge=1, le=256)
+    """Bands of the signature; a pair is looked at if all rows of one band are equal."""
+    rows: int = Field(8, ge=1, le=64)
+    """Hash functions of a band. A pair of similarity s is looked at with probability 1 - (1 - s**rows)**bands."""
+    shingle: int = Field(5, ge=1, le=64)
+    """Tokens of a run; a CJK character is a token."""
+    similarity: float = Field(0.7, ge=0, le=1)
+    """Estimated Jaccard similarity from which a pair that was looked at is a pair of near duplicates; 0 believes the bands, as FineWeb did."""
+
+    @model_validator(mode="after")
+    def _affordable(self):
+        if self.bands * self.rows > 1024:
+            raise ValueError(f"bands x rows is {self.bands * self.rows} hash functions, 4 bytes each for every document; use at most 1024")
+        return self
+
+
+class Dedup(Strict):
+    """What counts as a duplicate, which of them is kept, and what is repeated within documents that are none."""
+
+    exact: bool = True
+    """Remove documents whose normalised text is that of another one."""
+    url: str | None = None
+    """Field or template of a record's address: of documents with equal addresses (without scheme, `www.`, fragment and closing slash) one is kept."""
+    near: Near | None = Near()
+    """Near duplicates; `false` leaves them."""
+    keep: Literal["any", "first", "longest"] = "any"
+    """Which document of a cluster stays. any: that of the smallest record id, whatever the order and the names of sources; first: by name of source and place in it; longest: most bytes."""
+    prefer: list[str] = []
+    """Sources whose documents stay rather than others', the most preferred first; `keep` decides within a source."""
+    upsample: dict[int, int] = {}
+    """Cluster size from which on -> how often the document that stays is written to train: {3: 2, 100: 3}. What was copied widely is often worth more (FineWeb2, section 5)."""
+    lines: int | None = Field(None, ge=1)
+    """Remove lines of at least this many tokens that stood before, in this document or another one; the first stays (CCNet: Wenzek et al., 2020, section 3.1)."""
+    runs: int | None = Field(None, ge=8)
+    """Remove runs of at least this many tokens that stood before anywhere; the first stays. 50 is usual (Lee et al., 2022, section 4.1)."""
+
+    @field_validator("near", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return None if value is False else Near() if value is True else value
+
+    @field_validator("upsample")
+    @classmethod
+    def _counts(cls, value: dict[int, int]) -> dict[int, int]:
+        if any(size < 1 or times < 1 for size, times in value.items()):
+            raise ValueError(f"maps a cluster size to a number of copies, both at least 1; found {value}")
+        return value
+
+
+def multipliers(number: int) -> "tuple[np.ndarray, np.ndarray]":
+    """a and b of multiply-add-shift (Dietzfelbinger, 1996): x -> (a x + b mod 2**64) >> 32, for x that are well mixed already; fixed for good.
+
+    Over 1,000 pairs of sets of 300, the estimates have mean 0.399, 0.599, 0.851 and deviation 0.046, 0.047, 0.034 at 0.4, 0.6, 0.85; theory says 0.046, 0.046, 0.034.
+    """
+    import numpy as np
+
+    from pipeline.data.text import mixed
+
+    return mixed(np.arange(1, number + 1, dtype=np.uint64)) | np.uint64(1), mixed(np.arange(1001, number + 1001, dtype=np.uint64))
+
+
+def signatures(hashes: "np.ndarray", starts: "np.ndarray", number: int = 112) -> "np.ndarray":
+    """MinHash signatures, uint32 [N, number], of N sets of shingle hashes (see text.shingles). That of an empty set is all ones."""
+    import numpy as np
+
+    table = np.full((number, len(starts) - 1), 0xFFFFFFFF, np.uint32)
     filled = np.flatnonzero(np.diff(starts))
     if len(filled):
+        a, b = multipliers(number)
         begins, values, least = starts[filled], np.empty_like(hashes), np.empty(len(filled), np.uint64)
-        for column in range(BANDS * ROWS):
-            np.multiply(hashes, _A[column], out=values)
-            np.add(values, _B[column], out=values)
+        for column in range(number):
+            np.multiply(hashes, a[column], out=values)
+            np.add(values, b[column], out=values)
             table[column, filled] = np.minimum.reduceat(values, begins, out=least) >> np.uint64(32)
     return np.ascontiguousarray(table.T)
 
 
-def near_duplicates(texts: list[str], similarity: float = 0.7) -> np.ndarray:
+def signed(texts: list[str], near: Near) -> "np.ndarray":
+    """Signatures of normalised texts, uint32 [N, bands * rows]."""
+    from pipeline.data.text import shingles, tokens
+
+    return signatures(*shingles(tokens(texts), near.shingle), near.bands * near.rows)
+
+
+def near_duplicates(texts: list[str], similarity: float = 0.7) -> "np.ndarray":
     """Cluster of each text: the smallest index of a text in its cluster, int64 [N]. For texts that fit in memory; they are hashed some megabytes at a time."""
-    tables, sizes, batch, length = [np.zeros((0, BANDS * ROWS), np.uint32)], [], [], 0
+    import tempfile
+
+    import numpy as np
+
+    near = Near(similarity=similarity)
+    tables, batch, length = [np.zeros((0, near.bands * near.rows), np.uint32)], [], 0
     for index, text in enumerate(texts):
         batch.append(text)
         length += len(text)
-        if length > 1 << 22 or index == len(texts) - 1:
-            hashes, starts = shingles(tokens(batch))
-            tables.append(signatures(hashes, starts))
-            sizes.append(np.diff(starts))
+        if length > 1 << 20 or index == len(texts) - 1:
+            tables.append(signed(batch, near))
             batch, length = [], 0
-    filled = np.flatnonzero(np.concatenate(sizes)) if sizes else np.zeros(0, np.int64)
-    found = clusters(np.concatenate(tables), filled, similarity)
     labels = np.arange(len(texts))
-    labels[filled] = filled[found]
+    with tempfile.TemporaryDirectory() as scratch:
+        join(labels, np.concatenate(tables), np.arange(len(texts)), np.ones(len(texts), bool), near, Path(scratch) / "bands")
     return labels
 
 
-def clusters(table: np.ndarray, rows: np.ndarray, similarity: float) -> np.ndarray:
-    """Connected components of near duplicates among `rows` of a table of signatures (which may be memory-mapped).
+def join(labels: "np.ndarray", table: "np.ndarray", rows: "np.ndarray", chosen: "np.ndarray", near: Near, scratch: Path) -> None:
+    """Join near duplicates among the `chosen` nodes: `labels` are those of external.union, signatures stand in table[rows[node]].
 
-    Returns int64 [len(rows)]: for each row, the smallest position in `rows` of its cluster. Memory: about 40 bytes a row beside the table.
+    Texts without tokens are like no other. Memory does not grow with the number of nodes if the four arrays are on disk.
     """
-    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for band in range(BANDS):
-        keys = np.zeros(len(rows), np.uint64)
-        part = table[:, band * ROWS : (band + 1) * ROWS]
-        for begin in range(0, len(rows), 1 << 20):
-            piece = part[rows[begin : begin + (1 << 20)]]
-            for column in range(ROWS):
-                keys[begin : begin + (1 << 20)] = mixed(keys[begin : begin + (1 << 20)] + piece[:, column] + np.uint64(0x9E3779B97F4A7C15))
-        order = np.argsort(keys, kind="stable")
-        same = keys[order][1:] == keys[order][:-1]
-        inside = np.flatnonzero(same) + 1
-        if not len(inside):
-            continue
-        begins = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), np.arange(len(rows)), 0))
-        # Each member of a bucket is compared with the bucket's first and with its neighbour: linear in the bucket, where all pairs would be quadratic.
-        a = np.concatenate((order[inside], order[inside]))
-        b = np.concatenate((order[begins[inside]], order[inside - 1]))
-        pairs = np.unique(np.stack((np.minimum(a, b), np.maximum(a, b))), axis=1)
-        for begin in range(0, pairs.shape[1], 1 << 16):
-            a, b = pairs[:, begin : begin + (1 << 16)]
-            alike = (table[rows[a]] == table[rows[b]]).mean(1) >= similarity
-            left.append(a[alike])
-            right.append(b[alike])
-    return components(len(rows), np.concatenate(left), np.concatenate(right))
+    import numpy as np
+
+    from pipeline.data.external import blocks, roots, together, union
+
+    for band in range(near.bands):
+        for part in together(_keys(table, rows, chosen, near, band), len(labels), scratch):
+            for a, b in _pairs(part):
+                apart = labels[a] != labels[b]
+                a, b = a[apart], b[apart]
+                if near.similarity:
+                    alike = (table[rows[a]] == table[rows[b]]).mean(1) >= near.similarity
+                    a, b = a[alike], b[alike]
+                union(labels, a, b)
+    for part in blocks(len(labels)):
+        roots(labels, np.arange(part.start, part.stop))
 
 
-def components(number: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Smallest node of the connected component of each node, int64 [number], for edges left[i] - right[i]."""
-    labels = np.arange(number)
-    while True:
-        smallest = np.minimum(labels[left], labels[right])
-        before = labels.copy()
-        # Hooking roots, not nodes, and then jumping: components shrink by powers of two (Shiloach & Vishkin, 1982).
-        np.minimum.at(labels, before[left], smallest)
-        np.minimum.at(labels, before[right], smallest)
-        while not np.array_equal(labels, labels[labels]):
-            labels = labels[labels]
-        if np.array_equal(labels, before):
-            return labels
+def _keys(table: "np.ndarray", rows: "np.ndarray", chosen: "np.ndarray", near: Near, band: int) -> "Iterator[np.ndarray]":
+    """(key of the band, node), uint64 [n, 2], some nodes at a time."""
+    import numpy as np
+
+    from pipeline.data.external import blocks
+    from pipeline.data.text import mixed
+
+    for part in blocks(len(rows), 1 << 16):
+        nodes = part.start + np.flatnonzero(chosen[part])
+        piece = np.asarray(table[rows[nodes], band * near.rows : (band + 1) * near.rows])
+        keys = np.zeros(len(nodes), np.uint64)
+        for column in range(near.rows):
+            keys = mixed(keys + piece[:, column] + np.uint64(0x9E3779B97F4A7C15))
+        yield np.stack((keys, nodes.astype(np.uint64)), axis=1)[(piece != 0xFFFFFFFF).any(1)]
+
+
+def _pairs(part: "np.ndarray") -> "Iterator[tuple[np.ndarray, np.ndarray]]":
+    """Pairs of nodes with equal keys: each member of a bucket with the bucket's first and with its neighbour. Linear in the bucket, where all pairs would be quadratic."""
+    import numpy as np
+
+    from pipeline.data.external import runs
+
+    order = np.argsort(part[:, 0], kind="stable")
+    nodes, begins = part[order, 1].astype(np.int64), runs(part[order, 0])
+    inside = np.flatnonzero(begins != np.arange(len(order)))
+    for others in (begins[inside], inside - 1):
+        for begin in range(0, len(inside), 1 << 16):
+            yield nodes[others[begin : begin + (1 << 16)]], nodes[inside[begin : begin + (1 << 16)]]

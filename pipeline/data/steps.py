@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.dedup import signatures
+from pipeline.data.dedup import Dedup, Near, signatures, signed
 from pipeline.data.filters import Filters, measure
 from pipeline.data.language import Language, detect, kinds, kinds_by_script
 from pipeline.data.rules import Rules, active
 from pipeline.data.sources import EXCERPT
-from pipeline.data.text import normalise, shingles, tokens
+from pipeline.data.text import SHINGLE, normalise, shingles, tokens
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Steps:
     filters: Filters = Filters()
     rules: Rules = Rules()
     language: Language = Language()
+    dedup: Dedup = Dedup()
 
 
 def extra(steps: Steps) -> list[str]:
@@ -67,7 +68,7 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         from pipeline.data.lines import without
 
         final = without(texts, batch, kept_lines, steps.rules.lines.citations)
-    _fill(raw, texts, final, failed, reasons, shingled)
+    _fill(raw, texts, final, failed, reasons, shingled, steps.dedup.near)
     stored = values.astype(np.float32)
     for index, (row, _) in enumerate(raw):
         row["statistics"] = stored[index].tobytes()
@@ -75,15 +76,17 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         row["language"] = codes[index] if codes else None
 
 
-def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, reasons: list[str], shingled: tuple[np.ndarray, np.ndarray]) -> None:
+def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, reasons: list[str], shingled: tuple, near: Near | None) -> None:
     first = np.where(failed.any(1), failed.argmax(1), -1).tolist()
     masks = (failed @ (np.int64(1) << np.arange(len(reasons), dtype=np.int64))).tolist()
-    signed = [i for i in range(len(raw)) if first[i] < 0]
-    same = [i for i in signed if final[i] is texts[i]]
-    changed = [i for i in signed if final[i] is not texts[i]]
-    table = dict(zip(same, signatures(*_of(shingled, same)), strict=True))
-    if changed:
-        table.update(zip(changed, signatures(*shingles(tokens([final[i] for i in changed]))), strict=True))
+    good = [i for i in range(len(raw)) if first[i] < 0]
+    table: dict[int, bytes | None] = dict.fromkeys(good)
+    if near:
+        same = [i for i in good if final[i] is texts[i] and near.shingle == SHINGLE]
+        table.update(zip(same, map(bytes, signatures(*_of(shingled, same), near.bands * near.rows)), strict=True))
+        others = sorted(set(good) - set(same))
+        if others:
+            table.update(zip(others, map(bytes, signed([final[i] for i in others], near)), strict=True))
     for index, (row, _) in enumerate(raw):
         row["failed"] = masks[index]
         row["excerpt"] = texts[index][:EXCERPT]
@@ -95,7 +98,7 @@ def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], faile
             row.update(status="filtered", reason="nothing_left")
             continue
         data = text.encode()
-        row.update(text=text, size=len(data), hash=hashlib.blake2b(data, digest_size=16).digest(), signature=signature.tobytes())
+        row.update(text=text, size=len(data), hash=hashlib.blake2b(data, digest_size=16).digest(), signature=signature)
 
 
 def _of(shingled: tuple[np.ndarray, np.ndarray], rows: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -145,21 +145,64 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     return lower, _classes()[lower]
 
 
-def shingles(batch: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of SHINGLE tokens within a text (uint64) and where each text's begin (int64 [N + 1]).
+def shingles(batch: Tokens, size: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of all runs of `size` tokens within a text (uint64) and where each text's begin (int64 [N + 1]).
 
     A shorter text is one shingle; one without tokens has none.
     """
     lengths = np.diff(batch.starts)
-    padded = np.concatenate((batch.hashes, np.zeros(SHINGLE, np.uint64)))
+    padded = np.concatenate((batch.hashes, np.zeros(size, np.uint64)))
     rolled = np.zeros(len(batch.hashes), np.uint64)
-    for step in range(SHINGLE):
-        rolled = rolled * np.uint64(_ODD) + padded[step : step + len(rolled)]
+    for step in range(size):
+        rolled *= np.uint64(_ODD)
+        rolled += padded[step : step + len(rolled)]
     left = np.repeat(batch.starts[1:], lengths) - np.arange(len(batch.hashes))  # tokens from here to the end of the text
-    keep = left >= SHINGLE
-    for text in np.flatnonzero((lengths > 0) & (lengths < SHINGLE)):
+    keep = left >= size
+    for text in np.flatnonzero((lengths > 0) & (lengths < size)):
         begin, end = batch.starts[text], batch.starts[text + 1]
         keep[begin] = True
         rolled[begin] = np.bitwise_xor.reduce(batch.hashes[begin:end] * np.arange(1, 2 * (end - begin), 2, dtype=np.uint64))
-    sizes = np.where(lengths >= SHINGLE, lengths - SHINGLE + 1, np.minimum(lengths, 1))
+    sizes = np.where(lengths >= size, lengths - size + 1, np.minimum(lengths, 1))
     return mixed(rolled[keep]), np.concatenate(([0], np.cumsum(sizes)))
+
+
+# ---- tokens with their places ------------------------------------------------------------------------------------------------
+
+
+def span_tokens(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(start, end, bounds, hash) of all tokens: characters within their own text, int64 [T] each; text i owns tokens bounds[i]:bounds[i + 1]; hashes as those of `tokens`."""
+    if not texts:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint64)
+    batch = tokens(texts)
+    kinds = _tables()[1].take(_codes(texts))
+    cjk, word = kinds == CJK, (kinds == LETTER) | (kinds == DIGIT)
+    first = np.flatnonzero(cjk | (word & ~np.concatenate(([False], word[:-1]))))
+    last = np.flatnonzero(cjk | (word & ~np.concatenate((word[1:], [False])))) + 1
+    begins = np.repeat(np.concatenate(([0], np.cumsum([len(text) + 1 for text in texts])[:-1])), np.diff(batch.starts))
+    return first - begins, last - begins, batch.starts, batch.hashes
+
+
+def windows(hashes: np.ndarray, bounds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hash of the `size` tokens from each one on, uint64 [T], and whether that many are left in its text, bool [T]."""
+    number = len(hashes)
+    powers, inverses = _powers(1 << max(16, (number + size).bit_length()))
+    sums = np.zeros(number + size + 1, np.uint64)
+    np.cumsum(hashes * powers[:number], out=sums[1 : number + 1])
+    sums[number + 1 :] = sums[number]
+    left = np.repeat(bounds[1:], np.diff(bounds)) - np.arange(number)
+    return mixed((sums[size : size + number] - sums[:number]) * inverses[:number]), left >= size
+
+
+def line_tokens(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Lines that have tokens: (hash of its tokens, text, number of the line in it, number of tokens), [L] each."""
+    starts, _, bounds, hashes = span_tokens(texts)
+    owner = np.repeat(np.arange(len(texts)), np.diff(bounds))
+    line = np.zeros(len(starts), np.int64)
+    for at, text in enumerate(texts):
+        breaks = np.flatnonzero(_codes([text]) == 10) if "\n" in text else np.zeros(0, np.int64)
+        line[bounds[at] : bounds[at + 1]] = np.searchsorted(breaks, starts[bounds[at] : bounds[at + 1]])
+    fresh = np.flatnonzero(np.concatenate(([True], (np.diff(owner) != 0) | (np.diff(line) != 0)))[: len(starts)])
+    ends = np.concatenate((fresh[1:], [len(starts)]))
+    powers, inverses = _powers(1 << max(16, len(starts).bit_length() + 1))
+    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(hashes * powers[: len(starts)])))
+    return mixed((sums[ends] - sums[fresh]) * inverses[fresh]), owner[fresh], line[fresh], ends - fresh

@@ -1,13 +1,18 @@
 """Units of cleaning: a few megabytes of one source, cleaned by one process, with the outcome of every record in one file."""
 
+import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import faults
+from pipeline.data import outcomes
 from pipeline.data import sources as reading
+from pipeline.data.dedup import Dedup
 from pipeline.data.sources import Bad, Chunk, MissingField, Source
 from pipeline.files import write_atomic
 
@@ -15,9 +20,9 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
     from pipeline.data.steps import Steps
 
 # A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and `size` of the normalised text; `hash` of the
-# latter; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that could be read, `kind`
-# (which thresholds judge it), `statistics` (float32, see data/steps.py) and `failed` (a bit for each rule).
-OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "signature", "counted", "language", "kind", "statistics", "failed")
+# latter; `address`: hash of its URL; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that
+# could be read, `kind` (which thresholds judge it), `statistics` (float32, see data/steps.py) and `failed` (a bit for each rule).
+OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "address", "signature", "counted", "language", "kind", "statistics", "failed")
 BATCH_CHARACTERS = 1 << 18  # texts hashed at a time: numpy's arrays of a batch then stay in the cache (1 << 22: half the speed)
 
 
@@ -37,7 +42,6 @@ def cut(source: Source, name: str, size: int) -> Iterator[list[Chunk]]:
 def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) -> int:
     """Clean one unit and publish its outcome, a row for each record in order. Returns how many records count towards `limit`."""
     import pyarrow
-    import pyarrow.parquet
 
     from pipeline.data.steps import judge
 
@@ -62,6 +66,7 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
         except UnicodeEncodeError:  # JSON may spell half of a surrogate pair
             row.update(status="bad", reason="lone surrogate", excerpt=_valid(text[: reading.EXCERPT]))
         else:
+            row["address"] = address_of(steps.dedup.url, item)
             raw.append((row, text))
     while raw:
         size = number = 0
@@ -69,14 +74,12 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
             size, number = size + len(raw[number][1]), number + 1
         judge(raw[:number], steps)
         del raw[:number]
-    binary = {"hash": pyarrow.binary(16), "signature": pyarrow.binary(), "bytes": pyarrow.int64(), "size": pyarrow.int64(), "counted": pyarrow.int8()}
+    binary = {"hash": pyarrow.binary(16), "address": pyarrow.binary(16), "signature": pyarrow.binary(), "bytes": pyarrow.int64(), "size": pyarrow.int64(), "counted": pyarrow.int8()}
     binary |= {"kind": pyarrow.int8(), "statistics": pyarrow.binary(), "failed": pyarrow.int64()}
     columns = {key: pyarrow.array([row[key] for row in rows], binary.get(key, pyarrow.string())) for key in OUTCOME}
-    buffer = io.BytesIO()
-    compression = {key: "none" if key in ("hash", "signature") else "zstd" for key in OUTCOME}  # the two are random bits
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression=compression, use_dictionary=["status", "reason", "language"])
+    compression = {key: "none" if key in ("hash", "address", "signature") else "lz4" for key in OUTCOME}  # the three are random bits
     faults.point("save")
-    write_atomic(path, buffer.getvalue())
+    outcomes.write(pyarrow.table(columns), path, compression=compression, use_dictionary=["status", "reason", "language"], write_statistics=False)
     return sum(row["counted"] for row in rows)
 
 
@@ -84,23 +87,76 @@ def _valid(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def address_of(template: str | None, record: reading.Record) -> bytes | None:
+    """Hash of a record's address without what does not tell pages apart: scheme, `www.`, fragment, closing slash, and the case of the host."""
+    if not template:
+        return None
+    try:
+        address = reading.render(template if "{" in template else "{" + template + "}", record.fields, record.place).strip()
+    except MissingField:
+        return None
+    address = re.sub(r"^[a-zA-Z][a-zA-Z0-9+.-]*://", "", address.partition("#")[0])
+    host, slash, rest = address.partition("/")
+    address = (re.sub(r"^www\.", "", host.lower()) + slash + rest).rstrip("/")
+    return hashlib.blake2b(address.encode(errors="replace"), digest_size=16).digest() if address else None
+
+
 def counted(path: Path) -> int:
-    """Records of a finished unit that count towards `limit`."""
+    """Records of a finished unit that count towards `limit`. Raises outcomes.Torn."""
     import pyarrow.compute
-    import pyarrow.parquet
 
-    return pyarrow.compute.sum(pyarrow.parquet.read_table(path, columns=["counted"], use_threads=False)["counted"]).as_py() or 0
+    return pyarrow.compute.sum(outcomes.read(path, ["counted"])["counted"]).as_py() or 0
 
 
-def write_shard(pieces: list[tuple[str, Path, Any]], path: Path) -> None:
-    """Gather rows of units, (source, unit file, row numbers) each, into one shard."""
+def sign_shard(shard: Path, dedup: Dedup, path: Path) -> None:
+    """Hashes and signatures of a published shard, for comparison with new documents."""
     import pyarrow
     import pyarrow.parquet
 
+    from pipeline.data.dedup import signed
+
+    columns: dict[str, list] = {"id": [], "size": [], "hash": [], "signature": []}
+    with pyarrow.parquet.ParquetFile(shard) as opened:
+        for batch in opened.iter_batches(batch_size=64, columns=["text", "id"], use_threads=False):
+            texts = batch.column("text").to_pylist()
+            data = [text.encode() for text in texts]
+            columns["id"] += batch.column("id").to_pylist()
+            columns["size"] += map(len, data)
+            columns["hash"] += [hashlib.blake2b(raw, digest_size=16).digest() for raw in data]
+            columns["signature"] += [row.tobytes() for row in signed(texts, dedup.near)] if dedup.near else [None] * len(texts)
+    types = {"id": pyarrow.string(), "size": pyarrow.int64(), "hash": pyarrow.binary(16), "signature": pyarrow.binary()}
+    table = pyarrow.table({key: pyarrow.array(values, types[key]) for key, values in columns.items()})
+    table = table.append_column("address", pyarrow.nulls(len(columns["id"]), pyarrow.binary(16)))
+    outcomes.write(table, path, compression="none", write_statistics=False)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents of one unit that go into a shard: rows of its file, the sizes of their clusters, and how often each is written."""
+
+    source: str
+    unit: Path
+    rows: Any
+    clusters: Any
+    times: Any
+    edits: Path | None
+
+
+def write_shard(pieces: list[Rows], path: Path) -> None:
+    """Gather rows of units into one shard."""
+    import numpy as np
+    import pyarrow
+    import pyarrow.parquet
+
+    from pipeline.data.repeats import Piece, texts_of
+
     tables = []
-    for name, unit, rows in pieces:
-        table = pyarrow.parquet.read_table(unit, columns=["text", "id"], use_threads=False).take(rows)
-        tables.append(pyarrow.table({"text": table["text"], "source": pyarrow.array([name] * len(rows)), "id": table["id"]}))
+    for piece in pieces:
+        again = np.repeat(np.arange(len(piece.rows)), piece.times)
+        table = outcomes.read(piece.unit, ["text", "id"]).take(piece.rows)
+        text = pyarrow.chunked_array([texts_of(Piece(piece.unit, piece.rows, piece.rows, piece.edits))]) if piece.edits else table["text"]
+        columns = {"text": text, "source": pyarrow.array([piece.source] * len(piece.rows)), "id": table["id"], "cluster": pyarrow.array(piece.clusters, pyarrow.int32())}
+        tables.append(pyarrow.table(columns).take(again) if len(again) > len(piece.rows) else pyarrow.table(columns))
     buffer = io.BytesIO()
     shard = pyarrow.concat_tables(tables).combine_chunks()
     pyarrow.parquet.write_table(shard, buffer, compression="zstd", row_group_size=1 << 14, use_dictionary=["source"], write_statistics=False)

@@ -1,0 +1,50 @@
+"""Files of intermediate results that are whole and of this run, or refused: a torn or foreign one is never read as "nothing there"."""
+
+import io
+from pathlib import Path
+
+from pipeline.files import write_atomic
+
+MARK = b"alma"
+
+
+class Torn(Exception):
+    """A file that is not what was written there: missing, cut, damaged, or another run's. `path` names it."""
+
+    def __init__(self, path: Path, why: str):
+        super().__init__(path, why)  # both, so that it survives the way from a worker
+        self.path, self.why = path, why
+
+
+def _mark(path: Path) -> bytes:
+    """What a file says of itself: the run's fingerprint and its own place in the run."""
+    parts = path.absolute().parts
+    at = max((i for i, part in enumerate(parts) if part == "work"), default=len(parts) - 1)
+    return "/".join((parts[at - 1].partition(".")[0], *parts[at:])).encode()
+
+
+def write(table, path: Path, **options) -> None:
+    """A pyarrow.Table as parquet, with checksums of its pages and its own name; whole or not at all."""
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    marked = table.replace_schema_metadata({**(table.schema.metadata or {}), MARK: _mark(path)})
+    pyarrow.parquet.write_table(marked, buffer, write_page_checksum=True, **options)
+    write_atomic(path, buffer.getvalue())
+
+
+def read(path: Path, columns: list[str]):
+    """Columns of a file that `write` wrote, as pyarrow.Table. Raises Torn."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=columns, use_threads=False, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise Torn(path, "is missing") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Torn(path, f"is damaged ({str(error).splitlines()[0][:120]})") from None
+    found = (table.schema.metadata or {}).get(MARK, b"")
+    if found != _mark(path):
+        raise Torn(path, f"belongs to another run or place ({found.decode(errors='replace') or 'no mark'})")
+    return table.replace_schema_metadata(None)
