@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import EXECUTION
 from pipeline.train import horizon
 from pipeline.train.config import Schedule, TrainConfig
+from pipeline.train.samples import Sampler, Samples
 
 VERSION = 1
 INPUTS = {"tokens": ("pack",), "tokenizer": ("tokenizer",), "model?": ("pretrain",)}
@@ -71,6 +72,8 @@ class Config(TrainConfig):
     """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it (pipeline/train/head.py)."""
     attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "eager"], EXECUTION] = "auto"
     """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU, else torch's scaled_dot_product_attention."""
+    samples: Annotated[Samples | None, EXECUTION] = None
+    """Texts that the model continues from time to time, to logs/samples.jsonl and the terminal; none: no samples."""
     compile: Annotated[bool, EXECUTION] = False
     """torch.compile each decoder layer and the loss: half a minute of compiling, then more tokens a second (docs/performance.md). Not with zero: 3."""
 
@@ -171,7 +174,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     epochs = {source: rows * config.sequence_length for source, rows in sampler.rows_per_epoch.items()}
     text = meters.Text(epochs, flops, peak, derivation.expected_seconds(config, flops, peak))
-    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch)
+    sample = Sampler(config, trainer, model_config, size.total, tokenizer, output) if config.samples else None
+    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch, sample=sample)
 
     if advice := trainer.advice():
         say(advice)

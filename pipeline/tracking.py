@@ -25,7 +25,7 @@ class Tracker:
         if not self.is_main or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step(line) <= step and (evaluated or _step(line) < step or "heldout_" not in line)]
+        kept = [line for line in lines if step_of(line) <= step and (evaluated or step_of(line) < step or "heldout_" not in line)]
         if len(kept) != len(lines):
             write_atomic(self.path, "".join(line + "\n" for line in kept))
 
@@ -49,7 +49,8 @@ def plain(values: dict) -> dict:
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
-def _step(line: str) -> int:
+def step_of(line: str) -> int:
+    """Step of a line of metrics.jsonl; a line that was cut off comes after all others."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

@@ -6,8 +6,8 @@ import math
 import pytest
 import tiny
 import torch
-from harness import stage, succeed
-from transformers import AutoModelForCausalLM
+from harness import files_of, stage, succeed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.sampler import RowSampler
 from pipeline.data.tokens import TokenStore
@@ -80,3 +80,28 @@ def test_no_peak_no_mfu_and_counts_are_exact_after_a_kill(world):
             assert line[key] == expected[key], key
     counted = json.loads((published(world, "killed") / "manifest.json").read_text())["metrics"]["tokens_sources"]
     assert sum(counted.values()) == 7 * 8 * 32
+
+
+def test_samples_on_schedule_change_nothing_and_are_the_model_s(world):
+    """Text after a prompt is what transformers' own generate gives; the weights are those of a run without samples; killed in between, the lines are the same."""
+    words = [*STILL[2:-1], "pretrain.steps=7", "pretrain.samples={every_steps: 3, prompts: [ape bee, 小猫], max_new_tokens: 6, temperature: 0}"]
+    said = succeed("pretrain", "recipe.yaml", *words, "output=sampled", cwd=world)
+    plain = [*words[:-1], "output=unsampled"]
+    succeed("pretrain", "recipe.yaml", *plain, cwd=world)
+    assert files_of(published(world, "sampled")) == files_of(published(world, "unsampled"))
+    found = [json.loads(line) for line in (published(world, "sampled") / "logs/samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in found] == [(step, prompt) for step in (3, 6, 7) for prompt in ("ape bee", "小猫")]
+    folder = published(world, "sampled") / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("ape bee", add_special_tokens=False).input_ids]])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)[0, ids.shape[1] :]
+    assert found[-2]["text"] == tokenizer.decode([i for i in made if i != tokenizer.eos_token_id]) and f"step 7: ape bee → {found[-2]['text']}" in said
+    words[-1] = words[-1].replace("temperature: 0", "temperature: 1")
+    succeed("pretrain", "recipe.yaml", *words, "output=warm", cwd=world)
+    code, _ = stage("pretrain", "recipe.yaml", *words, "output=cold", cwd=world, fault="work:7")
+    assert code == -9
+    succeed("pretrain", "recipe.yaml", *words, "output=cold", cwd=world)
+    kept = [(published(world, runs) / "logs/samples.jsonl").read_bytes() for runs in ("warm", "cold")]
+    assert kept[0] == kept[1]
+    code, text = stage("pretrain", "recipe.yaml", "pretrain.samples={every_steps: 3, prompts: [ape], max_new_tokens: 40}", "output=wrong", cwd=world)
+    assert code == 2 and "40 new ones are more than sequence_length 32" in text and "Traceback" not in text

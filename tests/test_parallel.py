@@ -166,6 +166,7 @@ stages:
     save: {{every_steps: 1000}}
     heldout_rows: 10
     log: {{every_steps: 1, wandb: ~}}
+    samples: {{every_steps: 100, prompts: [ape bee], max_new_tokens: 8, temperature: 0}}
 """
 
 
@@ -196,4 +197,12 @@ def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path
     assert two["bits_per_byte_before"] == pytest.approx(one["bits_per_byte_before"], rel=1e-6)
     assert two["bits_per_byte_after"] == pytest.approx(one["bits_per_byte_after"], rel=1e-3)
     assert two["tokens"] == one["tokens"]
+    shown = [json.loads(line) for line in (folder / "current/logs/samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in shown] == [100, 150] and "step 150: ape bee → " + shown[1]["text"] in said
+    model, reader = AutoModelForCausalLM.from_pretrained(folder / "current/model"), AutoTokenizer.from_pretrained(folder / "current/model")
+    ids = torch.tensor([[reader.eos_token_id, *reader("ape bee", add_special_tokens=False).input_ids]])
+    assert reader.decode(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]).startswith(shown[1]["text"]), "stages put together"
+    last = [json.loads(line) for line in (folder / "current/metrics.jsonl").read_text().splitlines() if '"grad_norm"' in line][-1]
+    assert last["tokens/one"] + last["tokens/two"] == two["tokens"] == sum(two["tokens_sources"].values())
+    assert last["seconds/step_max"] >= last["seconds/step"] > 0 and last["tok_per_second"] == pytest.approx(256 / last["seconds/step"], rel=0.01)
     assert set(files_of(folder / "current")) == set(files_of(tmp_path / "alone/tiny/pretrain/current"))

@@ -41,10 +41,12 @@ def fit(
     unit: str = "tok",
     text: Text | None = None,
     branch: Path | None = None,
+    sample: Callable[[int, bool], None] | None = None,
 ) -> dict:
     """Train from the newest checkpoint, or else from `branch` (a checkpoint of another run), or from the start, to the end of the horizon. Collective.
 
     batches(step) gives this process's micro-batches; evaluate() the numbers on held-out data, equal on all processes; `text` is for the meters.
+    sample(step, last) is called after each step, its checkpoint and its evaluation, and again for the checkpoint that a run goes on from.
     Returns before and after (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
     skipped (updates that were not applied), and rate (weight per second of this process's training, without saving and evaluating).
     """
@@ -81,6 +83,8 @@ def fit(
         measure(engine.step_count, "before")
     elif again:
         measure(engine.step_count, "after")
+    if found and sample:
+        sample(engine.step_count, engine.step_count == horizon.steps)
     meters = Meters(config, state, unit, text, engine.device)
     try:
         with StopSignal() as signals, Progress(output.stage, horizon.steps or CALIBRATION, "step", engine.step_count, output.is_main) as bar, saver:
@@ -116,6 +120,9 @@ def fit(
                     stop(output, step, int(number))
                 if due(step):
                     measure(step, "after")
+                if sample:
+                    phases.enter("sample")
+                    sample(step, last)
     finally:
         tracker.close()
     return {**state, "rate": meters.rate}
