@@ -118,8 +118,16 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
 
 
 def check(node: Node, graph: dict[str, Node]) -> None:
-    """What can be told of a stage from its recipe alone. Raises UserError."""
+    """What can be told of a stage from its recipe and this machine alone. Raises UserError."""
     node.config.check(node.config.run.processes * node.config.run.nodes)
+    if node.config.run.device == "cuda" and node.config.run.nodes == 1 and hasattr(node.config, "parallel"):
+        from pipeline.train.distributed import choose_device
+
+        choose_device(node.config, node.config.run.processes)
+    known = _packed_sources(node, graph)
+    for source in (getattr(node.config, "mixture", None) or {}) if known else ():
+        if source not in known:
+            raise UserError(f"stages.{node.name}.mixture: its text has no source {source!r}; it has {', '.join(sorted(known))}")
     for key, source in node.parents.items():
         if source not in graph:
             if not Path(source).is_dir() or not any(Path(source).iterdir()):
@@ -129,6 +137,18 @@ def check(node: Node, graph: dict[str, Node]) -> None:
         longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
         if key in ("model", "policy") and node.config.kind != "pretrain" and longest and wanted and wanted > longest:
             raise UserError(f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that {source} gives its model; use {longest} or fewer, or pretrain with more")
+
+
+def _packed_sources(node: Node, graph: dict[str, Node]) -> list[str]:
+    """Names of the sources in the tokens that a stage reads, as far as they can be told before they are made."""
+    tokens = node.parents.get("tokens")
+    if tokens in graph:
+        data = graph[tokens].parents.get("data")
+        return list(graph[data].config.sources) if data in graph else []
+    try:
+        return list(json.loads((Path(tokens or "") / "index.json").read_text())["splits"]["train"])
+    except (OSError, ValueError, KeyError):  # the stage itself says what is wrong with it
+        return []
 
 
 def examine(recipe: Recipe) -> dict[str, Node]:

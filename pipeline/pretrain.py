@@ -13,7 +13,7 @@ import math
 import shutil
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
@@ -61,7 +61,7 @@ class Config(TrainConfig):
     """With an input `model`: go on from the checkpoint of this step that it kept, with moments, step count and place in the data, and not from its model alone.
     `steps` counts from that run's beginning; schedule and data are this stage's own. `save.keep_every` of the parent says which steps stay."""
     mixture: dict[str, float] | None = None
-    """Source -> share of the rows, any scale; none: in proportion to the sources' tokens."""
+    """Source -> weight of its rows: shares that add up to 1, or numbers of any other scale, such as 2 and 1; none: in proportion to the sources' tokens."""
     document_mask: bool = False
     """Tokens see their own document only, and positions begin anew with each (Llama 3, section 3.1). Slower, since attention then needs a mask."""
     heldout_rows: Annotated[int, EXECUTION] = Field(256, ge=1)
@@ -86,6 +86,20 @@ class Config(TrainConfig):
         if self.time is not None:
             horizon.seconds_of(self.time)
         return self
+
+    @field_validator("mixture")
+    @classmethod
+    def adds_up(cls, mixture: dict[str, float] | None):
+        """Weights below 1 are meant as shares: 0.5, 0.3 and 0.15 are a slip of the pen, 2 and 1 are not."""
+        for source, weight in (mixture or {}).items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{source} has the weight {weight}, expected 0 or more")
+        total = sum((mixture or {}).values())
+        if mixture is not None and total == 0:
+            raise ValueError("no source has a weight above 0; give one, or leave mixture out")
+        if mixture and max(mixture.values()) < 1 and abs(total - 1) > 0.005:
+            raise ValueError(f"its shares add up to {total:.4g}, expected 1; mend them, or give numbers of another scale, such as 2 and 1")
+        return mixture
 
     @classmethod
     def supports_pipeline(cls) -> bool:
@@ -113,7 +127,7 @@ class Config(TrainConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
-    from pipeline.data.tokens import TokenStore, load_tokenizer
+    from pipeline.data.tokens import TokenStore, load_tokenizer, stray_id
     from pipeline.models import build, cost, scaling
     from pipeline.train import checkpoints, derivation, distributed, engine, layers, meters, witness
     from pipeline.train.loop import fit, share
@@ -131,6 +145,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # The model
     distributed.setup(config)
+    if inputs["tokens"].kind == "external" and (stray := distributed.from_main(stray_id(store.folder) if output.is_main else None)):
+        raise UserError(f"inputs.tokens: {stray}")
     branch = checkpoints.of_step(inputs["model"].path, config.from_step, f"stage {output.stage}: from_step: {config.from_step}") if config.from_step else None
     if "model" in inputs:
         folder = model_folder(inputs["model"])

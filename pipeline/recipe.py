@@ -11,7 +11,7 @@ import difflib
 import importlib
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
@@ -51,6 +51,8 @@ class RunConfig(Strict):
     """Nodes; more than one needs a launcher that spans them (see launch/slurm)."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of one process; by default the cores of the machine divided by `processes`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What training computes on. cuda: a GPU for each process, or the stage is refused; cpu: no GPU even where there is one; auto: a GPU if there is one."""
     time: str | None = None
     """Wall-clock limit handed to the cluster's scheduler, such as 48h."""
 

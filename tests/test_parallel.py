@@ -14,6 +14,7 @@ import tiny
 import torch
 from harness import files_of, succeed
 from parallel_worker import LAYOUTS, PLAIN, STEPS, go_on, micro_batches, model, muon, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 CPU = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TORCH_CPP_LOG_LEVEL": "ERROR"}

@@ -127,7 +127,7 @@ def test_it_goes_on_from_another_pretraining_stage_and_other_layouts_of_memory_c
         ("pretrain.mixture={one: 1, tow: 1}", "two"),
         ("model.family=lama", "did you mean llama"),
         ("model.hiden_size=3", "did you mean hidden_size"),
-        ("pretrain.parallel.pipeline=2", "1 processes cannot be divided into pipeline: 2"),
+        ("pretrain.parallel.pipeline=2", "1 process cannot be divided into pipeline: 2"),
         ("pretrain.micro_batch=3", "not divisible by micro_batch 3"),
         ("pretrain.sequence_length=100000", "sequence_length"),
         ("pretrain.inputs={tokens: ./tokenizer, tokenizer: ./tokenizer}", "index.json"),

@@ -75,6 +75,8 @@ def token_bytes(tokenizer) -> np.ndarray:
             sizes[index] = len(token.replace("\u2581", " ").encode())
     return sizes
 
+SCAN = 2**26  # tokens looked at together
+
 
 class Piece(NamedTuple):
     """A stretch of tokens that belongs to one document."""
@@ -101,6 +103,8 @@ class TokenStore:
             raise UserError(f"{self.folder}: has no index.json, so it is not the output of stage pack") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / 'index.json'}: damaged ({error!r}); run stage pack again with --restart") from None
+        if not 0 <= self.eos_id < self.vocab_size:
+            raise UserError(f"{self.folder / 'index.json'}: eos_id {self.eos_id} is beyond the vocabulary of {self.vocab_size}; pack the text again")
         self.sources = sorted(shards)
         self.token_bytes = self._open("token_bytes.npy", (self.vocab_size,), np.dtype(np.int32))
         self._shards, self._names, self._starts, self._num_bytes = {}, {}, {}, {}
@@ -135,6 +139,17 @@ class TokenStore:
         if array.shape != shape or array.dtype != dtype:
             raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}, index.json says {dtype} {list(shape)}; run stage pack again with --restart")
         return np.asarray(array)  # still the mapped file, without the cost of numpy's memmap class at each slice
+
+    def stray_id(self) -> str | None:
+        """A token outside the vocabulary, in words, or None. Reads every token, 1-2 GB a second: for shards that stage pack did not write (it proves each id as it writes)."""
+        for source in self.sources:
+            for (tokens, _), start in zip(self._shards[source], self._starts[source]):
+                for begin in range(0, len(tokens), SCAN):
+                    part = tokens[begin : begin + SCAN]
+                    if part.max(initial=0) >= self.vocab_size or part.min(initial=0) < 0:
+                        place = begin + int(np.flatnonzero((part >= self.vocab_size) | (part < 0))[0])
+                        return f"{self.folder}: token {int(start) + place} of source {source} ({self.split}) is {tokens[place]}, beyond the vocabulary of {self.vocab_size}; pack the text with this tokenizer"
+        return None
 
     def num_tokens(self, source: str) -> int:
         """Tokens of a source, the eos of each document included."""
@@ -184,3 +199,8 @@ class TokenStore:
                 at, number = min(end, start + length), number + 1
             shard += 1
         return found
+
+
+def stray_id(folder: Path | str) -> str | None:
+    """A token outside the vocabulary in either split of a packed folder, in words, or None."""
+    return next((found for split in ("train", "heldout") if (found := TokenStore(folder, split).stray_id())), None)

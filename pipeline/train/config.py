@@ -9,6 +9,10 @@ from pipeline.errors import UserError
 from pipeline.recipe import EXECUTION, StageConfig, Strict
 
 
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
 def _idle(block: Strict, key: str, why: str) -> None:
     """Refuse a key that would change a run's identity and not its result. At its default it may stand: a recipe that is written out has all keys."""
     value = getattr(block, key)
@@ -190,15 +194,26 @@ class TrainConfig(StageConfig):
         if depth > 1 and not type(self).supports_pipeline():
             raise UserError(f"stage {self.kind}: pipeline: {depth} is for pretraining; use zero: 0, 1, 2 or 3 here")
         if world % depth:
-            raise UserError(f"stage {self.kind}: {world} processes cannot be divided into pipeline: {depth} stages; launch a multiple of {depth}, or change parallel.pipeline")
+            near = sorted({max(1, world // depth) * depth, (world // depth + 1) * depth})
+            fits = [number for number in range(1, world + 1) if world % number == 0]
+            raise UserError(
+                f"stage {self.kind}: {world} process{'es' * (world > 1)} cannot be divided into pipeline: {depth} stages; "
+                f"launch {_either(near)}, or give parallel.pipeline={_either(sorted(sorted(fits, key=lambda number: abs(number - depth))[:2]))}"
+            )
         if self.save.keep_best and (self.evaluate_every is None or math.lcm(self.evaluate_every, self.save.every_steps) > (self.steps or math.inf)):
             raise UserError(f"stage {self.kind}: save.keep_best: no step is both saved (save.every_steps: {self.save.every_steps}) and evaluated (evaluate_every: {self.evaluate_every or 'none'}); make one a multiple of the other")
         ranks = world // depth
-        micro = self.micro_batch or max(1, self.batch_size // ranks)
         if self.batch_size % ranks:
-            raise UserError(f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use {self.batch_size // ranks * ranks or ranks} or {(self.batch_size // ranks + 1) * ranks}")
-        if (self.batch_size // ranks) % micro:
-            raise UserError(f"stage {self.kind}: a rank's share of {self.batch_size // ranks} rows is not divisible by micro_batch {micro}")
+            below = self.batch_size // ranks * ranks
+            fits = [number for number in range(1, ranks) if self.batch_size % number == 0]
+            raise UserError(
+                f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; "
+                f"use {_either([below, below + ranks] if below else [ranks])}, or {_either([number * depth for number in fits[-2:]])} process{'es' * (fits[-1] * depth > 1)}"
+            )
+        rows = self.batch_size // ranks
+        if self.micro_batch and rows % self.micro_batch:
+            fits = sorted(sorted((number for number in range(1, rows + 1) if rows % number == 0), key=lambda number: abs(number - self.micro_batch))[:2])
+            raise UserError(f"stage {self.kind}: a rank's share of {rows} rows is not divisible by micro_batch {self.micro_batch}; use {_either(fits)}")
 
     @classmethod
     def supports_pipeline(cls) -> bool:

@@ -41,6 +41,8 @@ def setup(config=None) -> None:
 
     if config is not None:
         _agree_with_launcher(config)
+        if getattr(config, "run", None):
+            choose_device(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = getattr(getattr(config, "run", None), "threads", None) or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, _cores() // local)
     torch.set_num_threads(threads)
@@ -61,6 +63,23 @@ def setup(config=None) -> None:
     elif config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1):  # DeepSpeed wants a group also for one process
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def choose_device(config, local: int) -> None:
+    """Make `run.device` hold for `local` processes on this machine. Raises UserError if it cannot."""
+    import torch
+
+    wanted = config.run.device
+    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if wanted == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # what `device` and DeepSpeed's launchers look at
+        return
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and (forced or not there):
+        why = "ACCELERATE_USE_CPU=true forbids it" if forced else f"torch {torch.__version__} finds none here (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
+        raise UserError(f"stage {config.kind}: run.device: cuda asks for a GPU, and {why}; start it where there is one, or give {config.kind}.run.device=cpu")
+    if not forced and 0 < there < local:
+        raise UserError(f"stage {config.kind}: {local} processes on this machine and {there} GPU{'s' * (there > 1)}; launch {there}, or give {config.kind}.run.device=cpu")
 
 
 def _agree_with_launcher(config) -> None:
