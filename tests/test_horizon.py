@@ -48,7 +48,7 @@ def test_tokens_become_steps(world, words, steps, warmup):
 
 def test_time_becomes_steps_once_and_is_kept_over_kills(world):
     """Killed before and after it is settled; an hour is then cut to 30 steps in the file that decides. A second run that has the file from its start ends in the same bytes."""
-    words = ("pretrain.steps=~", "pretrain.time=1h", "pretrain.save.every_steps=7", "pretrain.heldout_rows=2", "pretrain.optimizer.lr=1e-3")
+    words = ("pretrain.steps=~", "pretrain.time=1h", "pretrain.save.every_steps=7", "pretrain.save.asynchronous=false", "pretrain.heldout_rows=2", "pretrain.optimizer.lr=1e-3")
     code, _ = stage("pretrain", "recipe.yaml", "output=timed", *words, cwd=world, fault="work:9")
     assert code == -9
     code, said = stage("pretrain", "recipe.yaml", "output=timed", *words, cwd=world, fault="work:15")
@@ -97,7 +97,7 @@ def test_mistakes_are_one_sentence(world, words, said):
 
 
 def test_a_horizon_behind_the_checkpoint_is_refused(world):
-    code, _ = stage("pretrain", "recipe.yaml", "output=behind", "pretrain.steps=~", "pretrain.tokens=1536", cwd=world, fault="work:5")
+    code, _ = stage("pretrain", "recipe.yaml", "output=behind", "pretrain.steps=~", "pretrain.tokens=1536", "pretrain.save.asynchronous=false", cwd=world, fault="work:5")
     assert code == -9
     code, said = stage("pretrain", "recipe.yaml", "output=behind", "pretrain.steps=~", "pretrain.tokens=512", "--fork", cwd=world)
     assert code == 2 and "is at step 4" in said and "horizon is 2 steps" in said, said

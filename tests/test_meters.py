@@ -14,7 +14,7 @@ from pipeline.data.tokens import TokenStore
 from pipeline.models import cost
 
 # The initial model's step: at lr 1e-30 no weight moves, so that every step's numbers can be had from the published model.
-STILL = ("pretrain.optimizer.lr=1e-30", "pretrain.optimizer.weight_decay=0", "pretrain.micro_batch=4", "pretrain.log.every_steps=3", "pretrain.log.peak=0.5", "pretrain.steps=7")
+STILL = ("pretrain.save.asynchronous=false", "pretrain.optimizer.lr=1e-30", "pretrain.optimizer.weight_decay=0", "pretrain.micro_batch=4", "pretrain.log.every_steps=3", "pretrain.log.peak=0.5", "pretrain.steps=7")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_no_peak_no_mfu_and_counts_are_exact_after_a_kill(world):
 
 def test_samples_on_schedule_change_nothing_and_are_the_model_s(world):
     """Text after a prompt is what transformers' own generate gives; the weights are those of a run without samples; killed in between, the lines are the same."""
-    words = [*STILL[2:-1], "pretrain.steps=7", "pretrain.samples={every_steps: 3, prompts: [ape bee, 小猫], max_new_tokens: 6, temperature: 0}"]
+    words = [*STILL[3:-1], "pretrain.steps=7", "pretrain.samples={every_steps: 3, prompts: [ape bee, 小猫], max_new_tokens: 6, temperature: 0}"]
     said = succeed("pretrain", "recipe.yaml", *words, "output=sampled", cwd=world)
     plain = [*words[:-1], "output=unsampled"]
     succeed("pretrain", "recipe.yaml", *plain, cwd=world)
