@@ -108,9 +108,9 @@ class Config(TrainConfig):
     def check(self, world: int) -> None:
         super().check(world)
         if self.from_step is not None and "model" not in self.inputs:
-            raise UserError(f"stage {self.kind}: from_step: {self.from_step} says from which checkpoint of another pretraining stage to go on; name that stage (inputs: {{model: pretrain}})")
+            raise UserError(f"stage {self.kind}: from_step: {self.from_step} is a checkpoint of another pretraining stage; name that stage (inputs: {{model: pretrain}})")
         if self.from_step is not None and self.steps is not None and self.from_step >= self.steps:
-            raise UserError(f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, which counts from the beginning of the run that is gone on from")
+            raise UserError(f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, counted from the beginning of the other run")
         if self.compile and self.parallel.zero == 3:
             raise UserError(f"stage {self.kind}: compile: true does not go with zero: 3, which gathers weights module by module while a layer runs; use zero: 2, or leave compile out")
         if self.compile and not (shutil.which("g++") or shutil.which("clang++")):

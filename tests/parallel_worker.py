@@ -137,7 +137,8 @@ if __name__ == "__main__":
     distributed.setup()
     scratch = Path(sys.argv[1]).parent / "checkpoints"  # where one process has left its own
     MUON = muon(scratch / "ddp muon")
-    results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}, "generated": generate()}  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
+    results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}}
+    results["generated"] = generate()  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
     for layout in LAYOUTS:
         results[layout] = train(layout, 2, scratch / layout)
         if "offload" not in layout and "chunks" not in layout:

@@ -81,7 +81,7 @@ def the_same_course(found, expected, rel=1e-5):
 
 @pytest.mark.parametrize("target", PLAIN)
 def test_any_layout_goes_on_from_any_other(results, alone, target):
-    """What one process, DDP, each ZeRO stage, offload and pipelines saved after 3 steps, loaded by each of them: losses and norms of the next 3 to 1e-5 of the uninterrupted run."""
+    """What one process, DDP, ZeRO stages, offload and pipelines saved after 3 steps, loaded by each of them: losses and norms of the next 3 to 1e-5 of an uninterrupted run."""
     from test_engine import config
 
     for (source, into), (said, found) in results["elastic"].items():

@@ -131,8 +131,8 @@ class Saver:
         free, there, needed = distributed.from_main((free, there, needed))
         if needed > free:
             raise UserError(
-                f"{self.output.path}: {count} checkpoints of {_gb(one)} (save.keep: {options.keep}, and one being written) and a model of {_gb(model)} need {_gb(needed)} more, "
-                f"{_gb(free)} are free; make room, give another `output`, or save less (save.keep, save.keep_every)"
+                f"{self.output.path}: {count} checkpoints of {_gb(one)} (save.keep: {options.keep}, and one being written) and a model of {_gb(model)} "
+                f"need {_gb(needed)} more, {_gb(free)} are free; make room, give another `output`, or save less (save.keep, save.keep_every)"
             )
 
     def _size(self) -> int:
@@ -240,7 +240,8 @@ def of_step(folder: Path, step: int, what: str) -> Path:
     path = folder / "checkpoints" / f"step-{step:06d}"
     if path not in there:
         steps = ", ".join(str(_step(found)) for found in there)
-        raise UserError(f"{what}: {folder} has no checkpoint of step {step}; it has {f'those of steps {steps}' if steps else 'none'} (save.keep and save.keep_every say which stay)")
+        has = f"those of steps {steps}" if steps else "none"
+        raise UserError(f"{what}: {folder} has no checkpoint of step {step}; it has {has} (save.keep and save.keep_every say which stay)")
     if found := damage(path):
         raise UserError(f"{what}: {path} is damaged ({found}); name another step, or run the stage again that made it")
     return path

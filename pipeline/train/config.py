@@ -201,7 +201,8 @@ class TrainConfig(StageConfig):
                 f"launch {_either(near)}, or give parallel.pipeline={_either(sorted(sorted(fits, key=lambda number: abs(number - depth))[:2]))}"
             )
         if self.save.keep_best and (self.evaluate_every is None or math.lcm(self.evaluate_every, self.save.every_steps) > (self.steps or math.inf)):
-            raise UserError(f"stage {self.kind}: save.keep_best: no step is both saved (save.every_steps: {self.save.every_steps}) and evaluated (evaluate_every: {self.evaluate_every or 'none'}); make one a multiple of the other")
+            saved, evaluated = f"save.every_steps: {self.save.every_steps}", f"evaluate_every: {self.evaluate_every or 'none'}"
+            raise UserError(f"stage {self.kind}: save.keep_best: no step is both saved ({saved}) and evaluated ({evaluated}); make one a multiple of the other")
         ranks = world // depth
         if self.batch_size % ranks:
             below = self.batch_size // ranks * ranks

@@ -96,7 +96,8 @@ class Engine:
         """What this process writes of the run's state: views of live memory, whose every element some process writes once. Collective only in that all must save."""
         mine, common = self._held()
         fragments = mine + state.share(common, self.data_rank, self.data_world)
-        parameters = {fragment.name: {"shape": self.shapes[fragment.name], "updates": self._updates(fragment.name)} for fragment in fragments if fragment.kind == "weight"}
+        names = {fragment.name for fragment in fragments if fragment.kind == "weight"}
+        parameters = {name: {"shape": shape, "updates": self._updates(name)} for name, shape in self.shapes.items() if name in names}
         return state.Part(fragments, parameters, {"format": state.FORMAT, "steps": self.step_count, "optimizer": self.config.optimizer.kind, "layout": self._layout()})
 
     def save(self, folder: Path) -> None:

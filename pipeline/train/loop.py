@@ -61,7 +61,8 @@ def fit(
         changed = engine.load(path)
         state.update(saved)
         if output.is_main:
-            print(f"{output.stage}: goes on from {path.name if found else path}" + (f", {changed}: the rows are the same, the last bits are not" if changed else ""), flush=True)
+            other = f", {changed}: the rows are the same, the last bits are not" if changed else ""
+            print(f"{output.stage}: goes on from {path.name if found else path}{other}", flush=True)
     horizon = Horizon(config, output, engine.step_count)
     saver.check_room(horizon.steps)
 

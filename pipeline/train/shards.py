@@ -14,7 +14,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 def buffers(model) -> list[Fragment]:
     """Persistent state that is no parameter."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return [Fragment("buffer", name, 0, value.detach().view(-1)) for name, value in model.state_dict(keep_vars=True).items() if name not in parameters and isinstance(value, torch.Tensor)]
+    others = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in parameters}
+    return [Fragment("buffer", name, 0, value.detach().view(-1)) for name, value in others.items() if isinstance(value, torch.Tensor)]
 
 
 def _steps(state: dict) -> int:

@@ -22,7 +22,8 @@ from pipeline.errors import UserError
 
 FORMAT = 1
 CHUNK = 16 << 20  # bytes hashed and written at a time
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # of buffers
 
 
 class Fragment(NamedTuple):
@@ -176,8 +177,8 @@ class Reader:
             _read_exactly(path, offset + (at - first) * size, view[(at - start) * size : (at - start + take) * size])
             at += take
         if at < start + numel:
-            following = min((first for first, *_ in pieces if first > at), default=start + numel)
-            raise UserError(f"{self.folder}: {kind} of {name} lacks the elements {at} to {min(following, start + numel)}; the checkpoint is not whole, remove it to go on from the one before")
+            stop = min([start + numel, *(first for first, *_ in pieces if first > at)])
+            raise UserError(f"{self.folder}: {kind} of {name} lacks the elements {at} to {stop}; the checkpoint is not whole, remove it to go on from the one before")
         return found
 
     def fill(self, fragment: Fragment) -> None:
@@ -200,7 +201,8 @@ class Reader:
         if extra := [name for name in self.parameters if name not in shapes]:
             raise UserError(f"{self.folder}: is of another model: it has {extra[0]}, this one has not; {advice}")
         if self.optimizer != optimizer:
-            raise UserError(f"{self.folder}: was saved with optimizer.kind: {self.optimizer}, whose moments are of no use to {optimizer}; {advice}, or begin from its weights alone (inputs.model)")
+            made = f"{self.folder}: was saved with optimizer.kind: {self.optimizer}, whose moments are of no use to {optimizer}"
+            raise UserError(f"{made}; {advice}, or begin from its weights alone (inputs.model)")
 
     def changed(self, layout: dict) -> str:
         """In words, what is another layout than the one that wrote this; empty if none is."""
