@@ -135,8 +135,15 @@ def check(node: Node, graph: dict[str, Node]) -> None:
             continue
         parent = graph[source].config
         longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
-        if key in ("model", "policy") and node.config.kind != "pretrain" and longest and wanted and wanted > longest:
-            raise UserError(f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that {source} gives its model; use {longest} or fewer, or pretrain with more")
+        if key in ("model", "policy") and longest and wanted and wanted > longest and not _lengthened(node.config, parent):
+            raise UserError(f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that {source} gives its model; use {longest} or fewer, or pretrain with more{' (or scale positions, model_changes: {rope_parameters: ...})' if node.config.kind == 'pretrain' else ''}")
+
+
+def _lengthened(config, parent) -> bool:
+    """Pretraining may go on with rows longer than before: where the recipe says how positions are scaled, or the family has none."""
+    from pipeline.models.build import UNLIMITED
+
+    return config.kind == "pretrain" and ("rope_parameters" in config.model_changes or (getattr(parent, "model", None) or {}).get("family") in UNLIMITED)
 
 
 def _packed_sources(node: Node, graph: dict[str, Node]) -> list[str]:

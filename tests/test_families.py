@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_engine import config
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from tuned import tokenizer as make_tokenizer
 
 from pipeline.errors import UserError
 from pipeline.models import build, cost, stages
@@ -67,6 +68,28 @@ def test_a_tiny_copy_starts_as_transformers_says_and_learns(name):
     assert whole[2]["loss"] < whole[1]["loss"] < whole[0]["loss"] and all(stats["applied"] for stats in whole)
     for one, other in zip(whole, parts, strict=True):
         assert [other[key] for key in one] == pytest.approx(list(one.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt1-117m", "bloom-560m", "deepseek-v3", "qwen1.5-moe-a2.7b", "gemma-3-1b", "mamba2-130m", "rwkv-169m"])
+def test_what_is_published_is_read_back(name, tmp_path):
+    """from_pretrained gives the logits of the model that was written, to the bit, and keeps keys that its configuration class does not list."""
+    make_tokenizer(tmp_path / "tokenizer")
+    model = fresh(name).eval()
+    build.publish(model.state_dict(), model.config, tmp_path / "tokenizer", tmp_path / "model")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = batch_of(range(2))["inputs"]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(read(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
+        again = build.load(tmp_path / "model", config=build.changed(tmp_path / "model", {}, LENGTH)).eval()
+        assert torch.equal(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
+    assert balance.coefficient(read.config) == balance.coefficient(model.config)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_experts_are_balanced_the_same_when_activations_are_computed_twice(how):
+    """Losses, norms, balancing losses and loads of 3 steps, to 1e-6."""
+    for one, other in zip(steps_of("qwen3-30b-a3b"), steps_of("qwen3-30b-a3b", activation_checkpointing=how), strict=True):
+        assert [other[key] for key in one] == pytest.approx(list(one.values()), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", stages.FAMILIES)

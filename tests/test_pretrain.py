@@ -12,7 +12,9 @@ import torch
 from harness import files_of, stage, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline import chain, recipe
 from pipeline.data.tokens import TokenStore
+from pipeline.errors import UserError
 from pipeline.models import build
 
 
@@ -167,6 +169,18 @@ def test_a_hub_folder_goes_on_with_longer_rows(world, tmp_path):
     for word, said in [("model_changes={}", "more than the 32 positions"), ("model_changes={hidden_size: 64}", "would change the shape of"), ("model_changes={rope: 1}", "has no such key")]:
         code, text = stage("pretrain", "longer.yaml", "--stage", "longer", "output=wrong", f"longer.{word}", *([] if "{}" in word else ["longer.sequence_length=32"]), cwd=folder)
         assert code == 2 and said in text and "Traceback" not in text, text
+
+
+def test_longer_rows_without_positions_are_refused_before_anything_runs(world, monkeypatch):
+    folder, _ = world
+    anneal = "  anneal: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: pretrain}, sequence_length: 64, batch_size: 4, steps: 2}\n"
+    (folder / "anneal.yaml").write_text(tiny.RECIPE + anneal)
+    monkeypatch.chdir(folder)
+    graph = chain.nodes(recipe.load("anneal.yaml"))
+    with pytest.raises(UserError, match="64 tokens are more than the 32 positions"):
+        chain.check(graph["anneal"], graph)
+    graph = chain.nodes(recipe.load("anneal.yaml", [f"anneal.model_changes={{rope_parameters: {json.dumps(LONGER)}}}"]))
+    chain.check(graph["anneal"], graph)
 
 
 def test_a_model_with_other_tokens_is_refused(world):
