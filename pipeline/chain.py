@@ -118,12 +118,8 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
 
 
 def check(node: Node, graph: dict[str, Node]) -> None:
-    """What can be told of a stage from its recipe and this machine alone. Raises UserError."""
+    """What can be told of a stage from its recipe alone. Raises UserError."""
     node.config.check(node.config.run.processes * node.config.run.nodes)
-    if node.config.run.device == "cuda" and node.config.run.nodes == 1 and hasattr(node.config, "parallel"):
-        from pipeline.train.distributed import choose_device
-
-        choose_device(node.config, node.config.run.processes)
     known = _packed_sources(node, graph)
     for source in (getattr(node.config, "mixture", None) or {}) if known else ():
         if source not in known:
@@ -388,6 +384,11 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
             raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; there is {', '.join(graph)}")
     wanted = _ancestors(graph, only) if only else set(graph)
     _writable(recipe)
+    for node in [graph[name] for name in graph if name in wanted]:
+        if node.config.run.device == "cuda" and node.config.run.nodes == 1 and hasattr(node.config, "parallel"):
+            from pipeline.train.distributed import choose_device
+
+            choose_device(node.config, node.config.run.processes)
     for node in [graph[name] for name in graph if name in wanted]:  # everything that can be refused is refused before the first hour is spent
         check(node, graph)
         _source_identity(node)

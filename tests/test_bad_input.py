@@ -92,9 +92,8 @@ def test_the_chain_knows_the_sources_before_anything_is_made(tmp_path):
     graph = chain.nodes(load(tmp_path / "r.yaml"))
     with pytest.raises(UserError, match="stages.pretrain.mixture: its text has no source 'cod'; it has code, web"):
         chain.check(graph["pretrain"], graph)
-    graph = chain.nodes(load(tmp_path / "r.yaml", ["pretrain.mixture={web: 1, code: 1}", "pretrain.run.device=cuda"]))
     with pytest.raises(UserError, match="run.device: cuda"):
-        chain.check(graph["pretrain"], graph)
+        chain.run(load(tmp_path / "r.yaml", ["pretrain.mixture={web: 1, code: 1}", "pretrain.run.device=cuda", f"output={tmp_path}"]))
 
 
 def test_a_gpu_is_refused_where_the_launcher_forbids_it(world):

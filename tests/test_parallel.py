@@ -163,7 +163,7 @@ stages:
     precision: fp32
     schedule: {{warmup_steps: 10}}
     parallel: {{pipeline: 2}}
-    run: {{nodes: 1, processes: 2}}
+    run: {{nodes: 1, processes: 2, device: auto}}
     save: {{every_steps: 1000}}
     heldout_rows: 10
     log: {{every_steps: 1, wandb: ~}}

@@ -132,9 +132,10 @@ def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str
     layers = -(-config.num_hidden_layers // layout.depth)
     kept, whole = layer_bytes(config, sequence_length, layout)
     parts["activations"] = tokens * (layers * kept * flying + (whole if layout.checkpointing != "none" else 0.0))
-    # Of each logit: itself, its fp32 copy (bf16 only), its log-softmax, and its gradient in both precisions.
-    bytes_a_logit = 12.0 if layout.precision == "fp32" else 14.0
-    parts["logits"] = min(tokens, layout.head_rows or tokens) * config.vocab_size * bytes_a_logit
+    if layout.head_rows:  # of each logit itself, its fp32 log-softmax, its gradient; and the gradient of the layer, kept until the backward pass (train/head.py)
+        parts["logits"] = 8.0 * min(tokens, layout.head_rows) * config.vocab_size + 4.0 * config.vocab_size * config.hidden_size
+    else:  # itself, its fp32 copy (bf16 only), its log-softmax, its gradient in both precisions
+        parts["logits"] = (12.0 if layout.precision == "fp32" else 14.0) * tokens * config.vocab_size
     # autocast keeps a bf16 copy of each matrix until the backward pass has used it; DeepSpeed has buffers for reducing and gathering.
     parts["temporary"] = (2.0 * (share - size.lookup / layout.depth) if layout.precision == "bf16" else 0.0) + (2 * 4.0 * min(BUCKET, share) if zero else 0.0)
     return parts
@@ -145,7 +146,7 @@ def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, fl
 
     Counted as in Korthikanti et al. (2022), section 4.1, for what transformers' layers save: their 34 * hidden is for GPT with 16-bit residuals and dropout;
     here residuals and norms are fp32 (autocast), and matrices see 2 or 4 bytes a number. Selective recomputation is theirs too: of the attention's scores,
-    which fused attention never keeps, and here of norms and activation functions also.
+    which fused attention never keeps, and here of all but matrix products and attention (train/layers.py).
     """
     item = 2.0 if layout.precision == "bf16" else 4.0
     width = config.hidden_size
@@ -167,7 +168,7 @@ def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, fl
     if layout.checkpointing == "full":
         return 4.0 * width, whole
     if layout.checkpointing == "selective":
-        return 4.0 * width + item * (2 * queries + 2 * keys + width + (2 if gated else 1) * inner), whole
+        return 4.0 * width + item * (2 * queries + 2 * keys + 2 * width + (2 if gated else 1) * inner), whole
     return whole, whole
 
 

@@ -4,16 +4,16 @@ import shutil
 
 from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
-from pipeline.train import distributed
+from pipeline.train import distributed, head
 
 ASSUMED_MFU = 0.4  # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
 
 
-def layout_of(config) -> cost.Layout:
+def layout_of(config, model_config) -> cost.Layout:
     depth = config.parallel.pipeline
     ranks = distributed.world() // depth
     micro = config.micro_batch or config.batch_size // ranks
-    checkpointing = config.activation_checkpointing
+    chunk = config.loss_chunk if head.supports(model_config) else None
     return cost.Layout(
         ranks=ranks,
         depth=depth,
@@ -22,7 +22,9 @@ def layout_of(config) -> cost.Layout:
         accumulation=config.batch_size // ranks // micro,
         precision=config.precision,
         optimizer=config.optimizer.kind,
-        checkpointing=checkpointing if isinstance(checkpointing, str) else "full" if checkpointing else "none",
+        checkpointing=config.activation_checkpointing,
+        attention=config.attention,
+        head_rows=head.chunk_of(model_config.vocab_size, distributed.device().type) if chunk == "auto" else chunk,
         offload=config.parallel.offload,
     )
 
@@ -36,7 +38,7 @@ def expected_seconds(config, flops: Flops, peak: float | None) -> float | None:
 
 def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sampler, folder) -> list[str]:
     """config: with steps, unless its horizon is a time. peak: FLOP/s of all devices, if known. folder: where checkpoints go."""
-    layout = layout_of(config)
+    layout = layout_of(config, model_config)
     world, step = layout.ranks * layout.depth, config.batch_size * config.sequence_length
     picked, experts = cost.routed(model_config)
     active = f"; {size.active:,} active for a token ({picked} of {experts} experts)" if experts > 1 else ""
@@ -67,7 +69,8 @@ def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sa
         if sum(parts.values()) > there:
             found.append(f"           this GPU has {gigabytes(there)}: a smaller micro_batch, activation_checkpointing, or more ranks under zero take less")
     each = cost.checkpoint_bytes(size, config.optimizer.kind)
-    kept = config.save.keep + 1
+    save = config.save
+    kept = save.keep + 1 + save.keep_best + (config.steps // save.keep_every if save.keep_every and config.steps else 0)  # and one being written
     free = shutil.disk_usage(folder).free
     found.append(f"disk       {gigabytes(each)} a checkpoint, at most {kept} at a time: {gigabytes(kept * each)}; {gigabytes(free)} are free")
     return found + (sampler.warnings(config.steps * config.batch_size) if config.steps else [])

@@ -52,10 +52,15 @@ class Head(torch.nn.Linear):
             return super().forward(hidden_BTD)
         labels_BT, device = self.waiting.pop(0), hidden_BTD.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
-        chunk = self.chunk or max(256, CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // self.out_features)
+        chunk = self.chunk or chunk_of(self.out_features, device)
         backward = torch.is_grad_enabled() and (hidden_BTD.requires_grad or self.weight.requires_grad)
         found = Chunked.apply(hidden_BTD, self.weight, self.bias, labels_BT, chunk, self.z_loss, compute, backward, self.compiled)
         return TokenLosses(*found)
+
+
+def chunk_of(vocabulary: int, device: str) -> int:
+    """Tokens at a time where the recipe says `auto`."""
+    return max(256, CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // vocabulary)
 
 
 def install(model, chunk: int | None = None, z_loss: float = 0.0, compiled: bool = False) -> Head:

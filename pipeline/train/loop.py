@@ -110,7 +110,7 @@ def fit(
                     tracker.log(step, **stats, **meters.line(step, horizon.steps), **engine.measured())
                 if not stats["applied"] and output.is_main:
                     print(f"{output.stage}: step {step} was skipped, its loss ({stats['loss']}) or gradient norm ({stats['grad_norm']}) is not finite or it had no labels", flush=True)
-                bar.update(1, loss=stats["loss"] if stats["loss"] is not None else "nan", **{f"{unit}/s": meters.rate})
+                bar.update(1, **meters.shown(stats))
                 faults.point("work")
                 number, *flags = distributed.all_reduce_max([signals.number, *saver.flags()])
                 saver.settle(*flags)

@@ -118,6 +118,16 @@ class Meters:
         self._clear()
         return found
 
+    def shown(self, stats: dict) -> dict:
+        """What stands on the terminal's line."""
+        bits, known = stats.get("bits_per_byte"), self.text.flops and self.text.peak
+        return {
+            "loss": stats["loss"] if stats["loss"] is not None else "nan",
+            **({"bits/byte": bits} if bits is not None else {}),
+            f"{self.unit}/s": self.rate,
+            **({"MFU": f"{100 * self.rate * self.text.flops.full / self.text.peak:.1f}%"} if known else {}),
+        }
+
     def calibrated(self, step: int, steps: int | None) -> str | None:
         """Once, when the first steps have been timed: what the rest will take, beside what was expected."""
         if self.steps != CALIBRATED or steps is None or steps - step < CALIBRATED:
