@@ -98,3 +98,10 @@ def test_the_chain_knows_the_sources_before_anything_is_made(tmp_path):
 
 def test_a_gpu_is_refused_where_the_launcher_forbids_it(world):
     assert "ACCELERATE_USE_CPU=true forbids it" in refused(world, "pretrain.run.device=cuda", env={"ACCELERATE_USE_CPU": "true"})
+
+
+def test_a_checkpoint_of_another_model(world):
+    code, _ = stage("pretrain", "recipe.yaml", "output=fork", "pretrain.save.asynchronous=false", cwd=world, fault="work:3")
+    assert code == -9
+    code, text = stage("pretrain", "recipe.yaml", "output=fork", "model.hidden_size=48", "--fork", cwd=world)
+    assert code == 2 and "is of another model: model.embed_tokens.weight is [290, 32] there and [290, 48] here" in text and "Traceback" not in text, text
