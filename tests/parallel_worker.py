@@ -141,8 +141,6 @@ if __name__ == "__main__":
     results["generated"] = generate()  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
     for layout in LAYOUTS:
         results[layout] = train(layout, 2, scratch / layout)
-        if "offload" not in layout and "chunks" not in layout:
-            results[f"{layout}, whole share at once"] = train(layout, None)
         if layout == "zero 0":  # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
             trainer = ENGINES.pop(layout)
             results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from pipeline import cli
-from pipeline.verify import parallel
+from pipeline.verify import parallel, resume
 
 TESTS = Path(__file__).parent
 
@@ -46,15 +46,52 @@ def test_faults_are_found(tmp_path, monkeypatch, capsys):
     """Four layouts, each with a fault of its own (mutant_worker.py): all four fail, for their own reason, and the command ends with 1."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(parallel, "WORKER", "mutant_worker")
-    monkeypatch.setattr(parallel, "LAYOUTS", [layout for layout in parallel.LAYOUTS if layout[0] in ("one process", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "pipeline of 2")])
+    monkeypatch.setattr(parallel, "LAYOUTS", [layout for layout in parallel.LAYOUTS if layout[0] in ("one process", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "pipeline of 2")])
+    monkeypatch.setattr(parallel, "STEPS", 5)
     assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 1, capsys.readouterr().out
     rows = {row["layout"]: row for row in report(tmp_path, "parallel")["layouts"]}
-    assert rows["one process"]["passed"] and rows["ZeRO-3"]["passed"], "no fault, no finding"
+    assert rows["one process"]["passed"] and rows["ZeRO-0"]["passed"], "no fault, no finding"
     assert rows["DDP"]["grad_norm"] == pytest.approx(0.5, abs=0.1) and not rows["DDP"]["passed"]
     assert rows["ZeRO-1"]["loss"] > 1e-5 and not rows["ZeRO-1"]["passed"]
     assert rows["ZeRO-2"]["loss"] > 1e-3 and not rows["ZeRO-2"]["passed"]
     assert not rows["pipeline of 2"]["nan_kept_out"] and not rows["pipeline of 2"]["passed"] and rows["pipeline of 2"]["loss"] > 1
     assert "LAYOUTS DIFFER" in capsys.readouterr().out
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
+    """SIGKILL inside a save and after a step, on one layout: rows, losses, gradient norms and weights to the bit."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout", "--seed", "3") == 0, capsys.readouterr().out
+    (row,) = report(tmp_path, "resume")["runs"]
+    assert row["passed"] and row["rows"] and row["weights"] and row["loss"] == row["grad_norm"] == 0.0
+    assert sorted(kill.partition(":")[0] for kill in report(tmp_path, "resume")["kills"]) == ["save", "work"]
+
+
+def test_a_run_that_forgets_its_moments_is_found(tmp_path, monkeypatch, capsys):
+    """A fault in loading (mutant_pretrain.py): Adam's moments are zero after a resume. The rows are right, the rest is not, and the command ends with 1."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    monkeypatch.setattr(resume, "SCRIPT", TESTS / "mutant_pretrain.py")
+    monkeypatch.setattr(resume, "kills", lambda seed: ["work:5", "work:5"])
+    assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout") == 1, capsys.readouterr().out
+    (row,) = report(tmp_path, "resume")["runs"]
+    assert row["rows"] and not row["passed"] and not row["weights"] and row["loss"] > 0
+    assert "RUNS DIFFER" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys):
+    """As the README says, from layout to layout too, without any stage run; bf16 beside fp32."""
+    recipe = TESTS.parent / "recipes" / "quickstart.yaml"
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", recipe, "pretrain.precision=bf16") == 0, capsys.readouterr().out
+    assert alma(monkeypatch, tmp_path, "verify", "resume", recipe) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.count("passed") == 2
+
+
+@pytest.mark.slow
+def test_a_family_without_a_pipeline_is_refused_there_and_passes_elsewhere(tmp_path, monkeypatch, capsys):
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", TESTS.parent / "recipes" / "gemma-2b.yaml") == 0, capsys.readouterr().out
+    rows = {row["layout"]: row for row in json.loads(next((tmp_path / "runs").glob("*/verify/parallel.json")).read_text())["layouts"]}
+    assert rows["pipeline of 2"]["passed"] is None and "gemma" in rows["pipeline of 2"]["reason"] and rows["ZeRO-3"]["passed"]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +100,7 @@ def test_faults_are_found(tmp_path, monkeypatch, capsys):
         (["parallel", "recipe.yaml", "pack"], "'pack' is no stage of kind pretrain"),
         (["parallel", "recipe.yaml", "pretrain.stepz=3"], "did you mean 'steps'"),
         (["parallel", "recipe.yaml", "model.family=lama"], "did you mean llama"),
+        (["resume", "recipe.yaml", "pretrain", "pack"], "one stage at a time"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):

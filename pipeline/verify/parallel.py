@@ -74,7 +74,7 @@ def prove(recipe: Recipe, stage: str | None, *, full: bool = False, width: int =
         seeds = _seeds(config, ready, work)
         found = []
         for world in _worlds():
-            chosen = [trial for trial in trials(precisions) if trial["processes"] == world]
+            chosen = [trial for trial in trials(precisions) if trial["processes"] == world and trial["embeddings"] in seeds]
             if gpus and world > gpus:
                 found += [{**trial, "refused": f"needs {world} GPUs, this machine has {gpus}"} for trial in chosen]
                 continue
@@ -148,6 +148,11 @@ def _seeds(config, ready, work: Path) -> dict[str, str]:
 
     found = {}
     for name in ("tied", "untied"):
+        try:
+            build.check({**config.model, "tie_word_embeddings": name == "tied"})
+        except UserError as error:  # mu-P wants them untied
+            say(f"embeddings {name}: left out, {error}")
+            continue
         model = build.new({**config.model, "tie_word_embeddings": name == "tied"}, load_tokenizer(ready.tokenizer), config.sequence_length, config.seed)
         build.publish(model.state_dict(), model.config, ready.tokenizer, work / name)
         found[name] = str(work / name)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from pipeline.verify import launch
 from pipeline.verify.shrink import prepare, stage_of, workplace
 
 STEPS, SAVE_EVERY = 12, 2
+SETTLED = 2 * SAVE_EVERY + 1  # steps after which a start has left a checkpoint: the second save waits for the first, which is written beside the training
 TOLERANCE = 1e-5  # relative, of losses and gradient norms on other layouts, in fp32
 SCRIPT = Path(__file__).parents[1] / "pretrain.py"
 # The layouts that one run goes through: name, processes, `parallel` of the recipe.
@@ -57,7 +59,7 @@ def prove(recipe: Recipe, stage: str | None, *, seed: int = 0, elastic: bool = T
         if gpus:
             results.append({**compare("two undisturbed runs, for comparison", Run(work, "again", True), [Start()], whole, TOLERANCE), "passed": None})
         if elastic:
-            moved = [Start(processes, parallel, fault=f"work:{SAVE_EVERY + 2}") for _, processes, parallel in ROAD]  # killed two steps after a checkpoint
+            moved = [Start(processes, parallel, fault=f"work:{SETTLED}") for _, processes, parallel in ROAD]
             moved[-1].fault = None
             results.append(compare(" -> ".join(name for name, *_ in ROAD), Run(work, "moved", gpus > 0), moved, whole, TOLERANCE))
     passed = all(row["passed"] is not False for row in results)
@@ -72,7 +74,7 @@ def prove(recipe: Recipe, stage: str | None, *, seed: int = 0, elastic: bool = T
 def kills(seed: int) -> list[str]:
     """Two fault points in random order: inside the writing of a checkpoint, and after a step. The second counts from where the first left the run."""
     draw = random.Random(seed)
-    found = [f"save:{draw.randint(2, 3)}", f"work:{draw.randint(2, 5)}"]
+    found = [f"save:{draw.randint(2, 3)}", f"work:{draw.randint(SETTLED, SETTLED + 1)}"]
     draw.shuffle(found)
     return found
 
@@ -111,7 +113,10 @@ class Run:
                 log.write_text("\n".join(self.said), encoding="utf-8")
                 wrong = next((line for line in text.splitlines() if line.startswith("error:")), f"exit code {code}{f', to be killed at {start.fault}' if start.fault else ''}")
                 raise RunFailed(f"{wrong.removeprefix('error: ')} ({os.path.relpath(log)})")
-            say(f"{self.name:<7} {start}: {time.time() - begun:.0f} s")
+            found = re.search(r"goes on from step-0*(\d+)", text)
+            if start is not starts[0] and not found:  # else nothing would have been resumed, and all would be equal
+                raise RunFailed(f"start {starts.index(start) + 1} began anew, where it was to go on from a checkpoint")
+            say(f"{self.name:<7} {start}{f', from step {found[1]}' if found else ''}: {time.time() - begun:.0f} s")
 
     @property
     def published(self) -> artifact.Artifact:

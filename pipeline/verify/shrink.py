@@ -117,7 +117,9 @@ def shrunk(block: dict, width: int, layers: int) -> dict:
     """A model block of at most `width` and `layers`, with the ratios of the given one: inner sizes to width, heads to key-value heads."""
     from transformers import AutoConfig
 
-    whole = AutoConfig.for_model(block["family"], **{key: value for key, value in block.items() if key not in ("family", "pad_vocab_to")})
+    from pipeline.models.build import OWN
+
+    whole = AutoConfig.for_model(block["family"], **{key: value for key, value in block.items() if key not in OWN})
     names = {value: key for key, value in getattr(whole, "attribute_map", {}).items()}  # n_embd for hidden_size, where a family says so
     had = {key: value for key, value in whole.to_dict().items() if value is not None}
     small = dict(block)
@@ -162,6 +164,8 @@ def shrunk(block: dict, width: int, layers: int) -> dict:
     for key, most in (("num_experts_per_tok", 2), ("n_group", 2), ("topk_group", 1)):  # DeepSeek-V3's groups of experts are among these
         if isinstance(had.get(key), int):
             put(key, min(had[key], most))
+    if block.get("mup"):
+        small["mup"] = {**block["mup"], "base_width": max(8, round(block["mup"]["base_width"] * share / 8) * 8)}
     for key in ("layer_types", "mlp_layer_types"):
         if key in block:
             small[key] = block[key][:layers]
