@@ -153,7 +153,7 @@ def _fused_chunk(hidden_ND, weight_VD, bias_V, labels_N, z_loss: float, backward
     if not backward:
         return nll, torch.where(counted, lse, 0.0), None
     p = (logits - lse[:, None]).exp() * (1 + 2 * z_loss * lse)[:, None]
-    p = (p - (torch.arange(logits.shape[1], device=logits.device) == at)) * counted[:, None]
+    p = torch.where(torch.arange(logits.shape[1], device=logits.device) == at, p - 1, p) * counted[:, None]
     return nll, torch.where(counted, lse, 0.0), p.to(hidden_ND.dtype)
 
 
