@@ -21,7 +21,7 @@ def decide(index: Index, dedup: Dedup, *, holdout: float, seed: int, scratch: Pa
     labels = array(scratch / "labels", np.int64, number)
     for part in blocks(number):
         labels[part] = np.arange(part.start, part.stop)
-    exact, address, unique = (array(scratch / name, bool, number) for name in ("exact", "address", "unique"))
+    exact, address, unique = (array(scratch / f"first-{name}", bool, number) for name in ("hash", "address", "both"))
     _join_equal(labels, index.hash if dedup.exact else None, ranked, exact, scratch)
     _join_equal(labels, index.address if dedup.url else None, ranked, address, scratch)
     for part in blocks(number):

@@ -76,13 +76,12 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: lis
     for file in files.values():
         file.close()
 
-    def opened(name: str, dtype, columns: int) -> np.ndarray:
-        shape = (number, columns) if columns > 1 else (number,)
-        return np.memmap(scratch / name, dtype, "r+", shape=shape) if number and columns else np.zeros(shape, dtype)
+    def opened(name: str, dtype, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape, dtype) if 0 in shape else np.memmap(scratch / name, dtype, "r+", shape=shape)
 
-    columns = {name: opened(name, dtype, columns) for name, (dtype, columns) in COLUMNS.items()}
+    columns = {name: opened(name, dtype, (number, several) if several > 1 else (number,)) for name, (dtype, several) in COLUMNS.items()}
     fates = {name: array(scratch / name, dtype, number) for name, dtype in (("fate", np.uint8), ("original", np.int64), ("cluster", np.int32))}
-    signature = opened("signature", np.uint32, width).reshape(number, width)
+    signature = opened("signature", np.uint32, (number, width))
     return Index(sources=names, **columns, signature=signature, rows=rows, begins=begins, ends=ends, **fates)
 
 

@@ -37,7 +37,8 @@ def texts_of(piece: Piece) -> list[str]:
         changed = outcomes.read(piece.edits, ["row", "text"])
         place = {row: at for at, row in enumerate(piece.rows.tolist())}
         for row, text in zip(changed["row"].to_pylist(), changed["text"].to_pylist(), strict=True):
-            texts[place[row]] = text
+            if row in place:  # a shard may begin within a unit, and what was emptied is in none
+                texts[place[row]] = text
     return texts
 
 

@@ -1,0 +1,282 @@
+"""Duplicates over all sources: which stay, what is repeated inside documents, memory by parts, earlier outputs, and intermediates that were lost or damaged."""
+
+import collections
+import errno
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from harness import files_of, stage, succeed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_clean import ledger, plain_tokens, published
+
+from pipeline.data import external, outcomes, repeats
+from pipeline.data.dedup import Near, join
+from pipeline.data.pool import Pool
+
+LONG = [chr(0x4E00 + i) for i in range(2000)]
+
+
+def words(rng: random.Random, number: int) -> list[str]:
+    return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(3, 9))) for _ in range(number)]
+
+
+def write(folder: Path, sources: dict[str, list[dict]], **changes) -> Path:
+    """A recipe over jsonl sources with these rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in sources.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    block = {"sources": {name: {"path": f"{name}.jsonl"} for name in sources}, "holdout": 0, "workers": 1, "unit_bytes": 20_000, **changes}
+    (folder / "recipe.yaml").write_text(json.dumps({"name": "t", "seed": 3, "stages": {"clean": block}}))
+    return folder / "recipe.yaml"
+
+
+def rows_of(folder: Path, split: str = "train") -> list[dict]:
+    return [row for path in sorted((published(folder) / split).glob("*.parquet")) for row in pyarrow.parquet.read_table(path).to_pylist()]
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((published(folder) / "report.json").read_text())
+
+
+# ---- which one stays -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def families() -> dict[str, list[dict]]:
+    """Twelve texts in both sources: the same, a longer near duplicate, and one that is alone; with addresses."""
+    rng = random.Random(1)
+    a, b = [], []
+    for i in range(12):
+        text = words(rng, 120)
+        a.append({"text": " ".join(text), "url": f"https://www.Example.org/{i}/"})
+        b.append({"text": " ".join([*text, *words(rng, 6)]), "url": f"http://example.org/other{i}"})
+        b.append({"text": " ".join(text) + " ", "url": "x"})
+        a.append({"text": " ".join(words(rng, 80)), "url": f"example.org/{i}#part"})
+    return {"a": a, "b": b}
+
+
+@pytest.mark.parametrize(
+    "dedup, wanted",
+    [
+        ({"keep": "first"}, {"a": 24}),
+        ({"keep": "longest"}, {"a": 12, "b": 12}),
+        ({"prefer": ["b"], "keep": "longest"}, {"a": 12, "b": 12}),
+        ({"near": False}, {"total": 36}),
+        ({"near": False, "exact": False}, {"total": 48}),
+        ({"near": False, "exact": False, "url": "url"}, {"total": 25}),  # a: 12 addresses, b: 12 and `x`
+    ],
+)
+def test_which_document_of_a_cluster_stays(families, tmp_path, dedup, wanted):
+    succeed("clean", write(tmp_path, families, dedup=dedup), cwd=tmp_path)
+    kept, report = rows_of(tmp_path), report_of(tmp_path)
+    sources = collections.Counter(row["source"] for row in kept)
+    assert wanted.get("total", len(kept)) == len(kept)
+    assert all(sources[name] == number for name, number in wanted.items() if name != "total"), sources
+    total = report["total"]
+    left_out = total["duplicates_exact"] + total["duplicates_near"] + total["duplicates_url"]
+    assert total["read"] == 48 == len(kept) + left_out and left_out == len(ledger(tmp_path, "a")) + len(ledger(tmp_path, "b"))
+    ids = {row["id"] for row in kept}
+    assert all(entry["of"] in ids for name in "ab" for entry in ledger(tmp_path, name))
+    if "keep" in dedup:
+        assert sorted(collections.Counter(row["cluster"] for row in kept).items()) == [(1, 12), (3, 12)]
+
+
+def test_upsampling_by_cluster_size_writes_copies_and_counts_them(families, tmp_path):
+    succeed("clean", write(tmp_path, families, dedup={"upsample": {2: 2, 3: 4}}), cwd=tmp_path)
+    kept, total = rows_of(tmp_path), report_of(tmp_path)["total"]
+    assert collections.Counter(row["cluster"] for row in kept) == {1: 12, 3: 48}
+    assert (total["train_documents"], total["train_copies"]) == (24, 36) and len(kept) == 60
+    assert all(number == 4 for id, number in collections.Counter(row["id"] for row in kept if row["cluster"] == 3).items())
+
+
+def test_an_earlier_output_is_compared_with(families, tmp_path):
+    """New shards against all that was processed before: what was published stays published, and only new texts come out."""
+    succeed("clean", write(tmp_path / "one", {"a": families["a"]}, holdout=0.2), cwd=tmp_path / "one")
+    before = rows_of(tmp_path / "one") + rows_of(tmp_path / "one", "heldout")
+    fresh = [{"text": " ".join(words(random.Random(9), 90)), "url": "new"}]
+    path = write(tmp_path / "two", {"b": families["b"] + fresh}, inputs={"earlier": str(published(tmp_path / "one").resolve())})
+    succeed("clean", path, cwd=tmp_path / "two")
+    assert [row["text"] for row in rows_of(tmp_path / "two")] == [fresh[0]["text"]]
+    assert {entry["of"] for entry in ledger(tmp_path / "two", "b")} <= {row["id"] for row in before}
+    total = report_of(tmp_path / "two")["total"]
+    assert (total["read"], total["duplicates_exact"], total["duplicates_near"], total["train_documents"]) == (25, 12, 12, 1)
+
+
+# ---- repeated text ---------------------------------------------------------------------------------------------------------
+
+
+def test_repeated_lines_go_and_bytes_reconcile(tmp_path):
+    rng = random.Random(3)
+    footer = " ".join(words(rng, 8))
+    texts = ["\n".join([" ".join(words(rng, 30)), footer, "short", " ".join(words(rng, 30))]) for _ in range(40)]
+    texts.append("\n".join([footer, footer.upper(), *texts[0].split("\n")[3:], *texts[1].split("\n")[:1]]))  # nothing of its own
+    texts.append(texts[7].split("\n")[0] + "\n" + " ".join(words(rng, 40)))
+    succeed("clean", write(tmp_path, {"a": [{"text": text} for text in texts]}, dedup={"lines": 5}), cwd=tmp_path)
+    seen: set = set()
+    expected = []
+    for text in texts:
+        kept = []
+        for line in text.split("\n"):
+            key = tuple(plain_tokens(line))
+            if len(key) < 5 or key not in seen:
+                kept.append(line)
+            seen.add(key)
+        expected.append("\n".join(kept))
+    expected = [text for text in expected if len(plain_tokens(text)) >= 20]
+    assert [row["text"] for row in rows_of(tmp_path)] == expected and len(expected) == 41
+    total = report_of(tmp_path)["total"]
+    assert (total["repeated_text"], total["edited_documents"]) == (1, 40)
+    assert total["train_bytes"] == sum(len(text.encode()) for text in expected)
+    assert total["bytes_in"] == total["train_bytes"] + total["removed_bytes"] + len(texts[40].encode())
+
+
+def plain_runs(texts: list[str], length: int) -> list[list[bool]]:
+    """Which tokens stand in a run of `length` tokens that stood before; by a dictionary of all runs."""
+    seen: set = set()
+    found = []
+    for text in texts:
+        known = plain_tokens(text)
+        gone = [False] * len(known)
+        for i in range(len(known) - length + 1):
+            run = tuple(known[i : i + length])
+            if run in seen:
+                gone[i : i + length] = [True] * length
+            seen.add(run)
+        found.append(gone)
+    return found
+
+
+@pytest.mark.parametrize("length, parts", [(50, False), (9, True)])
+def test_repeated_runs_against_a_dictionary_of_all_runs(tmp_path, length, parts, monkeypatch):
+    """Exactly the runs of at least `length` tokens, whatever stands between tokens, also when everything is sorted in many parts on disk."""
+    if parts:
+        monkeypatch.setattr(external, "PARTITION", 1 << 10)
+    rng = random.Random(length)
+    pool_of = [words(rng, 3 * length) for _ in range(6)] + [rng.choices(LONG, k=3 * length) for _ in range(6)]
+    texts = []
+    for _ in range(120):
+        pieces = []
+        for _ in range(rng.randrange(1, 5)):
+            source = rng.choice(pool_of)
+            at, size = rng.randrange(len(source)), rng.randrange(length // 3, 2 * length)
+            pieces += source[at : at + size] if rng.random() < 0.6 else words(rng, size)
+        texts.append("".join(piece + rng.choice([" ", ", ", "\n", "。" if len(piece) == 1 else " "]) for piece in pieces).strip())
+    rows = [pyarrow.table({"text": texts[i : i + 30]}) for i in range(0, 120, 30)]
+    paths = [tmp_path / "work" / "units" / str(i) for i in range(4)]
+    for path, table in zip(paths, rows, strict=True):
+        outcomes.write(table, path)
+    pieces = [repeats.Piece(path, np.arange(30), np.arange(i * 30, i * 30 + 30)) for i, path in enumerate(paths)]
+    with Pool(1) as pool:
+        edited = repeats.edit(pieces, pool, tmp_path / "work" / "repeats", None, length)
+    found = [text for piece in edited for text in repeats.texts_of(piece)]
+    expected = [[token for token, gone in zip(plain_tokens(text), marks, strict=True) if not gone] for text, marks in zip(texts, plain_runs(texts, length), strict=True)]
+    assert [plain_tokens(text) for text in found] == expected
+    assert 20 < sum(sum(marks) > 0 for marks in plain_runs(texts, length)) < 120
+
+
+def test_runs_in_the_stage_with_workers_and_kills(tmp_path):
+    rng = random.Random(8)
+    shared = [words(rng, 70) for _ in range(5)]
+    rows = [{"text": " ".join(words(rng, 200) + shared[i % 5] + words(rng, 120))} for i in range(60)]
+    folders = [tmp_path / name for name in ("one", "two", "killed")]
+    for folder, workers, unit in zip(folders, (1, 2, 1), (20_000, 9_000, 20_000), strict=True):
+        path = write(folder, {"a": rows}, dedup={"runs": 50, "lines": 4, "near": False}, workers=workers, unit_bytes=unit)
+        if folder.name == "killed":
+            for moment in (0.9, 1.3, 1.6):
+                stage("clean", path, cwd=folder, kill_after=moment)
+        succeed("clean", path, cwd=folder)
+    assert files_of(published(folders[0])) == files_of(published(folders[1])) == files_of(published(folders[2]))
+    assert report_of(folders[0])["total"]["edited_documents"] == 55
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=300), st.integers(1, 50))
+def test_rows_come_together_by_key_in_parts(tmp_path_factory, values, size):
+    keys = np.array(values, np.uint64) * np.uint64(0x0539_1234_5678_9ABC)
+    rows = np.column_stack((keys, np.arange(len(keys), dtype=np.uint64)))
+    before, external.PARTITION = external.PARTITION, 256
+    try:
+        parts = list(external.together((rows[i : i + size] for i in range(0, len(rows), size)), len(rows), tmp_path_factory.mktemp("parts") / "x"))
+    finally:
+        external.PARTITION = before
+    seen: set = set()
+    last = -1
+    for part in parts:
+        mine = set(part[:, 0].tolist())
+        assert not mine & seen and min(mine) > last  # all of a key in one part, parts in the order of keys
+        seen, last = seen | mine, max(mine)
+        for key in mine:
+            assert (np.diff(part[part[:, 0] == key, 1].astype(np.int64)) > 0).all()
+    assert sum(map(len, parts)) == len(rows)
+
+
+def test_near_duplicates_in_parts_are_those_in_one(tmp_path, monkeypatch):
+    rng = np.random.default_rng(2)
+    table = rng.integers(0, 2**32, (3000, 112), dtype=np.uint32)
+    for i in range(0, 2000, 4):  # chains of three that share most places
+        table[i + 1] = np.where(rng.random(112) < 0.9, table[i], table[i + 1])
+        table[i + 2] = np.where(rng.random(112) < 0.85, table[i + 1], table[i + 2])
+    found = []
+    for size in (32 << 20, 1 << 12):
+        monkeypatch.setattr(external, "PARTITION", size)
+        labels = np.arange(3000)
+        join(labels, table, np.arange(3000), np.ones(3000, bool), Near(), tmp_path / "bands")
+        found.append(labels)
+    assert np.array_equal(*found) and 400 < (found[0] != np.arange(3000)).sum() < 1100
+
+
+# ---- lost and damaged ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "flipped", "foreign"])
+def test_a_lost_or_damaged_unit_is_made_again(families, tmp_path, harm):
+    """After a kill behind the last unit; never read as an empty one."""
+    whole = tmp_path / "whole"
+    succeed("clean", write(whole, families, unit_bytes=4000), cwd=whole)
+    path = write(tmp_path / "harmed", families, unit_bytes=4000)
+    assert stage("clean", path, "clean.max_bad=1", cwd=path.parent, fault="publish:1")[0] == -9
+    units = sorted(path.parent.glob("runs/t/clean/*/work/units-*/*/*.parquet"))
+    assert len(units) > 4
+    for shard in path.parent.glob("runs/t/clean/*/train/*"):
+        shard.unlink()
+    raw = units[2].read_bytes()
+    if harm == "missing":
+        units[2].unlink()
+    elif harm == "foreign":
+        units[2].write_bytes(units[3].read_bytes())
+    else:
+        units[2].write_bytes(raw[: len(raw) // 2] if harm == "cut" else raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:])
+    text = succeed("clean", path, cwd=path.parent)
+    assert "it is made again" in text and units[2].name in text
+    assert files_of(published(path.parent)) == files_of(published(whole))
+
+
+def test_a_full_disk_is_one_sentence_and_the_work_goes_on(families, tmp_path, monkeypatch):
+    from pipeline.data import units as units_module
+    from pipeline.files import write_atomic
+
+    calls = []
+
+    def full(path, data):
+        calls.append(path)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_atomic(path, data)
+
+    table = pyarrow.table({"x": [1, 2]})
+    monkeypatch.setattr(outcomes, "write_atomic", full)
+    for i in range(3):
+        outcomes.write(table, tmp_path / "work" / f"{i}")
+    with pytest.raises(OSError):
+        outcomes.write(table, tmp_path / "work" / "3")
+    assert units_module.outcomes.read(tmp_path / "work" / "2", ["x"]).num_rows == 2
+    with pytest.raises(outcomes.Torn, match="is missing"):
+        outcomes.read(tmp_path / "work" / "3", ["x"])
