@@ -129,7 +129,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import RowSampler, heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer, stray_id
     from pipeline.models import build, cost, scaling
-    from pipeline.train import checkpoints, derivation, distributed, engine, layers, meters, witness
+    from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, witness
     from pipeline.train.loop import fit, share
     from pipeline.train.tuning import model_folder
 
@@ -191,7 +191,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     epochs = {source: rows * config.sequence_length for source, rows in sampler.rows_per_epoch.items()}
     text = meters.Text(epochs, flops, peak, derivation.expected_seconds(config, flops, peak))
     sample = Sampler(config, trainer, model_config, size.total, tokenizer, output) if config.samples else None
-    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch, sample=sample)
+    describe = forensics.describer(trainer, batches, store, sampler, tokenizer, config)
+    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch, sample=sample, describe=describe)
 
     if advice := trainer.advice():
         say(advice)
@@ -215,6 +216,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "flops": tokens * flops.full,
         "tokens_per_second": round(result["rate"], 1),
         "skipped_steps": result["skipped"],
+        "spikes": result["spikes"]["count"],
+        "rollbacks": result["spikes"]["rollbacks"],
         "summary": {
             "input": f"{sum(store.num_tokens(source) for source in sampler.sources) / 1e6:.2f}M tokens, {len(sampler.sources)} source{'s' * (len(sampler.sources) > 1)}",
             "output": f"{size.total / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
@@ -235,6 +238,8 @@ def loss_of(sources: list[str], z_loss: float = 0.0):
         of_row = torch.stack([nll.sum(dim=1), counts.to(nll.dtype)])
         of_source = of_row.new_zeros(2, len(sources)).index_add_(1, batch["source"], of_row)
         sums |= {f"{kind}/{source}": value for kind, values in zip(("nats", "tokens"), of_source, strict=True) for source, value in zip(sources, values, strict=True)}
+        if "row" in batch:  # each row's own, for train/forensics.py
+            sums |= {f"row/{number}": value for number, value in enumerate(of_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], of_row[0]))}
         return loss, {**sums, "bytes": batch["bytes"].sum()}
 
     return loss_fn

@@ -122,6 +122,8 @@ def test_muon_goes_on_from_one_process_to_two_and_back(results, saved):
 def test_harm_on_one_process_is_kept_from_the_weights_of_all(results, name):
     found = results[name]
     assert [found[harm] for harm in ("nan loss", "infinite loss, finite gradient", "nan gradient")] == [False] * 3
+    *refused, loss, norm, asked = found["refused"]
+    assert refused == [False, True] and len(asked) == 1 and asked[0] == pytest.approx((loss, norm), rel=1e-6), "asked once, with the loss and the norm that are reported"
     assert all(torch.equal(value, found["weights"][key]) for key, value in found["harmed weights"].items())
     assert found["step after harm"]["applied"] and math.isfinite(found["step after harm"]["loss"])
 

@@ -43,9 +43,10 @@ class Engine:
         self.balance = balance.attach(model, config) if model is not None else None  # before an engine wraps the model
         self.shapes = {} if model is None else {key: list(parameter.shape) for key, parameter in model.named_parameters()}
 
-    def step(self, micro_batches: list[dict], lr: float | None = None) -> dict:
+    def step(self, micro_batches: list[dict], lr: float | None = None, admit: Callable[[float, float], bool] | None = None) -> dict:
         """One update from this process's micro-batches. Collective; every data rank gives equally many micro-batches.
 
+        admit(loss, grad_norm), both finite, is asked before the update; if it says no on any process, the update is not made and `refused` is True.
         Returns loss, grad_norm (before clipping), applied, weight, lr and the loss's further sums divided by the weight; equal on all processes.
         """
         if lr is None:
@@ -58,9 +59,10 @@ class Engine:
             return {"loss": 0.0, "grad_norm": 0.0, "applied": False, "weight": 0.0, "lr": lr}
         if self.balance:
             self.balance.begin(self.data_world / rows)  # gradients are averaged over data ranks
+        self._admit, self._weight, self.refused = admit, weight, False
         loss, sums, norm, applied = self._update([self._to_device(batch) for batch in micro_batches], weight, lr)
         self.step_count += 1
-        return {"loss": loss / weight, "grad_norm": norm, "applied": applied, "weight": weight, "lr": lr, **{key: value / weight for key, value in sums.items()}, **(self.balance.read(rows) if self.balance else {})}
+        return {"loss": loss / weight, "grad_norm": norm, "applied": applied, "weight": weight, "lr": lr, **({"refused": True} if self.refused else {}), **{key: value / weight for key, value in sums.items()}, **(self.balance.read(rows) if self.balance else {})}
 
     def evaluate(self, micro_batches: list[dict]) -> dict:
         """Loss and further sums over the micro-batches of all data ranks, each divided by the total weight. No gradient, dropout off. Collective.
@@ -152,6 +154,12 @@ class Engine:
     def consolidated(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights under transformers' names, fp32 on the CPU, on the main process; None elsewhere. Collective."""
         raise AssertionError("an engine implements this")
+
+    def _admitted(self, loss_sum: float, norm: float) -> bool:
+        """Whether a finite update may be made. Collective if there is somebody to ask: one process must not leave out what another applies."""
+        if self._admit is not None:
+            self.refused = bool(distributed.all_reduce_max([float(not self._admit(loss_sum / self._weight, norm))])[0])
+        return not self.refused
 
     def _update(self, micro_batches: list[dict], weight: float, lr: float) -> tuple[float, dict, float, bool]:
         """(global loss sum, global further sums, gradient norm, applied)."""

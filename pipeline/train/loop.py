@@ -8,6 +8,7 @@ import torch
 
 from pipeline import faults
 from pipeline.artifact import Output
+from pipeline.errors import UserError
 from pipeline.seeds import derive
 from pipeline.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
@@ -15,7 +16,8 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
 from pipeline.train.horizon import CALIBRATION, Horizon
 from pipeline.train.meters import Meters, Text
-from pipeline.train.stop import StopSignal, stop
+from pipeline.train.spikes import Guard, tell
+from pipeline.train.stop import StopSignal, saved_step, stop
 
 
 def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:
@@ -42,10 +44,12 @@ def fit(
     text: Text | None = None,
     branch: Path | None = None,
     sample: Callable[[int, bool], None] | None = None,
+    describe: Callable[[int], list[dict]] | None = None,
 ) -> dict:
     """Train from the newest checkpoint, or else from `branch` (a checkpoint of another run), or from the start, to the end of the horizon. Collective.
 
-    batches(step) gives this process's micro-batches; evaluate() the numbers on held-out data, equal on all processes; `text` is for the meters.
+    batches(number) gives this process's micro-batches of a global batch: that of step `number`, unless a rollback skipped some (train/spikes.py), and
+    describe(number) tells of its rows, for people; evaluate() the numbers on held-out data, equal on all processes; `text` is for the meters.
     sample(step, last) is called after each step, its checkpoint and its evaluation, and again for the checkpoint that a run goes on from.
     Returns before and after (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
     skipped (updates that were not applied), and rate (weight per second of this process's training, without saving and evaluating).
@@ -86,16 +90,48 @@ def fit(
         measure(engine.step_count, "after")
     if found and sample:
         sample(engine.step_count, engine.step_count == horizon.steps)
-    meters = Meters(config, state, unit, text, engine.device)
+    meters, guard, note = Meters(config, state, unit, text, engine.device), Guard(config.spikes, state), {}
+    if config.spikes.policy == "rollback" and not found:
+        saver.save(engine.step_count, state, wait=True)  # there is always something to go back to
     try:
         with StopSignal() as signals, Progress(output.stage, horizon.steps or CALIBRATION, "step", engine.step_count, output.is_main) as bar, saver:
             while horizon.steps is None or engine.step_count < horizon.steps:
                 begun = time.perf_counter()
                 phases.enter("data", engine.step_count + 1)
                 seed_step(config, engine.step_count, engine.data_rank)
-                stats = engine.step(batches(engine.step_count), horizon.learning_rate(engine.step_count))
+                batch = guard.position(engine.step_count, config.batch_size)
+                stats = engine.step(batches(batch), horizon.learning_rate(engine.step_count), guard.admit)
                 phases.enter("log")
                 step = engine.step_count
+                reason = guard.after(stats)
+                if reason:
+                    tell(output, step, reason, plain(stats), describe(batch) if describe and guard.worth_telling else [])
+                    verdict = guard.verdict(stats)
+                    if verdict == "stop":
+                        engine.step_count -= 1
+                        guard.forget()
+                        saver.finish()
+                        if distributed.from_main(saved_step(output)) != engine.step_count:
+                            saver.save(engine.step_count, state, wait=True)
+                        raise UserError(guard.farewell(output, step, reason))
+                    if verdict == "rollback":
+                        saver.finish()
+                        faults.point("rollback")
+                        path, saved = checkpoints.newest(output)
+                        engine.load(path)
+                        back, rolled = engine.step_count, guard.rolled_back(saved, engine.step_count, step - 1, config.batch_size)
+                        state.clear()
+                        state.update(rolled)
+                        tracker.rewind(back)
+                        bar.update(back + 1 - step)
+                        if sample:
+                            sample(back, False)
+                        meters, guard = Meters(config, state, unit, text, engine.device), Guard(config.spikes, state)
+                        note = {"rollbacks": guard.state["rollbacks"], "skipped_rows": guard.state["skipped_rows"]}
+                        if output.is_main:
+                            print(f"{output.stage}: back to step {back}; rows {' and '.join(f'{a} to {b - 1}' for a, b in note['skipped_rows'])} are skipped from here on", flush=True)
+                        faults.point("rollback")
+                        continue
                 stats = plain(meters.step(stats, time.perf_counter() - begun))
                 settled = horizon.settle(step, meters.step_seconds, state.get("evaluation_seconds", 0.0))
                 if settled:
@@ -106,10 +142,9 @@ def fit(
                 state["skipped"] += not stats["applied"]
                 state["first"], state["last"] = state["first"] or stats, stats
                 last = step == horizon.steps
-                if step % config.log.every_steps == 0 or last or step == 1 or not stats["applied"]:
-                    tracker.log(step, **stats, **meters.line(step, horizon.steps), **engine.measured())
-                if not stats["applied"] and output.is_main:
-                    print(f"{output.stage}: step {step} was skipped, its loss ({stats['loss']}) or gradient norm ({stats['grad_norm']}) is not finite or it had no labels", flush=True)
+                if step % config.log.every_steps == 0 or last or step == 1 or not stats["applied"] or note:
+                    tracker.log(step, **stats, **meters.line(step, horizon.steps), **engine.measured(), **note)
+                    note = {}
                 bar.update(1, **meters.shown(stats))
                 faults.point("work")
                 number, *flags = distributed.all_reduce_max([signals.number, *saver.flags()])

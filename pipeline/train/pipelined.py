@@ -140,7 +140,9 @@ class Pipelined(Engine):
         def allow() -> bool:  # first asked on all processes at the same point: after the gradient norm was found finite, before the update
             if not total:
                 total.update(self._totals())
-            return finite(total["loss"])
+                if finite(total["loss"]):
+                    self._admitted(total["loss"], float(self.engine.optimizer._global_grad_norm))
+            return finite(total["loss"]) and not self.refused
 
         self.optimizer.allow = allow
         set_learning_rate(self.engine.optimizer, lr)
@@ -153,7 +155,7 @@ class Pipelined(Engine):
         if not total:
             total.update(self._totals())
         loss = total.pop("loss")
-        return loss, total, norm, applied and finite(loss)
+        return loss, total, norm, applied and finite(loss) and not self.refused
 
     def _forward_sums(self, micro_batches, counted):
         feed = self._begin(micro_batches, counted, 1.0)

@@ -45,7 +45,7 @@ class Replicated(Engine):
         keys = sorted(found)
         total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
         norm, loss = float(norm), total.pop("loss")
-        applied = finite(loss, norm)
+        applied = finite(loss, norm) and self._admitted(loss, norm)
         phases.enter("update")
         if applied:
             set_learning_rate(self.optimizer, lr)

@@ -129,8 +129,16 @@ class Sharded(Engine):
         norm = None
         if self.stage == 0:  # DeepSpeed neither keeps this norm nor looks whether it is finite
             norm = float(clip_gradients(list(self.engine.module.parameters()), self.config.optimizer.max_grad_norm))
-        allowed = finite(loss) if norm is None else finite(loss, norm)
-        self.optimizer.allow = lambda: allowed
+        allowed = (finite(loss) if norm is None else finite(loss, norm)) and (norm is None or self._admitted(loss, norm))
+        asked = norm is not None
+
+        def allow() -> bool:  # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+            nonlocal allowed, asked
+            if allowed and not asked:
+                allowed, asked = self._admitted(loss, float(self.engine.optimizer._global_grad_norm)), True
+            return allowed
+
+        self.optimizer.allow = allow
         set_learning_rate(self.engine.optimizer, lr)
         phases.enter("update")
         self.engine.step()

@@ -15,10 +15,10 @@ The rows of all steps since that checkpoint, the spike's among them, are left ou
 import json
 import math
 import statistics
-from collections.abc import Iterable
-from pathlib import Path
 
+from pipeline.artifact import Output
 from pipeline.files import write_atomic
+from pipeline.tracking import plain
 from pipeline.train.config import Spikes
 
 FLOOR = 1e-3  # of the median: a deviation of nothing (all losses equal) would make a spike of anything
@@ -53,6 +53,7 @@ class Guard:
 
     def after(self, stats: dict) -> str | None:
         """Count a step that was made. Returns why it was not applied, in words, or None."""
+        self.reason = self.reason if stats.get("refused") else None
         if stats["applied"]:
             self.state["in_a_row"] = 0
             if self.admit:
@@ -62,7 +63,7 @@ class Guard:
         if stats["weight"] == 0:
             return "it had no labels"
         self.state["in_a_row"] += 1
-        if not stats["refused"]:
+        if not stats.get("refused"):
             return "its loss or gradient norm is not finite"
         self.state["count"] += 1
         return self.reason or "another rank refused it"
@@ -75,7 +76,7 @@ class Guard:
         """What to do about a step that was not applied: go on, stop, or rollback."""
         if self.state["in_a_row"] >= self.config.in_a_row:
             return "stop"
-        if not stats["refused"] or self.config.policy == "skip":
+        if not stats.get("refused") or self.config.policy == "skip":
             return "go on"
         if self.config.policy == "rollback" and self.state["rollbacks"] < self.config.rollbacks:
             return "rollback"
@@ -99,9 +100,25 @@ class Guard:
         ranges = [found for found in self.state["skipped_rows"] if found[0] < start] + [[start, end]]  # later ones lie inside the new one
         return {**saved, "spikes": {**saved["spikes"], "count": self.state["count"], "rollbacks": self.state["rollbacks"] + 1, "skipped_rows": ranges}}
 
+    def forget(self) -> None:
+        """Take back what `after` counted of a step that is to be made again."""
+        self.state["in_a_row"] -= 1
+        self.state["count"] -= self.reason is not None
 
-def write_rows(path: Path, step: int, reason: str, stats: dict, rows: Iterable[dict]) -> None:
-    """logs/spikes/step-000123.jsonl: first the step, then every row of its global batch."""
-    shown = {key: stats.get(key) for key in ("loss", "grad_norm", "lr")}
-    lines = [{"step": step, "reason": reason, **shown}, *rows]
-    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    def farewell(self, output: Output, step: int, reason: str) -> str:
+        told = "" if self.reason is None else f"; spikes.policy is {self.config.policy}" + (f", and {self.config.rollbacks} rollbacks were made" if self.config.policy == "rollback" else "")
+        row = f" with {self.config.in_a_row - 1} before it" if self.state["in_a_row"] + 1 >= self.config.in_a_row > 1 else ""
+        return (
+            f"stage {output.stage}: step {step} was not applied{row}: {reason}{told}. The state before it is saved; its rows are in {output.path}/logs/spikes. "
+            "Look at them, then change the recipe (spikes, optimizer.lr, the data) and go on with --fork"
+        )
+
+
+def tell(output: Output, step: int, reason: str, stats: dict, rows: list[dict]) -> None:
+    """Say that a step was not applied, and write its rows to logs/spikes/step-000123.jsonl: first the step, then every row of the global batch."""
+    if not output.is_main:
+        return
+    print(f"{output.stage}: step {step} was skipped: {reason}", flush=True)
+    if rows:
+        lines = [{"step": step, "reason": reason, **{key: stats[key] for key in ("loss", "grad_norm", "lr")}}, *rows]
+        write_atomic(output.path / "logs" / "spikes" / f"step-{step:06d}.jsonl", "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines))
