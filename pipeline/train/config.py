@@ -148,7 +148,7 @@ class Watchdog(Strict):
     start: float = Field(3600, gt=0)
     """The same for what may take long: starting, the first step (compiling), rollouts, evaluating, saving and publishing."""
     lost: float = Field(30, gt=0)
-    """Seconds without a heartbeat after which a rank is taken for dead; it writes one every second, two with more than 16 ranks."""
+    """Seconds without a heartbeat after which a rank is taken for dead; it writes one every second, every eighth with 512 ranks."""
 
 
 class TrainConfig(StageConfig):

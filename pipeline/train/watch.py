@@ -47,7 +47,7 @@ class Watch:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.folder = output.path / "logs" / "heartbeat"
         self.me = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()), "space": _pid_space(), "launch": _launch(), "stage": output.stage}
-        self.interval = min(INTERVAL * (1 if self.world <= 16 else 2), config.hang / 4, config.lost / 4)
+        self.interval = min(max(INTERVAL, self.world / 64), config.hang / 4, config.lost / 4)  # 36 ms of CPU a look at 512 ranks, 0.6 ms at 2
         self.lookouts = {0, self.world - 1}
         self.looked_at = [rank for rank in (range(self.world) if self.rank in self.lookouts else sorted(self.lookouts)) if rank != self.rank]
         self.beats, self.clock, self.word = 0, 0.0, None
@@ -199,6 +199,8 @@ class Watch:
             seconds = self.clock - self.moved[behind[0]][2]
             who = f"rank {behind[0]} ({first['host']}, process {first['pid']}) has" if len(behind) == 1 else f"ranks {_ranges(behind)} have"
             text = f"{who} been in phase {first['phase']} of step {first['step']} for {seconds:.0f} s"
+            if behind[0] != self.rank and self.clock - self.changed[behind[0]] > max(3 * self.interval, still / 2):
+                text += " (as far as it said; it gives no sign of life: suspended, or its interpreter is blocked)"
         waiting: dict[str, list[int]] = {}
         for rank, state in sorted(self.seen.items()):
             if rank not in behind and not state["word"]:
