@@ -70,12 +70,14 @@ class Sampler:
     def _write(self, step: int, lines: list[str]) -> None:
         path = self.output.path / FILE
         path.parent.mkdir(exist_ok=True)
-        if not self.begun and path.exists():  # a resumed run makes again what stands after its checkpoint
+        if path.exists():  # a resumed run, or one that was rolled back, makes again what stands after its checkpoint
             from pipeline.files import write_atomic
             from pipeline.tracking import step_of
 
-            write_atomic(path, "".join(line + "\n" for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step_of(line) < step))
-        self.begun = True
+            before = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in before if step_of(line) < step]
+            if len(kept) < len(before):
+                write_atomic(path, "".join(line + "\n" for line in kept))
         with open(path, "a", encoding="utf-8") as handle:
             handle.write("".join(line + "\n" for line in lines))
 
