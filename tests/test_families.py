@@ -49,7 +49,11 @@ def test_a_recipes_model_has_the_published_size(name):
     assert cost.count(model).total == pytest.approx(families.PUBLISHED[name], rel=0.01)
 
 
-@pytest.mark.parametrize("name", families.PUBLISHED)
+# Recipes whose tiny copy is nearly another's.
+ALIKE = ("gpt3-125m", "llama-2-70b", "llama-3.2-1b", "baichuan-7b", "qwen2.5-7b", "mistral-7b", "glm-4-9b", "gemma-2b")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in families.PUBLISHED])
 def test_a_tiny_copy_starts_as_transformers_says_and_learns(name):
     """Constants of the constructor exactly, deviations of what is drawn within a half; a repeated batch's loss falls over 3 steps, the same in two micro-batches (1e-5)."""
     model, references = fresh(name), []
