@@ -13,7 +13,8 @@ The last line is JSON:
     data_wait_share, metrics_share    share of alma's steps spent on making batches, and on metrics, logging and looking out for signals (goal 0.01 each)
     save_stall_ratio    seconds that training stands still for a checkpoint / seconds of one copy of its state in memory
     zero1_overhead, pipeline2_overhead    1 - tokens/s of ZeRO-1, of a pipeline of 2 / those of DDP; two processes of one thread, not compiled
-    logits_peak_ratio   peak memory of output layer and loss with chunks / with whole logits, 2048 tokens of width 512, vocabulary 131072, bf16
+    logits_peak_ratio   peak memory of output layer and loss with chunks / with whole logits, 2048 tokens of width 512, vocabulary 131072, bf16,
+                        beyond what 8 tokens take (weights and their gradient)
 """
 
 import argparse
