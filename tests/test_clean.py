@@ -27,7 +27,7 @@ from pipeline.data.documents import documents
 from pipeline.data.external import components
 from pipeline.data.filters import Filters, garbled
 from pipeline.data.sources import Source
-from pipeline.data.text import normalise, shingles, tokens
+from pipeline.data.text import SUSPECT, looks, normalise, shingles, tokens
 from pipeline.data.units import cut
 
 EN = "the of river water king stone light under over winter summer bread house market table letter number people morning evening garden".split()
@@ -453,3 +453,14 @@ def test_components_against_a_search(edges):
                 seen.add(other)
                 todo.append(other)
         assert labels[node] == min(seen)
+
+
+ODD = ["a", "é", "e\u0301", " \n", "\n\n\n", "\r\n", "\x00", "\u3000\n", "Ã©", "â€™", "锟斤拷", "中", "\u1161", "\uac00\u11a8", "𠀀", "\ufffd", "\u00a0\n", "\u212b", "\t\n", " ", "\n"]
+
+
+@given(st.lists(st.lists(st.one_of(st.sampled_from(ODD), st.characters(exclude_categories=["Cs"])), max_size=6).map("".join), min_size=1, max_size=4))
+def test_a_look_at_a_batch_misses_nothing(texts):
+    """Texts that a look finds clean are not searched one by one: their normal form and their share of garbage must be the same."""
+    for text, look in zip(texts, looks(texts), strict=True):
+        assert normalise(text, look) == normalise(text)
+        assert look & SUSPECT or garbled(text) == 0

@@ -50,17 +50,17 @@ BASIC = (
 )  # fmt: skip
 
 
-def measure(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple[np.ndarray, np.ndarray]") -> "np.ndarray":
-    """What each rule of BASIC looks at, float64 [N, 6]. `raw` is before and `texts` after normalising; tokens and shingles are those of `texts`."""
+def measure(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple[np.ndarray, np.ndarray]", look: list[int]) -> "np.ndarray":
+    """What each rule of BASIC looks at, float64 [N, 6]. `raw` is before and `texts` after normalising, `look` what text.looks says of `raw`; tokens and shingles are those of `texts`."""
     import numpy as np
 
-    from pipeline.data.text import CJK, DIGIT, LETTER, SYMBOL
+    from pipeline.data.text import CJK, DIGIT, LETTER, SUSPECT, SYMBOL
 
     visible = np.maximum(1, tokens.counts[:, [LETTER, DIGIT, CJK, SYMBOL]].sum(1))
     letters = tokens.counts[:, LETTER] + tokens.counts[:, CJK]
     in_words = tokens.counts[:, LETTER] + tokens.counts[:, DIGIT]
     found = np.empty((len(texts), len(BASIC)))
-    found[:, 0] = list(map(garbled, raw))
+    found[:, 0] = [garbled(text) if mark & SUSPECT else 0.0 for text, mark in zip(raw, look, strict=True)]
     found[:, 1] = np.diff(tokens.starts)
     found[:, 2] = letters / visible
     found[:, 3] = np.where(in_words > tokens.counts[:, CJK], in_words / np.maximum(1, tokens.words), 0)

@@ -16,7 +16,7 @@ from pipeline.data.filters import Filters, measure
 from pipeline.data.language import Language, detect, kinds, kinds_by_script
 from pipeline.data.rules import Rules, active
 from pipeline.data.sources import EXCERPT
-from pipeline.data.text import SHINGLE, normalise, shingles, tokens
+from pipeline.data.text import SHINGLE, looks, normalise, shingles, tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def extra(steps: Steps) -> list[str]:
 def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
     """Fill in the rows of a batch of texts: text, hash and signature, or why it is left out; statistics, and all rules that it fails."""
     before = [text for _, text in raw]
-    texts = [normalise(text) for text in before]
+    look = looks(before)
+    texts = list(map(normalise, before, look))
     hashed = tokens(texts)
     shingled = shingles(hashed)
 
@@ -50,7 +51,7 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         failed[:, 0] = [code not in steps.language.keep for code in codes]
         failed[:, 1] = ~failed[:, 0] & (scores < steps.language.min_confidence)
 
-    values = measure(before, texts, hashed, shingled)
+    values = measure(before, texts, hashed, shingled, look)
     batch = kept_lines = None
     if steps.rules.use:
         from pipeline.data import statistics, words

@@ -25,20 +25,65 @@ _ODD = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64; the go
 _INVERSE = pow(_ODD, -1, 1 << 64)
 
 
-def normalise(text: str) -> str:
+# What a look at the characters of a whole batch tells of each text, so that few are searched one by one.
+RARE, LOOSE, TRAILING, SUSPECT = 1, 2, 4, 8  # newlines or controls to change; perhaps not NFC; space before a newline; perhaps garbled (see filters.garbled)
+_LEAD, _CONTINUATION, _BLANKS = 16, 32, 64
+
+
+def normalise(text: str, look: int = RARE | LOOSE | TRAILING) -> str:
     """NFC, newlines as \\n, no control characters, no spaces at line ends, at most one blank line in a row, none at either end. Idempotent.
 
-    NFC and not NFKC: full-width punctuation is how Chinese is written, and superscripts carry meaning.
+    NFC and not NFKC: full-width punctuation is how Chinese is written, and superscripts carry meaning. `look` is what `looks` says of the text.
     """
-    if _RARE.search(text):
+    if look & RARE and _RARE.search(text):
         text = _DROPPED.sub("", _NEWLINES.sub("\n", text))
-    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+    if look & (RARE | LOOSE) and not text.isascii() and not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
-    if " \n" in text or "\t\n" in text or "\u00a0\n" in text or "\u3000\n" in text:
+    if look & (RARE | LOOSE | TRAILING) and (" \n" in text or "\t\n" in text or "\u00a0\n" in text or "\u3000\n" in text):
         text = _SPACES.sub("\n", text)
     if "\n\n\n" in text:
         text = _BLANK.sub("\n\n", text)
     return text.strip(" \t\n\u00a0")
+
+
+def looks(texts: list[str]) -> list[int]:
+    """RARE, LOOSE, TRAILING and SUSPECT of each text, of which a clean one has none."""
+    if not texts:
+        return []
+    marks = _marks().take(_codes(texts))
+    ends = np.cumsum([len(text) + 1 for text in texts])
+    marks[ends - 1] = 0
+    found = marks.copy()
+    found[:-1] |= np.where((marks[:-1] & _LEAD != 0) & (marks[1:] & _CONTINUATION != 0), SUSPECT, 0).astype(np.uint8)
+    newline = np.flatnonzero(marks == _NEWLINE)
+    found[newline] |= (marks[newline - 1] & _BLANKS) >> 4  # _BLANKS >> 4 == TRAILING; a newline that begins the batch sees the last separator
+    begins = np.concatenate(([0], ends[:-1]))
+    return (np.bitwise_or.reduceat(found, begins) & (RARE | LOOSE | TRAILING | SUSPECT)).tolist()
+
+
+_NEWLINE = 128  # the mark of \n, which is nothing else
+
+
+@functools.cache
+def _marks() -> np.ndarray:
+    """The bits above for each code point, uint8 [0x110000]."""
+    from pipeline.data.filters import _CONTINUATION as CONTINUATION
+    from pipeline.data.filters import _GARBAGE
+
+    characters = [chr(point) for point in range(0x10000) if not 0xD800 <= point < 0xE000]
+    every = "".join(characters)
+    table = np.zeros(0x110000, np.uint8)
+    for pattern, bit in ((_RARE, RARE), (_GARBAGE, SUSPECT), (re.compile("[锟烫屯]"), SUSPECT), (re.compile("[\u00c2-\u00f4]"), _LEAD), (re.compile(CONTINUATION), _CONTINUATION)):
+        table[[ord(character) for character in pattern.findall(every)]] |= np.uint8(bit)
+    table[[ord(character) for character in " \t\u00a0\u3000"]] |= np.uint8(_BLANKS)
+    # NFC may change what decomposes, what combines with the character before it (a class of its own, or second in a composition), and jamo (UAX 15).
+    second = [decomposed.split()[1] for decomposed in map(unicodedata.decomposition, characters) if decomposed and decomposed[0] != "<" and " " in decomposed]
+    table[[int(point, 16) for point in second if int(point, 16) < 0x10000]] |= np.uint8(LOOSE)
+    table[[ord(c) for c in characters if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c)]] |= np.uint8(LOOSE)
+    table[0x1100:0x1200] |= np.uint8(LOOSE)
+    table[0x10000:] |= np.uint8(LOOSE)
+    table[10] = _NEWLINE
+    return table
 
 
 @dataclass(frozen=True)
@@ -55,14 +100,12 @@ class Tokens:
 def _classes() -> np.ndarray:
     """Class of each code point, uint8 [0x110000]."""
     table = np.full(0x110000, SYMBOL, np.uint8)
-    for point in (*range(0x20000), *range(0xE0100, 0xE01F0)):  # what lies between is Han (planes 2 and 3) or unassigned
-        category = unicodedata.category(chr(point))
-        if category[0] in "LM":
-            table[point] = LETTER
-        elif category[0] == "N":
-            table[point] = DIGIT
-        elif category[0] == "Z" or point in (9, 10):
-            table[point] = SPACE
+    points = np.concatenate((np.arange(0x20000), np.arange(0xE0100, 0xE01F0)))  # what lies between is Han (planes 2 and 3) or unassigned
+    categories = np.array(list(map(unicodedata.category, map(chr, points.tolist()))))
+    table[points[np.isin(categories, [c for c in set(categories.tolist()) if c[0] in "LM"])]] = LETTER
+    table[points[np.isin(categories, ["Nd", "Nl", "No"])]] = DIGIT
+    table[points[np.isin(categories, ["Zs", "Zl", "Zp"])]] = SPACE
+    table[[9, 10]] = SPACE
     # Han with extensions and compatibility forms, kana, bopomofo. Hangul is written with spaces, so its words are runs.
     small = ((0x3005, 0x3008), (0x3041, 0x3100), (0x3105, 0x3130), (0x31A0, 0x31C0), (0x31F0, 0x3200))
     for low, high in (*small, (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000)):
@@ -138,8 +181,7 @@ def _lowered(text: str) -> str:
 def _tables() -> tuple[np.ndarray, np.ndarray]:
     """Of each code point: its lower case, uint32 [0x110000], and the class of that, uint8. Looking up is four times faster than str.lower."""
     lower = np.arange(0x110000, dtype=np.uint32)
-    for point in range(0x20000):
-        character = chr(point).lower()
+    for point, character in enumerate(map(str.lower, map(chr, range(0x20000)))):
         if len(character) == 1:
             lower[point] = ord(character)
     return lower, _classes()[lower]
