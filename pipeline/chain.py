@@ -232,8 +232,11 @@ def _source_identity(node: Node) -> dict | None:
     if not getattr(node.config, "sources", None):
         return None
     from pipeline.data.sources import identify
+    from pipeline.files import sha256_file
 
-    return identify(node.config.sources, cache=node.folder.parent / ".hashes.json")
+    found = identify(node.config.sources, cache=node.folder.parent / ".hashes.json")
+    lists = getattr(node.config, "lists", [])  # block lists and the like: they count by what they hold
+    return {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]} if lists else found
 
 
 # ---- running one stage -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 Reads sources in units of a few megabytes, spread over `workers` processes; each unit's outcome is published at once in work/, so that a
 killed run loses the units in flight and no more. Then duplicates are found over all units, and the shards are written:
 
-    train/part-00000.parquet, heldout/part-00000.parquet    columns text, source, id, cluster (how many documents were like it, itself included)
+    train/part-00000.parquet, heldout/part-00000.parquet    columns text, source, id, cluster (how many documents were like it, itself included), language (if it was asked for)
     rejected/SOURCE.jsonl.zst                               every record that is in neither: place, reason, how it begins
     report.json                                             counts by source and reason; read = kept + each rejection
 
@@ -24,10 +24,13 @@ from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
 from pipeline.data import ledger, outcomes, units
 from pipeline.data import sources as reading
+from pipeline.data.block import Block
 from pipeline.data.dedup import Dedup
 from pipeline.data.filters import Filters
 from pipeline.data.language import Language
+from pipeline.data.mask import Mask
 from pipeline.data.pool import Pool
+from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
 from pipeline.data.sources import Bad, MissingField, Source
 from pipeline.errors import UserError
@@ -38,7 +41,7 @@ from pipeline.tracking import Progress
 if TYPE_CHECKING:
     from pipeline.data.steps import Steps
 
-VERSION = 3
+VERSION = 4
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
@@ -52,6 +55,12 @@ class Config(StageConfig):
     """Which languages are kept."""
     rules: Rules = Rules()
     """Published quality rules: Gopher, C4, FineWeb; off unless named."""
+    repair: Repair = Repair()
+    """Mending of wrong encodings and forms of characters; off unless named."""
+    block: Block = Block()
+    """Lists of phrases and addresses that leave a document out."""
+    mask: Mask = Mask()
+    """Personal data and secrets that are replaced; none unless named."""
     dedup: Dedup = Dedup()
     """What counts as a duplicate, which one stays, and what repeated text is taken out. `inputs: {earlier: FOLDER}` compares with an earlier output of clean, too."""
     holdout: float = Field(0.01, ge=0, lt=1)
@@ -62,6 +71,15 @@ class Config(StageConfig):
     """Processes; by default the cores of this machine."""
     unit_bytes: Annotated[int, EXECUTION] = Field(4 << 20, ge=1024)
     """Raw bytes of one unit of work: what a killed run may lose, for each worker."""
+
+    @property
+    def lists(self) -> list[str]:
+        """Files of the user's that decide the result beside the sources. Raises UserError if one is not there."""
+        found = [path for path in (*self.block.words, *self.block.urls) if path != "spam"]
+        for path in found:
+            if not Path(path).expanduser().is_file():
+                raise UserError(f"block: {path} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam")
+        return found
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str, Any]:

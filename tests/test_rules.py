@@ -14,7 +14,7 @@ from pipeline.data import statistics, steps
 from pipeline.data.filters import Filters
 from pipeline.data.language import Language, detect
 from pipeline.data.rejections import Rejections
-from pipeline.data.rules import GROUPS, Lines, Rules, Thresholds, active
+from pipeline.data.rules import GROUPS, Lines, Rules, Thresholds
 from pipeline.data.text import normalise
 from pipeline.data.words import analyse, word_hashes
 
@@ -179,8 +179,7 @@ def test_prose_of_both_languages_passes_and_junk_does_not():
 
 
 def reasons_of(row: dict, rules: Rules, filters: Filters = Filters()) -> list[str]:
-    blocks = steps.Steps(rules=rules, filters=filters)
-    names = steps.extra(blocks) + [rule.reason for rule in active(filters, rules)]
+    names = [name for name, _ in steps.reasons(steps.Steps(rules=rules, filters=filters))]
     return [name for bit, name in enumerate(names) if row["failed"] >> bit & 1]
 
 
@@ -214,7 +213,7 @@ def outcome(rows: list[dict]):
     import pyarrow
 
     kinds = {"failed": pyarrow.int64(), "kind": pyarrow.int8(), "bytes": pyarrow.int64(), "statistics": pyarrow.binary()}
-    return pyarrow.table({key: pyarrow.array([row.get(key) for row in rows], kinds.get(key, pyarrow.string())) for key in ("place", "id", "excerpt", "bytes", "language", "kind", "statistics", "failed")})
+    return pyarrow.table({key: pyarrow.array([row.get(key) for row in rows], kinds.get(key, pyarrow.string())) for key in ("place", "id", "excerpt", "bytes", "language", "kind", "statistics", "failed", "changed")})
 
 
 def test_the_ledger_counts_overlaps_samples_and_what_other_thresholds_would_do():

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipeline.data.index import Index
     from pipeline.data.steps import Steps
 
-ACCOUNTED = ["place", "id", "status", "reason", "excerpt", "bytes", "counted", "language", "kind", "statistics", "failed"]
+ACCOUNTED = ["place", "id", "status", "reason", "excerpt", "bytes", "counted", "language", "kind", "statistics", "failed", "changed"]
 
 
 def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict[str, int]], upsample: dict[int, int], folder: Path, steps: "Steps") -> dict:

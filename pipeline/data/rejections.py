@@ -3,10 +3,11 @@
 It is computed from the stored outcomes of all units, not while they are made, so it is complete after any number of interruptions and does not depend on workers.
 """
 
+import json
+
 import numpy as np
 
 from pipeline.data import steps as doing
-from pipeline.data.rules import Rule, active
 
 SAMPLES = 5
 # What-if: the threshold times these. Bounds of 0 have no other.
@@ -18,8 +19,7 @@ class Rejections:
     """Sums over outcomes; `add` takes them in any order, and `report` is the same."""
 
     def __init__(self, steps: "doing.Steps"):
-        self.rules: list[Rule | None] = [None] * len(doing.extra(steps)) + active(steps.filters, steps.rules)
-        self.names = [rule.reason if rule else name for rule, name in zip(self.rules, doing.extra(steps) + [""] * len(self.rules), strict=False)]
+        self.names, self.rules = map(list, zip(*doing.reasons(steps), strict=True))
         size = len(self.names)
         self.documents, self.bytes = np.zeros(3, np.int64), np.zeros(3, np.int64)
         self.failed, self.failed_bytes, self.first, self.alone = (np.zeros((size, 3), np.int64) for _ in range(4))
@@ -27,9 +27,10 @@ class Rejections:
         self.scaled, self.scaled_all = np.zeros((2, size, len(SCALES), 3), np.int64)
         self.samples: list[list[tuple]] = [[] for _ in range(size)]
         self.languages: dict[str, list[int]] = {}
+        self.changed: dict[str, list[int]] = {}  # what was done to texts that were kept: documents, times
 
     def add(self, source: str, outcome) -> None:
-        """The outcomes of a unit: pyarrow.Table with place, id, bytes, excerpt, kind, language, statistics, failed."""
+        """The outcomes of a unit: pyarrow.Table with place, id, bytes, excerpt, kind, language, statistics, failed, changed."""
         judged = np.flatnonzero(outcome["failed"].is_valid().to_numpy())
         if not len(judged):
             return
@@ -57,6 +58,10 @@ class Rejections:
                 self.scaled[number, column] += fails @ which
                 self.scaled_all[number, column] += (fails | others) @ which
         self._sample(source, chosen, failed, values)
+        for entry in chosen["changed"].filter(_arrow(~rejected)).drop_null().to_pylist():
+            for what, times in json.loads(entry).items():
+                sums = self.changed.setdefault(what, [0, 0])
+                sums[0], sums[1] = sums[0] + 1, sums[1] + times
         for code, number in zip(*np.unique([code or "" for code in chosen["language"].to_pylist()], return_counts=True), strict=True):
             entry = self.languages.setdefault(str(code), [0, 0])
             entry[0] += int(number)
@@ -87,7 +92,7 @@ class Rejections:
                 "samples": [dict(zip(("id", "source", "place", "value", "excerpt"), sample, strict=True)) for sample in self.samples[number]],
             }  # fmt: skip
             if rule:
-                same = rule.key.startswith("filters.")
+                same = "{}" not in rule.key
                 entry["thresholds"] = {}
                 for column, kind in enumerate(KINDS):
                     bound = rule.bounds[column]
@@ -102,6 +107,7 @@ class Rejections:
         return {
             "documents": int(self.documents.sum()), "bytes": int(self.bytes.sum()), "rejected": rejected, "judged_as": {kind: int(self.documents[i]) for i, kind in enumerate(KINDS)},
             "languages": {code: {"documents": counts[0], "rejected": counts[1]} for code, counts in sorted(self.languages.items(), key=lambda item: (-item[1][0], item[0])) if code}, "rules": rules,
+            "changed": {what: {"documents": sums[0], "times": sums[1]} for what, sums in sorted(self.changed.items())},
         }  # fmt: skip
 
 

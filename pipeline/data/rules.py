@@ -212,7 +212,7 @@ class Rule:
 
 
 def active(filters: Filters, rules: Rules) -> list[Rule]:
-    """The rules that a recipe asks about, those of `filters` first. Their columns are filters.BASIC, then statistics.NAMES."""
+    """The rules of `filters`, then the published ones that a recipe uses. Their columns are filters.BASIC, then statistics.NAMES."""
     found = [Rule(reason, f"filters.{key}", column, upper, (float(getattr(filters, key)),) * 3) for column, (reason, key, upper) in enumerate(BASIC)]
     if rules.use:
         from pipeline.data.statistics import NAMES

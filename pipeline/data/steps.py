@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.data.block import Block, blocked, phrases
 from pipeline.data.dedup import Dedup, Near, signatures, signed
-from pipeline.data.filters import Filters, measure
+from pipeline.data.filters import BASIC, Filters, measure
 from pipeline.data.language import Language, detect, kinds, kinds_by_script
-from pipeline.data.rules import Rules, active
+from pipeline.data.mask import Mask, masked
+from pipeline.data.repair import Repair, repaired
+from pipeline.data.rules import Rule, Rules, active
 from pipeline.data.sources import EXCERPT
 from pipeline.data.text import SHINGLE, looks, normalise, shingles, tokens
 
@@ -26,32 +29,58 @@ class Steps:
     filters: Filters = Filters()
     rules: Rules = Rules()
     language: Language = Language()
+    repair: Repair = Repair()
+    block: Block = Block()
+    mask: Mask = Mask()
     dedup: Dedup = Dedup()
 
 
-def extra(steps: Steps) -> list[str]:
-    """Reasons beside the rules' bounds, in the order in which they are given; the bits of `failed` are these, then rules.active."""
-    return ["language", "uncertain_language"]
+def columns(steps: Steps) -> list[str]:
+    """What is measured of every document: the columns of its statistics."""
+    found = [key for _, key, _ in BASIC]
+    if steps.rules.use:
+        from pipeline.data.statistics import NAMES
+
+        found += NAMES
+    return found + ["blocked_words"] * bool(steps.block.words)
+
+
+def reasons(steps: Steps) -> list[tuple[str, Rule | None]]:
+    """All reasons that a recipe has for leaving a document out, in the order in which the first one is given; the bits of `failed`. Those that are no bound on a statistic have no rule."""
+    found: list[tuple[str, Rule | None]] = []
+    if steps.block.urls:
+        found.append(("blocked_url", None))
+    if steps.language.keep:
+        found += [("language", None), ("uncertain_language", None)]
+    found += [(rule.reason, rule) for rule in active(steps.filters, steps.rules)]
+    if steps.block.words:
+        found.append(("blocked_words", Rule("blocked_words", "block.min_words", columns(steps).index("blocked_words"), True, (steps.block.min_words - 0.5,) * 3)))
+    return found
 
 
 def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
-    """Fill in the rows of a batch of texts: text, hash and signature, or why it is left out; statistics, and all rules that it fails."""
-    before = [text for _, text in raw]
+    """Fill in the rows of a batch of texts: text, hash and signature, or why it is left out; statistics, all rules that it fails, and what was changed in it."""
+    before, changed = [text for _, text in raw], [{} for _ in raw]
+    if steps.repair != Repair():
+        for index, text in enumerate(before):
+            before[index], done = repaired(text, steps.repair)
+            changed[index].update(dict.fromkeys(done, 1))
     look = looks(before)
     texts = list(map(normalise, before, look))
     hashed = tokens(texts)
     shingled = shingles(hashed)
 
-    reasons = extra(steps)
-    failed = np.zeros((len(texts), len(reasons)), bool)
     codes, kind = None, kinds_by_script(hashed.counts)
+    marks: dict[str, np.ndarray] = {}
+    if steps.block.urls:
+        marks["blocked_url"] = np.array([blocked(row.get("url") or "", tuple(steps.block.urls)) for row, _ in raw])
     if steps.language.keep:
         codes, scores = detect(texts)
         kind = kinds(codes)
-        failed[:, 0] = [code not in steps.language.keep for code in codes]
-        failed[:, 1] = ~failed[:, 0] & (scores < steps.language.min_confidence)
+        marks["language"] = np.array([code not in steps.language.keep for code in codes])
+        marks["uncertain_language"] = ~marks["language"] & (scores < steps.language.min_confidence)
 
-    values = measure(before, texts, hashed, shingled, look)
+    values = [measure(before, texts, hashed, shingled, look)]
     batch = kept_lines = None
     if steps.rules.use:
         from pipeline.data import statistics, words
@@ -59,27 +88,37 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         batch = words.analyse(texts)
         short = np.array([block.short_line for block in (steps.rules.en, steps.rules.zh, steps.rules.other)])[kind]
         published, kept_lines = statistics.measure(batch, kind == 1, steps.rules.lines if "c4" in steps.rules.use else None, short)
-        values = np.concatenate((values, published), axis=1)
-    rules = active(steps.filters, steps.rules)
-    failed = np.concatenate((failed, np.stack([rule.fails(values, kind) for rule in rules], axis=1)), axis=1)
-    reasons += [rule.reason for rule in rules]
+        values.append(published)
+    if steps.block.words:
+        values.append(phrases(tuple(steps.block.words)).count(hashed)[:, None])
+    measured = np.concatenate(values, axis=1).astype(np.float32)
+    failed = np.stack([marks[name] if rule is None else rule.fails(measured, kind) for name, rule in reasons(steps)], axis=1)
 
     final = texts
     if "c4" in steps.rules.use:
         from pipeline.data.lines import without
 
         final = without(texts, batch, kept_lines, steps.rules.lines.citations)
-    _fill(raw, texts, final, failed, reasons, shingled, steps.dedup.near)
-    stored = values.astype(np.float32)
+    if steps.mask.use:
+        final = list(final)
+        for index in np.flatnonzero(~failed.any(1)).tolist():
+            text, counts = masked(final[index], steps.mask)
+            if counts:
+                final[index] = text
+                changed[index].update(counts)
+    _fill(raw, texts, final, failed, [name for name, _ in reasons(steps)], shingled, steps.dedup.near)
     for index, (row, _) in enumerate(raw):
-        row["statistics"] = stored[index].tobytes()
+        if final[index] is not texts[index] and len(final[index].split("\n")) < len(texts[index].split("\n")):
+            changed[index]["lines"] = texts[index].count("\n") - final[index].count("\n")
+        row["statistics"] = measured[index].tobytes()
         row["kind"] = int(kind[index])
         row["language"] = codes[index] if codes else None
+        row["changed"] = json.dumps(changed[index]) if changed[index] else None
 
 
-def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, reasons: list[str], shingled: tuple, near: Near | None) -> None:
+def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, names: list[str], shingled: tuple, near: Near | None) -> None:
     first = np.where(failed.any(1), failed.argmax(1), -1).tolist()
-    masks = (failed @ (np.int64(1) << np.arange(len(reasons), dtype=np.int64))).tolist()
+    masks = (failed @ (np.int64(1) << np.arange(len(names), dtype=np.int64))).tolist()
     good = [i for i in range(len(raw)) if first[i] < 0]
     table: dict[int, bytes | None] = dict.fromkeys(good)
     if near:
@@ -92,7 +131,7 @@ def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], faile
         row["failed"] = masks[index]
         row["excerpt"] = texts[index][:EXCERPT]
         if first[index] >= 0:
-            row.update(status="filtered", reason=reasons[first[index]])
+            row.update(status="filtered", reason=names[first[index]])
     for index, signature in sorted(table.items()):
         row, text = raw[index][0], final[index]
         if not text.strip():

@@ -21,8 +21,9 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
 
 # A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and `size` of the normalised text; `hash` of the
 # latter; `address`: hash of its URL; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that
-# could be read, `kind` (which thresholds judge it), `statistics` (float32, see data/steps.py) and `failed` (a bit for each rule).
-OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "address", "signature", "counted", "language", "kind", "statistics", "failed")
+# could be read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see data/steps.py) and `changed` (what was
+# done to its text: JSON).
+OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "address", "signature", "counted", "language", "kind", "statistics", "failed", "changed")
 BATCH_CHARACTERS = 1 << 18  # texts hashed at a time: numpy's arrays of a batch then stay in the cache (1 << 22: half the speed)
 
 
@@ -47,7 +48,7 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
 
     rows, raw = [], []
     for item in (item for chunk in unit for item in reading.parse(chunk)):
-        row = dict.fromkeys(OUTCOME)
+        row: dict[str, Any] = dict.fromkeys(OUTCOME)
         row.update(place=_valid(item.place), status="ok", bytes=0, counted=0)
         rows.append(row)
         if isinstance(item, Bad):
@@ -67,6 +68,7 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
             row.update(status="bad", reason="lone surrogate", excerpt=_valid(text[: reading.EXCERPT]))
         else:
             row["address"] = address_of(steps.dedup.url, item)
+            row["url"] = _url(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
             raw.append((row, text))
     while raw:
         size = number = 0
@@ -85,6 +87,13 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
 
 def _valid(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
+
+
+def _url(template: str, record: reading.Record) -> str | None:
+    try:
+        return reading.render(template if "{" in template else "{" + template + "}", record.fields, record.place)
+    except MissingField:
+        return None
 
 
 def address_of(template: str | None, record: reading.Record) -> bytes | None:
@@ -153,9 +162,9 @@ def write_shard(pieces: list[Rows], path: Path) -> None:
     tables = []
     for piece in pieces:
         again = np.repeat(np.arange(len(piece.rows)), piece.times)
-        table = outcomes.read(piece.unit, ["text", "id"]).take(piece.rows)
+        table = outcomes.read(piece.unit, ["text", "id", "language"]).take(piece.rows)
         text = pyarrow.chunked_array([texts_of(Piece(piece.unit, piece.rows, piece.rows, piece.edits))]) if piece.edits else table["text"]
-        columns = {"text": text, "source": pyarrow.array([piece.source] * len(piece.rows)), "id": table["id"], "cluster": pyarrow.array(piece.clusters, pyarrow.int32())}
+        columns = {"text": text, "source": pyarrow.array([piece.source] * len(piece.rows)), "id": table["id"], "cluster": pyarrow.array(piece.clusters, pyarrow.int32()), "language": table["language"].cast(pyarrow.string())}
         tables.append(pyarrow.table(columns).take(again) if len(again) > len(piece.rows) else pyarrow.table(columns))
     buffer = io.BytesIO()
     shard = pyarrow.concat_tables(tables).combine_chunks()
