@@ -120,7 +120,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     from pipeline import pretrain
     from pipeline.artifact import Output
     from pipeline.models import cost
-    from pipeline.train import distributed, engine, layers
+    from pipeline.train import distributed, engine, layers, phases
     from pipeline.train.loop import fit, share
     from pipeline.train.meters import Text
 
@@ -141,8 +141,10 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     def batches(step: int) -> list[dict]:
         if step % window == 0:
             lines = [json.loads(line) for line in (output.path / "metrics.jsonl").read_text().splitlines()] if step else []
+            phases.enter("turn")  # waiting for the others is no part of a step
             turns.end(lines=[line for line in lines if line["step"] > step - window])
             turns.begin()
+            phases.enter("data", step + 1)
         return [pretrain.to_batch([sampler.row(index) for index in rows], store, False) for rows in share(config, trainer, step)]
 
     fit(trainer, config, output, batches, text=Text({"a": store.num_tokens("a")}, flops))
