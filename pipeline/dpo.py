@@ -15,7 +15,7 @@ from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PreferenceSource
 from pipeline.train.config import Optimizer, TrainConfig
 
-VERSION = 1
+VERSION = 2
 INPUTS = {"model": ("sft", "pretrain")}
 UNIT = 64  # pairs whose reference log-probabilities are kept at a time
 

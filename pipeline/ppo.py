@@ -24,7 +24,7 @@ from pipeline.rl.rules import Rule
 from pipeline.seeds import derive
 from pipeline.train.config import Optimizer, Schedule, TrainConfig
 
-VERSION = 1
+VERSION = 2
 INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
 
 

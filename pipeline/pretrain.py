@@ -23,7 +23,7 @@ from pipeline.train import horizon
 from pipeline.train.config import Schedule, TrainConfig
 from pipeline.train.samples import Sampler, Samples
 
-VERSION = 1
+VERSION = 2
 INPUTS = {"tokens": ("pack",), "tokenizer": ("tokenizer",), "model?": ("pretrain",)}
 
 

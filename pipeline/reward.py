@@ -17,7 +17,7 @@ from pipeline.data.conversations import PreferenceSource
 from pipeline.files import write_json
 from pipeline.train.config import Optimizer, TrainConfig
 
-VERSION = 1
+VERSION = 2
 INPUTS = {"model": ("sft", "pretrain")}
 
 

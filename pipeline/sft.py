@@ -19,7 +19,7 @@ from pipeline.files import write_json
 from pipeline.recipe import EXECUTION
 from pipeline.train.config import Optimizer, TrainConfig
 
-VERSION = 1
+VERSION = 2
 INPUTS = {"model": ("pretrain", "sft")}
 
 
