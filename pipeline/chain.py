@@ -234,7 +234,10 @@ def _source_identity(node: Node) -> dict | None:
     from pipeline.data.sources import identify
     from pipeline.files import sha256_file
 
-    found = identify(node.config.sources, cache=node.folder.parent / ".hashes.json")
+    sources = dict(node.config.sources)
+    if getattr(node.config, "decontaminate", None):
+        sources |= {f"decontaminate.{name}": source for name, source in node.config.decontaminate.sets.items()}
+    found = identify(sources, cache=node.folder.parent / ".hashes.json")
     lists = getattr(node.config, "lists", [])  # block lists and the like: they count by what they hold
     return {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]} if lists else found
 

@@ -22,9 +22,10 @@ from pydantic import Field
 from pipeline import faults
 from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
-from pipeline.data import ledger, outcomes, units
+from pipeline.data import decontaminate, ledger, outcomes, units
 from pipeline.data import sources as reading
 from pipeline.data.block import Block
+from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.dedup import Dedup
 from pipeline.data.filters import Filters
 from pipeline.data.language import Language
@@ -63,6 +64,8 @@ class Config(StageConfig):
     """Personal data and secrets that are replaced; none unless named."""
     dedup: Dedup = Dedup()
     """What counts as a duplicate, which one stays, and what repeated text is taken out. `inputs: {earlier: FOLDER}` compares with an earlier output of clean, too."""
+    decontaminate: Decontaminate | None = None
+    """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.01, ge=0, lt=1)
     """Share of documents held out for evaluation, chosen by hash after deduplication, so that no held-out text has a duplicate in training."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
@@ -101,11 +104,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
 
 
 def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path) -> dict[str, Any]:
+    if config.decontaminate and not (work / "evaluation.json").exists():
+        runs, report = decontaminate.build(config.decontaminate)
+        decontaminate.save(runs, work / "evaluation")
+        write_json(work / "evaluation.json", report)
     with Pool(config.workers) as pool:
         done = _clean(config, work, pool, output)
         earlier = _sign(inputs["earlier"], config.dedup, work / "earlier", pool) if "earlier" in inputs else []
         index, pieces, edited = _compare(config, done, earlier, work, pool)
-        report = ledger.account(done, index, edited, config.dedup.upsample, output.path, _steps(config))
+        report = ledger.account(done, index, edited, config.dedup.upsample, output.path, _steps(config, work))
         _refuse(config, report, output)
         _write_shards(config, index, pieces, pool, output)
     return {**report["total"], "by_source": report["sources"], "summary": _summary(config, report["total"])}
@@ -194,7 +201,7 @@ def _clean(config: Config, work: Path, pool: Pool, output: Output) -> dict[str, 
 
 def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Progress, size: int, output: Output) -> None:
     """Hand out the units of one source. Those of the next source follow while these are still in work."""
-    source, steps = config.sources[name], _steps(config)
+    source, steps = config.sources[name], _steps(config, output.path / "work")
     folder.mkdir(parents=True, exist_ok=True)
     records: dict[int, int] = {}  # of each finished unit, for `limit`
     told, noted = [0], [time.time()]
@@ -223,10 +230,11 @@ def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Prog
             pool.submit(finished, number, weight, units.clean_unit, unit, source, steps, path)
 
 
-def _steps(config: Config) -> "Steps":
+def _steps(config: Config, work: Path) -> "Steps":
     from pipeline.data.steps import Steps
 
-    return Steps(**{field: getattr(config, field) for field in Steps.__dataclass_fields__})
+    blocks = {field: getattr(config, field) for field in Steps.__dataclass_fields__ if field != "runs"}
+    return Steps(**blocks, runs=work / "evaluation" if config.decontaminate else None)
 
 
 def _prefix(records: dict[int, int]) -> int:

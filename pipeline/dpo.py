@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PreferenceSource
+from pipeline.data.decontaminate import Decontaminate
 from pipeline.train.config import Optimizer, TrainConfig
 
 VERSION = 2
@@ -34,6 +35,8 @@ class Config(TrainConfig):
 
     sources: dict[str, PreferenceSource]
     """Pairs by name."""
+    decontaminate: Decontaminate | None = None
+    """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
     beta: float = Field(0.1, gt=0)

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from pipeline import faults
 from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PromptSource
+from pipeline.data.decontaminate import Decontaminate
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from pipeline.recipe import EXECUTION, Strict
@@ -120,6 +121,8 @@ class Config(TrainConfig):
 
     sources: dict[str, PromptSource]
     """Prompts, by name."""
+    decontaminate: Decontaminate | None = None
+    """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.05, gt=0, lt=1)
     """Share of the prompts kept for evaluation; the same records as in the other tuning stages."""
     rollout: Rollout = Rollout()
@@ -266,7 +269,7 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
     chats = {key: Chat(tokenizer_of(folder, config.sequence_length)) for key, folder in folders.items()}
     same = all(_text(folders["policy"] / name) == _text(folders["reward"] / name) for name in ("tokenizer.json", "chat_template.jinja"))
 
-    train, heldout, counted = load_prompts(config.sources, config.holdout)
+    train, heldout, counted = load_prompts(config.sources, config.holdout, config.decontaminate)
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
     limit = config.sequence_length - config.rollout.max_new_tokens
     tasks = {"train": [], "heldout": []}

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PreferenceSource
+from pipeline.data.decontaminate import Decontaminate
 from pipeline.files import write_json
 from pipeline.train.config import Optimizer, TrainConfig
 
@@ -35,6 +36,8 @@ class Config(TrainConfig):
 
     sources: dict[str, PreferenceSource]
     """Pairs by name."""
+    decontaminate: Decontaminate | None = None
+    """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
     centering: float = Field(0.0, ge=0)
@@ -114,7 +117,7 @@ def rows_of(config, chat, output: Output) -> tuple[dict, dict]:
     from pipeline.data.conversations import load_pairs
     from pipeline.train.tuning import encode_pairs
 
-    train, heldout, ledger = load_pairs(config.sources, config.holdout)
+    train, heldout, ledger = load_pairs(config.sources, config.holdout, config.decontaminate)
     arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger) | encode_pairs(heldout, "heldout", chat, config.sequence_length, ledger)
     ledger.check(config.holdout)
     write_json(output.path / "report.json", {"sources": ledger.sources})

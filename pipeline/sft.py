@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import ChatSource
+from pipeline.data.decontaminate import Decontaminate
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.recipe import EXECUTION
@@ -37,6 +38,8 @@ class Config(TrainConfig):
 
     sources: dict[str, ChatSource]
     """Conversations by name."""
+    decontaminate: Decontaminate | None = None
+    """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
     packing: bool = True
@@ -129,7 +132,7 @@ def rows_of(config: Config, chat, output: Output) -> tuple[dict, dict]:
     from pipeline.data.conversations import load_conversations
     from pipeline.train.tuning import Ragged
 
-    *splits, ledger = load_conversations(config.sources, config.holdout)
+    *splits, ledger = load_conversations(config.sources, config.holdout, config.decontaminate)
     arrays, extra = {}, {"tokens": {}, "trained_tokens": {}}
     for split, rows in zip(("train", "heldout"), splits, strict=True):
         encoded = chat.encode([row.messages for row in rows])

@@ -19,6 +19,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from pipeline.data.decontaminate import Decontaminate, contaminated
 from pipeline.data.sources import Bad, MissingField, Source, fraction, read, render
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
@@ -189,7 +190,7 @@ class Ledger:
         return sum(reason["count"] for entry in self.sources.values() for reason in entry["rejected"].values())
 
 
-def load_conversations(sources: dict[str, ChatSource], holdout: float) -> tuple[list[Conversation], list[Conversation], Ledger]:
+def load_conversations(sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Conversation], list[Conversation], Ledger]:
     """Conversations to train on and held out."""
 
     def make(source: ChatSource, name: str, record) -> Conversation:
@@ -206,11 +207,11 @@ def load_conversations(sources: dict[str, ChatSource], holdout: float) -> tuple[
         answer = None if source.answer is None else _text(render(source.answer, record.fields, "the record"), "answer")
         return Conversation(record.id, name, record.place, messages, content, answer, source.rule)
 
-    rows, ledger = _gathered(sources, make, lambda row: _key(row.messages))
+    rows, ledger = _gathered(sources, make, lambda row: _key(row.messages), decontaminate)
     return _split(rows, ledger, holdout, lambda row: _key(row.messages[:-1]))
 
 
-def load_pairs(sources: dict[str, PreferenceSource], holdout: float) -> tuple[list[Pair], list[Pair], Ledger]:
+def load_pairs(sources: dict[str, PreferenceSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Pair], list[Pair], Ledger]:
     """Pairs of answers to train on and held out."""
 
     def make(source: PreferenceSource, name: str, record) -> Pair:
@@ -231,11 +232,11 @@ def load_pairs(sources: dict[str, PreferenceSource], holdout: float) -> tuple[li
             raise Rejected("chosen equals rejected")
         return Pair(record.id, name, record.place, prompt, chosen, rejected, content, _number(source.margin, record.fields))
 
-    rows, ledger = _gathered(sources, make, lambda row: _key([row.prompt, row.chosen, row.rejected]))
+    rows, ledger = _gathered(sources, make, lambda row: _key([row.prompt, row.chosen, row.rejected]), decontaminate)
     return _split(rows, ledger, holdout, lambda row: _key(row.prompt))
 
 
-def load_prompts(sources: dict[str, PromptSource], holdout: float) -> tuple[list[Prompt], list[Prompt], dict]:
+def load_prompts(sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Prompt], list[Prompt], dict]:
     """Prompts to train on and held out, each prompt once, and what became of each record (JSON types)."""
 
     def make(source: PromptSource, name: str, record) -> Prompt:
@@ -250,7 +251,7 @@ def load_prompts(sources: dict[str, PromptSource], holdout: float) -> tuple[list
         answer = None if source.answer is None else _text(render(source.answer, record.fields, "the record"), "answer")
         return Prompt(record.id, name, text, answer, record.place, content)
 
-    rows, ledger = _gathered(sources, make, lambda row: _key(row.text))
+    rows, ledger = _gathered(sources, make, lambda row: _key(row.text), decontaminate)
     train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _key(row.text))
     for rows, split in ((train, "train"), (heldout, "heldout")):
         ledger.keep(rows, split, [None] * len(rows))
@@ -273,8 +274,8 @@ def _chat(tokenizer):
 # ---- from records to rows --------------------------------------------------------------------------------------------------
 
 
-def _gathered(sources: dict, make: Callable, key: Callable) -> tuple[list, Ledger]:
-    """Rows of all sources, in order, each text once."""
+def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
+    """Rows of all sources, in order, each text once, and none that has text of an evaluation set."""
     if not sources:
         raise UserError("sources: name at least one source")
     ledger, rows, seen = Ledger(), [], set()
@@ -299,6 +300,12 @@ def _gathered(sources: dict, make: Callable, key: Callable) -> tuple[list, Ledge
             raise UserError(f"sources.{name}: has no records{' after where, part and limit' if source.where or source.part != (0.0, 1.0) else ''}")
         if ledger.sources[name]["records"] == sum(reason["count"] for reason in ledger.sources[name]["rejected"].values()):
             raise UserError(f"sources.{name}: none of its {ledger.sources[name]['records']} records can be used: {ledger.why(name)}")
+    if decontaminate:
+        found = contaminated([row.content for row in rows], decontaminate)
+        for row, match in zip(rows, found, strict=True):
+            if match:
+                ledger.reject(row.source, row.place, f"has text of the evaluation set {match}")
+        rows = [row for row, match in zip(rows, found, strict=True) if not match]
     return rows, ledger
 
 

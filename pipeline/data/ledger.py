@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipeline.data.index import Index
     from pipeline.data.steps import Steps
 
-ACCOUNTED = ["place", "id", "status", "reason", "excerpt", "bytes", "counted", "language", "kind", "statistics", "failed", "changed"]
+ACCOUNTED = ["place", "id", "status", "reason", "excerpt", "bytes", "counted", "language", "kind", "statistics", "failed", "changed", "matched"]
 
 
 def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict[str, int]], upsample: dict[int, int], folder: Path, steps: "Steps") -> dict:
@@ -23,7 +23,7 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
     from pipeline.data.rejections import Rejections
 
     report: dict[str, Any] = {"sources": {}}
-    rejections = Rejections(steps)
+    rejections, matched = Rejections(steps), {}
     (folder / "rejected").mkdir(exist_ok=True)
     for name, paths in units.items():
         counts: dict[str, Any] = {"not selected": {}, "bad": {}, "filtered": {}, "duplicates": {}}
@@ -34,6 +34,10 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
             for path, rows, at in zip(paths, index.rows[name], index.begins[name], strict=True):
                 outcome = outcomes.read(path, ACCOUNTED).slice(0, rows)
                 rejections.add(name, outcome)
+                for evaluation, items in map(json.loads, filter(None, outcome["matched"].to_pylist())):
+                    entry = matched.setdefault(evaluation, {"documents": 0, "items_found": set()})
+                    entry["documents"] += 1
+                    entry["items_found"].update(items)
                 read, records, size = read + rows, records + int(outcome["counted"].to_numpy().sum()), size + int(outcome["bytes"].to_numpy().sum())
                 ok = outcome["status"].to_numpy() == "ok"
                 document = at + np.cumsum(ok) - 1
@@ -60,6 +64,11 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
     _total(report)
     report["rules"] = rejections.report()
     assert report["rules"]["rejected"] + report["total"]["nothing_left"] == report["total"]["filtered_documents"]
+    if steps.decontaminate:
+        report["decontamination"] = {
+            evaluation: {**known, **({**matched[evaluation], "items_found": len(matched[evaluation]["items_found"])} if evaluation in matched else {"documents": 0, "items_found": 0})}
+            for evaluation, known in json.loads((folder / "work" / "evaluation.json").read_text()).items()
+        }
     write_json(folder / "report.json", report)
     return report
 

@@ -8,10 +8,12 @@ All statistics are computed for every document before any rule is asked, and sto
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.data.block import Block, blocked, phrases
+from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.dedup import Dedup, Near, signatures, signed
 from pipeline.data.filters import BASIC, Filters, measure
 from pipeline.data.language import Language, detect, kinds, kinds_by_script
@@ -33,6 +35,8 @@ class Steps:
     block: Block = Block()
     mask: Mask = Mask()
     dedup: Dedup = Dedup()
+    decontaminate: Decontaminate | None = None
+    runs: Path | None = None  # the file of decontaminate.save
 
 
 def columns(steps: Steps) -> list[str]:
@@ -52,6 +56,8 @@ def reasons(steps: Steps) -> list[tuple[str, Rule | None]]:
         found.append(("blocked_url", None))
     if steps.language.keep:
         found += [("language", None), ("uncertain_language", None)]
+    if steps.decontaminate:
+        found.append(("contaminated", None))
     found += [(rule.reason, rule) for rule in active(steps.filters, steps.rules)]
     if steps.block.words:
         found.append(("blocked_words", Rule("blocked_words", "block.min_words", columns(steps).index("blocked_words"), True, (steps.block.min_words - 0.5,) * 3)))
@@ -79,6 +85,14 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         kind = kinds(codes)
         marks["language"] = np.array([code not in steps.language.keep for code in codes])
         marks["uncertain_language"] = ~marks["language"] & (scores < steps.language.min_confidence)
+
+    if steps.decontaminate:
+        from pipeline.data.decontaminate import load, matches
+
+        found = matches(hashed, load(steps.runs), steps.decontaminate)
+        marks["contaminated"] = np.array([match is not None for match in found])
+        for (row, _), match in zip(raw, found, strict=True):
+            row["matched"] = json.dumps(match) if match else None
 
     values = [measure(before, texts, hashed, shingled, look)]
     batch = kept_lines = None

@@ -94,6 +94,7 @@ class Tokens:
     starts: np.ndarray  # int64 [N + 1]
     counts: np.ndarray  # int64 [N, 5]
     words: np.ndarray  # int64 [N]: tokens that are no CJK character
+    cjk: np.ndarray  # bool [tokens]: the others
 
 
 @functools.cache
@@ -161,8 +162,9 @@ def tokens(texts: list[str]) -> Tokens:
     np.cumsum(sums, out=sums)
     hashes = mixed((sums.take(last) - sums.take(first)) * inverses.take(first))
     bounds = np.concatenate((np.searchsorted(first, begins), [len(first)]))
-    single = np.concatenate(([0], np.cumsum(cjk.take(first))))
-    return Tokens(hashes, bounds, counts, np.diff(bounds) - (single[bounds[1:]] - single[bounds[:-1]]))
+    character = cjk.take(first)
+    single = np.concatenate(([0], np.cumsum(character)))
+    return Tokens(hashes, bounds, counts, np.diff(bounds) - (single[bounds[1:]] - single[bounds[:-1]]), character)
 
 
 def _codes(texts: list[str]) -> np.ndarray:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
 
 # A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and `size` of the normalised text; `hash` of the
 # latter; `address`: hash of its URL; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that
-# could be read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see data/steps.py) and `changed` (what was
-# done to its text: JSON).
-OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "address", "signature", "counted", "language", "kind", "statistics", "failed", "changed")
+# could be read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see data/steps.py), `changed` (what was
+# done to its text: JSON) and `matched` (the evaluation set that it has text of, and its items: JSON).
+OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "address", "signature", "counted", "language", "kind", "statistics", "failed", "changed", "matched")
 BATCH_CHARACTERS = 1 << 18  # texts hashed at a time: numpy's arrays of a batch then stay in the cache (1 << 22: half the speed)
 
 

@@ -1,0 +1,152 @@
+"""Cleaning and deduplication beside datatrove 0.10.1, in one run on this machine.
+
+    python benchmarks/clean.py                    everything: about ten minutes of CPU
+    python benchmarks/clean.py --sections near    near duplicates alone
+    python benchmarks/clean.py --peer VENV        datatrove's environment, made there if it does not exist
+
+Every figure is CPU seconds of whole processes, start, reading and writing included; the last line is one JSON object. The corpus is that of benchmarks/corpus.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from corpus import corpus  # noqa: E402
+from meter import Cost, measured  # noqa: E402
+
+PEER = ("datatrove[io,processing]==0.10.1", "spacy==3.8.18", "jieba==0.42.1")  # without spacy datatrove's English MinHash does not start, without jieba its Chinese one
+# Bounds that no document crosses: the stage then reads, normalises, deduplicates and writes.
+NO_FILTERS = {"min_tokens": 1, "min_letters": 0, "max_garbled": 1, "max_mean_word": 1e9, "max_repeated_lines": 1, "max_repeated_shingles": 1}
+LANGUAGES = ("en", "zh")
+
+
+def peer(folder: Path) -> Path:
+    """The Python of datatrove's environment."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    if subprocess.run([python, "-c", "import datatrove, spacy, jieba"], capture_output=True).returncode:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PEER], check=True)
+    return python
+
+
+def clean(folder: Path, sources: dict[str, Path], workers: int, **block) -> tuple[Cost, Path]:
+    """Run our stage; returns its cost and the folder that it published."""
+    recipe = folder / "recipe.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = {"sources": {name: {"path": str(path)} for name, path in sources.items()}, "holdout": 0, "workers": workers, **block}
+    recipe.write_text(json.dumps({"name": "bench", "output": str(folder / "runs"), "stages": {"clean": stage}}))
+    cost = measured([sys.executable, str(HERE.parent / "pipeline/clean.py"), str(recipe)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return cost, folder / "runs/bench/clean/current"
+
+
+def megabytes(files: dict[str, Path]) -> float:
+    return sum(files[name].stat().st_size for name in LANGUAGES) / 1e6
+
+
+# ---- near duplicates -------------------------------------------------------------------------------------------------------
+
+
+def near(folder: Path, files: dict[str, Path], python: Path | None) -> dict:
+    """MinHash, 14 bands of 8 rows, 5-grams: our stage without filters beside datatrove's four steps. A pair is found if one of it, and not both, was removed."""
+    truth, found = json.loads(files["truth"].read_text()), {}
+    size = megabytes(files)
+    ours, published = clean(folder / "ours", {name: files[name] for name in LANGUAGES}, 1, filters=NO_FILTERS)
+    found["mb_per_cpu_s"] = size / ours.cpu
+    print(f"ours: {size:.1f} MB, {ours.cpu:.1f} CPU-s, {ours.peak:.2f} GB, {size / ours.cpu:.2f} MB per CPU-s", flush=True)
+    merged = total = 0
+    for name in LANGUAGES:
+        score = judged(truth[name], kept_by_us(published, name, files[name]), name, "ours")
+        found[f"recall_{name}"] = score["recall"]
+        merged, total = merged + score["merged"], total + score["low"]
+    found["false_merge"] = merged / total
+    if python:
+        spent = 0.0
+        for name in LANGUAGES:
+            cost = measured([str(python), str(HERE / "peer_near.py"), name, str(files[name]), str(folder / "peer" / name)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+            spent += cost.cpu
+            part = files[name].stat().st_size / 1e6
+            print(f"datatrove {name}: {part:.1f} MB, {cost.cpu:.1f} CPU-s, {cost.peak:.2f} GB, {part / cost.cpu:.2f} MB per CPU-s", flush=True)
+            judged(truth[name], kept_by_datatrove(folder / "peer" / name / "out"), name, "datatrove")
+        found["dedup_ratio"] = spent / ours.cpu
+    return found
+
+
+def kept_by_us(published: Path, name: str, file: Path) -> set[str]:
+    """Ids of the corpus that were kept: places in the ledger of rejected records name lines."""
+    import zstandard
+
+    with open(file, encoding="utf-8") as handle:
+        ids = [json.loads(line)["id"] for line in handle]
+    rejected = zstandard.ZstdDecompressor().stream_reader((published / "rejected" / f"{name}.jsonl.zst").read_bytes()).read().decode()
+    for line in rejected.splitlines():
+        ids[int(json.loads(line)["place"].rpartition(":")[2]) - 1] = ""
+    return set(ids) - {""}
+
+
+def kept_by_datatrove(folder: Path) -> set[str]:
+    import gzip
+
+    return {json.loads(line)["id"] for path in folder.glob("*.jsonl.gz") for line in gzip.open(path, "rt", encoding="utf-8")}
+
+
+def judged(pairs: list, kept: set[str], name: str, who: str) -> dict:
+    planted = [(similarity, (a in kept) + (b in kept)) for a, b, similarity in pairs]
+    high = [number < 2 for similarity, number in planted if similarity >= 0.8]
+    low = [number < 2 for similarity, number in planted if similarity < 0.6]
+    bins = ", ".join(
+        f"{begin / 10:.1f}: {sum(hits) / max(1, len(hits)):.3f}"
+        for begin in range(3, 10)
+        for hits in [[number < 2 for similarity, number in planted if begin / 10 <= similarity < (begin + 1) / 10]]
+    )
+    print(f"  {who} {name}: recall {sum(high) / len(high):.3f} of {len(high)} pairs at J >= 0.8; {sum(low)} of {len(low)} merged below 0.6; both gone {sum(n == 0 for _, n in planted)}; found by J: {bins}")
+    return {"recall": sum(high) / len(high), "merged": sum(low), "low": len(low)}
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+
+def memory(folder: Path, files: dict[str, Path]) -> dict:
+    """Peak memory, summed over two workers and the parent, on the corpus and on one that is four times larger; everything of deduplication is on."""
+    larger = corpus(folder / "corpus-4", times=4)
+    block = {"dedup": {"lines": 8, "runs": 50}}
+    one, _ = clean(folder / "memory-1", {name: files[name] for name in LANGUAGES}, 2, **block)
+    four, _ = clean(folder / "memory-4", {name: larger[name] for name in LANGUAGES}, 2, **block)
+    print(f"memory: {one.peak:.3f} GB at {megabytes(files):.0f} MB, {four.peak:.3f} GB at {megabytes(larger):.0f} MB; {megabytes(files) / one.cpu:.2f} and {megabytes(larger) / four.cpu:.2f} MB per CPU-s")
+    return {"peak_gb": one.peak, "peak_growth": four.peak / one.peak - 1}
+
+
+SECTIONS = ("near", "memory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="where to work; by default a folder that is deleted at the end")
+    parser.add_argument("--peer", type=Path, help="environment of datatrove; by default one below --folder")
+    parser.add_argument("--alone", action="store_true", help="measure us only")
+    parser.add_argument("--sections", nargs="*", default=SECTIONS, choices=SECTIONS)
+    words = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (words.folder or Path(scratch)).absolute()
+        python = None if words.alone else peer(words.peer.absolute() if words.peer else folder / "peer-venv")
+        files = corpus(folder / "corpus")
+        print(f"corpus: {megabytes(files):.1f} MB", flush=True)
+        found: dict = {}
+        with tempfile.TemporaryDirectory(dir=folder) as runs:
+            if "near" in words.sections:
+                found.update(near(Path(runs), files, python))
+            if "memory" in words.sections:
+                found.update(memory(folder if words.folder else Path(runs), files))
+        print(json.dumps({key: round(value, 4) for key, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
