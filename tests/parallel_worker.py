@@ -44,6 +44,12 @@ def micro_batches(settings, engine, step: int, spoil: str | None = None) -> list
     return found
 
 
+def with_positions(batches: list[dict]) -> list[dict]:
+    """The same, said: as with document_mask, whose steps have positions and whose evaluations have none, so that a pipeline sends now two tensors and now one."""
+    places = [torch.arange(batch["inputs"]["input_ids"].shape[1]).expand_as(batch["inputs"]["input_ids"]) for batch in batches]
+    return [{**batch, "inputs": {**batch["inputs"], "position_ids": at.contiguous()}} for batch, at in zip(batches, places, strict=True)]
+
+
 def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
     """Six steps with an evaluation before and after; for one process too, which is the reference. `folder`: also save in the middle, resume and compare."""
     from test_engine import config, spoiled
@@ -60,7 +66,7 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
         return engine.build(made, spoiled, settings)
 
     trainer = fresh()
-    found = {"before": trainer.evaluate(micro_batches(settings, trainer, 90))["loss"], "steps": []}
+    found = {"before": trainer.evaluate(with_positions(micro_batches(settings, trainer, 90)))["loss"], "steps": []}
     for step in range(STEPS):
         found["steps"].append(trainer.step(micro_batches(settings, trainer, step)))
         if folder and step == 2:

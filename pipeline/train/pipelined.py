@@ -113,9 +113,9 @@ class Pipelined(Engine):
 
     def _begin(self, micro_batches, counted, scale: float):
         self.micro_batches, self.counted, self.sums, self.scale = micro_batches, counted, Sums(), scale
-        shapes = [tuple(batch["inputs"]["input_ids"].shape) for batch in micro_batches]
-        assert len(set(shapes)) == 1, "micro-batches of a pipeline must have one shape"
-        if shapes[0] != self.shape:
+        shapes = [[(key, *value.shape) for key, value in batch["inputs"].items()] for batch in micro_batches]
+        assert all(shape == shapes[0] for shape in shapes), "micro-batches of a pipeline must have one shape"
+        if shapes[0] != self.shape:  # with positions, two tensors travel between stages: a stage that expects one would wait for ever
             self.engine.reset_activation_shape()
             self.shape = shapes[0]
         if self.head:  # on the last stage the k-th forward of a step is its k-th micro-batch
