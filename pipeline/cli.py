@@ -119,6 +119,23 @@ def verify_resume(
         raise typer.Exit(1)
 
 
+@verify_app.command("dedup")
+def verify_dedup(
+    recipe: RecipeFile,
+    words: Words = None,
+    pairs: Annotated[int, typer.Option("--pairs", min=50, help="Near duplicates to plant in each language.")] = 600,
+    recall: Annotated[float | None, typer.Option("--recall", help="Least recall at similarities of 0.8 and above; by default what theory expects, less three standard errors.")] = None,
+    false_merges: Annotated[float, typer.Option("--false-merges", help="Largest share of pairs below 0.6 that may be merged.")] = 0.08,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sample's edits.")] = 0,
+) -> None:
+    """Plant known near duplicates in a sample of the recipe's own corpus and count what is found. Exit code 1: less than the bar."""
+    from pipeline.verify.dedup import prove
+
+    stages, overrides = _split(words)
+    if not prove(load(recipe, overrides), _one(stages), pairs=pairs, recall=recall, false_merges=false_merges, seed=seed):
+        raise typer.Exit(1)
+
+
 def _one(stages: list[str]) -> str | None:
     if len(stages) > 1:
         raise UserError(f"one stage at a time: {', '.join(stages)} were given")

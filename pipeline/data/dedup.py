@@ -107,13 +107,13 @@ def signed(texts: list[str], near: Near) -> "np.ndarray":
     return signatures(*shingles(tokens(texts), near.shingle), near.bands * near.rows)
 
 
-def near_duplicates(texts: list[str], similarity: float = 0.7) -> "np.ndarray":
+def near_duplicates(texts: list[str], similarity: float = 0.7, near: Near | None = None) -> "np.ndarray":
     """Cluster of each text: the smallest index of a text in its cluster, int64 [N]. For texts that fit in memory; they are hashed some megabytes at a time."""
     import tempfile
 
     import numpy as np
 
-    near = Near(similarity=similarity)
+    near = near or Near(similarity=similarity)
     tables, batch, length = [np.zeros((0, near.bands * near.rows), np.uint32)], [], 0
     for index, text in enumerate(texts):
         batch.append(text)
