@@ -238,6 +238,8 @@ def _source_identity(node: Node) -> dict | None:
     if getattr(node.config, "decontaminate", None):
         sources |= {f"decontaminate.{name}": source for name, source in node.config.decontaminate.sets.items()}
     found = identify(sources, cache=node.folder.parent / ".hashes.json")
+    if examples := getattr(node.config, "examples", {}):
+        found = {**found, "@examples": identify(examples, cache=node.folder.parent / ".hashes.json")}
     lists = getattr(node.config, "lists", [])  # block lists and the like: they count by what they hold
     return {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]} if lists else found
 

@@ -30,6 +30,7 @@ from pipeline.data.dedup import Dedup
 from pipeline.data.filters import Filters
 from pipeline.data.language import Language
 from pipeline.data.mask import Mask
+from pipeline.data.models import Perplexity, Quality
 from pipeline.data.pool import Pool
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
@@ -42,7 +43,7 @@ from pipeline.tracking import Progress
 if TYPE_CHECKING:
     from pipeline.data.steps import Steps
 
-VERSION = 4
+VERSION = 5
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
@@ -62,6 +63,12 @@ class Config(StageConfig):
     """Lists of phrases and addresses that leave a document out."""
     mask: Mask = Mask()
     """Personal data and secrets that are replaced; none unless named."""
+    examples: dict[str, Source] = {}
+    """Sources that train the two models below and are no part of the corpus."""
+    quality: Quality = Quality()
+    """A classifier trained from examples."""
+    perplexity: Perplexity = Perplexity()
+    """A language model trained from examples."""
     dedup: Dedup = Dedup()
     """What counts as a duplicate, which one stays, and what repeated text is taken out. `inputs: {earlier: FOLDER}` compares with an earlier output of clean, too."""
     decontaminate: Decontaminate | None = None
@@ -93,6 +100,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
     for name, source in config.sources.items():
         if not any(work.glob(f"*/{name}/*")):  # a resumed run has seen that there is something to read
             _try(source, name)
+    if config.quality.good or config.perplexity.like:
+        from pipeline.data import models
+
+        models.train(config.examples, config.quality, config.perplexity, output.path / "models")
     for _ in range(3):
         try:
             return _run(config, inputs, output, work)
@@ -233,8 +244,8 @@ def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Prog
 def _steps(config: Config, work: Path) -> "Steps":
     from pipeline.data.steps import Steps
 
-    blocks = {field: getattr(config, field) for field in Steps.__dataclass_fields__ if field != "runs"}
-    return Steps(**blocks, runs=work / "evaluation" if config.decontaminate else None)
+    blocks = {field: getattr(config, field) for field in Steps.__dataclass_fields__ if field not in ("runs", "models")}
+    return Steps(**blocks, runs=work / "evaluation" if config.decontaminate else None, models=work.parent / "models")
 
 
 def _prefix(records: dict[int, int]) -> int:

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 
+from pipeline.data import models
 from pipeline.data import steps as doing
 
 SAMPLES = 5
@@ -19,6 +20,7 @@ class Rejections:
     """Sums over outcomes; `add` takes them in any order, and `report` is the same."""
 
     def __init__(self, steps: "doing.Steps"):
+        self.models = models.report(steps.models)
         self.names, self.rules = map(list, zip(*doing.reasons(steps), strict=True))
         size = len(self.names)
         self.documents, self.bytes = np.zeros(3, np.int64), np.zeros(3, np.int64)
@@ -107,6 +109,7 @@ class Rejections:
         return {
             "documents": int(self.documents.sum()), "bytes": int(self.bytes.sum()), "rejected": rejected, "judged_as": {kind: int(self.documents[i]) for i, kind in enumerate(KINDS)},
             "languages": {code: {"documents": counts[0], "rejected": counts[1]} for code, counts in sorted(self.languages.items(), key=lambda item: (-item[1][0], item[0])) if code}, "rules": rules,
+            **({"models": self.models} if self.models else {}),
             "changed": {what: {"documents": sums[0], "times": sums[1]} for what, sums in sorted(self.changed.items())},
         }  # fmt: skip
 

@@ -18,6 +18,7 @@ from pipeline.data.dedup import Dedup, Near, signatures, signed
 from pipeline.data.filters import BASIC, Filters, measure
 from pipeline.data.language import Language, detect, kinds, kinds_by_script
 from pipeline.data.mask import Mask, masked
+from pipeline.data.models import Perplexity, Quality, perplexities, scores
 from pipeline.data.repair import Repair, repaired
 from pipeline.data.rules import Rule, Rules, active
 from pipeline.data.sources import EXCERPT
@@ -34,6 +35,9 @@ class Steps:
     repair: Repair = Repair()
     block: Block = Block()
     mask: Mask = Mask()
+    quality: Quality = Quality()
+    perplexity: Perplexity = Perplexity()
+    models: Path = Path()  # where the trained models are
     dedup: Dedup = Dedup()
     decontaminate: Decontaminate | None = None
     runs: Path | None = None  # the file of decontaminate.save
@@ -46,7 +50,9 @@ def columns(steps: Steps) -> list[str]:
         from pipeline.data.statistics import NAMES
 
         found += NAMES
-    return found + ["blocked_words"] * bool(steps.block.words)
+    for name, used in (("blocked_words", steps.block.words), ("quality", steps.quality.good), ("perplexity", steps.perplexity.like)):
+        found += [name] * bool(used)
+    return found
 
 
 def reasons(steps: Steps) -> list[tuple[str, Rule | None]]:
@@ -61,6 +67,11 @@ def reasons(steps: Steps) -> list[tuple[str, Rule | None]]:
     found += [(rule.reason, rule) for rule in active(steps.filters, steps.rules)]
     if steps.block.words:
         found.append(("blocked_words", Rule("blocked_words", "block.min_words", columns(steps).index("blocked_words"), True, (steps.block.min_words - 0.5,) * 3)))
+    if steps.quality.good:
+        found.append(("low_quality", Rule("low_quality", "quality.min_score", columns(steps).index("quality"), False, (steps.quality.min_score,) * 3)))
+    if steps.perplexity.like:
+        bounds = [float("nan") if bound is None else bound for bound in (steps.perplexity.max_en, steps.perplexity.max_zh, None)]
+        found.append(("high_perplexity", Rule("high_perplexity", "perplexity.max_{}", columns(steps).index("perplexity"), True, tuple(bounds))))
     return found
 
 
@@ -81,10 +92,10 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
     if steps.block.urls:
         marks["blocked_url"] = np.array([blocked(row.get("url") or "", tuple(steps.block.urls)) for row, _ in raw])
     if steps.language.keep:
-        codes, scores = detect(texts)
+        codes, sure = detect(texts)
         kind = kinds(codes)
         marks["language"] = np.array([code not in steps.language.keep for code in codes])
-        marks["uncertain_language"] = ~marks["language"] & (scores < steps.language.min_confidence)
+        marks["uncertain_language"] = ~marks["language"] & (sure < steps.language.min_confidence)
 
     if steps.decontaminate:
         from pipeline.data.decontaminate import load, matches
@@ -105,6 +116,10 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         values.append(published)
     if steps.block.words:
         values.append(phrases(tuple(steps.block.words)).count(hashed)[:, None])
+    if steps.quality.good:
+        values.append(scores(hashed, steps.models)[:, None])
+    if steps.perplexity.like:
+        values.append(perplexities(hashed, steps.models)[:, None])
     measured = np.concatenate(values, axis=1).astype(np.float32)
     failed = np.stack([marks[name] if rule is None else rule.fails(measured, kind) for name, rule in reasons(steps)], axis=1)
 
