@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import threading
 import time
 
@@ -200,6 +201,19 @@ def test_what_stays_is_the_newest_those_of_a_grid_and_the_best(tmp_path):
     assert steps_in(path) == [2, 4, 6]
     assert json.loads((path / "checkpoints" / "losses.json").read_text())["2"] == 3.0
     assert not list((path / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_ahead_of_the_run_crowds_no_valid_one_out(tmp_path, monkeypatch):
+    """The newest of keep: 1 is damaged and passed over; what the run saves before it gets there again must stay, so that a kill on the way loses nothing."""
+    *_, path = run(tmp_path, save={"every_steps": 2, "keep": 9})
+    file = path / "checkpoints" / "step-000006" / "model-00000.safetensors"
+    file.write_bytes(b"damaged")
+    shutil.rmtree(path / "checkpoints" / "step-000004")
+    step = engine.Engine.step
+    monkeypatch.setattr(engine.Engine, "step", lambda self, *given: step(self, *given) if self.step_count < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, save={"every_steps": 2, "keep": 1})
+    assert steps_in(path) == [4]
 
 
 def test_keeping_the_best_needs_steps_that_are_saved_and_evaluated():

@@ -73,6 +73,17 @@ def test_time_becomes_steps_once_and_is_kept_over_kills(world):
     assert files_of(published(world, "again")) == files_of(published(world, "timed"))
 
 
+def test_a_rollback_at_the_step_that_would_settle_puts_it_off(tmp_path):
+    """Times are measured anew after a rollback (loop.py): a step that has none yet decides nothing, and no learning rate of the steps so far depends on the end."""
+    settings = Config(kind="pretrain", time="1h", batch_size=8, sequence_length=32, seed=0, inputs={})
+    output = type("Output", (), {"path": tmp_path, "is_main": True, "spent": lambda self: 100.0})()
+    found = horizon.Horizon(settings, output, 0)
+    assert found.settle(20, None, 0.0) is None and found.steps is None
+    assert "3,523 steps" in found.settle(23, 1.0, 0.0)
+    again = horizon.Horizon(settings, output, 10)
+    assert again.steps == found.steps == 3523 and [again.learning_rate(step) for step in (21, 23)] == [3e-4, 3e-4] and again.learning_rate(24) < 3e-4
+
+
 @pytest.mark.parametrize("text, seconds", [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("1.5d", 129600), ("45s", 45)])
 def test_lengths_of_time(text, seconds):
     assert horizon.seconds_of(text) == seconds

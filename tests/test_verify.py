@@ -8,7 +8,9 @@ import pytest
 import tiny
 
 from pipeline import cli
+from pipeline.recipe import load
 from pipeline.verify import parallel, resume
+from pipeline.verify.shrink import prepare
 
 TESTS = Path(__file__).parent
 
@@ -107,3 +109,12 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     assert alma(monkeypatch, tmp_path, "verify", *words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_keys_that_a_small_copy_cannot_have_are_left_out(tmp_path):
+    """Samples longer than its rows, and keep_best on a grid of thousands of steps: the recipe is sound, so the proof must be possible."""
+    more = "    evaluate_every: 1000\n    samples: {every_steps: 10, prompts: [ape], max_new_tokens: 1000}\n"
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE.replace("{every_steps: 2, keep: 2}", "{every_steps: 1000, keep_best: true}").replace("steps: 6", "steps: 5000") + more)
+    config = prepare(load(tmp_path / "recipe.yaml"), "pretrain", tmp_path / "work", 12).config
+    config.check(2)
+    assert config.samples is None and not config.save.keep_best

@@ -194,7 +194,7 @@ class Saver:
 
     def _superfluous(self) -> list[Path]:
         there = complete(self.folder)
-        kept = set(there[-self.options.keep :])
+        kept = set([path for path in there if _step(path) <= self.step][-self.options.keep :])  # a newer one is damaged: the run went on from before it
         if self.options.keep_every:
             kept |= {path for path in there if _step(path) % self.options.keep_every == 0}
         losses = self.losses

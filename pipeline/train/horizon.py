@@ -71,8 +71,9 @@ class Horizon:
         """
         from pipeline.train import distributed
 
-        if self.steps is not None or step < self.hold:
+        if self.steps is not None or step < self.hold or step_seconds is None:  # a rollback begins to time anew
             return None
+        self.hold = step
         often = self.config.evaluate_every
         each = step_seconds + (evaluation / often if often else 0.0)
         left = self.seconds - self.output.spent() - evaluation if self.output.is_main else 0.0

@@ -115,6 +115,7 @@ def fit(
                             saver.save(engine.step_count, state, wait=True)
                         raise UserError(guard.farewell(output, step, reason))
                     if verdict == "rollback":
+                        phases.enter("load")  # may take long: all files are read, and hashed before
                         saver.finish()
                         faults.point("rollback")
                         path, saved = checkpoints.newest(output)

@@ -108,6 +108,8 @@ def prepare(recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = 
             "compile": False,
             "run": RunConfig(),
             "log": type(config.log)(every_steps=1),
+            "samples": None,  # prompts may be longer than the shortened rows
+            "save": config.save.model_copy(update={"keep_best": False}),  # among so few steps none may be both saved and evaluated
         }
     )
     return Prepared(stage, settings, tokens, tokenizer, lines)
