@@ -68,9 +68,10 @@ _SECRET = re.compile(
     r"|(?i:(?<=aws_secret_access_key)[\"' ]{0,3}[=:][\"' ]{0,3}[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+]))"
 )
 # What must stand in a text before the expression of a kind is worth running: reading a text for a sign costs a hundredth of it.
-_HINTS = ("-----BEGIN", "AKIA", "ASIA", "A3T", "AGPA", "AROA", "AIPA", "ANPA", "ANVA", "gh", "glpat-", "xox", "AIza", "sk-", "k_live_", "npm_", "pypi-", "hf_", "eyJ", "secret_access_key", "SECRET_ACCESS_KEY")
+_HINTS = ("-----BEGIN", "AKIA", "ASIA", "A3T", "AGPA", "AROA", "AIPA", "ANPA", "ANVA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "AIza", "sk-", "k_live_", "npm_", "pypi-", "hf_", "eyJ", "secret_access_key", "SECRET_ACCESS_KEY")
 _EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])")
-_IP4 = re.compile(r"(?<![\d.vV])(?<!ersion )(?<!版本)(?<!版本 )(?:\d{1,3}\.){3}\d{1,3}(?![\d.]*\d)")
+# The digit comes before what must not stand before it: an expression that begins with a class of characters is tried only there.
+_IP4 = re.compile(r"\d(?<![\d.vV].)(?<!ersion .)(?<!版本.)(?<!版本 .)\d{0,2}(?:\.\d{1,3}){3}(?![\d.]*\d)")
 _IP6 = re.compile(r"(?<![0-9A-Za-z:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::|[0-9A-Fa-f]{1,4})(?:[0-9A-Fa-f:]*[0-9A-Fa-f])?(?![0-9A-Za-z:])")
 _CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-]*\d)")
 _ID = re.compile(r"(?<![0-9A-Za-z])[1-8]\d{16}[0-9Xx](?![0-9A-Za-z])")
@@ -84,6 +85,7 @@ _RULES: dict[str, list[tuple[re.Pattern, Callable[[str], bool]]]] = {
     "secret": [(_SECRET, _always)], "email": [(_EMAIL, _always)], "ip": [(_IP4, _address), (_IP6, _address)], "card": [(_CARD, _card)],
     "id_zh": [(_ID, _identity)], "mobile_zh": [(_MOBILE, _always)], "phone": [(_PHONE, _phone)],
 }  # fmt: skip
+_COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _SEVEN = re.compile(r"\d(?:[^\w\n]{0,2}\d){6}")
 
 
@@ -106,6 +108,8 @@ def masked(text: str, mask: Mask) -> tuple[str, dict[str, int]]:
                 continue
         word = mask.form.format(kind.upper())
         for expression, true in _RULES[kind]:
+            if expression is _IP6 and not _COLONS.search(text):
+                continue
             found = 0
 
             def replace(match: re.Match) -> str:

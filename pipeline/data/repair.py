@@ -61,7 +61,7 @@ def unbroken(text: str) -> str:
 
 
 def _from_gbk(text: str) -> str | None:
-    """UTF-8 read as GBK. Chinese that is really written so is no valid UTF-8 when it is packed as GBK again: of 20,000 passages none (docs/log.md)."""
+    """UTF-8 read as GBK. Chinese that is really written so is no valid UTF-8 when it is packed as GBK again: of 67,568 passages none (docs/log.md)."""
     han = "".join(_HAN.findall(text[:2000]))[:200]
     if len(han) < 4 or sum(sign in _COMMON for sign in han) * 20 > len(han):
         return None
