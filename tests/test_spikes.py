@@ -122,6 +122,20 @@ def test_rollback_goes_back_and_past_the_rows_and_kills_around_it_change_nothing
     assert files_of(world / "back/tiny/pretrain/current") == files_of(world / "rollback/tiny/pretrain/current")
 
 
+def test_a_branch_of_a_run_that_rolled_back_reads_the_rows_that_its_parent_reads(world, skipped):
+    """From the last checkpoint but one, with the parent's own settings: the same bytes, so the skipped rows came along; its counts are its own."""
+    if not (world / "rollback").exists():
+        assert train(world, "rollback", "pretrain.spikes.rollbacks=9")[0] == 0
+    text = (world / "recipe.yaml").read_text()
+    own = text.partition("  pretrain:\n")[2].replace("tokenizer: ./tokenizer}", "tokenizer: ./tokenizer, model: pretrain}").replace("sigma: 6", "policy: rollback, rollbacks: 9, sigma: 6")
+    (world / "branch.yaml").write_text(f"{text}  decay:\n    kind: pretrain\n    from_step: {STEPS - STEPS % 5}\n{own}")
+    words = ("output=rollback", "pretrain.spikes.policy=rollback", "pretrain.spikes.rollbacks=9")
+    succeed("pretrain", "branch.yaml", "--stage", "decay", *words, cwd=world)
+    parent, child = (files_of(world / "rollback/tiny" / name / "current") for name in ("pretrain", "decay"))
+    assert child["model/model.safetensors"] == parent["model/model.safetensors"]
+    assert json.loads((world / "rollback/tiny/decay/current/manifest.json").read_text())["metrics"]["rollbacks"] == 0
+
+
 def test_after_its_number_of_rollbacks_it_stops(world):
     """Everything above a hundredth of a deviation is a spike here."""
     code, said = train(world, "rollback", "pretrain.spikes={policy: rollback, sigma: 0.01, window: 4, rollbacks: 1, in_a_row: 50}", runs="often")

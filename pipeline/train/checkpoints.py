@@ -228,10 +228,15 @@ def newest(output: Output) -> tuple[Path, dict] | None:
     for path in reversed(distributed.from_main(complete(folder))):
         found = damage(path)
         if found is None:
-            return path, json.loads((path / MARKER).read_text(encoding="utf-8"))["state"]
+            return path, state_of(path)
         if output.is_main:
             print(f"checkpoint {path} is damaged ({found}) and passed over", flush=True)
     return None
+
+
+def state_of(path: Path) -> dict:
+    """The loop's state, saved with a checkpoint."""
+    return json.loads((path / MARKER).read_text(encoding="utf-8"))["state"]
 
 
 def of_step(folder: Path, step: int, what: str) -> Path:

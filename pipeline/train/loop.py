@@ -16,7 +16,7 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
 from pipeline.train.horizon import CALIBRATION, Horizon
 from pipeline.train.meters import Meters, Text
-from pipeline.train.spikes import Guard, tell
+from pipeline.train.spikes import Guard, inherited, tell
 from pipeline.train.stop import StopSignal, saved_step, stop
 
 
@@ -61,7 +61,7 @@ def fit(
     saver = checkpoints.Saver(output, [engine], config.save)
     found = checkpoints.newest(output)
     if found or branch:
-        path, saved = found or (branch, {})
+        path, saved = found or (branch, inherited(checkpoints.state_of(branch)))
         changed = engine.load(path)
         state.update(saved)
         if output.is_main:

@@ -114,6 +114,11 @@ class Guard:
         )
 
 
+def inherited(saved: dict) -> dict:
+    """What a branch takes over of the state of its parent: the statistics, and the skipped rows, without which it would read others than its parent does."""
+    return {"spikes": {**saved["spikes"], "in_a_row": 0, "count": 0, "rollbacks": 0}} if "spikes" in saved else {}
+
+
 def tell(output: Output, step: int, reason: str, stats: dict, rows: list[dict]) -> None:
     """Say that a step was not applied, and write its rows to logs/spikes/step-000123.jsonl: first the step, then every row of the global batch."""
     if not output.is_main:
