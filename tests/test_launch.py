@@ -56,7 +56,7 @@ def job(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProc
 import json, os
 print(json.dumps({{kind: {{"kind": kind, "state": "up to date" if os.path.exists(f"{folder}/{{kind}}/done") else "missing", "folder": f"{folder}/{{kind}}"}} for kind in ("clean", "pretrain")}}))
 P""",
-        "srun": f'echo "srun $@" >> {folder}/calls; for last; do :; done; cd {folder}/$last; rm -f requeue.json; {srun}',
+        "srun": f'echo "srun $@" >> {folder}/calls; for last; do :; done; cd {folder}/$last; {srun}',
         "python": 'exec python3 "$@"',
     }
     for name, body in tools.items():
@@ -102,6 +102,14 @@ def test_a_job_that_may_go_on_is_queued_again_until_it_makes_no_progress(tmp_pat
     answer = job(tmp_path, leaves(200), ALMA_TRIES="1")
     assert answer.returncode == 76 and "1 tries ended at step 200" in answer.stdout
     assert len(calls(tmp_path, "scontrol requeue 7")) == 4
+
+
+def test_the_word_of_the_start_before_is_not_taken_for_this_ones(tmp_path):
+    """A start that fails before its first step has not yet taken the old word away."""
+    job(tmp_path, "[ $last = clean ] && touch done")
+    assert job(tmp_path, leaves(100)).returncode == 0
+    answer = job(tmp_path, "exit 2")
+    assert answer.returncode == 2 and "left no word" in answer.stdout and len(calls(tmp_path, "scontrol requeue")) == 1
 
 
 @pytest.mark.parametrize("end", ["exit 2", "exit 1", "kill -9 $$"], ids=["mistake or spike", "exception", "killed"])
