@@ -21,6 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from corpus import corpus  # noqa: E402
 from meter import Cost, measured  # noqa: E402
+from rules import rules  # noqa: E402
 
 PEER = ("datatrove[io,processing]==0.10.1", "spacy==3.8.18", "jieba==0.42.1")  # without spacy datatrove's English MinHash does not start, without jieba its Chinese one
 # Bounds that no document crosses: the stage then reads, normalises, deduplicates and writes.
@@ -124,7 +125,30 @@ def memory(folder: Path, files: dict[str, Path]) -> dict:
     return {"peak_gb": one.peak, "peak_growth": four.peak / one.peak - 1}
 
 
-SECTIONS = ("near", "memory")
+# ---- filters and near duplicates together ------------------------------------------------------------------------------------
+
+
+def whole(folder: Path, files: dict[str, Path], python: Path | None) -> dict:
+    """The steps that both have, one after the other, on a quarter of the English documents: all published rules, then near duplicates."""
+    part = folder / "whole.jsonl"
+    with open(files["en"], encoding="utf-8") as handle:
+        part.write_text("".join(line for number, line in enumerate(handle) if number % 4 == 0), encoding="utf-8")
+    size = part.stat().st_size / 1e6
+    ours, published = clean(folder / "whole-ours", {"en": part}, 1, filters=NO_FILTERS, rules={"use": ["gopher_repetition", "gopher_quality", "c4", "fineweb"]})
+    total = json.loads((published / "report.json").read_text())["total"]
+    print(f"whole, ours: {size:.1f} MB, {ours.cpu:.1f} CPU-s, {size / ours.cpu:.2f} MB per CPU-s, kept {total['documents_out']} of {total['read']}", flush=True)
+    if not python:
+        return {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rules = measured([str(python), str(HERE / "peer_rules.py"), str(part), str(folder / "whole-rules")], env=environment)
+    left = next((folder / "whole-rules/out").glob("*.jsonl.gz"))
+    near = measured([str(python), str(HERE / "peer_near.py"), "en", str(left), str(folder / "whole-near")], env=environment)
+    cpu, kept = rules.cpu + near.cpu, len(kept_by_datatrove(folder / "whole-near/out"))
+    print(f"whole, datatrove: {cpu:.1f} CPU-s, {size / cpu:.2f} MB per CPU-s, kept {kept}", flush=True)
+    return {"whole_ratio": cpu / ours.cpu}
+
+
+SECTIONS = ("near", "rules", "whole", "memory")
 
 
 def main() -> None:
@@ -143,6 +167,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as runs:
             if "near" in words.sections:
                 found.update(near(Path(runs), files, python))
+            if "rules" in words.sections:
+                found.update(rules(Path(runs) / "rules", python))
+            if "whole" in words.sections:
+                found.update(whole(Path(runs), files, python))
             if "memory" in words.sections:
                 found.update(memory(folder if words.folder else Path(runs), files))
         print(json.dumps({key: round(value, 4) for key, value in found.items()}))

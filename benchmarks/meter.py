@@ -13,7 +13,7 @@ from pathlib import Path
 class Cost:
     cpu: float  # seconds, user and system, of the process and all it waited for
     wall: float
-    peak: float  # GB: largest sum of proportional set sizes (shared pages count once) over the process and its descendants, looked at 10 times a second
+    peak: float  # GB: largest sum of proportional set sizes (shared pages count once) over the process and its descendants, looked at 4 times a second
 
 
 def measured(command: list[str], **options) -> Cost:
@@ -22,7 +22,7 @@ def measured(command: list[str], **options) -> Cost:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
     def watch() -> None:
-        while not ended.wait(0.1):
+        while not ended.wait(0.25):
             peak[0] = max(peak[0], sum(map(_size, _tree(process.pid))) / 1e6)
 
     watcher = threading.Thread(target=watch)

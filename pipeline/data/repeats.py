@@ -5,6 +5,7 @@ of disk for a byte of text: of a run of n tokens at least one of its windows of 
 be repeated where a chosen window is; only the windows of n tokens around those are hashed and sorted. Hashes have 64 bits: a false repeat is expected once in 10**19 / N**2 corpora of N windows.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,8 @@ def _edited(pool, pieces: list[Piece], folder: Path, function: Callable, *argume
 
 def _grouped(paths: list[Path], folder: Path):
     """(position, first of its hash?, number with its hash) of all hashes, part by part."""
-    total = sum(path.stat().st_size for path in paths) // 16
-    for found in together((np.fromfile(path, np.uint64).reshape(-1, 2) for path in paths), total, folder / "parts"):
+    total = sum(path.stat().st_size for path in paths if path.exists()) // 16
+    for found in together(map(_loaded, paths), total, folder / "parts"):
         order = np.lexsort((found[:, 1], found[:, 0]))
         begins = begins_of(found[order, 0])
         yield found[order, 1], begins == np.arange(len(order)), np.bincount(begins, minlength=len(order))[begins]
@@ -127,7 +128,16 @@ def _batches(texts: list[str]):
 
 
 def _saved(path: Path, parts: list[np.ndarray]) -> None:
-    write_atomic(path, np.concatenate(parts).tobytes() if parts else b"")
+    raw = np.concatenate(parts).tobytes() if parts else b""
+    write_atomic(path, raw + zlib.crc32(raw).to_bytes(8, "little"))
+
+
+def _loaded(path: Path) -> np.ndarray:
+    """(hash, position), uint64 [n, 2]. Raises outcomes.Torn."""
+    raw = path.read_bytes() if path.exists() else b""
+    if len(raw) % 16 != 8 or zlib.crc32(raw[:-8]).to_bytes(8, "little") != raw[-8:]:
+        raise outcomes.Torn(path, "is damaged" if path.exists() else "is missing")
+    return np.frombuffer(raw, np.uint64, (len(raw) - 8) // 8).reshape(-1, 2)
 
 
 def _hash_lines(piece: Piece, path: Path, least: int) -> None:
