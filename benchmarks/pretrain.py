@@ -4,7 +4,7 @@
     python benchmarks/pretrain.py --quick    # fewer and shorter rounds, a smaller model: shows that it works, its numbers say little
 
 Each contestant is a process of its own that trains a window of steps, with one checkpoint in it, when it is its turn; turns alternate, and medians over the rounds are
-compared. All compute in bf16 (autocast) with fp32 weights, AdamW fused, gradients clipped to 1.0, metrics every 5 steps. Lines beside: the same model in bf16 throughout.
+compared, ratios within a round, since a machine's speed drifts. All compute in bf16 (autocast) with fp32 weights, AdamW fused, gradients clipped to 1.0, metrics every 5 steps. Lines beside: the same model in bf16 throughout.
 The last line is JSON:
 
     trainer_ratio       tokens/s of alma / the faster of Trainer and Trainer with torch_compile (goal 1.15)
@@ -38,7 +38,7 @@ def sizes(quick: bool) -> dict:
     """Model, batch and windows."""
     if quick:
         return {"layers": 2, "width": 128, "inner": 344, "heads": 4, "vocabulary": 2048, "rows": 4, "length": 128, "window": 6, "rounds": 2}
-    return {"layers": 6, "width": 384, "inner": 1024, "heads": 6, "vocabulary": 8192, "rows": 8, "length": 512, "window": 15, "rounds": 4}
+    return {"layers": 6, "width": 384, "inner": 1024, "heads": 6, "vocabulary": 8192, "rows": 8, "length": 512, "window": 10, "rounds": 8}
 
 
 def model_block(size: dict) -> dict:
@@ -406,9 +406,13 @@ def main() -> None:
     flops = cost.training_flops(model, cost.count(model), size["length"]).full
     lines = [line for turn in found["alma"] for line in turn["lines"] if "seconds/step" in line]
     saves = [line["seconds/save"] for line in lines if "seconds/save" in line]
+
+    def ratio(other: str) -> float:
+        return statistics.median(mine["rate"] / its["rate"] for mine, its in zip(found["alma"], found[other], strict=True))
+
     result = {
-        "trainer_ratio": rates["alma"] / max(rates["trainer"], rates["trainer, compiled"]),
-        "plain_ratio": rates["alma"] / rates["plain, compiled"],
+        "trainer_ratio": ratio(max("trainer", "trainer, compiled", key=rates.get)),
+        "plain_ratio": ratio("plain, compiled"),
         "gemm_share": statistics.median(turn["rate"] * flops / turn["gemm"] for turn in found["alma"]),
         "gemm_share_bf16_throughout": rates["plain, compiled, bf16 throughout"] * flops / statistics.median(turn["gemm"] for turn in found["alma"]),
         "data_wait_share": statistics.median(line["data_wait_share"] for line in lines),

@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline import faults
 from pipeline.errors import UserError
-from pipeline.files import hash_files, now, sha256_file, sync_folder, sync_tree, write_json
+from pipeline.files import damage_of, hash_files, now, sha256_file, sync_folder, sync_tree, write_json
 from pipeline.lock import Lock
 
 SCHEMA_VERSION = 1
@@ -327,16 +327,29 @@ def fork_source(folder: Path, identity: dict, config: dict, stage: str) -> Path:
     refused = "there is none"
     for run in [*reversed(partials(folder)), *([published.path] if published else [])]:
         before = json.loads((run / "run.json").read_text())["identity"]
-        steps = sorted(path.parent for path in run.glob("checkpoints/step-*/complete.json"))
+        steps = sorted((path.parent for path in run.glob("checkpoints/step-*/complete.json")), key=lambda path: int(path.name.removeprefix("step-")))
         changed = differences({key: before.get(key) for key in ("parents", "sources")}, {key: identity.get(key) for key in ("parents", "sources")})
         early = [step for step in steps if int(step.name.removeprefix("step-")) < (config.get("steps") or float("inf"))]
         if steps and changed:
             refused = f"{run.name} was made from other inputs ({'; '.join(changed)})"
         elif steps and not early:
             refused = f"{run.name} is at {steps[-1].name} already and the recipe asks for {config['steps']} steps"
-        elif early:
-            return folder.resolve() / run.name / "checkpoints" / early[-1].name
+        for path in reversed(early if not changed else []):
+            damaged = _torn(path)
+            if damaged is None:
+                return folder.resolve() / run.name / "checkpoints" / path.name
+            print(f"checkpoint {path} is damaged ({damaged}) and passed over", flush=True)
+            refused = f"every one of {run.name} is damaged"
     raise UserError(f"{folder}: --fork found no complete checkpoint of stage {stage} to go on from: {refused}; use --restart to begin anew")
+
+
+def _torn(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by its own marker."""
+    try:
+        files = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["files"]
+        return next((words for name, entry in files.items() if (words := damage_of(checkpoint / name, entry))), None)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return f"complete.json cannot be read: {error}"
 
 
 def _has_work(path: Path) -> bool:

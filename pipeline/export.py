@@ -40,7 +40,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from transformers import AutoModelForCausalLM
 
     from pipeline.data.tokens import load_tokenizer
-    from pipeline.models.build import count, load, quiet
+    from pipeline.models import cost
+    from pipeline.models.build import load, quiet
     from pipeline.train import distributed
 
     distributed.setup()
@@ -73,7 +74,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         raise AssertionError(f"the exported model's likeliest token is the training model's in {agreement:.1%} of {ids.numel()} places, expected {BF16_AGREEMENT:.0%}")
 
     lineage = ancestry(inputs["model"])
-    parameters = count(trained)["total"]
+    parameters = cost.count(trained).total
     card = model_card(inputs["model"], lineage, parameters, config.dtype, difference, agreement, ids.numel())
     write_atomic(output.path / "README.md", card)
     return {

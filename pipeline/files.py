@@ -42,7 +42,7 @@ def sync_tree(folder: Path) -> None:
     """fsync every file below `folder`, then the folders, deepest first."""
     folders = [folder]
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
+        if path.is_symlink() or path.name.endswith(".tmp"):  # the second: of somebody who is writing it now and will rename it (heartbeats of other ranks)
             continue
         if path.is_dir():
             folders.append(path)
@@ -57,6 +57,15 @@ def sync_tree(folder: Path) -> None:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def damage_of(path: Path, entry: dict) -> str | None:
+    """How a file differs from its {sha256, size}, in words, or None."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["size"]:
+        return f"{path.name} has {path.stat().st_size} bytes, expected {entry['size']}"
+    return None if sha256_file(path) == entry["sha256"] else f"{path.name} has another sha256 than when it was written"
 
 
 def hash_files(folder: Path, paths: list[Path]) -> dict[str, dict]:

@@ -121,6 +121,10 @@ class Config(TrainConfig):
             if self.model_changes:
                 raise UserError(f"stage {self.kind}: model_changes are for a model that training goes on with (inputs: {{model: ...}}); write {', '.join(self.model_changes)} into the model block")
             build.check(self.model)
+            if self.parallel.pipeline > 1:
+                from pipeline.models import stages
+
+                stages.check_layers(build.shape(self.model), self.parallel)
             if self.document_mask:
                 build.check_documents(self.model["family"])
 
@@ -214,7 +218,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "tokens_sources": result["sources"],
         "parameters": size.total,
         "flops": tokens * flops.full,
-        "tokens_per_second": round(result["rate"], 1),
+        "tokens_per_second": round(result["rate"], 1) or None,  # none: a start that had nothing left but to publish
         "skipped_steps": result["skipped"],
         "spikes": result["spikes"]["count"],
         "rollbacks": result["spikes"]["rollbacks"],

@@ -18,6 +18,8 @@ from pipeline.errors import UserError
 from pipeline.lock import Lock
 
 IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
+MARKER = b'{"files": {}}'
+TORN = (("checkpoints/step-000015/complete.json", b'{"files": {"state": {"size": 2, "sha256": ""}}}'), ("checkpoints/step-000015/state", b"x"))
 
 
 def make(folder: Path, identity=IDENTITY, content=(("data/one.bin", b"one"), ("two.json", b"{}")), publish=True, **how) -> Output:
@@ -85,10 +87,11 @@ def test_a_run_that_ended_before_any_work_is_in_nobodys_way(tmp_path):
 def test_fork_goes_on_from_the_last_complete_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint"):
         make(tmp_path / "none", fork=True)
-    make(tmp_path / "pack", content=(("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"), ("checkpoints/step-000020/half", b"")))
+    make(tmp_path / "pack", content=(("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER), *TORN, ("checkpoints/step-000020/half", b"")))
     changed = {**IDENTITY, "config": {"a": 2}}
     output = make(tmp_path / "pack", changed, fork=True)
     assert (output.path / "checkpoints/step-000010/complete.json").exists()
+    assert not (output.path / "checkpoints/step-000015").exists(), "its file is cut off: neither forked from nor named as the parent"
     assert not (output.path / "checkpoints/step-000020").exists()
     assert artifact.current(tmp_path / "pack").manifest["forked_from"].endswith("/step-000010")
 
@@ -239,7 +242,7 @@ def _open_and_die(folder, identity, how, fault):
 
 
 def test_death_in_a_fork_keeps_its_lineage_and_the_same_command_goes_on(tmp_path):
-    content = (("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"))
+    content = (("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER))
     make(tmp_path / "pack", content=content, publish=False)
     changed = {**IDENTITY, "config": {"a": 2}}
     process = multiprocessing.get_context("forkserver").Process(target=_open_and_die, args=(str(tmp_path / "pack"), changed, {"fork": True}, "fork:1"))
@@ -254,7 +257,7 @@ def test_death_in_a_fork_keeps_its_lineage_and_the_same_command_goes_on(tmp_path
 
 
 def test_a_fork_needs_the_same_inputs_and_steps_left(tmp_path):
-    content = (("x", b"x"), ("checkpoints/step-000010/complete.json", b"{}"))
+    content = (("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER))
     make(tmp_path / "pack", content=content)
     with pytest.raises(UserError, match=r"made from other inputs \(parents.data: default -> aaa\)"):
         make(tmp_path / "pack", {**IDENTITY, "parents": {"data": "aaa"}}, fork=True)

@@ -232,6 +232,17 @@ def test_a_run_in_parts_is_the_run_in_one(tmp_path):
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000004", "step-000006"], "two newest are kept"
 
 
+def test_dropout_is_another_in_each_step(tmp_path):
+    """The same rows again and again, and no learning to speak of: only the dropout's draws are left to move the loss."""
+    settings = config(schedule={"kind": "constant"}, optimizer={"lr": 1e-12, "weight_decay": 0.0}, log={"every_steps": 1})
+    output = output_in(tmp_path)
+    trainer = engine.build(tiny(attention_dropout=0.5), loss_fn, settings)
+    fit(trainer, settings, output, lambda step: [batch_of(0, range(ROWS))])
+    output.close()
+    lines = [json.loads(line) for line in (output.path / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["loss"] for line in lines if "grad_norm" in line}) == 6
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "marker cut", "no marker"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, harm):
     _, _, path = train(tmp_path, 4)

@@ -105,7 +105,8 @@ def test_tied_embeddings_biases_and_bf16(tied, bias):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
             found = model(ids).logits
         (found.total / 7).backward()
-        assert found.total.item() == pytest.approx(loss, rel=1e-6) and distance(gradients(model), expected) < close
+        # a bf16 kernel adds the bias before or after it rounds, depending on the number of rows
+        assert found.total.item() == pytest.approx(loss, rel=1e-4 if dtype and bias else 1e-6) and distance(gradients(model), expected) < close
 
 
 def train(chunk, z: float = 0.0, compiled: bool = False, checkpointing: str = "none", **changes) -> tuple[list, dict, dict]:

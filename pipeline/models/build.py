@@ -83,6 +83,11 @@ def check_documents(family: str) -> None:
         raise UserError(f"document_mask: {family} is not among the families whose attention was seen to stay within a document ({', '.join(DOCUMENTS)}); leave it out")
 
 
+def shape(block: dict):
+    """The transformers configuration of a checked model block, without what the tokenizer and the stage decide."""
+    return _config(block["family"], _keys(block))
+
+
 def configure(block: dict, tokenizer, sequence_length: int):
     """The transformers configuration of a checked model block, with the tokenizer's vocabulary and special ids."""
     check(block)

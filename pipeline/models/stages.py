@@ -48,16 +48,12 @@ def partition(costs: list[float], output: float, stages: int) -> list[range]:
 
 def split(model, parallel, sequence_length: int) -> list[range]:
     """The layers of each stage: those that `parallel.layers` counts, else evenly (`partition: uniform`) or by estimated FLOPs, the output layer's among them."""
-    count, total = parallel.pipeline, model.config.num_hidden_layers
-    if total < count:
-        raise UserError(f"parallel.pipeline: {count} stages need at least as many layers, the model has {total}; use pipeline: {total} or fewer")
-    sizes = parallel.layers
+    check_layers(model.config, parallel)
+    count, total, sizes = parallel.pipeline, model.config.num_hidden_layers, parallel.layers
     if sizes is None and parallel.partition == "uniform":
         sizes = [total // count + (index < total % count) for index in range(count)]
     if sizes is None:
         return partition(*flops(model, sequence_length), count)
-    if sum(sizes) != total:
-        raise UserError(f"parallel.layers: {sizes} are {sum(sizes)} layers, the model has {total}; make them add up to {total}")
     ends = [sum(sizes[: index + 1]) for index in range(count)]
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
@@ -78,6 +74,16 @@ def check(config) -> None:
     """Raise UserError for a family that cannot be cut."""
     if config.model_type not in FAMILIES:
         raise UserError(f"parallel.pipeline: the family {config.model_type} cannot be cut into stages here; these can: {', '.join(FAMILIES)}. Use zero: 0, 1, 2 or 3")
+
+
+def check_layers(config, parallel) -> None:
+    """Raise UserError if a model of this configuration has not the layers that the pipeline asks for."""
+    check(config)
+    count, total, sizes = parallel.pipeline, config.num_hidden_layers, parallel.layers
+    if total < count:
+        raise UserError(f"parallel.pipeline: {count} stages need at least as many layers, the model has {total}; use pipeline: {total} or fewer")
+    if sizes is not None and sum(sizes) != total:
+        raise UserError(f"parallel.layers: {sizes} are {sum(sizes)} layers, the model has {total}; make them add up to {total}")
 
 
 class NoPositions(nn.Module):

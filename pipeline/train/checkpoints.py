@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline import faults
 from pipeline.artifact import Output
 from pipeline.errors import UserError
-from pipeline.files import sha256_file, sync_folder, write_json
+from pipeline.files import damage_of, sha256_file, sync_folder, write_json
 from pipeline.train import distributed, state
 from pipeline.train.config import Save
 
@@ -194,7 +194,7 @@ class Saver:
 
     def _superfluous(self) -> list[Path]:
         there = complete(self.folder)
-        kept = set([path for path in there if _step(path) <= self.step][-self.options.keep :])  # a newer one is damaged: the run went on from before it
+        kept = set(there[-self.options.keep :])
         if self.options.keep_every:
             kept |= {path for path in there if _step(path) % self.options.keep_every == 0}
         losses = self.losses
@@ -229,8 +229,11 @@ def newest(output: Output) -> tuple[Path, dict] | None:
         found = damage(path)
         if found is None:
             return path, state_of(path)
-        if output.is_main:
-            print(f"checkpoint {path} is damaged ({found}) and passed over", flush=True)
+        if output.is_main:  # under a name that counts as none, so that nobody takes it for what the run goes on from
+            aside = path.with_name(f"damaged-{path.name}")
+            print(f"checkpoint {path} is damaged ({found}) and passed over; it is kept as {aside.name}", flush=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     return None
 
 
@@ -263,18 +266,12 @@ def damage(path: Path) -> str | None:
     try:
         files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
         mine = sorted(files)[distributed.rank() :: distributed.world()]
-        own = next((words for words in (_damage(path / name, files[name]) for name in mine) if words), None)
+        own = next((words for words in (damage_of(path / name, files[name]) for name in mine) if words), None)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         own = f"{MARKER} cannot be read: {error}"
+    except OSError as error:  # on this process alone, it may be: the others wait for its word below
+        own = f"process {distributed.rank()} cannot read it: {error.strerror} ({error.filename})"
     return next((words for words in distributed.gathered_object(own) if words), None)
-
-
-def _damage(file: Path, entry: dict) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    if file.stat().st_size != entry["size"]:
-        return f"{file.name} has {file.stat().st_size} bytes, expected {entry['size']}"
-    return None if sha256_file(file) == entry["sha256"] else f"{file.name} has another sha256 than when it was written"
 
 
 def _step(path: Path) -> int:

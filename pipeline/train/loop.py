@@ -65,7 +65,7 @@ def fit(
         changed = engine.load(path)
         state.update(saved)
         if output.is_main:
-            other = f", {changed}: the rows are the same, the last bits are not" if changed else ""
+            other = f", {changed}" + (": the rows are the same, the last bits are not" if found else "") if changed else ""
             print(f"{output.stage}: goes on from {path.name if found else path}{other}", flush=True)
     horizon = Horizon(config, output, engine.step_count)
     saver.check_room(horizon.steps)

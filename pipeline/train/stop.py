@@ -12,6 +12,7 @@ A mistake of the user, an exception and a spike leave no such word: to start aga
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -24,8 +25,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def leave_word(output: Output, reason: str, step: int, **more) -> None:
-    """Write requeue.json. Any process may; the last one is as good as the first."""
-    write_json(output.folder / "requeue.json", {"stage": output.stage, "reason": reason, "step": step, "saved": saved_step(output), "job": os.environ.get("SLURM_JOB_ID"), **more})
+    """Write requeue.json. Any process may. A signal is no news after a hang or a loss: launchers send one to the ranks that are left."""
+    path = output.folder / "requeue.json"
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        if reason == "signal" and json.loads(path.read_text(encoding="utf-8"))["reason"] in ("hang", "lost"):
+            return
+    write_json(path, {"stage": output.stage, "reason": reason, "step": step, "saved": saved_step(output), "job": os.environ.get("SLURM_JOB_ID"), **more})
 
 
 def saved_step(output: Output) -> int:

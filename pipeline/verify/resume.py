@@ -67,7 +67,7 @@ def prove(recipe: Recipe, stage: str | None, *, seed: int = 0, elastic: bool = T
     conditions = {"recipe": recipe.name, "stage": stage, "conditions": ready.lines, "config": dump(config), "kills": [first, second], "seed": seed, "software": artifact.software()}
     write_json(path, conditions | {"passed": passed, "runs": results, "seconds": round(time.time() - began, 1)})
     table(results)
-    say(f"{'every run ends as the undisturbed one' if passed else 'RUNS DIFFER'}: {time.time() - began:.0f} s; every number is in {os.path.relpath(path)}")
+    say(f"{f'killed runs end as the undisturbed one, moved ones within {TOLERANCE:g} of it (largest relative difference of a step)' if passed else 'RUNS DIFFER'}; {time.time() - began:.0f} s; every number is in {os.path.relpath(path)}")
     return passed
 
 
