@@ -75,7 +75,7 @@ class Config(TrainConfig):
     samples: Annotated[Samples | None, EXECUTION] = None
     """Texts that the model continues from time to time, to logs/samples.jsonl and the terminal; none: no samples."""
     compile: Annotated[bool, EXECUTION] = False
-    """torch.compile each decoder layer and the loss: half a minute of compiling, then more tokens a second (docs/performance.md). Not with zero: 3."""
+    """torch.compile each decoder layer and the loss: compiling takes tens of seconds, then there are more tokens a second (docs/performance.md). Not with zero: 3."""
 
     @model_validator(mode="after")
     def one_horizon(self):
