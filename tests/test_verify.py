@@ -69,6 +69,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
     assert sorted(kill.partition(":")[0] for kill in report(tmp_path, "resume")["kills"]) == ["save", "work"]
 
 
+@pytest.mark.slow
 def test_a_run_that_forgets_its_moments_is_found(tmp_path, monkeypatch, capsys):
     """A fault in loading (mutant_pretrain.py): Adam's moments are zero after a resume. The rows are right, the rest is not, and the command ends with 1."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)

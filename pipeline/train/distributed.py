@@ -51,6 +51,9 @@ def setup(config=None) -> None:
         torch.cuda.set_device(here)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn that it found none
+    alone = world() == 1 and config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1)
+    if alone:  # DeepSpeed wants a rank and a group also for one process
+        os.environ.setdefault("LOCAL_RANK", "0")
     if dist.is_initialized():
         return
     # Flags and sums of a few numbers travel over gloo also where tensors travel over nccl: no launch of a kernel, no wait for the GPU.
@@ -60,8 +63,7 @@ def setup(config=None) -> None:
         watch = getattr(config, "watch", None)
         seconds = 2 * max(watch.start, watch.hang) if watch else 0
         dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, seconds)))
-    elif config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1):  # DeepSpeed wants a group also for one process
-        os.environ.setdefault("LOCAL_RANK", "0")
+    elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
