@@ -15,6 +15,8 @@ BOS, EOS, PAD, TURN, END_OF_TURN = "<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|
 SPECIAL = [BOS, EOS, PAD, TURN, END_OF_TURN]
 UNKNOWN = "<unk>"  # sentencepiece insists on one; with byte fallback nothing becomes it
 
+META = re.compile("|".join([*map(re.escape, [UNKNOWN, *SPECIAL]), "<0x[0-9A-F]{2}>"]))
+
 SPACE = "\u2581"  # what sentencepiece writes for a space inside a piece
 RESERVED = "\u2585"  # sentencepiece's trainer drops every sentence that contains it
 
@@ -48,7 +50,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
     def counted():
         nonlocal characters
         for sentence in sentences(texts):
-            characters += len(sentence) - sentence.count("\0")  # NUL is never a piece: byte fallback
+            characters += len(sentence) - sentence.count("\0") - sum(len(spelled) - 1 for spelled in META.findall(sentence))  # no parts of pieces: NUL, and spelled special tokens, for which a mark is counted
             yield sentence
 
     model = _Buffer()
@@ -124,6 +126,32 @@ def _too_large(vocab_size: int, most: int) -> UserError:
     return UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; set vocab_size to at most {most}, or train on more text")
 
 
+def inexact(model: bytes) -> str | None:
+    """Why a sentencepiece model would lose or change text, in words; None if it keeps every byte."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError:
+        return "is no sentencepiece model"
+    rule, trainer = proto.normalizer_spec, proto.trainer_spec
+    if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
+        return "is neither a BPE nor a unigram model"
+    if rule.precompiled_charsmap or rule.normalization_rule_tsv:
+        return f"changes characters (normalisation {rule.name or 'of its own'})"
+    if rule.remove_extra_whitespaces:
+        return "removes spaces (remove_extra_whitespaces)"
+    if trainer.treat_whitespace_as_suffix or not rule.escape_whitespaces:
+        return "treats spaces in a way that is not supported (treat_whitespace_as_suffix, or spaces not escaped)"
+    if sum(piece.type == piece.BYTE for piece in proto.pieces) != 256:
+        return "has no tokens for the 256 bytes (byte_fallback)"
+    if any(re.search(f"[^{SPACE}]{SPACE}", piece.piece) for piece in proto.pieces if piece.type == piece.NORMAL):
+        return "has pieces with a space behind other characters (split_by_whitespace)"
+    return None
+
+
 def from_sentencepiece(model: bytes):
     """A sentencepiece BPE model as a `tokenizers.Tokenizer` that gives the same ids.
 
@@ -143,8 +171,7 @@ def from_sentencepiece(model: bytes):
             score[piece] = pieces.get_score(index)
         vocabulary[piece] = index
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of(score), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
-    # Spaces begin pieces and never follow anything else in one, so BPE gives the same on the parts; short parts hit the cache.
-    assert not any(re.search(r"[^ ] ", piece) for piece in score)
+    # Spaces begin pieces and never follow anything else in one (inexact), so BPE gives the same on the parts; short parts hit the cache.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" *[^ ]+"), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in (UNKNOWN, *SPECIAL)])
