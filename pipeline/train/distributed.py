@@ -46,6 +46,7 @@ def setup(config=None) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = getattr(getattr(config, "run", None), "threads", None) or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, _cores() // local)
     torch.set_num_threads(threads)
+    _settle_vector_math()
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
@@ -65,6 +66,24 @@ def setup(config=None) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, seconds)))
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+# What torch computes with oneMKL's vector functions on a CPU (aten/src/ATen/cpu/vml.h).
+VECTOR_FUNCTIONS = "acos asin atan cos erf erfc exp expm1 log log10 log1p log2 sin sqrt tan tanh".split()
+
+
+def _settle_vector_math() -> None:
+    """Call each of oneMKL's vector functions once on one number, before two threads can do it at the same time.
+
+    oneMKL before 2025.0 (torch 2.13 has 2024.2) chooses the kernel of a function at its first call. If that is made by several threads at once, one of them may
+    run a kernel of low accuracy, for this call alone: relative errors of 1.5e-4 in exp in 13 of 900 fresh processes with two threads, in none of 900 after
+    this (docs/log.md 14; pytorch/pytorch issue 188792). So the first step of a run was not always that of the same run made again.
+    """
+    import torch
+
+    for dtype in (torch.float32, torch.float64):
+        for name in VECTOR_FUNCTIONS:
+            getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype))
 
 
 def choose_device(config, local: int) -> None:
