@@ -4,41 +4,54 @@
     row = sampler.row(123)                  # the same whoever asks: any rank of any number of ranks, before or after a restart
     row.tokens[:-1], row.tokens[1:]         # inputs and labels
 
-A source is one stream of documents; its rows are the windows of sequence_length + 1 tokens that overlap by one, so that an epoch predicts
-every token but the first once (what is left at the end, less than a row, is not used). Each epoch of a source has its own order of rows.
+A source is one stream of documents. packing="concat": its rows are the windows of sequence_length + 1 tokens that overlap by one, so that an epoch predicts
+every token but the first once (what is left at the end, less than a row, is not used). packing="best_fit": whole documents, see data/packing.py.
+Each epoch of a source has its own order of rows.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.data import packing as packs
+from pipeline.data.fim import SPARE, Cutter
+from pipeline.data.mixture import Mixture
 from pipeline.data.tokens import TokenStore
 from pipeline.errors import UserError
 from pipeline.seeds import derive
 
-BLOCK_BITS = 12  # rows of a mixture block, 4096: sources are dealt out in blocks, evenly inside each
-GOLDEN = 0.6180339887498949  # multiples of the golden ratio's fraction fill [0, 1) evenly (Weyl; lowest discrepancy of all additive sequences)
-MASK = 2**64 - 1
+
+class Stretch(NamedTuple):
+    """Slots of a row that hold tokens which stand together in the source, in this order or turned round (data/fim.py)."""
+
+    slot: int
+    slots: int
+    start: int
+    """First token in the source."""
+    length: int
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of training."""
 
     tokens: np.ndarray
     """int64 [sequence_length + 1]."""
     starts: np.ndarray
-    """Positions in `tokens`, above 0, at which a new document begins (the one after each eos)."""
+    """Slots, above 0, at which a new document begins; padding, at the end of a packed row, counts as one."""
     source: str
     epoch: int
     """How often the source had been read in full before."""
     index: int
-    """Which window of the source this is."""
+    """Which row of the source's epoch this is, in the order of the text."""
+    counted: np.ndarray | None
+    """bool [sequence_length]: the labels `tokens[1:]` that count; None: all."""
+    stretches: Sequence[Stretch]
+    """Where the tokens come from, padding left out."""
 
 
-@dataclass(frozen=True)
-class HeldoutRow:
+class HeldoutRow(NamedTuple):
     """One row of evaluation; every label counts."""
 
     tokens: np.ndarray
@@ -49,133 +62,204 @@ class HeldoutRow:
 
 
 class RowSampler:
-    """`weights`: share of rows of each source, any scale; by default sources are mixed in proportion to their tokens."""
+    """`weights`: share of rows of each source, any scale; by default sources are mixed in proportion to their tokens.
 
-    def __init__(self, store: TokenStore, sequence_length: int, weights: dict[str, float] | None, seed: int):
-        self.store, self.sequence_length, self.seed = store, sequence_length, seed
-        rows = {source: (store.num_tokens(source) - 1) // sequence_length for source in store.sources}
-        self.left_out = [] if weights else [source for source, count in rows.items() if count == 0]
+    changes: (tokens, weights) from so many tokens on, sequence_length a row. fim: only with best_fit. work: a folder in which the tables of best_fit are kept, made there
+    if they are not there yet; none: in memory.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        weights: dict[str, float] | None,
+        seed: int,
+        *,
+        changes: Sequence[tuple[int, dict[str, float]]] = (),
+        packing: str = "concat",
+        fim: Cutter | None = None,
+        work: Path | None = None,
+    ):
+        self.store, self.sequence_length, self.seed, self.packing, self.fim = store, sequence_length, seed, packing, fim
+        fits = {source: store.num_tokens(source) > (sequence_length if packing == "concat" else 0) for source in store.sources}
+        self.left_out = [] if weights else [source for source, enough in fits.items() if not enough]
         """Sources that are too small for one row."""
         if weights is None:
-            weights = {source: store.num_tokens(source) for source in store.sources if rows[source]}
+            weights = {source: store.num_tokens(source) for source in store.sources if fits[source]}
             if not weights:
                 raise UserError(f"{store.folder}: no source has the {sequence_length + 1} tokens of one row; shorten sequence_length or pack more text")
-        for source, weight in weights.items():
-            if source not in rows:
-                raise UserError(f"weights: {store.folder} has no source {source!r}; it has {', '.join(store.sources)}")
-            if not weight >= 0:
-                raise UserError(f"weights: {source} has the weight {weight}, expected 0 or more")
-            if weight and not rows[source]:
-                found = store.num_tokens(source)
-                raise UserError(f"weights: source {source} has {found} tokens, fewer than the {sequence_length + 1} of one row; leave it out or shorten sequence_length")
-        total = float(sum(weights.values()))
-        if total <= 0:
-            raise UserError("weights: all are 0; give at least one source a weight")
-        self.sources = sorted(source for source, weight in weights.items() if weight)
-        self.weights = {source: weights[source] / total for source in self.sources}
-        self.rows_per_epoch = {source: rows[source] for source in self.sources}
-        self._bounds = np.cumsum([0.0, *self.weights.values()])
-        self._bounds[-1] = 1.0
-        self._counts = np.zeros((1, len(self.sources)), dtype=np.int64)  # rows of each source before block b
-        self._block: tuple[int, object, object] | None = None
+        self.changes = [(-(-tokens // sequence_length), shares) for tokens, shares in changes]
+        for name, shares in [("mixture", weights), *(("mixture_changes", shares) for _, shares in changes)]:
+            _check(name, shares, store, sequence_length, fits)
+        self.mixture = Mixture([(0, weights), *self.changes], seed)
+        self.sources = self.mixture.sources
+        self.weights = self.mixture.weights(0)
+        self._tables: dict[str, packs.Table] = {}
+        self.rows_per_epoch: dict[str, int] = {}
+        self.epoch_tokens: dict[str, int] = {}
+        """Labels of one pass over each source."""
+        for source in self.sources:
+            if packing == "concat":
+                self.rows_per_epoch[source] = (store.num_tokens(source) - 1) // sequence_length
+                self.epoch_tokens[source] = self.rows_per_epoch[source] * sequence_length
+            else:
+                self._tables[source] = self._table(source, SPARE * self._cuts(source), work)
+                self.rows_per_epoch[source] = self._tables[source].rows
+                self.epoch_tokens[source] = store.num_tokens(source)
+        self._block = None
         self._keys: dict[tuple[str, int], list[int]] = {}
+
+    def _cuts(self, source: str) -> bool:
+        return self.fim is not None and (self.fim.sources is None or source in self.fim.sources)
+
+    def _table(self, source: str, spare: int, work: Path | None) -> packs.Table:
+        if work is None:
+            return packs.table_of(self.store.documents(source)[:, 0], self.sequence_length, spare)
+        name = f"rows-{derive(0, source):016x}-{self.sequence_length}-{spare}"
+        if (found := packs.read(work, name)) is None:
+            packs.write(work, name, packs.table_of(self.store.documents(source)[:, 0], self.sequence_length, spare))
+            found = packs.read(work, name)
+        return found
 
     def row(self, index: int) -> Row:
         """Row `index`, counted over the whole run and all ranks."""
-        block, offset = index >> BLOCK_BITS, index & (2**BLOCK_BITS - 1)
-        if self._block is None or self._block[0] != block:
-            self._block = (block, *self._deal(block))
-        _, chosen, ordinals = self._block
-        source = self.sources[chosen[offset]]
-        epoch, place = divmod(int(ordinals[offset]), self.rows_per_epoch[source])
-        if (source, epoch) not in self._keys:
-            self._keys[source, epoch] = [derive(self.seed, "rows", source, epoch, turn) for turn in range(6)]
-        window = permuted(place, self.rows_per_epoch[source], self._keys[source, epoch])
-        tokens = self.store.read(source, window * self.sequence_length, self.sequence_length + 1).astype(np.int64)
-        return Row(tokens, np.flatnonzero(tokens[:-1] == self.store.eos_id) + 1, source, epoch, window)
+        if self._block is None or not 0 <= index - self._block[0] < len(self._block[1]):
+            self._block = self._places(index)
+        first, sources, epochs, windows = self._block
+        offset = index - first
+        source, epoch, window = self.sources[sources[offset]], epochs[offset], windows[offset]
+        return self._window(source, epoch, window) if self.packing == "concat" else self._packed(source, epoch, window, index)
+
+    def _window(self, source: str, epoch: int, window: int) -> Row:
+        length, start = self.sequence_length, window * self.sequence_length
+        tokens = self.store.read(source, start, length + 1).astype(np.int64)
+        return Row(tokens, (tokens[:-1] == self.store.eos_id).nonzero()[0] + 1, source, epoch, window, None, (Stretch(0, length + 1, start, length + 1),))
+
+    def _packed(self, source: str, epoch: int, window: int, index: int) -> Row:
+        length, eos, table, read = self.sequence_length, self.store.eos_id, self._tables[source], self.store.read
+        pieces = slice(int(table.offsets[window]), int(table.offsets[window + 1]))
+        starts, lengths = table.starts[pieces].tolist(), table.lengths[pieces].tolist()
+        tokens = np.full(length + 1, eos, dtype=np.int64)
+        counted = np.ones(length, dtype=bool)
+        slot, borders, stretches, cuts = 1, [], [], self._cuts(source)
+        for number, (start, size) in enumerate(zip(starts, lengths, strict=True)):
+            goes_on, size = size < 0, abs(size)
+            part, slots, turned = read(source, start, size), size, None
+            if number == 0 and start:
+                tokens[0] = read(source, start - 1, 1)[0]
+            if cuts:
+                text = size - goes_on - (int(part[-1]) == eos)
+                turned = self.fim.cut(text, index, number)
+            if turned:
+                part, start, size = part[goes_on:], start + goes_on, size - goes_on  # what begins with a sentinel has no use for context
+                slots = size + SPARE
+                for place in self.fim.turn(part, text, *turned, tokens[slot : slot + slots]):
+                    counted[slot - 1 + place] = False
+            else:
+                tokens[slot : slot + slots] = part
+                counted[slot - 1] = not goes_on
+            if number or turned or tokens[0] == eos:
+                borders.append(slot)
+                stretches.append(Stretch(slot, slots, start, size))
+            else:  # it goes on from the token before it
+                stretches.append(Stretch(0, slots + 1, start - 1, size + 1))
+            slot += slots
+        if slot <= length:
+            borders.append(slot)
+            counted[slot - 1 :] = False
+        return Row(tokens, np.array(borders, dtype=np.int64), source, epoch, window, counted, stretches)
+
+    def _places(self, index: int) -> tuple[int, list[int], list[int], list[int]]:
+        """First row of the block that `index` stands in, and for each of its rows the source, the epoch and the row of that epoch."""
+        first, chosen, ordinals = self.mixture.block(index)
+        epochs, windows = np.zeros_like(chosen), np.zeros_like(chosen)
+        for number in np.unique(chosen).tolist():
+            source, mine = self.sources[number], np.flatnonzero(chosen == number)
+            rows = self.rows_per_epoch[source]
+            epochs[mine], places = np.divmod(ordinals[mine], rows)
+            for epoch in np.unique(epochs[mine]).tolist():
+                if (source, epoch) not in self._keys:
+                    self._keys[source, epoch] = [derive(self.seed, "rows", source, epoch, turn) for turn in range(6)]
+                same = epochs[mine] == epoch
+                windows[mine[same]] = permuted(places[same], rows, self._keys[source, epoch])
+        return first, chosen.tolist(), epochs.tolist(), windows.tolist()
 
     def rows_of(self, rows: int) -> dict[str, int]:
         """How many of the first `rows` rows come from each source."""
-        block, offset = rows >> BLOCK_BITS, rows & (2**BLOCK_BITS - 1)
-        before = self._before(block)
-        if offset:
-            before = before + [(self._deal(block)[0][:offset] == number).sum() for number in range(len(self.sources))]
-        return {source: int(count) for source, count in zip(self.sources, before, strict=True)}
+        return self.mixture.rows_of(rows)
 
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each source has been read after the first `rows` rows."""
         return {source: count / self.rows_per_epoch[source] for source, count in self.rows_of(rows).items()}
 
     def warnings(self, rows: int) -> list[str]:
-        """Lines for the user about a run of `rows` rows: sources that repeat, and sources too small for a row."""
+        """Lines for the user about a run of `rows` rows: sources that repeat, sources too small for a row, changes that never come."""
         lines = [
             f"source {source} repeats: {epochs:.2f} epochs of its {self.store.num_tokens(source):,} tokens in this run; more text or a lower weight avoids it"
             for source, epochs in self.epochs(rows).items()
             if epochs > 1
         ]
         needed = self.sequence_length + 1
-        return lines + [f"source {source} is left out: its {self.store.num_tokens(source)} tokens are fewer than the {needed} of one row" for source in self.left_out]
+        lines += [f"source {source} is left out: its {self.store.num_tokens(source)} tokens are fewer than the {needed} of one row" for source in self.left_out]
+        return lines + [f"mixture_changes: the one at row {first:,} never comes, this run reads {rows:,} rows" for first, _ in self.changes if first >= rows]
 
-    def _shift(self, block):
-        """Where a block's points begin, in units of their distance: an even sequence over blocks, so that a rare source gets its share over many."""
-        return np.modf((derive(self.seed, "mixture") / 2**63) + np.asarray(block, dtype=np.float64) * GOLDEN)[0]
+    def padding(self) -> dict[str, float]:
+        """Share of the slots of an epoch that hold no label, by source."""
+        return {source: 1 - self.epoch_tokens[source] / (rows * self.sequence_length) for source, rows in self.rows_per_epoch.items()}
 
-    def _before(self, block: int):
-        """int64 [sources]: rows of each source in all blocks before `block`. Closed form for one block, summed over them."""
-        known = len(self._counts) - 1
-        if block > known:
-            blocks = np.arange(known, max(block, 2 * known, 64))
-            ends = np.ceil(self._bounds[None] * 2**BLOCK_BITS - self._shift(blocks)[:, None])  # points (i + shift) / size below each bound
-            ends[:, 0], ends[:, -1] = 0, 2**BLOCK_BITS
-            self._counts = np.concatenate([self._counts, self._counts[-1] + np.cumsum(np.diff(ends, axis=1).astype(np.int64), axis=0)])
-        return self._counts[block]
-
-    def _deal(self, block: int):
-        """The source of each row of a block, and which row of that source it is, counted over the run; int64 [rows of a block] each.
-
-        The points i / size (van der Corput's order, scrambled by a mask that depends on the block) fall into the sources' intervals, so every stretch
-        of rows holds each source in about its share: the deviation grows with the logarithm of the number of rows, not with its root.
-        """
-        size = 2**BLOCK_BITS
-        points = np.zeros(size, dtype=np.int64)
-        for bit in range(BLOCK_BITS):
-            points |= ((np.arange(size) >> bit) & 1) << (BLOCK_BITS - 1 - bit)
-        points ^= derive(self.seed, "mixture", block) & (size - 1)
-        shift = float(self._shift(block))
-        ends = np.ceil(self._bounds * size - shift).astype(np.int64)
-        chosen = np.searchsorted(ends[1:-1], points, side="right")
-        before = self._before(block)
-        ordinals = np.empty(size, dtype=np.int64)
-        for number in range(len(self.sources)):
-            mine = np.flatnonzero(chosen == number)
-            ordinals[mine] = before[number] + np.arange(len(mine))
-        return chosen, ordinals
+    def cut_documents(self) -> dict[str, int]:
+        """Documents that stand in more than one row, by source."""
+        found = {}
+        for source in self.sources:
+            ends = self.store.documents(source)[:, 0]
+            begins = np.concatenate([[0], ends[:-1]])
+            if self.packing == "concat":
+                found[source] = int((np.maximum(begins - 1, 0) // self.sequence_length != (ends - 2) // self.sequence_length).sum())
+            else:
+                found[source] = int((ends - begins > self.sequence_length - SPARE * self._cuts(source)).sum())
+        return found
 
 
-def permuted(index: int, size: int, keys: list[int]) -> int:
-    """Where `index` goes in a permutation of range(size): a Feistel network over a x b >= size, walked until it lands inside (Black & Rogaway, 2002).
+def _check(name: str, weights: dict[str, float], store: TokenStore, sequence_length: int, fits: dict[str, bool]) -> None:
+    for source, weight in weights.items():
+        if source not in fits:
+            raise UserError(f"{name}: {store.folder} has no source {source!r}; it has {', '.join(store.sources)}")
+        if not weight >= 0:
+            raise UserError(f"{name}: {source} has the weight {weight}, expected 0 or more")
+        if weight and not fits[source]:
+            found = store.num_tokens(source)
+            raise UserError(f"{name}: source {source} has {found} tokens, fewer than the {sequence_length + 1} of one row; leave it out or shorten sequence_length")
+    if sum(weights.values()) <= 0:
+        raise UserError(f"{name}: all are 0; give at least one source a weight")
+
+
+def permuted(index: np.ndarray, size: int, keys: list[int]) -> np.ndarray:
+    """Where each `index` goes in a permutation of range(size): a Feistel network over a x b >= size, walked until it lands inside (Black & Rogaway, 2002).
 
     No table, so that a billion rows cost no memory. a and b are next to the square root of size, so that walking is rare.
     """
-    a = max(1, round(size**0.5))
-    b = -(-size // a)
-    while True:
-        left, right = divmod(index, b)
+    root = max(1, round(size**0.5))
+    a, b = np.uint64(root), np.uint64(-(-size // root))
+    value, todo, found = index.astype(np.uint64), np.arange(len(index)), np.empty(len(index), dtype=np.int64)
+    while len(todo):
+        left, right = value // b, value % b
         for turn, key in enumerate(keys):
             if turn % 2:
-                left = (left + _mixed(right ^ key)) % a
+                left = (left + _mixed(right ^ np.uint64(key)) % a) % a
             else:
-                right = (right + _mixed(left ^ key)) % b
-        index = left * b + right
-        if index < size:
-            return index
+                right = (right + _mixed(left ^ np.uint64(key)) % b) % b
+        value = left * b + right
+        inside = value < size
+        found[todo[inside]] = value[inside]
+        value, todo = value[~inside], todo[~inside]
+    return found
 
 
-def _mixed(value: int) -> int:
+def _mixed(value: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea & Flood, 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
-    return value ^ (value >> 31)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
 def heldout_rows(store: TokenStore | Path, sequence_length: int, max_rows: int) -> list[HeldoutRow]:

@@ -14,6 +14,7 @@ A packed folder:
     train/wiki-00000.id_ends.npy     int64 [documents]: where each id ends
 """
 
+import bisect
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +126,7 @@ class TokenStore:
                 names.append((ids, id_ends))
             self._shards[source] = opened
             self._names[source] = names
-            self._starts[source] = np.cumsum([0] + [len(tokens) for tokens, _ in opened])
+            self._starts[source] = np.cumsum([0] + [len(tokens) for tokens, _ in opened]).tolist()
             self._num_bytes[source] = sum(shard["bytes"] for shard in shards[source])
 
     def _open(self, name: str, shape: tuple, dtype: np.dtype) -> np.ndarray:
@@ -167,8 +168,8 @@ class TokenStore:
         starts = self._starts[source]
         if not 0 <= start <= start + length <= starts[-1]:
             raise IndexError(f"{source}: tokens {start} to {start + length} asked of {starts[-1]}")
-        first = int(np.searchsorted(starts[1:-1], start, side="right"))
-        offset = start - int(starts[first])
+        first = bisect.bisect_right(starts, start, 1, len(starts) - 1) - 1
+        offset = start - starts[first]
         tokens = self._shards[source][first][0]
         if offset + length <= len(tokens):
             return tokens[offset : offset + length]
@@ -186,7 +187,7 @@ class TokenStore:
     def pieces(self, source: str, start: int, length: int) -> list[Piece]:
         """Which documents the tokens start .. start+length of a source come from, in order."""
         found: list[Piece] = []
-        shard = int(np.searchsorted(self._starts[source][1:-1], start, side="right"))
+        shard = bisect.bisect_right(self._starts[source], start, 1, len(self._starts[source]) - 1) - 1
         at = start
         while at < start + length:
             first = int(self._starts[source][shard])
