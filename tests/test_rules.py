@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import statistics, steps
@@ -48,6 +48,8 @@ def test_every_cjk_character_is_a_word():
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.text(alphabet=st.sampled_from("aAbZ.é 9.,\n-'’\"…()[]:/%+$中文。！#~s tn"), max_size=60), min_size=1, max_size=4))
+@example(["", "A."])
+@example(["", "'s"])
 def test_words_cover_the_text_and_do_not_depend_on_the_batch(texts):
     texts = [normalise(text) for text in texts]
     batch = analyse(texts)

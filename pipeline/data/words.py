@@ -162,7 +162,8 @@ def _words(codes: np.ndarray, flags: np.ndarray, space: np.ndarray, run_first: n
     opens = np.zeros(size + 1, bool)  # where a word begins beside that
 
     def at(positions: np.ndarray) -> np.ndarray:
-        return flags[np.minimum(np.maximum(positions, 0), size - 1)]
+        # Before the first text stands what stands between two: clamping to its first sign made the A of "A." two capitals, there and nowhere else.
+        return np.where(positions < 0, SPACE, flags[np.minimum(np.maximum(positions, 0), size - 1)])
 
     # Stops: two and more together are one sign that is split off everywhere; a single one is split off behind small letters, digits, signs, and two capitals.
     dots = np.flatnonzero(codes == 46)
@@ -199,11 +200,10 @@ def _words(codes: np.ndarray, flags: np.ndarray, space: np.ndarray, run_first: n
 
     # don't -> do n't; it's, we'll -> it 's, we 'll: spaCy has them as suffixes and exceptions.
     quote = np.flatnonzero((codes == 39) | (codes == 0x2019))
-    quote = quote[(quote > 0) & (quote + 1 < size)]
     if len(quote):
         is_end = np.zeros(size + 3, bool)
         is_end[rest] = True
-        one, two, back = codes[quote + 1] | 32, codes[np.minimum(quote + 2, size - 1)] | 32, codes[quote - 1] | 32
+        one, two, back = codes[quote + 1] | 32, codes[np.minimum(quote + 2, size - 1)] | 32, codes[quote - 1] | 32  # before the first stands the last: a separator
         short = is_end[quote + 1] & ((one == 115) | (((one == 100) | (one == 109)) & ((at(quote - 1) & ALPHA) > 0)))
         long = is_end[quote + 2] & (((one == 108) & (two == 108)) | ((one == 118) & (two == 101)) | ((one == 114) & (two == 101)))
         opens[quote[short | long]] = True
