@@ -70,8 +70,8 @@ class Config(TrainConfig):
     """Weight of logsumexp(logits)^2 beside the cross-entropy, which keeps logits from drifting; PaLM (2022, section 5) has 1e-4. Logged as z_loss, not part of `loss`."""
     loss_chunk: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, EXECUTION] = "auto"
     """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it (pipeline/train/head.py)."""
-    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "eager"], EXECUTION] = "auto"
-    """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU, else torch's scaled_dot_product_attention."""
+    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "blocks", "eager"], EXECUTION] = "auto"
+    """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU; `blocks` (pipeline/models/causal.py) on a CPU in bf16 with `compile`; else torch's scaled_dot_product_attention."""
     samples: Annotated[Samples | None, EXECUTION] = None
     """Texts that the model continues from time to time, to logs/samples.jsonl and the terminal; none: no samples."""
     compile: Annotated[bool, EXECUTION] = False

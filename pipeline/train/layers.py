@@ -19,7 +19,7 @@ ATTENTION = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_att
 
 def prepare(model, config) -> None:
     """Attention, output layer and compilation as a pretraining stage's config says. Raises UserError for what this model cannot have."""
-    attention.choose(model, config.attention, config.precision)
+    attention.choose(model, config.attention, config.precision, config.compile)
     if isinstance(config.loss_chunk, int) and not head.supports(model.config):
         raise UserError(
             f"stage {config.kind}: loss_chunk: {config.loss_chunk} does not go with the family {model.config.model_type}: it was not checked that its logits are its output layer's alone; use loss_chunk: auto"
