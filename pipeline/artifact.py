@@ -353,8 +353,9 @@ def _torn(checkpoint: Path) -> str | None:
 
 
 def _has_work(path: Path) -> bool:
-    """Whether an unfinished output holds anything that was worked for."""
-    return any(file.is_file() and file.relative_to(path).parts[0] not in ("run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb") for file in path.rglob("*"))
+    """Whether an unfinished output holds anything that was worked for. Tables of rows (data/packing.py) are made again in seconds."""
+    idle = {"run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb"}
+    return any(file.is_file() and file.relative_to(path).parts[0] not in idle and file.relative_to(path).parts[:2] != ("work", "tables") for file in path.rglob("*"))
 
 
 def link(folder: Path, target: Path) -> None:

@@ -121,9 +121,10 @@ def check(node: Node, graph: dict[str, Node]) -> None:
     """What can be told of a stage from its recipe alone. Raises UserError."""
     node.config.check(node.config.run.processes * node.config.run.nodes)
     known = _packed_sources(node, graph)
-    for source in (getattr(node.config, "mixture", None) or {}) if known else ():
+    mixtures = [("mixture", getattr(node.config, "mixture", None) or {}), *(("mixture_changes", change.mixture) for change in getattr(node.config, "mixture_changes", []))]
+    for key, source in [(key, source) for key, mixture in mixtures for source in mixture] if known else []:
         if source not in known:
-            raise UserError(f"stages.{node.name}.mixture: its text has no source {source!r}; it has {', '.join(sorted(known))}")
+            raise UserError(f"stages.{node.name}.{key}: its text has no source {source!r}; it has {', '.join(sorted(known))}")
     for key, source in node.parents.items():
         if source not in graph:
             if not Path(source).is_dir() or not any(Path(source).iterdir()):

@@ -17,8 +17,9 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
+from pipeline.data.fim import Fim
 from pipeline.errors import UserError
-from pipeline.recipe import EXECUTION
+from pipeline.recipe import EXECUTION, Strict
 from pipeline.train import horizon
 from pipeline.train.config import Schedule, TrainConfig
 from pipeline.train.samples import Sampler, Samples
@@ -38,6 +39,30 @@ class PretrainSchedule(Schedule):
         if self.warmup_tokens and self.warmup_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} and warmup_tokens {self.warmup_tokens} both say how long the warmup is; keep one")
         return self
+
+
+def shares(mixture: dict[str, float] | None):
+    """Check a mixture. Weights below 1 are meant as shares: 0.5, 0.3 and 0.15 are a slip of the pen, 2 and 1 are not. Raises ValueError."""
+    for source, weight in (mixture or {}).items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{source} has the weight {weight}, expected 0 or more")
+    total = sum((mixture or {}).values())
+    if mixture is not None and total == 0:
+        raise ValueError("no source has a weight above 0; give one, or leave mixture out")
+    if mixture and max(mixture.values()) < 1 and abs(total - 1) > 0.005:
+        raise ValueError(f"its shares add up to {total:.4g}, expected 1; mend them, or give numbers of another scale, such as 2 and 1")
+    return mixture
+
+
+class MixtureChange(Strict):
+    """Another mixture from a point of the run on."""
+
+    tokens: int = Field(ge=1)
+    """From so many tokens of the data on: rows times sequence_length, rounded up to a whole row."""
+    mixture: dict[str, float]
+    """Source -> weight of its rows from there on."""
+
+    _shares = field_validator("mixture")(shares)
 
 
 class Config(TrainConfig):
@@ -62,6 +87,12 @@ class Config(TrainConfig):
     `steps` counts from that run's beginning; schedule and data are this stage's own. `save.keep_every` of the parent says which steps stay."""
     mixture: dict[str, float] | None = None
     """Source -> weight of its rows: shares that add up to 1, or numbers of any other scale, such as 2 and 1; none: in proportion to the sources' tokens."""
+    mixture_changes: list[MixtureChange] = []
+    """Changes of the mixture as the run goes on, in order. Sources go on where they were."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """concat: rows are cut out of each source's stream of documents; best_fit: a document that fits into a row is never cut (Ding et al., 2024). document_mask keeps documents apart in both."""
+    fim: Fim | None = None
+    """Fill-in-the-middle for a share of the documents; needs best_fit and three special tokens."""
     document_mask: bool = False
     """Tokens see their own document only, and positions begin anew with each (Llama 3, section 3.1). Slower, since attention then needs a mask."""
     heldout_rows: Annotated[int, EXECUTION] = Field(256, ge=1)
@@ -87,19 +118,19 @@ class Config(TrainConfig):
             horizon.seconds_of(self.time)
         return self
 
-    @field_validator("mixture")
-    @classmethod
-    def adds_up(cls, mixture: dict[str, float] | None):
-        """Weights below 1 are meant as shares: 0.5, 0.3 and 0.15 are a slip of the pen, 2 and 1 are not."""
-        for source, weight in (mixture or {}).items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{source} has the weight {weight}, expected 0 or more")
-        total = sum((mixture or {}).values())
-        if mixture is not None and total == 0:
-            raise ValueError("no source has a weight above 0; give one, or leave mixture out")
-        if mixture and max(mixture.values()) < 1 and abs(total - 1) > 0.005:
-            raise ValueError(f"its shares add up to {total:.4g}, expected 1; mend them, or give numbers of another scale, such as 2 and 1")
-        return mixture
+    _shares = field_validator("mixture")(shares)
+
+    @model_validator(mode="after")
+    def rows_can_be_had(self):
+        at = [change.tokens for change in self.mixture_changes]
+        if at != sorted(set(at)):
+            raise ValueError(f"mixture_changes: their tokens must grow, found {', '.join(map(str, at))}")
+        total = self.tokens or (self.steps * self.batch_size * self.sequence_length if self.steps else None)
+        if at and total and at[-1] >= total:
+            raise ValueError(f"mixture_changes: the one at {at[-1]:,} tokens never comes, since this run reads {total:,}; leave it out")
+        if self.fim and self.packing != "best_fit":
+            raise ValueError("fim: needs packing: best_fit, which leaves room in a row for the three tokens that each piece is cut with; concatenated rows would lose text over it")
+        return self
 
     @classmethod
     def supports_pipeline(cls) -> bool:
@@ -130,10 +161,10 @@ class Config(TrainConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.data.sampler import RowSampler, heldout_rows
+    from pipeline.data.sampler import heldout_rows
     from pipeline.data.tokens import TokenStore, load_tokenizer, stray_id
     from pipeline.models import build, cost, scaling
-    from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, witness
+    from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, samples, witness
     from pipeline.train.loop import fit, share
     from pipeline.train.tuning import model_folder
 
@@ -143,14 +174,18 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     tokenizer = load_tokenizer(tokenizer_folder)
     if len(tokenizer) != store.vocab_size:
         raise UserError(f"inputs.tokenizer has {len(tokenizer)} tokens, inputs.tokens was packed with {store.vocab_size}; give the tokenizer that packed them")
-    sampler = RowSampler(store, config.sequence_length, config.mixture, config.seed)
+    samples.encoded(config, tokenizer)
     heldout = heldout_rows(store, config.sequence_length, config.heldout_rows)
     sources = sorted({row.source for row in heldout})
 
-    # The model
     distributed.setup(config)
+    if len(heldout) < distributed.world() // config.parallel.pipeline:
+        raise UserError(f"stage {config.kind}: {len(heldout)} held-out rows cannot be shared by {distributed.world() // config.parallel.pipeline} processes; hold out more text in stage clean")
     if inputs["tokens"].kind == "external" and (stray := distributed.from_main(stray_id(store.folder) if output.is_main else None)):
         raise UserError(f"inputs.tokens: {stray}")
+    sampler = sampler_of(config, store, tokenizer, output)
+
+    # The model
     branch = checkpoints.of_step(inputs["model"].path, config.from_step, f"stage {output.stage}: from_step: {config.from_step}") if config.from_step else None
     if "model" in inputs:
         folder = model_folder(inputs["model"])
@@ -192,8 +227,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         per_source = {f"bits_per_byte/{source}": nats[source] / math.log(2) / bytes_of[source] for source in sources}
         return {"loss": found["loss"], "bits_per_byte": found["loss"] * found["weight"] / math.log(2) / num_bytes, **(per_source if len(sources) > 1 else {})}
 
-    epochs = {source: rows * config.sequence_length for source, rows in sampler.rows_per_epoch.items()}
-    text = meters.Text(epochs, flops, peak, derivation.expected_seconds(config, flops, peak))
+    text = meters.Text(sampler.epoch_tokens, flops, peak, derivation.expected_seconds(config, flops, peak))
     sample = Sampler(config, trainer, model_config, size.total, tokenizer, output) if config.samples else None
     describe = forensics.describer(trainer, batches, store, sampler, tokenizer, config)
     result = fit(trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch, sample=sample, describe=describe)
@@ -230,6 +264,23 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     }
 
 
+def sampler_of(config: Config, store, tokenizer, output: Output | None = None):
+    """The rows of a run. With an `output` the tables of best_fit are made by the main process and mapped by all, else they are in memory. Collective. Raises UserError for what the tokens do not have."""
+    from pipeline.data import fim
+    from pipeline.data.sampler import RowSampler
+    from pipeline.train import distributed
+
+    def once(make) -> None:
+        if output is None or output.is_main:
+            make()
+        distributed.from_main(None)
+
+    cutter = fim.cutter(config.fim, tokenizer, store.sources, config.seed) if config.fim else None
+    changes = [(change.tokens, change.mixture) for change in config.mixture_changes]
+    options = {"changes": changes, "packing": config.packing, "fim": cutter}
+    return RowSampler(store, config.sequence_length, config.mixture, config.seed, **options, **({"work": output.path / "work" / "tables", "once": once} if output else {}))
+
+
 def loss_of(sources: list[str], z_loss: float = 0.0):
     """Cross-entropy, beside it the z-loss, and for the meters the nats and tokens of each source and the bytes of text that the labels stand for."""
     import torch
@@ -250,7 +301,7 @@ def loss_of(sources: list[str], z_loss: float = 0.0):
 
 
 def to_batch(rows: list, store, document_mask: bool) -> dict:
-    """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one. Every label counts. `source` [B] is the place in the store's names, `bytes` [B] of the labels."""
+    """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one; -100 where a label does not count. `source` [B] is the place in the store's names, `bytes` [B] of the labels."""
     import numpy as np
     import torch
 
@@ -261,19 +312,21 @@ def to_batch(rows: list, store, document_mask: bool) -> dict:
         starts = [row.starts[row.starts < len(positions)] for row in rows]
         inputs["position_ids"] = torch.from_numpy(np.stack([positions - np.repeat([0, *at], np.diff([0, *at, len(positions)])) for at in starts]))
     labels = tokens[:, 1:].contiguous()
+    size = torch.from_numpy(store.token_bytes[labels.numpy()])
+    if any(getattr(row, "counted", None) is not None for row in rows):
+        left_out = torch.from_numpy(np.stack([~row.counted for row in rows]))
+        labels, size = labels.masked_fill(left_out, -100), size.masked_fill(left_out, 0)
     return {
         "inputs": inputs,
         "labels": labels,
-        "weight": float(labels.numel()),
+        "weight": float((labels != -100).sum()),
         "source": torch.tensor([store.sources.index(row.source) for row in rows]),
-        "bytes": torch.from_numpy(store.token_bytes[labels.numpy()].sum(axis=1)),
+        "bytes": size.sum(dim=1),
     }
 
 
 def heldout_batches(rows: list, store, config: Config, trainer) -> list[dict]:
     """This data rank's share of the fixed rows, in micro-batches of one shape (a pipeline wants that), the last one filled up with rows that do not count."""
-    if len(rows) < trainer.data_world:
-        raise UserError(f"stage {config.kind}: {len(rows)} held-out rows cannot be shared by {trainer.data_world} processes; hold out more text in stage clean")
     mine = rows[trainer.data_rank :: trainer.data_world]
     micro = min(config.micro_batch or config.batch_size // trainer.data_world, -(-len(rows) // trainer.data_world))
     batches = []

@@ -1,6 +1,5 @@
 """Stage pack, the token store and the sampler: nothing lost, nothing twice, and the same for any number of workers, ranks and kills."""
 
-import collections
 import json
 import random
 import re
@@ -12,12 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from harness import files_of, stage, succeed
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 
-quick = settings(max_examples=60, deadline=None, derandomize=True)
 WORDS = "the of and 白日 依山尽 黄河 入海流 <|im_end|> 1984 tokenizer \U0001f468\u200d\U0001f469 \n\n".split(" ")
 
 
@@ -239,82 +235,6 @@ def test_bytes_of_whole_documents_are_exact_under_a_tokenizer_that_is_not(home, 
     assert sum(row.bytes for row in heldout_rows(packed, divisor, 10**6)) == packed.num_bytes("a")
 
 
-# ---- the sampler -------------------------------------------------------------------------------------------------------------
-
-
-class Fake:
-    """A store of counted tokens: token i of source s is i, so that a row shows where it comes from."""
-
-    eos_id, folder = 10**9, "fake"
-
-    def __init__(self, sizes):
-        self.sizes, self.sources = sizes, sorted(sizes)
-
-    def num_tokens(self, source):
-        return self.sizes[source]
-
-    def read(self, source, start, length):
-        return np.arange(start, start + length)
-
-
-def sampler(sizes, length, weights=None, seed=0):
-    from pipeline.data.sampler import RowSampler
-
-    return RowSampler(Fake(sizes), length, weights, seed)
-
-
-@quick
-@given(st.integers(17, 3000), st.integers(1, 16), st.integers(0, 9))
-def test_every_row_once_an_epoch_and_each_epoch_in_its_own_order(tokens, length, seed):
-    made = sampler({"a": tokens}, length, None, seed)
-    count = (tokens - 1) // length
-    epochs = [[made.row(epoch * count + i) for i in range(count)] for epoch in range(2)]
-    for epoch, rows in enumerate(epochs):
-        assert sorted(row.index for row in rows) == list(range(count)) and {row.epoch for row in rows} == {epoch}
-        assert all((row.tokens == np.arange(row.index * length, row.index * length + length + 1)).all() for row in rows)
-    if count > 20:
-        assert [row.index for row in epochs[0]] != [row.index for row in epochs[1]]
-
-
-@quick
-@given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.001, 1), min_size=1), st.integers(0, 5), st.integers(0, 20_000))
-def test_a_row_depends_on_seed_and_index_alone(weights, seed, index):
-    """Ranks, restarts and the length of the run are not asked: a fresh sampler, and one that has gone elsewhere before, give the same row."""
-    sizes = {source: 5000 + 100 * ord(source) for source in "abcde"}
-    first, second = sampler(sizes, 16, weights, seed), sampler(sizes, 16, weights, seed)
-    for elsewhere in (50_000, 3, 9_000):
-        second.row(elsewhere)
-    one, other = first.row(index), second.row(index)
-    assert (one.source, one.epoch, one.index) == (other.source, other.epoch, other.index) and (one.tokens == other.tokens).all()
-
-
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.0005, 1), min_size=1), st.integers(0, 5))
-def test_weights_are_realised_in_every_prefix_and_no_row_repeats_within_an_epoch(weights, seed):
-    sizes = {source: 1000 + 331 * ord(source) for source in "abcde"}
-    made = sampler(sizes, 16, weights, seed)
-    seen, counts = set(), collections.Counter()
-    for index in range(9_000):
-        row = made.row(index)
-        assert (row.source, row.epoch, row.index) not in seen
-        seen.add((row.source, row.epoch, row.index))
-        counts[row.source] += 1
-        if index + 1 in (1000, 4096, 4097, 9000):
-            assert made.rows_of(index + 1) == {source: counts[source] for source in made.sources}
-            for source in made.sources:
-                assert abs(counts[source] / (index + 1) - made.weights[source]) < 0.01
-    for source in made.sources:  # far away: a rare source too has its share
-        assert made.rows_of(10**8)[source] == pytest.approx(1e8 * made.weights[source], rel=1e-3)
-
-
-def test_rows_are_well_shuffled():
-    """Neighbours in the order are not neighbours in the text: mean distance of a random permutation is n/3."""
-    made = sampler({"a": 160_001}, 16)
-    order = np.array([made.row(i).index for i in range(10_000)])
-    assert abs(np.abs(np.diff(order)).mean() / 10_000 - 1 / 3) < 0.02
-    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05 and abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
-
-
 def test_document_starts_of_a_row(home):
     from pipeline.data.sampler import RowSampler
 
@@ -324,16 +244,3 @@ def test_document_starts_of_a_row(home):
         row = made.row(index)
         begins = packed.documents(row.source)[:, 0] - row.index * 64
         assert row.starts.tolist() == [begin for begin in begins if 0 < begin <= 64]
-
-
-def test_weights_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="no source 'c'"):
-        sampler({"a": 100, "b": 100}, 8, {"c": 1})
-    with pytest.raises(UserError, match="fewer than the 9"):
-        sampler({"a": 100, "b": 5}, 8, {"a": 1, "b": 1})
-    with pytest.raises(UserError, match="all are 0"):
-        sampler({"a": 100}, 8, {"a": 0})
-    with pytest.raises(UserError, match="no source has the 9 tokens"):
-        sampler({"a": 5}, 8)
-    made = sampler({"a": 100, "b": 5}, 8)
-    assert made.sources == ["a"] and any("b is left out" in line for line in made.warnings(1)) and any("a repeats: 8.33 epochs" in line for line in made.warnings(100))

@@ -194,3 +194,91 @@ def test_a_model_with_other_tokens_is_refused(world):
     (other / "tokenizer.json").write_text(json.dumps(spec))
     code, text = stage("pretrain", "recipe.yaml", "output=wrong", "pretrain.inputs.model=./other", cwd=folder)
     assert code == 2 and "is not the tokenizer of inputs.model" in text, text
+
+
+# ---- how documents become rows ---------------------------------------------------------------------------------------------
+
+ROWS = (
+    "    packing: best_fit\n    document_mask: true\n    mixture_changes: [{tokens: 700, mixture: {one: 1, two: 3}}]\n"
+    "    fim: {rate: 0.6, sources: [one], prefix: <fill-1>, suffix: <fill-2>, middle: <fill-3>}\n    micro_batch: 4\n"
+)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """Packed rows, fill-in-the-middle, documents apart and a mixture that changes in the middle of step 3, all at once; an uninterrupted run in runs/."""
+    folder = tmp_path_factory.mktemp("filled")
+    tiny.write_inputs(folder, special=["<fill-1>", "<fill-2>", "<fill-3>"])
+    (folder / "recipe.yaml").write_text(tiny.RECIPE + ROWS)
+    return folder, succeed("pretrain", "recipe.yaml", cwd=folder, env={"ALMA_WITNESS": str(folder / "rows")})
+
+
+def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(filled):
+    """The first step by hand: each piece of each row alone, through an untrained model, gives the loss that the stage logged; so nothing sees its neighbours and every label counts that should."""
+    from pipeline.data.sampler import RowSampler
+    from pipeline.pretrain import Config, sampler_of
+
+    folder, said = filled
+    assert "packing    best fit: one" in said and "mixture    from row 22 (704 tokens) on: one 25%, two 75%" in said
+    config = recipe.load(folder / "recipe.yaml")
+    block, stage_config = config.model, config.stages["pretrain"]
+    assert isinstance(stage_config, Config)
+    tokenizer, packed = AutoTokenizer.from_pretrained(folder / "tokenizer"), TokenStore(folder / "tokens")
+    rows = sampler_of(stage_config, packed, tokenizer)
+    assert isinstance(rows, RowSampler)
+    model = build.new(block, tokenizer, 32, 5).eval()
+    nats, weight, bare = 0.0, 0, 0
+    for index in range(8):
+        row = rows.row(index)
+        borders = [0, *row.starts.tolist(), 33]
+        for begin, end in zip(borders, borders[1:], strict=False):
+            ids = torch.from_numpy(row.tokens[begin:end])[None]
+            with torch.no_grad():
+                logits = model(ids).logits[0].log_softmax(-1)
+            for place in range(begin, min(end, 32)):
+                if row.counted[place]:
+                    nats -= logits[place - begin, row.tokens[place + 1]].item()
+                    weight += 1
+                    bare += int(packed.token_bytes[row.tokens[place + 1]])
+    line = json.loads(next(text for text in (published(folder) / "metrics.jsonl").read_text().splitlines() if "grad_norm" in text))
+    assert line["weight"] == weight < 8 * 32 and line["loss"] == pytest.approx(nats / weight, rel=1e-5)
+    assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / bare, rel=1e-5)
+
+
+def test_packed_rows_survive_kills_and_other_numbers_of_processes(filled):
+    """Killed twice, and its tables of rows taken away in between: the same bytes. In two processes: the same rows."""
+    folder, _ = filled
+    for fault in ("work:3", "save:2"):
+        assert stage("pretrain", "recipe.yaml", "output=killed", "pretrain.save.asynchronous=false", cwd=folder, fault=fault)[0] == -9
+        (table,) = (folder / "killed/tiny/pretrain").glob("*.partial/work/tables/rows-one-32-3.starts.npy")
+        table.unlink()
+    succeed("pretrain", "recipe.yaml", "output=killed", cwd=folder)
+    assert files_of(published(folder, "killed")) == files_of(published(folder))
+    expected, found = metrics(folder), metrics(folder, "killed")
+    assert {key: found[key] for key in expected if key != "tokens_per_second"} == {key: expected[key] for key in expected if key != "tokens_per_second"}
+    assert expected["tokens_sources"]["one"] + expected["tokens_sources"]["two"] == expected["tokens"] < 6 * 8 * 32
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("pretrain.packing=concat", "fim: needs packing: best_fit"),
+        ("pretrain.fim.prefix=<|fim_prefix|>", "is no special token of the tokenizer"),
+        ("pretrain.fim.sources=[three]", "fim.sources: the tokens have no source 'three'"),
+        ("pretrain.mixture_changes=[{tokens: 700, mixture: {three: 1}}]", "mixture_changes: its text has no source 'three'"),
+        ("pretrain.mixture_changes=[{tokens: 700, mixture: {one: 0.5, two: 0.3}}]", "add up to 0.8"),
+        ("pretrain.mixture_changes=[{tokens: 1536, mixture: {one: 1}}]", "never comes, since this run reads 1,536"),
+        ("pretrain.mixture_changes=[{tokens: 9, mixture: {one: 1}}, {tokens: 9, mixture: {two: 1}}]", "their tokens must grow"),
+        ("pretrain.samples={every_steps: 1, prompts: [ape], max_new_tokens: 32}", "more than sequence_length 32"),
+    ],
+)
+def test_rows_that_cannot_be_had_are_refused_before_a_model_is_built(filled, word, said, monkeypatch):
+    folder, _ = filled
+    code, text = stage("pretrain", "recipe.yaml", "output=wrong", word, cwd=folder)
+    if "three" in word and "mixture" in word:
+        monkeypatch.chdir(folder)
+        graph = chain.nodes(recipe.load("recipe.yaml", [word]))
+        with pytest.raises(UserError, match=said):  # so says `alma run` before anything is run
+            chain.check(graph["pretrain"], graph)
+        said = "has no source 'three'"
+    assert code == 2 and said in text and "Traceback" not in text and "model  " not in text, text

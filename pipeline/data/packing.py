@@ -126,7 +126,10 @@ def write(folder: Path, name: str, table: Table) -> None:
         os.replace(temporary, folder / f"{name}.{part}.npy")
 
 
-def read(folder: Path, name: str) -> Table | None:
+def there(folder: Path, name: str) -> bool:
+    return all((folder / f"{name}.{part}.npy").exists() for part in PARTS)
+
+
+def read(folder: Path, name: str) -> Table:
     """A table that was written before, memory-mapped."""
-    paths = [folder / f"{name}.{part}.npy" for part in PARTS]
-    return Table(*(np.asarray(np.load(path, mmap_mode="r")) for path in paths)) if all(path.exists() for path in paths) else None
+    return Table(*(np.asarray(np.load(folder / f"{name}.{part}.npy", mmap_mode="r")) for part in PARTS))

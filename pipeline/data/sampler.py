@@ -9,9 +9,10 @@ every token but the first once (what is left at the end, less than a row, is not
 Each epoch of a source has its own order of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class RowSampler:
     """`weights`: share of rows of each source, any scale; by default sources are mixed in proportion to their tokens.
 
     changes: (tokens, weights) from so many tokens on, sequence_length a row. fim: only with best_fit. work: a folder in which the tables of best_fit are kept, made there
-    if they are not there yet; none: in memory.
+    if they are not there yet; none: in memory. once: lets one of several processes make them, and returns on each when they are made.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class RowSampler:
         packing: str = "concat",
         fim: Cutter | None = None,
         work: Path | None = None,
+        once: Callable[[Callable[[], None]], None] = lambda make: make(),
     ):
         self.store, self.sequence_length, self.seed, self.packing, self.fim = store, sequence_length, seed, packing, fim
         fits = {source: store.num_tokens(source) > (sequence_length if packing == "concat" else 0) for source in store.sources}
@@ -103,7 +105,7 @@ class RowSampler:
                 self.rows_per_epoch[source] = (store.num_tokens(source) - 1) // sequence_length
                 self.epoch_tokens[source] = self.rows_per_epoch[source] * sequence_length
             else:
-                self._tables[source] = self._table(source, SPARE * self._cuts(source), work)
+                self._tables[source] = self._table(source, SPARE * self._cuts(source), work, once)
                 self.rows_per_epoch[source] = self._tables[source].rows
                 self.epoch_tokens[source] = store.num_tokens(source)
         self._block = None
@@ -112,14 +114,15 @@ class RowSampler:
     def _cuts(self, source: str) -> bool:
         return self.fim is not None and (self.fim.sources is None or source in self.fim.sources)
 
-    def _table(self, source: str, spare: int, work: Path | None) -> packs.Table:
-        if work is None:
+    def _table(self, source: str, spare: int, work: Path | None, once: Callable) -> packs.Table:
+        def made() -> packs.Table:
             return packs.table_of(self.store.documents(source)[:, 0], self.sequence_length, spare)
-        name = f"rows-{derive(0, source):016x}-{self.sequence_length}-{spare}"
-        if (found := packs.read(work, name)) is None:
-            packs.write(work, name, packs.table_of(self.store.documents(source)[:, 0], self.sequence_length, spare))
-            found = packs.read(work, name)
-        return found
+
+        if work is None:
+            return made()
+        name = f"rows-{quote(source, safe='')}-{self.sequence_length}-{spare}"
+        once(lambda: None if packs.there(work, name) else packs.write(work, name, made()))
+        return packs.read(work, name)
 
     def row(self, index: int) -> Row:
         """Row `index`, counted over the whole run and all ranks."""
@@ -145,11 +148,11 @@ class RowSampler:
         for number, (start, size) in enumerate(zip(starts, lengths, strict=True)):
             goes_on, size = size < 0, abs(size)
             part, slots, turned = read(source, start, size), size, None
-            if number == 0 and start:
-                tokens[0] = read(source, start - 1, 1)[0]
             if cuts:
                 text = size - goes_on - (int(part[-1]) == eos)
                 turned = self.fim.cut(text, index, number)
+            if number == 0 and start and not turned:
+                tokens[0] = read(source, start - 1, 1)[0]
             if turned:
                 part, start, size = part[goes_on:], start + goes_on, size - goes_on  # what begins with a sentinel has no use for context
                 slots = size + SPARE
@@ -158,7 +161,7 @@ class RowSampler:
             else:
                 tokens[slot : slot + slots] = part
                 counted[slot - 1] = not goes_on
-            if number or turned or tokens[0] == eos:
+            if number or tokens[0] == eos:
                 borders.append(slot)
                 stretches.append(Stretch(slot, slots, start, size))
             else:  # it goes on from the token before it

@@ -48,9 +48,18 @@ def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sa
     else:
         tokens = config.steps * step
         found.append(f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x {config.sequence_length}; {tokens / size.total:.1f} tokens a parameter (Chinchilla's optimum is about 20)")
-        epochs = sampler.epochs(config.steps * config.batch_size)
-        shares = [f"{source} {100 * sampler.weights[source]:.3g}% of the rows, {epochs[source]:.2f} epochs of {sampler.store.num_tokens(source):,} tokens" for source in sampler.sources]
-        found.append("sources    " + "; ".join(shares))
+        rows = config.steps * config.batch_size
+        epochs, given = sampler.epochs(rows), sampler.rows_of(rows)
+        shares = sampler.weights if not sampler.changes else {source: count / rows for source, count in given.items()}
+        told = [f"{source} {100 * shares[source]:.3g}% of the rows, {epochs[source]:.2f} epochs of {sampler.store.num_tokens(source):,} tokens" for source in sampler.sources]
+        found.append("sources    " + "; ".join(told))
+    for number, (first, _) in enumerate(sampler.changes, 1):
+        weights = ", ".join(f"{source} {100 * weight:.3g}%" for source, weight in sampler.mixture.weights(number).items())
+        found.append(f"mixture    from row {first:,} ({first * config.sequence_length:,} tokens) on: {weights}")
+    if sampler.packing == "best_fit":
+        empty, cut = sampler.padding(), sampler.cut_documents()
+        told = [f"{source} {rows:,} rows an epoch, {100 * empty[source]:.2g}% of them padding, {cut[source]:,} of {sampler.store.num_documents(source):,} documents cut" for source, rows in sampler.rows_per_epoch.items()]
+        found.append("packing    best fit: " + "; ".join(told))
     schedule = config.schedule
     end = "" if schedule.kind == "constant" else f" to {schedule.min_ratio * config.optimizer.lr:.3g}"
     found.append(f"schedule   {config.optimizer.kind}, {schedule.kind} from {config.optimizer.lr:.3g}{end}, warmup of {schedule.warmup_steps:,} steps ({schedule.warmup_steps * step:,} tokens)")

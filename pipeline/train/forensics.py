@@ -12,12 +12,10 @@ LONGEST = 4000  # characters of a row's text that are written
 def describer(trainer, batches: Callable[[int], list[dict]], store, sampler, tokenizer, config) -> Callable[[int], list[dict]]:
     """describe(batch) -> every row of the global batch, in order; empty on all but the main process. Collective.
 
-    A row has: row (global index), source, epoch, window (which of the source), loss (mean nats a token under the weights of now, dropout off),
-    documents (id, first and number of tokens in the row, tokens of the document before them) and the decoded text.
+    A row has: row (global index), source, epoch, window (which of the source), loss (mean nats a label under the weights of now, dropout off),
+    documents (id, first and number of tokens in the row, tokens of the document before them; see Stretch of data/sampler.py) and the decoded text.
     Rows are a function of their index, so the main process reads those of all data ranks itself; the losses come from one forward pass.
     """
-    length = config.sequence_length
-
     def losses(batch: int) -> list[float]:
         at = trainer.data_rank * (config.batch_size // trainer.data_world)
         mine = []
@@ -26,7 +24,7 @@ def describer(trainer, batches: Callable[[int], list[dict]], store, sampler, tok
             mine.append({**micro, "row": torch.arange(at, at + count), "rows": config.batch_size})
             at += count
         found = trainer.evaluate(mine)
-        return [found[f"row/{number}"] * found["weight"] / length for number in range(config.batch_size)]
+        return [found[f"row/{number}"] * found["weight"] for number in range(config.batch_size)]
 
     def describe(batch: int) -> list[dict]:
         phases.enter("evaluate")
@@ -35,10 +33,19 @@ def describer(trainer, batches: Callable[[int], list[dict]], store, sampler, tok
         for number in range(config.batch_size if distributed.is_main() else 0):
             index = batch * config.batch_size + number
             row = sampler.row(index)
-            pieces = store.pieces(row.source, row.index * length, length + 1)
-            documents = [{"id": piece.id, "start": piece.start, "tokens": piece.length, "offset": piece.offset} for piece in pieces]
+            documents = documents_of(row, store)
+            labels = config.sequence_length if row.counted is None else int(row.counted.sum())
             text = tokenizer.decode(row.tokens.tolist(), skip_special_tokens=False)
-            rows.append({"row": index, "source": row.source, "epoch": row.epoch, "window": row.index, "loss": nats[number], "documents": documents, "text": text[:LONGEST]})
+            rows.append({"row": index, "source": row.source, "epoch": row.epoch, "window": row.index, "loss": nats[number] / max(labels, 1), "documents": documents, "text": text[:LONGEST]})
         return rows
 
     return describe
+
+
+def documents_of(row, store) -> list[dict]:
+    """The documents of a row, in order: id, slot at which it begins, slots (with the sentinels of fill-in-the-middle), tokens of the document before."""
+    found = []
+    for stretch in row.stretches:
+        grown = stretch.slots - stretch.length
+        found += [{"id": piece.id, "start": stretch.slot + piece.start, "tokens": piece.length + grown, "offset": piece.offset} for piece in store.pieces(row.source, stretch.start, stretch.length)]
+    return found

@@ -30,22 +30,28 @@ class Samples(Strict):
     """Logits are divided by this; 0 takes the likeliest token."""
 
 
+def encoded(config, tokenizer) -> list[list[int]]:
+    """Ids of the prompts, of none where no samples are asked for. Raises UserError for one that leaves no room in a row: called before anything expensive, too."""
+    from pipeline.data.tokens import encode_text
+
+    if config.samples is None:
+        return []
+    # A document begins after the end of another one: so packed rows have it.
+    prompts = [[tokenizer.eos_token_id, *ids] for ids in encode_text(tokenizer, config.samples.prompts)]
+    longest, new = max(map(len, prompts)), config.samples.max_new_tokens
+    if longest + new > config.sequence_length:
+        raise UserError(f"stage {config.kind}: samples: a prompt of {longest - 1} tokens and {new} new ones are more than sequence_length {config.sequence_length}; shorten either")
+    return prompts
+
+
 class Sampler:
     """Call it with each step and whether it is the last; it knows when its turn is. Collective."""
 
     def __init__(self, config, engine, model_config, parameters: int, tokenizer, output):
-        from pipeline.data.tokens import encode_text
-
         self.config, self.options, self.engine, self.output = config, config.samples, engine, output
         self.model_config, self.bytes, self.tokenizer = model_config, 4 * parameters, tokenizer
         self.begun = False
-        # A document begins after the end of another one: so packed rows have it.
-        self.prompts = [[tokenizer.eos_token_id, *ids] for ids in encode_text(tokenizer, self.options.prompts)]
-        longest = max(map(len, self.prompts))
-        if longest + self.options.max_new_tokens > config.sequence_length:
-            raise UserError(
-                f"stage {config.kind}: samples: a prompt of {longest - 1} tokens and {self.options.max_new_tokens} new ones are more than sequence_length {config.sequence_length}; shorten either"
-            )
+        self.prompts = encoded(config, tokenizer)
 
     def __call__(self, step: int, last: bool) -> None:
         from pipeline.rl.rollout import generate
@@ -62,7 +68,7 @@ class Sampler:
             made = generate(model, self.prompts, **options)
         assert distributed.is_main()
         texts = [self.tokenizer.decode([i for i in completion.ids if i != eos]) for completion in made]
-        lines = [json.dumps({"step": step, "prompt": prompt, "text": text, "ended": completion.stopped}, ensure_ascii=False) for prompt, text, completion in zip(self.options.prompts, texts, made)]
+        lines = [json.dumps({"step": step, "prompt": prompt, "text": text, "ended": completion.stopped}, ensure_ascii=False) for prompt, text, completion in zip(self.options.prompts, texts, made, strict=True)]
         self._write(step, lines)
         for prompt, text in zip(self.options.prompts, texts, strict=True):
             print(f"step {step}: {prompt} → {text}", flush=True)
@@ -120,9 +126,11 @@ class Sampler:
         model.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for part in model.modules():  # what is computed and not learned, such as the frequencies of rotary positions, is no part of the weights
-                if not list(part.parameters(recurse=False)):
+                if not list(part.parameters(recurse=False)) or list(part.buffers(recurse=False)):
                     model._init_weights(part)
-        model.load_state_dict(weights, strict=False, assign=True)
+        found = model.load_state_dict(weights, strict=False, assign=True)  # the weights lack a tied output layer and buffers, and may lack nothing else
+        known = {name for name, _ in model.named_buffers()} | (set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set())
+        assert not found.unexpected_keys and set(found.missing_keys) <= known, f"samples: the weights do not fit the model: {found}"
         model.tie_weights()
         return model.to(self.engine.device).eval()
 

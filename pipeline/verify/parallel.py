@@ -79,7 +79,7 @@ def prove(recipe: Recipe, stage: str | None, *, full: bool = False, width: int =
                 found += [{**trial, "refused": f"needs {world} GPUs, this machine has {gpus}"} for trial in chosen]
                 continue
             since = time.time()
-            found += _launch({"config": dump(config), "tokens": str(ready.tokens), "seeds": seeds, "steps": STEPS, "trials": chosen}, world, work, on_gpu=gpus > 0)
+            found += _launch({"config": dump(config), "tokens": str(ready.tokens), "tokenizer": str(ready.tokenizer), "seeds": seeds, "steps": STEPS, "trials": chosen}, world, work, on_gpu=gpus > 0)
             say(f"{world} process{'es' * (world > 1)}: {len(chosen)} runs in {time.time() - since:.0f} s")
             if refused := [trial["refused"] for trial in found if trial["layout"] == REFERENCE and "refused" in trial]:
                 raise UserError(refused[0])

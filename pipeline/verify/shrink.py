@@ -91,6 +91,15 @@ def prepare(recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = 
     block.update(dict.fromkeys(dropped, 0.0))
     if config.optimizer.kind == "muon":
         lines.append("optimizer  AdamW in Muon's place, which needs whole matrices and so has no ZeRO and no pipeline")
+    # Changes of the mixture come inside the few steps, evenly, in their order.
+    total = steps * ROWS * length
+    changes = [change.model_copy(update={"tokens": total * number // (len(config.mixture_changes) + 1)}) for number, change in enumerate(config.mixture_changes, 1)]
+    if changes:
+        lines.append(f"mixture    changes at {', '.join(f'{change.tokens:,}' for change in changes)} tokens of {total:,}")
+    fim = config.fim
+    if fim and fim.prefix not in reader.get_vocab():
+        lines.append("fim        off: the synthetic tokenizer has no such tokens")
+        fim = None
     settings = config.model_copy(
         update={
             "model": block,
@@ -108,6 +117,8 @@ def prepare(recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = 
             "compile": False,
             "run": RunConfig(),
             "log": type(config.log)(every_steps=1),
+            "mixture_changes": changes,
+            "fim": fim,
             "samples": None,  # prompts may be longer than the shortened rows
             "save": config.save.model_copy(update={"keep_best": False}),  # among so few steps none may be both saved and evaluated
         }
@@ -190,7 +201,7 @@ def _tokens(recipe: Recipe, stage: str, work: Path) -> tuple[Path, Path, str]:
     tokenizer = recipe.stages.get(node.parents["tokenizer"])
     config = recipe.stages[stage]
     vocabulary = getattr(tokenizer, "vocab_size", 4096)
-    sources = sorted(config.mixture or {"synthetic": 1})
+    sources = sorted({source for mixture in (config.mixture or {"synthetic": 1}, *(change.mixture for change in config.mixture_changes)) for source in mixture})
     synthetic.write(work / "synthetic", vocabulary, sources, max(60_000, 30 * config.sequence_length), recipe.seed)
     missing = " and ".join(node.parents[key] for key, path in found.items() if path is None)
     return work / "synthetic" / "tokens", work / "synthetic" / "tokenizer", f"synthetic, vocabulary of {vocabulary}: {missing} of this recipe has not been run"

@@ -44,15 +44,14 @@ def train(config, job: dict, seed: Path) -> dict:
     """`job["steps"]` steps from the seed checkpoint, one with a NaN in one gradient of the last process, and one more."""
     import torch
 
-    from pipeline.data.sampler import RowSampler
-    from pipeline.data.tokens import TokenStore
+    from pipeline.data.tokens import TokenStore, load_tokenizer
     from pipeline.models import build, scaling
-    from pipeline.pretrain import loss_of, to_batch
+    from pipeline.pretrain import loss_of, sampler_of, to_batch
     from pipeline.train import distributed, engine, layers
     from pipeline.train.loop import seed_step, share
 
     store = TokenStore(job["tokens"])
-    sampler = RowSampler(store, config.sequence_length, config.mixture, config.seed)
+    sampler = sampler_of(config, store, load_tokenizer(job["tokenizer"]))
     model = build.load(seed)
     scaling.learning_rates(model)
     expected = {key: value.clone() for key, value in model.state_dict().items()} if distributed.is_main() else {}
