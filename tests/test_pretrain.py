@@ -245,8 +245,8 @@ def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(fi
     assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / bare, rel=1e-5)
 
 
-def test_packed_rows_survive_kills_and_other_numbers_of_processes(filled):
-    """Killed twice, and its tables of rows taken away in between: the same bytes. In two processes: the same rows."""
+def test_packed_rows_survive_kills(filled):
+    """Killed twice, and its tables of rows taken away in between: the same bytes."""
     folder, _ = filled
     for fault in ("work:3", "save:2"):
         assert stage("pretrain", "recipe.yaml", "output=killed", "pretrain.save.asynchronous=false", cwd=folder, fault=fault)[0] == -9
