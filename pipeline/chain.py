@@ -109,6 +109,8 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
         if key in parents or key in optional:
             continue
         nearest = [stage for stage in earlier if recipe.stages[stage].kind in kinds]
+        if not nearest and key in config.optional():
+            continue
         if not nearest:
             raise UserError(f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands before it; add one or give inputs.{key}")
         parents[key] = nearest[-1]
@@ -147,8 +149,8 @@ def _packed_sources(node: Node, graph: dict[str, Node]) -> list[str]:
     """Names of the sources in the tokens that a stage reads, as far as they can be told before they are made."""
     tokens = node.parents.get("tokens")
     if tokens in graph:
-        data = graph[tokens].parents.get("data")
-        return list(graph[data].config.sources) if data in graph else []
+        data, shards = graph[tokens].parents.get("data"), list(getattr(graph[tokens].config, "shards", {}))
+        return [*graph[data].config.sources, *shards] if data in graph else shards if data is None else []
     try:
         return list(json.loads((Path(tokens or "") / "index.json").read_text())["splits"]["train"])
     except (OSError, ValueError, KeyError):  # the stage itself says what is wrong with it
@@ -224,12 +226,17 @@ def identity_of(node: Node) -> dict:
     sources = _source_identity(node)
     if sources:
         value["sources"] = sources
-        config.pop("sources")
+        config.pop("sources", None)
+        config.pop("shards", None)
     return value
 
 
 def _source_identity(node: Node) -> dict | None:
     """What the sources of a stage hold. Raises UserError if one is not there."""
+    if shards := getattr(node.config, "shards", None):
+        from pipeline.data.foreign import identify as identify_shards
+
+        return identify_shards(shards, cache=node.folder.parent / ".hashes.json")
     if not getattr(node.config, "sources", None):
         return None
     from pipeline.data.sources import identify

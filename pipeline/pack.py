@@ -5,7 +5,9 @@
 Reads the outputs of `clean` and `tokenizer`. Writes what pipeline/data/tokens.py describes: for each split and source the documents one
 after another, each closed by the end-of-document token, with an index of where they end, how many bytes of text they were, and their ids.
 
-The work is cut into units, one for each row group of the input. A unit is published whole into work/, so that a killed run loses the units
+Token files that other tools wrote (`shards`) are taken over into the same form.
+
+The work is cut into units, one for each row group of the input or stretch of a token file (pipeline/data/parts.py). A unit is published whole into work/, so that a killed run loses the units
 in flight; the shards are then joined from the units in the order of the input, whoever made them.
 """
 
@@ -17,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 from urllib.parse import quote
 
 from pydantic import Field
@@ -25,9 +27,12 @@ from pydantic import Field
 from pipeline import faults
 from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
+from pipeline.data.foreign import Shards
+from pipeline.data.parts import Unit
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.recipe import EXECUTION, StageConfig
+from pipeline.seeds import derive
 from pipeline.tracking import Progress
 
 VERSION = 2  # 2: ids of documents
@@ -35,30 +40,25 @@ INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
 
 COLUMNS = {"text": "string", "source": "string", "id": "string"}
 SPLITS = ("train", "heldout")
-BATCH = 512  # documents encoded at a time: bounds memory inside a row group
 SHARD_TOKENS = 2**28  # a shard ends with the unit that reaches this: 0.5 GB of uint16
 
 
 class Config(StageConfig):
-    """How documents become tokens. What comes out depends on the two inputs alone."""
+    """How documents become tokens. What comes out depends on the inputs and `shards` alone."""
 
     workers: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Processes that encode; by default one for each core."""
+    shards: dict[str, Shards] = {}
+    """Token files made elsewhere, each a source beside those of the documents, or instead of them: Megatron's .bin/.idx, datatrove's .ds, numpy."""
 
-
-class Unit(NamedTuple):
-    """One row group of one input file."""
-
-    split: str
-    path: Path
-    group: int
-    rows: int
-    output: Path
+    def optional(self) -> set[str]:
+        return {"data"} if self.shards else set()
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import numpy as np
 
+    from pipeline.data.parts import meta_of
     from pipeline.data.tokens import load_tokenizer, token_bytes
 
     began = time.time()
@@ -68,34 +68,56 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         raise UserError(f"{folder}: the tokenizer has no eos token, and a document needs an end; set eos_token in its tokenizer_config.json")
     sizes = token_bytes(tokenizer)
     dtype = np.dtype(np.uint16 if len(sizes) <= 2**16 else np.uint32)
-    units = list(plan(inputs["data"].path, output.path / "work"))
+    units = list(plan(inputs["data"].path if "data" in inputs else None, config, output.path / "work", tokenizer.eos_token_id))
     todo = [unit for unit in units if not unit.output.exists()]
 
     rows = sum(unit.rows for unit in units)
-    with Progress("pack", rows, unit="documents", start=rows - sum(unit.rows for unit in todo)) as bar:
-        for unit in encoded(todo, config.workers or len(os.sched_getaffinity(0)), folder, tokenizer.eos_token_id, dtype.str):
+    with Progress("pack", rows, unit="parts" if config.shards else "documents", start=rows - sum(unit.rows for unit in todo)) as bar:
+        for unit in made(todo, config.workers or len(os.sched_getaffinity(0)), folder, tokenizer.eos_token_id, dtype.str):
             bar.update(unit.rows)
             output.note_time()
             faults.point("work")
 
+    metas = {unit.output: meta_of(unit.output) for unit in units}
+    for name in config.shards:
+        if any(name in meta["sources"] for unit, meta in zip(units, metas.values(), strict=True) if not unit.shards):
+            raise UserError(f"shards.{name}: the documents of inputs.data have a source of this name; give the shards another one")
     index = {"vocab_size": len(sizes), "eos_id": tokenizer.eos_token_id, "dtype": dtype.name, "splits": {}}
     for split in SPLITS:
         index["splits"][split] = join([unit for unit in units if unit.split == split], output.path, split, dtype)
-    bad = [line for unit in units for line in _meta(unit.output)["bad"]]
+    bad = [line for meta in metas.values() for line in meta["bad"]]
     if bad:
         write_atomic(output.path / "bad.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
     np.save(output.path / "token_bytes.npy", sizes)
     write_json(output.path / "index.json", index)
     if not index["splits"]["train"]:
-        raise UserError(f"inputs.data: {inputs['data'].path}: its split train has no document with text; there is nothing to pack")
-    inexact = sum(_meta(unit.output)["inexact"] for unit in units)
+        place = f"inputs.data: {inputs['data'].path}: its split train has no document with text" if "data" in inputs else "shards: no document with tokens is left for training"
+        raise UserError(f"{place}; there is nothing to pack")
+    inexact, closed = (sum(meta.get(key, 0) for meta in metas.values()) for key in ("inexact", "closed"))
+    if closed:
+        say(f"pack: {closed:,} documents of shards had no end-of-document token and were given one")
     if inexact:
         say(f"pack: the tokens of {inexact} documents do not spell their text byte for byte; bits per byte will spread a document's bytes over its tokens")
     return metrics(index, len(bad), inexact, time.time() - began)
 
 
-def plan(data: Path, work: Path) -> Iterator[Unit]:
-    """Units of both splits in the order of the input. Raises UserError for files that are not what `clean` writes."""
+def plan(data: Path | None, config: Config, work: Path, eos_id: int) -> Iterator[Unit]:
+    """Units of both splits in the order of the input, shards behind documents. Raises UserError for files that are not what they should be."""
+    from pipeline.data import foreign
+
+    if data:
+        yield from _documents(data, work)
+    for name, source in sorted(config.shards.items()):
+        for number, path in enumerate(foreign.files(source, name)):
+            tokens = len(foreign.open_shard(path, source).tokens)
+            for split in SPLITS:
+                for begin in range(0, tokens, foreign.UNIT_TOKENS):
+                    output = work / f"{split}-shards-{quote(name, safe='')}-{number:05d}-{begin // foreign.UNIT_TOKENS:06d}.npz"
+                    key = derive(config.seed or 0, "shards", name)
+                    yield Unit(split, path, output, 1, source=name, shards=source, number=number, begin=begin, end=begin + foreign.UNIT_TOKENS, key=key)
+
+
+def _documents(data: Path, work: Path) -> Iterator[Unit]:
     import pyarrow.parquet
     from pyarrow.lib import ArrowException
 
@@ -113,25 +135,25 @@ def plan(data: Path, work: Path) -> Iterator[Unit]:
                 if {name: found.get(name) for name in COLUMNS} != COLUMNS:
                     raise UserError(f"{path}: has the columns {found}, expected {COLUMNS}")
                 for group in range(opened.num_row_groups):
-                    yield Unit(split, path, group, opened.metadata.row_group(group).num_rows, work / f"{split}-{path.stem}-{group:06d}.npz")
+                    yield Unit(split, path, work / f"{split}-{path.stem}-{group:06d}.npz", opened.metadata.row_group(group).num_rows, group)
 
 
-# ---- encoding --------------------------------------------------------------------------------------------------------------
-
-_worker: dict = {}
+# ---- units -----------------------------------------------------------------------------------------------------------------
 
 
-def encoded(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: str) -> Iterable[Unit]:
-    """Encode and publish units, and yield each when it is on disk, in any order."""
+def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: str) -> Iterable[Unit]:
+    """Make and publish units, and yield each when it is on disk, in any order."""
+    from pipeline.data import parts
+
     workers = min(workers, len(units))
     if workers <= 1:
-        _prepare(str(tokenizer), eos_id, dtype)
+        parts.prepare(str(tokenizer), eos_id, dtype)
         for unit in units:
-            _encode(unit)
+            parts.make(unit)
             yield unit
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer), eos_id, dtype)) as pool:
-        futures = {pool.submit(_encode, unit): unit for unit in units}
+        futures = {pool.submit(parts.make, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -147,107 +169,22 @@ def encoded(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype
 
 def _start_worker(*arguments) -> None:
     from pipeline.chain import die_with_parent
+    from pipeline.data import parts
 
     die_with_parent()
-    _prepare(*arguments)
-
-
-def _prepare(tokenizer: str, eos_id: int, dtype: str) -> None:
-    """Load the tokenizer once in a process. Processes are the parallelism here, so the library's own threads stay off."""
-    import numpy as np
-    from tokenizers import Tokenizer
-
-    from pipeline.data.tokens import token_bytes
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
-    _worker.update(tokenizer=backend, eos_id=eos_id, dtype=np.dtype(dtype), sizes=token_bytes(backend))
-
-
-def _encode(unit: Unit) -> None:
-    """One unit: for each source its tokens, (end, bytes) of each document and its id; bad documents with their place and reason."""
-    import numpy as np
-    import pyarrow
-    import pyarrow.parquet
-
-    from pipeline.data.tokens import encode_text
-
-    tokens: dict[str, list] = {}
-    documents: dict[str, list[tuple[int, int]]] = {}
-    names: dict[str, list[bytes]] = {}
-    filled: dict[str, int] = {}
-    bad, inexact, row = [], 0, 0
-    with pyarrow.parquet.ParquetFile(unit.path) as opened:
-        for batch in opened.iter_batches(batch_size=BATCH, row_groups=[unit.group], columns=["text", "source", "id"], use_threads=False):
-            texts, sources = [], []
-            for raw, source, id_ in zip(batch.column(0).cast(pyarrow.large_binary()).to_pylist(), batch.column(1).to_pylist(), batch.column(2).to_pylist(), strict=True):
-                text, reason = _text(raw, source)
-                if reason:
-                    bad.append({"split": unit.split, "file": unit.path.name, "row_group": unit.group, "row": row, "reason": reason})
-                else:
-                    texts.append(text)
-                    sources.append(source)
-                    names.setdefault(source, []).append((id_ or f"{unit.path.stem}/{unit.group}/{row}").encode())
-                row += 1
-            for text, source, encoding in zip(texts, sources, encode_text(_worker["tokenizer"], texts), strict=True):
-                array = np.array([*encoding, _worker["eos_id"]], dtype=_worker["dtype"])
-                size = len(text.encode())
-                inexact += int(_worker["sizes"][array].sum()) != size
-                tokens.setdefault(source, []).append(array)
-                filled[source] = filled.get(source, 0) + len(array)
-                documents.setdefault(source, []).append((filled[source], size))
-    sources = sorted(tokens)
-    counts = {
-        source: {"tokens": filled[source], "documents": len(names[source]), "bytes": sum(size for _, size in documents[source]), "id_bytes": sum(map(len, names[source]))}
-        for source in sources
-    }
-    meta = {
-        "sources": counts,
-        "bad": bad,
-        "inexact": inexact,
-    }
-    arrays = {"meta": np.array(json.dumps(meta))}
-    for number, source in enumerate(sources):
-        arrays[f"tokens{number}"] = np.concatenate(tokens[source])
-        arrays[f"documents{number}"] = np.array(documents[source], dtype=np.int64)
-        arrays[f"ids{number}"] = np.frombuffer(b"".join(names[source]), np.uint8)
-        arrays[f"id_ends{number}"] = np.cumsum([len(name) for name in names[source]], dtype=np.int64)
-    unit.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = unit.output.with_suffix(".tmp")
-    with open(temporary, "wb") as handle:
-        np.savez(handle, **arrays)
-        handle.flush()
-        os.fsync(handle.fileno())
-    faults.point("save")
-    os.replace(temporary, unit.output)
-
-
-def _text(raw: bytes | None, source: str | None) -> tuple[str, str | None]:
-    if source is None:
-        return "", "no source"
-    if not raw:
-        return "", "no text"
-    try:
-        return raw.decode(), None
-    except UnicodeDecodeError as error:
-        return "", f"not UTF-8 at byte {error.start}"
+    parts.prepare(*arguments)
 
 
 # ---- joining ---------------------------------------------------------------------------------------------------------------
-
-
-def _meta(path: Path) -> dict:
-    import numpy as np
-
-    with np.load(path) as unit:
-        return json.loads(str(unit["meta"]))
 
 
 def join(units: list[Unit], folder: Path, split: str, dtype) -> dict[str, list[dict]]:
     """Write the shards of a split from its units. Returns source -> shards, as index.json lists them."""
     import numpy as np
 
-    metas = [_meta(unit.output)["sources"] for unit in units]
+    from pipeline.data.parts import meta_of
+
+    metas = [meta_of(unit.output)["sources"] for unit in units]
     sources = sorted({source for meta in metas for source in meta})
     (folder / split).mkdir(exist_ok=True)
     index: dict[str, list[dict]] = {}

@@ -69,6 +69,10 @@ class StageConfig(Strict):
     run: Annotated[RunConfig, EXECUTION] = RunConfig()
     """Processes, nodes, threads."""
 
+    def optional(self) -> set[str]:
+        """Inputs that this stage, as its keys stand, can do without where no earlier stage has them."""
+        return set()
+
     def check(self, world: int) -> None:
         """Raise UserError if this stage cannot run in `world` processes. Called before anything expensive."""
         if world != 1:

@@ -248,9 +248,9 @@ def permuted(index: np.ndarray, size: int, keys: list[int]) -> np.ndarray:
         left, right = value // b, value % b
         for turn, key in enumerate(keys):
             if turn % 2:
-                left = (left + _mixed(right ^ np.uint64(key)) % a) % a
+                left = (left + scrambled(right ^ np.uint64(key)) % a) % a
             else:
-                right = (right + _mixed(left ^ np.uint64(key)) % b) % b
+                right = (right + scrambled(left ^ np.uint64(key)) % b) % b
         value = left * b + right
         inside = value < size
         found[todo[inside]] = value[inside]
@@ -258,7 +258,7 @@ def permuted(index: np.ndarray, size: int, keys: list[int]) -> np.ndarray:
     return found
 
 
-def _mixed(value: np.ndarray) -> np.ndarray:
+def scrambled(value: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea & Flood, 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

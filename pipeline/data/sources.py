@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -279,26 +280,35 @@ def format_of(source: Source, path: Path, where: str) -> str:
 
 def identify(sources: dict[str, Source], cache: Path) -> dict:
     """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in the file `cache` by path, size and mtime."""
+    value = {}
+    with hashes(cache) as sha256:
+        for name, source in sorted(sources.items()):
+            value[name] = identity(source)
+            if source.package:  # pinned: known without the network
+                value[name]["files"] = [[member, digest] for member, digest in source.members.items()]
+            elif source.path is not None:
+                value[name]["files"] = [[relative, sha256(path)] for relative, path in files(source, name)]
+    return value
+
+
+@contextmanager
+def hashes(cache: Path):
+    """A function sha256(path) that remembers in the file `cache`, by path, size and mtime."""
     try:
         known = json.loads(cache.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         known = {}
-    fresh, value = dict(known), {}
-    for name, source in sorted(sources.items()):
-        value[name] = identity(source)
-        if source.package:  # pinned: known without the network
-            value[name]["files"] = [[member, sha256] for member, sha256 in source.members.items()]
-        elif source.path is not None:
-            listed = []
-            for relative, path in files(source, name):
-                status = path.stat()
-                key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-                fresh[key] = known.get(key) or sha256_file(path)
-                listed.append([relative, fresh[key]])
-            value[name]["files"] = listed
+    fresh = dict(known)
+
+    def sha256(path: Path) -> str:
+        status = path.stat()
+        key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        fresh[key] = known.get(key) or sha256_file(path)
+        return fresh[key]
+
+    yield sha256
     if fresh != known:
         write_json(cache, fresh)
-    return value
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------------
