@@ -17,7 +17,9 @@ from pipeline.recipe import load, schema
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Raw text to an aligned chat model, from one recipe.")
 verify_app = typer.Typer(no_args_is_help=True, help="Prove on this machine what the documentation claims.")
 recipe_app = typer.Typer(no_args_is_help=True, help="Check a recipe, or write the JSON schema for editors.")
+inspect_app = typer.Typer(no_args_is_help=True, help="Look at what stages made.")
 app.add_typer(verify_app, name="verify")
+app.add_typer(inspect_app, name="inspect")
 app.add_typer(recipe_app, name="recipe")
 
 RecipeFile = Annotated[str, typer.Argument(help="Recipe file.")]
@@ -134,6 +136,22 @@ def verify_dedup(
     stages, overrides = _split(words)
     if not prove(load(recipe, overrides), _one(stages), pairs=pairs, recall=recall, false_merges=false_merges, seed=seed):
         raise typer.Exit(1)
+
+
+@inspect_app.command("tokens")
+def inspect_tokens(
+    recipe: RecipeFile,
+    words: Words = None,
+    row: Annotated[int, typer.Option("--row", min=0, help="Number of the first row, in the order in which the run reads them.")] = 0,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Token ids in place of text.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A line a row: inputs, labels, positions, documents.")] = False,
+) -> None:
+    """Packed tokens by source, and rows as the model of a pretraining stage reads them."""
+    from pipeline.data.view import show
+
+    stages, overrides = _split(words)
+    show(load(recipe, overrides), _one(stages), row, rows, as_json, ids)
 
 
 def _one(stages: list[str]) -> str | None:

@@ -305,12 +305,12 @@ def to_batch(rows: list, store, document_mask: bool) -> dict:
     import numpy as np
     import torch
 
+    from pipeline.data.sampler import positions_of
+
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     inputs = {"input_ids": tokens[:, :-1].contiguous()}
     if document_mask:  # transformers reads the borders of documents off the positions
-        positions = np.arange(tokens.shape[1] - 1)
-        starts = [row.starts[row.starts < len(positions)] for row in rows]
-        inputs["position_ids"] = torch.from_numpy(np.stack([positions - np.repeat([0, *at], np.diff([0, *at, len(positions)])) for at in starts]))
+        inputs["position_ids"] = torch.from_numpy(np.stack([positions_of(row) for row in rows]))
     labels = tokens[:, 1:].contiguous()
     size = torch.from_numpy(store.token_bytes[labels.numpy()])
     if any(getattr(row, "counted", None) is not None for row in rows):

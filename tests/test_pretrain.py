@@ -282,3 +282,35 @@ def test_rows_that_cannot_be_had_are_refused_before_a_model_is_built(filled, wor
             chain.check(graph["pretrain"], graph)
         said = "has no source 'three'"
     assert code == 2 and said in text and "Traceback" not in text and "model  " not in text, text
+
+
+def test_rows_are_shown_as_the_model_reads_them(filled, monkeypatch, capsys):
+    """`alma inspect tokens`: as JSON exactly what the model is given; as text the documents' words, in their order, with what has no label marked."""
+    from pipeline import cli
+    from pipeline.pretrain import sampler_of, to_batch
+
+    folder, _ = filled
+    monkeypatch.chdir(folder)
+
+    def said(*words):
+        monkeypatch.setattr("sys.argv", ["alma", "inspect", "tokens", "recipe.yaml", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return ended.value.code, out.out + out.err
+
+    config = recipe.load("recipe.yaml").stages["pretrain"]
+    packed, tokenizer = TokenStore("tokens"), AutoTokenizer.from_pretrained("tokenizer")
+    rows = sampler_of(config, packed, tokenizer)
+    code, text = said("--json", "--row", "19", "--rows", "5")
+    lines = [json.loads(line) for line in text.splitlines()]
+    batch = to_batch([rows.row(index) for index in range(19, 24)], packed, True)
+    assert code == 0 and [line["row"] for line in lines] == [19, 20, 21, 22, 23]
+    assert [line["inputs"] for line in lines] == batch["inputs"]["input_ids"].tolist() and [line["labels"] for line in lines] == batch["labels"].tolist()
+    assert [line["positions"] for line in lines] == batch["inputs"]["position_ids"].tolist()
+    code, text = said("--row", "19", "--rows", "5")
+    assert code == 0 and text.count("labels count") == 5 and "padding" in text and all(entry["id"] in text for line in lines for entry in line["documents"])
+    assert "⟦<fill-1>⟧" in text and "documents apart" in text
+    for word, wanted in (("pretrain.mixture={one: 0}", "no source has a weight above 0"), ("wrong", "no stage of kind pretrain"), ("pretrain.inputs.tokens=./none", "is not a folder")):
+        code, text = said(word)
+        assert code == 2 and wanted in text and "Traceback" not in text, text

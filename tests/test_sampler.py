@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.fim import Cutter
 from pipeline.data.packing import best_fit
-from pipeline.data.sampler import RowSampler, permuted
+from pipeline.data.sampler import RowSampler, documents_of, permuted
 from pipeline.data.tokens import TokenStore
 from pipeline.errors import UserError
-from pipeline.train.forensics import documents_of
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 EOS, SENTINELS = 1, (2, 3, 4)
@@ -239,7 +238,7 @@ def restored(tokens: list[int]) -> list[int]:
     return prefix + middle + suffix + end
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 def test_packed_rows_hold_every_token_once_an_epoch_whole_documents_whole_and_can_be_undone(tmp_path_factory, data):
     sources, length = drawn(data), data.draw(st.integers(8, 40))

@@ -265,6 +265,22 @@ def scrambled(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
+def documents_of(row: Row, store: TokenStore) -> list[dict]:
+    """The documents of a row, in order: id, slot at which it begins, slots (with the sentinels of fill-in-the-middle), tokens of the document before."""
+    found = []
+    for stretch in row.stretches:
+        grown = stretch.slots - stretch.length
+        found += [{"id": piece.id, "start": stretch.slot + piece.start, "tokens": piece.length + grown, "offset": piece.offset} for piece in store.pieces(row.source, stretch.start, stretch.length)]
+    return found
+
+
+def positions_of(row: Row) -> np.ndarray:
+    """int64 [sequence_length]: the place of each input in its document, from 0 where a document begins or the row does."""
+    positions = np.arange(len(row.tokens) - 1)
+    starts = np.concatenate([[0], row.starts[row.starts < len(positions)]])
+    return positions - np.repeat(starts, np.diff(np.append(starts, len(positions))))
+
+
 def heldout_rows(store: TokenStore | Path, sequence_length: int, max_rows: int) -> list[HeldoutRow]:
     """At most `max_rows` fixed rows of the held-out split, evenly from its sources; no label is counted twice.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.data.sampler import documents_of
 from pipeline.train import distributed, phases
 
 LONGEST = 4000  # characters of a row's text that are written
@@ -40,12 +41,3 @@ def describer(trainer, batches: Callable[[int], list[dict]], store, sampler, tok
         return rows
 
     return describe
-
-
-def documents_of(row, store) -> list[dict]:
-    """The documents of a row, in order: id, slot at which it begins, slots (with the sentinels of fill-in-the-middle), tokens of the document before."""
-    found = []
-    for stretch in row.stretches:
-        grown = stretch.slots - stretch.length
-        found += [{"id": piece.id, "start": stretch.slot + piece.start, "tokens": piece.length + grown, "offset": piece.offset} for piece in store.pieces(row.source, stretch.start, stretch.length)]
-    return found
