@@ -162,7 +162,7 @@ class Config(TrainConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import heldout_rows
-    from pipeline.data.tokens import TokenStore, load_tokenizer, stray_id
+    from pipeline.data.tokens import TokenStore, load_tokenizer, misfit
     from pipeline.models import build, cost, scaling
     from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, samples, witness
     from pipeline.train.loop import fit, share
@@ -181,8 +181,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     distributed.setup(config)
     if len(heldout) < distributed.world() // config.parallel.pipeline:
         raise UserError(f"stage {config.kind}: {len(heldout)} held-out rows cannot be shared by {distributed.world() // config.parallel.pipeline} processes; hold out more text in stage clean")
-    if inputs["tokens"].kind == "external" and (stray := distributed.from_main(stray_id(store.folder) if output.is_main else None)):
-        raise UserError(f"inputs.tokens: {stray}")
+    if inputs["tokens"].kind == "external" and (wrong := distributed.from_main(misfit(store.folder) if output.is_main else None)):
+        raise UserError(f"inputs.tokens: {wrong}")
     sampler = sampler_of(config, store, tokenizer, output)
 
     # The model

@@ -173,7 +173,7 @@ def test_mistakes_end_in_a_sentence(home, tmp_path):
 
 
 def test_damage_is_found_on_opening(home, tmp_path):
-    from pipeline.data.tokens import TokenStore
+    from pipeline.data.tokens import TokenStore, misfit
 
     def damaged(change):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -189,6 +189,13 @@ def test_damage_is_found_on_opening(home, tmp_path):
     assert "says" in damaged(lambda f: np.save(f / tokens, np.zeros(3, np.uint16)))
     assert "does not end where" in damaged(lambda f: np.save(f / documents, np.load(f / documents) - 1))
     assert "ids end" in damaged(lambda f: np.save(f / documents.replace("documents", "id_ends"), np.load(f / documents.replace("documents", "id_ends")) - 1))
+    # What opening does not read is looked at where shards come from elsewhere.
+    folder = tmp_path / "order"
+    shutil.copytree(home / "runs/t/pack/current", folder)
+    swapped = np.load(folder / documents)
+    swapped[[3, 4]] = swapped[[4, 3]]
+    np.save(folder / documents, swapped)
+    assert misfit(home / "runs/t/pack/current") is None and "document 4 of source wiki/en (train) ends at token" in misfit(folder)
     assert "older version" in damaged(lambda f: (f / "index.json").write_text((f / "index.json").read_text().replace("id_bytes", "other")))
     assert "index.json: damaged" in damaged(lambda f: (f / "index.json").write_text("{"))
     assert "not the output of stage pack" in damaged(lambda f: (f / "index.json").unlink())

@@ -141,15 +141,24 @@ class TokenStore:
             raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}, index.json says {dtype} {list(shape)}; run stage pack again with --restart")
         return np.asarray(array)  # still the mapped file, without the cost of numpy's memmap class at each slice
 
-    def stray_id(self) -> str | None:
-        """A token outside the vocabulary, in words, or None. Reads every token, 1-2 GB a second: for shards that stage pack did not write (it proves each id as it writes)."""
+    def misfit(self) -> str | None:
+        """What tokens and index of documents do not have to do with each other, in words, or None: a token outside the vocabulary, documents that do not ascend or are not closed.
+
+        Reads every token, 1-2 GB a second: for shards that stage pack did not write (it proves each id as it writes).
+        """
         for source in self.sources:
-            for (tokens, _), start in zip(self._shards[source], self._starts[source]):
+            for (tokens, documents), start in zip(self._shards[source], self._starts[source][:-1], strict=True):
                 for begin in range(0, len(tokens), SCAN):
                     part = tokens[begin : begin + SCAN]
                     if part.max(initial=0) >= self.vocab_size or part.min(initial=0) < 0:
                         place = begin + int(np.flatnonzero((part >= self.vocab_size) | (part < 0))[0])
-                        return f"{self.folder}: token {int(start) + place} of source {source} ({self.split}) is {tokens[place]}, beyond the vocabulary of {self.vocab_size}; pack the text with this tokenizer"
+                        return f"{self.folder}: token {start + place} of source {source} ({self.split}) is {tokens[place]}, beyond the vocabulary of {self.vocab_size}; pack the text with this tokenizer"
+                ends = documents[:, 0]
+                wrong = np.diff(ends, prepend=0) <= 0
+                wrong |= tokens[np.clip(ends - 1, 0, len(tokens) - 1)] != self.eos_id
+                if wrong.any():
+                    number = int(np.flatnonzero(wrong)[0])
+                    return f"{self.folder}: document {number} of source {source} ({self.split}) ends at token {start + int(ends[number])}, which does not close a document that begins before it; run stage pack again with --restart"
         return None
 
     def num_tokens(self, source: str) -> int:
@@ -181,7 +190,7 @@ class TokenStore:
 
     def documents(self, source: str) -> np.ndarray:
         """int64 [documents, 2]: where each document of the source ends (after its eos), and its bytes. Read into memory."""
-        parts = [np.asarray(documents) + [start, 0] for (_, documents), start in zip(self._shards[source], self._starts[source], strict=False)]
+        parts = [np.asarray(documents) + [start, 0] for (_, documents), start in zip(self._shards[source], self._starts[source][:-1], strict=True)]
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
 
     def pieces(self, source: str, start: int, length: int) -> list[Piece]:
@@ -202,6 +211,6 @@ class TokenStore:
         return found
 
 
-def stray_id(folder: Path | str) -> str | None:
-    """A token outside the vocabulary in either split of a packed folder, in words, or None."""
-    return next((found for split in ("train", "heldout") if (found := TokenStore(folder, split).stray_id())), None)
+def misfit(folder: Path | str) -> str | None:
+    """What does not fit in either split of a packed folder, in words, or None."""
+    return next((found for split in ("train", "heldout") if (found := TokenStore(folder, split).misfit())), None)
