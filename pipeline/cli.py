@@ -154,6 +154,36 @@ def inspect_tokens(
     show(load(recipe, overrides), _one(stages), row, rows, as_json, ids)
 
 
+@inspect_app.command("data")
+def inspect_data(
+    recipe: RecipeFile,
+    words: Words = None,
+    source: Annotated[str | None, typer.Option("--source", help="One source alone.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="One reason: its overlaps, what other thresholds would have done, samples.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="So many documents of each reason, with the value that tripped the rule.")] = 0,
+) -> None:
+    """The ledger of a stage that prepares text: what was read, left out and why, and published. By default of clean; also of sft, reward, dpo and ppo."""
+    from pipeline.inspection import data
+
+    stages, overrides = _split(words)
+    graph = chain.nodes(load(recipe, overrides))
+    _known(stages, graph, recipe)
+    data.show(_published(graph, _one(stages), ("clean", *data.TUNING), recipe), source=source, reason=reason, samples=samples)
+
+
+def _published(graph: dict[str, chain.Node], name: str | None, kinds: tuple[str, ...], recipe: str) -> artifact.Artifact:
+    """The published output of a stage of one of these kinds: the one named, or the first of kinds[0]."""
+    able = [node for node in graph.values() if node.config.kind in kinds]
+    chosen = [node for node in able if (node.name == name if name else node.config.kind == kinds[0])]
+    if not chosen:
+        what = f"stage {name} is of kind {graph[name].config.kind}" if name else f"there is no stage of kind {kinds[0]}"
+        raise UserError(f"{recipe}: {what}; this looks into {', '.join(node.name for node in able) or 'stages of kind ' + ', '.join(kinds)}")
+    found = artifact.current(chosen[0].folder)
+    if found is None:
+        raise UserError(f"{recipe}: {chosen[0].name} has published nothing yet ({chosen[0].folder}); alma run {recipe} {chosen[0].name} makes it")
+    return found
+
+
 def _one(stages: list[str]) -> str | None:
     if len(stages) > 1:
         raise UserError(f"one stage at a time: {', '.join(stages)} were given")

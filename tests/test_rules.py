@@ -215,7 +215,7 @@ def outcome(rows: list[dict]):
     import pyarrow
 
     kinds = {"failed": pyarrow.int64(), "kind": pyarrow.int8(), "bytes": pyarrow.int64(), "statistics": pyarrow.binary()}
-    return pyarrow.table({key: pyarrow.array([row.get(key) for row in rows], kinds.get(key, pyarrow.string())) for key in ("place", "id", "excerpt", "bytes", "language", "kind", "statistics", "failed", "changed")})
+    return pyarrow.table({key: pyarrow.array([row.get(key) for row in rows], kinds.get(key, pyarrow.string())) for key in ("place", "id", "excerpt", "bytes", "language", "kind", "statistics", "failed", "changed", "matched")})
 
 
 def test_the_ledger_counts_overlaps_samples_and_what_other_thresholds_would_do():

@@ -19,11 +19,13 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
     import numpy as np
     import zstandard
 
+    from pipeline.data.funnel import Funnel
     from pipeline.data.index import HELDOUT, REASONS, TRAIN, times
     from pipeline.data.rejections import Rejections
 
     report: dict[str, Any] = {"sources": {}}
-    rejections, matched = Rejections(steps), {}
+    rejections, funnel, matched = Rejections(steps), Funnel(index, units), {}
+    fates = np.array(["train", "heldout", *(REASONS[fate] for fate in sorted(REASONS))], object)
     (folder / "rejected").mkdir(exist_ok=True)
     for name, paths in units.items():
         counts: dict[str, Any] = {"not selected": {}, "bad": {}, "filtered": {}, "duplicates": {}}
@@ -49,10 +51,13 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
                 splits["train_copies"] += int((times(index.cluster[here][fate == TRAIN], upsample) - 1).sum())
                 left_out = ~ok
                 left_out[ok] = fate > HELDOUT
+                status, reason = (np.array(outcome[key].to_pylist(), object) for key in ("status", "reason"))
+                status[ok], reason[ok] = np.where(fate <= HELDOUT, "kept", "duplicates"), fates[fate]
+                funnel.add(name, outcome, status, reason, document)
                 chosen = np.flatnonzero(left_out)
-                for i, entry in zip(chosen.tolist(), outcome.select(["place", "id", "status", "reason", "excerpt"]).take(chosen).to_pylist(), strict=True):
+                for i, row in zip(chosen.tolist(), outcome.take(chosen).to_pylist(), strict=True):
+                    entry = {"place": row["place"], "id": row["id"], "status": status[i], "reason": reason[i], "value": rejections.tripped(row), "excerpt": row["excerpt"]}
                     if ok[i]:
-                        entry.update(status="duplicates", reason=REASONS[int(index.fate[document[i]])])
                         original = index.original[document[i]]
                         if original != document[i]:
                             entry["of"] = "{:016x}{:016x}".format(*index.id[original].tolist())
@@ -62,7 +67,7 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
         ledger.replace(folder / "rejected" / ledger.name)
         report["sources"][name] = {"read": read, "documents_in": records, "bytes_in": size, **counts, **splits, **edited[name]}
     _total(report)
-    report["rules"] = rejections.report()
+    report["rules"], report["funnel"] = rejections.report(), funnel.report()
     assert report["rules"]["rejected"] + report["total"]["nothing_left"] == report["total"]["filtered_documents"]
     if steps.decontaminate:
         report["decontamination"] = {

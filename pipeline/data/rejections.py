@@ -32,7 +32,7 @@ class Rejections:
         self.changed: dict[str, list[int]] = {}  # what was done to texts that were kept: documents, times
 
     def add(self, source: str, outcome) -> None:
-        """The outcomes of a unit: pyarrow.Table with place, id, bytes, excerpt, kind, language, statistics, failed, changed."""
+        """The outcomes of a unit: pyarrow.Table with place, id, bytes, excerpt, kind, language, statistics, failed, changed, matched."""
         judged = np.flatnonzero(outcome["failed"].is_valid().to_numpy())
         if not len(judged):
             return
@@ -59,7 +59,7 @@ class Rejections:
                 fails = rule.fails(values, kind, scale) if scale != 1 else failed[:, number]
                 self.scaled[number, column] += fails @ which
                 self.scaled_all[number, column] += (fails | others) @ which
-        self._sample(source, chosen, failed, values)
+        self._sample(source, chosen, failed)
         for entry in chosen["changed"].filter(_arrow(~rejected)).drop_null().to_pylist():
             for what, times in json.loads(entry).items():
                 sums = self.changed.setdefault(what, [0, 0])
@@ -70,17 +70,24 @@ class Rejections:
         for code in [code or "" for code in chosen["language"].filter(_arrow(rejected)).to_pylist()]:
             self.languages[code][1] += 1
 
-    def _sample(self, source: str, chosen, failed: np.ndarray, values: np.ndarray) -> None:
+    def _value(self, number: int, entry: dict) -> float | str | None:
+        """What tripped a rule: its statistic, the evaluation set, or the language."""
+        if self.rules[number]:
+            return _plain(np.frombuffer(entry["statistics"], np.float32)[self.rules[number].column])
+        return json.loads(entry["matched"])[0] if self.names[number] == "contaminated" else entry["language"]
+
+    def tripped(self, entry: dict) -> float | str | None:
+        """The value that tripped the rule which is the reason given for a row (failed, statistics, language, matched)."""
+        return self._value((entry["failed"] & -entry["failed"]).bit_length() - 1, entry) if entry["failed"] else None
+
+    def _sample(self, source: str, chosen, failed: np.ndarray) -> None:
         """Of each rule the documents with the smallest record ids: a reservoir that is the same whatever the order."""
         ids = np.array(chosen["id"].to_pylist())
         for number in np.flatnonzero(failed.any(0)).tolist():
-            rows = np.flatnonzero(failed[:, number])
-            rows = rows[np.argsort(ids[rows], kind="stable")][:SAMPLES]
-            rule = self.rules[number]
-            for row, entry in zip(rows.tolist(), chosen.select(["place", "excerpt", "language"]).take(rows).to_pylist(), strict=True):
-                value = _plain(values[row, rule.column]) if rule else entry["language"]
-                self.samples[number].append((str(ids[row]), source, entry["place"], value, entry["excerpt"]))
-            self.samples[number] = sorted(self.samples[number], key=lambda sample: sample[:3])[:SAMPLES]
+            rows = candidates(ids, np.flatnonzero(failed[:, number]))
+            entries = chosen.select(["place", "excerpt", "statistics", "language", "matched"]).take(rows).to_pylist()
+            found = [(str(ids[row]), source, entry["place"], self._value(number, entry), entry["excerpt"]) for row, entry in zip(rows.tolist(), entries, strict=True)]
+            self.samples[number] = smallest(self.samples[number], found)
 
     def report(self) -> dict:
         """JSON: `documents` and `bytes` judged; each rule's counts (documents it fails; of these the ones that no other rule fails, and those whose reason it is), shares, samples with
@@ -112,6 +119,19 @@ class Rejections:
             **({"models": self.models} if self.models else {}),
             "changed": {what: {"documents": sums[0], "times": sums[1]} for what, sums in sorted(self.changed.items())},
         }  # fmt: skip
+
+
+def candidates(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Those of some rows whose record ids are among the SAMPLES smallest."""
+    return rows[np.isin(ids[rows], np.unique(ids[rows])[:SAMPLES])]
+
+
+def smallest(samples: list[tuple], found: list[tuple]) -> list[tuple]:
+    """Of (id, source, place, ...) those with the smallest ids, one for each id: a reservoir that is the same whatever the order, and does not show one copied text five times."""
+    best: dict[str, tuple] = {}
+    for sample in sorted([*samples, *found], key=lambda sample: sample[:3]):
+        best.setdefault(sample[0], sample)
+    return list(best.values())[:SAMPLES]
 
 
 def _share(part, whole) -> float:
