@@ -10,9 +10,11 @@ Every figure is CPU seconds of whole processes, start, reading and writing inclu
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from pathlib import Path
 
@@ -21,7 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from corpus import corpus  # noqa: E402
 from meter import Cost, measured  # noqa: E402
-from rules import rules  # noqa: E402
+from rules import rules, soiled  # noqa: E402
 
 PEER = ("datatrove[io,processing]==0.10.1", "spacy==3.8.18", "jieba==0.42.1")  # without spacy datatrove's English MinHash does not start, without jieba its Chinese one
 # Bounds that no document crosses: the stage then reads, normalises, deduplicates and writes.
@@ -112,17 +114,48 @@ def judged(pairs: list, kept: set[str], name: str, who: str) -> dict:
     return {"recall": sum(high) / len(high), "merged": sum(low), "low": len(low)}
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------
+# ---- everything, and memory ------------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path, files: dict[str, Path]) -> dict:
+    """The blocks of a stage with every step on. Examples of the two models: documents of the corpus, and the same soiled; the evaluation set: some of its paragraphs. Their bounds and the language
+    rule let pass what the other steps do, so that deduplication has its full load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, good = random.Random("everything"), []
+    for name in LANGUAGES:
+        with open(files[name], encoding="utf-8") as handle:
+            good += [json.loads(line)["text"] for number, line in zip(range(2000), handle, strict=False) if number % 2]
+    parts = {"good": good, "bad": [soiled(text, rng) for text in good], "exam": [text[200:320] for text in rng.sample(good, 200)]}
+    for name, texts in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return {
+        "repair": {"mojibake": True, "full_width": "letters"},
+        "language": {"keep": ["en", "zh"], "min_confidence": 0},
+        "filters": {},
+        "rules": {"use": ["gopher_repetition", "gopher_quality", "c4", "fineweb"]},
+        "block": {"words": ["spam"], "min_words": 3, "urls": ["spam"], "url": "{id}"},
+        "mask": {"use": ["secret", "email", "ip", "id_zh", "card", "mobile_zh", "phone"]},
+        "examples": {name: {"path": str(folder / f"{name}.jsonl")} for name in ("good", "bad")},
+        "quality": {"good": ["good"], "bad": ["bad"], "min_score": 0},
+        "perplexity": {"like": ["good"], "max_en": 1e9, "max_zh": 1e9},
+        "decontaminate": {"sets": {"exam": {"path": str(folder / "exam.jsonl")}}},
+        "dedup": {"url": "{id}", "lines": 8, "runs": 50},
+    }
 
 
 def memory(folder: Path, files: dict[str, Path]) -> dict:
-    """Peak memory, summed over two workers and the parent, on the corpus and on one that is four times larger; everything of deduplication is on."""
-    larger = corpus(folder / "corpus-4", times=5)  # planted copies are not multiplied: 3.9 times the bytes
-    block = {"dedup": {"lines": 8, "runs": 50}}
-    one, _ = clean(folder / "memory-1", {name: files[name] for name in LANGUAGES}, 2, **block)
-    four, _ = clean(folder / "memory-4", {name: larger[name] for name in LANGUAGES}, 2, **block)
-    print(f"memory: {one.peak:.3f} GB at {megabytes(files):.0f} MB, {four.peak:.3f} GB at {megabytes(larger):.0f} MB; {megabytes(files) / one.cpu:.2f} and {megabytes(larger) / four.cpu:.2f} MB per CPU-s")
-    return {"peak_gb": one.peak, "peak_growth": four.peak / one.peak - 1}
+    """Every step on, two workers: MB per CPU-second, and peak memory summed over workers and parent, on the corpus and on one that is four times larger."""
+    larger, found = corpus(folder / "corpus-4", times=5), {}  # planted copies are not multiplied: 3.9 times the bytes
+    block = everything(folder / "everything", files)
+    for name, texts in (("1", files), ("4", larger)):
+        cost, published = clean(folder / f"memory-{name}", {language: texts[language] for language in LANGUAGES}, 2, **block)
+        total = json.loads((published / "report.json").read_text())["total"]
+        found[name] = cost
+        print(
+            f"every step on: {megabytes(texts):.0f} MB, {cost.cpu:.1f} CPU-s, {megabytes(texts) / cost.cpu:.2f} MB per CPU-s, {cost.wall:.0f} s, {cost.peak:.3f} GB; "
+            f"{total['read']} read, {total['filtered_documents']} filtered, {total['duplicates_near']} near duplicates, {total['documents_out']} kept", flush=True,
+        )  # fmt: skip
+    return {"peak_gb": found["1"].peak, "peak_growth": found["4"].peak / found["1"].peak - 1, "all_mb_per_cpu_s": megabytes(files) / found["1"].cpu}
 
 
 # ---- filters and near duplicates together ------------------------------------------------------------------------------------
@@ -149,6 +182,8 @@ def whole(folder: Path, files: dict[str, Path], python: Path | None) -> dict:
 
 
 SECTIONS = ("near", "rules", "whole", "memory")
+# The figures that the last line begins with; those that it has beside them say more about the same.
+FIGURES = ("dedup_ratio", "filter_ratio", "whole_ratio", "mb_per_cpu_s", "recall_en", "recall_zh", "false_merge", "agreement_en", "kept_zh", "junk_zh", "peak_gb", "peak_growth")
 
 
 def main() -> None:
@@ -164,6 +199,7 @@ def main() -> None:
         files = corpus(folder / "corpus")
         print(f"corpus: {megabytes(files):.1f} MB", flush=True)
         found: dict = {}
+        began = time.time()
         with tempfile.TemporaryDirectory(dir=folder) as runs:
             if "near" in words.sections:
                 found.update(near(Path(runs), files, python))
@@ -173,7 +209,8 @@ def main() -> None:
                 found.update(whole(Path(runs), files, python))
             if "memory" in words.sections:
                 found.update(memory(folder if words.folder else Path(runs), files))
-        print(json.dumps({key: round(value, 4) for key, value in found.items()}))
+        print(f"took {time.time() - began:.0f} s after the corpus was made, load {os.getloadavg()[0]:.1f} at the end", flush=True)
+        print(json.dumps({key: round(found[key], 4) for key in sorted(found, key=lambda key: (FIGURES.index(key) if key in FIGURES else len(FIGURES), key))}))
 
 
 if __name__ == "__main__":

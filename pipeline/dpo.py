@@ -16,7 +16,7 @@ from pipeline.data.conversations import PreferenceSource
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.train.config import Optimizer, TrainConfig
 
-VERSION = 2
+VERSION = 3
 INPUTS = {"model": ("sft", "pretrain")}
 UNIT = 64  # pairs whose reference log-probabilities are kept at a time
 

@@ -25,7 +25,7 @@ from pipeline.rl.rules import Rule
 from pipeline.seeds import derive
 from pipeline.train.config import Optimizer, Schedule, TrainConfig
 
-VERSION = 2
+VERSION = 3
 INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
 
 
@@ -269,7 +269,7 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
     chats = {key: Chat(tokenizer_of(folder, config.sequence_length)) for key, folder in folders.items()}
     same = all(_text(folders["policy"] / name) == _text(folders["reward"] / name) for name in ("tokenizer.json", "chat_template.jinja"))
 
-    train, heldout, counted = load_prompts(config.sources, config.holdout, config.decontaminate)
+    train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
     limit = config.sequence_length - config.rollout.max_new_tokens
     tasks = {"train": [], "heldout": []}
@@ -288,15 +288,15 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
             if reason is None:
                 tasks[split].append(Task(ids, prompt.text, prompt.answer))
                 continue
-            entry = counted[prompt.source]
+            entry = ledger.sources[prompt.source]
             entry[split] -= 1
             kept_aside = entry["rejected"].setdefault(reason, {"count": 0, "first": []})
             kept_aside["count"] += 1
             kept_aside["first"] += [prompt.place] if len(kept_aside["first"]) < PLACES else []
         if not tasks[split]:
-            reasons = "; ".join(sorted({reason for entry in counted.values() for reason in entry["rejected"]}))
+            reasons = "; ".join(sorted({reason for entry in ledger.sources.values() for reason in entry["rejected"]}))
             raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {reasons}")
-    report = {"sources": counted, "counts": {"train_prompts": len(tasks["train"]), "heldout_prompts": len(tasks["heldout"]), "prompts_too_long": too_long}}
+    report = {**ledger.report(), "counts": {"train_prompts": len(tasks["train"]), "heldout_prompts": len(tasks["heldout"]), "prompts_too_long": too_long}}
 
     policy, reference = build.load(folders["policy"]), build.load(folders["policy"])
     value, reward = ValueModel(build.load(folders["reward"], head="reward")), build.load(folders["reward"], head="reward")

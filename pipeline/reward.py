@@ -18,7 +18,7 @@ from pipeline.data.decontaminate import Decontaminate
 from pipeline.files import write_json
 from pipeline.train.config import Optimizer, TrainConfig
 
-VERSION = 2
+VERSION = 3
 INPUTS = {"model": ("sft", "pretrain")}
 
 
@@ -120,7 +120,7 @@ def rows_of(config, chat, output: Output) -> tuple[dict, dict]:
     train, heldout, ledger = load_pairs(config.sources, config.holdout, config.decontaminate)
     arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger) | encode_pairs(heldout, "heldout", chat, config.sequence_length, ledger)
     ledger.check(config.holdout)
-    write_json(output.path / "report.json", {"sources": ledger.sources})
+    write_json(output.path / "report.json", ledger.report())
     return arrays, {"rejected": ledger.rejected()}
 
 

@@ -20,7 +20,7 @@ from pipeline.files import write_json
 from pipeline.recipe import EXECUTION
 from pipeline.train.config import Optimizer, TrainConfig
 
-VERSION = 2
+VERSION = 3
 INPUTS = {"model": ("pretrain", "sft")}
 
 
@@ -156,7 +156,7 @@ def rows_of(config: Config, chat, output: Output) -> tuple[dict, dict]:
             extra["starts"] = [found.start for found in encoded]
             extra["answers"] = [[row.rule, row.answer] for row in kept]
     ledger.check(config.holdout)
-    write_json(output.path / "report.json", {"sources": ledger.sources, **{key: extra[key] for key in ("tokens", "trained_tokens")}})
+    write_json(output.path / "report.json", {**ledger.report(), **{key: extra[key] for key in ("tokens", "trained_tokens")}})
     return arrays, extra | {"rejected": ledger.rejected()}
 
 

@@ -56,7 +56,7 @@ def test_templates_holdout_and_ledger(tmp_path):
     prompts = load_prompts({"p": PromptSource(path=str(tmp_path / "rows.jsonl"), prompt="Name {words} {noun}!", answer="{kind}")}, 0.2)
     pairs = load_pairs({"p": PreferenceSource(path=str(tmp_path / "rows.jsonl"), prompt="Q {words} {noun}", chosen="{kind}", rejected="{wrong}")}, 0.2)
     assert {row.id for row in prompts[1]} == {row.id for row in pairs[1]} == {row.id for row in heldout}
-    assert prompts[2]["p"]["heldout"] == len(heldout) and prompts[1][0].text.startswith("Name ")
+    assert prompts[2].sources["p"]["heldout"] == len(heldout) and prompts[1][0].text.startswith("Name ")
 
 
 def test_records_that_hold_conversations(tmp_path):

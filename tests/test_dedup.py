@@ -320,7 +320,7 @@ def test_evaluation_text_is_found_as_by_sets_of_tuples(tmp_path):
         own = rng.choices(vocabulary, k=30) if i % 2 else rng.choices(LONG, k=30)
         texts.append(" ".join([*own, *taken, *rng.choices(vocabulary, k=10)]))
     wanted = Decontaminate(sets={"exam": {"path": str(tmp_path / "exam.jsonl"), "text": "q"}})
-    found = contaminated(texts, wanted)
+    found, report = contaminated(texts, wanted)
     expected = [plain_contaminated(text, items) for text in texts]
     assert [match is not None for match in found] == expected and 20 < sum(expected) < 95
 

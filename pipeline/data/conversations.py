@@ -8,7 +8,6 @@ A record is held out if its own hash says so, and so in every stage; what is lik
 Nothing is dropped silently: the ledger counts each reason and names the first places.
 """
 
-import copy
 import functools
 import hashlib
 import json
@@ -20,21 +19,11 @@ from typing import Literal
 from pydantic import model_validator
 
 from pipeline.data.decontaminate import Decontaminate, contaminated
+from pipeline.data.messages import Rejected, clean_text, messages_of, normal, normalised, pair_of, prompt_of
 from pipeline.data.sources import Bad, MissingField, Source, fraction, read, render
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 PLACES = 20  # of each reason are named in report.json
 
 
@@ -133,15 +122,16 @@ class Prompt:
     content: str = ""
 
 
-class Rejected(Exception):
-    """Why a record cannot be used."""
-
-
 class Ledger:
-    """What became of each record of each source."""
+    """What became of each record of each source, and what was found of evaluation sets."""
 
     def __init__(self):
         self.sources: dict[str, dict] = {}
+        self.evaluation: dict[str, dict] = {}
+
+    def report(self) -> dict:
+        """JSON: `sources`, and with evaluation sets `decontamination`, as in the report of clean."""
+        return {"sources": self.sources, **({"decontamination": self.evaluation} if self.evaluation else {})}
 
     def count(self, source: str, key: str) -> None:
         entry = self.sources.setdefault(source, {"records": 0, "rejected": {}, "train": 0, "heldout": 0})
@@ -195,16 +185,16 @@ def load_conversations(sources: dict[str, ChatSource], holdout: float, decontami
 
     def make(source: ChatSource, name: str, record) -> Conversation:
         if source.messages is None:
-            messages = _cleaned(_conversation(record.fields))
+            messages = normalised(messages_of(record.fields))
             content = _said(messages)
         else:
-            messages = _cleaned(_filled(source.messages, record.fields))
+            messages = normalised(_filled(source.messages, record.fields))
             content = _brought([message.content for message in source.messages], record.fields)
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         if not messages:
             raise Rejected("no message of the assistant")
-        answer = None if source.answer is None else _text(render(source.answer, record.fields, "the record"), "answer")
+        answer = None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
         return Conversation(record.id, name, record.place, messages, content, answer, source.rule)
 
     rows, ledger = _gathered(sources, make, lambda row: _key(row.messages), decontaminate)
@@ -217,15 +207,15 @@ def load_pairs(sources: dict[str, PreferenceSource], holdout: float, decontamina
     def make(source: PreferenceSource, name: str, record) -> Pair:
         templates = (source.prompt, source.chosen, source.rejected)
         if all(template is None for template in templates):
-            prompt, chosen, rejected = _preference(record.fields)
-            prompt = _cleaned(prompt)
+            prompt, chosen, rejected = pair_of(record.fields)
+            prompt = normalised(prompt)
             content = f"{_said(prompt)}\n{chosen}\n{rejected}"
         else:
             turns = source.prompt if isinstance(source.prompt, list) else [Message(role="user", content=source.prompt)]
-            prompt = _cleaned(_filled(turns, record.fields))
+            prompt = normalised(_filled(turns, record.fields))
             chosen, rejected = (render(template, record.fields, "the record") for template in (source.chosen, source.rejected))
             content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], record.fields)
-        chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+        chosen, rejected = clean_text(chosen, "chosen"), clean_text(rejected, "rejected")
         if not prompt or prompt[-1]["role"] == "assistant":
             raise Rejected("the prompt does not end with the user")
         if chosen == rejected:
@@ -236,19 +226,19 @@ def load_pairs(sources: dict[str, PreferenceSource], holdout: float, decontamina
     return _split(rows, ledger, holdout, lambda row: _key(row.prompt))
 
 
-def load_prompts(sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Prompt], list[Prompt], dict]:
-    """Prompts to train on and held out, each prompt once, and what became of each record (JSON types)."""
+def load_prompts(sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Prompt], list[Prompt], Ledger]:
+    """Prompts to train on and held out, each prompt once."""
 
     def make(source: PromptSource, name: str, record) -> Prompt:
         if source.prompt is None:
-            messages = _cleaned(_prompt(record.fields))
+            messages = normalised(prompt_of(record.fields))
             if [message["role"] for message in messages[:2]] not in (["user"], ["user", "assistant"]) or sum(m["role"] == "user" for m in messages) > 1:
                 raise Rejected("the prompt is not one message of the user")
             text = content = messages[0]["content"]
         else:
-            text = _text(render(source.prompt, record.fields, "the record"), "prompt")
+            text = clean_text(render(source.prompt, record.fields, "the record"), "prompt")
             content = _brought([source.prompt], record.fields)
-        answer = None if source.answer is None else _text(render(source.answer, record.fields, "the record"), "answer")
+        answer = None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
         return Prompt(record.id, name, text, answer, record.place, content)
 
     rows, ledger = _gathered(sources, make, lambda row: _key(row.text), decontaminate)
@@ -256,7 +246,7 @@ def load_prompts(sources: dict[str, PromptSource], holdout: float, decontaminate
     for rows, split in ((train, "train"), (heldout, "heldout")):
         ledger.keep(rows, split, [None] * len(rows))
     ledger.check(holdout)
-    return train, heldout, ledger.sources
+    return train, heldout, ledger
 
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
@@ -301,7 +291,7 @@ def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decon
         if ledger.sources[name]["records"] == sum(reason["count"] for reason in ledger.sources[name]["rejected"].values()):
             raise UserError(f"sources.{name}: none of its {ledger.sources[name]['records']} records can be used: {ledger.why(name)}")
     if decontaminate:
-        found = contaminated([row.content for row in rows], decontaminate)
+        found, ledger.evaluation = contaminated(map(_read, rows), decontaminate)
         for row, match in zip(rows, found, strict=True):
             if match:
                 ledger.reject(row.source, row.place, f"has text of the evaluation set {match}")
@@ -340,7 +330,7 @@ def _filled(messages: list[Message], fields: dict) -> list[dict]:
 def _brought(templates: list[str], fields: dict) -> str:
     """The values that templates take from a record. Their own words, the same in every row, would make short rows look like copies of each other."""
     names = [name for template in templates for name in re.findall(r"\{([^{}]+)\}", template.replace("{{", "").replace("}}", ""))]
-    return _normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
+    return normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
 
 
 def _said(messages: list[dict]) -> str:
@@ -348,38 +338,14 @@ def _said(messages: list[dict]) -> str:
     return "\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
+def _read(row) -> str:
+    """All that a model is trained on in a row, or reads before it: for evaluation sets also the system's message."""
+    messages = row.messages if isinstance(row, Conversation) else row.prompt if isinstance(row, Pair) else []
+    return "\n".join([*(message["content"] for message in messages if message["role"] == "system"), row.content])
+
+
 def _key(value) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def _text(text, what: str) -> str:
-    """Normalised as in cleaning, without white space at the ends: it would merge with the template's own and be other tokens at inference."""
-    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
-        text = "".join(str(part.get("text", part.get("value", ""))) for part in text)
-    if not isinstance(text, str):
-        raise Rejected(f"{what} is no text")
-    text = _normal(text)
-    if not text:
-        raise Rejected(f"{what} is empty")
-    return text
-
-
-def _normal(text: str) -> str:
-    from pipeline.data.text import normalise
-
-    return normalise(text).strip()
-
-
-def _cleaned(messages: list) -> list[dict]:
-    cleaned = []
-    for message in messages:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise Rejected("a message has no role and content")
-        role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
-        if role is None:
-            raise Rejected(f"unknown role {message['role']!r}; expected one of {', '.join(ROLES)}")
-        cleaned.append({"role": role, "content": _text(message["content"], f"a message of the {role}")})
-    return cleaned
 
 
 def _number(template: str | None, fields: dict) -> float:
@@ -390,85 +356,3 @@ def _number(template: str | None, fields: dict) -> float:
         return float(text)
     except ValueError:
         raise Rejected("margin is no number") from None
-
-
-# ---- records that hold conversations already -------------------------------------------------------------------------------
-
-
-def _chatml(fields: dict) -> dict:
-    """ShareGPT's from/value as role/content, by TRL. It is imported only when a record needs it: 0.5 s in a stage that has loaded torch and transformers, 8 s alone."""
-    lists = [value for value in fields.values() if isinstance(value, list)]
-    if "conversations" not in fields and not any(isinstance(message, dict) and "from" in message for value in lists for message in value):
-        return fields
-    from trl.data_utils import maybe_convert_to_chatml
-
-    return maybe_convert_to_chatml(copy.deepcopy(fields))
-
-
-def _alpaca(fields: dict) -> str | None:
-    """Instruction and, on a line of its own, its input."""
-    if not isinstance(fields.get("instruction"), str):
-        return None
-    return "\n".join(part for part in (fields["instruction"], fields.get("input")) if isinstance(part, str) and part.strip())
-
-
-def _conversation(fields: dict) -> list:
-    system = [{"role": "system", "content": fields["system"]}] if isinstance(fields.get("system"), str) and fields["system"].strip() else []
-    if "messages" in fields or "conversations" in fields:
-        messages = _chatml(fields)["messages"]
-    elif "prompt" in fields and "completion" in fields:
-        chat = _chatml({key: fields[key] for key in ("prompt", "completion")})
-        messages = _turn(chat["prompt"], "user") + _turn(chat["completion"], "assistant")
-    elif _alpaca(fields) is not None and isinstance(fields.get("output"), str):
-        messages = [{"role": "user", "content": _alpaca(fields)}, {"role": "assistant", "content": fields["output"]}]
-    else:
-        raise Rejected(
-            f"no conversation among its fields ({', '.join(map(str, fields)) or 'none'}): "
-            "expected messages, conversations, prompt + completion, instruction + output, or `messages` templates"
-        )
-    if not isinstance(messages, list):
-        raise Rejected("messages are no list")
-    return system + messages
-
-
-def _turn(value, role: str) -> list:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value if isinstance(value, list) else [value]
-
-
-def _preference(fields: dict) -> tuple[list, str, str]:
-    """(prompt messages, chosen text, rejected text) of a record in one of TRL's preference formats."""
-    if "chosen" not in fields or "rejected" not in fields:
-        raise Rejected(f"no pair among its fields ({', '.join(map(str, fields)) or 'none'}): expected chosen and rejected, or templates for prompt, chosen and rejected")
-    row = _chatml(
-        {key: [value] if isinstance(value, dict) else value for key, value in fields.items() if key in ("prompt", "chosen", "rejected", "conversations", "messages")}
-    )
-    if "prompt" not in row:
-        row |= {"prompt": row["messages"]} if "messages" in row else {"prompt": _alpaca(fields)} if _alpaca(fields) else {}
-    row.pop("messages", None)
-    if not row["chosen"] or not row["rejected"]:
-        raise Rejected("an empty answer")
-    if "prompt" not in row and isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
-        from trl.data_utils import maybe_extract_prompt
-
-        row = maybe_extract_prompt(row)
-    if "prompt" not in row:
-        raise Rejected("no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen and rejected")
-    answers = [_turn(row[key], "assistant") for key in ("chosen", "rejected")]
-    prompt = _turn(row["prompt"], "user")
-    for key, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if answer[: len(prompt)] == prompt:  # the answers repeat a prompt that is also given on its own
-            answer = answers[key == "rejected"] = answer[len(prompt) :]
-        if len(answer) != 1 or not isinstance(answer[0], dict) or ROLES.get(answer[0].get("role")) != "assistant":
-            raise Rejected(f"{key} is not one message of the assistant")
-    system = [{"role": "system", "content": fields["system"]}] if isinstance(fields.get("system"), str) and fields["system"].strip() else []
-    return system + prompt, answers[0][0].get("content"), answers[1][0].get("content")
-
-
-def _prompt(fields: dict) -> list:
-    if "prompt" in fields:
-        return _turn(_chatml({"prompt": fields["prompt"]})["prompt"], "user")
-    if _alpaca(fields) is not None:
-        return [{"role": "user", "content": _alpaca(fields)}]
-    if "messages" in fields or "conversations" in fields:
-        return _conversation(fields)
-    raise Rejected(f"no prompt among its fields ({', '.join(map(str, fields)) or 'none'}): expected prompt, instruction or messages, or a `prompt` template")

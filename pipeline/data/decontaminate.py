@@ -5,7 +5,7 @@ tuning stages for their conversations, pairs and prompts.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -168,12 +168,15 @@ def _whole(batch, texts: "np.ndarray") -> "np.ndarray":
     return found
 
 
-def contaminated(texts: Sequence[str], wanted: Decontaminate) -> list[str | None]:
-    """The set that each text has runs in common with, or None. For texts that fit into memory."""
+def contaminated(texts: Iterable[str], wanted: Decontaminate) -> tuple[list[str | None], dict[str, dict[str, int]]]:
+    """The set that each text has runs in common with, or None; and the report of `build` with `documents` and `items_found` of each set, as clean's report has it."""
     from pipeline.data.text import normalise, tokens
 
-    runs, found = build(wanted)[0], []
+    (runs, report), found, texts = build(wanted), [], [normalise(text) for text in texts]
+    items: dict[str, set[int]] = {name: set() for name in report}
     for begin in range(0, len(texts), 256):
-        batch = tokens([normalise(text) for text in texts[begin : begin + 256]])
-        found += [match and match[0] for match in matches(batch, runs, wanted)]
-    return found
+        for match in matches(tokens(texts[begin : begin + 256]), runs, wanted):
+            found.append(match and match[0])
+            if match:
+                items[match[0]].update(match[1])
+    return found, {name: {**entry, "documents": found.count(name), "items_found": len(items[name])} for name, entry in report.items()}
