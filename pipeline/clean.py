@@ -327,4 +327,5 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
 if __name__ == "__main__":
     from pipeline.chain import main
 
+    outcomes.without_pandas()
     main("clean")

@@ -420,6 +420,30 @@ def test_near_duplicates_against_brute_force(language):
         assert len(cluster) == 1 or cluster in found  # unrelated texts are never merged
 
 
+@pytest.mark.parametrize("size, similarity", [(20, 0.6), (300, 0.4), (300, 0.7), (300, 0.95), (3000, 0.7)])
+def test_signatures_estimate_as_theory_says(size, similarity):
+    """Mean within four standard errors, deviation within a tenth of sqrt(s (1 - s) / 112), over 1,000 pairs of random sets: the functions are as good as independent random permutations."""
+    from pipeline.data.dedup import signatures
+
+    number, common = 1000, round(size * 2 * similarity / (1 + similarity))
+    true = common / (2 * size - common)
+    elements = np.random.default_rng(size).integers(0, 2**64, (number, 2 * size - common), dtype=np.uint64)
+    a, b = elements[:, :size], np.concatenate((elements[:, :common], elements[:, size:]), axis=1)
+    starts = np.arange(number + 1) * size
+    found = (signatures(a.ravel(), starts) == signatures(b.ravel(), starts)).mean(1)
+    deviation = np.sqrt(true * (1 - true) / 112)
+    assert abs(found.mean() - true) < 4 * deviation / np.sqrt(number) and abs(found.std() / deviation - 1) < 0.1
+
+
+@given(st.lists(st.text("abcXé漢σΣ \n0", max_size=80), min_size=1, max_size=5))
+def test_a_token_has_one_hash_whatever_stands_beside_it(texts):
+    """Also in a batch with a character beyond the first plane, which is looked at in another width, and with runs of more than 32 characters; different tokens have different ones."""
+    together, wide = tokens(texts), tokens([*texts, "\U0001d49c" + "b" * 40])
+    assert np.array_equal(together.hashes, wide.hashes[: len(together.hashes)])
+    known = [token for text in texts for token in plain_tokens(text)]
+    assert len(set(together.hashes.tolist())) == len(set(known)) == len(set(zip(known, together.hashes.tolist(), strict=True)))
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(range(60)))
 def test_clusters_do_not_depend_on_the_order(order):

@@ -4,7 +4,7 @@
 0.8, 0.99 at 0.85. Bands alone would also merge one pair in nine at 0.5 to 0.6, so a pair is believed only if its whole
 signatures agree in `similarity` of the 112 places, whose standard error is sqrt(s (1 - s) / 112), at most 0.047.
 
-Signatures are numpy: 112 hash functions of 1.5 million shingles take 0.15 CPU-s. rensa, a library in Rust, takes as long, and its signatures changed
+Signatures are numpy: 112 hash functions of 1.5 million shingles take 0.06 CPU-s. rensa, a library in Rust, takes longer, and its signatures changed
 from one version to the next, and with them what a recipe keeps.
 """
 
@@ -72,16 +72,16 @@ class Dedup(Strict):
         return value
 
 
-def multipliers(number: int) -> "tuple[np.ndarray, np.ndarray]":
-    """a and b of multiply-add-shift (Dietzfelbinger, 1996): x -> (a x + b mod 2**64) >> 32, for x that are well mixed already; fixed for good.
+def multipliers(number: int) -> "np.ndarray":
+    """a, uint32 [number], of x -> a x mod 2**32, for odd x that are well mixed already: each permutes random numbers, so that it needs no offset; fixed for good.
 
-    Over 1,000 pairs of sets of 300, the estimates have mean 0.399, 0.599, 0.851 and deviation 0.046, 0.047, 0.034 at 0.4, 0.6, 0.85; theory says 0.046, 0.046, 0.034.
+    Over 2,000 pairs of sets of 300, the estimates have mean 0.399, 0.602, 0.851 and deviation 0.047, 0.045, 0.034 at 0.399, 0.6, 0.852; theory says 0.046, 0.046, 0.034.
     """
     import numpy as np
 
     from pipeline.data.text import mixed
 
-    return mixed(np.arange(1, number + 1, dtype=np.uint64)) | np.uint64(1), mixed(np.arange(1001, number + 1001, dtype=np.uint64))
+    return (mixed(np.arange(1, 1 + number, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
 
 
 def signatures(hashes: "np.ndarray", starts: "np.ndarray", number: int = 112) -> "np.ndarray":
@@ -91,12 +91,12 @@ def signatures(hashes: "np.ndarray", starts: "np.ndarray", number: int = 112) ->
     table = np.full((number, len(starts) - 1), 0xFFFFFFFF, np.uint32)
     filled = np.flatnonzero(np.diff(starts))
     if len(filled):
-        a, b = multipliers(number)
-        begins, values, least = starts[filled], np.empty_like(hashes), np.empty(len(filled), np.uint64)
+        a = multipliers(number)
+        upper = (hashes >> np.uint64(32)).astype(np.uint32) | np.uint32(1)  # zero would be the least under every function; half the width is twice the speed
+        begins, values, least = starts[filled], np.empty_like(upper), np.empty(len(filled), np.uint32)
         for column in range(number):
-            np.multiply(hashes, a[column], out=values)
-            np.add(values, b[column], out=values)
-            table[column, filled] = np.minimum.reduceat(values, begins, out=least) >> np.uint64(32)
+            np.multiply(upper, a[column], out=values)
+            table[column, filled] = np.minimum.reduceat(values, begins, out=least)
     return np.ascontiguousarray(table.T)
 
 

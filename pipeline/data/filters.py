@@ -25,7 +25,7 @@ _MOJIBAKE = re.compile(f"[\u00c2-\u00f4]{_CONTINUATION}{{1,3}}|锟斤拷|烫烫�
 
 
 class Filters(Strict):
-    """Documents outside these bounds are left out, each under the name of the rule. A rule is turned off with the bound that nothing crosses (0 or 1)."""
+    """Documents outside these bounds are left out, each under the name of the rule. A rule is turned off with the bound that nothing crosses (0, or 1 for a share, which is then not measured)."""
 
     min_tokens: int = Field(20, ge=1)
     """too_short: fewer tokens than this. Gopher asks for 50 words of a web page; 20 keeps definitions, reviews and short poems, in both languages."""
@@ -50,8 +50,14 @@ BASIC = (
 )  # fmt: skip
 
 
-def measure(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple[np.ndarray, np.ndarray]", look: list[int]) -> "np.ndarray":
-    """What each rule of BASIC looks at, float64 [N, 6]. `raw` is before and `texts` after normalising, `look` what text.looks says of `raw`; tokens and shingles are those of `texts`."""
+def measured(filters: Filters, key: str) -> bool:
+    """Whether a rule is measured: not the shares that cost time, where no share can be above their bound."""
+    return key not in ("max_garbled", "max_repeated_lines", "max_repeated_shingles") or getattr(filters, key) < 1
+
+
+def measure(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple[np.ndarray, np.ndarray]", look: list[int], filters: Filters) -> "np.ndarray":
+    """What each rule of BASIC looks at, float64 [N, 6], NaN where it is off. `raw` is before and `texts` after normalising, `look` what text.looks says of `raw`; tokens and shingles
+    are those of `texts`."""
     import numpy as np
 
     from pipeline.data.text import CJK, DIGIT, LETTER, SUSPECT, SYMBOL
@@ -59,13 +65,16 @@ def measure(raw: list[str], texts: list[str], tokens: "Tokens", shingles: "tuple
     visible = np.maximum(1, tokens.counts[:, [LETTER, DIGIT, CJK, SYMBOL]].sum(1))
     letters = tokens.counts[:, LETTER] + tokens.counts[:, CJK]
     in_words = tokens.counts[:, LETTER] + tokens.counts[:, DIGIT]
-    found = np.empty((len(texts), len(BASIC)))
-    found[:, 0] = [garbled(text) if mark & SUSPECT else 0.0 for text, mark in zip(raw, look, strict=True)]
+    found = np.full((len(texts), len(BASIC)), np.nan)
+    if measured(filters, "max_garbled"):
+        found[:, 0] = [garbled(text) if mark & SUSPECT else 0.0 for text, mark in zip(raw, look, strict=True)]
     found[:, 1] = np.diff(tokens.starts)
     found[:, 2] = letters / visible
     found[:, 3] = np.where(in_words > tokens.counts[:, CJK], in_words / np.maximum(1, tokens.words), 0)
-    found[:, 4] = list(map(repeated_lines, texts))
-    found[:, 5] = _repeated(*shingles)
+    if measured(filters, "max_repeated_lines"):
+        found[:, 4] = list(map(repeated_lines, texts))
+    if measured(filters, "max_repeated_shingles"):
+        found[:, 5] = _repeated(*shingles)
     return found
 
 
@@ -81,6 +90,8 @@ def garbled(text: str) -> float:
 
 def repeated_lines(text: str) -> float:
     """Share of characters in lines that stood in the text before."""
+    if "\n" not in text:
+        return 0.0
     lines = [line.strip() for line in text.split("\n")]
     unique = set(lines)
     total = sum(map(len, lines))
@@ -91,11 +102,10 @@ def _repeated(hashes: "np.ndarray", starts: "np.ndarray") -> "np.ndarray":
     """Share of each text's shingles that stood in it before, float [N]."""
     import numpy as np
 
-    from pipeline.data.text import mixed
-
     sizes = np.diff(starts)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    keys = hashes ^ mixed(owner.astype(np.uint64) + np.uint64(1))  # equal only within a text
-    order = np.argsort(keys)
-    again = keys[order][1:] == keys[order][:-1]
-    return np.bincount(owner[order][1:][again], minlength=len(sizes)) / np.maximum(1, sizes)
+    # A text's number above the upper 44 bits of the hash: equal only within a text, and sorted without an index, which is three times faster. That two different shingles of a text
+    # of 100,000 agree in 44 bits is expected 3 times in 10,000 such texts.
+    keys = np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(44), sizes) | hashes >> np.uint64(20)
+    keys.sort()
+    again = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(44)
+    return np.bincount(again.astype(np.int64), minlength=len(sizes)) / np.maximum(1, sizes)

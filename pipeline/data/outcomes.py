@@ -1,6 +1,7 @@
 """Files of intermediate results that are whole and of this run, or refused: a torn or foreign one is never read as "nothing there"."""
 
 import io
+import sys
 from pathlib import Path
 
 from pipeline.files import write_atomic
@@ -16,6 +17,27 @@ class Torn(Exception):
         self.path, self.why = path, why
 
 
+class _NoPandas:
+    """An importer that has no pandas."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
+
+def without_pandas() -> None:
+    """Keep pyarrow from importing pandas, which it does at its first conversion if it can (0.45 CPU-s a process), and asks for only once. For processes that are a stage's own: Table.to_pandas
+    fails in them from now on."""
+    import pyarrow
+
+    sys.meta_path.insert(0, _NoPandas)
+    try:
+        pyarrow.array([0])
+    finally:
+        sys.meta_path.remove(_NoPandas)
+
+
 def _mark(path: Path) -> bytes:
     """What a file says of itself: the run's fingerprint and its own place in the run."""
     parts = path.absolute().parts
@@ -29,7 +51,7 @@ def write(table, path: Path, **options) -> None:
 
     buffer = io.BytesIO()
     marked = table.replace_schema_metadata({**(table.schema.metadata or {}), MARK: _mark(path)})
-    pyarrow.parquet.write_table(marked, buffer, write_page_checksum=True, **options)
+    pyarrow.parquet.write_table(marked, buffer, write_page_checksum=True, data_page_size=4 << 20, **options)
     write_atomic(path, buffer.getvalue())
 
 

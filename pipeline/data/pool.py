@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 
+from pipeline.data.outcomes import without_pandas
 from pipeline.errors import UserError
 
 
@@ -69,6 +70,7 @@ class Pool:
 def _begin() -> None:
     """First thing in a worker: leave Ctrl-C to the parent, and end with it even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    without_pandas()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

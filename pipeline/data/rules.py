@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline.data.filters import BASIC, Filters
+from pipeline.data.filters import BASIC, Filters, measured
 from pipeline.recipe import Strict
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
@@ -213,7 +213,7 @@ class Rule:
 
 def active(filters: Filters, rules: Rules) -> list[Rule]:
     """The rules of `filters`, then the published ones that a recipe uses. Their columns are filters.BASIC, then statistics.NAMES."""
-    found = [Rule(reason, f"filters.{key}", column, upper, (float(getattr(filters, key)),) * 3) for column, (reason, key, upper) in enumerate(BASIC)]
+    found = [Rule(reason, f"filters.{key}", column, upper, (float(getattr(filters, key)) if measured(filters, key) else float("nan"),) * 3) for column, (reason, key, upper) in enumerate(BASIC)]
     if rules.use:
         from pipeline.data.statistics import NAMES
 

@@ -105,7 +105,7 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         for (row, _), match in zip(raw, found, strict=True):
             row["matched"] = json.dumps(match) if match else None
 
-    values = [measure(before, texts, hashed, shingled, look)]
+    values = [measure(before, texts, hashed, shingled, look, steps.filters)]
     batch = kept_lines = None
     if steps.rules.use:
         from pipeline.data import statistics, words

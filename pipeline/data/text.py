@@ -5,6 +5,7 @@ mixes languages is treated evenly, and a Chinese sentence is not one long "word"
 """
 
 import functools
+import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -23,14 +24,16 @@ _BLANK = re.compile("\n{3,}")
 _RARE = re.compile("[\r\x0b\x0c\x85\u2028\u2029\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _ODD = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64; the golden ratio, as in splitmix64
 _INVERSE = pow(_ODD, -1, 1 << 64)
+LONG = 32  # characters of a token that are hashed in numpy, four at a time
+_LOW = np.array([(1 << 16 * i) - 1 for i in range(5)], np.uint64)  # the lowest characters of four
 
 
 # What a look at the characters of a whole batch tells of each text, so that few are searched one by one.
-RARE, LOOSE, TRAILING, SUSPECT = 1, 2, 4, 8  # newlines or controls to change; perhaps not NFC; space before a newline; perhaps garbled (see filters.garbled)
-_LEAD, _CONTINUATION, _BLANKS = 16, 32, 64
+RARE, LOOSE, TRAILING, SUSPECT, BLANK = 1, 2, 4, 8, 16  # newlines or controls to change; perhaps not NFC; space before a newline; perhaps garbled (see filters.garbled); three newlines
+_LEAD, _CONTINUATION, _BLANKS = 16, 32, 64  # of characters
 
 
-def normalise(text: str, look: int = RARE | LOOSE | TRAILING) -> str:
+def normalise(text: str, look: int = RARE | LOOSE | TRAILING | BLANK) -> str:
     """NFC, newlines as \\n, no control characters, no spaces at line ends, at most one blank line in a row, none at either end. Idempotent.
 
     NFC and not NFKC: full-width punctuation is how Chinese is written, and superscripts carry meaning. `look` is what `looks` says of the text.
@@ -41,24 +44,33 @@ def normalise(text: str, look: int = RARE | LOOSE | TRAILING) -> str:
         text = unicodedata.normalize("NFC", text)
     if look & (RARE | LOOSE | TRAILING) and (" \n" in text or "\t\n" in text or "\u00a0\n" in text or "\u3000\n" in text):
         text = _SPACES.sub("\n", text)
-    if "\n\n\n" in text:
+    if look & (RARE | TRAILING | BLANK) and "\n\n\n" in text:
         text = _BLANK.sub("\n\n", text)
     return text.strip(" \t\n\u00a0")
 
 
 def looks(texts: list[str]) -> list[int]:
-    """RARE, LOOSE, TRAILING and SUSPECT of each text, of which a clean one has none."""
+    """RARE, LOOSE, TRAILING, SUSPECT and BLANK of each text, of which a clean one has none."""
     if not texts:
         return []
-    marks = _marks().take(_codes(texts))
+    codes, table = _codes(texts), _marks()
     ends = np.cumsum([len(text) + 1 for text in texts])
-    marks[ends - 1] = 0
-    found = marks.copy()
-    found[:-1] |= np.where((marks[:-1] & _LEAD != 0) & (marks[1:] & _CONTINUATION != 0), SUSPECT, 0).astype(np.uint8)
-    newline = np.flatnonzero(marks == _NEWLINE)
-    found[newline] |= (marks[newline - 1] & _BLANKS) >> 4  # _BLANKS >> 4 == TRAILING; a newline that begins the batch sees the last separator
-    begins = np.concatenate(([0], ends[:-1]))
-    return (np.bitwise_or.reduceat(found, begins) & (RARE | LOOSE | TRAILING | SUSPECT)).tolist()
+    found = np.zeros(len(texts), np.uint8)
+    places = np.flatnonzero((codes < 32) | (codes > 126))  # what lies between has no mark, so that most characters of most texts are passed over
+    marks = table.take(codes[places])
+    marks[np.searchsorted(places, ends - 1)] = 0  # separators
+
+    def note(places: np.ndarray, bits) -> None:
+        np.bitwise_or.at(found, np.searchsorted(ends, places, side="right"), np.uint8(bits))
+
+    for bit in (RARE, LOOSE, SUSPECT):
+        note(places[marks & bit != 0], bit)
+    lead = places[marks & _LEAD != 0]
+    note(lead[table.take(codes[lead + 1]) & _CONTINUATION != 0], SUSPECT)  # behind each text is a separator
+    newline = places[marks == _NEWLINE]
+    note(newline[table.take(codes[newline - 1]) & _BLANKS != 0], TRAILING)  # a newline that begins the batch sees the last separator
+    note(newline[2:][newline[2:] - newline[:-2] == 2], BLANK)
+    return found.tolist()
 
 
 _NEWLINE = 128  # the mark of \n, which is nothing else
@@ -102,10 +114,9 @@ def _classes() -> np.ndarray:
     """Class of each code point, uint8 [0x110000]."""
     table = np.full(0x110000, SYMBOL, np.uint8)
     points = np.concatenate((np.arange(0x20000), np.arange(0xE0100, 0xE01F0)))  # what lies between is Han (planes 2 and 3) or unassigned
-    categories = np.array(list(map(unicodedata.category, map(chr, points.tolist()))))
-    table[points[np.isin(categories, [c for c in set(categories.tolist()) if c[0] in "LM"])]] = LETTER
-    table[points[np.isin(categories, ["Nd", "Nl", "No"])]] = DIGIT
-    table[points[np.isin(categories, ["Zs", "Zl", "Zp"])]] = SPACE
+    category = np.frombuffer("".join(map(unicodedata.category, map(chr, points.tolist()))).encode(), np.uint8)[::2]  # the first letter of Lu, Nd, Zs, ...
+    for letters, kind in ((b"LM", LETTER), (b"N", DIGIT), (b"Z", SPACE)):
+        table[points[np.isin(category, list(letters))]] = kind
     table[[9, 10]] = SPACE
     # Han with extensions and compatibility forms, kana, bopomofo. Hangul is written with spaces, so its words are runs.
     small = ((0x3005, 0x3008), (0x3041, 0x3100), (0x3105, 0x3130), (0x31A0, 0x31C0), (0x31F0, 0x3200))
@@ -134,21 +145,11 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def tokens(texts: list[str]) -> Tokens:
-    """Token hashes and character counts of normalised texts.
-
-    A token's hash is its polynomial in _ODD modulo 2**64, taken out of one running sum over the batch: (S[end] - S[start]) * _ODD**-start.
-    """
-    codes = _codes([_lowered(text) for text in texts])
+    """Token hashes and character counts of normalised texts."""
+    codes = _codes(list(map(_lowered, texts)))
     ends = np.flatnonzero(codes == 0)
     begins = np.concatenate(([0], ends[:-1] + 1))
-    lower, classes = _tables()
-    kinds = classes.take(codes)
-    codes = lower.take(codes)
-    counts = np.empty((len(texts), 5), np.int64)
-    for text, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):  # counting booleans of a slice is ten times faster than add.reduceat
-        part = kinds[begin:end]
-        several = [np.count_nonzero(part == kind) for kind in range(SYMBOL)]
-        counts[text] = (*several, end - begin - sum(several))
+    lower, kinds = _lower_and_kinds(codes)
     cjk, word = kinds == CJK, (kinds == LETTER) | (kinds == DIGIT)
     starts, stops = word.copy(), word.copy()
     starts[1:] &= ~word[:-1]
@@ -156,15 +157,50 @@ def tokens(texts: list[str]) -> Tokens:
     starts |= cjk
     stops |= cjk
     first, last = np.flatnonzero(starts), np.flatnonzero(stops) + 1
-    powers, inverses = _powers(1 << max(16, (len(codes) + 1).bit_length()))
-    sums = np.zeros(len(codes) + 1, np.uint64)
-    np.multiply(codes, powers[: len(codes)], out=sums[1:])
-    np.cumsum(sums, out=sums)
-    hashes = mixed((sums.take(last) - sums.take(first)) * inverses.take(first))
     bounds = np.concatenate((np.searchsorted(first, begins), [len(first)]))
     character = cjk.take(first)
-    single = np.concatenate(([0], np.cumsum(character)))
-    return Tokens(hashes, bounds, counts, np.diff(bounds) - (single[bounds[1:]] - single[bounds[:-1]]), character)
+    counts = np.zeros((len(texts), 5), np.int64)
+    counts[:, CJK] = _sums(character, bounds)
+    for kind in (DIGIT, SYMBOL):  # few, so that finding their places is faster than any sum over all characters
+        places = np.flatnonzero(kinds == kind)
+        counts[:, kind] = np.searchsorted(places, ends) - np.searchsorted(places, begins)
+    inside = _sums(last - first, bounds)
+    counts[:, LETTER] = inside - counts[:, CJK] - counts[:, DIGIT]
+    counts[:, SPACE] = ends - begins - inside - counts[:, SYMBOL]
+    return Tokens(_hashed(lower, first, last - first), bounds, counts, np.diff(bounds) - counts[:, CJK], character)
+
+
+def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Sum of values[bounds[i] : bounds[i + 1]] of each i, exact for whole numbers."""
+    return np.diff(np.concatenate((np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)))[bounds])
+
+
+def _hashed(codes: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Hashes of runs of code points, uint64: four at a time, each 16 bits above the one before it, mixed after each four; runs of more than LONG by blake2b. The same for both widths of `codes`."""
+    narrow = codes.dtype == np.uint16
+    padded = np.concatenate((codes, np.zeros(4, codes.dtype)))
+    four = np.ndarray(len(codes) + 1, "<u8", padded, strides=(2,)) if narrow else None  # the four from each one on are one number already
+
+    def upto_four(at: np.ndarray, left: np.ndarray) -> np.ndarray:
+        if narrow:
+            return four[at] & _LOW.take(np.minimum(left, 4))
+        part = np.zeros(len(at), np.uint64)
+        for step in range(4):
+            part += np.where(left > step, padded.take(at + step), 0).astype(np.uint64) << np.uint64(16 * step)
+        return part
+
+    hashes = upto_four(first, length)
+    here = np.flatnonzero((length > 4) & (length <= LONG))
+    at, left = first[here] + 4, length[here] - 4
+    while len(here):
+        hashes[here] = hashes[here] * np.uint64(_ODD) + upto_four(at, left)
+        more = np.flatnonzero(left > 4)
+        here, at, left = here[more], at[more] + 4, left[more] - 4
+    hashes = mixed(hashes)
+    for token in np.flatnonzero(length > LONG).tolist():
+        raw = codes[first[token] : first[token] + length[token]].astype("<u4").tobytes()
+        hashes[token] = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+    return hashes
 
 
 def _codes(texts: list[str]) -> np.ndarray:
@@ -172,6 +208,18 @@ def _codes(texts: list[str]) -> np.ndarray:
     joined = "\0".join(texts) + "\0"
     codes = np.frombuffer(joined.encode("utf-16-le"), np.uint16)
     return codes if len(codes) == len(joined) else np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+
+
+def _lower_and_kinds(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower case, of the same dtype, and class (uint8) of code points. Most are ASCII in most texts, and those cost a fourth of a look-up by index."""
+    lower, classes = _tables()
+    high = np.flatnonzero(codes > 127)
+    if 4 * len(high) > len(codes):
+        return lower.take(codes).astype(codes.dtype), classes.take(codes)
+    found = codes + (((codes - codes.dtype.type(65)) < 26).astype(codes.dtype) << codes.dtype.type(5))
+    kinds = np.frombuffer(bytearray(codes.astype(np.uint8)).translate(classes[:256].tobytes()), np.uint8)
+    found[high], kinds[high] = lower.take(codes[high]), classes.take(codes[high])
+    return found, kinds
 
 
 def _lowered(text: str) -> str:
@@ -183,9 +231,8 @@ def _lowered(text: str) -> str:
 def _tables() -> tuple[np.ndarray, np.ndarray]:
     """Of each code point: its lower case, uint32 [0x110000], and the class of that, uint8. Looking up is four times faster than str.lower."""
     lower = np.arange(0x110000, dtype=np.uint32)
-    for point, character in enumerate(map(str.lower, map(chr, range(0x20000)))):
-        if len(character) == 1:
-            lower[point] = ord(character)
+    points = np.concatenate((np.arange(0x130), np.arange(0x131, 0xD800), np.arange(0xE000, 0x20000)))  # U+0130 becomes two characters, surrogates are none
+    lower[points] = np.frombuffer("".join(map(chr, points.tolist())).lower().encode("utf-32-le"), np.uint32)
     return lower, _classes()[lower]
 
 
