@@ -5,7 +5,8 @@
 Reads sources in units of a few megabytes, spread over `workers` processes; each unit's outcome is published at once in work/, so that a
 killed run loses the units in flight and no more. Then duplicates are found over all units, and the shards are written:
 
-    train/part-00000.parquet, heldout/part-00000.parquet    columns text, source, id, cluster (how many documents were like it, itself included), language (if it was asked for)
+    train/part-00000.parquet, heldout/part-00000.parquet    columns text, source, id, cluster (how many documents were like it, itself included), language (if it was asked for),
+                                                            address (a hash of it, with dedup.url)
     rejected/SOURCE.jsonl.zst                               every record that is in neither: place, reason, how it begins
     report.json                                             counts by source and reason; read = kept + each rejection
 
@@ -96,6 +97,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
     for name in config.dedup.prefer:
         if name not in config.sources:
             raise UserError(f"dedup.prefer: there is no source {name!r}; sources are {', '.join(config.sources)}")
+    if config.dedup.keep == "quality" and not config.quality.good:
+        raise UserError("dedup.keep: quality takes the best score of a cluster, and no classifier is trained; give quality: {good: [...], bad: [...]}, or another keep")
     work = output.path / "work"
     for name, source in config.sources.items():
         if not any(work.glob(f"*/{name}/*")):  # a resumed run has seen that there is something to read
@@ -129,25 +132,30 @@ def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path
     return {**report["total"], "by_source": report["sources"], "summary": _summary(config, report["total"])}
 
 
-def _sign(earlier: Artifact, dedup: Dedup, folder: Path, pool: Pool) -> list[Path]:
-    """Signatures of the shards of an earlier output, made from their texts: fifteen times cheaper than cleaning, and nothing has to be kept for it."""
+def _sign(earlier: Artifact, dedup: Dedup, folder: Path, pool: Pool) -> list[tuple[Path, Path]]:
+    """The shards of an earlier output, and their signatures, made from their texts: fifteen times cheaper than cleaning, and nothing has to be kept for it."""
     made = []
     for shard in sorted(earlier.path.glob("*/part-*.parquet")):
-        made.append(folder / f"{shard.parent.name}-{shard.name}")
-        if not made[-1].exists():
-            pool.submit(lambda *_: faults.point("work"), len(made), 0, units.sign_shard, shard, dedup, made[-1])
+        made.append((shard, folder / f"{shard.parent.name}-{shard.name}"))
+        if dedup.url:
+            units.refuse_without_addresses(shard)
+        if not made[-1][1].exists():
+            pool.submit(lambda *_: faults.point("work"), len(made), 0, units.sign_shard, *made[-1], dedup)
     pool.drain()
     return made
 
 
-def _compare(config: Config, done: dict[str, list[Path]], earlier: list[Path], work: Path, pool: Pool):
+def _compare(config: Config, done: dict[str, list[Path]], earlier: list[tuple[Path, Path]], work: Path, pool: Pool):
     """All documents with one another: the index with their fates, the pieces that are kept, and what was taken out of them."""
     from pipeline.data import fates, index, repeats
+    from pipeline.data.steps import columns
 
     near, scratch = config.dedup.near, work / "index"
-    found = index.build(config.sources, done, earlier, near.bands * near.rows if near else 0, scratch)
+    score = columns(_steps(config, work)).index("quality") if config.dedup.keep == "quality" else None
+    found = index.build(config.sources, done, [signed for _, signed in earlier], near.bands * near.rows if near else 0, scratch, score)
     fates.decide(found, config.dedup, holdout=config.holdout, seed=config.seed, scratch=scratch)
-    pieces = repeats.edit(index.kept(found, done), pool, work / f"repeats-{config.unit_bytes}", config.dedup.lines, config.dedup.runs)
+    before = index.before(found, [shard for shard, _ in earlier])
+    pieces = repeats.edit(before + index.kept(found, done), pool, work / f"repeats-{config.unit_bytes}", config.dedup.lines, config.dedup.runs)[len(before) :]
     return found, pieces, index.take_over(found, pieces, config.filters.min_tokens)
 
 
@@ -300,7 +308,7 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
         def flush() -> None:
             path = folder / f"part-{number:05d}.parquet"
             if not path.exists():  # else it is of this same fingerprint, so with this same content
-                pool.submit(lambda *_: faults.point("work"), number, 0, units.write_shard, shard, path)
+                pool.submit(lambda *_: faults.point("work"), number, 0, units.write_shard, shard, path, config.dedup.url is not None)
 
         for piece in pieces:
             mine = index.fate[piece.documents] == fate

@@ -107,6 +107,56 @@ def test_an_earlier_output_is_compared_with(families, tmp_path):
     assert (total["read"], total["duplicates_exact"], total["duplicates_near"], total["train_documents"]) == (25, 12, 12, 1)
 
 
+def test_addresses_lines_and_runs_of_an_earlier_output_stood_before(tmp_path):
+    """What the earlier output holds is what an oracle has seen before the first new document; it is not changed itself."""
+    rng = random.Random(4)
+    shared = [words(rng, 70) for _ in range(4)]
+    footers = [" ".join(words(rng, 9)) for _ in range(3)]
+
+    def document(i: int, new: bool) -> dict:
+        text = " ".join(words(rng, 40)) + " " + " ".join(shared[i % 4]) + " " + " ".join(words(rng, 40)) + "\n" + footers[i % 3] + "\n" + " ".join(words(rng, 30))
+        return {"text": text, "url": f"https://example.org/{i if i % 5 or not new else 0}"}
+
+    old, new = [document(i, False) for i in range(0, 9)], [document(i, True) for i in range(20, 40)]
+    dedup = {"lines": 5, "runs": 50, "near": False, "url": "url"}
+    succeed("clean", write(tmp_path / "one", {"z": old}, dedup=dedup), cwd=tmp_path / "one")
+    before = [row["text"] for row in rows_of(tmp_path / "one")]
+    inputs = {"earlier": str(published(tmp_path / "one").resolve())}
+    succeed("clean", write(tmp_path / "two", {"a": new}, dedup=dedup, inputs=inputs), cwd=tmp_path / "two")
+    known = [row["text"] for i, row in zip(range(20, 40), new, strict=True) if i % 5]  # of the others the address is that of the first old one
+    seen = {tuple(plain_tokens(line)) for text in before for line in text.split("\n")}
+    without = ["\n".join(line for line in text.split("\n") if tuple(plain_tokens(line)) not in seen) for text in known]
+    marks = plain_runs(before + without, 50)[len(before) :]
+    expected = [[token for token, gone in zip(plain_tokens(text), mark, strict=True) if not gone] for text, mark in zip(without, marks, strict=True)]
+    found = rows_of(tmp_path / "two")
+    assert [plain_tokens(row["text"]) for row in found] == expected and len(expected) == 16
+    assert all(sum(mark) == 70 for mark in marks) and report_of(tmp_path / "two")["total"]["duplicates_url"] == 4
+    assert [row["text"] for row in rows_of(tmp_path / "one")] == before
+    succeed("clean", write(tmp_path / "bare", {"z": old}), cwd=tmp_path / "bare")
+    inputs = {"earlier": str(published(tmp_path / "bare").resolve())}
+    code, text = stage("clean", write(tmp_path / "three", {"a": new}, dedup=dedup, inputs=inputs), cwd=tmp_path / "three")
+    assert code == 2 and "has no addresses to compare with" in text
+
+
+def test_the_best_of_a_cluster_by_the_classifier_stays(tmp_path):
+    """Near duplicates of which one has more of what the good examples are made of; its score decides, not its id, length or place."""
+    rng = random.Random(6)
+    good, bad = words(rng, 60), words(rng, 60)
+    examples = {name: [{"text": " ".join(rng.choices(vocabulary, k=60))} for _ in range(60)] for name, vocabulary in (("good", good), ("bad", bad))}
+    rows = []
+    for i in range(16):
+        base = words(rng, 150)
+        better, worse = " ".join([*base, *rng.choices(good, k=8)]), " ".join([*base, *rng.choices(bad, k=10)])
+        rows += [{"text": text} for text in ((better, worse) if i % 2 else (worse, better))]
+    for name, texts in examples.items():
+        tmp_path.joinpath(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    block = {"examples": {name: {"path": f"{name}.jsonl"} for name in examples}, "quality": {"good": ["good"], "bad": ["bad"], "min_score": 0}}
+    succeed("clean", write(tmp_path, {"a": rows}, dedup={"keep": "quality"}, **block), cwd=tmp_path)
+    assert sorted(row["text"] for row in rows_of(tmp_path)) == sorted(rows[2 * i + (1 - i % 2)]["text"] for i in range(16))
+    code, text = stage("clean", write(tmp_path / "none", {"a": rows}, dedup={"keep": "quality"}), cwd=tmp_path / "none")
+    assert code == 2 and "no classifier is trained" in text
+
+
 # ---- repeated text ---------------------------------------------------------------------------------------------------------
 
 

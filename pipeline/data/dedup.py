@@ -45,11 +45,12 @@ class Dedup(Strict):
     exact: bool = True
     """Remove documents whose normalised text is that of another one."""
     url: str | None = None
-    """Field or template of a record's address: of documents with equal addresses (without scheme, `www.`, fragment and closing slash) one is kept."""
+    """Field or template of a record's address: of documents with equal addresses (without scheme, `www.`, fragment and closing slash) one is kept. The shards then carry a hash of it, `address`."""
     near: Near | None = Near()
     """Near duplicates; `false` leaves them."""
-    keep: Literal["any", "first", "longest"] = "any"
-    """Which document of a cluster stays. any: that of the smallest record id, whatever the order and the names of sources; first: by name of source and place in it; longest: most bytes."""
+    keep: Literal["any", "first", "longest", "quality"] = "any"
+    """Which document of a cluster stays. any: that of the smallest record id, whatever the order and the names of sources; first: by name of source and place in it; longest: most bytes;
+    quality: the best score of the classifier that `quality` trains."""
     prefer: list[str] = []
     """Sources whose documents stay rather than others', the most preferred first; `keep` decides within a source."""
     upsample: dict[int, int] = {}

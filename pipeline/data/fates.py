@@ -35,10 +35,12 @@ def decide(index: Index, dedup: Dedup, *, holdout: float, seed: int, scratch: Pa
         documents, label = ranked[part], labels[part]
         kept = index.original[documents] == documents
         fate = np.where(kept, TRAIN, np.where(~exact[part], EXACT, np.where(~address[part], URL, NEAR))).astype(np.uint8)
-        # A document that differs from what is kept only because another exact copy of itself had the smaller id is an exact duplicate of that, too.
-        swapped = ~kept & exact[part] & address[part]
-        same = (index.hash[documents[swapped]] == index.hash[index.original[documents[swapped]]]).all(1)
-        fate[np.flatnonzero(swapped)[same]] = EXACT
+        # The first of its text or address by id goes too, if `keep` or `prefer` took another one of them: for the same reason as the others.
+        swapped = np.flatnonzero(~kept & exact[part] & address[part])
+        first, other = documents[swapped], index.original[documents[swapped]]
+        if dedup.url:
+            fate[swapped[(index.address[first] == index.address[other]).all(1) & (index.address[first] != 0).any(1)]] = URL
+        fate[swapped[(index.hash[first] == index.hash[other]).all(1)]] = EXACT
         # One document of a cluster is kept, so choosing by the cluster's smallest id chooses by cluster, and the choice survives a change of any other source.
         number_of = mixed(index.id[ranked[label], 0] ^ np.uint64(derive(seed, "holdout"))) >> np.uint64(11)
         fate[kept & (number_of.astype(np.float64) / 2**53 >= 1 - holdout)] = HELDOUT
@@ -89,7 +91,7 @@ def _choose(index: Index, labels: np.ndarray, ranked: np.ndarray, dedup: Dedup, 
     def rows():
         for part in blocks(number):
             documents = ranked[part]
-            key = {"any": np.zeros(len(documents)), "first": documents, "longest": (1 << 62) - index.size[documents]}[dedup.keep]
+            key = {"any": np.zeros(len(documents)), "first": documents, "longest": (1 << 62) - index.size[documents], "quality": (1 - index.score[documents].astype(np.float64)) * 1e9}[dedup.keep]
             label, ranks = labels[part].astype(np.uint64), np.arange(part.start, part.stop)
             yield np.column_stack((mixed(label + np.uint64(1)), preference[index.source[documents]], key.astype(np.uint64), ranks.astype(np.uint64)))
 

@@ -13,7 +13,7 @@ from pipeline.data.sources import Source
 
 TRAIN, HELDOUT, EXACT, NEAR, URL, EMPTIED = range(6)
 REASONS = {EXACT: "exact", NEAR: "near", URL: "url", EMPTIED: "repeated text"}  # of those that are left out
-COLUMNS = {"source": (np.int16, 1), "unit": (np.int32, 1), "row": (np.int32, 1), "size": (np.int64, 1), "id": (np.uint64, 2), "hash": (np.uint64, 2), "address": (np.uint64, 2)}
+COLUMNS = {"source": (np.int16, 1), "unit": (np.int32, 1), "row": (np.int32, 1), "size": (np.int64, 1), "id": (np.uint64, 2), "hash": (np.uint64, 2), "address": (np.uint64, 2), "score": (np.float32, 1)}
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Index:
     id: Any  # uint64 [D, 2]
     hash: Any  # uint64 [D, 2]: of the normalised text
     address: Any  # uint64 [D, 2]: of its address; 0 if it has none
+    score: Any  # float32: the classifier's, for `keep: quality`; else 0
     signature: Any  # uint32 [D, bands * rows]
     rows: dict[str, list[int]]  # how many rows of each unit count; `limit` may end in the middle of one
     begins: dict[str, list[int]]  # the first document of each unit
@@ -37,8 +38,9 @@ class Index:
     cluster: Any  # int32: documents in its cluster, itself included
 
 
-def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: list[Path], width: int, scratch: Path) -> Index:
-    """Read the outcomes of all units. `earlier` are signed shards of an earlier output, `width` is that of a signature. Raises outcomes.Torn for a file that is not what was written."""
+def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: list[Path], width: int, scratch: Path, score: int | None = None) -> Index:
+    """Read the outcomes of all units. `earlier` are signed shards of an earlier output, `width` is that of a signature, `score` the column of the
+    statistics that holds the classifier's score, if it is needed. Raises outcomes.Torn for a file that is not what was written."""
     names = list(units)
     scratch.mkdir(parents=True, exist_ok=True)
     files = {name: open(scratch / name, "wb") for name in (*COLUMNS, "signature")}
@@ -48,9 +50,10 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: lis
     number = 0
 
     def add(table, source: int, unit: int, at: np.ndarray) -> int:
+        scores = np.frombuffer(b"".join(table["statistics"].to_pylist()), np.float32).reshape(len(at), -1)[:, score] if score is not None and source >= 0 else np.zeros(len(at))
         values = {
             "source": np.full(len(at), source), "unit": np.full(len(at), unit), "row": at, "size": table["size"].to_numpy(),
-            "id": _halves(bytes.fromhex("".join(table["id"].to_pylist()))), "hash": _halves(_joined(table["hash"], 16)), "address": _halves(_joined(table["address"], 16)),
+            "id": _halves(bytes.fromhex("".join(table["id"].to_pylist()))), "hash": _halves(_joined(table["hash"], 16)), "address": _halves(_joined(table["address"], 16)), "score": scores,
         }  # fmt: skip
         for name, (dtype, _) in COLUMNS.items():
             files[name].write(np.ascontiguousarray(values[name], dtype).tobytes())
@@ -60,7 +63,7 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: lis
     for place, (name, paths) in enumerate(units.items()):
         left = sources[name].limit
         for unit, path in enumerate(paths):
-            outcome = outcomes.read(path, ["status", "id", "size", "hash", "address", "signature", "counted"])
+            outcome = outcomes.read(path, ["status", "id", "size", "hash", "address", "signature", "counted", *(["statistics"] if score is not None else [])])
             if left is not None:
                 counted = np.cumsum(outcome["counted"].to_numpy())
                 outcome = outcome.slice(0, int(np.searchsorted(counted, left)) + 1 if left else 0)
@@ -96,12 +99,21 @@ def _halves(raw: bytes) -> np.ndarray:
 
 def kept(index: Index, units: dict[str, list[Path]]) -> list[Piece]:
     """The documents that go into train or heldout, unit by unit."""
-    pieces = []
+    pieces, new = [], max(index.ends.values(), default=0)
     for name, paths in units.items():
         for path, first, after in zip(paths, index.begins[name], [*index.begins[name][1:], index.ends[name]], strict=True):
             documents = first + np.flatnonzero(index.fate[first:after] <= HELDOUT)
             if len(documents):
-                pieces.append(Piece(path, np.asarray(index.row[documents]), documents))
+                pieces.append(Piece(path, np.asarray(index.row[documents]), documents, shift=len(index.row) - new))
+    return pieces
+
+
+def before(index: Index, shards: list[Path]) -> list[Piece]:
+    """The documents of an earlier output, shard by shard: they stand before all others and are not edited."""
+    pieces, new = [], max(index.ends.values(), default=0)
+    for number, shard in enumerate(shards):
+        documents = new + np.flatnonzero(index.unit[new:] == number)
+        pieces.append(Piece(shard, np.asarray(index.row[documents]), documents, shift=-new, published=True))
     return pieces
 
 

@@ -7,7 +7,7 @@ be repeated where a chosen window is; only the windows of n tokens around those 
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,28 @@ SHIFT = np.uint64(32)  # a position is document << 32 | line or token
 
 @dataclass(frozen=True)
 class Piece:
-    """The kept documents of one unit: rows of its file and their numbers in the index; `edits` holds what an earlier pass made of some of them."""
+    """The kept documents of one unit: rows of its file and their numbers in the index; `edits` holds what an earlier pass made of some of them. Or, `published`, those of a shard of an earlier output.
+
+    `shift` leads from the number of a document to its place among all, where an earlier output comes first.
+    """
 
     path: Path
     rows: np.ndarray
     documents: np.ndarray
     edits: Path | None = None
+    shift: int = 0
+    published: bool = False
+
+    @property
+    def places(self) -> np.ndarray:
+        return self.documents + self.shift
 
 
 def texts_of(piece: Piece) -> list[str]:
+    if piece.published:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(piece.path, columns=["text"], use_threads=False)["text"].to_pylist()
     texts = outcomes.read(piece.path, ["text"]).take(piece.rows)["text"].to_pylist()
     if piece.edits:
         changed = outcomes.read(piece.edits, ["row", "text"])
@@ -44,7 +57,7 @@ def texts_of(piece: Piece) -> list[str]:
 
 
 def edit(pieces: list[Piece], pool, folder: Path, lines: int | None, length: int | None) -> list[Piece]:
-    """Take repeated lines, then repeated runs of `length` tokens out of the documents of `pieces`, in their order. Returns them with their edits."""
+    """Take repeated lines, then repeated runs of `length` tokens out of the documents of `pieces`, in their order; those of an earlier output stay as they are. Returns them with their edits."""
     if lines:
         found = _map(pool, pieces, folder / "lines", _hash_lines, lines)
         again = _again(found, folder / "lines")
@@ -62,7 +75,7 @@ def _map(pool, pieces: list[Piece], folder: Path, function: Callable, *arguments
     """One file for each piece, made by `function(piece, path, *arguments)` where a former run has not made it."""
     paths = [folder / f"{number:08d}" for number in range(len(pieces))]
     for number, (piece, path) in enumerate(zip(pieces, paths, strict=True)):
-        if not path.exists():
+        if not path.exists() and not (piece.published and function in (_cut_lines, _cut_runs)):
             pool.submit(lambda *_: None, number, 0, function, piece, path, *arguments)
     pool.drain()
     return paths
@@ -70,7 +83,7 @@ def _map(pool, pieces: list[Piece], folder: Path, function: Callable, *arguments
 
 def _edited(pool, pieces: list[Piece], folder: Path, function: Callable, *arguments) -> list[Piece]:
     paths = _map(pool, pieces, folder, function, *arguments)
-    return [Piece(piece.path, piece.rows, piece.documents, path) for piece, path in zip(pieces, paths, strict=True)]
+    return [piece if piece.published else replace(piece, edits=path) for piece, path in zip(pieces, paths, strict=True)]
 
 
 # ---- in the parent: what stood before ---------------------------------------------------------------------------------------
@@ -145,7 +158,7 @@ def _hash_lines(piece: Piece, path: Path, least: int) -> None:
     for begin, texts in _batches(texts_of(piece)):
         hashes, owner, line, number = line_tokens(texts)
         long = number >= least
-        parts.append(np.column_stack((hashes, piece.documents[begin + owner].astype(np.uint64) << SHIFT | line.astype(np.uint64)))[long])
+        parts.append(np.column_stack((hashes, piece.places[begin + owner].astype(np.uint64) << SHIFT | line.astype(np.uint64)))[long])
     _saved(path, parts)
 
 
@@ -164,7 +177,7 @@ def _choose_windows(piece: Piece, path: Path, length: int) -> None:
 
 def _hash_windows(piece: Piece, path: Path, length: int, shared: Path) -> None:
     span = length - length // 2 + 1
-    place, token = _positions(shared, piece.documents)
+    place, token = _positions(shared, piece.places)
     parts = []
     for begin, texts in _batches(texts_of(piece)):
         starts, _, bounds, hashes = span_tokens(texts)
@@ -179,7 +192,7 @@ def _hash_windows(piece: Piece, path: Path, length: int, shared: Path) -> None:
 
 def _place(piece: Piece, begin: int, bounds: np.ndarray, number: int) -> np.ndarray:
     owner = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return piece.documents[begin + owner].astype(np.uint64) << SHIFT | (np.arange(number) - bounds[owner]).astype(np.uint64)
+    return piece.places[begin + owner].astype(np.uint64) << SHIFT | (np.arange(number) - bounds[owner]).astype(np.uint64)
 
 
 def _sliding(values: np.ndarray, width: int, operation, neutral) -> np.ndarray:
@@ -194,7 +207,7 @@ def _sliding(values: np.ndarray, width: int, operation, neutral) -> np.ndarray:
 
 
 def _cut_lines(piece: Piece, path: Path, again: Path, least: int) -> None:
-    place, line = _positions(again, piece.documents)
+    place, line = _positions(again, piece.places)
     texts = texts_of(piece)
     changed = {}
     for at in np.unique(place).tolist():
@@ -204,7 +217,7 @@ def _cut_lines(piece: Piece, path: Path, again: Path, least: int) -> None:
 
 
 def _cut_runs(piece: Piece, path: Path, again: Path, length: int) -> None:
-    place, token = _positions(again, piece.documents)
+    place, token = _positions(again, piece.places)
     texts = texts_of(piece)
     changed = {}
     for at in np.unique(place).tolist():

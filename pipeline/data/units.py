@@ -14,6 +14,7 @@ from pipeline.data import outcomes
 from pipeline.data import sources as reading
 from pipeline.data.dedup import Dedup
 from pipeline.data.sources import Bad, Chunk, MissingField, Source
+from pipeline.errors import UserError
 from pipeline.files import write_atomic
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
@@ -118,25 +119,32 @@ def counted(path: Path) -> int:
     return pyarrow.compute.sum(outcomes.read(path, ["counted"])["counted"]).as_py() or 0
 
 
-def sign_shard(shard: Path, dedup: Dedup, path: Path) -> None:
+def refuse_without_addresses(shard: Path) -> None:
+    import pyarrow.parquet
+
+    if "address" not in pyarrow.parquet.read_schema(shard).names:
+        raise UserError(f"dedup.url: {shard} was made without it and has no addresses to compare with; clean the earlier sources again with dedup.url, or leave it out here")
+
+
+def sign_shard(shard: Path, path: Path, dedup: Dedup) -> None:
     """Hashes and signatures of a published shard, for comparison with new documents."""
     import pyarrow
     import pyarrow.parquet
 
     from pipeline.data.dedup import signed
 
-    columns: dict[str, list] = {"id": [], "size": [], "hash": [], "signature": []}
+    columns: dict[str, list] = {"id": [], "size": [], "hash": [], "signature": [], "address": []}
     with pyarrow.parquet.ParquetFile(shard) as opened:
-        for batch in opened.iter_batches(batch_size=64, columns=["text", "id"], use_threads=False):
+        for batch in opened.iter_batches(batch_size=64, columns=["text", "id", *(["address"] if dedup.url else [])], use_threads=False):
             texts = batch.column("text").to_pylist()
             data = [text.encode() for text in texts]
             columns["id"] += batch.column("id").to_pylist()
             columns["size"] += map(len, data)
+            columns["address"] += batch.column("address").to_pylist() if dedup.url else [None] * len(texts)
             columns["hash"] += [hashlib.blake2b(raw, digest_size=16).digest() for raw in data]
             columns["signature"] += [row.tobytes() for row in signed(texts, dedup.near)] if dedup.near else [None] * len(texts)
-    types = {"id": pyarrow.string(), "size": pyarrow.int64(), "hash": pyarrow.binary(16), "signature": pyarrow.binary()}
+    types = {"id": pyarrow.string(), "size": pyarrow.int64(), "hash": pyarrow.binary(16), "signature": pyarrow.binary(), "address": pyarrow.binary(16)}
     table = pyarrow.table({key: pyarrow.array(values, types[key]) for key, values in columns.items()})
-    table = table.append_column("address", pyarrow.nulls(len(columns["id"]), pyarrow.binary(16)))
     outcomes.write(table, path, compression="none", write_statistics=False)
 
 
@@ -152,7 +160,7 @@ class Rows:
     edits: Path | None
 
 
-def write_shard(pieces: list[Rows], path: Path) -> None:
+def write_shard(pieces: list[Rows], path: Path, addresses: bool) -> None:
     """Gather rows of units into one shard."""
     import numpy as np
     import pyarrow
@@ -163,9 +171,10 @@ def write_shard(pieces: list[Rows], path: Path) -> None:
     tables = []
     for piece in pieces:
         again = np.repeat(np.arange(len(piece.rows)), piece.times)
-        table = outcomes.read(piece.unit, ["text", "id", "language"]).take(piece.rows)
+        table = outcomes.read(piece.unit, ["text", "id", "language", "address"]).take(piece.rows)
         text = pyarrow.chunked_array([texts_of(Piece(piece.unit, piece.rows, piece.rows, piece.edits))]) if piece.edits else table["text"]
         columns = {"text": text, "source": pyarrow.array([piece.source] * len(piece.rows)), "id": table["id"], "cluster": pyarrow.array(piece.clusters, pyarrow.int32()), "language": table["language"].cast(pyarrow.string())}
+        columns |= {"address": table["address"]} if addresses else {}
         tables.append(pyarrow.table(columns).take(again) if len(again) > len(piece.rows) else pyarrow.table(columns))
     buffer = io.BytesIO()
     shard = pyarrow.concat_tables(tables).combine_chunks()
