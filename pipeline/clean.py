@@ -16,7 +16,7 @@ The result depends on the content of the sources and the recipe alone, not on wo
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -79,7 +79,9 @@ class Config(StageConfig):
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
     """Largest share of unreadable records that a source may have; more of them end the stage, for then the source is not what the recipe says."""
     workers: Annotated[int | None, EXECUTION] = Field(None, ge=1)
-    """Processes; by default the cores of this machine."""
+    """Processes; by default the cores of this machine, or of the Ray cluster."""
+    executor: Annotated[Literal["local", "slurm", "ray"], EXECUTION] = "local"
+    """What runs the work: processes of this machine, an array job of `workers` tasks, or a Ray cluster (pip install 'alma[ray]'). The run's folder must then be on a shared file system."""
     unit_bytes: Annotated[int, EXECUTION] = Field(4 << 20, ge=1024)
     """Raw bytes of one unit of work: what a killed run may lose, for each worker."""
 
@@ -122,7 +124,7 @@ def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path
         runs, report = decontaminate.build(config.decontaminate)
         decontaminate.save(runs, work / "evaluation")
         write_json(work / "evaluation.json", report)
-    with Pool(config.workers) as pool:
+    with Pool(config.workers, config.executor, work / "tasks") as pool:
         done = _clean(config, work, pool, output)
         earlier = _sign(inputs["earlier"], config.dedup, work / "earlier", pool) if "earlier" in inputs else []
         index, pieces, edited = _compare(config, done, earlier, work, pool)

@@ -1,4 +1,4 @@
-"""Work spread over processes, with what must happen after each piece of it done in the parent, one piece at a time."""
+"""Work spread over processes (or machines, see executors.py), with what must happen after each piece of it done in the parent, one piece at a time."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -6,17 +6,24 @@ import multiprocessing
 import os
 import signal
 import threading
+from pathlib import Path
 
 from pipeline.data.outcomes import without_pandas
 from pipeline.errors import UserError
 
 
 class Pool:
-    """Runs functions in `workers` processes, or here if one is enough; `finished(number, result, weight)` is called here, for each."""
+    """Runs functions in `workers` processes, or here if one is enough; `finished(number, result, weight)` is called here, for each. `engine`: local, slurm or ray; `folder` is scratch."""
 
-    def __init__(self, workers: int | None):
-        self.workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    def __init__(self, workers: int | None, engine: str = "local", folder: Path | None = None):
         self.executor, self.pending, self.held = None, {}, None
+        if engine != "local":
+            from pipeline.data.executors import Ray, Slurm
+
+            self.executor = Ray(workers) if engine == "ray" else Slurm(workers, folder)
+            self.workers = self.executor.workers
+            return
+        self.workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
     def __enter__(self) -> "Pool":
         return self
@@ -27,7 +34,7 @@ class Pool:
 
     def submit(self, finished, number: int, weight: int, function, *arguments) -> None:
         task = (finished, number, weight, function, arguments)
-        if self.workers == 1:
+        if self.workers == 1 and self.executor is None:
             finished(number, function(*arguments), weight)
         elif self.executor is None and self.held is None:
             self.held = task  # processes are worth their start (about a second) from the second unit on
