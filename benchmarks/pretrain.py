@@ -11,7 +11,7 @@ The last line is JSON:
     plain_ratio         tokens/s of alma / a plain compiled loop that guards, evaluates and hashes nothing
     gemm_share          alma's FLOPs a second (6 a multiplying parameter and token, and attention in full) / those of a bf16 product of 4096x1024x4096 here (goal 0.50)
     data_wait_share, metrics_share    share of alma's steps spent on making batches, and on metrics, logging and looking out for signals (goal 0.01 each)
-    save_stall_ratio    seconds that training stands still for a checkpoint / seconds of one copy of its state in memory
+    save_stall_ratio    seconds that training stands still for a checkpoint / seconds of one copy of its state into memory that exists, in the same process and turn
     zero1_overhead, pipeline2_overhead    1 - tokens/s of ZeRO-1, of a pipeline of 2 / those of DDP; two processes of one thread, not compiled
     logits_peak_ratio   peak memory of output layer and loss with chunks / with whole logits, 2048 tokens of width 512, vocabulary 131072, bf16,
                         beyond what 8 tokens take (weights and their gradient)
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def sampler_of(folder: Path, size: dict):
 
 
 class Turns:
-    """A contestant's side of taking turns. `begin` waits for its turn, `end` tells the time since; a turn without an answer is the last."""
+    """A contestant's side of taking turns. `begin` waits for its turn, `end` tells the time since, and what the functions in `more` find after it; a turn without an answer is the last."""
 
     def __init__(self, out):
         self.out, self.begun = out, None
@@ -108,7 +109,9 @@ class Turns:
 
     def end(self, **more) -> None:
         if self.begun is not None:
-            print(json.dumps({"seconds": time.perf_counter() - self.begun, **more}), file=self.out, flush=True)
+            seconds = time.perf_counter() - self.begun
+            more = {key: value() if callable(value) else value for key, value in more.items()}
+            print(json.dumps({"seconds": seconds, **more}), file=self.out, flush=True)
         self.begun = None
 
 
@@ -116,7 +119,8 @@ class Turns:
 
 
 def alma(folder: Path, size: dict, turns: Turns) -> None:
-    """Through pretraining's own parts: layers, engine, sampler, loss, loop with metrics, checkpoints with sha256, signals; one window is what lies between two saves."""
+    """Through pretraining's own parts: layers, engine, sampler, loss, loop with metrics, checkpoints with sha256, signals; a window begins half way between two saves, so that it holds what
+    a save costs while it is written beside the steps, and nothing of it falls into the others' turns."""
     from pipeline import pretrain
     from pipeline.artifact import Output
     from pipeline.models import cost
@@ -137,12 +141,31 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     store, sampler = sampler_of(folder, size)
     trainer = engine.build(model, pretrain.loss_of(store.sources), config)
     output = Output(folder / "alma", "pretrain", "pretrain", {}).open(config={}, parents={})
+    memory: list = []
+
+    def copy_seconds() -> float:
+        """One copy of weights and moments, where a save makes its own and as cold, into memory that exists."""
+        values = [fragment.values for fragment in trainer.pieces().fragments]
+        if not memory:
+            memory.extend(value.clone() for value in values)
+        begun = time.perf_counter()
+        for place, value in zip(memory, values, strict=True):
+            place.copy_(value)
+        return time.perf_counter() - begun
+
+    def lines(step: int) -> list[dict]:
+        found = [json.loads(line) for line in (output.path / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in found if line["step"] > step - window]
 
     def batches(step: int) -> list[dict]:
-        if step % window == 0:
-            lines = [json.loads(line) for line in (output.path / "metrics.jsonl").read_text().splitlines()] if step else []
+        if step == 0:
+            turns.begin()
+        elif step % window == window // 2:
             phases.enter("turn")  # waiting for the others is no part of a step
-            turns.end(lines=[line for line in lines if line["step"] > step - window])
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            turns.end(lines=lambda: lines(step), copy=copy_seconds)
             turns.begin()
             phases.enter("data", step + 1)
         return [pretrain.to_batch([sampler.row(index) for index in rows], store, False) for rows in share(config, trainer, step)]
@@ -279,19 +302,6 @@ def gemm() -> float:
 # ---- the other figures -----------------------------------------------------------------------------------------------------
 
 
-def copy_seconds(size: dict) -> float:
-    """One copy in memory of weights and both moments, fp32, into memory that exists: median of 5."""
-    import torch
-
-    parameters = sum(parameter.numel() for parameter in new_model(size).parameters())
-    source, target, times = torch.ones(3 * parameters), torch.ones(3 * parameters), []
-    for _ in range(5):
-        begun = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
-
-
 def peak_of_loss(chunks: bool, quick: bool) -> None:
     """Prints by how many bytes resident memory grew, at most, over forward and backward of output layer and loss."""
     import resource
@@ -405,7 +415,7 @@ def main() -> None:
     model = new_model(size)
     flops = cost.training_flops(model, cost.count(model), size["length"]).full
     lines = [line for turn in found["alma"] for line in turn["lines"] if "seconds/step" in line]
-    saves = [line["seconds/save"] for line in lines if "seconds/save" in line]
+    stalls = [line["seconds/save"] / turn["copy"] for turn in found["alma"] for line in turn["lines"] if "seconds/save" in line]
 
     def ratio(other: str) -> float:
         return statistics.median(mine["rate"] / its["rate"] for mine, its in zip(found["alma"], found[other], strict=True))
@@ -417,7 +427,7 @@ def main() -> None:
         "gemm_share_bf16_throughout": rates["plain, compiled, bf16 throughout"] * flops / statistics.median(turn["gemm"] for turn in found["alma"]),
         "data_wait_share": statistics.median(line["data_wait_share"] for line in lines),
         "metrics_share": statistics.median(line.get("seconds/log", 0.0) / line["seconds/step"] for line in lines),
-        "save_stall_ratio": statistics.median(saves) / copy_seconds(size) if saves else None,
+        "save_stall_ratio": statistics.median(stalls) if stalls else None,
         "zero1_overhead": 1 - layouts["zero1"] / layouts["ddp"],
         "pipeline2_overhead": 1 - layouts["pipeline2"] / layouts["ddp"],
         "logits_peak_ratio": peaks["chunks"] / peaks["whole"],
