@@ -7,8 +7,8 @@ after another, each closed by the end-of-document token, with an index of where 
 
 Token files that other tools wrote (`shards`) are taken over into the same form.
 
-The work is cut into units, one for each row group of the input or stretch of a token file (pipeline/data/parts.py). A unit is published whole into work/, so that a killed run loses the units
-in flight; the shards are then joined from the units in the order of the input, whoever made them.
+The work is cut into units, one for each row group of the input or stretch of a token file (pipeline/data/parts.py). A unit is published
+whole into work/, so that a killed run loses the units in flight; the shards are then joined from the units in the order of the input.
 """
 
 import json
@@ -91,8 +91,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     np.save(output.path / "token_bytes.npy", sizes)
     write_json(output.path / "index.json", index)
     if not index["splits"]["train"]:
-        place = f"inputs.data: {inputs['data'].path}: its split train has no document with text" if "data" in inputs else "shards: no document with tokens is left for training"
-        raise UserError(f"{place}; there is nothing to pack")
+        empty = "shards: no document with tokens is left for training"
+        if "data" in inputs:
+            empty = f"inputs.data: {inputs['data'].path}: its split train has no document with text"
+        raise UserError(f"{empty}; there is nothing to pack")
     inexact, closed = (sum(meta.get(key, 0) for meta in metas.values()) for key in ("inexact", "closed"))
     if closed:
         say(f"pack: {closed:,} documents of shards had no end-of-document token and were given one")

@@ -1,10 +1,12 @@
-"""Fill-in-the-middle: a piece of a document is cut in two places and its middle put last (Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", 2022).
+"""Fill-in-the-middle: a piece of a document is cut in two places and its middle put last.
+
+Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", 2022:
 
     PSM   <prefix> P <suffix> S <middle> M eos
     SPM   <prefix> <suffix> S <middle> P M eos         (their second variant, which shares its sentinels with PSM)
 
-In both the text is what stands between <prefix> and <suffix>, then what follows <middle>, then what stands between <suffix> and <middle>: nothing is lost.
-Whether, how and where a piece is cut depends on the seed, the row's number and the piece's place in the row alone.
+In both the text is what stands between <prefix> and <suffix>, then what follows <middle>, then what stands between <suffix> and <middle>:
+nothing is lost. Whether, how and where a piece is cut depends on the seed, the row's number and the piece's place in the row alone.
 """
 
 from typing import NamedTuple
@@ -56,7 +58,10 @@ class Cutter(NamedTuple):
         return min(a, b), max(a, b), mixed(key + 3) < self.spm * 2**64
 
     def turn(self, tokens: np.ndarray, text: int, begin: int, end: int, suffix_first: bool, into: np.ndarray) -> tuple[int, int, int]:
-        """Write a piece, turned round, to into[: len(tokens) + 3]; what follows its `text`, the end of the document, stays last. Returns where the sentinels stand."""
+        """Write a piece, turned round, to into[: len(tokens) + 3]; what follows its `text`, the end of the document, stays last.
+
+        Returns where the sentinels stand.
+        """
         before, after, last = self.ids
         suffix = text - end
         first = 0 if suffix_first else begin  # of the prefix, what stands before the suffix
@@ -72,11 +77,13 @@ class Cutter(NamedTuple):
 
 def cutter(config: Fim, tokenizer, sources: list[str], seed: int) -> Cutter:
     """Raises UserError where the tokenizer has no such special tokens, or a source does not exist."""
-    vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens) | {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    vocabulary = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_tokens) | {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = {"prefix": config.prefix, "suffix": config.suffix, "middle": config.middle}
     for key, name in names.items():
         if name not in vocabulary or name not in special:
-            raise UserError(f"fim.{key}: {name!r} is no special token of the tokenizer; it has {', '.join(sorted(special))}. Train it with the three sentinels, or name its own")
+            has = ", ".join(sorted(special))
+            raise UserError(f"fim.{key}: {name!r} is no special token of the tokenizer; it has {has}. Train it with the three sentinels, or name its own")
     if len(set(names.values())) < 3:
         raise UserError(f"fim: prefix, suffix and middle must be three different tokens, found {', '.join(names.values())}")
     for source in config.sources or ():

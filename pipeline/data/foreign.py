@@ -3,7 +3,8 @@
     shard = open_shard(path, Shards(path=...), eos_id=2)     # checked: an index that does not fit its data is refused
     documents_in(shard, 0, 1_000_000)                        # where documents begin and end, of those that begin in this stretch
 
-A document is what the index says, and a file without one is cut after each end-of-document token. One in the middle of an indexed document cuts it, too: our form has it at the end alone.
+A document is what the index says, and a file without one is cut after each end-of-document token. One in the middle of an indexed document
+cuts it, too: our form has it at the end alone.
 """
 
 import struct
@@ -54,7 +55,8 @@ def files(source: Shards, name: str) -> list[Path]:
             here = sorted(file for file in place.iterdir() if file.suffix in suffixes)
         elif any(sign in path for sign in "*?["):
             root = Path(place.anchor) if place.is_absolute() else Path()
-            here = sorted(file for file in root.glob(str(place.relative_to(place.anchor) if place.is_absolute() else place)) if file.is_file() and file.suffix not in (".idx", ".index", ".metadata", ".loss"))
+            pattern = str(place.relative_to(place.anchor) if place.is_absolute() else place)
+            here = sorted(file for file in root.glob(pattern) if file.is_file() and file.suffix not in (".idx", ".index", ".metadata", ".loss"))
         else:
             here = [place] if place.is_file() else []
         if not here:
@@ -104,14 +106,16 @@ def open_shard(path: Path, source: Shards) -> Shard:
     if shard.ends is not None and len(shard.ends) and (shard.ends[0] < 0 or (np.diff(shard.ends) < 0).any()):
         raise UserError(f"{path}: the document ends of its index do not ascend; it does not fit these tokens")
     if shard.ends is not None and (int(shard.ends[-1]) if len(shard.ends) else 0) != len(shard.tokens):
-        raise UserError(f"{path}: its index ends at token {int(shard.ends[-1]) if len(shard.ends) else 0}, the file has {len(shard.tokens)}; they do not fit together")
+        last = int(shard.ends[-1]) if len(shard.ends) else 0
+        raise UserError(f"{path}: its index ends at token {last}, the file has {len(shard.tokens)}; they do not fit together")
     return shard
 
 
 def _mapped(path: Path, dtype) -> np.ndarray:
     size, item = path.stat().st_size, np.dtype(dtype).itemsize
     if size % item:
-        raise UserError(f"{path}: has {size} bytes, which are no whole number of {np.dtype(dtype).name} ({item} bytes each); it was cut off, or is of another type")
+        kind = f"{np.dtype(dtype).name} ({item} bytes each)"
+        raise UserError(f"{path}: has {size} bytes, which are no whole number of {kind}; it was cut off, or is of another type")
     return np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
 
 
@@ -121,13 +125,22 @@ def _megatron(path: Path, source: Shards) -> Shard:
     raw = np.memmap(place, np.uint8, "r") if place.stat().st_size else np.zeros(0, np.uint8)
     head = raw[:34].tobytes()
     if len(head) < 34 or not head.startswith(b"MMIDIDX\x00\x00"):
-        raise UserError(f"{place}: is no index of Megatron's indexed data set (it begins with {head[:9]!r}); the older TNTIDX form has to be converted with Megatron's own tools")
+        raise UserError(
+            f"{place}: is no index of Megatron's indexed data set (it begins with {head[:9]!r}); "
+            "the older TNTIDX form has to be converted with Megatron's own tools"
+        )
     version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
     if version != 1 or MEGATRON.get(code, "float").startswith("float"):
-        raise UserError(f"{place}: version {version} and type {code} ({MEGATRON.get(code, 'unknown')}) are not token ids of version 1; write it again with Megatron's preprocess_data.py")
+        kind = MEGATRON.get(code, "unknown")
+        raise UserError(
+            f"{place}: version {version} and type {code} ({kind}) are not token ids of version 1; write it again with Megatron's preprocess_data.py"
+        )
     wanted = 34 + 12 * sequences + 8 * documents
     if len(raw) not in (wanted, wanted + sequences):
-        raise UserError(f"{place}: has {len(raw)} bytes, {wanted} are needed for the {sequences} sequences and {documents} document borders that it announces; it was cut off or overwritten")
+        raise UserError(
+            f"{place}: has {len(raw)} bytes, {wanted} are needed for the {sequences} sequences and {documents} document borders that it announces; "
+            "it was cut off or overwritten"
+        )
     lengths = raw[34 : 34 + 4 * sequences].view("<i4")
     offsets = raw[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
     borders = raw[34 + 12 * sequences : wanted].view("<i8")
@@ -136,9 +149,13 @@ def _megatron(path: Path, source: Shards) -> Shard:
     expected = (ends - lengths) * tokens.dtype.itemsize
     if (lengths < 0).any() or not np.array_equal(offsets, expected):
         wrong = int(np.flatnonzero((offsets != expected) | (lengths < 0))[0])
-        raise UserError(f"{place}: sequence {wrong} begins at byte {int(offsets[wrong])}, those before it end at {int(expected[wrong])}; the index does not fit itself")
+        begins, ends_at = int(offsets[wrong]), int(expected[wrong])
+        raise UserError(f"{place}: sequence {wrong} begins at byte {begins}, those before it end at {ends_at}; the index does not fit itself")
     if documents and (borders[0] != 0 or borders[-1] != sequences or (np.diff(borders) < 0).any()):
-        raise UserError(f"{place}: its document borders run from {int(borders[0])} to {int(borders[-1])} over {sequences} sequences; they must ascend from 0 to their number")
+        raise UserError(
+            f"{place}: its document borders run from {int(borders[0])} to {int(borders[-1])} over {sequences} sequences; "
+            "they must ascend from 0 to their number"
+        )
     if not documents and sequences:
         raise UserError(f"{place}: has {sequences} sequences and no document border; write it again with Megatron's preprocess_data.py")
     return Shard(path, tokens, np.concatenate([[0], ends])[borders[1:]].astype(np.int64))

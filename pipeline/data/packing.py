@@ -1,12 +1,12 @@
 """Documents into rows by best fit: what a row holds, as a table of pieces (Ding et al., "Fewer Truncations Improve Language Modeling", 2024).
 
-A document that fits into a row is never cut. A longer one gives rows of its own and a rest, and what is shorter than a row is packed by best-fit-decreasing,
-in groups of documents, so that memory is bounded. A row is `length` + 1 tokens:
+A document that fits into a row is never cut. A longer one gives rows of its own and a rest, and what is shorter than a row is packed by
+best-fit-decreasing, in groups of documents, so that memory is bounded. A row is `length` + 1 tokens:
 
     [token before the first piece] [piece] [piece] ... [padding]
 
-The first is the end of a document, or what a piece that fills a row goes on from. A rest begins with the last token before it, as context, whose own label does not count.
-So each token is a label once an epoch. `spare` slots a piece are left free for fill-in-the-middle's three tokens.
+The first is the end of a document, or what a piece that fills a row goes on from. A rest begins with the last token before it, as context,
+whose own label does not count. So each token is a label once an epoch. `spare` slots a piece are left free for fill-in-the-middle's three tokens.
 """
 
 import bisect

@@ -1,6 +1,7 @@
-"""One unit of work of stage `pack`: a row group of cleaned documents that is encoded, or a stretch of a token file that is taken over. In processes of its own.
+"""One unit of work of stage `pack`: a row group of cleaned documents that is encoded, or a stretch of a token file that is taken over.
 
-A unit leaves one .npz, whole or not at all: for each source its tokens, (end, bytes) of each document and its id; in `meta` the counts, and what is bad, with place and reason.
+A unit leaves one .npz, whole or not at all: for each source its tokens, (end, bytes) of each document and its id; in `meta` the counts, and
+what is bad, with place and reason.
 """
 
 import json
@@ -115,7 +116,10 @@ def _text(raw: bytes | None, source: str | None) -> tuple[str, str | None]:
 
 
 def adopted(unit: Unit) -> tuple[dict[str, Part], dict]:
-    """Tokens as they are. Their bytes are those that they spell; a document's id is its file and its first token there. Raises UserError for a token beyond the vocabulary."""
+    """Tokens as they are. Their bytes are those that they spell; a document's id is its file and its first token there.
+
+    Raises UserError for a token beyond the vocabulary.
+    """
     from pipeline.data.foreign import documents_in, held_out, open_shard
 
     eos_id, sizes = _worker["eos_id"], _worker["sizes"]
@@ -125,7 +129,10 @@ def adopted(unit: Unit) -> tuple[dict[str, Part], dict]:
     tokens = np.asarray(shard.tokens[first : ends[-1] if len(ends) else first])
     if len(tokens) and (tokens.max() >= len(sizes) or tokens.min() < 0):
         place = int(np.flatnonzero((tokens >= len(sizes)) | (tokens < 0))[0])
-        raise UserError(f"{unit.path}: token {first + place} is {tokens[place]}, beyond the vocabulary of {len(sizes)}; its tokens belong to another tokenizer than inputs.tokenizer, or are of another dtype")
+        raise UserError(
+            f"{unit.path}: token {first + place} is {tokens[place]}, beyond the vocabulary of {len(sizes)}; "
+            "its tokens belong to another tokenizer than inputs.tokenizer, or are of another dtype"
+        )
     closed = np.zeros(len(ends), bool)
     full = ends > begins
     closed[full] = tokens[ends[full] - 1 - first] == eos_id

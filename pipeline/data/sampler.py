@@ -4,9 +4,9 @@
     row = sampler.row(123)                  # the same whoever asks: any rank of any number of ranks, before or after a restart
     row.tokens[:-1], row.tokens[1:]         # inputs and labels
 
-A source is one stream of documents. packing="concat": its rows are the windows of sequence_length + 1 tokens that overlap by one, so that an epoch predicts
-every token but the first once (what is left at the end, less than a row, is not used). packing="best_fit": whole documents, see data/packing.py.
-Each epoch of a source has its own order of rows.
+A source is one stream of documents. packing="concat": its rows are the windows of sequence_length + 1 tokens that overlap by one, so that an
+epoch predicts every token but the first once (what is left at the end, less than a row, is not used). packing="best_fit": whole documents, see
+data/packing.py. Each epoch of a source has its own order of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,8 +65,9 @@ class HeldoutRow(NamedTuple):
 class RowSampler:
     """`weights`: share of rows of each source, any scale; by default sources are mixed in proportion to their tokens.
 
-    changes: (tokens, weights) from so many tokens on, sequence_length a row. fim: only with best_fit. work: a folder in which the tables of best_fit are kept, made there
-    if they are not there yet; none: in memory. once: lets one of several processes make them, and returns on each when they are made.
+    changes: (tokens, weights) from so many tokens on, sequence_length a row. fim: only with best_fit. work: a folder in which the tables of
+    best_fit are kept, made there if they are not there yet; none: in memory. once: lets one of several processes make them, and returns on each
+    when they are made.
     """
 
     def __init__(
@@ -231,7 +232,8 @@ def _check(name: str, weights: dict[str, float], store: TokenStore, sequence_len
             raise UserError(f"{name}: {source} has the weight {weight}, expected 0 or more")
         if weight and not fits[source]:
             found = store.num_tokens(source)
-            raise UserError(f"{name}: source {source} has {found} tokens, fewer than the {sequence_length + 1} of one row; leave it out or shorten sequence_length")
+            short = f"{found} tokens, fewer than the {sequence_length + 1} of one row"
+            raise UserError(f"{name}: source {source} has {short}; leave it out or shorten sequence_length")
     if sum(weights.values()) <= 0:
         raise UserError(f"{name}: all are 0; give at least one source a weight")
 
@@ -270,7 +272,8 @@ def documents_of(row: Row, store: TokenStore) -> list[dict]:
     found = []
     for stretch in row.stretches:
         grown = stretch.slots - stretch.length
-        found += [{"id": piece.id, "start": stretch.slot + piece.start, "tokens": piece.length + grown, "offset": piece.offset} for piece in store.pieces(row.source, stretch.start, stretch.length)]
+        for piece in store.pieces(row.source, stretch.start, stretch.length):
+            found.append({"id": piece.id, "start": stretch.slot + piece.start, "tokens": piece.length + grown, "offset": piece.offset})
     return found
 
 

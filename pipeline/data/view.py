@@ -73,7 +73,8 @@ def _table(sampler, store: TokenStore, stage: str, config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{store.folder}, as stage {stage} reads it in rows of {config.sequence_length} ({config.packing})", title_justify="left")
+    title = f"{store.folder}, as stage {stage} reads it in rows of {config.sequence_length} ({config.packing})"
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for title in ("source", "documents", "tokens", "bytes a token", "share of rows", "rows an epoch", "padding", "documents cut"):
         shown.add_column(title, justify="left" if title == "source" else "right")
     padding, cut = sampler.padding(), sampler.cut_documents()
@@ -93,7 +94,8 @@ def _print(index: int, row: Row, store: TokenStore, sampler, tokenizer, document
     console, length = Console(highlight=False, soft_wrap=True), len(row.tokens) - 1
     labels = length if row.counted is None else int(row.counted.sum())
     apart = "documents apart" if document_mask else "documents see those before them"
-    console.print(Text(f"row {index:,}: {row.source}, epoch {row.epoch}, row {row.index:,} of {sampler.rows_per_epoch[row.source]:,}; {labels} of {length} labels count; {apart}", style="bold"))
+    place = f"{row.source}, epoch {row.epoch}, row {row.index:,} of {sampler.rows_per_epoch[row.source]:,}"
+    console.print(Text(f"row {index:,}: {place}; {labels} of {length} labels count; {apart}", style="bold"))
     documents = documents_of(row, store)
     lines = [(entry["start"], entry["tokens"], f"{entry['id']} from token {entry['offset']}") for entry in documents]
     if lines[0][0] == 1:
