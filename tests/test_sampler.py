@@ -1,6 +1,7 @@
 """The row sampler against plain Python: every token once an epoch, the same rows for everybody, mixtures to the row, best fit to the document, and nothing lost by fill-in-the-middle."""
 
 import collections
+import itertools
 import json
 
 import numpy as np
@@ -37,7 +38,7 @@ def sampler(sizes, length, weights=None, seed=0, **options):
     return RowSampler(Fake(sizes), length, weights, seed, **options)
 
 
-@quick
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(17, 700), st.integers(1, 16), st.integers(0, 9))
 def test_every_row_once_an_epoch_and_each_epoch_in_its_own_order(tokens, length, seed):
     made = sampler({"a": tokens}, length, None, seed)
@@ -206,7 +207,7 @@ def packed(folder, sources: dict[str, list[list[int]]], shards: int = 2) -> Toke
             part = [[*ids, EOS] for ids in documents[first : first + cut]]
             names = [f"{source}{first + place}".encode() for place in range(len(part))]
             arrays = {
-                "tokens": np.array(sum(part, []), np.uint16),
+                "tokens": np.array(list(itertools.chain(*part)), np.uint16),
                 "documents": np.array([[end, 1] for end in np.cumsum([len(ids) for ids in part])], np.int64),
                 "ids": np.frombuffer(b"".join(names), np.uint8),
                 "id_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
