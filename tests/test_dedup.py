@@ -1,9 +1,10 @@
 """Duplicates over all sources: which stay, what is repeated inside documents, memory by parts, earlier outputs, and intermediates that were lost or damaged."""
 
 import collections
-import errno
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -286,11 +287,16 @@ def test_near_duplicates_in_parts_are_those_in_one(tmp_path, monkeypatch):
 # ---- lost and damaged ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(families, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    succeed("clean", write(folder, families, unit_bytes=4000), cwd=folder)
+    return folder
+
+
 @pytest.mark.parametrize("harm", ["missing", "cut", "flipped", "foreign"])
-def test_a_lost_or_damaged_unit_is_made_again(families, tmp_path, harm):
+def test_a_lost_or_damaged_unit_is_made_again(families, whole, tmp_path, harm):
     """After a kill behind the last unit; never read as an empty one."""
-    whole = tmp_path / "whole"
-    succeed("clean", write(whole, families, unit_bytes=4000), cwd=whole)
     path = write(tmp_path / "harmed", families, unit_bytes=4000)
     assert stage("clean", path, "clean.max_bad=1", cwd=path.parent, fault="publish:1")[0] == -9
     units = sorted(path.parent.glob("runs/t/clean/*/work/units-*/*/*.parquet"))
@@ -309,27 +315,46 @@ def test_a_lost_or_damaged_unit_is_made_again(families, tmp_path, harm):
     assert files_of(published(path.parent)) == files_of(published(whole))
 
 
-def test_a_full_disk_is_one_sentence_and_the_work_goes_on(families, tmp_path, monkeypatch):
-    from pipeline.data import units as units_module
-    from pipeline.files import write_atomic
+def test_a_full_disk_is_one_sentence_and_the_work_goes_on(tmp_path):
+    """The whole stage on a file system of half a megabyte, which is then made larger: every unit that was done is still there and not made again."""
+    if subprocess.run(["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=1m none /mnt"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here without being root")
+    rng = random.Random(5)
+    rows = {"a": [{"text": " ".join(words(rng, 300))} for _ in range(240)]}  # half a megabyte
+    whole = tmp_path / "whole"
+    succeed("clean", write(whole, rows), cwd=whole)
+    path = write(tmp_path / "full", rows, workers=2)
+    (path.parent / "runs").mkdir()
+    script = f"""
+        mount -t tmpfs -o size=500k none runs
+        run() {{ {sys.executable} {Path(__file__).parents[1]}/pipeline/clean.py {path.name}; }}
+        run 2> said; echo $? > code
+        stat -c '%n %Y %i' runs/t/clean/*/work/units-*/a/*.parquet > before
+        mount -o remount,size=20m runs
+        ALMA_FAULT=publish:1 run; stat -c '%n %Y %i' runs/t/clean/*/work/units-*/a/*.parquet > after
+        run && cp -rL runs/t/clean/current published
+    """
+    answer = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=path.parent, capture_output=True, text=True, timeout=200)
+    assert answer.returncode == 0, answer.stderr
+    said = (path.parent / "said").read_text()
+    assert (path.parent / "code").read_text() == "2\n" and "No space left on device" in said and "the same command goes on" in said and "Traceback" not in said
+    before, after = (set((path.parent / name).read_text().splitlines()) for name in ("before", "after"))
+    assert len(before) >= 5 and before < after
+    assert files_of(path.parent / "published") == files_of(published(whole))
 
-    calls = []
 
-    def full(path, data):
-        calls.append(path)
-        if len(calls) > 3:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write_atomic(path, data)
+def test_a_kill_loses_the_units_in_flight_and_no_more(families, tmp_path):
+    """What was done before a kill has the same inode afterwards; with one worker one unit is in flight."""
+    path = write(tmp_path, families, unit_bytes=4000)
 
-    table = pyarrow.table({"x": [1, 2]})
-    monkeypatch.setattr(outcomes, "write_atomic", full)
-    for i in range(3):
-        outcomes.write(table, tmp_path / "work" / f"{i}")
-    with pytest.raises(OSError):
-        outcomes.write(table, tmp_path / "work" / "3")
-    assert units_module.outcomes.read(tmp_path / "work" / "2", ["x"]).num_rows == 2
-    with pytest.raises(outcomes.Torn, match="is missing"):
-        outcomes.read(tmp_path / "work" / "3", ["x"])
+    def done() -> dict[str, int]:
+        return {str(file): file.stat().st_ino for file in tmp_path.glob("runs/t/clean/*/work/units-*/*/*.parquet")}
+
+    assert stage("clean", path, cwd=tmp_path, fault="work:4")[0] == -9
+    before = done()
+    assert stage("clean", path, cwd=tmp_path, fault="publish:1")[0] == -9
+    after = done()
+    assert len(before) == 4 < len(after) and all(after[name] == inode for name, inode in before.items())
 
 
 # ---- evaluation sets -------------------------------------------------------------------------------------------------------

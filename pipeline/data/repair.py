@@ -65,10 +65,10 @@ def _from_gbk(text: str) -> str | None:
     han = "".join(_HAN.findall(text[:2000]))[:200]
     if len(han) < 4 or sum(sign in _COMMON for sign in han) * 20 > len(han):
         return None
-    try:
-        return text.encode("gb18030").decode()
-    except UnicodeError:
-        pass
+    raw = _packed(text, "gb18030")
+    mended = None if raw is None else _unpacked(raw, "utf-8")
+    if mended is not None:
+        return mended
     # A character whose bytes were odd in number lost its last one: mend what can be mended, if that is nearly all.
     mended = text.encode("gb18030", "replace").decode(errors="replace")
     return mended if mended.count("\ufffd") * 20 < len(mended) and _likely(mended) else None
@@ -76,23 +76,27 @@ def _from_gbk(text: str) -> str | None:
 
 def _from_latin(text: str) -> str | None:
     """GBK read as Latin-1 (or Windows-1252): every foreign letter stands in a pair, and the pairs are common Chinese."""
+    raw = _packed(text, "latin-1") or _packed(text, "cp1252")
+    if raw is None or _unpacked(raw, "utf-8") is not None:  # UTF-8 read as one of the two is ftfy's case
+        return None
+    mended = _unpacked(raw, "gb18030")
+    return mended if mended is not None and _likely(mended) else None
+
+
+def _packed(text: str, encoding: str) -> bytes | None:
+    """None if the encoding does not have all characters: then the text was not read in it."""
     try:
-        raw = text.encode("latin-1")
+        return text.encode(encoding)
     except UnicodeEncodeError:
-        try:
-            raw = text.encode("cp1252")
-        except UnicodeEncodeError:
-            return None
+        return None
+
+
+def _unpacked(raw: bytes, encoding: str) -> str | None:
+    """None if the bytes are no text in this encoding."""
     try:
-        raw.decode()
-        return None  # it is UTF-8: ftfy's case
-    except UnicodeDecodeError:
-        pass
-    try:
-        mended = raw.decode("gb18030")
+        return raw.decode(encoding)
     except UnicodeDecodeError:
         return None
-    return mended if _likely(mended) else None
 
 
 def _likely(text: str) -> bool:
