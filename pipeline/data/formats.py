@@ -317,17 +317,24 @@ def _encodes(text: str) -> bool:
 
 def parquet_chunks(relative: str, path: Path, size: int) -> Iterator[Chunk]:
     import pyarrow
+    import pyarrow.parquet
 
-    row = 1
     try:
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(path) as opened:
-            meta = opened.metadata
-            weight = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-            several = max(1, min(1 << 16, meta.num_rows * size // max(1, weight)))
-            for batch in opened.iter_batches(batch_size=several):
-                yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]), batch.nbytes)
-                row += batch.num_rows
+        opened = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        yield _bad(relative, row, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+        yield _bad(relative, 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+        return
+    with opened:
+        meta = opened.metadata
+        weight = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+        several = max(1, min(1 << 16, meta.num_rows * size // max(1, weight)))
+        begins = 1
+        for group in range(meta.num_row_groups):  # one by one, so that damage in one costs no other
+            row = begins
+            try:
+                for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
+                    yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]), batch.nbytes)
+                    row += batch.num_rows
+            except (pyarrow.ArrowException, OSError) as error:
+                yield _bad(relative, row, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+            begins += meta.row_group(group).num_rows

@@ -75,11 +75,17 @@ def _records(path: Path) -> Iterator[dict | str | None]:
             continue
         head, begin, number = bytes(buffer[: end.start()]), end.end(), int(length[1])
         if number > MAX_RECORD_BYTES:
-            _skip(buffer, fill, begin + number)
+            del buffer[:begin]  # the length may be a slip, so the next record is looked for and not leapt to
+            _resync(buffer, fill)
             yield f"longer than {MAX_RECORD_BYTES >> 20} MiB\0{_shown(head)}"
             continue
         if not fill(begin + number):
-            break
+            if not _START.search(buffer, begin):
+                break
+            del buffer[:begin]  # it ends before its length says, and others follow
+            _resync(buffer, fill)
+            yield f"WARC record with a wrong length\0{_shown(head)}"
+            continue
         body = bytes(buffer[begin : begin + number])
         fill(begin + number + 16)
         after = bytes(buffer[begin + number : begin + number + 16])
@@ -110,13 +116,6 @@ def _resync(buffer: bytearray, fill) -> bytes:
             buffer.clear()
             return shown[:EXCERPT]
         del buffer[:-16]  # a record's first line may lie across two blocks
-
-
-def _skip(buffer: bytearray, fill, number: int) -> None:
-    while number and fill(1):
-        step = min(number, len(buffer))
-        del buffer[:step]
-        number -= step
 
 
 def _shown(raw: bytes) -> str:
