@@ -228,11 +228,16 @@ def identity_of(node: Node) -> dict:
         value["sources"] = sources
         config.pop("sources", None)
         config.pop("shards", None)
+        config.pop("adopt", None)
     return value
 
 
 def _source_identity(node: Node) -> dict | None:
     """What the sources of a stage hold. Raises UserError if one is not there."""
+    from pipeline.files import sha256_file
+
+    if hasattr(node.config, "outside"):  # files that a stage takes over, such as a tokenizer
+        return {"@outside": [[path.name, sha256_file(path)] for path in node.config.outside()]} if node.config.outside() else None
     if shards := getattr(node.config, "shards", None):
         from pipeline.data.foreign import identify as identify_shards
 
@@ -240,7 +245,6 @@ def _source_identity(node: Node) -> dict | None:
     if not getattr(node.config, "sources", None):
         return None
     from pipeline.data.sources import identify
-    from pipeline.files import sha256_file
 
     sources = dict(node.config.sources)
     if getattr(node.config, "decontaminate", None):

@@ -64,3 +64,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
     folder = folder.resolve()
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in content_files(folder)}
+
+
+def byte_level(texts: list[str], size: int):
+    """A byte-level tokenizer of at most `size` tokens, trained as the stage does."""
+    from pipeline.data import bpe, bytelevel, presplit
+
+    learned, pairs = bytelevel.train(texts, size - len(bpe.SPECIAL), True, True, sum(len(text.encode()) for text in texts))
+    return bytelevel.build({token: index for index, token in enumerate(learned)}, pairs, presplit.pattern(True), bpe.SPECIAL)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from pipeline.data import bpe
 from pipeline.data.encode import LONG_RUN, encoder
+from pipeline.data.presplit import pattern
 from pipeline.data.tokens import encode_text
 from pipeline.errors import UserError
-from pipeline.tokenizer import HARD_TEXTS
+from pipeline.data.proof import HARD_TEXTS
 
 PARTS = ["it's", "IT'S", "\u017f", "'\u017f", "ab", "ba", "aba", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x1c", "\x85", "123", "4", "\u0662", "床前", "明月光", "，", "。", "\u0301", "\U00020000", "<|im_end|>", "<|eos|>", "\u2581", "<0x0A>", "!?", "=", "\0"]
 ANY_TEXT = st.lists(st.one_of(st.sampled_from(PARTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=5)), max_size=20).map("".join)
@@ -47,7 +48,7 @@ def build(kind, folder):
     elif kind == "gpt2":
         byte_level(folder, pre_tokenizers.ByteLevel(add_prefix_space=False))
     else:
-        split = pre_tokenizers.Split(Regex(bpe.PATTERN.replace("DIGITS", "{1,3}")), behavior="isolated")
+        split = pre_tokenizers.Split(Regex(pattern(False)), behavior="isolated")
         byte_level(folder, pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]))
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from harness import files_of, stage, succeed
+from harness import byte_level, files_of, stage, succeed
 
 from pipeline.errors import UserError
 
@@ -30,14 +30,13 @@ def write(path, rows, row_group_size=25):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """data/ as stage clean writes it, tokenizer/ as stage tokenizer does, and their packed output."""
-    from pipeline.data import bpe
     from pipeline.tokenizer import publish
 
     folder, generator = tmp_path_factory.mktemp("pack"), random.Random(0)
     for part in range(2):
         write(folder / f"data/train/part-{part:05d}.parquet", [(text(generator, generator.randint(1, 60)), generator.choice(["wiki/en", "诗"])) for _ in range(60)])
     write(folder / "data/heldout/part-00000.parquet", [(text(generator, 40), generator.choice(["wiki/en", "诗"])) for _ in range(20)])
-    publish(bpe.train_byte_level([text(generator, 2000)], 300, True), None, folder / "tokenizer")
+    publish(byte_level([text(generator, 2000)], 300), folder / "tokenizer")
     recipe(folder)
     succeed("pack", folder / "r.yaml", "pack.workers=1", cwd=folder)
     return folder

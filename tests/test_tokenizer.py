@@ -78,6 +78,8 @@ def test_publishes_a_fast_tokenizer_with_five_distinct_special_ids(trained):
     assert tokenizer("a b")["input_ids"] == tokenizer.encode("a b", add_special_tokens=False)
     report = json.loads((trained / "report.json").read_text())
     assert report["round_trip"]["exact"] == report["round_trip"]["texts"] > 0
+    form = "tokenizer.model" if report["algorithm"] == "sentencepiece-bpe" else "tokenizer.tiktoken"
+    assert report["ids_equal"][form]["equal"] == report["ids_equal"][form]["texts"] > 0 and report["encoder"] != "tokenizers"
     assert set(report["bytes_per_token_by_source"]) == {"en", "zh"} and report["bytes_per_token"] > 1.5
 
 
@@ -235,7 +237,7 @@ def test_the_sample_is_bounded_and_even(data, tmp_path):
 @quick
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(0, 10**9), max_size=6), st.integers(0, 10**9))
 def test_shares_fill_the_limit_and_no_more(available, limit):
-    from pipeline.tokenizer import shares
+    from pipeline.data.sample import shares
 
     share = shares(available, limit, None)
     assert all(0 <= share[source] <= available[source] for source in available)

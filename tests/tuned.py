@@ -27,6 +27,7 @@ def rows() -> list[dict]:
 
 
 def tokenizer(folder: Path, sentencepiece: bool = False):
+    from harness import byte_level
     from transformers import AutoTokenizer
 
     from pipeline.data import bpe
@@ -35,9 +36,10 @@ def tokenizer(folder: Path, sentencepiece: bool = False):
     texts = [f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？\n\nassistant\n{row['kind']}" for row in rows()] * 2
     if sentencepiece:
         model = bpe.train_sentencepiece(texts, 380, True, 0.9995, folder / "log")
-        publish(bpe.from_sentencepiece(model), model, folder)
+        publish(bpe.from_sentencepiece(model), folder)
+        (folder / "tokenizer.model").write_bytes(model)
     else:
-        publish(bpe.train_byte_level(texts, 380, True), None, folder)
+        publish(byte_level(texts, 380), folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

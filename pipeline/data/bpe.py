@@ -1,7 +1,4 @@
-"""The two BPE trainers, and sentencepiece's model as a fast tokenizer with the same ids.
-
-Both give a `tokenizers.Tokenizer` that keeps every byte: encode, then decode, is the identity on any text.
-"""
+"""sentencepiece: training on whole documents without losing any, and its model as a fast tokenizer that keeps every byte. Names of the special tokens of all tokenizers made here."""
 
 import contextlib
 import os
@@ -15,13 +12,9 @@ BOS, EOS, PAD, TURN, END_OF_TURN = "<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|
 SPECIAL = [BOS, EOS, PAD, TURN, END_OF_TURN]
 UNKNOWN = "<unk>"  # sentencepiece insists on one; with byte fallback nothing becomes it
 
-META = re.compile("|".join([*map(re.escape, [UNKNOWN, *SPECIAL]), "<0x[0-9A-F]{2}>"]))
-
 SPACE = "\u2581"  # what sentencepiece writes for a space inside a piece
+NEVER = -1e6  # a score below that of any path through a word
 RESERVED = "\u2585"  # sentencepiece's trainer drops every sentence that contains it
-
-# The split of cl100k_base (tiktoken) in the form that Llama 3 and Qwen 2 publish; only the number of digits in a token is ours to choose.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -38,19 +31,20 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield part[len(body) :] + body
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: bool, character_coverage: float, log: Path) -> bytes:
-    """A sentencepiece BPE model as bytes; ids 0-5 are unknown, bos, eos, pad and the marks of a turn, then come 256 bytes.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: bool, character_coverage: float, log: Path, kind: str = "bpe", special: list[str] = (), merge_whitespace: bool = True) -> bytes:
+    """A sentencepiece model of `kind` bpe or unigram as bytes; ids 0-5 are unknown, bos, eos, pad and the marks of a turn, then come `special`, then 256 bytes.
 
     Asserts that the trainer's own count of characters is ours, for it skips what it does not like without an error.
     """
     import sentencepiece
 
     characters = 0
+    meta = re.compile("|".join([*map(re.escape, sorted([UNKNOWN, *SPECIAL, *special], key=len, reverse=True)), "<0x[0-9A-F]{2}>"]))
 
     def counted():
         nonlocal characters
         for sentence in sentences(texts):
-            characters += len(sentence) - sentence.count("\0") - sum(len(spelled) - 1 for spelled in META.findall(sentence))  # no parts of pieces: NUL, and spelled special tokens, for which a mark is counted
+            characters += len(sentence) - sentence.count("\0") - sum(len(spelled) - 1 for spelled in meta.findall(sentence))  # no parts of pieces: NUL, and spelled special tokens, for which a mark is counted
             yield sentence
 
     model = _Buffer()
@@ -60,17 +54,17 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=counted(),
                 model_writer=model,
-                model_type="bpe",
+                model_type=kind,
                 vocab_size=vocab_size,
                 character_coverage=character_coverage,
                 byte_fallback=True,
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
-                allow_whitespace_only_pieces=True,
+                allow_whitespace_only_pieces=merge_whitespace,
                 split_digits=split_digits,
                 max_sentence_length=2**30,  # the default, 4192 bytes, skips longer lines without an error
-                num_threads=1,  # stands in the model file; BPE training is single-threaded anyway
+                num_threads=1,  # stands in the model file, and threads would add up unigram's expectations in another order; BPE is single-threaded anyway
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,
@@ -79,7 +73,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
                 bos_piece=BOS,
                 eos_piece=EOS,
                 pad_piece=PAD,
-                control_symbols=[TURN, END_OF_TURN],
+                control_symbols=[TURN, END_OF_TURN, *special],
             )
     except RuntimeError as error:
         raise _explained(str(error), vocab_size) from None
@@ -113,7 +107,7 @@ def _stderr_to(path: Path):
 def _explained(message: str, vocab_size: int) -> Exception:
     most = re.search(r"Please set it to a value <= (\d+)", message)
     if most:
-        return _too_large(vocab_size, int(most.group(1)))
+        return too_large(vocab_size, int(most.group(1)))
     least = re.search(r"required_chars. \d+ vs (\d+)", message)
     if least:
         return UserError(f"vocab_size: {vocab_size} has no room for the characters of this text: {least.group(1)} are needed; set it higher, or lower character_coverage")
@@ -122,7 +116,7 @@ def _explained(message: str, vocab_size: int) -> Exception:
     return RuntimeError(message)
 
 
-def _too_large(vocab_size: int, most: int) -> UserError:
+def too_large(vocab_size: int, most: int) -> UserError:
     return UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; set vocab_size to at most {most}, or train on more text")
 
 
@@ -153,28 +147,39 @@ def inexact(model: bytes) -> str | None:
 
 
 def from_sentencepiece(model: bytes):
-    """A sentencepiece BPE model as a `tokenizers.Tokenizer` that gives the same ids.
+    """A sentencepiece model for which `inexact` finds nothing, as a `tokenizers.Tokenizer` that gives the same ids.
 
     Pieces are stored with real spaces, not with U+2581, so that a U+2581 in a text survives as bytes: sentencepiece itself turns it
     into a space. Everything else is encoded alike.
     """
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     vocabulary: dict[str, int] = {}
     score: dict[str, float] = {}
-    for index in range(len(pieces)):
-        piece = pieces.id_to_piece(index)
-        if not (pieces.is_control(index) or pieces.is_unknown(index) or pieces.is_byte(index)):
-            piece = piece.replace(SPACE, " ")
-            score[piece] = pieces.get_score(index)
-        vocabulary[piece] = index
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of(score), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
-    # Spaces begin pieces and never follow anything else in one (inexact), so BPE gives the same on the parts; short parts hit the cache.
+    special = []
+    for index, piece in enumerate(proto.pieces):
+        text = piece.piece
+        if piece.type in (piece.CONTROL, piece.UNKNOWN):
+            special.append(text)
+        elif piece.type != piece.BYTE:
+            text = text.replace(SPACE, " ")
+            score[text] = piece.score
+        vocabulary[text] = index
+    unknown = pieces.id_to_piece(pieces.unk_id())
+    if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+        # A text that spells a special token or a byte token must not become it: their scores, 0 in the model, are such that no path goes through them.
+        scored = [(piece, score.get(piece, NEVER)) for piece in vocabulary]
+        tokenizer = Tokenizer(models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=True))
+    else:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of(score), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    # Spaces begin pieces and never follow anything else in one (inexact), so the parts are encoded as the whole is; short parts hit the cache.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" *[^ ]+"), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in (UNKNOWN, *SPECIAL)])
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
     return tokenizer
 
 
@@ -187,21 +192,3 @@ def merges_of(score: dict[str, float]) -> list[tuple[str, str]]:
     """
     found = [(-value, piece, cut) for piece, value in score.items() for cut in range(1, len(piece)) if piece[:cut] in score and piece[cut:] in score]
     return [(piece[:cut], piece[cut:]) for _, piece, cut in sorted(found)]
-
-
-def train_byte_level(texts: Iterable[str], vocab_size: int, split_digits: bool):
-    """Byte-level BPE over cl100k's split, with all 256 bytes in its alphabet; ids 0-4 are bos, eos, pad and the marks of a turn."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    pattern = PATTERN.replace("DIGITS", "" if split_digits else "{1,3}")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    words = [AddedToken(word, normalized=False, special=True) for word in SPECIAL]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise _too_large(vocab_size, tokenizer.get_vocab_size())
-    return tokenizer

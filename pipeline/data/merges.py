@@ -1,7 +1,7 @@
 """Byte-level BPE merges from counted words, in numpy.
 
     words, counts = presplit.count(texts, split_digits)
-    tokens = train(words, counts, 32_000)          # bytes of each token: 256 bytes in GPT-2's order, then one for each merge
+    tokens, pairs = train(words, counts, 32_000)   # bytes of each token: 256 bytes in GPT-2's order, then one for each pair of ids
 
 The most frequent pair of neighbours is joined, of equally frequent ones that with the smaller ids, until the vocabulary is full (Sennrich et al., 2016; the same choices as `tokenizers`, which is the
 oracle in tests/test_trainer.py). Counts are 64 bits wide.
@@ -28,18 +28,18 @@ def byte_order() -> list[bytes]:
     return [bytes([byte]) for _, byte in sorted(alphabet().items())]
 
 
-def train(words, counts: np.ndarray, size: int, floor: int | None = None, advance: Callable[[int], None] = lambda merges: None) -> list[bytes]:
+def train(words, counts: np.ndarray, size: int, floor: int | None = None, advance: Callable[[int], None] = lambda merges: None) -> tuple[list[bytes], list[tuple[int, int]]]:
     """Tokens in the order of their ids, at most `size`, at least the 256 bytes; fewer than `size` if no pair is left.
 
     words: a pyarrow BinaryArray without repetitions; counts: int64, how often each stands in the text. `floor` as above, for tests. `advance` is called every 256 merges with 256.
     Memory: about 10 bytes for each byte of all different words.
     """
-    tokens = byte_order()
+    tokens, pairs = byte_order(), []
     text, weight = _layout(words, counts, tokens, size)
     gone, separator = (np.iinfo(text.dtype).max - n for n in (0, 1))
     lengths = np.ones(size + 1, np.int64)
     if floor is None:
-        floor = max(1, int(counts @ _sizes(words)) // (size * 40) if len(words) else 1)
+        floor = max(1, int(counts @ sizes(words)) // (size * 40) if len(words) else 1)
     heap: list[tuple[int, int, int, list[np.ndarray]]] = _pairs(text, weight, lengths, gone, separator, floor, len(tokens))
     while len(tokens) < size:
         if not heap:
@@ -62,6 +62,7 @@ def train(words, counts: np.ndarray, size: int, floor: int | None = None, advanc
             places = _apart(places, width)
         new, whole = len(tokens), width + int(lengths[right])
         tokens.append(tokens[left] + tokens[right])
+        pairs.append((left, right))
         lengths[new] = whole
         if width > 1:
             text[places + (width - 1)] = gone
@@ -75,7 +76,7 @@ def train(words, counts: np.ndarray, size: int, floor: int | None = None, advanc
         _found(heap, before, near, places, floor, lambda other: (other, new), (separator, new), lengths)
         if new % 256 == 0:
             advance(256)
-    return tokens
+    return tokens, pairs
 
 
 def _found(heap, others: np.ndarray, weights: np.ndarray, places: np.ndarray, floor: int, pair, without: tuple, lengths: np.ndarray | None = None) -> None:
@@ -102,7 +103,8 @@ def _apart(places: np.ndarray, width: int) -> np.ndarray:
     return places[(order - np.maximum.accumulate(np.where(first, order, 0))) % 2 == 0]
 
 
-def _sizes(words) -> np.ndarray:
+def sizes(words) -> np.ndarray:
+    """int64: bytes of each word."""
     return np.diff(np.frombuffer(words.buffers()[1], np.int32)[words.offset : words.offset + len(words) + 1]).astype(np.int64)
 
 
@@ -110,19 +112,19 @@ def _layout(words, counts: np.ndarray, tokens: list[bytes], size: int) -> tuple[
     """The words as token ids with a separator before, between and behind, and the count of the word that each place belongs to."""
     dtype = np.uint16 if size < 2**16 - 2 else np.uint32
     separator = np.iinfo(dtype).max - 1
-    sizes = _sizes(words)
+    lengths = sizes(words)
     ids = np.zeros(256, dtype)
     ids[[token[0] for token in tokens]] = np.arange(256)
     begin = np.frombuffer(words.buffers()[1], np.int32)[words.offset] if len(words) else 0
-    data = np.frombuffer(words.buffers()[2], np.uint8)[begin : begin + int(sizes.sum())] if len(words) else np.zeros(0, np.uint8)
+    data = np.frombuffer(words.buffers()[2], np.uint8)[begin : begin + int(lengths.sum())] if len(words) else np.zeros(0, np.uint8)
     assert len(data) + len(words) + 1 < 2**31
-    word_ends = np.cumsum(sizes)
+    word_ends = np.cumsum(lengths)
     text = np.full(len(data) + len(words) + 1, separator, dtype)
     weight = np.zeros(len(text), np.int32)
     for first in range(0, len(words), 1 << 18):  # some words at a time: index arrays are eight times as large as the text
         last = min(len(words), first + (1 << 18))
         low = int(word_ends[first - 1]) if first else 0
-        part, spread = data[low : word_ends[last - 1]], np.repeat(np.arange(first, last), sizes[first:last])
+        part, spread = data[low : word_ends[last - 1]], np.repeat(np.arange(first, last), lengths[first:last])
         at = np.arange(low, low + len(part)) + spread + 1
         text[at] = ids[part]
         weight[at] = counts[spread]

@@ -18,8 +18,10 @@ CHUNK = 2_000_000  # characters looked at together
 MERGE_AT = 4_000_000  # counted words held before equal ones are brought together
 
 
-def pattern(split_digits: bool) -> str:
-    return PATTERN.replace("DIGITS", "" if split_digits else "{1,3}")
+def pattern(split_digits: bool, merge_whitespace: bool = True) -> str:
+    """The expression of a recipe's choices. Without `merge_whitespace` each character of white space is a word, or begins one."""
+    whole = PATTERN.replace("DIGITS", "" if split_digits else "{1,3}")
+    return whole if merge_whitespace else whole.replace(r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s")
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def _pairs() -> np.ndarray:
     return table
 
 
-def starts(kinds: np.ndarray, codes: np.ndarray, split_digits: bool) -> np.ndarray:
+def starts(kinds: np.ndarray, codes: np.ndarray, split_digits: bool, merge_whitespace: bool) -> np.ndarray:
     """Where words begin, bool [n], for classes `kinds` and code points `codes` of documents that each end with an END."""
     flags = _pairs().take((kinds[:-1] << 3) | kinds[1:])  # of (i, i + 1)
     found = np.empty(len(kinds), bool)
@@ -77,7 +79,10 @@ def starts(kinds: np.ndarray, codes: np.ndarray, split_digits: bool) -> np.ndarr
         found |= kinds == NUMBER
     else:
         _threes(found, np.flatnonzero(kinds == NUMBER))
-    _newlines(found, kinds)
+    if merge_whitespace:
+        _newlines(found, kinds)
+    else:
+        found |= (kinds >= NEWLINE) & (kinds <= BLANK)
     # Contractions: an apostrophe that is not TAKEN, before letters. "'sample" is 's and ample.
     marks = np.flatnonzero(codes == 39)
     marks = marks[(marks > 0) & (marks < len(kinds) - 3)] if len(marks) else marks  # the text ends with END, and begins with one
@@ -119,7 +124,7 @@ def _newlines(found: np.ndarray, kinds: np.ndarray) -> None:
     found[last[absorbed | (following > run_end)] + 1] = True
 
 
-def count(texts: Iterable[str], split_digits: bool, advance=lambda size: None):
+def count(texts: Iterable[str], split_digits: bool, merge_whitespace: bool = True, advance=lambda size: None):
     """(words, counts): a pyarrow BinaryArray of all different words, and int64 how often each stands in the texts. `advance` is told of bytes that were read."""
     import pyarrow
     import pyarrow.compute
@@ -130,7 +135,7 @@ def count(texts: Iterable[str], split_digits: bool, advance=lambda size: None):
         table = pyarrow.concat_tables(tables)
         return table.group_by("word", use_threads=False).aggregate([("count", "sum")]).rename_columns(["word", "count"])
 
-    for data, offsets, ends in _words(texts, split_digits):
+    for data, offsets, ends in _words(texts, split_digits, merge_whitespace):
         advance(len(data) - ends)
         words = pyarrow.BinaryArray.from_buffers(pyarrow.binary(), len(offsets) - 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)])
         found = pyarrow.compute.value_counts(words)
@@ -149,25 +154,25 @@ def count(texts: Iterable[str], split_digits: bool, advance=lambda size: None):
     return table["word"].combine_chunks(), table["count"].to_numpy().astype(np.int64)
 
 
-def _words(texts: Iterable[str], split_digits: bool) -> Iterator[tuple[bytes, np.ndarray, int]]:
+def _words(texts: Iterable[str], *policy: bool) -> Iterator[tuple[bytes, np.ndarray, int]]:
     """(UTF-8 of several documents, int32 where each word begins and where the last ends, how many ENDs are among the words)."""
     held, size = [], 0
     for text in texts:
         held.append(text)
         size += len(text)
         if size >= CHUNK:
-            yield _chunk(held, split_digits)
+            yield _chunk(held, *policy)
             held, size = [], 0
     if held:
-        yield _chunk(held, split_digits)
+        yield _chunk(held, *policy)
 
 
-def _chunk(texts: list[str], split_digits: bool) -> tuple[bytes, np.ndarray, int]:
+def _chunk(texts: list[str], *policy: bool) -> tuple[bytes, np.ndarray, int]:
     joined = "\0" + "\0".join(texts) + "\0"
     codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
     kinds = classes().take(codes)
     kinds[np.cumsum([0] + [len(text) + 1 for text in texts])] = END
-    at = np.flatnonzero(starts(kinds, codes, split_digits))
+    at = np.flatnonzero(starts(kinds, codes, *policy))
     data = joined.encode()
     if len(data) != len(codes):
         at = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)[at]

@@ -25,7 +25,7 @@ def write(folder: Path, vocab_size: int, sources: list[str], tokens: int, seed: 
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*bpe.SPECIAL, *words])}, unk_token=words[-1]))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in bpe.SPECIAL])
-    publish(backend, None, folder / "tokenizer")
+    publish(backend, folder / "tokenizer")
 
     for split, count in (("train", tokens), ("heldout", tokens // 10)):
         rows: dict[str, list[str]] = {"text": [], "source": [], "id": []}

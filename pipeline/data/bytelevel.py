@@ -1,0 +1,86 @@
+"""Byte-level BPE in its two published forms, tokenizer.json and a tiktoken file, from a list of the tokens' bytes."""
+
+import base64
+import binascii
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.data.encode import alphabet
+from pipeline.errors import UserError
+
+
+def train(texts: Iterable[str], size: int, split_digits: bool, merge_whitespace: bool, total: int) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
+    """At most `size` tokens, the 256 bytes first, and the pairs that the others are joined from, learned from texts of `total` bytes. Asserts that every byte was counted. Shows progress."""
+    from pipeline.data import merges, presplit
+    from pipeline.tracking import Progress
+
+    with Progress("tokenizer: words", total, unit="bytes") as bar:
+        words, counts = presplit.count(texts, split_digits, merge_whitespace, bar.update)
+    read = int(counts @ merges.sizes(words))
+    assert read == total, f"the trainer counted {read} of {total} bytes"
+    with Progress("tokenizer: merges", size - 256, unit="merges") as bar:
+        tokens, pairs = merges.train(words, counts, size, advance=bar.update)
+    return tokens, [(tokens[left], tokens[right]) for left, right in pairs]
+
+
+def merges_of(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token of several bytes is joined from, in the order of ranks: what is left of its bytes when all better ranked pairs are joined.
+
+    For published vocabularies, whose tokens are short: the time grows with the square of a token's length. A token that cannot be reached so has no pair (published vocabularies have some: only a word that is the token gives it).
+    """
+    pairs = []
+    for token, rank in sorted(tokens.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best, at = min((tokens.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+            if best >= rank:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def build(tokens: dict[bytes, int], pairs: list[tuple[bytes, bytes]], pattern: str, special: list[str]):
+    """A `tokenizers.Tokenizer` with these tokens and ids, joined from these pairs; `special` get the ids behind them."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    char_of = {byte: char for char, byte in alphabet().items()}
+
+    def spelled(token: bytes) -> str:
+        return "".join(map(char_of.__getitem__, token))
+
+    reached = len(pairs) == sum(len(token) > 1 for token in tokens)
+    tokenizer = Tokenizer(models.BPE({spelled(token): index for token, index in tokens.items()}, [(spelled(a), spelled(b)) for a, b in pairs], ignore_merges=not reached))
+    words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
+    return tokenizer
+
+
+def dump(tokens: dict[bytes, int]) -> bytes:
+    """A tiktoken file: base64 of a token's bytes, its rank."""
+    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in sorted(tokens.items(), key=lambda item: item[1]))
+
+
+def load(path: Path) -> dict[bytes, int]:
+    """Tokens and ranks of a tiktoken file. Raises UserError with the line that is wrong."""
+    tokens: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            word, rank = line.split()
+            token, index = base64.b64decode(word, validate=True), int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(f"{path}:{number}: expected base64 and a rank, as in 'IQ== 0', found {line[:60]!r}; give a tiktoken file") from None
+        if token in tokens or not token:
+            raise UserError(f"{path}:{number}: the token {token!r} {'stands here for the second time' if token else 'is empty'}; the file is damaged")
+        tokens[token] = index
+    missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
+    if missing:
+        raise UserError(f"{path}: has no token for byte 0x{missing[0]:02X} ({len(missing)} of 256 bytes are missing), so text would be lost; give a complete tiktoken file")
+    if len(set(tokens.values())) != len(tokens) or min(tokens.values()) < 0:
+        raise UserError(f"{path}: gives a rank to two tokens; the file is damaged")
+    return tokens
