@@ -184,6 +184,33 @@ def _published(graph: dict[str, chain.Node], name: str | None, kinds: tuple[str,
     return found
 
 
+@inspect_app.command("tokenizer")
+def inspect_tokenizer(
+    place: Annotated[str, typer.Argument(help="Recipe file, or the folder of a tokenizer.", metavar="RECIPE|FOLDER")],
+    words: Words = None,
+    compare: Annotated[str, typer.Option("--compare", help="Known vocabularies to compare with, out of cl100k,o200k; empty: none.")] = "cl100k,o200k",
+    megabytes: Annotated[float, typer.Option("--megabytes", min=0.001, help="At most so much text of each split is read.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """Bytes and characters per token by source and language, round trip over the corpus, compression by vocabulary size, unused and longest tokens, how Chinese and digits split."""
+    from pipeline.inspection.tokenizer import report, show
+
+    folder, data = Path(place), None
+    if not folder.is_dir():
+        stages, overrides = _split(words)
+        graph = chain.examine(load(place, overrides))
+        _known(stages, graph, place)
+        wanted = [node for name, node in graph.items() if node.config.kind == "tokenizer" and (not stages or name in stages)]
+        if len(wanted) != 1:
+            raise UserError(f"{place}: has {len(wanted)} stages of kind tokenizer{' of this name' if stages else ''}; name one, or give the folder of a tokenizer")
+        found = wanted[0].output or artifact.current(wanted[0].folder)
+        if found is None:
+            raise UserError(f"{place}: stage {wanted[0].name} has published nothing yet; run it first")
+        folder, data = found.path, wanted[0].inputs.get("data")
+    found = report(folder, data, int(megabytes * 1e6), [name for name in compare.split(",") if name])
+    print(json.dumps(found, ensure_ascii=False)) if as_json else show(found)
+
+
 def _one(stages: list[str]) -> str | None:
     if len(stages) > 1:
         raise UserError(f"one stage at a time: {', '.join(stages)} were given")

@@ -59,7 +59,7 @@ class Config(StageConfig):
     split_digits: bool = True
     """Each digit is a token of its own; false: runs of digits may be learned (byte-bpe: at most three)."""
     merge_whitespace: bool = True
-    """Runs of white space may become tokens (indentation, blank lines); false: each space stands alone or at the beginning of a word."""
+    """Runs of white space may become tokens (indentation, blank lines); false: each space stands alone or at the beginning of a word (sentencepiece: newlines may still join)."""
     character_coverage: float | None = Field(None, ge=0.98, le=1)
     """sentencepiece: share of the text whose characters get a token each, the rest is bytes; by default what leaves 60% of the vocabulary for longer pieces."""
     special_tokens: list[Annotated[str, Field(min_length=1)]] = []

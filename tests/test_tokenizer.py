@@ -255,3 +255,180 @@ def test_sentences_keep_every_character_but_the_reserved_one(texts):
     kept = Counter("".join(text for text in texts if text.strip("\r\n\u2585")))
     lost = kept - Counter("".join(got))
     assert set(lost) <= {"\u2585", "\n", "\r"} and not any(text.endswith(("\n", "\r")) for text in got)
+
+
+# ---- unigram, policies, balance --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    generator = random.Random(3)
+    folder = tmp_path_factory.mktemp("small") / "data"
+    train = [(english(generator, 120), "en") for _ in range(40)] + [("".join(generator.choices(POEMS.splitlines(keepends=True), k=20)), "zh") for _ in range(20)]
+    corpus(folder, {"train": train, "heldout": [(english(generator, 100), "en"), (POEMS, "zh")]})
+    return folder
+
+
+def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    from pipeline.data.tokens import encode_text
+
+    succeed("tokenizer", recipe(tmp_path, small, algorithm="sentencepiece-unigram", vocab_size=450), cwd=tmp_path)
+    folder = tmp_path / "runs/t/tokenizer/current"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["round_trip"]["exact"] == report["round_trip"]["texts"] and report["ids_equal"]["tokenizer.model"]["texts"] > 60
+    tokenizer, pieces = loaded(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
+    texts += ["<|im_end|><0x0A> <unk>", "\U00020000 \0\r\n"]
+    got = encode_text(tokenizer, texts)
+    assert got == [pieces.encode(text) for text in texts]
+    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in got] == texts and not set(tokenizer.all_special_ids) & {token for ids in got for token in ids}
+
+
+@pytest.mark.parametrize("algorithm", ["sentencepiece-bpe", "byte-bpe"])
+def test_special_and_reserved_tokens_and_the_white_space_policy(algorithm, small, tmp_path):
+    from pipeline.data.tokens import encode_text
+
+    keys = {"special_tokens": ["<|tool|>"], "reserved_tokens": 3, "merge_whitespace": False, "vocab_size": 480}
+    succeed("tokenizer", recipe(tmp_path, small, algorithm=algorithm, **keys), cwd=tmp_path)
+    tokenizer = loaded(tmp_path / "runs/t/tokenizer/current")
+    names = ["<|tool|>", "<|reserved_0|>", "<|reserved_2|>"]
+    ids = tokenizer.convert_tokens_to_ids(names)
+    assert len(tokenizer) == 480 and len(set(ids)) == 3 and set(ids) <= set(tokenizer.all_special_ids)
+    assert [tokenizer.encode(name) for name in names] == [[index] for index in ids]
+    [raw] = encode_text(tokenizer, ["<|tool|><|reserved_0|>"])
+    assert not set(raw) & set(tokenizer.all_special_ids) and tokenizer.decode(raw) == "<|tool|><|reserved_0|>"
+    text = {index: tokenizer.decode([index]) for index in range(480) if index not in tokenizer.all_special_ids}
+    assert not [piece for piece in text.values() if len(piece) > 1 and not piece.strip(" " if algorithm == "sentencepiece-bpe" else None)], "a run of white space became a token"
+    code, said = stage("tokenizer", recipe(tmp_path, small, special_tokens=["<|eos|>"], vocab_size=480), "--restart", cwd=tmp_path)
+    assert code == 2 and "special_tokens" in said
+
+
+def test_languages_are_balanced_by_temperature(tmp_path):
+    """Three languages' worth of text in two sources; the share of a language of n bytes is as n ** (1 / T), and inside it as the sources have it."""
+    zh = "今天的天气很好，我们一起去公园散步吧。" * 4
+    en = "The weather is fine today and we are going for a walk in the park. " * 4
+    rows = [(en + str(i), "web") for i in range(160)] + [(zh + str(i), "web") for i in range(10)] + [(zh + str(i), "books") for i in range(10)]
+    corpus(tmp_path / "data", {"train": rows, "heldout": []})
+    size = {code: sum(len(text.encode()) for text, _ in rows if text.startswith(begin)) for code, begin in (("en", "The"), ("zh", "今"))}
+    for temperature in (1, 2, None):
+        folder = tmp_path / str(temperature)
+        folder.mkdir()
+        keys = {} if temperature is None else {"temperature": temperature}
+        succeed("tokenizer", recipe(folder, tmp_path / "data", balance=["language"], sample_bytes=6000, vocab_size=300, algorithm="byte-bpe", **keys), cwd=folder)
+        report = json.loads((folder / "runs/t/tokenizer/current/report.json").read_text())
+        weight = {code: number ** (1 / temperature if temperature else 0) for code, number in size.items()}
+        for code, share in report["sample_bytes_by_language"].items():
+            assert abs(share / 6000 - weight[code] / sum(weight.values())) < 0.01, (temperature, report)
+
+
+# ---- adopting --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", params=["sentencepiece-bpe", "byte-bpe"])
+def plain(request, small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"plain-{request.param}")
+    succeed("tokenizer", recipe(folder, small, algorithm=request.param, vocab_size=450), cwd=folder)
+    return folder / "runs/t/tokenizer/current"
+
+
+def adopted(folder, data, path, **keys):
+    folder.mkdir()
+    (folder / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"tokenizer": {"inputs": {"data": str(data)}, "adopt": str(path), **keys}}}))
+    return stage("tokenizer", folder / "r.yaml", cwd=folder), folder / "runs/t/tokenizer/current"
+
+
+def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plain, small, tmp_path):
+    from pipeline.data.tokens import encode_text
+
+    texts = ["the  ther 1984\n\n床前明月光 it's", *(row for row in pyarrow.parquet.read_table(small / "heldout/part-00000.parquet")["text"].to_pylist())]
+    wanted = encode_text(loaded(plain), texts)
+    (result, folder) = adopted(tmp_path / "folder", small, plain)
+    assert result[0] == 0, result[1]
+    assert encode_text(loaded(folder), texts) == wanted and loaded(folder).get_vocab() == loaded(plain).get_vocab()
+    file = next(path for name in ("tokenizer.model", "tokenizer.tiktoken") if (path := plain / name).exists())
+    pattern = json.loads((plain / "tokenizer.json").read_text())["pre_tokenizer"].get("pretokenizers", [{}])[0].get("pattern", {}).get("Regex")
+    (result, folder) = adopted(tmp_path / "file", small, file, **({"pattern": pattern} if file.suffix == ".tiktoken" else {}))
+    assert result[0] == 0, result[1]
+    assert encode_text(loaded(folder), texts) == wanted
+    tokenizer = loaded(folder)
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3 and tokenizer.chat_template
+    report = json.loads((folder / "report.json").read_text())
+    assert report["round_trip"]["exact"] == report["round_trip"]["texts"]
+
+
+def test_folders_whose_files_disagree_are_refused(plain, small, tmp_path):
+    def broken(name, action):
+        folder = tmp_path / f"{name}-source"
+        shutil.copytree(plain, folder)
+        (folder / "manifest.json").unlink()
+        action(folder)
+        (code, said), _ = adopted(tmp_path / name, small, folder)
+        assert code == 2 and "Traceback" not in said, said
+        return said
+
+    def config(folder, **keys):
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    assert "does not know" in broken("eos", lambda folder: config(folder, eos_token="<|nothing|>"))
+    assert "gives its model 10 tokens" in broken("size", lambda folder: (folder / "config.json").write_text('{"vocab_size": 10}'))
+    assert "cannot be read" in broken("json", lambda folder: (folder / "tokenizer.json").write_text("{"))
+    if (plain / "tokenizer.tiktoken").exists():
+        lines = (plain / "tokenizer.tiktoken").read_text().splitlines()
+        assert "do not hold the same tokens" in broken("ranks", lambda folder: (folder / "tokenizer.tiktoken").write_text("\n".join(lines[:-1])))
+        (tmp_path / "short.tiktoken").write_text("\n".join(lines[1:]))
+        (code, said), _ = adopted(tmp_path / "short", small, tmp_path / "short.tiktoken")
+        assert code == 2 and "no token for byte" in said
+    else:
+        assert "in tokenizer.model" in broken("model", lambda folder: (folder / "tokenizer.model").write_bytes(_other_model(folder)))
+    (code, said), _ = adopted(tmp_path / "none", small, tmp_path / "nowhere")
+    assert code == 2 and "no tokenizer" in said
+
+
+def _other_model(folder):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    proto.pieces[300].piece = "zzz"
+    return proto.SerializeToString()
+
+
+def test_a_lossy_sentencepiece_model_is_refused(small, tmp_path):
+    import io
+
+    import sentencepiece
+
+    made = io.BytesIO()
+    lines = [line for text in pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist() for line in text.splitlines()]
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=made, vocab_size=200, model_type="bpe", minloglevel=2)  # the defaults: NFKC, spaces joined, no bytes
+    (tmp_path / "default.model").write_bytes(made.getvalue())
+    (code, said), _ = adopted(tmp_path / "run", small, tmp_path / "default.model")
+    assert code == 2 and "normalisation nmt_nfkc" in said, said
+
+
+def test_the_report_of_inspect(plain, small, monkeypatch):
+    from typer.testing import CliRunner
+
+    from pipeline.cli import app
+
+    folder = plain.parents[3]
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", "", "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    tokenizer = loaded(plain)
+    texts = {split: pyarrow.parquet.read_table(small / split / "part-00000.parquet").to_pylist() for split in ("train", "heldout")}
+    assert found["round_trip"] == {"texts": sum(map(len, texts.values())), "exact": sum(map(len, texts.values()))}
+    for source, row in found["by_source"].items():
+        chosen = [entry["text"] for entry in texts["heldout"] if entry["source"] == source]
+        count = sum(len(tokenizer.encode(text)) for text in chosen)
+        assert row["bytes_per_token"] == round(sum(len(text.encode()) for text in chosen) / count, 4) and row["characters_per_token"] == round(sum(map(len, chosen)) / count, 4)
+    seen = {token for rows in texts.values() for entry in rows for token in tokenizer.encode(entry["text"])}
+    assert found["unused"]["tokens"] == found["unused"]["of"] - len(seen)
+    curve = [row["bytes_per_token"] for row in found["curve"]]
+    assert curve == sorted(curve)
+    total = [sum(len(entry["text"].encode()) for entry in texts["heldout"]), sum(len(tokenizer.encode(entry["text"])) for entry in texts["heldout"])]
+    assert curve[-1] == round(total[0] / total[1], 4), "the whole vocabulary is the last point"
+    assert len(found["splits"]["1234567890"]) == 10, "digits are split one by one"
+    assert "round trip" in CliRunner().invoke(app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", ""], catch_exceptions=False).stdout

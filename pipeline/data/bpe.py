@@ -74,6 +74,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
                 eos_piece=EOS,
                 pad_piece=PAD,
                 control_symbols=[TURN, END_OF_TURN, *special],
+                # Unigram in `tokenizers`: a text that spells a special or byte token can be kept from becoming it (NEVER) if no character of it is unknown.
+                required_chars="".join(sorted(set("".join((*SPECIAL, *special, UNKNOWN, "<0x0123456789ABCDEF>"))))) if kind == "unigram" else "",
             )
     except RuntimeError as error:
         raise _explained(str(error), vocab_size) from None
@@ -141,6 +143,9 @@ def inexact(model: bytes) -> str | None:
         return "treats spaces in a way that is not supported (treat_whitespace_as_suffix, or spaces not escaped)"
     if sum(piece.type == piece.BYTE for piece in proto.pieces) != 256:
         return "has no tokens for the 256 bytes (byte_fallback)"
+    known = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}
+    if trainer.model_type == trainer.UNIGRAM and any(set(piece.piece) - known for piece in proto.pieces if piece.type in (piece.CONTROL, piece.BYTE, piece.UNKNOWN)):
+        return "has no tokens for the characters of some special tokens' names, so that text could become a special token"
     if any(re.search(f"[^{SPACE}]{SPACE}", piece.piece) for piece in proto.pieces if piece.type == piece.NORMAL):
         return "has pieces with a space behind other characters (split_by_whitespace)"
     return None
