@@ -91,7 +91,7 @@ class Recipe(Strict):
     sources: dict[str, dict[str, Any]] = {}
     """Places of records that several stages read: a stage's source takes one over with `from: NAME` and adds its own keys."""
     model: dict[str, Any] | None = None
-    """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration."""
+    """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration. A stage's own `model` changes single keys of it, or is another with its own `family` or `from`."""
     stages: dict[str, Any]
     """Stages in order; each key is a name, and its kind unless `kind` says otherwise."""
 
@@ -136,7 +136,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         if isinstance(block.get("sources"), dict):
             filled["sources"] = {key: _from(source, (*where, "sources", key), recipe.sources, places, path) for key, source in block["sources"].items()}
         if "model" in model.model_fields and recipe.model is not None:
-            filled.setdefault("model", recipe.model)
+            own = filled.get("model", {})
+            if isinstance(own, dict) and not {"family", "from"} & own.keys():  # a few keys, as in pretrain.model.hidden_size=64, and not a model of its own
+                filled["model"] = {**recipe.model, **own}
         parsed[name] = _validated(model, filled, where, places, str(path))
     if not parsed:
         raise UserError(f"{path}: every stage was taken out; keep at least one")

@@ -77,6 +77,13 @@ def test_mistakes_end_in_a_sentence_with_file_and_line(write, change, line, said
     assert numbers and abs(numbers[0] - line) <= 1, str(caught.value)  # a flow block's inner keys may be placed at its own line
 
 
+def test_a_stages_model_changes_keys_of_the_recipes_or_is_another(write):
+    changed = load(write(BASE), ["pretrain.model.hidden_size=32", "pretrain.model.num_hidden_layers=3"]).stages["pretrain"].model
+    assert changed == {"family": "llama", "hidden_size": 32, "num_hidden_layers": 3}
+    other = load(write(BASE + "    model: {family: gpt2, n_embd: 8}\n")).stages["pretrain"].model
+    assert other == {"family": "gpt2", "n_embd": 8}
+
+
 def test_file_mistakes(write, tmp_path):
     with pytest.raises(UserError, match=r"nosuch.yaml: no such recipe; this folder has r.yaml"):
         write(BASE)
