@@ -35,7 +35,7 @@ from pipeline.data.models import Perplexity, Quality
 from pipeline.data.pool import Pool
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
-from pipeline.data.sources import Bad, MissingField, Source
+from pipeline.data.sources import Bad, MissingField, Record, Source
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.recipe import EXECUTION, StageConfig
@@ -44,7 +44,7 @@ from pipeline.tracking import Progress
 if TYPE_CHECKING:
     from pipeline.data.steps import Steps
 
-VERSION = 8
+VERSION = 9
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
@@ -101,10 +101,13 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
             raise UserError(f"dedup.prefer: there is no source {name!r}; sources are {', '.join(config.sources)}")
     if config.dedup.keep == "quality" and not config.quality.good:
         raise UserError("dedup.keep: quality takes the best score of a cluster, and no classifier is trained; give quality: {good: [...], bad: [...]}, or another keep")
-    work = output.path / "work"
+    work, firsts = output.path / "work", []
     for name, source in config.sources.items():
         if not any(work.glob(f"*/{name}/*")):  # a resumed run has seen that there is something to read
-            _try(source, name)
+            firsts.append(_try(source, name))
+    for key, template in (("dedup.url", config.dedup.url), ("block.url", config.block.url if config.block.urls else None)):
+        if template and firsts and all(units.url_of(template, record) is None for record in firsts):
+            say(f"WARNING {key}: {template!r} is in the first record of no source (the first has {', '.join(firsts[0].fields)}); records without it are taken for having no address")
     if config.quality.good or config.perplexity.like:
         from pipeline.data import models
 
@@ -266,8 +269,8 @@ def _prefix(records: dict[int, int]) -> int:
     return total
 
 
-def _try(source: Source, name: str) -> None:
-    """Refuse a source that has no good record, before any work is done."""
+def _try(source: Source, name: str) -> Record:
+    """The first good record of a source. Refuses one that has none, before any work is done."""
     first, bad, left_out = None, 0, 0
     for item in (item for chunk in reading.chunks(source, name) for item in reading.parse(chunk)):
         if not isinstance(item, Bad):
@@ -276,7 +279,7 @@ def _try(source: Source, name: str) -> None:
                 continue
             try:
                 reading.text_of(source, item)
-                return
+                return item
             except MissingField as error:
                 item = Bad(item.place, str(error).removeprefix(f"{item.place}: "))
         first, bad = first or item, bad + 1
@@ -284,7 +287,8 @@ def _try(source: Source, name: str) -> None:
         raise UserError(f"sources.{name}: has no record that `where` and `part` select, among {left_out}; change one of the two")
     if first is None:
         raise UserError(f"sources.{name}: has no record; look at its files, `format` and `records`")
-    raise UserError(f"sources.{name}: none of its {bad} records is good; the first: {first.place}: {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}")
+    encoding = "; text must be UTF-8: if it is in another encoding, convert it (iconv -f GB18030 -t UTF-8, or -f UTF-16)" if first.reason == "invalid UTF-8" else ""
+    raise UserError(f"sources.{name}: none of its {bad} records is good; the first: {first.place}: {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}{encoding}")
 
 
 def _size(source: Source, name: str) -> int:

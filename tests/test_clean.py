@@ -265,6 +265,11 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
         ({"sources": {"a": {"path": "data/en.jsonl", "where": {"lang": "xx"}}}}, "has no record that `where` and `part` select"),
         ({"sources": {"a": {"path": "data/en.jsonl", "pth": "x"}}}, "path"),
         ({"sources": {"a": {"path": "data/en.jsonl", "package": "x==1", "member": "y"}}}, "exactly one of path, package and dataset"),
+        ({"sources": {"a": {"path": "gbk.txt"}}}, "gbk.txt: invalid UTF-8"),
+        ({"sources": {"a": {"path": "gbk.txt"}}}, "iconv -f GB18030 -t UTF-8"),
+        ({"language": {"keep": ["en", "cn"]}}, "'cn' is no language that is detected"),
+        ({"quality": {"min_score": 0.9}}, "min_score without a classifier does nothing"),
+        ({"perplexity": {"max_en": 900}}, "max_en without a language model does nothing"),
         ({"max_bad": 0.001}, "sources.en: 4 of 411 records are bad (1.0%, most often: missing field), more than max_bad 0.001"),
         ({"filters": {"min_tokens": 9999}}, "sources.en: nothing is left of its 411 records (most often: too_short)"),
         ({"holdout": 0.9999}, "no document is left for train"),
@@ -276,11 +281,19 @@ def test_a_mistake_is_one_sentence(cleaned, tmp_path, change, message):
     (tmp_path / "data").symlink_to(folder / "data")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "gbk.txt").write_bytes("今天我们来介绍一种新的方法".encode("gbk"))
     (tmp_path / "cut.json").write_text('[{"text": "a"')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:20])
     code, text = stage("clean", recipe(tmp_path, **change), cwd=tmp_path)
     sentences = [line for line in text.strip().splitlines() if not line.startswith("WARNING sources.zh: 1 file ends early (truncated .gz data)")]
     assert code == 2 and len(sentences) == 1 and message in sentences[0] and sentences[0].startswith("error: "), text
+
+
+def test_an_address_that_no_record_has_is_said(cleaned, tmp_path):
+    folder, _ = cleaned
+    (tmp_path / "data").symlink_to(folder / "data")
+    text = succeed("clean", recipe(tmp_path, dedup={"url": "adress"}), cwd=tmp_path)
+    assert "WARNING dedup.url: 'adress' is in the first record of no source" in str(text)
 
 
 def test_max_bad_can_be_raised_afterwards(cleaned, tmp_path):

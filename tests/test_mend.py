@@ -108,6 +108,15 @@ def test_masking_twice_changes_nothing_more(text):
     assert masked(once, ALL) == (once, {})
 
 
+def test_a_card_with_numbers_beside_it():
+    card = Mask(use=["card"])
+    for text in ("4539148803436467 12/25", "4539 1488 0343 6467 12/25 cvv 123", "No 12 4539 1488 0343 6467", "卡号4539-1488-0343-6467 123", "4111 1111 1111 1111"):
+        found, counts = masked(text, card)
+        assert counts == {"card": 1} and "6467" not in found and "1111" not in found, found
+    for text in ("2012 2013 2014 2015 2016 2017", "4539 1488 0343 6468 12", "0000 0000 0000 0000 11"):
+        assert masked(text, card) == (text, {})
+
+
 def test_only_what_is_asked_for_and_in_the_form_asked_for():
     assert masked("a@b.org 8.8.8.8", Mask(use=["ip"], form="<|{}|>")) == ("a@b.org <|IP|>", {"ip": 1})
 

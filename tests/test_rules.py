@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import statistics, steps
 from pipeline.data.filters import Filters
-from pipeline.data.language import Language, detect
+from pipeline.data.language import KNOWN, Language, detect
 from pipeline.data.rejections import Rejections
 from pipeline.data.rules import GROUPS, Lines, Rules, Thresholds
 from pipeline.data.text import normalise
@@ -197,6 +197,12 @@ def test_lines_are_taken_out_and_the_rest_stays():
     good = article(random.Random(2), EN, 9)
     row = judged([f"Please enable javascript to see this page\n\n{good}\n\nMenu\n\nThe end of it all[1] is here."], rules=Rules(use=["c4"]))[0]
     assert row["text"] == f"{good}\n\nThe end of it all is here."
+
+
+def test_known_languages_are_the_detectors():
+    import eldc
+
+    assert sorted(KNOWN) == sorted(eldc.LANGUAGES)
 
 
 def test_languages_are_named_and_kept():

@@ -117,6 +117,21 @@ def test_bad_records_are_kept_aside_and_their_neighbours_read(tmp_path):
     assert found == ["a\nb", "wrong number of cells", "invalid UTF-8", "d", "malformed CSV"]
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["plain", '"open', '"shut"', 'in "side"']), min_size=1, max_size=12))
+def test_a_quote_that_nobody_closes_costs_its_own_row(tmp_path, kinds):
+    rows = [f"{kind} {number},{number}" if not kind.startswith('"shut') else f'"shut {number}",{number}' for number, kind in enumerate(kinds)]
+    found = records(path=write(tmp_path / "a.csv", ("text,n\n" + "\n".join(rows) + "\n").encode()))
+    assert [item.place for item in found] == [f"a.csv:{number}" for number in range(2, len(rows) + 2)]
+    assert [isinstance(item, Bad) for item in found] == [kind == '"open' for kind in kinds]
+
+
+def test_the_open_quote_of_a_cut_table_is_one_bad_record(tmp_path):
+    packed = gzip.compress(('text\na\n"b\n' + "".join(hashlib.sha256(str(i).encode()).hexdigest() + "\n" for i in range(5000))).encode())
+    found = records(path=write(tmp_path / "a.csv.gz", packed[: len(packed) // 2]))
+    assert [item.fields["text"] if isinstance(item, Record) else item.reason for item in found] == ["a", "malformed CSV", "truncated .gz data"]
+
+
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_a_cut_file_counts_up_to_the_cut(tmp_path, suffix):
     rows = [{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(20_000)]

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,15 +274,23 @@ def csv_chunks(columns: list[str], relative: str, path: Path, kind: str, size: i
                 yield line + "\n"
 
     # RFC 4180 for csv; tsv (IANA text/tab-separated-values) has no quotes.
-    reader = csv.reader(lines(), strict=True) if kind == "csv" else csv.reader(lines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    feed = _Lines(lines())
+    reader = csv.reader(feed, strict=True) if kind == "csv" else csv.reader(feed, delimiter="\t", quoting=csv.QUOTE_NONE)
     header, rows, weight = columns or None, [], 0
+    begins, after = 1, 1
     while True:
-        begins = reader.line_num + 1
+        begins = after
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            rows.append((begins, Bad(f"{relative}:{begins}", "malformed CSV", str(error))))
+            first = feed.taken[0]
+            # At a cut the open cell is the file's last; anywhere else a quote that nobody closed must not cost the rows that it ran through.
+            after += feed.finish(1 if len(feed.taken) > 1 and not torn else len(feed.taken))
+            shown = f"{error}: {first}"[:EXCERPT].encode(errors="surrogateescape").decode(errors="backslashreplace")
+            rows.append((begins, Bad(f"{relative}:{begins}", "malformed CSV", shown)))
+            weight += len(first)
             continue
+        after += feed.finish(len(feed.taken))
         if cells is None:
             break
         if not cells or cells == [""]:
@@ -296,6 +305,26 @@ def csv_chunks(columns: list[str], relative: str, path: Path, kind: str, size: i
             rows, weight = [], 0
     if rows or torn:
         yield Chunk(relative, "values", begins, rows + torn, weight)
+
+
+class _Lines:
+    """Lines for the csv reader, which can be told to read those of a broken record again. Each is read at most about twice: where a second quote stands, the first is not open any more."""
+
+    def __init__(self, lines: Iterator[str]):
+        self.lines, self.again, self.taken = lines, deque(), []
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self.taken.append(self.again.popleft() if self.again else next(self.lines))
+        return self.taken[-1]
+
+    def finish(self, number: int) -> int:
+        """The record has `number` lines; the others that were taken come again."""
+        self.again.extendleft(reversed(self.taken[number:]))
+        self.taken.clear()
+        return number
 
 
 def _row(header: list[str], cells: list[str], place: str) -> dict | Bad:

@@ -32,7 +32,7 @@ def _luhn(digits: str) -> bool:
 def _card(found: str) -> bool:
     digits = re.sub(r"\D", "", found)
     # Prefixes of the issuers that have 13 to 19 digits (Visa, Mastercard, American Express, Discover, JCB, Diners, UnionPay).
-    return 13 <= len(digits) <= 19 and re.match("4|5[1-5]|2[2-7]|3[4-9]|6", digits) is not None and len(set(digits)) > 2 and _luhn(digits)
+    return 13 <= len(digits) <= 19 and re.match("4|5[1-5]|2[2-7]|3[4-9]|6", digits) is not None and len(set(digits)) > 1 and _luhn(digits)
 
 
 def _identity(found: str) -> bool:
@@ -74,6 +74,9 @@ _EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:
 _IP4 = re.compile(r"\d(?<![\d.vV].)(?<!ersion .)(?<!版本.)(?<!版本 .)\d{0,2}(?:\.\d{1,3}){3}(?![\d.]*\d)")
 _IP6 = re.compile(r"(?<![0-9A-Za-z:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::|[0-9A-Fa-f]{1,4})(?:[0-9A-Fa-f:]*[0-9A-Fa-f])?(?![0-9A-Za-z:])")
 _CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-]*\d)")
+# The same where a date or a security number stands beside it: a bare run of digits or groups of four, at the beginning or at the end of a row of numbers.
+_CARD_FORM = r"(?:\d{{13,19}}|\d{{4}}(?P<{0}>[ -])\d{{4}}(?P={0})\d{{4}}(?P={0})\d{{4}})"
+_CARD_BESIDE = re.compile(r"(?<![\d.-])(?<!\d )" + _CARD_FORM.format("a") + r"(?![\d-]*\d)|(?<![\d.-])" + _CARD_FORM.format("b") + r"(?![\d-]*\d| \d)")
 _ID = re.compile(r"(?<![0-9A-Za-z])[1-8]\d{16}[0-9Xx](?![0-9A-Za-z])")
 _MOBILE = re.compile(r"(?<![0-9A-Za-z.-])(?:(?:\+|00)86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})(?![0-9A-Za-z]|[.-]\d)")
 _PHONE = re.compile(
@@ -82,7 +85,7 @@ _PHONE = re.compile(
     r"|0\d{2,3}[- ]\d{7,8}|[48]00-\d{3}-\d{4})(?![0-9A-Za-z]|-\d)"  # 010-12345678, 400-123-4567
 )
 _RULES: dict[str, list[tuple[re.Pattern, Callable[[str], bool]]]] = {
-    "secret": [(_SECRET, _always)], "email": [(_EMAIL, _always)], "ip": [(_IP4, _address), (_IP6, _address)], "card": [(_CARD, _card)],
+    "secret": [(_SECRET, _always)], "email": [(_EMAIL, _always)], "ip": [(_IP4, _address), (_IP6, _address)], "card": [(_CARD, _card), (_CARD_BESIDE, _card)],
     "id_zh": [(_ID, _identity)], "mobile_zh": [(_MOBILE, _always)], "phone": [(_PHONE, _phone)],
 }  # fmt: skip
 _COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")

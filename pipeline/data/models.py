@@ -31,6 +31,11 @@ LONGEST = 1 << 13  # tokens of a document that are looked at
 MIXED = (0.15, 0.35, 0.5)
 
 
+def _moved(block: Strict) -> list[str]:
+    """Keys that differ from their defaults. Not those that were written: a resolved recipe writes all of them."""
+    return [key for key, field in type(block).model_fields.items() if getattr(block, key) != field.default]
+
+
 class Quality(Strict):
     """A classifier of two kinds of examples; documents that look more like the bad ones are left out. Off unless examples are named."""
 
@@ -49,6 +54,8 @@ class Quality(Strict):
     def _both(self):
         if bool(self.good) != bool(self.bad):
             raise ValueError("a classifier needs good and bad examples; name both, or neither")
+        if (moved := _moved(self)) and not self.good:
+            raise ValueError(f"{', '.join(moved)} without a classifier does nothing; name its examples: good and bad")
         return self
 
 
@@ -63,6 +70,12 @@ class Perplexity(Strict):
     """The same for Chinese, where a token is a character."""
     max_examples: int = Field(200_000, ge=1)
     """The most documents, the first ones."""
+
+    @model_validator(mode="after")
+    def _trained(self):
+        if (moved := _moved(self)) and not self.like:
+            raise ValueError(f"{', '.join(moved)} without a language model does nothing; name its examples: like")
+        return self
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------

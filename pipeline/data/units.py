@@ -69,7 +69,7 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
             row.update(status="bad", reason="lone surrogate", excerpt=_valid(text[: reading.EXCERPT]))
         else:
             row["address"] = address_of(steps.dedup.url, item)
-            row["url"] = _url(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
+            row["url"] = url_of(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
             raw.append((row, text))
     while raw:
         size = number = 0
@@ -91,7 +91,8 @@ def _valid(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _url(template: str, record: reading.Record) -> str | None:
+def url_of(template: str, record: reading.Record) -> str | None:
+    """A record's address by a field or template; None where it has none."""
     try:
         return reading.render(template if "{" in template else "{" + template + "}", record.fields, record.place)
     except MissingField:
