@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -87,9 +88,10 @@ def whole(tmp_path_factory):
 
 
 def test_every_stage_is_up_to_date_and_a_second_run_does_nothing(whole):
-    begun = time.time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     said = alma("run", "r.yaml", cwd=whole)
-    assert time.time() - begun < 30
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20  # seconds of processor time: the wall clock is that of whatever else runs here
     assert said.count(": up to date") == 10 and "running" not in said
     assert "logits differ by" in said and "win" not in said  # the closing table
     answer = json.loads(alma("status", "r.yaml", "--json", cwd=whole))
