@@ -213,3 +213,9 @@ def test_a_list_that_changes_makes_the_stage_stale(tmp_path):
     (tmp_path / "a/bad.txt").unlink()
     code, text = stage("clean", path, cwd=tmp_path / "a")
     assert code == 2 and "block: bad.txt does not exist" in text
+
+
+@pytest.mark.parametrize("form", ["{kind}", "{", "{0.nothing}", "{}{}"])
+def test_a_form_that_cannot_be_written_is_refused(form):
+    with pytest.raises(ValueError, match="no other field"):
+        Mask(form=form)

@@ -278,3 +278,10 @@ def test_pip_that_fails_is_quoted(package):
     package.pop("shelf")
     with pytest.raises(UserError, match="pip could not download the wheel of nosuch==9.*No matching distribution"):
         records(**{**package, "package": "nosuch==9"})
+
+
+@pytest.mark.parametrize("keys", [{"sample_by": "line"}, {"columns": ["a"]}, {"records": "a[*]"}, {"extract": "all"}])
+def test_a_key_of_another_format_is_refused(tmp_path, keys):
+    path = write(tmp_path / "a.jsonl", lines([{"text": "a"}]))
+    with pytest.raises(UserError, match=f"sources.x: {next(iter(keys))} is for .*, and its files are jsonl"):
+        records(path=path, **keys)

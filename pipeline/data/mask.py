@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from pydantic import field_validator
+
 from pipeline.recipe import Strict
 
 KINDS = ("secret", "email", "ip", "id_zh", "card", "mobile_zh", "phone")  # in the order in which they are looked for: an identity number may pass for a card
@@ -18,6 +20,15 @@ class Mask(Strict):
     card: credit cards with Luhn's checksum; id_zh: Chinese identity numbers with date and checksum; mobile_zh: Chinese mobile numbers; phone: other numbers in a form that is dialled."""
     form: str = "[{}]"
     """How a kind is written; {} is its name in capitals."""
+
+    @field_validator("form")
+    @classmethod
+    def _writes(cls, form: str) -> str:
+        try:
+            form.format("EMAIL")
+        except (ValueError, LookupError, AttributeError):
+            raise ValueError("can have {} for the kind's name and no other field; braces are {{ and }}") from None
+        return form
 
 
 def _luhn(digits: str) -> bool:

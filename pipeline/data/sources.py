@@ -32,6 +32,8 @@ CHUNK_BYTES = 4 << 20
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt", ".text": "txt", ".md": "txt", ".csv": "csv", ".tsv": "tsv"}
 SUFFIXES |= {".warc": "warc", ".wet": "warc", ".html": "html", ".htm": "html", ".xhtml": "html"}
 
+ONLY_FOR = {"sample_by": {"txt"}, "columns": {"csv", "tsv"}, "records": {"json"}, "extract": {"html", "warc"}}  # elsewhere these keys would do nothing, without a word
+
 
 class Source(Strict):
     """Where records come from. Give exactly one of `path`, `package` and `dataset`."""
@@ -263,6 +265,10 @@ def files(source: Source, name: str) -> list[tuple[str, Path]]:
         if not os.access(path, os.R_OK):
             raise UserError(f"{where}: {path} cannot be read: permission denied")
         format_of(source, path, where)
+    kinds = {format_of(source, path, where) for path in found}
+    for key, formats in ONLY_FOR.items():
+        if getattr(source, key) != Source.model_fields[key].default and not kinds & formats:
+            raise UserError(f"{where}: {key} is for {' and '.join(sorted(formats))}, and its files are {', '.join(sorted(kinds))}; leave it out, or give format")
     if not any(path.stat().st_size for path in found):
         raise UserError(f"{where}: {', '.join(str(path) for path in list(found)[:3])} {'are' if len(found) > 1 else 'is'} empty; give a file with records")
     return [(relative, path) for path, relative in found.items()]
