@@ -164,7 +164,7 @@ def train(config: Config, sample: Path, total: int, folder: Path) -> float | Non
         return None
     coverage = config.character_coverage or covering(texts(sample), config.vocab_size)
     log = folder / "logs" / "sentencepiece.log"
-    say(f"tokenizer: the trainer's progress stands in {log}") if total > 50_000_000 else None
+    say(f"tokenizer: the trainer's progress stands in {log}") if total > 50_000_000 or config.algorithm == "sentencepiece-unigram" else None
     kind = config.algorithm.removeprefix("sentencepiece-")
     model = bpe.train_sentencepiece(texts(sample), config.vocab_size, config.split_digits, coverage, log, kind, extra, config.merge_whitespace)
     names = {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD, "unk_token": bpe.UNKNOWN}
@@ -180,8 +180,12 @@ def adopt(config: Config, folder: Path) -> str:
     from pipeline.data import adopt, bpe, bytelevel
 
     found = adopt.load(config.adopt, config.pattern)
+    ids = set(found.backend.get_vocab().values())
+    missing = sorted(set(range(max(ids) + 1)) - ids)
+    if missing:  # `tokenizers` numbers an added token by how many there are, so it would take the id of an existing one
+        raise UserError(f"adopt: {config.adopt} has no token with id {missing[0]} ({len(missing)} ids below {max(ids)} are not used), so that added tokens would share ids with others; give each id a token")
     names = dict(found.names)
-    if "eos_token" not in names and found.tokens is None:
+    if "eos_token" not in names and found.algorithm != "adopted tiktoken":
         raise UserError(f"adopt: {config.adopt} has no eos token, and a document needs an end; set eos_token in its tokenizer_config.json")
     names.setdefault("bos_token", names.get("eos_token", bpe.BOS))
     names.setdefault("eos_token", bpe.EOS)

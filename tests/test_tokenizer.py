@@ -432,3 +432,35 @@ def test_the_report_of_inspect(plain, small, monkeypatch):
     assert curve[-1] == round(total[0] / total[1], 4), "the whole vocabulary is the last point"
     assert len(found["splits"]["1234567890"]) == 10, "digits are split one by one"
     assert "round trip" in CliRunner().invoke(app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", ""], catch_exceptions=False).stdout
+
+
+def test_a_tiktoken_file_with_an_unused_id_is_refused_before_an_added_token_takes_another_ones(tmp_path):
+    from pipeline.data import bytelevel
+    from pipeline.errors import UserError
+    from pipeline.tokenizer import Config, adopt
+
+    tokens = {bytes([byte]): byte for byte in range(256)}
+    for name, last, said in (("hole", 257, "id 256"), ("huge", 2**40, "31 bits")):
+        (tmp_path / f"{name}.tiktoken").write_bytes(bytelevel.dump(tokens | {b"ab": last}))
+        with pytest.raises(UserError, match=said):
+            adopt(Config(adopt=str(tmp_path / f"{name}.tiktoken")), tmp_path / "out")
+
+
+def test_a_byte_level_folder_without_eos_and_one_whose_config_is_no_object_are_refused(tmp_path):
+    from pipeline.data import bytelevel
+    from pipeline.errors import UserError
+    from pipeline.tokenizer import Config, adopt
+
+    bytelevel.build({bytes([byte]): byte for byte in range(256)}, [], "a", []).save(str(tmp_path / "tokenizer.json"))
+    for config, said in (("{}", "has no eos token"), ("[]", "expected a JSON object")):
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(UserError, match=said):
+            adopt(Config(adopt=str(tmp_path)), tmp_path / "out")
+
+
+def test_pairs_of_a_very_long_token_are_found_at_once():
+    """Junk of equal letters gives tokens of tens of thousands of bytes; a file with one of 49,152 bytes was not read in nine minutes when each join looked at all neighbours."""
+    from pipeline.data.bytelevel import merges_of
+
+    powers = [b"a" * 2**power for power in range(17)]
+    assert merges_of({token: rank for rank, token in enumerate(powers)}) == [(half, half) for half in powers[:-1]]

@@ -107,7 +107,10 @@ def disagreement(folder: Path) -> str | None:
 
     def read(name: str) -> dict:
         try:
-            return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+            value = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+            if not isinstance(value, dict):
+                raise ValueError(f"expected a JSON object, found {str(value)[:60]}")
+            return value
         except ValueError as error:
             raise UserError(f"adopt: {folder / name} cannot be read ({error}); take the folder again from where it was published, whole") from None
 

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import heapq
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,18 +27,33 @@ def train(texts: Iterable[str], size: int, split_digits: bool, merge_whitespace:
 def merges_of(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair that each token of several bytes is joined from, in the order of ranks: what is left of its bytes when all better ranked pairs are joined.
 
-    For published vocabularies, whose tokens are short: the time grows with the square of a token's length. A token that cannot be reached so has no pair (published vocabularies have some: only a word that is the token gives it).
+    A token that cannot be reached so has no pair (published vocabularies have some: only a word that is the token gives it). A heap of neighbours, because vocabularies trained on
+    junk have tokens of 50,000 equal letters.
     """
     pairs = []
     for token, rank in sorted(tokens.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, at = min((tokens.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+        size = len(token)
+        after, before = list(range(1, size + 1)), list(range(-1, size - 1))  # of the part that begins here: where the next begins (its own end), where the one before begins
+        waiting = [(tokens[token[i : i + 2]], i, i + 2) for i in range(size - 1) if token[i : i + 2] in tokens]
+        heapq.heapify(waiting)
+        parts = size
+        while waiting and parts > 2:
+            best, at, end = heapq.heappop(waiting)
             if best >= rank:
                 break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            pairs.append((parts[0], parts[1]))
+            middle = after[at]
+            if middle < 0 or middle >= size or after[middle] != end:  # one of the two has been joined since
+                continue
+            after[at], after[middle] = end, -1
+            parts -= 1
+            if end < size:
+                before[end] = at
+                if (joined := tokens.get(token[at : after[end]])) is not None:
+                    heapq.heappush(waiting, (joined, at, after[end]))
+            if at > 0 and (joined := tokens.get(token[before[at] : end])) is not None:
+                heapq.heappush(waiting, (joined, before[at], end))
+        if parts == 2:
+            pairs.append((token[: after[0]], token[after[0] :]))
     return pairs
 
 
@@ -81,6 +97,6 @@ def load(path: Path) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
     if missing:
         raise UserError(f"{path}: has no token for byte 0x{missing[0]:02X} ({len(missing)} of 256 bytes are missing), so text would be lost; give a complete tiktoken file")
-    if len(set(tokens.values())) != len(tokens) or min(tokens.values()) < 0:
-        raise UserError(f"{path}: gives a rank to two tokens; the file is damaged")
+    if len(set(tokens.values())) != len(tokens) or min(tokens.values()) < 0 or max(tokens.values()) >= 2**31:
+        raise UserError(f"{path}: gives a rank to two tokens, or one below 0 or beyond 31 bits; the file is damaged")
     return tokens
