@@ -285,3 +285,8 @@ def test_a_key_of_another_format_is_refused(tmp_path, keys):
     path = write(tmp_path / "a.jsonl", lines([{"text": "a"}]))
     with pytest.raises(UserError, match=f"sources.x: {next(iter(keys))} is for .*, and its files are jsonl"):
         records(path=path, **keys)
+
+
+def test_a_broken_template_is_found_before_anything_is_read():
+    with pytest.raises(ValueError, match="has a lone '{'"):
+        Source(path="a.jsonl", text="{body")

@@ -93,6 +93,10 @@ class Source(Strict):
         if not 0 <= self.part[0] < self.part[1] <= 1:
             raise ValueError(f"part must be [lo, hi] with 0 <= lo < hi <= 1, found {list(self.part)}")
         steps_of(self.records)
+        try:
+            _pieces(self.text)
+        except UserError as error:
+            raise ValueError(f"text: {error}") from None
         return self
 
     @property
