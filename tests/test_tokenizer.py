@@ -464,3 +464,10 @@ def test_pairs_of_a_very_long_token_are_found_at_once():
 
     powers = [b"a" * 2**power for power in range(17)]
     assert merges_of({token: rank for rank, token in enumerate(powers)}) == [(half, half) for half in powers[:-1]]
+
+
+def test_text_that_cannot_fill_the_smallest_vocabulary_is_not_told_to_lower_vocab_size():
+    from pipeline.data.bpe import too_large
+
+    assert "set vocab_size to at most 300" in str(too_large(5000, 300))
+    assert "set vocab_size" not in str(too_large(300, 280)) and "train on more text" in str(too_large(300, 280))

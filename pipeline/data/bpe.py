@@ -119,7 +119,8 @@ def _explained(message: str, vocab_size: int) -> Exception:
 
 
 def too_large(vocab_size: int, most: int) -> UserError:
-    return UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; set vocab_size to at most {most}, or train on more text")
+    advice = f"set vocab_size to at most {most}, or train on more text" if most >= 300 else "the least that vocab_size may be is 300, so train on more text, or adopt a tokenizer"
+    return UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; {advice}")
 
 
 def inexact(model: bytes) -> str | None:
