@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import zstandard
 from harness import files_of, stage, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,3 +220,21 @@ def test_a_list_that_changes_makes_the_stage_stale(tmp_path):
 def test_a_form_that_cannot_be_written_is_refused(form):
     with pytest.raises(ValueError, match="no other field"):
         Mask(form=form)
+
+
+def test_what_is_left_out_is_masked_in_the_report_too(tmp_path):
+    """Too short, not JSON, without a text: none of them brings an address or a key into a report."""
+    key = "AKIA" + "Q3EGRIYWLM7ZBNKD"
+    rows = [json.dumps({"text": f"Mail jane.doe@mail.org, key {key}."}), "{" + f'"text": "jane.doe@mail.org {key}', json.dumps({"body": f"jane.doe@mail.org {key}"})]
+    rows += [json.dumps({"text": f"The {word} of the house at the river was painted green last year by its owner, who had bought it from a miller's widow."}) for word in ("door", "roof")]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nstages:\n  clean: {sources: {web: {path: a.jsonl}}, mask: {use: [secret, email]}, filters: {min_tokens: 20}, max_bad: 0.9, holdout: 0, dedup: {near: ~}}\n"
+    )
+    code, said = stage("clean", "r.yaml", cwd=tmp_path)
+    assert code == 0, said
+    folder = tmp_path / "runs/r/clean/current"
+    left = zstandard.ZstdDecompressor().stream_reader((folder / "rejected/web.jsonl.zst").read_bytes()).read().decode().splitlines()
+    assert len(left) == 3 and all("[EMAIL]" in line and "[SECRET]" in line for line in left)
+    for text in ((folder / "report.json").read_text(), *left):
+        assert key not in text and "jane.doe" not in text

@@ -373,6 +373,7 @@ def test_folders_whose_files_disagree_are_refused(plain, small, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
     assert "does not know" in broken("eos", lambda folder: config(folder, eos_token="<|nothing|>"))
+    assert "makes its special token 'e' of the text" in broken("ordinary", lambda folder: config(folder, eos_token="e"))
     assert "gives its model 10 tokens" in broken("size", lambda folder: (folder / "config.json").write_text('{"vocab_size": 10}'))
     assert "cannot be read" in broken("json", lambda folder: (folder / "tokenizer.json").write_text("{"))
     if (plain / "tokenizer.tiktoken").exists():

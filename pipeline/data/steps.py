@@ -135,7 +135,7 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
             if counts:
                 final[index] = text
                 changed[index].update(counts)
-    _fill(raw, texts, final, failed, [name for name, _ in reasons(steps)], shingled, steps.dedup.near)
+    _fill(raw, texts, final, failed, [name for name, _ in reasons(steps)], shingled, steps.dedup.near, steps.mask)
     for index, (row, _) in enumerate(raw):
         if final[index] is not texts[index] and len(final[index].split("\n")) < len(texts[index].split("\n")):
             changed[index]["lines"] = texts[index].count("\n") - final[index].count("\n")
@@ -145,7 +145,7 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         row["changed"] = json.dumps(changed[index]) if changed[index] else None
 
 
-def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, names: list[str], shingled: tuple, near: Near | None) -> None:
+def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, names: list[str], shingled: tuple, near: Near | None, mask: Mask) -> None:
     first = np.where(failed.any(1), failed.argmax(1), -1).tolist()
     masks = (failed @ (np.int64(1) << np.arange(len(names), dtype=np.int64))).tolist()
     good = [i for i in range(len(raw)) if first[i] < 0]
@@ -158,7 +158,7 @@ def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], faile
             table.update(zip(others, map(bytes, signed([final[i] for i in others], near)), strict=True))
     for index, (row, _) in enumerate(raw):
         row["failed"] = masks[index]
-        row["excerpt"] = texts[index][:EXCERPT]
+        row["excerpt"] = excerpt(texts[index], mask)
         if first[index] >= 0:
             row.update(status="filtered", reason=names[first[index]])
     for index, signature in sorted(table.items()):
@@ -168,6 +168,11 @@ def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], faile
             continue
         data = text.encode()
         row.update(text=text, size=len(data), hash=hashlib.blake2b(data, digest_size=16).digest(), signature=signature)
+
+
+def excerpt(text: str, mask: Mask) -> str:
+    """How a text begins, for the report and what was left out. What the recipe masks is masked here, too; more than an excerpt is read, so that nothing is cut in two before it is seen."""
+    return masked(text[: 4 * EXCERPT], mask)[0][:EXCERPT]
 
 
 def _of(shingled: tuple[np.ndarray, np.ndarray], rows: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,7 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
     """Clean one unit and publish its outcome, a row for each record in order. Returns how many records count towards `limit`."""
     import pyarrow
 
-    from pipeline.data.steps import judge
+    from pipeline.data.steps import excerpt, judge
 
     rows, raw = [], []
     for item in (item for chunk in unit for item in reading.parse(chunk)):
@@ -53,7 +53,7 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
         row.update(place=_valid(item.place), status="ok", bytes=0, counted=0)
         rows.append(row)
         if isinstance(item, Bad):
-            row.update(status="bad", reason=item.reason, excerpt=_valid(item.raw))
+            row.update(status="bad", reason=item.reason, excerpt=excerpt(_valid(item.raw), steps.mask))
             continue
         row["id"] = item.id
         if left_out := reading.deselected(source, item):
@@ -64,9 +64,9 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
             text = reading.text_of(source, item)
             row["bytes"] = len(text) if text.isascii() else len(text.encode())
         except MissingField:
-            row.update(status="bad", reason="missing field", excerpt=_valid(json.dumps(item.fields, ensure_ascii=False, default=str)[: reading.EXCERPT]))
+            row.update(status="bad", reason="missing field", excerpt=excerpt(_valid(json.dumps(item.fields, ensure_ascii=False, default=str)), steps.mask))
         except UnicodeEncodeError:  # JSON may spell half of a surrogate pair
-            row.update(status="bad", reason="lone surrogate", excerpt=_valid(text[: reading.EXCERPT]))
+            row.update(status="bad", reason="lone surrogate", excerpt=excerpt(_valid(text), steps.mask))
         else:
             row["address"] = address_of(steps.dedup.url, item)
             row["url"] = url_of(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
