@@ -1,3 +1,4 @@
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -23,3 +24,18 @@ def _as_it_was():
     os.environ.clear()
     os.environ.update(environment)
     torch.nn.functional.linear = linear
+    _forget_groups()
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps groups that a later file's process group does not know."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        importlib.reload(groups)

@@ -227,9 +227,9 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path, place):
 
 
 def test_tokens_of_another_tokenizer_and_what_is_not_there_are_one_sentence(home):
-    folder, *_ = home
+    folder, _, store, _ = home
     np.save(folder / "shards/other.npy", np.array([5, 1, 700], np.int32))
-    np.save(folder / "shards/none.npy", np.array([1, 1, 1], np.int32))
+    np.save(folder / "shards/none.npy", np.full(3, store.eos_id, np.int32))
     for shards, said in (
         ({"x": {"path": "shards/other.npy"}}, "token 2 is 700, beyond the vocabulary of 290"),
         ({"x": {"path": "shards/none.npy"}}, "no document with tokens is left for training"),
@@ -239,7 +239,7 @@ def test_tokens_of_another_tokenizer_and_what_is_not_there_are_one_sentence(home
         ({}, "needs the input 'data'"),
     ):
         code, text = stage("pack", recipe_of(folder, shards), "pack.workers=1", "output=wrong", "--restart", cwd=folder)
-        assert code == 2 and said in text and "Traceback" not in text, text
+        assert code == 2 and said in text and "Traceback" not in text, (shards, text)
 
 
 def test_pretraining_on_shards_alone(home):

@@ -65,6 +65,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
                 split_digits=split_digits,
                 max_sentence_length=2**30,  # the default, 4192 bytes, skips longer lines without an error
                 num_threads=1,  # stands in the model file, and threads would add up unigram's expectations in another order; BPE is single-threaded anyway
+                minloglevel=0,  # the default, which another training in this process may have changed for all: the count is read from the log
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,

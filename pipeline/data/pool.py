@@ -2,21 +2,25 @@
 
 import concurrent.futures
 import concurrent.futures.process
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
 from pipeline.data.outcomes import without_pandas
 from pipeline.errors import UserError
 
+LIBC = ctypes.CDLL(None)
+
 
 class Pool:
     """Runs functions in `workers` processes, or here if one is enough; `finished(number, result, weight)` is called here, for each. `engine`: local, slurm or ray; `folder` is scratch."""
 
     def __init__(self, workers: int | None, engine: str = "local", folder: Path | None = None):
-        self.executor, self.pending, self.held = None, {}, None
+        self.executor, self.pending, self.held, self.local = None, {}, None, engine == "local"
         if engine != "local":
             from pipeline.data.executors import Ray, Slurm
 
@@ -50,7 +54,8 @@ class Pool:
     def _start(self, finished, number, weight, function, arguments) -> None:
         while len(self.pending) >= 2 * self.workers:
             self._collect()
-        self.pending[self.executor.submit(function, *arguments)] = (finished, number, weight)
+        task = (_work, function, *arguments) if self.local else (function, *arguments)
+        self.pending[self.executor.submit(*task)] = (finished, number, weight)
 
     def _collect(self) -> None:
         ready, _ = concurrent.futures.wait(self.pending, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -79,6 +84,17 @@ def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     without_pandas()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work(function, *arguments):
+    """In a worker. What it freed goes back to the system: idle workers that kept it were most of the peak while the parent deduplicates (docs/log.md, 21)."""
+    result = function(*arguments)
+    pyarrow = sys.modules.get("pyarrow")
+    if pyarrow:
+        pyarrow.default_memory_pool().release_unused()
+    if sys.platform == "linux" and hasattr(LIBC, "malloc_trim"):  # glibc has it, musl does not
+        LIBC.malloc_trim(0)
+    return result
 
 
 def _end_with_parent() -> None:
