@@ -195,7 +195,7 @@ def inspect_tokenizer(
     """Bytes and characters per token by source and language, round trip over the corpus, compression by vocabulary size, unused and longest tokens, how Chinese and digits split."""
     from pipeline.inspection.tokenizer import report, show
 
-    folder, data = Path(place), None
+    folder = Path(place)
     if not folder.is_dir():
         stages, overrides = _split(words)
         graph = chain.examine(load(place, overrides))
@@ -206,7 +206,13 @@ def inspect_tokenizer(
         found = wanted[0].output or artifact.current(wanted[0].folder)
         if found is None:
             raise UserError(f"{place}: stage {wanted[0].name} has published nothing yet; run it first")
-        folder, data = found.path, wanted[0].inputs.get("data")
+        folder = found.path.resolve()
+    made = artifact.read(folder)
+    parent = made.manifest["parents"].get("data") if made and made.kind == "tokenizer" else None
+    source = (folder.parent / parent["path"]).resolve() if parent else None  # the text that it was made from, also where the recipe has moved on
+    data = (artifact.read(source) or artifact.external("data", source)) if source and source.is_dir() else None
+    if data is None:
+        print("no text to measure on: " + ("the output of clean that it was made from is gone" if parent else "a folder that no stage `tokenizer` published") + "; the vocabulary alone is shown", file=sys.stderr)
     found = report(folder, data, int(megabytes * 1e6), [name for name in compare.split(",") if name])
     print(json.dumps(found, ensure_ascii=False)) if as_json else show(found)
 
