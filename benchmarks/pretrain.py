@@ -259,11 +259,11 @@ CONTESTANTS = {
 }
 
 
-def play(folder: Path, quick: bool) -> dict[str, list[dict]]:
+def play(folder: Path, quick: bool, rounds: int | None) -> dict[str, list[dict]]:
     """All contestants in turns: the windows of each, the first (compilation) left out."""
     size, found, playing = sizes(quick), {name: [] for name in CONTESTANTS}, {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
-    for turn in range(size["rounds"] + 1):
+    for turn in range((rounds or size["rounds"]) + 1):
         for name in CONTESTANTS:
             if name not in playing:
                 command = [sys.executable, __file__, "--contestant", name, "--folder", str(folder)] + ["--quick"] * quick
@@ -387,6 +387,7 @@ def conditions() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer and shorter rounds")
+    parser.add_argument("--rounds", type=int, help="of turns of all contestants; 8 by default, 2 with --quick")
     for hidden in ("--contestant", "--folder", "--peak"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--parallel", action="store_true", help=argparse.SUPPRESS)
@@ -403,7 +404,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, size = Path(scratch), sizes(given.quick)
         write_tokens(folder / "tokens", size)
-        found = play(folder, given.quick)
+        found = play(folder, given.quick, given.rounds)
         rates = {name: statistics.median(turn["rate"] for turn in turns) for name, turns in found.items()}
         layouts = parallel(folder, given.quick)
     peaks = {}
