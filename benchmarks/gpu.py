@@ -1,10 +1,12 @@
-"""One GPU: this project's replicated engine beside a plain compiled transformers loop. bf16 autocast over fp32 weights, fused AdamW, clipping at 1.0, random tokens.
+"""One GPU: this project's replicated engine beside a plain compiled transformers loop. bf16 autocast over fp32 weights,
+fused AdamW, clipping at 1.0, random tokens.
 
     python benchmarks/gpu.py --model 124M                       # 124M, 350M or 1.2B
     python benchmarks/gpu.py --model 124M --device cpu --tiny   # does the code run?
 
-Both make the same steps; turns alternate, the median of the rounds counts. Prints one JSON line: tokens/s of both, their ratio, and MFU against --peak (989 TFLOP/s: a H100's
-dense bf16) with attention counted in full (PaLM, 2022, appendix B) and halved for causality.
+Both make the same steps; turns alternate, the median of the rounds counts. Prints one JSON line: tokens/s of both,
+their ratio, and MFU against --peak (989 TFLOP/s: a H100's dense bf16) with attention counted in full (PaLM, 2022,
+appendix B) and halved for causality.
 """
 
 import argparse
@@ -65,15 +67,34 @@ def main() -> None:
         raise SystemExit("no GPU is visible; --device cpu --tiny shows whether the code runs")
     num_layers, width, inner, heads, length, rows, micro_batches = MODELS["tiny" if given.tiny else given.model]
     vocabulary, rounds, steps = (512, 2, 2) if given.tiny else (VOCABULARY, given.rounds, given.steps)
-    block = {"family": "llama", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": num_layers, "num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": given.model == "124M"}
+    block = {
+        "family": "llama",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "tie_word_embeddings": given.model == "124M",
+    }
     config = pretrain.Config(
-        kind="pretrain", seed=0, model=block, sequence_length=length, batch_size=rows * micro_batches, micro_batch=rows, steps=10**6, precision="bf16", compile=not given.tiny,
-        activation_checkpointing=given.activation_checkpointing, optimizer={"lr": 3e-4, "max_grad_norm": 1.0},
-    )  # fmt: skip
+        kind="pretrain",
+        seed=0,
+        model=block,
+        sequence_length=length,
+        batch_size=rows * micro_batches,
+        micro_batch=rows,
+        steps=10**6,
+        precision="bf16",
+        compile=not given.tiny,
+        activation_checkpointing=given.activation_checkpointing,
+        optimizer={"lr": 3e-4, "max_grad_norm": 1.0},
+    )
     distributed.setup(config)
     device = distributed.device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    flops = cost.training_flops(model := build.new(block, Vocabulary(vocabulary), length, seed=0), cost.count(model), length)
+    flops = cost.training_flops(
+        model := build.new(block, Vocabulary(vocabulary), length, seed=0), cost.count(model), length
+    )
     parameters = cost.count(model).total
     draw = torch.Generator().manual_seed(0)
     data = [torch.randint(3, vocabulary, (rows, length + 1), generator=draw) for _ in range(micro_batches)]
@@ -82,7 +103,16 @@ def main() -> None:
     trainer = engine.build(model, pretrain.loss_of(["a"]), config)
 
     def ours() -> None:
-        batches = [{"inputs": {"input_ids": tokens[:, :-1].contiguous()}, "labels": tokens[:, 1:].contiguous(), "weight": float(rows * length), "source": torch.zeros(rows, dtype=torch.long), "bytes": torch.ones(rows)} for tokens in data]
+        batches = [
+            {
+                "inputs": {"input_ids": tokens[:, :-1].contiguous()},
+                "labels": tokens[:, 1:].contiguous(),
+                "weight": float(rows * length),
+                "source": torch.zeros(rows, dtype=torch.long),
+                "bytes": torch.ones(rows),
+            }
+            for tokens in data
+        ]
         trainer.step(batches, lr=3e-4)
 
     other = build.new(block, Vocabulary(vocabulary), length, seed=0).to(device).train()
@@ -125,14 +155,28 @@ def main() -> None:
     medians = {name: statistics.median(found) for name, found in rates.items()}
     assert "deepspeed" not in sys.modules, "the replicated engine must not need deepspeed"
     line = {
-        "model": "tiny" if given.tiny else given.model, "parameters": parameters, "sequence_length": length, "rows": rows * micro_batches, "micro_batch": rows,
-        "activation_checkpointing": given.activation_checkpointing, "attention": model.config._attn_implementation,
-        "tokens_per_second": round(medians["alma"]), "plain_tokens_per_second": round(medians["plain"]), "ratio": round(medians["alma"] / medians["plain"], 4),
-        **{f"{prefix}mfu{suffix}": round(medians[name] * count / (given.peak * 1e12), 4)
-           for prefix, name in (("", "alma"), ("plain_", "plain")) for suffix, count in (("", flops.full), ("_causal", flops.causal))},
-        "peak_memory_gb_of_both": memory, "peak_tflops": given.peak, "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+        "model": "tiny" if given.tiny else given.model,
+        "parameters": parameters,
+        "sequence_length": length,
+        "rows": rows * micro_batches,
+        "micro_batch": rows,
+        "activation_checkpointing": given.activation_checkpointing,
+        "attention": model.config._attn_implementation,
+        "tokens_per_second": round(medians["alma"]),
+        "plain_tokens_per_second": round(medians["plain"]),
+        "ratio": round(medians["alma"] / medians["plain"], 4),
+        **{
+            f"{prefix}mfu{suffix}": round(medians[name] * count / (given.peak * 1e12), 4)
+            for prefix, name in (("", "alma"), ("plain_", "plain"))
+            for suffix, count in (("", flops.full), ("_causal", flops.causal))
+        },
+        "peak_memory_gb_of_both": memory,
+        "peak_tflops": given.peak,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     print(json.dumps(line), flush=True)
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 class Cost:
     cpu: float  # seconds, user and system, of the process and all it waited for
     wall: float
-    peak: float  # GB: largest sum of proportional set sizes (shared pages count once) over the process and its descendants, looked at 4 times a second
+    # GB: largest sum of proportional set sizes (shared pages count once) over the process and its descendants, looked
+    # at 4 times a second
+    peak: float
 
 
 def measured(command: list[str], **options) -> Cost:

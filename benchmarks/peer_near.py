@@ -1,4 +1,5 @@
-"""datatrove's near duplicates as FineWeb made them, run in datatrove's environment: python peer_near.py LANGUAGE FILE FOLDER"""
+"""datatrove's near duplicates as FineWeb made them, run in datatrove's environment: python peer_near.py LANGUAGE
+FILE FOLDER"""
 
 import sys
 from pathlib import Path
@@ -13,14 +14,22 @@ from datatrove.utils.typeshelper import Languages
 
 
 def main(language: str, file: str, folder: str) -> None:
-    # `Languages.chinese` falls to a tokenizer that splits at spaces (data/tokenizer_assignment.csv: "FALSE" is true); this one is right.
+    # `Languages.chinese` falls to a tokenizer that splits at spaces (data/tokenizer_assignment.csv: "FALSE" is true);
+    # this one is right.
     wanted = Languages.english if language == "en" else Languages.mandarin_chinese
     config = MinhashConfig(hash_config=HashConfig(precision=64), num_buckets=14, hashes_per_bucket=8, n_grams=5)
     path = Path(file)
     read = JsonlReader(str(path.parent), glob_pattern=path.name, id_key="id", text_key="text")
     steps = [
         (1, [read, MinhashDedupSignature(output_folder=f"{folder}/signatures", config=config, language=wanted)]),
-        (14, [MinhashDedupBuckets(input_folder=f"{folder}/signatures", output_folder=f"{folder}/buckets", config=config)]),
+        (
+            14,
+            [
+                MinhashDedupBuckets(
+                    input_folder=f"{folder}/signatures", output_folder=f"{folder}/buckets", config=config
+                )
+            ],
+        ),
         (1, [MinhashDedupCluster(input_folder=f"{folder}/buckets", output_folder=f"{folder}/remove", config=config)]),
         (1, [read, MinhashDedupFilter(input_folder=f"{folder}/remove"), JsonlWriter(f"{folder}/out")]),
     ]

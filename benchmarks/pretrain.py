@@ -1,20 +1,27 @@
-"""Pretraining here beside Hugging Face's Trainer and a plain loop: same model, data, batch, threads, clipping, logging and checkpoints, in one run on a CPU.
+"""Pretraining here beside Hugging Face's Trainer and a plain loop: same model, data, batch, threads, clipping, logging
+and checkpoints, in one run on a CPU.
 
     python benchmarks/pretrain.py            # about a quarter of an hour on two cores
-    python benchmarks/pretrain.py --quick    # fewer and shorter rounds, a smaller model: shows that it works, its numbers say little
+    python benchmarks/pretrain.py --quick    # fewer and shorter rounds, a smaller model: shows that it works, its
+                                             # numbers say little
 
-Each contestant is a process of its own that trains a window of steps, with one checkpoint in it, when it is its turn; turns alternate, and medians over the rounds are
-compared, ratios within a round, since a machine's speed drifts. All compute in bf16 (autocast) with fp32 weights, AdamW fused, gradients clipped to 1.0, metrics every 5 steps. Lines beside: the same model in bf16 throughout.
-The last line is JSON:
+Each contestant is a process of its own that trains a window of steps, with one checkpoint in it, when it is its turn;
+turns alternate, and medians over the rounds are compared, ratios within a round, since a machine's speed drifts. All
+compute in bf16 (autocast) with fp32 weights, AdamW fused, gradients clipped to 1.0, metrics every 5 steps. Lines
+beside: the same model in bf16 throughout. The last line is JSON:
 
     trainer_ratio       tokens/s of alma / the faster of Trainer and Trainer with torch_compile (goal 1.15)
     plain_ratio         tokens/s of alma / a plain compiled loop that guards, evaluates and hashes nothing
-    gemm_share          alma's FLOPs a second (6 a multiplying parameter and token, and attention in full) / those of a bf16 product of 4096x1024x4096 here (goal 0.50)
-    data_wait_share, metrics_share    share of alma's steps spent on making batches, and on metrics, logging and looking out for signals (goal 0.01 each)
-    save_stall_ratio    seconds that training stands still for a checkpoint / seconds of one copy of its state into memory that exists, in the same process and turn
-    zero1_overhead, pipeline2_overhead    1 - tokens/s of ZeRO-1, of a pipeline of 2 / those of DDP; two processes of one thread, not compiled
-    logits_peak_ratio   peak memory of output layer and loss with chunks / with whole logits, 2048 tokens of width 512, vocabulary 131072, bf16,
-                        beyond what 8 tokens take (weights and their gradient)
+    gemm_share          alma's FLOPs a second (6 a multiplying parameter and token, and attention in full) / those of a
+                        bf16 product of 4096x1024x4096 here (goal 0.50)
+    data_wait_share, metrics_share    share of alma's steps spent on making batches, and on metrics, logging and looking
+                                      out for signals (goal 0.01 each)
+    save_stall_ratio    seconds that training stands still for a checkpoint / seconds of one copy of its state into
+                        memory that exists, in the same process and turn
+    zero1_overhead, pipeline2_overhead    1 - tokens/s of ZeRO-1, of a pipeline of 2 / those of DDP; two processes of
+                                          one thread, not compiled
+    logits_peak_ratio   peak memory of output layer and loss with chunks / with whole logits, 2048 tokens of width 512,
+                        vocabulary 131072, bf16, beyond what 8 tokens take (weights and their gradient)
 """
 
 import argparse
@@ -38,12 +45,39 @@ LR = 3e-4
 def sizes(quick: bool) -> dict:
     """Model, batch and windows."""
     if quick:
-        return {"layers": 2, "width": 128, "inner": 344, "heads": 4, "vocabulary": 2048, "rows": 4, "length": 128, "window": 6, "rounds": 2}
-    return {"layers": 6, "width": 384, "inner": 1024, "heads": 6, "vocabulary": 8192, "rows": 8, "length": 512, "window": 10, "rounds": 8}
+        return {
+            "layers": 2,
+            "width": 128,
+            "inner": 344,
+            "heads": 4,
+            "vocabulary": 2048,
+            "rows": 4,
+            "length": 128,
+            "window": 6,
+            "rounds": 2,
+        }
+    return {
+        "layers": 6,
+        "width": 384,
+        "inner": 1024,
+        "heads": 6,
+        "vocabulary": 8192,
+        "rows": 8,
+        "length": 512,
+        "window": 10,
+        "rounds": 8,
+    }
 
 
 def model_block(size: dict) -> dict:
-    return {"family": "llama", "hidden_size": size["width"], "intermediate_size": size["inner"], "num_hidden_layers": size["layers"], "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"]}
+    return {
+        "family": "llama",
+        "hidden_size": size["width"],
+        "intermediate_size": size["inner"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["heads"],
+    }
 
 
 def write_tokens(folder: Path, size: dict) -> None:
@@ -61,9 +95,21 @@ def write_tokens(folder: Path, size: dict) -> None:
         np.save(folder / split / "a.documents.npy", np.stack([ends, 4 * np.diff(ends, prepend=0)], 1).astype(np.int64))
         np.save(folder / split / "a.ids.npy", np.full(len(ends), 48, np.uint8))
         np.save(folder / split / "a.id_ends.npy", np.arange(1, len(ends) + 1))
-        splits[split] = {"a": [{"file": f"{split}/a", "tokens": len(tokens), "documents": len(ends), "bytes": 4 * len(tokens), "id_bytes": len(ends)}]}
+        splits[split] = {
+            "a": [
+                {
+                    "file": f"{split}/a",
+                    "tokens": len(tokens),
+                    "documents": len(ends),
+                    "bytes": 4 * len(tokens),
+                    "id_bytes": len(ends),
+                }
+            ]
+        }
     np.save(folder / "token_bytes.npy", np.full(size["vocabulary"], 4, np.int32))
-    (folder / "index.json").write_text(json.dumps({"vocab_size": size["vocabulary"], "eos_id": 1, "dtype": "uint16", "splits": splits}))
+    (folder / "index.json").write_text(
+        json.dumps({"vocab_size": size["vocabulary"], "eos_id": 1, "dtype": "uint16", "splits": splits})
+    )
 
 
 class Vocabulary:
@@ -96,7 +142,8 @@ def sampler_of(folder: Path, size: dict):
 
 
 class Turns:
-    """A contestant's side of taking turns. `begin` waits for its turn, `end` tells the time since, and what the functions in `more` find after it; a turn without an answer is the last."""
+    """A contestant's side of taking turns. `begin` waits for its turn, `end` tells the time since, and what the
+    functions in `more` find after it; a turn without an answer is the last."""
 
     def __init__(self, out):
         self.out, self.begun = out, None
@@ -115,12 +162,13 @@ class Turns:
         self.begun = None
 
 
-# ---- contestants -----------------------------------------------------------------------------------------------------------
+# ---- contestants -----------------------------------------------------------------------------------------------------
 
 
 def alma(folder: Path, size: dict, turns: Turns) -> None:
-    """Through pretraining's own parts: layers, engine, sampler, loss, loop with metrics, checkpoints with sha256, signals; a window begins half way between two saves, so that it holds what
-    a save costs while it is written beside the steps, and nothing of it falls into the others' turns."""
+    """Through pretraining's own parts: layers, engine, sampler, loss, loop with metrics, checkpoints with sha256,
+    signals; a window begins half way between two saves, so that it holds what a save costs while it is written
+    beside the steps, and nothing of it falls into the others' turns."""
     from pipeline import pretrain
     from pipeline.artifact import Output
     from pipeline.models import cost
@@ -130,9 +178,19 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
 
     window = size["window"]
     options = {
-        "kind": "pretrain", "seed": 0, "model": model_block(size), "sequence_length": size["length"], "batch_size": size["rows"], "steps": window * 1000, "precision": "bf16",
-        "compile": True, "optimizer": {"lr": LR, "max_grad_norm": 1.0}, "schedule": {"kind": "constant"}, "save": {"every_steps": window, "keep": 1}, "log": {"every_steps": 5},
-    }  # fmt: skip
+        "kind": "pretrain",
+        "seed": 0,
+        "model": model_block(size),
+        "sequence_length": size["length"],
+        "batch_size": size["rows"],
+        "steps": window * 1000,
+        "precision": "bf16",
+        "compile": True,
+        "optimizer": {"lr": LR, "max_grad_norm": 1.0},
+        "schedule": {"kind": "constant"},
+        "save": {"every_steps": window, "keep": 1},
+        "log": {"every_steps": 5},
+    }
     config = pretrain.Config(**options)
     distributed.setup(config)
     model = new_model(size)
@@ -168,7 +226,10 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
             turns.end(lines=lambda: lines(step), copy=copy_seconds)
             turns.begin()
             phases.enter("data", step + 1)
-        return [pretrain.to_batch([sampler.row(index) for index in rows], store, False) for rows in share(config, trainer, step)]
+        return [
+            pretrain.to_batch([sampler.row(index) for index in rows], store, False)
+            for rows in share(config, trainer, step)
+        ]
 
     fit(trainer, config, output, batches, text=Text({"a": store.num_tokens("a")}, flops))
 
@@ -180,7 +241,9 @@ def plain_batches(folder: Path, size: dict):
     _, sampler = sampler_of(folder, size)
 
     def batch(step: int):
-        tokens = torch.from_numpy(np.stack([sampler.row(index).tokens for index in range(step * size["rows"], (step + 1) * size["rows"])]))
+        tokens = torch.from_numpy(
+            np.stack([sampler.row(index).tokens for index in range(step * size["rows"], (step + 1) * size["rows"])])
+        )
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     return batch
@@ -215,7 +278,8 @@ def plain(folder: Path, size: dict, turns: Turns, bf16: bool = False) -> None:
 
 
 def trainer(folder: Path, size: dict, turns: Turns, compiled: bool = False) -> None:
-    """Hugging Face's Trainer as its documentation has it; it shifts labels itself, so its rows are one token shorter in the loss."""
+    """Hugging Face's Trainer as its documentation has it; it shifts labels itself, so its rows are one token shorter
+    in the loss."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -242,11 +306,29 @@ def trainer(folder: Path, size: dict, turns: Turns, compiled: bool = False) -> N
             turns.begin()
 
     options = {
-        "output_dir": str(folder / f"trainer-{compiled}"), "per_device_train_batch_size": size["rows"], "max_steps": size["window"] * 1000, "bf16": True, "use_cpu": True,
-        "torch_compile": compiled, "optim": "adamw_torch_fused", "learning_rate": LR, "weight_decay": 0.1, "adam_beta2": 0.95, "max_grad_norm": 1.0, "lr_scheduler_type": "constant",
-        "logging_steps": 5, "save_steps": size["window"], "save_total_limit": 1, "report_to": "none", "disable_tqdm": True, "dataloader_drop_last": True, "train_sampling_strategy": "sequential",
-    }  # fmt: skip
-    arguments = TrainingArguments(**{key: value for key, value in options.items() if key in TrainingArguments.__dataclass_fields__})
+        "output_dir": str(folder / f"trainer-{compiled}"),
+        "per_device_train_batch_size": size["rows"],
+        "max_steps": size["window"] * 1000,
+        "bf16": True,
+        "use_cpu": True,
+        "torch_compile": compiled,
+        "optim": "adamw_torch_fused",
+        "learning_rate": LR,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 5,
+        "save_steps": size["window"],
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+        "train_sampling_strategy": "sequential",
+    }
+    arguments = TrainingArguments(
+        **{key: value for key, value in options.items() if key in TrainingArguments.__dataclass_fields__}
+    )
     Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[Windows()]).train()
 
 
@@ -262,13 +344,24 @@ CONTESTANTS = {
 def play(folder: Path, quick: bool, rounds: int | None) -> dict[str, list[dict]]:
     """All contestants in turns: the windows of each, the first (compilation) left out."""
     size, found, playing = sizes(quick), {name: [] for name in CONTESTANTS}, {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(THREADS),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     for turn in range((rounds or size["rounds"]) + 1):
         for name in CONTESTANTS:
             if name not in playing:
-                command = [sys.executable, __file__, "--contestant", name, "--folder", str(folder)] + ["--quick"] * quick
+                command = [sys.executable, __file__, "--contestant", name, "--folder", str(folder)] + [
+                    "--quick"
+                ] * quick
                 log = open(folder / f"{name}.log", "w")
-                playing[name] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+                playing[name] = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
             child = playing[name]
             child.stdin.write("go\n")
             child.stdin.flush()
@@ -299,7 +392,7 @@ def gemm() -> float:
     return 2 * 4096 * 1024 * 4096 / statistics.median(times[2:])
 
 
-# ---- the other figures -----------------------------------------------------------------------------------------------------
+# ---- the other figures -----------------------------------------------------------------------------------------------
 
 
 def peak_of_loss(chunks: bool, quick: bool) -> None:
@@ -314,7 +407,19 @@ def peak_of_loss(chunks: bool, quick: bool) -> None:
 
     torch.set_num_threads(THREADS)
     vocabulary, tokens, width = (16384, 512, 64) if quick else (131072, 2048, 512)
-    model = build.new({"family": "llama", "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}, Vocabulary(vocabulary), 64, seed=0)
+    model = build.new(
+        {
+            "family": "llama",
+            "hidden_size": width,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+        Vocabulary(vocabulary),
+        64,
+        seed=0,
+    )
     layer = model.get_output_embeddings()
     if chunks:
         head.install(model)
@@ -344,8 +449,18 @@ def parallel_worker(folder: Path, quick: bool) -> None:
 
     size, found, engines = sizes(quick), {}, {}
     store, sampler = sampler_of(folder, size)
-    for name, parallel in {"ddp": {}, "zero1": {"zero": 1}, "pipeline2": {"pipeline": 2}}.items():  # in this order: DeepSpeed builds no plain engine after a pipeline
-        config = pretrain.Config(kind="pretrain", seed=0, model=model_block(size), sequence_length=size["length"], batch_size=size["rows"], micro_batch=max(1, size["rows"] // 4), steps=1000, parallel=parallel)
+    # in this order: DeepSpeed builds no plain engine after a pipeline
+    for name, parallel in {"ddp": {}, "zero1": {"zero": 1}, "pipeline2": {"pipeline": 2}}.items():
+        config = pretrain.Config(
+            kind="pretrain",
+            seed=0,
+            model=model_block(size),
+            sequence_length=size["length"],
+            batch_size=size["rows"],
+            micro_batch=max(1, size["rows"] // 4),
+            steps=1000,
+            parallel=parallel,
+        )
         distributed.setup(config)
         torch.manual_seed(0)
         model = new_model(size)
@@ -359,18 +474,42 @@ def parallel_worker(folder: Path, quick: bool) -> None:
             distributed.barrier()
             begun = time.perf_counter()
             for step in range(turn * steps, (turn + 1) * steps):
-                trainer.step([pretrain.to_batch([sampler.row(index) for index in rows], store, False) for rows in share(config, trainer, step)], lr=LR)
+                trainer.step(
+                    [
+                        pretrain.to_batch([sampler.row(index) for index in rows], store, False)
+                        for rows in share(config, trainer, step)
+                    ],
+                    lr=LR,
+                )
             if turn:
                 found[name].append(steps * size["rows"] * size["length"] / (time.perf_counter() - begun))
     if distributed.is_main():
-        (folder / "parallel.json").write_text(json.dumps({name: statistics.median(rates) for name, rates in found.items()}))
+        (folder / "parallel.json").write_text(
+            json.dumps({name: statistics.median(rates) for name, rates in found.items()})
+        )
     distributed.barrier()
     distributed.shutdown()
 
 
 def parallel(folder: Path, quick: bool) -> dict:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "--parallel", "--folder", str(folder)] + ["--quick"] * quick
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        __file__,
+        "--parallel",
+        "--folder",
+        str(folder),
+    ] + ["--quick"] * quick
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
@@ -380,8 +519,24 @@ def parallel(folder: Path, quick: bool) -> dict:
 def conditions() -> dict:
     from importlib.metadata import version
 
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    return {"cpu": cpu, "threads": THREADS, "python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}}
+    cpu = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
+    return {
+        "cpu": cpu,
+        "threads": THREADS,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")},
+    }
 
 
 def main() -> None:
@@ -410,22 +565,35 @@ def main() -> None:
     peaks = {}
     for kind in ("chunks", "whole"):
         command = [sys.executable, __file__, "--peak", kind] + ["--quick"] * given.quick
-        peaks[kind] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        peaks[kind] = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        )
     from pipeline.models import cost
 
     model = new_model(size)
     flops = cost.training_flops(model, cost.count(model), size["length"]).full
     lines = [line for turn in found["alma"] for line in turn["lines"] if "seconds/step" in line]
-    stalls = [line["seconds/save"] / turn["copy"] for turn in found["alma"] for line in turn["lines"] if "seconds/save" in line]
+    stalls = [
+        line["seconds/save"] / turn["copy"]
+        for turn in found["alma"]
+        for line in turn["lines"]
+        if "seconds/save" in line
+    ]
 
     def ratio(other: str) -> float:
-        return statistics.median(mine["rate"] / its["rate"] for mine, its in zip(found["alma"], found[other], strict=True))
+        return statistics.median(
+            mine["rate"] / its["rate"] for mine, its in zip(found["alma"], found[other], strict=True)
+        )
 
     result = {
         "trainer_ratio": ratio(max("trainer", "trainer, compiled", key=rates.get)),
         "plain_ratio": ratio("plain, compiled"),
         "gemm_share": statistics.median(turn["rate"] * flops / turn["gemm"] for turn in found["alma"]),
-        "gemm_share_bf16_throughout": rates["plain, compiled, bf16 throughout"] * flops / statistics.median(turn["gemm"] for turn in found["alma"]),
+        "gemm_share_bf16_throughout": (
+            rates["plain, compiled, bf16 throughout"]
+            * flops
+            / statistics.median(turn["gemm"] for turn in found["alma"])
+        ),
         "data_wait_share": statistics.median(line["data_wait_share"] for line in lines),
         "metrics_share": statistics.median(line.get("seconds/log", 0.0) / line["seconds/step"] for line in lines),
         "save_stall_ratio": statistics.median(stalls) if stalls else None,
@@ -433,7 +601,16 @@ def main() -> None:
         "pipeline2_overhead": 1 - layouts["pipeline2"] / layouts["ddp"],
         "logits_peak_ratio": peaks["chunks"] / peaks["whole"],
     }
-    print(json.dumps({**{key: None if value is None else round(value, 4) for key, value in result.items()}, "tokens_per_second": {name: round(rate) for name, rate in rates.items()}, "quick": given.quick, **conditions()}))
+    print(
+        json.dumps(
+            {
+                **{key: None if value is None else round(value, 4) for key, value in result.items()},
+                "tokens_per_second": {name: round(rate) for name, rate in rates.items()},
+                "quick": given.quick,
+                **conditions(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

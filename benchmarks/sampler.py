@@ -2,7 +2,8 @@
 
     python benchmarks/sampler.py
 
-`measure()` gives the figures to other benchmarks. Documents have lengths as on the web (log-normal, 605 tokens in the mean), in two sources; nothing is trained.
+`measure()` gives the figures to other benchmarks. Documents have lengths as on the web (log-normal, 605 tokens in the
+mean), in two sources; nothing is trained.
 """
 
 import json
@@ -39,14 +40,20 @@ def write_tokens(folder: Path, millions: float) -> None:
         }
         for name, array in arrays.items():
             np.save(folder / f"train/{source}-00000.{name}.npy", array)
-        counts = {"tokens": len(tokens), "documents": len(ends), "bytes": int(4 * len(tokens)), "id_bytes": len(arrays["ids"])}
+        counts = {
+            "tokens": len(tokens),
+            "documents": len(ends),
+            "bytes": int(4 * len(tokens)),
+            "id_bytes": len(arrays["ids"]),
+        }
         index["splits"]["train"][source] = [{"file": f"train/{source}-00000", **counts}]
     np.save(folder / "token_bytes.npy", np.full(VOCABULARY, 4, np.int32))
     write_json(folder / "index.json", index)
 
 
 def measure(sequence_length: int = 2048, millions: float = 40.0, rows: int = 12_000) -> dict:
-    """Millions of tokens per second of CPU time, by packing; `sampler_mtok_s` is the default, concat. best_fit_plan_s: CPU seconds to pack a million documents."""
+    """Millions of tokens per second of CPU time, by packing; `sampler_mtok_s` is the default, concat.
+    best_fit_plan_s: CPU seconds to pack a million documents."""
     from pipeline.data.fim import Cutter
     from pipeline.data.sampler import RowSampler
     from pipeline.data.tokens import TokenStore
@@ -56,7 +63,11 @@ def measure(sequence_length: int = 2048, millions: float = 40.0, rows: int = 12_
         write_tokens(Path(folder) / "tokens", millions)
         store = TokenStore(Path(folder) / "tokens")
         fim = Cutter(0.5, 0.5, None, (2, 3, 4), 7)
-        for name, options in (("sampler", {}), ("best_fit", {"packing": "best_fit"}), ("fim", {"packing": "best_fit", "fim": fim})):
+        for name, options in (
+            ("sampler", {}),
+            ("best_fit", {"packing": "best_fit"}),
+            ("fim", {"packing": "best_fit", "fim": fim}),
+        ):
             begun = time.process_time()
             sampler = RowSampler(store, sequence_length, {"one": 0.7, "two": 0.3}, 0, **options)
             if name == "best_fit":

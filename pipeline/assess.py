@@ -1,10 +1,12 @@
-"""Measure models side by side: bits per byte and perplexity on held-out text, win rates under the reward model, rule scores, samples.
+"""Measure models side by side: bits per byte and perplexity on held-out text, win rates under the reward model, rule
+scores, samples.
 
     python pipeline/assess.py recipes/quickstart.yaml
 
-A win rate compares two models' answers to the same held-out prompts: the answer with the higher reward wins, equal rewards count half.
-The interval is a percentile bootstrap over prompts (Efron & Tibshirani, 1993, ch. 13). A reward model may not be the only judge of what was
-trained against it, so the task's own rule is scored beside it wherever a prompt has an `answer`.
+A win rate compares two models' answers to the same held-out prompts: the answer with the higher reward wins, equal
+rewards count half. The interval is a percentile bootstrap over prompts (Efron & Tibshirani, 1993, ch. 13). A reward
+model may not be the only judge of what was trained against it, so the task's own rule is scored beside it wherever a
+prompt has an `answer`.
 """
 
 import json
@@ -94,12 +96,27 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             results[name] = json.loads(kept.read_text(encoding="utf-8"))
             bar.update(1, model=name)
 
-    report = {name: {key: value for key, value in result.items() if key not in ("answers", "rewards", "rules")} for name, result in results.items()}
-    wins = {f"{a} over {b}": win_rate(results[a]["rewards"], results[b]["rewards"], config, f"{a}/{b}") for a, b in config.compare}
+    report = {
+        name: {key: value for key, value in result.items() if key not in ("answers", "rewards", "rules")}
+        for name, result in results.items()
+    }
+    wins = {
+        f"{a} over {b}": win_rate(results[a]["rewards"], results[b]["rewards"], config, f"{a}/{b}")
+        for a, b in config.compare
+    }
     write_json(output.path / "report.json", {"models": report, "win_rates": wins, "prompts": len(prompts)})
     lines = []
     for row, prompt in enumerate(prompts[: config.samples]):
-        lines.append(json.dumps({"prompt": prompt.text, "answer": prompt.answer, **{name: result["answers"][row] for name, result in results.items()}}, ensure_ascii=False))
+        lines.append(
+            json.dumps(
+                {
+                    "prompt": prompt.text,
+                    "answer": prompt.answer,
+                    **{name: result["answers"][row] for name, result in results.items()},
+                },
+                ensure_ascii=False,
+            )
+        )
     write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in lines))
     return {
         "models": report,
@@ -107,14 +124,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": f"{len(models)} models, {len(prompts)} prompts",
             "output": f"report.json, {len(lines)} samples",
-            "measure": "; ".join(f"{pair}: {win['rate']:.0%} [{win['low']:.0%}, {win['high']:.0%}]" for pair, win in wins.items())
-            or "; ".join(f"{name} {result['bits_per_byte']:.2f} bpb" for name, result in report.items()),
+            "measure": (
+                "; ".join(
+                    f"{pair}: {win['rate']:.0%} [{win['low']:.0%}, {win['high']:.0%}]" for pair, win in wins.items()
+                )
+                or "; ".join(f"{name} {result['bits_per_byte']:.2f} bpb" for name, result in report.items())
+            ),
         },
     }
 
 
 def held_out_prompts(config: Config) -> list:
-    """The prompts that every model answers: the first `max_prompts` of the held-out ones in an order drawn from the seed."""
+    """The prompts that every model answers: the first `max_prompts` of the held-out ones in an order drawn from the
+    seed."""
     if not config.sources:
         return []
     from pipeline.data.conversations import load_prompts
@@ -143,12 +165,25 @@ def measure(path: Path, prompts: list, config: Config, inputs: dict[str, Artifac
     ids = [prompt_ids(tokenizer, prompt.text) for prompt in prompts]
     stop = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     completions = generate(
-        model, ids, max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=stop, pad_id=tokenizer.pad_token_id,
-        seeds=[derive(config.seed, "answer", prompt.id) for prompt in prompts], batch=config.batch,
-    )  # fmt: skip
+        model,
+        ids,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        stop_ids=stop,
+        pad_id=tokenizer.pad_token_id,
+        seeds=[derive(config.seed, "answer", prompt.id) for prompt in prompts],
+        batch=config.batch,
+    )
     answers = [tokenizer.decode(completion.ids, skip_special_tokens=True).strip() for completion in completions]
-    rules = [score(config.rule, answer, prompt.answer) for answer, prompt in zip(answers, prompts, strict=True) if prompt.answer is not None]
-    result |= {"end_of_turn_rate": sum(completion.stopped for completion in completions) / len(completions), "answer_tokens": sum(len(c.ids) for c in completions) / len(completions)}
+    rules = [
+        score(config.rule, answer, prompt.answer)
+        for answer, prompt in zip(answers, prompts, strict=True)
+        if prompt.answer is not None
+    ]
+    result |= {
+        "end_of_turn_rate": sum(completion.stopped for completion in completions) / len(completions),
+        "answer_tokens": sum(len(c.ids) for c in completions) / len(completions),
+    }
     rewards = []
     if "reward" in inputs:
         from pipeline.train.scores import reward_scores
@@ -156,7 +191,12 @@ def measure(path: Path, prompts: list, config: Config, inputs: dict[str, Artifac
         judge = load(inputs["reward"].path / "model", head="reward").to(device()).eval()
         with torch.no_grad():
             for start in range(0, len(ids), config.batch):
-                rows = [prompt + completion.ids for prompt, completion in zip(ids[start : start + config.batch], completions[start : start + config.batch], strict=True)]
+                rows = [
+                    prompt + completion.ids
+                    for prompt, completion in zip(
+                        ids[start : start + config.batch], completions[start : start + config.batch], strict=True
+                    )
+                ]
                 rewards += reward_scores(judge, rows).tolist()
         result["reward"] = sum(rewards) / len(rewards)
     if rules:
@@ -181,7 +221,12 @@ def text_loss(model, config: Config, tokens: Artifact) -> dict:
             nats += cross_entropy_sum(model(input_ids=ids[:, :-1]).logits, ids[:, 1:]).item()
             count += ids[:, 1:].numel()
             size += sum(row.bytes for row in chunk)
-    return {"bits_per_byte": nats / math.log(2) / size, "perplexity": math.exp(nats / count), "heldout_tokens": count, "heldout_bytes": size}
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "perplexity": math.exp(nats / count),
+        "heldout_tokens": count,
+        "heldout_bytes": size,
+    }
 
 
 def win_rate(ours: list[float], theirs: list[float], config: Config, name: str) -> dict:
@@ -192,7 +237,13 @@ def win_rate(ours: list[float], theirs: list[float], config: Config, name: str) 
     generator = np.random.default_rng(derive(config.seed, "bootstrap", name))
     means = outcome[generator.integers(len(outcome), size=(config.bootstrap, len(outcome)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"rate": float(outcome.mean()), "low": float(low), "high": float(high), "ties": float((outcome == 0.5).mean()), "prompts": len(outcome)}
+    return {
+        "rate": float(outcome.mean()),
+        "low": float(low),
+        "high": float(high),
+        "ties": float((outcome == 0.5).mean()),
+        "prompts": len(outcome),
+    }
 
 
 if __name__ == "__main__":

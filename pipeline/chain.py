@@ -1,7 +1,7 @@
 """The chain: which stages of a recipe are out of date and why, and running them in order.
 
-A stage script ends in `chain.main("pretrain")`; `alma run` starts the same scripts one after another, so that a stage run by hand,
-by a launcher or by the chain goes through the same few lines (`run_stage`).
+A stage script ends in `chain.main("pretrain")`; `alma run` starts the same scripts one after another, so that a stage
+run by hand, by a launcher or by the chain goes through the same few lines (`run_stage`).
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Node:
     reason: str = ""
 
 
-# ---- the graph -------------------------------------------------------------------------------------------------------------
+# ---- the graph -------------------------------------------------------------------------------------------------------
 
 
 def nodes(recipe: Recipe) -> dict[str, Node]:
@@ -69,7 +69,7 @@ def nodes(recipe: Recipe) -> dict[str, Node]:
         if name in ordered:
             return
         if name in trail:
-            raise UserError(f"inputs go round in a circle: {' -> '.join([*trail[trail.index(name):], name])}")
+            raise UserError(f"inputs go round in a circle: {' -> '.join([*trail[trail.index(name) :], name])}")
         trail.append(name)
         for parent in found[name].parents.values():
             if parent in found:
@@ -83,7 +83,8 @@ def nodes(recipe: Recipe) -> dict[str, Node]:
 
 
 def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
-    """Input -> stage. `INPUTS` of a kind: name -> kinds it accepts; `name?` may be absent; `*` takes any number, by default all earlier ones."""
+    """Input -> stage. `INPUTS` of a kind: name -> kinds it accepts; `name?` may be absent; `*` takes any number, by
+    default all earlier ones."""
     wanted = dict(module_of(config.kind).INPUTS)
     anything = wanted.pop("*", ())
     optional = {key.removesuffix("?") for key in wanted if key.endswith("?")}
@@ -93,17 +94,22 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
     for key, source in config.inputs.items():
         kinds = wanted.get(key, anything)
         if not kinds:
-            raise UserError(f"stages.{name}.inputs: {config.kind} has no input {key!r}; it takes {', '.join(wanted) or 'none'}")
+            raise UserError(
+                f"stages.{name}.inputs: {config.kind} has no input {key!r}; it takes {', '.join(wanted) or 'none'}"
+            )
         if source.startswith((".", "/")):
             parents[key] = source
             continue
         if source not in recipe.stages or source == name:
             raise UserError(
-                f"stages.{name}.inputs.{key}: {source!r} is no other stage of this recipe; it has {', '.join(s for s in recipe.stages if s != name)} "
-                "(the path of a folder begins with . or /)"
+                f"stages.{name}.inputs.{key}: {source!r} is no other stage of this recipe; it has"
+                f" {', '.join(s for s in recipe.stages if s != name)} (the path of a folder begins with . or /)"
             )
         if recipe.stages[source].kind not in kinds:
-            raise UserError(f"stages.{name}.inputs.{key}: stage {source!r} is of kind {recipe.stages[source].kind}, expected {' or '.join(kinds)}")
+            raise UserError(
+                f"stages.{name}.inputs.{key}: stage {source!r} is of kind {recipe.stages[source].kind}, expected"
+                f" {' or '.join(kinds)}"
+            )
         parents[key] = source
     for key, kinds in wanted.items():
         if key in parents or key in optional:
@@ -112,10 +118,15 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
         if not nearest and key in config.optional():
             continue
         if not nearest:
-            raise UserError(f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands before it; add one or give inputs.{key}")
+            raise UserError(
+                f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands before"
+                f" it; add one or give inputs.{key}"
+            )
         parents[key] = nearest[-1]
     if anything and not set(parents) - set(wanted):
-        parents.update({stage: stage for stage in earlier if recipe.stages[stage].kind in anything and stage not in parents})
+        parents.update(
+            {stage: stage for stage in earlier if recipe.stages[stage].kind in anything and stage not in parents}
+        )
     return parents
 
 
@@ -123,10 +134,15 @@ def check(node: Node, graph: dict[str, Node]) -> None:
     """What can be told of a stage from its recipe alone. Raises UserError."""
     node.config.check(node.config.run.processes * node.config.run.nodes)
     known = _packed_sources(node, graph)
-    mixtures = [("mixture", getattr(node.config, "mixture", None) or {}), *(("mixture_changes", change.mixture) for change in getattr(node.config, "mixture_changes", []))]
+    mixtures = [
+        ("mixture", getattr(node.config, "mixture", None) or {}),
+        *(("mixture_changes", change.mixture) for change in getattr(node.config, "mixture_changes", [])),
+    ]
     for key, source in [(key, source) for key, mixture in mixtures for source in mixture] if known else []:
         if source not in known:
-            raise UserError(f"stages.{node.name}.{key}: its text has no source {source!r}; it has {', '.join(sorted(known))}")
+            raise UserError(
+                f"stages.{node.name}.{key}: its text has no source {source!r}; it has {', '.join(sorted(known))}"
+            )
     for key, source in node.parents.items():
         if source not in graph:
             if not Path(source).is_dir() or not any(Path(source).iterdir()):
@@ -134,15 +150,29 @@ def check(node: Node, graph: dict[str, Node]) -> None:
             continue
         parent = graph[source].config
         longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
-        if key in ("model", "policy") and longest and wanted and wanted > longest and not _lengthened(node.config, parent):
-            raise UserError(f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that {source} gives its model; use {longest} or fewer, or pretrain with more{' (or scale positions, model_changes: {rope_parameters: ...})' if node.config.kind == 'pretrain' else ''}")
+        if (
+            key in ("model", "policy")
+            and longest
+            and wanted
+            and wanted > longest
+            and not _lengthened(node.config, parent)
+        ):
+            raise UserError(
+                f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that"
+                f" {source} gives its model; use {longest} or fewer, or pretrain with more"
+                + " (or scale positions, model_changes: {rope_parameters: ...})"
+                * (node.config.kind == "pretrain")
+            )
 
 
 def _lengthened(config, parent) -> bool:
-    """Pretraining may go on with rows longer than before: where the recipe says how positions are scaled, or the family has none."""
+    """Pretraining may go on with rows longer than before: where the recipe says how positions are scaled, or the
+    family has none."""
     from pipeline.models.build import UNLIMITED
 
-    return config.kind == "pretrain" and ("rope_parameters" in config.model_changes or (getattr(parent, "model", None) or {}).get("family") in UNLIMITED)
+    return config.kind == "pretrain" and (
+        "rope_parameters" in config.model_changes or (getattr(parent, "model", None) or {}).get("family") in UNLIMITED
+    )
 
 
 def _packed_sources(node: Node, graph: dict[str, Node]) -> list[str]:
@@ -171,7 +201,8 @@ def _accepts(node: Node, key: str) -> tuple[str, ...]:
 
 
 def _examine(node: Node, graph: dict[str, Node], running: bool = True) -> None:
-    """Fill in inputs, identity, state and reason; parents have been examined. Without `running` a stage that is being written is judged by what it has published."""
+    """Fill in inputs, identity, state and reason; parents have been examined. Without `running` a stage that is
+    being written is judged by what it has published."""
     holder = lock_holder(node.folder) if running else None
     writer = holder if holder and not holder["dead"] else None
     for key, source in node.parents.items():
@@ -197,7 +228,9 @@ def _compare(node: Node) -> None:
     """State of a stage whose parents are all up to date."""
     fingerprint = artifact.fingerprint_of(node.identity)
     published = artifact.current(node.folder)
-    if (published is None or published.fingerprint != fingerprint) and not artifact.restarting(node.folder / f"{fingerprint[:12]}.partial"):
+    if (published is None or published.fingerprint != fingerprint) and not artifact.restarting(
+        node.folder / f"{fingerprint[:12]}.partial"
+    ):
         same = artifact.read(node.folder / fingerprint[:12])  # an earlier recipe's output is kept, and serves again
         if same and same.fingerprint == fingerprint and not same.damage():
             node.state, node.output, node.reason = "up to date", same, "kept from an earlier run"
@@ -214,15 +247,24 @@ def _compare(node: Node) -> None:
         node.reason = f"at step {int(steps[-1].removeprefix('step-'))}" if steps else "before its first checkpoint"
     elif published:
         node.output = published
-        node.state, node.reason = "stale", "; ".join(artifact.differences(published.manifest["identity"], node.identity)) or "made by another version"
+        node.state, node.reason = (
+            "stale",
+            "; ".join(artifact.differences(published.manifest["identity"], node.identity)) or "made by another version",
+        )
 
 
 def identity_of(node: Node) -> dict:
-    """What decides the result of a stage: its identity keys, its kind's version, its sources' contents, its parents' contents."""
+    """What decides the result of a stage: its identity keys, its kind's version, its sources' contents, its parents'
+    contents."""
     module = module_of(node.config.kind)
     config = identity(node.config)
     config.pop("inputs", None)  # parents count by what they hold, not by what they are called
-    value = {"kind": node.config.kind, "version": module.VERSION, "config": config, "parents": {key: parent.digest for key, parent in node.inputs.items()}}
+    value = {
+        "kind": node.config.kind,
+        "version": module.VERSION,
+        "config": config,
+        "parents": {key: parent.digest for key, parent in node.inputs.items()},
+    }
     sources = _source_identity(node)
     if sources:
         value["sources"] = sources
@@ -237,7 +279,11 @@ def _source_identity(node: Node) -> dict | None:
     from pipeline.files import sha256_file
 
     if hasattr(node.config, "outside"):  # files that a stage takes over, such as a tokenizer
-        return {"@outside": [[path.name, sha256_file(path)] for path in node.config.outside()]} if node.config.outside() else None
+        return (
+            {"@outside": [[path.name, sha256_file(path)] for path in node.config.outside()]}
+            if node.config.outside()
+            else None
+        )
     if shards := getattr(node.config, "shards", None):
         from pipeline.data.foreign import identify as identify_shards
 
@@ -253,14 +299,19 @@ def _source_identity(node: Node) -> dict | None:
     if examples := getattr(node.config, "examples", {}):
         found = {**found, "@examples": identify(examples, cache=node.folder.parent / ".hashes.json")}
     lists = getattr(node.config, "lists", [])  # block lists and the like: they count by what they hold
-    return {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]} if lists else found
+    return (
+        {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]}
+        if lists
+        else found
+    )
 
 
-# ---- running one stage -----------------------------------------------------------------------------------------------------
+# ---- running one stage -----------------------------------------------------------------------------------------------
 
 
 def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = False) -> Artifact | None:
-    """Run one stage in this process (one rank of it), or do nothing if its output is up to date. Returns the output on the main rank."""
+    """Run one stage in this process (one rank of it), or do nothing if its output is up to date. Returns the output
+    on the main rank."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     _writable(recipe)
     graph = nodes(recipe)
@@ -274,14 +325,26 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
             continue
         parent = graph[source]
         if parent.state == "missing" or parent.state == "waits":
-            raise UserError(f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run that stage first, or the chain: alma run")
+            raise UserError(
+                f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run"
+                " that stage first, or the chain: alma run"
+            )
         if parent.state != "up to date":
-            raise UserError(f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source} first, or the chain: alma run")
+            raise UserError(
+                f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
+                " first, or the chain: alma run"
+            )
         node.inputs[key] = parent.output
     node.identity = identity_of(node)
     output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
     parents = {
-        key: {"stage": parent.stage, "kind": parent.kind, "fingerprint": parent.fingerprint, "digest": parent.digest, "path": os.path.relpath(parent.path, node.folder)}
+        key: {
+            "stage": parent.stage,
+            "kind": parent.kind,
+            "fingerprint": parent.fingerprint,
+            "digest": parent.digest,
+            "path": os.path.relpath(parent.path, node.folder),
+        }
         for key, parent in node.inputs.items()
     }
     output.open(config=dump(node.config), parents=parents, restart=restart, fork=fork)
@@ -310,7 +373,13 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
 def _resolved(recipe: Recipe) -> str:
     """The recipe with everything written out, in its order (the order of stages decides their default inputs)."""
     buffer = io.StringIO()
-    YAML(typ="rt", pure=True).dump({**dump(recipe.model_copy(update={"stages": {}})), "stages": {name: dump(config) for name, config in recipe.stages.items()}}, buffer)
+    YAML(typ="rt", pure=True).dump(
+        {
+            **dump(recipe.model_copy(update={"stages": {}})),
+            "stages": {name: dump(config) for name, config in recipe.stages.items()},
+        },
+        buffer,
+    )
     return buffer.getvalue()
 
 
@@ -318,7 +387,9 @@ def _writable(recipe: Recipe) -> None:
     try:
         recipe.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output: the folder {recipe.root} cannot be made ({error.strerror}); give another `output`") from None
+        raise UserError(
+            f"output: the folder {recipe.root} cannot be made ({error.strerror}); give another `output`"
+        ) from None
 
 
 def say(text: str, rank: int | None = None) -> None:
@@ -328,15 +399,26 @@ def say(text: str, rank: int | None = None) -> None:
 
 
 def main(kind: str, argv: list[str] | None = None) -> None:
-    """Entry point of a stage script: `python pipeline/KIND.py recipe.yaml [--stage NAME] [--restart|--fork] [key=value ...]`."""
-    # Before torch is loaded. Spinning threads cost a busy machine more than sleeping ones cost an idle one (docs/log.md, 3).
+    """Entry point of a stage script: `python pipeline/KIND.py recipe.yaml [--stage NAME] [--restart|--fork]
+    [key=value ...]`."""
+    # Before torch is loaded. Spinning threads cost a busy machine more than sleeping ones cost an idle one
+    # (docs/log.md, 3).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = argparse.ArgumentParser(prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("recipe", help="recipe file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as pretrain.optimizer.lr=3e-4")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change a key of the recipe, such as pretrain.optimizer.lr=3e-4",
+    )
     parser.add_argument("--stage", help=f"which stage of kind {kind}, if the recipe has several")
     parser.add_argument("--restart", action="store_true", help="set unfinished runs of this stage aside and begin anew")
-    parser.add_argument("--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made")
+    parser.add_argument(
+        "--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made"
+    )
     args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
     sys.exit(guarded(lambda: _main(kind, args)))
 
@@ -347,11 +429,16 @@ def _main(kind: str, args: argparse.Namespace) -> None:
     recipe = load(args.recipe, args.overrides)
     same = [name for name, config in recipe.stages.items() if config.kind == kind]
     if args.stage and args.stage not in same:
-        raise UserError(f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; there is {', '.join(same) or 'none'}")
+        raise UserError(
+            f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; there is"
+            f" {', '.join(same) or 'none'}"
+        )
     if not same:
         raise UserError(f"{args.recipe}: has no stage of kind {kind}; it has {', '.join(recipe.stages)}")
     if len(same) > 1 and not args.stage:
-        raise UserError(f"{args.recipe}: has {len(same)} stages of kind {kind} ({', '.join(same)}); say which with --stage NAME")
+        raise UserError(
+            f"{args.recipe}: has {len(same)} stages of kind {kind} ({', '.join(same)}); say which with --stage NAME"
+        )
     run_stage(recipe, args.stage or same[0], restart=args.restart, fork=args.fork)
 
 
@@ -370,7 +457,12 @@ def guarded(action) -> int:
     except OSError as error:
         if error.errno not in MACHINE:
             raise
-        print(f"error: {error.filename or 'the output folder'}: {error.strerror}; {MACHINE[error.errno]}, then the same command goes on", file=sys.stderr, flush=True)
+        print(
+            f"error: {error.filename or 'the output folder'}: {error.strerror}; {MACHINE[error.errno]}, then the same"
+            " command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
         return EXIT_USER
     except Stopped as stop:
         say(str(stop), rank)
@@ -387,17 +479,19 @@ def guarded(action) -> int:
 
 
 def die_with_parent() -> None:
-    """If the chain's own process is killed, its stage goes too, so that the same command can start again at once (Linux: prctl(2))."""
+    """If the chain's own process is killed, its stage goes too, so that the same command can start again at once
+    (Linux: prctl(2))."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-# ---- running the chain -----------------------------------------------------------------------------------------------------
+# ---- running the chain -----------------------------------------------------------------------------------------------
 
 
 def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bool = False) -> dict[str, Node]:
-    """Bring the stages `only` (default: all) and what they need up to date, one after another. Returns the examined graph."""
+    """Bring the stages `only` (default: all) and what they need up to date, one after another. Returns the examined
+    graph."""
     graph = nodes(recipe)
     for name in only:
         if name not in graph:
@@ -409,11 +503,15 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
             from pipeline.train.distributed import choose_device
 
             choose_device(node.config, node.config.run.processes)
-    for node in [graph[name] for name in graph if name in wanted]:  # everything that can be refused is refused before the first hour is spent
+    # everything that can be refused is refused before the first hour is spent
+    for node in [graph[name] for name in graph if name in wanted]:
         check(node, graph)
         _source_identity(node)
         if node.config.run.nodes > 1:
-            raise UserError(f"stage {node.name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine: submit launch/slurm/alma.sbatch, or give {node.name}.run.nodes=1")
+            raise UserError(
+                f"stage {node.name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine:"
+                f" submit launch/slurm/alma.sbatch, or give {node.name}.run.nodes=1"
+            )
     forced = set(only) if only else set(graph)
     for name, node in graph.items():
         if name not in wanted:
@@ -437,7 +535,8 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
 
 
 def _can_fork(node: Node) -> bool:
-    """A stage whose inputs changed with the fork of an earlier one has nothing to go on from: it is run from its start."""
+    """A stage whose inputs changed with the fork of an earlier one has nothing to go on from: it is run from its
+    start."""
     try:
         artifact.fork_source(node.folder, node.identity, dump(node.config), node.name)
         return True
@@ -457,7 +556,8 @@ def _ancestors(graph: dict[str, Node], names: list[str]) -> set[str]:
 
 
 def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
-    """One stage in its own process, or in several through torchrun. The stage's own message stands; its exit code is passed on.
+    """One stage in its own process, or in several through torchrun. The stage's own message stands; its exit code is
+    passed on.
 
     It gets the recipe as it was when the chain started: an edit of the file while the chain runs concerns the next run.
     """
@@ -467,19 +567,39 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
             left.unlink(missing_ok=True)
     snapshot = recipe.root / f".chain-{os.getpid()}.yaml"
     write_atomic(snapshot, _resolved(recipe))
-    words = [str(script), str(snapshot), "--stage", node.name, *(["--restart"] if restart else []), *(["--fork"] if fork else [])]
+    words = [
+        str(script),
+        str(snapshot),
+        "--stage",
+        node.name,
+        *(["--restart"] if restart else []),
+        *(["--fork"] if fork else []),
+    ]
     run_config = node.config.run
     environment = {**os.environ, "ALMA_DIE_WITH_PARENT": "1"}
     threads = run_config.threads or max(1, _cores() // run_config.processes)
     environment["OMP_NUM_THREADS"] = str(threads)
     if run_config.processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run_config.processes}", *words]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={run_config.processes}",
+            *words,
+        ]
     else:
         command = [sys.executable, *words]
     (node.folder / "requeue.json").unlink(missing_ok=True)
-    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)  # torchrun knows nothing of it, so it is done before torchrun starts
+    # torchrun knows nothing of it, so it is done before torchrun starts
+    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
     # torchrun passes SIGTERM on to its processes; SIGUSR1 would end torchrun alone
-    previous = {number: signal.signal(number, lambda number, _: child.send_signal(number if run_config.processes == 1 else signal.SIGTERM)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {
+        number: signal.signal(
+            number, lambda number, _: child.send_signal(number if run_config.processes == 1 else signal.SIGTERM)
+        )
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         code = child.wait()
     except KeyboardInterrupt:
@@ -491,7 +611,10 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
             signal.signal(number, handler)
     if code == EXIT_STOPPED or (code not in (0, EXIT_USER) and (node.folder / "requeue.json").exists()):
         word = json.loads((node.folder / "requeue.json").read_text()) if (node.folder / "requeue.json").exists() else {}
-        raise Stopped(f"{node.name}: {word.get('message') or 'stopped after saving'}; the same command goes on from {'step ' + str(word['saved']) if word.get('saved') else 'here'}")
+        raise Stopped(
+            f"{node.name}: {word.get('message') or 'stopped after saving'}; the same command goes on from"
+            f" {'step ' + str(word['saved']) if word.get('saved') else 'here'}"
+        )
     if code:
         raise StageFailed(node.name, EXIT_USER if code == EXIT_USER else 1)
 
@@ -506,5 +629,3 @@ class StageFailed(Exception):
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-

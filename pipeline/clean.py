@@ -1,20 +1,26 @@
-"""Clean: named sources of raw text -> normalised, filtered, deduplicated documents in parquet shards, split into train and heldout.
+"""Clean: named sources of raw text -> normalised, filtered, deduplicated documents in parquet shards, split into train
+and heldout.
 
     python pipeline/clean.py recipes/quickstart.yaml
 
-Reads sources in units of a few megabytes, spread over `workers` processes; each unit's outcome is published at once in work/, so that a
-killed run loses the units in flight and no more. Then duplicates are found over all units, and the shards are written:
+Reads sources in units of a few megabytes, spread over `workers` processes; each unit's outcome is published at once in
+work/, so that a killed run loses the units in flight and no more. Then duplicates are found over all units, and the
+shards are written:
 
-    train/part-00000.parquet, heldout/part-00000.parquet    columns text, source, id, cluster (how many documents were like it, itself included), language (if it was asked for),
+    train/part-00000.parquet, heldout/part-00000.parquet    columns text, source, id, cluster (how many documents were
+                                                            like it, itself included), language (if it was asked for),
                                                             address (a hash of it, with dedup.url)
-    rejected/SOURCE.jsonl.zst                               every record that is in neither: place, reason, how it begins
+    rejected/SOURCE.jsonl.zst                               every record that is in neither: place, reason, how it
+                                                            begins
     report.json                                             counts by source and reason; read = kept + each rejection
 
-The result depends on the content of the sources and the recipe alone, not on workers, unit size, order of completion or interruptions.
+The result depends on the content of the sources and the recipe alone, not on workers, unit size, order of completion or
+interruptions.
 """
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,17 +77,21 @@ class Config(StageConfig):
     perplexity: Perplexity = Perplexity()
     """A language model trained from examples."""
     dedup: Dedup = Dedup()
-    """What counts as a duplicate, which one stays, and what repeated text is taken out. `inputs: {earlier: FOLDER}` compares with an earlier output of clean, too."""
+    """What counts as a duplicate, which one stays, and what repeated text is taken out. `inputs: {earlier: FOLDER}`
+    compares with an earlier output of clean, too."""
     decontaminate: Decontaminate | None = None
     """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.01, ge=0, lt=1)
-    """Share of documents held out for evaluation, chosen by hash after deduplication, so that no held-out text has a duplicate in training."""
+    """Share of documents held out for evaluation, chosen by hash after deduplication, so that no held-out text has a
+    duplicate in training."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
-    """Largest share of unreadable records that a source may have; more of them end the stage, for then the source is not what the recipe says."""
+    """Largest share of unreadable records that a source may have; more of them end the stage, for then the source is
+    not what the recipe says."""
     workers: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Processes; by default the cores of this machine, or of the Ray cluster."""
     executor: Annotated[Literal["local", "slurm", "ray"], EXECUTION] = "local"
-    """What runs the work: processes of this machine, an array job of `workers` tasks, or a Ray cluster (pip install 'alma[ray]'). The run's folder must then be on a shared file system."""
+    """What runs the work: processes of this machine, an array job of `workers` tasks, or a Ray cluster (pip install
+    'alma[ray]'). The run's folder must then be on a shared file system."""
     unit_bytes: Annotated[int, EXECUTION] = Field(4 << 20, ge=1024)
     """Raw bytes of one unit of work: what a killed run may lose, for each worker."""
 
@@ -91,7 +101,9 @@ class Config(StageConfig):
         found = [path for path in (*self.block.words, *self.block.urls) if path != "spam"]
         for path in found:
             if not Path(path).expanduser().is_file():
-                raise UserError(f"block: {path} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam")
+                raise UserError(
+                    f"block: {path} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam"
+                )
         return found
 
 
@@ -100,26 +112,42 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
         if name not in config.sources:
             raise UserError(f"dedup.prefer: there is no source {name!r}; sources are {', '.join(config.sources)}")
     if config.dedup.keep == "quality" and not config.quality.good:
-        raise UserError("dedup.keep: quality takes the best score of a cluster, and no classifier is trained; give quality: {good: [...], bad: [...]}, or another keep")
+        raise UserError(
+            "dedup.keep: quality takes the best score of a cluster, and no classifier is trained; give quality: {good:"
+            " [...], bad: [...]}, or another keep"
+        )
     work, firsts = output.path / "work", []
     for name, source in config.sources.items():
         if not any(work.glob(f"*/{name}/*")):  # a resumed run has seen that there is something to read
             firsts.append(_try(source, name))
-    for key, template in (("dedup.url", config.dedup.url), ("block.url", config.block.url if config.block.urls else None)):
+    for key, template in (
+        ("dedup.url", config.dedup.url),
+        ("block.url", config.block.url if config.block.urls else None),
+    ):
         if template and firsts and all(units.url_of(template, record) is None for record in firsts):
-            say(f"WARNING {key}: {template!r} is in the first record of no source (the first has {', '.join(firsts[0].fields)}); records without it are taken for having no address")
+            say(
+                f"WARNING {key}: {template!r} is in the first record of no source (the first has"
+                f" {', '.join(firsts[0].fields)}); records without it are taken for having no address"
+            )
     if config.quality.good or config.perplexity.like:
         from pipeline.data import models
 
         models.train(config.examples, config.quality, config.perplexity, output.path / "models")
-    for _ in range(3):
+    found: Counter[Path] = Counter()
+    while True:
         try:
             return _run(config, inputs, output, work)
-        except outcomes.Torn as torn:  # what a disk lost or somebody touched is made again, and never taken for an empty file
-            say(f"WARNING {torn.path}: {torn.why}; it is made again")
+        except outcomes.Torn as torn:
+            # What a disk lost or somebody touched is made again, and never taken for an empty file.
+            found[torn.path] += 1
             torn.path.unlink(missing_ok=True)
             (torn.path.parent / "complete.json").unlink(missing_ok=True)
-    raise UserError(f"{torn.path}: {torn.why}, for the third time; look at the disk and its free room, then run the same command again")
+            if found[torn.path] == 3:
+                raise UserError(
+                    f"{torn.path}: {torn.why}, for the third time; look at the disk and its free room, then run the"
+                    " same command again"
+                ) from None
+            say(f"WARNING {torn.path}: {torn.why}; it is made again")
 
 
 def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path) -> dict[str, Any]:
@@ -138,7 +166,8 @@ def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path
 
 
 def _sign(earlier: Artifact, dedup: Dedup, folder: Path, pool: Pool) -> list[tuple[Path, Path]]:
-    """The shards of an earlier output, and their signatures, made from their texts: fifteen times cheaper than cleaning, and nothing has to be kept for it."""
+    """The shards of an earlier output, and their signatures, made from their texts: fifteen times cheaper than
+    cleaning, and nothing has to be kept for it."""
     made = []
     for shard in sorted(earlier.path.glob("*/part-*.parquet")):
         made.append((shard, folder / f"{shard.parent.name}-{shard.name}"))
@@ -151,16 +180,25 @@ def _sign(earlier: Artifact, dedup: Dedup, folder: Path, pool: Pool) -> list[tup
 
 
 def _compare(config: Config, done: dict[str, list[Path]], earlier: list[tuple[Path, Path]], work: Path, pool: Pool):
-    """All documents with one another: the index with their fates, the pieces that are kept, and what was taken out of them."""
+    """All documents with one another: the index with their fates, the pieces that are kept, and what was taken out
+    of them."""
     from pipeline.data import fates, index, repeats
     from pipeline.data.steps import columns
 
     near, scratch = config.dedup.near, work / "index"
     score = columns(_steps(config, work)).index("quality") if config.dedup.keep == "quality" else None
-    found = index.build(config.sources, done, [signed for _, signed in earlier], near.bands * near.rows if near else 0, scratch, score)
+    found = index.build(
+        config.sources, done, [signed for _, signed in earlier], near.bands * near.rows if near else 0, scratch, score
+    )
     fates.decide(found, config.dedup, holdout=config.holdout, seed=config.seed, scratch=scratch)
     before = index.before(found, [shard for shard, _ in earlier])
-    pieces = repeats.edit(before + index.kept(found, done), pool, work / f"repeats-{config.unit_bytes}", config.dedup.lines, config.dedup.runs)[len(before) :]
+    pieces = repeats.edit(
+        before + index.kept(found, done),
+        pool,
+        work / f"repeats-{config.unit_bytes}",
+        config.dedup.lines,
+        config.dedup.runs,
+    )[len(before) :]
     return found, pieces, index.take_over(found, pieces, config.filters.min_tokens)
 
 
@@ -169,16 +207,22 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
     for name, counts in report["sources"].items():
         for reason, number in counts["bad"].items():
             if reason.startswith("truncated"):  # one bad record, behind which any number of good ones may be lost
-                say(f"WARNING sources.{name}: {number} file{'s end' if number > 1 else ' ends'} early ({reason}); what follows is lost: fetch again (places: {output.path / 'rejected' / name}.jsonl.zst)")
+                say(
+                    f"WARNING sources.{name}: {number} file{'s end' if number > 1 else ' ends'} early ({reason}); what"
+                    f" follows is lost: fetch again (places: {output.path / 'rejected' / name}.jsonl.zst)"
+                )
     for name, counts in report["sources"].items():
         bad = sum(counts["bad"].values())
         if bad > config.max_bad * counts["read"]:
             most = max(counts["bad"], key=counts["bad"].get)
             raise UserError(
-                f"sources.{name}: {bad} of {counts['read']} records are bad ({bad / counts['read']:.1%}, most often: {most}), more than max_bad {config.max_bad:g}; "
-                f"look into {output.path / 'rejected' / name}.jsonl.zst, then mend the source or raise max_bad"
+                f"sources.{name}: {bad} of {counts['read']} records are bad ({bad / counts['read']:.1%}, most often:"
+                f" {most}), more than max_bad {config.max_bad:g}; look into"
+                f" {output.path / 'rejected' / name}.jsonl.zst, then mend the source or raise max_bad"
             )
-        if counts["read"] and not counts["train_documents"] + counts["heldout_documents"] + sum(counts["duplicates"].values()):
+        if counts["read"] and not counts["train_documents"] + counts["heldout_documents"] + sum(
+            counts["duplicates"].values()
+        ):
             most = max(counts["filtered"], key=counts["filtered"].get, default="not selected")
             raise UserError(
                 f"sources.{name}: nothing is left of its {counts['read']} records (most often: {most}); "
@@ -188,25 +232,32 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
     if not total["train_documents"] or config.holdout and not total["heldout_documents"]:
         split = "heldout" if total["train_documents"] else "train"
         raise UserError(
-            f"no document is left for {split}: {total['read']} read, {total['documents_out']} kept, holdout {config.holdout:g}; "
-            f"see {output.path / 'report.json'}, then ease `filters` or change `holdout`"
+            f"no document is left for {split}: {total['read']} read, {total['documents_out']} kept, holdout"
+            f" {config.holdout:g}; see {output.path / 'report.json'}, then ease `filters` or change `holdout`"
         )
 
 
 def _summary(config: Config, total: dict) -> dict[str, str]:
     kept = total["train_documents"] + total["heldout_documents"]
     return {
-        "input": f"{total['bytes_in'] / 1e6:.1f} MB, {total['documents_in']} documents, {len(config.sources)} source{'s' * (len(config.sources) > 1)}",
+        "input": (
+            f"{total['bytes_in'] / 1e6:.1f} MB, {total['documents_in']} documents, {len(config.sources)}"
+            f" source{'s' * (len(config.sources) > 1)}"
+        ),
         "output": f"{total['bytes_out'] / 1e6:.1f} MB, {kept} documents ({total['heldout_documents']} held out)",
-        "measure": f"left out: {total['filtered_documents']} filtered, {total['duplicates_exact'] + total['duplicates_url']} + {total['duplicates_near']} duplicates, {total['bad_records']} bad",
+        "measure": (
+            f"left out: {total['filtered_documents']} filtered, {total['duplicates_exact'] + total['duplicates_url']} +"
+            f" {total['duplicates_near']} duplicates, {total['bad_records']} bad"
+        ),
     }
 
 
-# ---- units -----------------------------------------------------------------------------------------------------------------
+# ---- units -----------------------------------------------------------------------------------------------------------
 
 
 def _clean(config: Config, work: Path, pool: Pool, output: Output) -> dict[str, list[Path]]:
-    """Clean every source, unit by unit, where a former run has not done it. Returns the files of the units by source, in order."""
+    """Clean every source, unit by unit, where a former run has not done it. Returns the files of the units by
+    source, in order."""
     folder = work / f"units-{config.unit_bytes}"
     sizes = {name: _size(source, name) for name, source in config.sources.items()}
     with Progress("clean", sum(sizes.values()), "B", is_main=output.is_main) as bar:
@@ -223,7 +274,9 @@ def _clean(config: Config, work: Path, pool: Pool, output: Output) -> dict[str, 
     return done
 
 
-def _clean_source(config: Config, name: str, folder: Path, pool: Pool, bar: Progress, size: int, output: Output) -> None:
+def _clean_source(
+    config: Config, name: str, folder: Path, pool: Pool, bar: Progress, size: int, output: Output
+) -> None:
     """Hand out the units of one source. Those of the next source follow while these are still in work."""
     source, steps = config.sources[name], _steps(config, output.path / "work")
     folder.mkdir(parents=True, exist_ok=True)
@@ -284,11 +337,20 @@ def _try(source: Source, name: str) -> Record:
                 item = Bad(item.place, str(error).removeprefix(f"{item.place}: "))
         first, bad = first or item, bad + 1
     if left_out:
-        raise UserError(f"sources.{name}: has no record that `where` and `part` select, among {left_out}; change one of the two")
+        raise UserError(
+            f"sources.{name}: has no record that `where` and `part` select, among {left_out}; change one of the two"
+        )
     if first is None:
         raise UserError(f"sources.{name}: has no record; look at its files, `format` and `records`")
-    encoding = "; text must be UTF-8: if it is in another encoding, convert it (iconv -f GB18030 -t UTF-8, or -f UTF-16)" if first.reason == "invalid UTF-8" else ""
-    raise UserError(f"sources.{name}: none of its {bad} records is good; the first: {first.place}: {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}{encoding}")
+    encoding = (
+        "; text must be UTF-8: if it is in another encoding, convert it (iconv -f GB18030 -t UTF-8, or -f UTF-16)"
+        if first.reason == "invalid UTF-8"
+        else ""
+    )
+    raise UserError(
+        f"sources.{name}: none of its {bad} records is good; the first: {first.place}:"
+        f" {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}{encoding}"
+    )
 
 
 def _size(source: Source, name: str) -> int:
@@ -296,7 +358,7 @@ def _size(source: Source, name: str) -> int:
     return 0 if source.dataset else sum(path.stat().st_size for _, path in reading.files(source, name))
 
 
-# ---- shards ----------------------------------------------------------------------------------------------------------------
+# ---- shards ----------------------------------------------------------------------------------------------------------
 
 
 def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Output) -> None:
@@ -314,7 +376,15 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
         def flush() -> None:
             path = folder / f"part-{number:05d}.parquet"
             if not path.exists():  # else it is of this same fingerprint, so with this same content
-                pool.submit(lambda *_: faults.point("work"), number, 0, units.write_shard, shard, path, config.dedup.url is not None)
+                pool.submit(
+                    lambda *_: faults.point("work"),
+                    number,
+                    0,
+                    units.write_shard,
+                    shard,
+                    path,
+                    config.dedup.url is not None,
+                )
 
         for piece in pieces:
             mine = index.fate[piece.documents] == fate
@@ -332,7 +402,16 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
                     number, shard = number + 1, []
                 place_now = at
                 part = place == at
-                shard.append(units.Rows(index.sources[int(index.source[documents[0]])], piece.path, rows[part], clusters[part], copies[part], piece.edits))
+                shard.append(
+                    units.Rows(
+                        index.sources[int(index.source[documents[0]])],
+                        piece.path,
+                        rows[part],
+                        clusters[part],
+                        copies[part],
+                        piece.edits,
+                    )
+                )
         if shard:
             flush()
     pool.drain()

@@ -3,8 +3,8 @@
     python pipeline/dpo.py recipes/quickstart.yaml
     accelerate launch --multi_gpu --num_processes 8 pipeline/dpo.py recipes/llama-7b.yaml
 
-The reference is the model at the start; its log-probabilities are computed once, kept in work/, and need no second model in memory.
-Out: model/ (Hugging Face layout), report.json (what became of each record).
+The reference is the model at the start; its log-probabilities are computed once, kept in work/, and need no second
+model in memory. Out: model/ (Hugging Face layout), report.json (what became of each record).
 """
 
 import functools
@@ -75,24 +75,34 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     engine = build(load(folder), loss, config)
     say(
-        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); "
-        f"{config.steps * config.batch_size / count:.1f} epochs"
+        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out"
+        f" (report.json says why); {config.steps * config.batch_size / count:.1f} epochs"
     )
     made_from = inputs["model"].digest[:12]
     used = {
-        "train": sorted({row_at(config.seed, index, count) for index in range(min(config.steps * config.batch_size, count))}),
+        "train": sorted(
+            {row_at(config.seed, index, count) for index in range(min(config.steps * config.batch_size, count))}
+        ),
         "heldout": list(range(heldout)),
     }
-    frozen = {split: reference(engine, arrays, split, rows, tokenizer.pad_token_id, output, made_from, config) for split, rows in used.items()}
+    frozen = {
+        split: reference(engine, arrays, split, rows, tokenizer.pad_token_id, output, made_from, config)
+        for split, rows in used.items()
+    }
 
     def pairs(split: str, rows) -> dict:
         known = frozen[split][list(rows)]
-        return pair_batch(arrays, split, rows, tokenizer.pad_token_id) | {"reference": torch.cat([known[:, 0], known[:, 1]])}
+        return pair_batch(arrays, split, rows, tokenizer.pad_token_id) | {
+            "reference": torch.cat([known[:, 0], known[:, 1]])
+        }
 
     measured = [pairs("heldout", rows) for rows in heldout_share(heldout, config, engine)]
 
     def batches(step: int) -> list[dict]:
-        return [pairs("train", [row_at(config.seed, index, count) for index in indices]) for indices in share(config, engine, step)]
+        return [
+            pairs("train", [row_at(config.seed, index, count) for index in indices])
+            for indices in share(config, engine, step)
+        ]
 
     result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs")
     weights = engine.consolidated()
@@ -101,7 +111,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     before, after = result["before"], result["after"]
     low, high = wilson(after["accuracy"], heldout)
     return {
-        **{f"heldout_{key}_{when}": value for when, found in (("before", before), ("after", after)) for key, value in found.items() if key != "weight"},
+        **{
+            f"heldout_{key}_{when}": value
+            for when, found in (("before", before), ("after", after))
+            for key, value in found.items()
+            if key != "weight"
+        },
         "heldout_accuracy_interval": [low, high],
         "train_loss": result["last"]["loss"],
         "train_pairs": count,
@@ -112,15 +127,22 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": f"{len(config.sources)} sources, {count + heldout} pairs",
             "output": f"model/, {config.steps} steps",
-            "measure": f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}, pairs ranked right {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%})",
+            "measure": (
+                f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}, pairs ranked right"
+                f" {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%})"
+            ),
         },
     }
 
 
-def reference(engine, arrays: dict, split: str, used: list[int], pad_id: int, output: Output, made_from: str, config: Config):
-    """Log-probabilities [pairs, 2] (chosen, rejected) under the weights that the engine has now, before any step or checkpoint: the frozen reference.
+def reference(
+    engine, arrays: dict, split: str, used: list[int], pad_id: int, output: Output, made_from: str, config: Config
+):
+    """Log-probabilities [pairs, 2] (chosen, rejected) under the weights that the engine has now, before any step or
+    checkpoint: the frozen reference.
 
-    Of the pairs `used` alone; the others' are NaN. Unit by unit into work/reference-MODEL/, one process a unit, so that an interrupted run goes on and no unit is computed twice.
+    Of the pairs `used` alone; the others' are NaN. Unit by unit into work/reference-MODEL/, one process a unit, so that
+    an interrupted run goes on and no unit is computed twice.
     """
     import io
 
@@ -136,13 +158,17 @@ def reference(engine, arrays: dict, split: str, used: list[int], pad_id: int, ou
     folder = output.path / "work" / f"reference-{made_from}"
     units = [used[start : start + UNIT] for start in range(0, len(used), UNIT)]
     paths = [folder / f"{split}-{index:06d}.npy" for index in range(len(units))]
-    missing = distributed.from_main([index for index, path in enumerate(paths) if not path.exists()])  # forward passes are collective: all must agree
+    # forward passes are collective: all must agree
+    missing = distributed.from_main([index for index, path in enumerate(paths) if not path.exists()])
     micro = config.micro_batch or config.batch_size // engine.data_world
     with Progress(f"{output.stage}: reference, {split}", len(missing) * UNIT, "pairs", is_main=output.is_main) as bar:
         for first in range(0, len(missing), engine.data_world):
             mine = missing[first : first + engine.data_world][engine.data_rank :][:1]
             rows = units[mine[0] if mine else missing[first]]
-            batches = [{**pair_batch(arrays, split, rows[start : start + micro], pad_id), "kept": []} for start in range(0, len(rows), micro)]
+            batches = [
+                {**pair_batch(arrays, split, rows[start : start + micro], pad_id), "kept": []}
+                for start in range(0, len(rows), micro)
+            ]
             engine.evaluate(batches)
             if mine:
                 logps = [batch["kept"][0] for batch in batches]

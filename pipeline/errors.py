@@ -9,6 +9,8 @@ class UserError(ValueError):
 
 
 class Stopped(BaseException):
-    """Not an Exception, as KeyboardInterrupt is none: it may be raised anywhere, and no library's `except Exception` shall swallow it.
+    """Not an Exception, as KeyboardInterrupt is none: it may be raised anywhere, and no library's `except Exception`
+    shall swallow it.
 
-    The run was asked to stop (SIGTERM, SIGUSR1), has saved, and can be continued with the same command. Exit code 75 (EX_TEMPFAIL)."""
+    The run was asked to stop (SIGTERM, SIGUSR1), has saved, and can be continued with the same command. Exit code 75
+    (EX_TEMPFAIL)."""

@@ -1,9 +1,11 @@
-"""Hand a model over: a folder for `from_pretrained`, its logits compared with the training model's, a card with lineage and numbers.
+"""Hand a model over: a folder for `from_pretrained`, its logits compared with the training model's, a card with lineage
+and numbers.
 
     python pipeline/export.py recipes/quickstart.yaml
     python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained("runs/quickstart/export/current")'
 
-The folder holds what vLLM, lm-eval and TRL read as well: safetensors, config, generation config, tokenizer with chat template.
+The folder holds what vLLM, lm-eval and TRL read as well: safetensors, config, generation config, tokenizer with chat
+template.
 """
 
 import json
@@ -20,8 +22,9 @@ from pipeline.seeds import derive
 VERSION = 1
 INPUTS = {"model": ("ppo", "dpo", "sft", "pretrain")}
 
-# Largest difference of a logit that is taken for the same model. fp32 is the same arithmetic on the same numbers, so the file must give it back
-# exactly; bf16 keeps 8 bits of each weight (2^-9 relative), so there the likeliest token is compared, on random text where ties are near.
+# Largest difference of a logit that is taken for the same model. fp32 is the same arithmetic on the same numbers, so
+# the file must give it back exactly; bf16 keeps 8 bits of each weight (2^-9 relative), so there the likeliest token is
+# compared, on random text where ties are near.
 FP32_TOLERANCE = 1e-6
 BF16_AGREEMENT = 0.9
 
@@ -69,9 +72,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean().item()
     faults.point("work")
     if config.dtype == "fp32" and difference > FP32_TOLERANCE:
-        raise AssertionError(f"the exported model's logits differ from the training model's by {difference:g}, more than {FP32_TOLERANCE:g}")
+        raise AssertionError(
+            f"the exported model's logits differ from the training model's by {difference:g}, more than"
+            f" {FP32_TOLERANCE:g}"
+        )
     if agreement < BF16_AGREEMENT:
-        raise AssertionError(f"the exported model's likeliest token is the training model's in {agreement:.1%} of {ids.numel()} places, expected {BF16_AGREEMENT:.0%}")
+        raise AssertionError(
+            f"the exported model's likeliest token is the training model's in {agreement:.1%} of {ids.numel()} places,"
+            f" expected {BF16_AGREEMENT:.0%}"
+        )
 
     lineage = ancestry(inputs["model"])
     parameters = cost.count(trained).total
@@ -107,8 +116,11 @@ def ancestry(found: Artifact) -> list[dict]:
     return list(ordered.values())
 
 
-def model_card(found: Artifact, lineage: list[dict], parameters: int, dtype: str, difference: float, agreement: float, tokens: int) -> str:
-    """Markdown with the front matter that model hubs read. No times and no paths: the same model gives the same card."""
+def model_card(
+    found: Artifact, lineage: list[dict], parameters: int, dtype: str, difference: float, agreement: float, tokens: int
+) -> str:
+    """Markdown with the front matter that model hubs read. No times and no paths: the same model gives the same
+    card."""
     lines = [
         "---",
         "library_name: transformers",
@@ -123,7 +135,10 @@ def model_card(found: Artifact, lineage: list[dict], parameters: int, dtype: str
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)",
         "```",
         "",
-        f"Weights are {dtype}. Compared with the training model on {tokens} random tokens: largest difference of a logit {difference:.3g}, same likeliest token {agreement:.2%}.",
+        (
+            f"Weights are {dtype}. Compared with the training model on {tokens} random tokens: largest difference of a"
+            f" logit {difference:.3g}, same likeliest token {agreement:.2%}."
+        ),
         "",
         "## Lineage",
         "",
@@ -132,9 +147,19 @@ def model_card(found: Artifact, lineage: list[dict], parameters: int, dtype: str
     ]
     for manifest in lineage:
         summary = manifest.get("metrics", {}).get("summary", {})
-        cells = [manifest["stage"], manifest["kind"], manifest["fingerprint"][:12], manifest["digest"][:12], *(summary.get(key, "") for key in ("input", "output", "measure"))]
+        cells = [
+            manifest["stage"],
+            manifest["kind"],
+            manifest["fingerprint"][:12],
+            manifest["digest"][:12],
+            *(summary.get(key, "") for key in ("input", "output", "measure")),
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    sources = [(manifest["stage"], name, entry) for manifest in lineage for name, entry in manifest.get("identity", {}).get("sources", {}).items()]
+    sources = [
+        (manifest["stage"], name, entry)
+        for manifest in lineage
+        for name, entry in manifest.get("identity", {}).get("sources", {}).items()
+    ]
     if sources:
         lines += ["", "## Data", "", "| stage | source | identity |", "|---|---|---|"]
         lines += [f"| {stage} | {name} | `{_brief(entry)}` |" for stage, name, entry in sources]

@@ -1,7 +1,7 @@
 """Deliberate death, for the tests that prove resume.
 
-`ALMA_FAULT=save:2` kills the process with SIGKILL the second time that it reaches the point called `save`.
-Points stand where a real crash hurts most: `work` (a unit or step was done), `save` (inside the writing of a checkpoint or unit,
+`ALMA_FAULT=save:2` kills the process with SIGKILL the second time that it reaches the point called `save`. Points stand
+where a real crash hurts most: `work` (a unit or step was done), `save` (inside the writing of a checkpoint or unit,
 before its completeness marker) and `publish` (before the manifest and after the rename).
 """
 

@@ -42,7 +42,8 @@ def sync_tree(folder: Path) -> None:
     """fsync every file below `folder`, then the folders, deepest first."""
     folders = [folder]
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or path.name.endswith(".tmp"):  # the second: of somebody who is writing it now and will rename it (heartbeats of other ranks)
+        # the second: of somebody who is writing it now and will rename it (heartbeats of other ranks)
+        if path.is_symlink() or path.name.endswith(".tmp"):
             continue
         if path.is_dir():
             folders.append(path)
@@ -73,7 +74,11 @@ def hash_files(folder: Path, paths: list[Path]) -> dict[str, dict]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(sha256_file, paths))
     return {
-        path.relative_to(folder).as_posix(): {"sha256": digest, "size": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+        path.relative_to(folder).as_posix(): {
+            "sha256": digest,
+            "size": path.stat().st_size,
+            "mtime": path.stat().st_mtime_ns,
+        }
         for path, digest in zip(paths, digests, strict=True)
     }
 

@@ -2,13 +2,15 @@
 
     python pipeline/pack.py recipes/quickstart.yaml
 
-Reads the outputs of `clean` and `tokenizer`. Writes what pipeline/data/tokens.py describes: for each split and source the documents one
-after another, each closed by the end-of-document token, with an index of where they end, how many bytes of text they were, and their ids.
+Reads the outputs of `clean` and `tokenizer`. Writes what pipeline/data/tokens.py describes: for each split and source
+the documents one after another, each closed by the end-of-document token, with an index of where they end, how many
+bytes of text they were, and their ids.
 
 Token files that other tools wrote (`shards`) are taken over into the same form.
 
-The work is cut into units, one for each row group of the input or stretch of a token file (pipeline/data/parts.py). A unit is published
-whole into work/, so that a killed run loses the units in flight; the shards are then joined from the units in the order of the input.
+The work is cut into units, one for each row group of the input or stretch of a token file (pipeline/data/parts.py). A
+unit is published whole into work/, so that a killed run loses the units in flight; the shards are then joined from the
+units in the order of the input.
 """
 
 import json
@@ -49,7 +51,8 @@ class Config(StageConfig):
     workers: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Processes that encode; by default one for each core."""
     shards: dict[str, Shards] = {}
-    """Token files made elsewhere, each a source beside those of the documents, or instead of them: Megatron's .bin/.idx, datatrove's .ds, numpy."""
+    """Token files made elsewhere, each a source beside those of the documents, or instead of them: Megatron's
+    .bin/.idx, datatrove's .ds, numpy."""
 
     def optional(self) -> set[str]:
         return {"data"} if self.shards else set()
@@ -65,15 +68,24 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     folder = inputs["tokenizer"].path
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no eos token, and a document needs an end; set eos_token in its tokenizer_config.json")
+        raise UserError(
+            f"{folder}: the tokenizer has no eos token, and a document needs an end; set eos_token in its"
+            " tokenizer_config.json"
+        )
     sizes = token_bytes(tokenizer)
     dtype = np.dtype(np.uint16 if len(sizes) <= 2**16 else np.uint32)
-    units = list(plan(inputs["data"].path if "data" in inputs else None, config, output.path / "work", tokenizer.eos_token_id))
+    units = list(
+        plan(inputs["data"].path if "data" in inputs else None, config, output.path / "work", tokenizer.eos_token_id)
+    )
     todo = [unit for unit in units if not unit.output.exists()]
 
     rows = sum(unit.rows for unit in units)
-    with Progress("pack", rows, unit="parts" if config.shards else "documents", start=rows - sum(unit.rows for unit in todo)) as bar:
-        for unit in made(todo, config.workers or len(os.sched_getaffinity(0)), folder, tokenizer.eos_token_id, dtype.str):
+    with Progress(
+        "pack", rows, unit="parts" if config.shards else "documents", start=rows - sum(unit.rows for unit in todo)
+    ) as bar:
+        for unit in made(
+            todo, config.workers or len(os.sched_getaffinity(0)), folder, tokenizer.eos_token_id, dtype.str
+        ):
             bar.update(unit.rows)
             output.note_time()
             faults.point("work")
@@ -81,7 +93,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     metas = {unit.output: meta_of(unit.output) for unit in units}
     for name in config.shards:
         if any(name in meta["sources"] for unit, meta in zip(units, metas.values(), strict=True) if not unit.shards):
-            raise UserError(f"shards.{name}: the documents of inputs.data have a source of this name; give the shards another one")
+            raise UserError(
+                f"shards.{name}: the documents of inputs.data have a source of this name; give the shards another one"
+            )
     index = {"vocab_size": len(sizes), "eos_id": tokenizer.eos_token_id, "dtype": dtype.name, "splits": {}}
     for split in SPLITS:
         index["splits"][split] = join([unit for unit in units if unit.split == split], output.path, split, dtype)
@@ -99,12 +113,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     if closed:
         say(f"pack: {closed:,} documents of shards had no end-of-document token and were given one")
     if inexact:
-        say(f"pack: the tokens of {inexact} documents do not spell their text byte for byte; bits per byte will spread a document's bytes over its tokens")
+        say(
+            f"pack: the tokens of {inexact} documents do not spell their text byte for byte; bits per byte will spread"
+            " a document's bytes over its tokens"
+        )
     return metrics(index, len(bad), inexact, time.time() - began)
 
 
 def plan(data: Path | None, config: Config, work: Path, eos_id: int) -> Iterator[Unit]:
-    """Units of both splits in the order of the input, shards behind documents. Raises UserError for files that are not what they should be."""
+    """Units of both splits in the order of the input, shards behind documents. Raises UserError for files that are
+    not what they should be."""
     from pipeline.data import foreign
 
     if data:
@@ -114,9 +132,23 @@ def plan(data: Path | None, config: Config, work: Path, eos_id: int) -> Iterator
             tokens = len(foreign.open_shard(path, source).tokens)
             for split in SPLITS:
                 for begin in range(0, tokens, foreign.UNIT_TOKENS):
-                    output = work / f"{split}-shards-{quote(name, safe='')}-{number:05d}-{begin // foreign.UNIT_TOKENS:06d}.npz"
+                    output = (
+                        work
+                        / f"{split}-shards-{quote(name, safe='')}-{number:05d}-{begin // foreign.UNIT_TOKENS:06d}.npz"
+                    )
                     key = derive(config.seed or 0, "shards", name)
-                    yield Unit(split, path, output, 1, source=name, shards=source, number=number, begin=begin, end=begin + foreign.UNIT_TOKENS, key=key)
+                    yield Unit(
+                        split,
+                        path,
+                        output,
+                        1,
+                        source=name,
+                        shards=source,
+                        number=number,
+                        begin=begin,
+                        end=begin + foreign.UNIT_TOKENS,
+                        key=key,
+                    )
 
 
 def _documents(data: Path, work: Path) -> Iterator[Unit]:
@@ -131,16 +163,27 @@ def _documents(data: Path, work: Path) -> Iterator[Unit]:
             try:
                 opened = pyarrow.parquet.ParquetFile(path)
             except (ArrowException, OSError) as error:
-                raise UserError(f"{path}: cannot be read as parquet ({error}); run stage clean again with --restart") from None
+                raise UserError(
+                    f"{path}: cannot be read as parquet ({error}); run stage clean again with --restart"
+                ) from None
             with opened:
-                found = {name: str(opened.schema_arrow.field(name).type).removeprefix("large_") for name in opened.schema_arrow.names}
+                found = {
+                    name: str(opened.schema_arrow.field(name).type).removeprefix("large_")
+                    for name in opened.schema_arrow.names
+                }
                 if {name: found.get(name) for name in COLUMNS} != COLUMNS:
                     raise UserError(f"{path}: has the columns {found}, expected {COLUMNS}")
                 for group in range(opened.num_row_groups):
-                    yield Unit(split, path, work / f"{split}-{path.stem}-{group:06d}.npz", opened.metadata.row_group(group).num_rows, group)
+                    yield Unit(
+                        split,
+                        path,
+                        work / f"{split}-{path.stem}-{group:06d}.npz",
+                        opened.metadata.row_group(group).num_rows,
+                        group,
+                    )
 
 
-# ---- units -----------------------------------------------------------------------------------------------------------------
+# ---- units -----------------------------------------------------------------------------------------------------------
 
 
 def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: str) -> Iterable[Unit]:
@@ -154,7 +197,9 @@ def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: s
             parts.make(unit)
             yield unit
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer), eos_id, dtype)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer), eos_id, dtype)
+    ) as pool:
         futures = {pool.submit(parts.make, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
@@ -162,8 +207,8 @@ def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: s
                 yield futures[future]
         except BrokenProcessPool:
             raise UserError(
-                f"pack: one of {workers} encoding processes was killed, most often for lack of memory; the same command goes on from here, "
-                "with fewer `workers` if it happens again"
+                f"pack: one of {workers} encoding processes was killed, most often for lack of memory; the same command"
+                " goes on from here, with fewer `workers` if it happens again"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -177,7 +222,7 @@ def _start_worker(*arguments) -> None:
     parts.prepare(*arguments)
 
 
-# ---- joining ---------------------------------------------------------------------------------------------------------------
+# ---- joining ---------------------------------------------------------------------------------------------------------
 
 
 def join(units: list[Unit], folder: Path, split: str, dtype) -> dict[str, list[dict]]:
@@ -192,13 +237,28 @@ def join(units: list[Unit], folder: Path, split: str, dtype) -> dict[str, list[d
     index: dict[str, list[dict]] = {}
     for source in sources:
         index[source] = []
-        parts = [(unit, sorted(meta).index(source), meta[source]) for unit, meta in zip(units, metas, strict=True) if source in meta]
+        parts = [
+            (unit, sorted(meta).index(source), meta[source])
+            for unit, meta in zip(units, metas, strict=True)
+            if source in meta
+        ]
         for number, shard in enumerate(shards(parts)):
             file = f"{split}/{quote(source, safe='')}-{number:05d}"
-            entry = {"file": file, **{key: sum(meta[key] for *_, meta in shard) for key in ("tokens", "documents", "bytes", "id_bytes")}}
+            entry = {
+                "file": file,
+                **{key: sum(meta[key] for *_, meta in shard) for key in ("tokens", "documents", "bytes", "id_bytes")},
+            }
             count = (entry["documents"],)
-            shapes = {"tokens": (dtype, (entry["tokens"],)), "documents": (np.int64, (*count, 2)), "ids": (np.uint8, (entry["id_bytes"],)), "id_ends": (np.int64, count)}
-            files = {name: np.lib.format.open_memmap(folder / f"{file}.{name}.npy", mode="w+", dtype=kind, shape=shape) for name, (kind, shape) in shapes.items()}
+            shapes = {
+                "tokens": (dtype, (entry["tokens"],)),
+                "documents": (np.int64, (*count, 2)),
+                "ids": (np.uint8, (entry["id_bytes"],)),
+                "id_ends": (np.int64, count),
+            }
+            files = {
+                name: np.lib.format.open_memmap(folder / f"{file}.{name}.npy", mode="w+", dtype=kind, shape=shape)
+                for name, (kind, shape) in shapes.items()
+            }
             token = document = id_byte = 0
             for unit, place, meta in shard:
                 rows = slice(document, document + meta["documents"])
@@ -231,10 +291,16 @@ def shards(parts: list[tuple]) -> Iterator[list[tuple]]:
 
 def metrics(index: dict, bad: int, inexact: int, seconds: float) -> dict:
     totals = {
-        split: {source: {key: sum(shard[key] for shard in found) for key in ("tokens", "documents", "bytes")} for source, found in sources.items()}
+        split: {
+            source: {key: sum(shard[key] for shard in found) for key in ("tokens", "documents", "bytes")}
+            for source, found in sources.items()
+        }
         for split, sources in index["splits"].items()
     }
-    count = {split: {key: sum(source[key] for source in totals[split].values()) for key in ("tokens", "documents", "bytes")} for split in SPLITS}
+    count = {
+        split: {key: sum(source[key] for source in totals[split].values()) for key in ("tokens", "documents", "bytes")}
+        for split in SPLITS
+    }
     return {
         "tokens": count["train"]["tokens"],
         "documents": count["train"]["documents"],
@@ -250,7 +316,10 @@ def metrics(index: dict, bad: int, inexact: int, seconds: float) -> dict:
         "inexact_documents": inexact,
         "seconds": round(seconds, 3),
         "summary": {
-            "input": f"{sum(part['documents'] for part in count.values()):,} documents, {sum(part['bytes'] for part in count.values()) / 1e6:.1f} MB",
+            "input": (
+                f"{sum(part['documents'] for part in count.values()):,} documents,"
+                f" {sum(part['bytes'] for part in count.values()) / 1e6:.1f} MB"
+            ),
             "output": f"{count['train']['tokens']:,} tokens, held out {count['heldout']['tokens']:,}",
             "measure": f"{count['train']['bytes'] / count['train']['tokens']:.2f} bytes per token",
         },

@@ -3,9 +3,10 @@
     python pipeline/ppo.py recipes/quickstart.yaml                                      # one process
     accelerate launch --num_processes 8 pipeline/ppo.py recipes/llama-7b.yaml           # or torchrun, srun
 
-An iteration (one `step`): sample a response to each of `batch_size` prompts, score it with the reward model, turn scores and the KL to the
-reference into advantages (GAE), update policy and value model over `ppo.epochs` passes. Sources: Schulman et al., 2017 (PPO); Ziegler et
-al., 2019 and Stiennon et al., 2020 (on language models); Huang et al., 2024 (the details). docs/ppo.md has the checklist and its tests.
+An iteration (one `step`): sample a response to each of `batch_size` prompts, score it with the reward model, turn
+scores and the KL to the reference into advantages (GAE), update policy and value model over `ppo.epochs` passes.
+Sources: Schulman et al., 2017 (PPO); Ziegler et al., 2019 and Stiennon et al., 2020 (on language models); Huang et al.,
+2024 (the details). docs/ppo.md has the checklist and its tests.
 """
 
 import functools
@@ -37,7 +38,8 @@ class PolicyOptimizer(Optimizer):
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: float = Field(1e-5, gt=0)
-    """Added to the denominator; 1e-5 as in the original, where it matters in the first steps (Huang et al., 2024, detail 7)."""
+    """Added to the denominator; 1e-5 as in the original, where it matters in the first steps (Huang et al., 2024,
+    detail 7)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay of matrices."""
 
@@ -59,7 +61,8 @@ class LinearSchedule(Schedule):
 
 
 class Rollout(Strict):
-    """Sampling of responses: the whole distribution, without top-k or top-p, whose truncated probabilities are not those that are trained."""
+    """Sampling of responses: the whole distribution, without top-k or top-p, whose truncated probabilities are not
+    those that are trained."""
 
     max_new_tokens: int = Field(64, ge=1)
     """Tokens of a response at most; one that has not ended by then is cut off and pays `missing_eos_penalty`."""
@@ -83,7 +86,8 @@ class Algorithm(Strict):
     dual_clip: float | None = Field(None, gt=1)
     """Bound of the loss, in ratios, where the advantage is negative; none: no bound."""
     value_clip: float | None = Field(0.2, gt=0)
-    """The value may move this far from the old one before the larger loss counts; none: no clip. In standard deviations of the reward."""
+    """The value may move this far from the old one before the larger loss counts; none: no clip. In standard
+    deviations of the reward."""
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount of a token; a response's score is worth the same however long it is."""
     lambda_: float = Field(0.95, ge=0, le=1)
@@ -101,23 +105,29 @@ class Algorithm(Strict):
     missing_eos_penalty: float = Field(1.0, ge=0)
     """Subtracted from the score of a response that was cut off."""
     whiten_rewards: bool = False
-    """Divide token rewards by their standard deviation over the batch; their mean is kept. Advantages are always whitened."""
+    """Divide token rewards by their standard deviation over the batch; their mean is kept. Advantages are always
+    whitened."""
     rule_coef: float = Field(0.0, ge=0)
     """Weight of the task's `rule` in the score, beside the reward model; 0: the rule only measures."""
     target_kl: float | None = Field(None, gt=0)
-    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats a token; none: never."""
+    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats a
+    token; none: never."""
     critic_warmup: int = Field(0, ge=0)
     """First iterations, in which only the value model is trained."""
     ratio_limit: float = Field(10.0, gt=1)
-    """A response whose mean ratio is above this has gone wrong and carries no policy loss; counted as skipped_fraction."""
+    """A response whose mean ratio is above this has gone wrong and carries no policy loss; counted as
+    skipped_fraction."""
     importance_cap: float | None = Field(None, ge=1)
-    """Weigh tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no weights."""
+    """Weigh tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no
+    weights."""
     calibrate: int = Field(256, ge=0)
-    """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores are taken as they come."""
+    """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores are taken as they
+    come."""
 
 
 class Config(TrainConfig):
-    """Keys of stage `ppo`. steps: iterations. batch_size: prompts of an iteration. sequence_length: tokens of a prompt with its response."""
+    """Keys of stage `ppo`. steps: iterations. batch_size: prompts of an iteration. sequence_length: tokens of a
+    prompt with its response."""
 
     sources: dict[str, PromptSource]
     """Prompts, by name."""
@@ -130,7 +140,8 @@ class Config(TrainConfig):
     ppo: Algorithm = Algorithm()
     """The algorithm."""
     rule: Rule | None = None
-    """How a response is compared with the prompt's `answer`: exact, contains or prefix; none: the reward model alone judges."""
+    """How a response is compared with the prompt's `answer`: exact, contains or prefix; none: the reward model alone
+    judges."""
     optimizer: PolicyOptimizer = PolicyOptimizer()
     """Of the policy."""
     value_optimizer: ValueOptimizer = ValueOptimizer()
@@ -145,7 +156,10 @@ class Config(TrainConfig):
     @model_validator(mode="after")
     def consistent(self):
         if self.rollout.max_new_tokens >= self.sequence_length:
-            raise ValueError(f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in sequence_length {self.sequence_length}")
+            raise ValueError(
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in sequence_length"
+                f" {self.sequence_length}"
+            )
         if self.ppo.rule_coef and self.rule is None:
             raise ValueError("ppo.rule_coef needs `rule`: exact, contains or prefix")
         return self
@@ -155,9 +169,15 @@ class Config(TrainConfig):
         part = self.ppo.minibatches * world
         if self.batch_size % part:
             near = max(1, round(self.batch_size / part)) * part
-            raise UserError(f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {self.ppo.minibatches} minibatches x {world} processes; use {near}")
+            raise UserError(
+                f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {self.ppo.minibatches}"
+                f" minibatches x {world} processes; use {near}"
+            )
         if self.micro_batch and (self.batch_size // part) % self.micro_batch:
-            raise UserError(f"stage {self.kind}: a process's share of a minibatch, {self.batch_size // part} prompts, is not divisible by micro_batch {self.micro_batch}")
+            raise UserError(
+                f"stage {self.kind}: a process's share of a minibatch, {self.batch_size // part} prompts, is not"
+                f" divisible by micro_batch {self.micro_batch}"
+            )
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
@@ -173,11 +193,26 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     distributed.setup(config)
     models, pool, heldout, report = _prepare(config, inputs)
-    tracker = Tracker(output.path, output.is_main, config.log.wandb, output.stage, {"stage": output.stage, **config.model_dump(mode="json")})
+    tracker = Tracker(
+        output.path,
+        output.is_main,
+        config.log.wandb,
+        output.stage,
+        {"stage": output.stage, **config.model_dump(mode="json")},
+    )
     if output.is_main:
         (output.folder / "requeue.json").unlink(missing_ok=True)
 
-    state = {"step": 0, "kl_coef": config.ppo.kl_coef, "calibration": None, "before": None, "after": None, "shown": {}, "skipped": 0, "last": None}
+    state = {
+        "step": 0,
+        "kl_coef": config.ppo.kl_coef,
+        "calibration": None,
+        "before": None,
+        "after": None,
+        "shown": {},
+        "skipped": 0,
+        "last": None,
+    }
     saver = checkpoints.Saver(output, [models.policy, models.value], config.save)
     found = checkpoints.newest(output)
     if found:
@@ -186,7 +221,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         models.value.load(path)
         state.update(saved)
         if output.is_main:
-            print(f"{output.stage}: goes on from {path.name}" + (f", {changed}: the last bits are others" if changed else ""), flush=True)
+            print(
+                f"{output.stage}: goes on from {path.name}"
+                + (f", {changed}: the last bits are others" if changed else ""),
+                flush=True,
+            )
     saver.check_room(config.steps)
     tracker.rewind(state["step"] if found else -1)
     if state["calibration"] is None:
@@ -195,7 +234,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         if count := config.ppo.calibrate:
             tasks = [pool[draw(config.seed or 0, index, len(pool))] for index in range(count)]
             seeds = [derive(config.seed or 0, "calibrate", index) for index in range(count)]
-            made = collect(models, tasks, list(range(count)), seeds, temperature=config.rollout.temperature, clock=lambda _: None, measure="score")
+            made = collect(
+                models,
+                tasks,
+                list(range(count)),
+                seeds,
+                temperature=config.rollout.temperature,
+                clock=lambda _: None,
+                measure="score",
+            )
             state["calibration"] = calibration([sample.score for sample in made])
     models.value.model.mean, models.value.model.deviation = state["calibration"]
     if state["before"] is None:
@@ -203,7 +250,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
 
     try:
-        with StopSignal() as signals, Progress(output.stage, config.steps, "step", state["step"], output.is_main) as bar, saver:
+        with (
+            StopSignal() as signals,
+            Progress(output.stage, config.steps, "step", state["step"], output.is_main) as bar,
+            saver,
+        ):
             while state["step"] < config.steps:
                 phases.enter("rollout", at=state["step"] + 1)
                 seed_step(config, state["step"], distributed.rank())
@@ -214,7 +265,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
                 if step == 1 or last or step % config.log.every_steps == 0:
                     tracker.log(step, **stats)
                 if stats["rollout_difference"] > 0.1 and output.is_main:
-                    text = f"log-probabilities of sampler and trainer differ by {stats['rollout_difference']:.2g} a token; give ppo.importance_cap, or precision: fp32"
+                    text = (
+                        f"log-probabilities of sampler and trainer differ by {stats['rollout_difference']:.2g} a token;"
+                        " give ppo.importance_cap, or precision: fp32"
+                    )
                     print(f"{output.stage}: step {step}: {text}", flush=True)
                 bar.update(1, reward=stats["reward"], kl=stats["kl"])
                 faults.point("work")
@@ -233,9 +287,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     weights = models.policy.consolidated()
     if output.is_main:
         build.publish(weights, models.policy.model.config, model_folder(inputs["policy"]), output.path / "model")
-        lines = [json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True) for when in ("before", "after") for row in state["shown"][when]]
+        lines = [
+            json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True)
+            for when in ("before", "after")
+            for row in state["shown"][when]
+        ]
         write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in lines))
-        write_atomic(output.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+        write_atomic(
+            output.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        )
     distributed.barrier()
     before, after = state["before"], state["after"]
     rule = f", {config.rule} {before['rule']:.2f} -> {after['rule']:.2f}" if config.rule else ""
@@ -255,7 +315,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 
 def _prepare(config: Config, inputs: dict[str, Artifact]):
-    """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused here."""
+    """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused
+    here."""
     from pipeline.data.chat import Chat
     from pipeline.data.conversations import PLACES, load_prompts
     from pipeline.models import build
@@ -267,7 +328,10 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
 
     folders = {key: model_folder(inputs[key]) for key in ("policy", "reward")}
     chats = {key: Chat(tokenizer_of(folder, config.sequence_length)) for key, folder in folders.items()}
-    same = all(_text(folders["policy"] / name) == _text(folders["reward"] / name) for name in ("tokenizer.json", "chat_template.jinja"))
+    same = all(
+        _text(folders["policy"] / name) == _text(folders["reward"] / name)
+        for name in ("tokenizer.json", "chat_template.jinja")
+    )
 
     train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
@@ -277,11 +341,20 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
     for split, prompts in (("train", train), ("heldout", heldout)):
         for prompt in prompts:
             if config.rule and not (prompt.answer or "").strip():
-                where = f"source {prompt.source} gives none ({prompt.place}); give `answer` for the source, or leave `rule` out"
-                raise UserError(f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but {where}")
+                where = (
+                    f"source {prompt.source} gives none ({prompt.place}); give `answer` for the source, or leave"
+                    " `rule` out"
+                )
+                raise UserError(
+                    f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but {where}"
+                )
             try:
                 ids = chats["policy"].prompt([{"role": "user", "content": prompt.text}])
-                reason = None if len(ids) <= limit else f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
+                reason = (
+                    None
+                    if len(ids) <= limit
+                    else f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
+                )
                 too_long += reason is not None
             except ValueError as error:  # text that the chat template cannot carry
                 reason = str(error)
@@ -296,10 +369,20 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
         if not tasks[split]:
             reasons = "; ".join(sorted({reason for entry in ledger.sources.values() for reason in entry["rejected"]}))
             raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {reasons}")
-    report = {**ledger.report(), "counts": {"train_prompts": len(tasks["train"]), "heldout_prompts": len(tasks["heldout"]), "prompts_too_long": too_long}}
+    report = {
+        **ledger.report(),
+        "counts": {
+            "train_prompts": len(tasks["train"]),
+            "heldout_prompts": len(tasks["heldout"]),
+            "prompts_too_long": too_long,
+        },
+    }
 
     policy, reference = build.load(folders["policy"]), build.load(folders["policy"])
-    value, reward = ValueModel(build.load(folders["reward"], head="reward")), build.load(folders["reward"], head="reward")
+    value, reward = (
+        ValueModel(build.load(folders["reward"], head="reward")),
+        build.load(folders["reward"], head="reward"),
+    )
     for model in (policy, reference, value, reward):
         disable_dropout(model)
     for model in (reference, reward):
@@ -307,7 +390,12 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
 
     models = Models(
         policy=engine.build(policy, functools.partial(policy_loss_fn, config), config, name="policy"),
-        value=engine.build(value, functools.partial(value_loss_fn, config), config.model_copy(update={"optimizer": config.value_optimizer}), name="value"),
+        value=engine.build(
+            value,
+            functools.partial(value_loss_fn, config),
+            config.model_copy(update={"optimizer": config.value_optimizer}),
+            name="value",
+        ),
         reference=reference,
         reward=reward,
         chat=chats["policy"],

@@ -4,8 +4,8 @@
     accelerate launch --multi_gpu --num_processes 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.zero=1
     torchrun --nproc-per-node 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.pipeline=4
 
-Reads packed tokens and their tokenizer; begins from initial weights, or goes on from another pretraining stage (inputs: {model: pretrain}),
-from its model, or from one of its checkpoints (from_step).
+Reads packed tokens and their tokenizer; begins from initial weights, or goes on from another pretraining stage (inputs:
+{model: pretrain}), from its model, or from one of its checkpoints (from_step).
 Out: model/ (Hugging Face layout).
 """
 
@@ -37,12 +37,16 @@ class PretrainSchedule(Schedule):
     @model_validator(mode="after")
     def one_warmup(self):
         if self.warmup_tokens and self.warmup_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} and warmup_tokens {self.warmup_tokens} both say how long the warmup is; keep one")
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and warmup_tokens {self.warmup_tokens} both say how long the warmup"
+                " is; keep one"
+            )
         return self
 
 
 def shares(mixture: dict[str, float] | None):
-    """Check a mixture. Weights below 1 are meant as shares: 0.5, 0.3 and 0.15 are a slip of the pen, 2 and 1 are not. Raises ValueError."""
+    """Check a mixture. Weights below 1 are meant as shares: 0.5, 0.3 and 0.15 are a slip of the pen, 2 and 1 are
+    not. Raises ValueError."""
     for source, weight in (mixture or {}).items():
         if not 0 <= weight < math.inf:
             raise ValueError(f"{source} has the weight {weight}, expected 0 or more")
@@ -50,7 +54,10 @@ def shares(mixture: dict[str, float] | None):
     if mixture is not None and total == 0:
         raise ValueError("no source has a weight above 0; give one, or leave mixture out")
     if mixture and max(mixture.values()) < 1 and abs(total - 1) > 0.005:
-        raise ValueError(f"its shares add up to {total:.4g}, expected 1; mend them, or give numbers of another scale, such as 2 and 1")
+        raise ValueError(
+            f"its shares add up to {total:.4g}, expected 1; mend them, or give numbers of another scale, such as 2"
+            " and 1"
+        )
     return mixture
 
 
@@ -73,46 +80,61 @@ class Config(TrainConfig):
     tokens: int | None = Field(None, ge=1)
     """Horizon in tokens read, rounded up to whole steps."""
     tokens_per_parameter: float | None = Field(None, gt=0)
-    """Horizon in tokens for each parameter of the model; 20 is Hoffmann et al.'s (2022) optimum of a fixed amount of compute."""
+    """Horizon in tokens for each parameter of the model; 20 is Hoffmann et al.'s (2022) optimum of a fixed amount of
+    compute."""
     time: str | None = None
-    """Horizon in wall-clock time of this stage, such as 2h or 90m; becomes steps once the first 20 have been timed (docs/pretrain.md)."""
+    """Horizon in wall-clock time of this stage, such as 2h or 90m; becomes steps once the first 20 have been timed
+    (docs/pretrain.md)."""
     schedule: PretrainSchedule = PretrainSchedule()
     """Learning rate over steps."""
     model: dict[str, Any] | None = None
     """Model to build; the recipe's top-level `model` unless given here. Not used when an input `model` is given."""
     model_changes: dict[str, Any] = {}
-    """Keys of the input model's configuration that change as training goes on, such as rope_parameters for rows longer than it has seen."""
+    """Keys of the input model's configuration that change as training goes on, such as rope_parameters for rows
+    longer than it has seen."""
     from_step: int | None = Field(None, ge=1)
-    """With an input `model`: go on from the checkpoint of this step that it kept, with moments, step count and place in the data, and not from its model alone.
-    `steps` counts from that run's beginning; schedule and data are this stage's own. `save.keep_every` of the parent says which steps stay."""
+    """With an input `model`: go on from the checkpoint of this step that it kept, with moments, step count and place
+    in the data, and not from its model alone. `steps` counts from that run's beginning; schedule and data are this
+    stage's own. `save.keep_every` of the parent says which steps stay."""
     mixture: dict[str, float] | None = None
-    """Source -> weight of its rows: shares that add up to 1, or numbers of any other scale, such as 2 and 1; none: in proportion to the sources' tokens."""
+    """Source -> weight of its rows: shares that add up to 1, or numbers of any other scale, such as 2 and 1; none:
+    in proportion to the sources' tokens."""
     mixture_changes: list[MixtureChange] = []
     """Changes of the mixture as the run goes on, in order. Sources go on where they were."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """concat: rows are cut out of each source's stream of documents; best_fit: a document that fits into a row is never cut (Ding et al., 2024). document_mask keeps documents apart in both."""
+    """concat: rows are cut out of each source's stream of documents; best_fit: a document that fits into a row is
+    never cut (Ding et al., 2024). document_mask keeps documents apart in both."""
     fim: Fim | None = None
     """Fill-in-the-middle for a share of the documents; needs best_fit and three special tokens."""
     document_mask: bool = False
-    """Tokens see their own document only, and positions begin anew with each (Llama 3, section 3.1). Slower, since attention then needs a mask."""
+    """Tokens see their own document only, and positions begin anew with each (Llama 3, section 3.1). Slower, since
+    attention then needs a mask."""
     heldout_rows: Annotated[int, EXECUTION] = Field(256, ge=1)
     """Fixed rows of held-out text on which bits per byte are measured."""
     z_loss: float = Field(0.0, ge=0)
-    """Weight of logsumexp(logits)^2 beside the cross-entropy, which keeps logits from drifting; PaLM (2022, section 5) has 1e-4. Logged as z_loss, not part of `loss`."""
+    """Weight of logsumexp(logits)^2 beside the cross-entropy, which keeps logits from drifting; PaLM (2022, section
+    5) has 1e-4. Logged as z_loss, not part of `loss`."""
     loss_chunk: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, EXECUTION] = "auto"
-    """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it (pipeline/train/head.py)."""
+    """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it
+    (pipeline/train/head.py)."""
     attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "blocks", "eager"], EXECUTION] = "auto"
-    """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU; `blocks` (pipeline/models/causal.py) on a CPU in bf16 with `compile`; else torch's scaled_dot_product_attention."""
+    """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU; `blocks`
+    (pipeline/models/causal.py) on a CPU in bf16 with `compile`; else torch's scaled_dot_product_attention."""
     samples: Annotated[Samples | None, EXECUTION] = None
     """Texts that the model continues from time to time, to logs/samples.jsonl and the terminal; none: no samples."""
     compile: Annotated[bool, EXECUTION] = False
-    """torch.compile each decoder layer and the loss: compiling takes tens of seconds, then there are more tokens a second (docs/performance.md). Not with zero: 3."""
+    """torch.compile each decoder layer and the loss: compiling takes tens of seconds, then there are more tokens a
+    second (docs/performance.md). Not with zero: 3."""
 
     @model_validator(mode="after")
     def one_horizon(self):
         given = [key for key in horizon.KINDS if getattr(self, key) is not None]
         if len(given) != 1:
-            found = f"has {len(given)} horizons ({', '.join(given)}), which is one too many" if given else "does not say how long it is"
+            found = (
+                f"has {len(given)} horizons ({', '.join(given)}), which is one too many"
+                if given
+                else "does not say how long it is"
+            )
             raise ValueError(f"stage {self.kind} {found}; give one of {', '.join(horizon.KINDS)} (key=~ takes one out)")
         if self.time is not None:
             horizon.seconds_of(self.time)
@@ -127,9 +149,15 @@ class Config(TrainConfig):
             raise ValueError(f"mixture_changes: their tokens must grow, found {', '.join(map(str, at))}")
         total = self.tokens or (self.steps * self.batch_size * self.sequence_length if self.steps else None)
         if at and total and at[-1] >= total:
-            raise ValueError(f"mixture_changes: the one at {at[-1]:,} tokens never comes, since this run reads {total:,}; leave it out")
+            raise ValueError(
+                f"mixture_changes: the one at {at[-1]:,} tokens never comes, since this run reads {total:,}; leave"
+                " it out"
+            )
         if self.fim and self.packing != "best_fit":
-            raise ValueError("fim: needs packing: best_fit, which leaves room in a row for the three tokens that each piece is cut with; concatenated rows would lose text over it")
+            raise ValueError(
+                "fim: needs packing: best_fit, which leaves room in a row for the three tokens that each piece is cut"
+                " with; concatenated rows would lose text over it"
+            )
         return self
 
     @classmethod
@@ -139,18 +167,33 @@ class Config(TrainConfig):
     def check(self, world: int) -> None:
         super().check(world)
         if self.from_step is not None and "model" not in self.inputs:
-            raise UserError(f"stage {self.kind}: from_step: {self.from_step} is a checkpoint of another pretraining stage; name that stage (inputs: {{model: pretrain}})")
+            raise UserError(
+                f"stage {self.kind}: from_step: {self.from_step} is a checkpoint of another pretraining stage; name"
+                " that stage (inputs: {model: pretrain})"
+            )
         if self.from_step is not None and self.steps is not None and self.from_step >= self.steps:
-            raise UserError(f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, counted from the beginning of the other run")
+            raise UserError(
+                f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, counted"
+                " from the beginning of the other run"
+            )
         if self.compile and self.parallel.zero == 3:
-            raise UserError(f"stage {self.kind}: compile: true does not go with zero: 3, which gathers weights module by module while a layer runs; use zero: 2, or leave compile out")
+            raise UserError(
+                f"stage {self.kind}: compile: true does not go with zero: 3, which gathers weights module by module"
+                " while a layer runs; use zero: 2, or leave compile out"
+            )
         if self.compile and not (shutil.which("g++") or shutil.which("clang++")):
-            raise UserError(f"stage {self.kind}: compile: true needs a C++ compiler (g++ or clang++), and this machine has none on its PATH; install one or leave compile out")
+            raise UserError(
+                f"stage {self.kind}: compile: true needs a C++ compiler (g++ or clang++), and this machine has none on"
+                " its PATH; install one or leave compile out"
+            )
         if "model" not in self.inputs:
             from pipeline.models import build
 
             if self.model_changes:
-                raise UserError(f"stage {self.kind}: model_changes are for a model that training goes on with (inputs: {{model: ...}}); write {', '.join(self.model_changes)} into the model block")
+                raise UserError(
+                    f"stage {self.kind}: model_changes are for a model that training goes on with (inputs: {{model:"
+                    f" ...}}); write {', '.join(self.model_changes)} into the model block"
+                )
             build.check(self.model)
             if self.parallel.pipeline > 1:
                 from pipeline.models import stages
@@ -173,20 +216,34 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     tokenizer_folder = inputs["tokenizer"].path
     tokenizer = load_tokenizer(tokenizer_folder)
     if len(tokenizer) != store.vocab_size:
-        raise UserError(f"inputs.tokenizer has {len(tokenizer)} tokens, inputs.tokens was packed with {store.vocab_size}; give the tokenizer that packed them")
+        raise UserError(
+            f"inputs.tokenizer has {len(tokenizer)} tokens, inputs.tokens was packed with {store.vocab_size}; give the"
+            " tokenizer that packed them"
+        )
     samples.encoded(config, tokenizer)
     heldout = heldout_rows(store, config.sequence_length, config.heldout_rows)
     sources = sorted({row.source for row in heldout})
 
     distributed.setup(config)
     if len(heldout) < distributed.world() // config.parallel.pipeline:
-        raise UserError(f"stage {config.kind}: {len(heldout)} held-out rows cannot be shared by {distributed.world() // config.parallel.pipeline} processes; hold out more text in stage clean")
-    if inputs["tokens"].kind == "external" and (wrong := distributed.from_main(misfit(store.folder) if output.is_main else None)):
+        raise UserError(
+            f"stage {config.kind}: {len(heldout)} held-out rows cannot be shared by"
+            f" {distributed.world() // config.parallel.pipeline} processes; hold out more text in stage clean"
+        )
+    if inputs["tokens"].kind == "external" and (
+        wrong := distributed.from_main(misfit(store.folder) if output.is_main else None)
+    ):
         raise UserError(f"inputs.tokens: {wrong}")
     sampler = sampler_of(config, store, tokenizer, output)
 
     # The model
-    branch = checkpoints.of_step(inputs["model"].path, config.from_step, f"stage {output.stage}: from_step: {config.from_step}") if config.from_step else None
+    branch = (
+        checkpoints.of_step(
+            inputs["model"].path, config.from_step, f"stage {output.stage}: from_step: {config.from_step}"
+        )
+        if config.from_step
+        else None
+    )
     if "model" in inputs:
         folder = model_folder(inputs["model"])
         model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
@@ -194,11 +251,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         if config.document_mask:
             build.check_documents(model.config.model_type)
         if model.config.vocab_size < store.vocab_size:
-            raise UserError(f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size}; they must share one tokenizer")
+            raise UserError(
+                f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size};"
+                " they must share one tokenizer"
+            )
         if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"inputs.tokenizer is not the tokenizer of inputs.model ({folder}): their tokens have other ids; pack the text with the model's, as in inputs: {{tokenizer: {folder}}}")
+            raise UserError(
+                f"inputs.tokenizer is not the tokenizer of inputs.model ({folder}): their tokens have other ids; pack"
+                f" the text with the model's, as in inputs: {{tokenizer: {folder}}}"
+            )
     else:
-        model = build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=config.parallel.pipeline == 1)
+        model = build.new(
+            config.model, tokenizer, config.sequence_length, config.seed, materialise=config.parallel.pipeline == 1
+        )
     model_config, size = model.config, cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     config = horizon.in_steps(config, size.total)
@@ -206,11 +271,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     for line in derivation.lines(config, model_config, size, flops, peak, sampler, output.folder):
         say(line)
     layers.prepare(model, config)
-    trainer = engine.build(model, loss_of(store.sources, config.z_loss), config, fill=lambda part, name: build.initialise(part, config.seed, name))
+    trainer = engine.build(
+        model,
+        loss_of(store.sources, config.z_loss),
+        config,
+        fill=lambda part, name: build.initialise(part, config.seed, name),
+    )
 
     # Training
     def batches(step: int) -> list[dict]:
-        return [to_batch([read(step, index) for index in rows], store, config.document_mask) for rows in share(config, trainer, step)]
+        return [
+            to_batch([read(step, index) for index in rows], store, config.document_mask)
+            for rows in share(config, trainer, step)
+        ]
 
     def read(step: int, index: int):
         row = sampler.row(index)
@@ -225,12 +298,18 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         found = trainer.evaluate(fixed)
         nats = {source: found[f"nats/{source}"] * found["weight"] for source in sources}
         per_source = {f"bits_per_byte/{source}": nats[source] / math.log(2) / bytes_of[source] for source in sources}
-        return {"loss": found["loss"], "bits_per_byte": found["loss"] * found["weight"] / math.log(2) / num_bytes, **(per_source if len(sources) > 1 else {})}
+        return {
+            "loss": found["loss"],
+            "bits_per_byte": found["loss"] * found["weight"] / math.log(2) / num_bytes,
+            **(per_source if len(sources) > 1 else {}),
+        }
 
     text = meters.Text(sampler.epoch_tokens, flops, peak, derivation.expected_seconds(config, flops, peak))
     sample = Sampler(config, trainer, model_config, size.total, tokenizer, output) if config.samples else None
     describe = forensics.describer(trainer, batches, store, sampler, tokenizer, config)
-    result = fit(trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch, sample=sample, describe=describe)
+    result = fit(
+        trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch, sample=sample, describe=describe
+    )
 
     if advice := trainer.advice():
         say(advice)
@@ -243,7 +322,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     return {
         "bits_per_byte_before": before["bits_per_byte"],
         "bits_per_byte_after": after["bits_per_byte"],
-        "bits_per_byte_sources": {key.partition("/")[2]: value for key, value in after.items() if "/" in key} or {sources[0]: after["bits_per_byte"]},
+        "bits_per_byte_sources": (
+            {key.partition("/")[2]: value for key, value in after.items() if "/" in key}
+            or {sources[0]: after["bits_per_byte"]}
+        ),
         "loss_before": before["loss"],
         "loss_after": after["loss"],
         "train_loss": result["last"]["loss"],
@@ -257,7 +339,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "spikes": result["spikes"]["count"],
         "rollbacks": result["spikes"]["rollbacks"],
         "summary": {
-            "input": f"{sum(store.num_tokens(source) for source in sampler.sources) / 1e6:.2f}M tokens, {len(sampler.sources)} source{'s' * (len(sampler.sources) > 1)}",
+            "input": (
+                f"{sum(store.num_tokens(source) for source in sampler.sources) / 1e6:.2f}M tokens,"
+                f" {len(sampler.sources)} source{'s' * (len(sampler.sources) > 1)}"
+            ),
             "output": f"{size.total / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
             "measure": f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}",
         },
@@ -265,7 +350,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 
 def sampler_of(config: Config, store, tokenizer, output: Output | None = None):
-    """The rows of a run. With an `output` the tables of best_fit are made by the main process and mapped by all, else they are in memory. Collective. Raises UserError for what the tokens do not have."""
+    """The rows of a run. With an `output` the tables of best_fit are made by the main process and mapped by all,
+    else they are in memory. Collective. Raises UserError for what the tokens do not have."""
     from pipeline.data import fim
     from pipeline.data.sampler import RowSampler
     from pipeline.train import distributed
@@ -278,11 +364,19 @@ def sampler_of(config: Config, store, tokenizer, output: Output | None = None):
     cutter = fim.cutter(config.fim, tokenizer, store.sources, config.seed) if config.fim else None
     changes = [(change.tokens, change.mixture) for change in config.mixture_changes]
     options = {"changes": changes, "packing": config.packing, "fim": cutter}
-    return RowSampler(store, config.sequence_length, config.mixture, config.seed, **options, **({"work": output.path / "work" / "tables", "once": once} if output else {}))
+    return RowSampler(
+        store,
+        config.sequence_length,
+        config.mixture,
+        config.seed,
+        **options,
+        **({"work": output.path / "work" / "tables", "once": once} if output else {}),
+    )
 
 
 def loss_of(sources: list[str], z_loss: float = 0.0):
-    """Cross-entropy, beside it the z-loss, and for the meters the nats and tokens of each source and the bytes of text that the labels stand for."""
+    """Cross-entropy, beside it the z-loss, and for the meters the nats and tokens of each source and the bytes of
+    text that the labels stand for."""
     import torch
 
     from pipeline.train.loss import IGNORE, next_token
@@ -292,16 +386,24 @@ def loss_of(sources: list[str], z_loss: float = 0.0):
         counts = (batch["labels"] != IGNORE).sum(dim=1)
         of_row = torch.stack([nll.sum(dim=1), counts.to(nll.dtype)])
         of_source = of_row.new_zeros(2, len(sources)).index_add_(1, batch["source"], of_row)
-        sums |= {f"{kind}/{source}": value for kind, values in zip(("nats", "tokens"), of_source, strict=True) for source, value in zip(sources, values, strict=True)}
+        sums |= {
+            f"{kind}/{source}": value
+            for kind, values in zip(("nats", "tokens"), of_source, strict=True)
+            for source, value in zip(sources, values, strict=True)
+        }
         if "row" in batch:  # each row's own, for train/forensics.py
-            sums |= {f"row/{number}": value for number, value in enumerate(of_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], of_row[0]))}
+            sums |= {
+                f"row/{number}": value
+                for number, value in enumerate(of_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], of_row[0]))
+            }
         return loss, {**sums, "bytes": batch["bytes"].sum()}
 
     return loss_fn
 
 
 def to_batch(rows: list, store, document_mask: bool) -> dict:
-    """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one; -100 where a label does not count. `source` [B] is the place in the store's names, `bytes` [B] of the labels."""
+    """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one; -100 where a label does not count.
+    `source` [B] is the place in the store's names, `bytes` [B] of the labels."""
     import numpy as np
     import torch
 
@@ -326,7 +428,8 @@ def to_batch(rows: list, store, document_mask: bool) -> dict:
 
 
 def heldout_batches(rows: list, store, config: Config, trainer) -> list[dict]:
-    """This data rank's share of the fixed rows, in micro-batches of one shape (a pipeline wants that), the last one filled up with rows that do not count."""
+    """This data rank's share of the fixed rows, in micro-batches of one shape (a pipeline wants that), the last one
+    filled up with rows that do not count."""
     mine = rows[trainer.data_rank :: trainer.data_world]
     micro = min(config.micro_batch or config.batch_size // trainer.data_world, -(-len(rows) // trainer.data_world))
     batches = []

@@ -4,7 +4,8 @@
     recipe.stages["pretrain"].optimizer.lr
 
 A mistake ends in a UserError that names file, line, key, what was found and the nearest key that would have been right.
-The models of the stages stand beside the code that uses them (`pipeline/STAGE.py: Config`); this file holds what all share.
+The models of the stages stand beside the code that uses them (`pipeline/STAGE.py: Config`); this file holds what all
+share.
 """
 
 import difflib
@@ -23,14 +24,18 @@ from pipeline.errors import UserError
 
 KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "ppo", "assess", "export")
 
-# Marks a key that changes how a stage is run and not what comes out (ranks, workers, saving, logging): recorded, not fingerprinted.
+# Marks a key that changes how a stage is run and not what comes out (ranks, workers, saving, logging): recorded, not
+# fingerprinted.
 EXECUTION = Field(json_schema_extra={"execution": True})
 
 
 class Strict(BaseModel):
-    """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON schema."""
+    """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON
+    schema."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -43,7 +48,8 @@ class Strict(BaseModel):
 
 
 class RunConfig(Strict):
-    """Where a stage runs. `alma run` starts the processes; under `accelerate launch`, torchrun or srun the launcher's count is taken."""
+    """Where a stage runs. `alma run` starts the processes; under `accelerate launch`, torchrun or srun the
+    launcher's count is taken."""
 
     processes: int = Field(1, ge=1)
     """Processes on each node: one per GPU, or one per group of CPU cores."""
@@ -52,7 +58,8 @@ class RunConfig(Strict):
     threads: int | None = Field(None, ge=1)
     """CPU threads of one process; by default the cores of the machine divided by `processes`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What training computes on. cuda: a GPU for each process, or the stage is refused; cpu: no GPU even where there is one; auto: a GPU if there is one."""
+    """What training computes on. cuda: a GPU for each process, or the stage is refused; cpu: no GPU even where there
+    is one; auto: a GPU if there is one."""
     time: str | None = None
     """Wall-clock limit handed to the cluster's scheduler, such as 48h."""
 
@@ -76,7 +83,10 @@ class StageConfig(Strict):
     def check(self, world: int) -> None:
         """Raise UserError if this stage cannot run in `world` processes. Called before anything expensive."""
         if world != 1:
-            raise UserError(f"stage {self.kind} runs in one process and spreads its work over `workers`, but {world} processes were launched; launch it with one")
+            raise UserError(
+                f"stage {self.kind} runs in one process and spreads its work over `workers`, but {world} processes were"
+                " launched; launch it with one"
+            )
 
 
 class Recipe(Strict):
@@ -89,9 +99,11 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     """Seed of every stage that does not give its own."""
     sources: dict[str, dict[str, Any]] = {}
-    """Places of records that several stages read: a stage's source takes one over with `from: NAME` and adds its own keys."""
+    """Places of records that several stages read: a stage's source takes one over with `from: NAME` and adds its own
+    keys."""
     model: dict[str, Any] | None = None
-    """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration. A stage's own `model` changes single keys of it, or is another with its own `family` or `from`."""
+    """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration. A stage's own
+    `model` changes single keys of it, or is another with its own `family` or `from`."""
     stages: dict[str, Any]
     """Stages in order; each key is a name, and its kind unless `kind` says otherwise."""
 
@@ -101,7 +113,8 @@ class Recipe(Strict):
 
 
 def module_of(kind: str):
-    """The module of a stage kind: it has `Config`, `VERSION`, `INPUTS` and `run`. Heavy imports stay inside its functions."""
+    """The module of a stage kind: it has `Config`, `VERSION`, `INPUTS` and `run`. Heavy imports stay inside its
+    functions."""
     return importlib.import_module(f"pipeline.{kind}")
 
 
@@ -122,22 +135,35 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         if block is None:  # `dpo: ~` in a recipe that extends another takes the stage out
             continue
         if not isinstance(block, dict):
-            raise UserError(f"{_place(where, places, path)}: stages.{name} must be a block of keys, found {block!r}; an empty stage is written {{}}")
+            raise UserError(
+                f"{_place(where, places, path)}: stages.{name} must be a block of keys, found {block!r}; an empty stage"
+                " is written {}"
+            )
         if name in Recipe.model_fields:
-            raise UserError(f"{_place(where, places, path)}: no stage may be called {name}, because that is a top-level key; choose another name and give `kind`")
+            raise UserError(
+                f"{_place(where, places, path)}: no stage may be called {name}, because that is a top-level key; choose"
+                " another name and give `kind`"
+            )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
             raise UserError(f"{_place(where, places, path)}: stage name {name!r} must be letters, digits, - and _")
         kind = block.get("kind", name)
         if kind not in KINDS:
-            raise UserError(f"{_place(where, places, path)}: stages.{name} has the unknown kind {kind!r}; {_nearest(str(kind), KINDS)}")
+            raise UserError(
+                f"{_place(where, places, path)}: stages.{name} has the unknown kind {kind!r};"
+                f" {_nearest(str(kind), KINDS)}"
+            )
         model = module_of(kind).Config
         filled = {**block, "kind": kind}
         filled.setdefault("seed", recipe.seed)
         if isinstance(block.get("sources"), dict):
-            filled["sources"] = {key: _from(source, (*where, "sources", key), recipe.sources, places, path) for key, source in block["sources"].items()}
+            filled["sources"] = {
+                key: _from(source, (*where, "sources", key), recipe.sources, places, path)
+                for key, source in block["sources"].items()
+            }
         if "model" in model.model_fields and recipe.model is not None:
             own = filled.get("model", {})
-            if isinstance(own, dict) and not {"family", "from"} & own.keys():  # a few keys, as in pretrain.model.hidden_size=64, and not a model of its own
+            # a few keys, as in pretrain.model.hidden_size=64, and not a model of its own
+            if isinstance(own, dict) and not {"family", "from"} & own.keys():
                 filled["model"] = {**recipe.model, **own}
         parsed[name] = _validated(model, filled, where, places, str(path))
     if not parsed:
@@ -146,12 +172,16 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 
 def _from(source: Any, where: tuple, shared: dict, places: dict, path: Any) -> Any:
-    """A stage's source with `from: NAME` replaced by what the top-level `sources` say of NAME; the stage's own keys win."""
+    """A stage's source with `from: NAME` replaced by what the top-level `sources` say of NAME; the stage's own keys
+    win."""
     if not isinstance(source, dict) or "from" not in source:
         return source
     name = source["from"]
     if name not in shared:
-        raise UserError(f"{_place((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no {name!r}; {_nearest(str(name), shared) if shared else 'there are none'}")
+        raise UserError(
+            f"{_place((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no"
+            f" {name!r}; {_nearest(str(name), shared) if shared else 'there are none'}"
+        )
     for key in list(places):
         if key[:2] == ("sources", name):
             places.setdefault((*where, *key[2:]), places[key])
@@ -193,7 +223,10 @@ def schema() -> dict:
         definitions.update(part.pop("$defs", {}))
         definitions[f"stage-{kind}"] = part
         choices[kind] = {"anyOf": [{"$ref": f"#/$defs/stage-{kind}"}, {"type": "null"}]}
-    base["properties"]["extends"] = {"type": "string", "description": "Another recipe, relative to this file, that this one changes."}
+    base["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another recipe, relative to this file, that this one changes.",
+    }
     base["properties"]["stages"] = {
         "type": "object",
         "description": Recipe.model_fields["stages"].description,
@@ -201,47 +234,76 @@ def schema() -> dict:
         "additionalProperties": {
             "type": "object",
             "required": ["kind"],
-            "allOf": [{"if": {"properties": {"kind": {"const": kind}}}, "then": {"$ref": f"#/$defs/stage-{kind}"}} for kind in KINDS],
+            "allOf": [
+                {"if": {"properties": {"kind": {"const": kind}}}, "then": {"$ref": f"#/$defs/stage-{kind}"}}
+                for kind in KINDS
+            ],
         },
     }
     base["title"] = "alma recipe"
     base["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return base
+    return _in_one_line(base)
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
+def _in_one_line(node):
+    """Descriptions without the line ends of the source file, which editors would show."""
+    if isinstance(node, list):
+        return [_in_one_line(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _in_one_line(value)
+        for key, value in node.items()
+    }
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path, places: dict, seen: tuple) -> dict:
     """One file and, first, the file that it extends. `places` maps each key path to `file:line` for messages."""
     if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` goes round in a circle: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")
+        raise UserError(
+            f"{path}: `extends` goes round in a circle: {' -> '.join(str(p) for p in (*seen, path.resolve()))}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such recipe; {'this folder has ' + ', '.join(near) if near else 'its folder has no recipes'}") from None
+        raise UserError(
+            f"{path}: no such recipe; {'this folder has ' + ', '.join(near) if near else 'its folder has no recipes'}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
     try:
         loaded = YAML(typ="rt", pure=True).load(text)
     except DuplicateKeyError as error:
         key = re.search(r'found duplicate key "?([^"\n]+?)"? with', str(error.problem or ""))
-        raise UserError(f"{path}:{error.problem_mark.line + 1}: the key {key.group(1) if key else ''!r} stands here for the second time; keep one of the two") from None
+        raise UserError(
+            f"{path}:{error.problem_mark.line + 1}: the key {key.group(1) if key else ''!r} stands here for the second"
+            " time; keep one of the two"
+        ) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from None
+        raise UserError(
+            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}"
+        ) from None
     except Exception as error:  # ruamel raises bare ReaderErrors for control characters
         raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}:1: a recipe is a block of `key: value` lines, found {'an empty file' if loaded is None else type(loaded).__name__}")
+        raise UserError(
+            f"{path}:1: a recipe is a block of `key: value` lines, found"
+            f" {'an empty file' if loaded is None else type(loaded).__name__}"
+        )
     _remember(loaded, (), path, places)
     tree = _plain(loaded)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
-        raise UserError(f"{_place(('extends',), places, path)}: `extends` takes the path of one recipe, found {parent!r}")
+        raise UserError(
+            f"{_place(('extends',), places, path)}: `extends` takes the path of one recipe, found {parent!r}"
+        )
     inherited: dict = {}
     base = _read(path.parent / parent, inherited, (*seen, path.resolve()))
     for key, place in inherited.items():
@@ -295,7 +357,9 @@ def _override(tree: dict, word: str, places: dict) -> None:
         keys = ["stages", *keys]
     elif keys[0] not in Recipe.model_fields:
         known = [*(tree.get("stages") or {}), *Recipe.model_fields]
-        raise UserError(f"{word!r}: {keys[0]!r} is neither a stage nor a top-level key of this recipe; {_nearest(keys[0], known)}")
+        raise UserError(
+            f"{word!r}: {keys[0]!r} is neither a stage nor a top-level key of this recipe; {_nearest(keys[0], known)}"
+        )
     try:
         value = _plain(YAML(typ="safe", pure=True).load(text)) if text else None
     except Exception:
@@ -306,14 +370,16 @@ def _override(tree: dict, word: str, places: dict) -> None:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise UserError(f"{word!r}: {'.'.join(keys[: depth + 1])} is {node!r}, not a block that could hold {keys[depth + 1]!r}")
+            raise UserError(
+                f"{word!r}: {'.'.join(keys[: depth + 1])} is {node!r}, not a block that could hold {keys[depth + 1]!r}"
+            )
     node[keys[-1]] = value
     for depth in range(1, len(keys) + 1):
         places.setdefault(tuple(keys[:depth]), f"command line, {word}")
     places[tuple(keys)] = f"command line, {word}"
 
 
-# ---- messages --------------------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def _validated(model: type[BaseModel], tree: dict, prefix: tuple, places: dict, path: str):
@@ -339,7 +405,9 @@ def _sentence(item: dict, model: type[BaseModel], prefix: tuple, places: dict, p
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{place}: {shown + ': ' if location else ''}{message}"
-    wanted = message.removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    wanted = (
+        message.removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    )
     return f"{place}: {shown} is {found!r}, expected {wanted}"
 
 

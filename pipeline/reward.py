@@ -3,8 +3,9 @@
     python pipeline/reward.py recipes/quickstart.yaml
     accelerate launch --multi_gpu --num_processes 8 pipeline/reward.py recipes/llama-7b.yaml
 
-The SFT model with a new score layer, read at the end of the turn; Bradley-Terry loss. Out: model/ (AutoModelForSequenceClassification, one label,
-with the calibration in config.json), report.json (what became of each record).
+The SFT model with a new score layer, read at the end of the turn; Bradley-Terry loss. Out: model/
+(AutoModelForSequenceClassification, one label, with the calibration in config.json), report.json (what became of each
+record).
 """
 
 import functools
@@ -41,11 +42,13 @@ class Config(TrainConfig):
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
     centering: float = Field(0.0, ge=0)
-    """Coefficient of (score of chosen + score of rejected)^2 in the loss; 0.01 in TRL's examples (Eisenstein et al., 2023)."""
+    """Coefficient of (score of chosen + score of rejected)^2 in the loss; 0.01 in TRL's examples (Eisenstein et al.,
+    2023)."""
     optimizer: RewardOptimizer = RewardOptimizer()
     """AdamW."""
     calibration_pairs: Annotated[int, Field(ge=2)] = 1024
-    """Training pairs, drawn from the seed, on whose answers the published scores have mean 0 and standard deviation 1."""
+    """Training pairs, drawn from the seed, on whose answers the published scores have mean 0 and standard deviation
+    1."""
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
@@ -74,10 +77,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         return bradley_terry(scores, batch["margin"], config.centering)
 
     engine = build(model, loss, config)
-    measured = [pair_batch(arrays, "heldout", rows, tokenizer.pad_token_id) for rows in heldout_share(heldout, config, engine)]
+    measured = [
+        pair_batch(arrays, "heldout", rows, tokenizer.pad_token_id) for rows in heldout_share(heldout, config, engine)
+    ]
     say(
-        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out (report.json says why); "
-        f"{config.steps * config.batch_size / count:.1f} epochs"
+        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out"
+        f" (report.json says why); {config.steps * config.batch_size / count:.1f} epochs"
     )
 
     def batches(step: int) -> list[dict]:
@@ -94,7 +99,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     before, after = result["before"], result["after"]
     low, high = wilson(after["accuracy"], heldout)
     return {
-        **{f"heldout_{key}_{when}": value for when, found in (("before", before), ("after", after)) for key, value in found.items() if key != "weight"},
+        **{
+            f"heldout_{key}_{when}": value
+            for when, found in (("before", before), ("after", after))
+            for key, value in found.items()
+            if key != "weight"
+        },
         "heldout_accuracy_interval": [low, high],
         "train_loss": result["last"]["loss"],
         "train_pairs": count,
@@ -107,7 +117,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": f"{len(config.sources)} sources, {count + heldout} pairs",
             "output": f"model/, {config.steps} steps",
-            "measure": f"held-out pairs ranked right {before['accuracy']:.0%} -> {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%})",
+            "measure": (
+                f"held-out pairs ranked right {before['accuracy']:.0%} -> {after['accuracy']:.0%} (95%: {low:.0%} to"
+                f" {high:.0%})"
+            ),
         },
     }
 
@@ -118,14 +131,17 @@ def rows_of(config, chat, output: Output) -> tuple[dict, dict]:
     from pipeline.train.tuning import encode_pairs
 
     train, heldout, ledger = load_pairs(config.sources, config.holdout, config.decontaminate)
-    arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger) | encode_pairs(heldout, "heldout", chat, config.sequence_length, ledger)
+    arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger) | encode_pairs(
+        heldout, "heldout", chat, config.sequence_length, ledger
+    )
     ledger.check(config.holdout)
     write_json(output.path / "report.json", ledger.report())
     return arrays, {"rejected": ledger.rejected()}
 
 
 def initial_score(model, seed: int) -> None:
-    """The score layer ~ N(0, 1 / sqrt(width + 1)): scores of about 1 at the start, whatever the width (Stiennon et al., 2020, appendix B; Huang et al., 2024)."""
+    """The score layer ~ N(0, 1 / sqrt(width + 1)): scores of about 1 at the start, whatever the width (Stiennon et
+    al., 2020, appendix B; Huang et al., 2024)."""
     import torch
 
     from pipeline.seeds import derive
@@ -149,17 +165,23 @@ def moments(engine, arrays: dict, pad_id: int, config: Config) -> tuple[float, f
     else:
         counted = 1.0
     micro = config.micro_batch or config.batch_size // engine.data_world
-    batches = [{**pair_batch(arrays, "train", mine[start : start + micro], pad_id), "kept": []} for start in range(0, len(mine), micro)]
+    batches = [
+        {**pair_batch(arrays, "train", mine[start : start + micro], pad_id), "kept": []}
+        for start in range(0, len(mine), micro)
+    ]
     engine.evaluate(batches)
     scores = torch.cat([batch["kept"][0] for batch in batches]).double()
-    total, squares, number = all_reduce_sum([counted * float(scores.sum()), counted * float((scores**2).sum()), counted * len(scores)])
+    total, squares, number = all_reduce_sum(
+        [counted * float(scores.sum()), counted * float((scores**2).sum()), counted * len(scores)]
+    )
     mean = total / number
     deviation = max(squares / number - mean**2, 0.0) ** 0.5
     return mean, deviation if deviation > 1e-6 else 1.0  # a model that scores all answers alike keeps its scale
 
 
 def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson, 1927): sensible for few pairs and for shares of 0 and 1, where the usual one has no width."""
+    """95% interval of a proportion (Wilson, 1927): sensible for few pairs and for shares of 0 and 1, where the usual
+    one has no width."""
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,4 +1,5 @@
-"""Explicit seeds: every random choice is drawn from one that is derived from (seed, what it is for, where it stands)."""
+"""Explicit seeds: every random choice is drawn from one that is derived from (seed, what it is for, where it
+stands)."""
 
 import hashlib
 

@@ -3,8 +3,8 @@
     python pipeline/sft.py recipes/quickstart.yaml
     accelerate launch --multi_gpu --num_processes 8 pipeline/sft.py recipes/llama-7b.yaml
 
-Conversations are written with the tokenizer's own chat template and packed, several to a row; no conversation sees another.
-Out: model/ (Hugging Face layout), report.json (what became of each record).
+Conversations are written with the tokenizer's own chat template and packed, several to a row; no conversation sees
+another. Out: model/ (Hugging Face layout), report.json (what became of each record).
 """
 
 import functools
@@ -76,24 +76,38 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     @functools.lru_cache(2)
     def packed(epoch: int) -> list[list[int]]:
-        """Rows of an epoch, in the order in which they are taken: conversations are shuffled, packed, and the rows shuffled."""
+        """Rows of an epoch, in the order in which they are taken: conversations are shuffled, packed, and the rows
+        shuffled."""
         order = permutation(config.seed, epoch, len(train["ids"]))
-        rows = best_fit(train["ids"].lengths, config.sequence_length, order) if config.packing else [[int(row)] for row in order]
+        rows = (
+            best_fit(train["ids"].lengths, config.sequence_length, order)
+            if config.packing
+            else [[int(row)] for row in order]
+        )
         return [rows[row] for row in permutation(derive(config.seed, "rows"), epoch, len(rows))]
 
     rows_per_epoch = len(packed(0))
     for_heldout = (
-        best_fit(heldout["ids"].lengths, config.sequence_length, permutation(0, 0, len(heldout["ids"]))) if config.packing else [[i] for i in range(len(heldout["ids"]))]
+        best_fit(heldout["ids"].lengths, config.sequence_length, permutation(0, 0, len(heldout["ids"])))
+        if config.packing
+        else [[i] for i in range(len(heldout["ids"]))]
     )
-    measured = [batch(heldout, [for_heldout[row] for row in rows], tokenizer.pad_token_id) for rows in heldout_share(len(for_heldout), config, engine)]
+    measured = [
+        batch(heldout, [for_heldout[row] for row in rows], tokenizer.pad_token_id)
+        for rows in heldout_share(len(for_heldout), config, engine)
+    ]
     filled = float(train["ids"].lengths.sum() / (rows_per_epoch * config.sequence_length))
     say(
-        f"{output.stage}: {len(train['ids'])} conversations to train on in {rows_per_epoch} rows, {filled:.0%} filled; {len(heldout['ids'])} held out; "
-        f"{extra['rejected']} records left out (report.json says why); {config.steps * config.batch_size / rows_per_epoch:.1f} epochs"
+        f"{output.stage}: {len(train['ids'])} conversations to train on in {rows_per_epoch} rows, {filled:.0%} filled;"
+        f" {len(heldout['ids'])} held out; {extra['rejected']} records left out (report.json says why);"
+        f" {config.steps * config.batch_size / rows_per_epoch:.1f} epochs"
     )
 
     def batches(step: int) -> list[dict]:
-        chosen = [[packed(index // rows_per_epoch)[index % rows_per_epoch] for index in indices] for indices in share(config, engine, step)]
+        chosen = [
+            [packed(index // rows_per_epoch)[index % rows_per_epoch] for index in indices]
+            for indices in share(config, engine, step)
+        ]
         return [batch(train, rows, tokenizer.pad_token_id) for rows in chosen]
 
     def evaluate() -> dict:
@@ -105,7 +119,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         publish(weights, engine.model.config, folder, output.path / "model")
     before, after = result["before"], result["after"]
     return {
-        **{f"heldout_{key}_{when}": value for when, found in (("before", before), ("after", after)) for key, value in found.items() if key != "weight"},
+        **{
+            f"heldout_{key}_{when}": value
+            for when, found in (("before", before), ("after", after))
+            for key, value in found.items()
+            if key != "weight"
+        },
         "train_loss": result["last"]["loss"],
         "train_conversations": len(train["ids"]),
         "heldout_conversations": len(heldout["ids"]),
@@ -117,9 +136,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": f"{len(config.sources)} sources, {len(train['ids']) + len(heldout['ids'])} conversations",
             "output": f"model/, {config.steps} steps, {result['weight'] / 1e3:.0f}k answer tokens",
-            "measure": f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}"
-            + (f", ends its turn {before['eos_rate']:.0%} -> {after['eos_rate']:.0%}" if "eos_rate" in after else "")
-            + (f", right {before['rule']:.0%} -> {after['rule']:.0%}" if "rule" in after else ""),
+            "measure": (
+                f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}"
+                + (
+                    f", ends its turn {before['eos_rate']:.0%} -> {after['eos_rate']:.0%}"
+                    if "eos_rate" in after
+                    else ""
+                )
+                + (f", right {before['rule']:.0%} -> {after['rule']:.0%}" if "rule" in after else "")
+            ),
         },
     }
 
@@ -142,9 +167,15 @@ def rows_of(config: Config, chat, output: Output) -> tuple[dict, dict]:
             if reason is None and len(found.ids) > config.sequence_length:
                 if config.too_long == "truncate" and any(found.trained[: config.sequence_length]):
                     encoded[index] = cut(found.ids[: config.sequence_length], found.trained[: config.sequence_length])
-                    ledger.sources[rows[index].source]["truncated"] = ledger.sources[rows[index].source].get("truncated", 0) + 1
+                    ledger.sources[rows[index].source]["truncated"] = (
+                        ledger.sources[rows[index].source].get("truncated", 0) + 1
+                    )
                 else:
-                    reason = "longer than sequence_length" if config.too_long == "drop" else "its answers begin after sequence_length"
+                    reason = (
+                        "longer than sequence_length"
+                        if config.too_long == "drop"
+                        else "its answers begin after sequence_length"
+                    )
             reasons.append(reason)
         kept = ledger.keep(rows, split, reasons)
         encoded = [found for found, reason in zip(encoded, reasons, strict=True) if reason is None]
@@ -156,15 +187,19 @@ def rows_of(config: Config, chat, output: Output) -> tuple[dict, dict]:
             extra["starts"] = [found.start for found in encoded]
             extra["answers"] = [[row.rule, row.answer] for row in kept]
     ledger.check(config.holdout)
-    write_json(output.path / "report.json", {**ledger.report(), **{key: extra[key] for key in ("tokens", "trained_tokens")}})
+    write_json(
+        output.path / "report.json", {**ledger.report(), **{key: extra[key] for key in ("tokens", "trained_tokens")}}
+    )
     return arrays, extra | {"rejected": ledger.rejected()}
 
 
 def batch(split: dict, rows: list[list[int]], pad_id: int) -> dict:
-    """A micro-batch of packed rows: conversation ids of each -> input_ids, position_ids that begin anew with each conversation, shifted labels.
+    """A micro-batch of packed rows: conversation ids of each -> input_ids, position_ids that begin anew with each
+    conversation, shifted labels.
 
-    There is no attention mask: transformers then reads the borders off the positions (masking_utils.find_packed_sequence_indices). With a mask of
-    ones beside them, conversations would see each other. What fills a row up has positions of its own, and no labels.
+    There is no attention mask: transformers then reads the borders off the positions
+    (masking_utils.find_packed_sequence_indices). With a mask of ones beside them, conversations would see each other.
+    What fills a row up has positions of its own, and no labels.
     """
     import numpy as np
     import torch
@@ -194,7 +229,8 @@ def loss(logits, batch: dict):
 
 
 def check_packing(model, token: int) -> None:
-    """Raise UserError if this family lets conversations in one row see each other (recurrent state, positions that are not read)."""
+    """Raise UserError if this family lets conversations in one row see each other (recurrent state, positions that
+    are not read)."""
     import inspect
 
     import torch
@@ -206,20 +242,27 @@ def check_packing(model, token: int) -> None:
         raise UserError(message)
     with torch.no_grad():
         expected = model(input_ids=alone, position_ids=positions, use_cache=False).logits
-        found = model(input_ids=different, position_ids=torch.cat([positions, positions], 1), use_cache=False).logits[:, 4:]
+        found = model(input_ids=different, position_ids=torch.cat([positions, positions], 1), use_cache=False).logits[
+            :, 4:
+        ]
     if not torch.allclose(expected, found, atol=1e-3, rtol=1e-3):
         raise UserError(message)
 
 
 def answers(engine, chat, heldout: dict, extra: dict, config: Config) -> dict:
-    """Greedy answers to held-out prompts: the share that end their turn, and the mean score by rule where the answer is known."""
+    """Greedy answers to held-out prompts: the share that end their turn, and the mean score by rule where the answer
+    is known."""
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import all_reduce_sum
     from pipeline.train.tuning import permutation
 
     room = getattr(engine.model.config, "max_position_embeddings", None) or 1 << 30
-    asked = [int(index) for index in permutation(0, 0, len(heldout["ids"])) if extra["starts"][index] + config.max_new_tokens <= room]
+    asked = [
+        int(index)
+        for index in permutation(0, 0, len(heldout["ids"]))
+        if extra["starts"][index] + config.max_new_tokens <= room
+    ]
     mine = asked[: config.max_prompts][engine.data_rank :: engine.data_world]
     ended, right, known = 0, 0.0, 0
     with engine.gathered():

@@ -1,9 +1,11 @@
-"""Train a tokenizer on the cleaned text, or take one over, publish it for transformers, and prove that it keeps every byte.
+"""Train a tokenizer on the cleaned text, or take one over, publish it for transformers, and prove that it keeps every
+byte.
 
     python pipeline/tokenizer.py recipes/quickstart.yaml
 
-Reads the output of `clean`. Writes a Hugging Face folder (tokenizer.json, tokenizer_config.json, chat_template.jinja, and beside it
-tokenizer.model or tokenizer.tiktoken) that AutoTokenizer loads, and report.json. Measurements and choices: docs/tokenizer.md.
+Reads the output of `clean`. Writes a Hugging Face folder (tokenizer.json, tokenizer_config.json, chat_template.jinja,
+and beside it tokenizer.model or tokenizer.tiktoken) that AutoTokenizer loads, and report.json. Measurements and
+choices: docs/tokenizer.md.
 """
 
 import time
@@ -24,7 +26,8 @@ from pipeline.recipe import StageConfig
 VERSION = 2  # 2: byte-bpe has its own trainer and its special tokens at the end
 INPUTS = {"data": ("clean",)}
 
-# ChatML. What the model is taught to say stands between the generation marks: the answer and the end of its turn, not the newline after it.
+# ChatML. What the model is taught to say stands between the generation marks: the answer and the end of its turn, not
+# the newline after it.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -45,23 +48,29 @@ class Config(StageConfig):
     """How the tokenizer is made."""
 
     algorithm: Literal["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"] = "sentencepiece-bpe"
-    """sentencepiece-bpe: characters, bytes for rare ones; sentencepiece-unigram: the same alphabet, a language model over pieces, trains seventeen times as long; byte-bpe: bytes over GPT-4's word split, fewest tokens."""
+    """sentencepiece-bpe: characters, bytes for rare ones; sentencepiece-unigram: the same alphabet, a language model
+    over pieces, trains seventeen times as long; byte-bpe: bytes over GPT-4's word split, fewest tokens."""
     vocab_size: int | None = Field(None, ge=300)
-    """Tokens, the special ones included; required unless a tokenizer is adopted. Text that cannot fill it is refused."""
+    """Tokens, the special ones included; required unless a tokenizer is adopted. Text that cannot fill it is
+    refused."""
     sample_bytes: int = Field(100_000_000, ge=1, le=2_000_000_000)
-    """Bytes of text to train on, at most. 100 MB of text takes about 1.3 GB of memory with sentencepiece-bpe, 2.2 GB with unigram, 0.9 GB with byte-bpe."""
+    """Bytes of text to train on, at most. 100 MB of text takes about 1.3 GB of memory with sentencepiece-bpe, 2.2 GB
+    with unigram, 0.9 GB with byte-bpe."""
     weights: dict[str, float] | None = None
     """Share of each source in the sample, as far as it has text; by default as `balance` and `temperature` say."""
     balance: list[Literal["source", "language"]] = ["source"]
     """Whose shares in the sample are evened out: the sources', the languages' (detected), or both, languages first."""
     temperature: float | None = Field(None, gt=0)
-    """Share of a part of n bytes is as n^(1/temperature): 1 leaves shares as the data has them, 3 or 5 even them out; by default all parts alike."""
+    """Share of a part of n bytes is as n^(1/temperature): 1 leaves shares as the data has them, 3 or 5 even them
+    out; by default all parts alike."""
     split_digits: bool = True
     """Each digit is a token of its own; false: runs of digits may be learned (byte-bpe: at most three)."""
     merge_whitespace: bool = True
-    """Runs of white space may become tokens (indentation, blank lines); false: each space stands alone or at the beginning of a word (sentencepiece: newlines may still join)."""
+    """Runs of white space may become tokens (indentation, blank lines); false: each space stands alone or at the
+    beginning of a word (sentencepiece: newlines may still join)."""
     character_coverage: float | None = Field(None, ge=0.98, le=1)
-    """sentencepiece: share of the text whose characters get a token each, the rest is bytes; by default what leaves 60% of the vocabulary for longer pieces."""
+    """sentencepiece: share of the text whose characters get a token each, the rest is bytes; by default what leaves
+    60% of the vocabulary for longer pieces."""
     special_tokens: list[Annotated[str, Field(min_length=1)]] = []
     """More special tokens, such as <|tool|>. Raw text never becomes one."""
     reserved_tokens: int = Field(0, ge=0, le=10_000)
@@ -69,19 +78,30 @@ class Config(StageConfig):
     heldout_bytes: int = Field(20_000_000, ge=0)
     """Bytes of held-out text to measure on, at most."""
     adopt: str | None = None
-    """Take this tokenizer over and train none: a Hugging Face folder, a sentencepiece model or a tiktoken file. It counts by what its files hold."""
+    """Take this tokenizer over and train none: a Hugging Face folder, a sentencepiece model or a tiktoken file. It
+    counts by what its files hold."""
     pattern: str | None = None
     """adopt of a tiktoken file: the expression that splits text into words; by default cl100k's."""
 
     @model_validator(mode="after")
     def _one_way(self):
         if (self.vocab_size is None) == (self.adopt is None):
-            raise ValueError("vocab_size is required: how many tokens to learn" if self.adopt is None else "adopt takes a tokenizer as it is: leave vocab_size out")
+            raise ValueError(
+                "vocab_size is required: how many tokens to learn"
+                if self.adopt is None
+                else "adopt takes a tokenizer as it is: leave vocab_size out"
+            )
         if self.pattern and not self.adopt:
-            raise ValueError("pattern belongs to adopt; what a trained tokenizer splits at is said by split_digits and merge_whitespace")
+            raise ValueError(
+                "pattern belongs to adopt; what a trained tokenizer splits at is said by split_digits and"
+                " merge_whitespace"
+            )
         names = self.extra_tokens()
         if len(set(names)) != len(names) or any(name.strip() != name for name in names):
-            raise ValueError(f"special_tokens must be different words without space at their ends, and not <|bos|> or the like; found {self.special_tokens}")
+            raise ValueError(
+                "special_tokens must be different words without space at their ends, and not <|bos|> or the like;"
+                f" found {self.special_tokens}"
+            )
         return self
 
     def extra_tokens(self) -> list[str]:
@@ -103,9 +123,21 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     began = time.time()
     work = output.path / "work"
-    sample = draw(inputs["data"], "train", config.sample_bytes, config.seed, work / "sample.jsonl", config.weights, config.balance, config.temperature)
+    sample = draw(
+        inputs["data"],
+        "train",
+        config.sample_bytes,
+        config.seed,
+        work / "sample.jsonl",
+        config.weights,
+        config.balance,
+        config.temperature,
+    )
     if not sum(sample["bytes"].values()):
-        raise UserError(f"inputs.data: {inputs['data'].path} has no text in its split train; there is nothing to train a tokenizer on")
+        raise UserError(
+            f"inputs.data: {inputs['data'].path} has no text in its split train; there is nothing to train a"
+            " tokenizer on"
+        )
     heldout = draw(inputs["data"], "heldout", config.heldout_bytes, config.seed, work / "heldout.jsonl")
     output.note_time()
 
@@ -114,7 +146,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         algorithm, coverage = adopt(config, output.path), None
     else:
         algorithm = config.algorithm
-        say(f"tokenizer: {algorithm} of {config.vocab_size} tokens on {_megabytes(sum(sample['bytes'].values()))} from {len(sample['bytes'])} sources")
+        say(
+            f"tokenizer: {algorithm} of {config.vocab_size} tokens on {_megabytes(sum(sample['bytes'].values()))} from"
+            f" {len(sample['bytes'])} sources"
+        )
         coverage = train(config, work / "sample.jsonl", sum(sample["bytes"].values()), output.path)
     seconds = time.time() - begun
     faults.point("work")
@@ -122,12 +157,25 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     measured = prove(output.path, work, ours=not config.adopt)
     for name, count in measured["ids_equal"].items():
         if count["equal"] < count["texts"]:
-            say(f"tokenizer: {name} gives other ids on {count['texts'] - count['equal']} of {count['texts']} texts; every stage uses tokenizer.json, {name} is a near twin")
+            say(
+                f"tokenizer: {name} gives other ids on {count['texts'] - count['equal']} of {count['texts']} texts;"
+                f" every stage uses tokenizer.json, {name} is a near twin"
+            )
     lost = measured["round_trip"]["texts"] - measured["round_trip"]["exact"]
     if lost:
-        say(f"tokenizer: WARNING: the adopted tokenizer changes {lost} of {measured['round_trip']['texts']} texts, such as {measured['round_trip']['example'][:80]!r}")
+        say(
+            f"tokenizer: WARNING: the adopted tokenizer changes {lost} of {measured['round_trip']['texts']} texts, such"
+            f" as {measured['round_trip']['example'][:80]!r}"
+        )
     size = vocabulary_size(output.path)
-    report = {"algorithm": algorithm, "vocab_size": size, "character_coverage": coverage, "sample_bytes": sample["bytes"], "sample_bytes_by_language": sample.get("languages"), **measured}
+    report = {
+        "algorithm": algorithm,
+        "vocab_size": size,
+        "character_coverage": coverage,
+        "sample_bytes": sample["bytes"],
+        "sample_bytes_by_language": sample.get("languages"),
+        **measured,
+    }
     write_json(output.path / "report.json", report)
     faults.point("work")
     rate = measured["bytes_per_token"]
@@ -138,7 +186,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "train_seconds": round(seconds, 3),
         "seconds": round(time.time() - began, 3),
         "summary": {
-            "input": f"{_megabytes(sum(sample['bytes'].values()))} of {_megabytes(sum(sample['available'].values()))}, {len(sample['bytes'])} sources",
+            "input": (
+                f"{_megabytes(sum(sample['bytes'].values()))} of {_megabytes(sum(sample['available'].values()))},"
+                f" {len(sample['bytes'])} sources"
+            ),
             "output": f"{size} tokens, {algorithm}",
             "measure": f"{rate:.2f} bytes per token held out, {trip}" if rate else trip,
         },
@@ -146,7 +197,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 
 def train(config: Config, sample: Path, total: int, folder: Path) -> float | None:
-    """Train on the drawn sample of `total` bytes and publish into `folder`. Returns the character coverage, if that means anything."""
+    """Train on the drawn sample of `total` bytes and publish into `folder`. Returns the character coverage, if that
+    means anything."""
     from pipeline.data import bpe, bytelevel, presplit
     from pipeline.data.sample import texts
 
@@ -154,19 +206,34 @@ def train(config: Config, sample: Path, total: int, folder: Path) -> float | Non
     if config.algorithm == "byte-bpe":
         special = [*bpe.SPECIAL, *extra]
         if config.vocab_size < 256 + len(special):
-            raise UserError(f"vocab_size: {config.vocab_size} has no room for 256 bytes and {len(special)} special tokens; set it to {256 + len(special)} or more")
-        learned, pairs = bytelevel.train(texts(sample), config.vocab_size - len(special), config.split_digits, config.merge_whitespace, total)
+            raise UserError(
+                f"vocab_size: {config.vocab_size} has no room for 256 bytes and {len(special)} special tokens; set it"
+                f" to {256 + len(special)} or more"
+            )
+        learned, pairs = bytelevel.train(
+            texts(sample), config.vocab_size - len(special), config.split_digits, config.merge_whitespace, total
+        )
         if len(learned) + len(special) < config.vocab_size:
             raise bpe.too_large(config.vocab_size, len(learned) + len(special))
         tokens = {token: index for index, token in enumerate(learned)}
-        publish(bytelevel.build(tokens, pairs, presplit.pattern(config.split_digits, config.merge_whitespace), special), folder, extra=extra)
+        publish(
+            bytelevel.build(tokens, pairs, presplit.pattern(config.split_digits, config.merge_whitespace), special),
+            folder,
+            extra=extra,
+        )
         write_atomic(folder / "tokenizer.tiktoken", bytelevel.dump(tokens))
         return None
     coverage = config.character_coverage or covering(texts(sample), config.vocab_size)
     log = folder / "logs" / "sentencepiece.log"
-    say(f"tokenizer: the trainer's progress stands in {log}") if total > 50_000_000 or config.algorithm == "sentencepiece-unigram" else None
+    (
+        say(f"tokenizer: the trainer's progress stands in {log}")
+        if total > 50_000_000 or config.algorithm == "sentencepiece-unigram"
+        else None
+    )
     kind = config.algorithm.removeprefix("sentencepiece-")
-    model = bpe.train_sentencepiece(texts(sample), config.vocab_size, config.split_digits, coverage, log, kind, extra, config.merge_whitespace)
+    model = bpe.train_sentencepiece(
+        texts(sample), config.vocab_size, config.split_digits, coverage, log, kind, extra, config.merge_whitespace
+    )
     names = {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD, "unk_token": bpe.UNKNOWN}
     publish(bpe.from_sentencepiece(model), folder, names, extra)
     write_atomic(folder / "tokenizer.model", model)
@@ -174,7 +241,8 @@ def train(config: Config, sample: Path, total: int, folder: Path) -> float | Non
 
 
 def adopt(config: Config, folder: Path) -> str:
-    """Publish an existing tokenizer into `folder`, with the special tokens and the chat template that it lacks. Returns what it is."""
+    """Publish an existing tokenizer into `folder`, with the special tokens and the chat template that it lacks.
+    Returns what it is."""
     from tokenizers import AddedToken
 
     from pipeline.data import adopt, bpe, bytelevel
@@ -183,16 +251,27 @@ def adopt(config: Config, folder: Path) -> str:
     ids = set(found.backend.get_vocab().values())
     missing = sorted(set(range(max(ids) + 1)) - ids)
     if missing:  # `tokenizers` numbers an added token by how many there are, so it would take the id of an existing one
-        raise UserError(f"adopt: {config.adopt} has no token with id {missing[0]} ({len(missing)} ids below {max(ids)} are not used), so that added tokens would share ids with others; give each id a token")
+        raise UserError(
+            f"adopt: {config.adopt} has no token with id {missing[0]} ({len(missing)} ids below {max(ids)} are not"
+            " used), so that added tokens would share ids with others; give each id a token"
+        )
     names = dict(found.names)
     if "eos_token" not in names and found.algorithm != "adopted tiktoken":
-        raise UserError(f"adopt: {config.adopt} has no eos token, and a document needs an end; set eos_token in its tokenizer_config.json")
+        raise UserError(
+            f"adopt: {config.adopt} has no eos token, and a document needs an end; set eos_token in its"
+            " tokenizer_config.json"
+        )
     names.setdefault("bos_token", names.get("eos_token", bpe.BOS))
     names.setdefault("eos_token", bpe.EOS)
-    if names.get("pad_token") in (None, names["eos_token"]):  # padding that is masked out must not mask the ends of documents
+    # padding that is masked out must not mask the ends of documents
+    if names.get("pad_token") in (None, names["eos_token"]):
         names["pad_token"] = bpe.PAD
     marks = [bpe.TURN, bpe.END_OF_TURN] if found.template is None else []
-    wanted = [*dict.fromkeys([*(names[key] for key in ("bos_token", "eos_token", "pad_token")), *marks, *config.extra_tokens()])]
+    wanted = [
+        *dict.fromkeys(
+            [*(names[key] for key in ("bos_token", "eos_token", "pad_token")), *marks, *config.extra_tokens()]
+        )
+    ]
     added = [name for name in wanted if found.backend.token_to_id(name) is None]
     found.backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in wanted])
     publish(found.backend, folder, names, config.extra_tokens(), found.template or CHAT_TEMPLATE)
@@ -201,7 +280,10 @@ def adopt(config: Config, folder: Path) -> str:
     elif found.tokens is not None:
         write_atomic(folder / "tokenizer.tiktoken", bytelevel.dump(found.tokens))
     if added:
-        say(f"tokenizer: special tokens that {config.adopt} lacks: {', '.join(added)} (ids {', '.join(str(found.backend.token_to_id(name)) for name in added)})")
+        say(
+            f"tokenizer: special tokens that {config.adopt} lacks: {', '.join(added)} (ids"
+            f" {', '.join(str(found.backend.token_to_id(name)) for name in added)})"
+        )
     if found.template is None:
         say("tokenizer: it has no chat template; ChatML is taken")
     for remark in found.remarks:
@@ -210,7 +292,8 @@ def adopt(config: Config, folder: Path) -> str:
 
 
 def covering(texts: Iterator[str], vocab_size: int) -> float:
-    """The character coverage at which characters take 40% of the vocabulary, within sentencepiece's limits; measured in docs/tokenizer.md.
+    """The character coverage at which characters take 40% of the vocabulary, within sentencepiece's limits; measured in
+    docs/tokenizer.md.
 
     At the usual 0.9995 the hanzi of 11 MB of Chinese and English need 5,000 tokens, more than a small vocabulary has.
     """
@@ -223,22 +306,29 @@ def covering(texts: Iterator[str], vocab_size: int) -> float:
             held.append(text)
             size += len(text)
         if text is None or size > 1_000_000:
-            counts += np.bincount(np.frombuffer("".join(held).encode("utf-32-le"), dtype=np.uint32), minlength=len(counts))
+            counts += np.bincount(
+                np.frombuffer("".join(held).encode("utf-32-le"), dtype=np.uint32), minlength=len(counts)
+            )
             held, size = [], 0
     ranked = np.sort(counts[counts > 0])[::-1]
     reached = ranked[: int(0.4 * vocab_size)].sum() / ranked.sum()
     return float(min(0.9995, max(0.98, np.floor(reached * 10_000) / 10_000)))
 
 
-def publish(backend, folder: Path, names: dict[str, str] | None = None, extra: list[str] = (), template: str = CHAT_TEMPLATE) -> None:
-    """Write the folder that transformers, vLLM and the later stages read. `names`: bos_token and the like, by default ours; `extra`: special tokens beside these and the marks of a turn."""
+def publish(
+    backend, folder: Path, names: dict[str, str] | None = None, extra: list[str] = (), template: str = CHAT_TEMPLATE
+) -> None:
+    """Write the folder that transformers, vLLM and the later stages read. `names`: bos_token and the like, by
+    default ours; `extra`: special tokens beside these and the marks of a turn."""
     from transformers import PreTrainedTokenizerFast
 
     from pipeline.data import bpe
 
     names = names or {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD}
     marks = [mark for mark in (bpe.TURN, bpe.END_OF_TURN) if backend.token_to_id(mark) is not None]
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=[*marks, *extra], clean_up_tokenization_spaces=False, **names)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, extra_special_tokens=[*marks, *extra], clean_up_tokenization_spaces=False, **names
+    )
     fast.chat_template = template
     fast.save_pretrained(folder)
 

@@ -1,4 +1,5 @@
-"""What a user sees of a run: metrics.jsonl always, Weights & Biases if asked for, a progress bar on a terminal, plain lines elsewhere."""
+"""What a user sees of a run: metrics.jsonl always, Weights & Biases if asked for, a progress bar on a terminal,
+plain lines elsewhere."""
 
 import json
 import math
@@ -15,17 +16,29 @@ PLAIN_SECONDS = 10
 class Tracker:
     """Writes one JSON line per call to `log`. Only the main process writes; the others' calls cost nothing."""
 
-    def __init__(self, folder: Path, is_main: bool = True, wandb_project: str | None = None, name: str = "", config: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        is_main: bool = True,
+        wandb_project: str | None = None,
+        name: str = "",
+        config: dict | None = None,
+    ):
         self.path, self.is_main, self.wandb = folder / "metrics.jsonl", is_main, None
         if is_main and wandb_project:
             self.wandb = _start_wandb(folder, wandb_project, name, config or {})
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
-        """Drop lines after `step`, and unless `evaluated` the evaluation at it: a resumed run makes them again, and a curve must not run twice."""
+        """Drop lines after `step`, and unless `evaluated` the evaluation at it: a resumed run makes them again, and
+        a curve must not run twice."""
         if not self.is_main or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if step_of(line) <= step and (evaluated or step_of(line) < step or "heldout_" not in line)]
+        kept = [
+            line
+            for line in lines
+            if step_of(line) <= step and (evaluated or step_of(line) < step or "heldout_" not in line)
+        ]
         if len(kept) != len(lines):
             write_atomic(self.path, "".join(line + "\n" for line in kept))
 
@@ -46,7 +59,9 @@ class Tracker:
 
 def plain(values: dict) -> dict:
     """JSON has no NaN and no infinity: null says that there is no number."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def step_of(line: str) -> int:
@@ -64,14 +79,24 @@ def _start_wandb(folder: Path, project: str, name: str, config: dict):
 
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         settings = wandb.Settings(silent=True, init_timeout=20)
-        return wandb.init(project=project, name=name, id=folder.name.removesuffix(".partial"), resume="allow", dir=folder, mode=mode, config=config, settings=settings)
+        return wandb.init(
+            project=project,
+            name=name,
+            id=folder.name.removesuffix(".partial"),
+            resume="allow",
+            dir=folder,
+            mode=mode,
+            config=config,
+            settings=settings,
+        )
     except Exception as error:  # a tracker must not be the reason for a lost run
         print(f"Weights & Biases could not start ({error}); metrics.jsonl goes on", flush=True)
         return None
 
 
 class Progress:
-    """Progress with rate and time left. `with Progress("pretrain", total, unit="tok") as bar: bar.update(n, loss=2.1)`."""
+    """Progress with rate and time left. `with Progress("pretrain", total, unit="tok") as bar: bar.update(n,
+    loss=2.1)`."""
 
     def __init__(self, name: str, total: float, unit: str = "it", start: float = 0, is_main: bool = True):
         self.name, self.total, self.unit, self.done, self.is_main = name, total, unit, start, is_main
@@ -81,7 +106,13 @@ class Progress:
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(),
+            )
 
     def __enter__(self):
         if self.bar:
@@ -100,7 +131,11 @@ class Progress:
             self.said = now
             rate = (self.done - self.start) / max(now - self.begun, 1e-9)
             left = (self.total - self.done) / rate if rate > 0 else 0
-            print(f"{self.name}: {100 * self.done / max(self.total, 1e-9):.0f}% ({_count(self.done)} of {_count(self.total)} {self.unit}), {self._rate(now)}, {_time(left)} left {_shown(values)}".rstrip(), flush=True)
+            print(
+                f"{self.name}: {100 * self.done / max(self.total, 1e-9):.0f}% ({_count(self.done)} of"
+                f" {_count(self.total)} {self.unit}), {self._rate(now)}, {_time(left)} left {_shown(values)}".rstrip(),
+                flush=True,
+            )
 
     def retarget(self, total: float) -> None:
         """Another end than was thought."""
@@ -117,7 +152,9 @@ class Progress:
 
 
 def _shown(values: dict) -> str:
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+    )
 
 
 def _count(value: float) -> str:
@@ -129,4 +166,6 @@ def _count(value: float) -> str:
 
 def _time(seconds: float) -> str:
     seconds = int(seconds)
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
+    return (
+        f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
+    )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# `make test` tries the same examples each time, so that what is red was made red by a change; `make test-all` draws new ones.
+# `make test` tries the same examples each time, so that what is red was made red by a change; `make test-all` draws new
+# ones.
 settings.register_profile("steady", derandomize=True)
 settings.register_profile("random", derandomize=False)
 settings.load_profile("steady")
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_it_was():
-    """Engines leave traces in the process that built them: LOCAL_RANK, and DeepSpeed's ZeRO-3 its own torch.nn.functional.linear. The next file finds none."""
+    """Engines leave traces in the process that built them: LOCAL_RANK, and DeepSpeed's ZeRO-3 its own
+    torch.nn.functional.linear. The next file finds none."""
     import torch
 
     environment, linear = dict(os.environ), torch.nn.functional.linear

@@ -37,12 +37,38 @@ PUBLISHED = {
 }
 
 SMALL = {
-    "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32, "attention_hidden_size": 32, "num_hidden_layers": 3, "n_layer": 3,
-    "intermediate_size": 48, "ffn_dim": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_attention_heads": 2, "n_head": 2,
-    "head_dim": 16, "query_pre_attn_scalar": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-    "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-    "num_heads": 4, "state_size": 8, "chunk_size": 16, "sliding_window": 8, "pad_vocab_to": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "n_embd": 32,
+    "word_embed_proj_dim": 32,
+    "attention_hidden_size": 32,
+    "num_hidden_layers": 3,
+    "n_layer": 3,
+    "intermediate_size": 48,
+    "ffn_dim": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_attention_heads": 2,
+    "n_head": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_heads": 4,
+    "state_size": 8,
+    "chunk_size": 16,
+    "sliding_window": 8,
+    "pad_vocab_to": 64,
+}
 
 
 class Sized:
@@ -57,7 +83,13 @@ class Sized:
         return self.size
 
 
-SOME = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+SOME = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+}
 WITHOUT_RECIPE = {family: {"family": family, **SOME} for family in ("olmo2", "smollm3", "phi3")}
 
 
@@ -78,4 +110,6 @@ def shrunken(name: str) -> dict:
 
 def of_family(family: str) -> dict:
     """A tiny model block of a family."""
-    return WITHOUT_RECIPE.get(family) or next(shrunken(name) for name in PUBLISHED if load(name).model["family"] == family)
+    return WITHOUT_RECIPE.get(family) or next(
+        shrunken(name) for name in PUBLISHED if load(name).model["family"] == family
+    )

@@ -1,4 +1,5 @@
-"""Runs in each process of one torchrun launch: every family, sharded and, where it can be cut, in a pipeline. Results go to the file named on the command line."""
+"""Runs in each process of one torchrun launch: every family, sharded and, where it can be cut, in a pipeline.
+Results go to the file named on the command line."""
 
 import sys
 
@@ -6,7 +7,22 @@ import families
 import torch
 from test_families import LENGTH, ROWS, batch_of, fresh, loss_fn
 
-PIPELINE = [name for name in families.PUBLISHED if name not in ("gpt1-117m", "opt-125m", "bloom-560m", "gemma-2b", "gemma-2-2b", "gemma-3-1b", "mamba-130m", "mamba2-130m", "rwkv-169m")]
+PIPELINE = [
+    name
+    for name in families.PUBLISHED
+    if name
+    not in (
+        "gpt1-117m",
+        "opt-125m",
+        "bloom-560m",
+        "gemma-2b",
+        "gemma-2-2b",
+        "gemma-3-1b",
+        "mamba-130m",
+        "mamba2-130m",
+        "rwkv-169m",
+    )
+]
 FAMILIES = {families.load(name).model["family"]: name for name in families.PUBLISHED}.values()  # one recipe a family
 LAYOUTS = {"ddp": {}, "zero 1": {"zero": 1}, "zero 3": {"zero": 3}, "pipeline": {"pipeline": 2}}
 
@@ -36,7 +52,11 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     distributed.setup()
     chosen, layouts = sys.argv[2].split(","), sys.argv[3].split(",")
-    results = {(name, layout): train(name, layout) for layout in layouts for name in (chosen if chosen != ["all"] else PIPELINE if layout == "pipeline" else FAMILIES)}
+    results = {
+        (name, layout): train(name, layout)
+        for layout in layouts
+        for name in (chosen if chosen != ["all"] else PIPELINE if layout == "pipeline" else FAMILIES)
+    }
     if distributed.is_main():
         torch.save(results, sys.argv[1])
     distributed.barrier()

@@ -1,7 +1,9 @@
-"""Running stages as a user does, but from a process that has imported torch already, so that a start costs tenths of a second.
+"""Running stages as a user does, but from a process that has imported torch already, so that a start costs tenths of a
+second.
 
-`stage("pretrain", recipe, "pretrain.steps=3")` runs the entry point of pipeline/pretrain.py in a child that is forked from a server
-process and returns (exit code, stdout + stderr). The child can be killed: by a fault point (`fault="save:2"`) or after a time.
+`stage("pretrain", recipe, "pretrain.steps=3")` runs the entry point of pipeline/pretrain.py in a child that is forked
+from a server process and returns (exit code, stdout + stderr). The child can be killed: by a fault point
+(`fault="save:2"`) or after a time.
 """
 
 import contextlib
@@ -13,7 +15,16 @@ import time
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "numpy", "pyarrow.parquet", "pipeline.chain"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto.modeling_auto",
+        "numpy",
+        "pyarrow.parquet",
+        "pipeline.chain",
+    ]
+)
 
 
 def _child(kind: str, words: list[str], environment: dict, folder: str, log: str) -> None:
@@ -29,7 +40,14 @@ def _child(kind: str, words: list[str], environment: dict, folder: str, log: str
     chain.main(kind, words)
 
 
-def stage(kind: str, *words, cwd: Path | str = ".", fault: str | None = None, kill_after: float | None = None, env: dict | None = None) -> tuple[int, str]:
+def stage(
+    kind: str,
+    *words,
+    cwd: Path | str = ".",
+    fault: str | None = None,
+    kill_after: float | None = None,
+    env: dict | None = None,
+) -> tuple[int, str]:
     """Exit code (negative: killed by that signal) and output of one stage run."""
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     if fault:
@@ -70,5 +88,9 @@ def byte_level(texts: list[str], size: int):
     """A byte-level tokenizer of at most `size` tokens, trained as the stage does."""
     from pipeline.data import bpe, bytelevel, presplit
 
-    learned, pairs = bytelevel.train(texts, size - len(bpe.SPECIAL), True, True, sum(len(text.encode()) for text in texts))
-    return bytelevel.build({token: index for index, token in enumerate(learned)}, pairs, presplit.pattern(True), bpe.SPECIAL)
+    learned, pairs = bytelevel.train(
+        texts, size - len(bpe.SPECIAL), True, True, sum(len(text.encode()) for text in texts)
+    )
+    return bytelevel.build(
+        {token: index for index, token in enumerate(learned)}, pairs, presplit.pattern(True), bpe.SPECIAL
+    )

@@ -1,4 +1,5 @@
-"""pipeline/pretrain.py with a fault that `alma verify resume` must find: a resumed run begins with Adam's moments at zero. test_verify.py starts it."""
+"""pipeline/pretrain.py with a fault that `alma verify resume` must find: a resumed run begins with Adam's moments at
+zero. test_verify.py starts it."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""The worker of `alma verify parallel` with a fault in four of its layouts: test_verify.py runs it in the worker's place, and each must be found.
+"""The worker of `alma verify parallel` with a fault in four of its layouts: test_verify.py runs it in the worker's
+place, and each must be found.
 
-DDP divides its loss by twice the weight. ZeRO-1 reports the true gradient norm and clips by that of its own share. ZeRO-2's second rank
-reads the rows of the first again. The pipeline takes a norm that is not a number for a good one.
+DDP divides its loss by twice the weight. ZeRO-1 reports the true gradient norm and clips by that of its own share.
+ZeRO-2's second rank reads the rows of the first again. The pipeline takes a norm that is not a number for a good one.
 """
 
 import sys
@@ -29,12 +30,22 @@ def same_rows(config, trainer, step):
 
 
 def local_norm(self, gradients, total_norm):
-    return clip(self, gradients, sum(gradient.norm() ** 2 for gradient in gradients) ** 0.5 if now.zero == 1 and now.pipeline == 1 else total_norm)
+    return clip(
+        self,
+        gradients,
+        (
+            sum(gradient.norm() ** 2 for gradient in gradients) ** 0.5
+            if now.zero == 1 and now.pipeline == 1
+            else total_norm
+        ),
+    )
 
 
 if __name__ == "__main__":
     engine.build, loop.share = noted_build, same_rows
-    replicated.Replicated._update = lambda self, batches, weight, lr: update(self, batches, weight * self.data_world, lr)
+    replicated.Replicated._update = lambda self, batches, weight, lr: update(
+        self, batches, weight * self.data_world, lr
+    )
     stage_1_and_2.DeepSpeedZeroOptimizer.unscale_and_clip_grads = local_norm
     stage_1_and_2.is_invalid_grad_norm = lambda norm: now.pipeline == 1 and invalid(norm)
     worker.main(sys.argv[1])

@@ -1,6 +1,8 @@
-"""Runs in each process of one torchrun launch: every layout that two processes can have, one after another. Results go to the file named on the command line.
+"""Runs in each process of one torchrun launch: every layout that two processes can have, one after another. Results go
+to the file named on the command line.
 
-A launch costs ten seconds and a layout a tenth of one, so test_parallel.py starts this once and asserts on what it wrote.
+A launch costs ten seconds and a layout a tenth of one, so test_parallel.py starts this once and asserts on what it
+wrote.
 """
 
 import sys
@@ -45,13 +47,20 @@ def micro_batches(settings, engine, step: int, spoil: str | None = None) -> list
 
 
 def with_positions(batches: list[dict]) -> list[dict]:
-    """The same, said: as with document_mask, whose steps have positions and whose evaluations have none, so that a pipeline sends now two tensors and now one."""
-    places = [torch.arange(batch["inputs"]["input_ids"].shape[1]).expand_as(batch["inputs"]["input_ids"]) for batch in batches]
-    return [{**batch, "inputs": {**batch["inputs"], "position_ids": at.contiguous()}} for batch, at in zip(batches, places, strict=True)]
+    """The same, said: as with document_mask, whose steps have positions and whose evaluations have none, so that a
+    pipeline sends now two tensors and now one."""
+    places = [
+        torch.arange(batch["inputs"]["input_ids"].shape[1]).expand_as(batch["inputs"]["input_ids"]) for batch in batches
+    ]
+    return [
+        {**batch, "inputs": {**batch["inputs"], "position_ids": at.contiguous()}}
+        for batch, at in zip(batches, places, strict=True)
+    ]
 
 
 def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
-    """Six steps with an evaluation before and after; for one process too, which is the reference. `folder`: also save in the middle, resume and compare."""
+    """Six steps with an evaluation before and after; for one process too, which is the reference. `folder`: also
+    save in the middle, resume and compare."""
     from test_engine import config, spoiled
 
     from pipeline.train import distributed, engine, head
@@ -80,15 +89,27 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
     if folder:
         resumed = fresh()
         found["said"] = resumed.load(folder)
-        found["resumed steps"] = [resumed.step(micro_batches(settings, resumed, step)) for step in range(resumed.step_count, STEPS)]
+        found["resumed steps"] = [
+            resumed.step(micro_batches(settings, resumed, step)) for step in range(resumed.step_count, STEPS)
+        ]
         found["resumed weights"] = resumed.consolidated()
         # Harm on one process alone: each must leave the weights alone, everywhere
         for spoil in ("nan loss", "infinite loss, finite gradient", "nan gradient"):
-            stats = resumed.step(micro_batches(settings, resumed, 7, spoil if distributed.rank() == distributed.world() - 1 or trainer.layout == "pipelined" else None))
+            stats = resumed.step(
+                micro_batches(
+                    settings,
+                    resumed,
+                    7,
+                    spoil if distributed.rank() == distributed.world() - 1 or trainer.layout == "pipelined" else None,
+                )
+            )
             found[spoil] = stats["applied"]
         # An update that one process alone refuses is made by none
         asked = []
-        stats = resumed.step(micro_batches(settings, resumed, 7), admit=lambda loss, norm: asked.append((loss, norm)) or distributed.rank() < distributed.world() - 1)
+        stats = resumed.step(
+            micro_batches(settings, resumed, 7),
+            admit=lambda loss, norm: asked.append((loss, norm)) or distributed.rank() < distributed.world() - 1,
+        )
         found["refused"] = (stats["applied"], stats["refused"], stats["loss"], stats["grad_norm"], asked)
         found["harmed weights"] = resumed.consolidated()
         found["step after harm"] = resumed.step(micro_batches(settings, resumed, 8))
@@ -121,7 +142,9 @@ def muon(folder: Path | None = None):
 def go_on(trainer, folder: Path) -> tuple[str, list[dict]]:
     """What loading another layout's checkpoint says, and the three steps after it."""
     said = trainer.load(folder)
-    return said, [trainer.step(micro_batches(trainer.config, trainer, step)) for step in range(trainer.step_count, STEPS)]
+    return said, [
+        trainer.step(micro_batches(trainer.config, trainer, step)) for step in range(trainer.step_count, STEPS)
+    ]
 
 
 def generate() -> list:
@@ -134,7 +157,9 @@ def generate() -> list:
     trainer = engine.build(model(False), loss_fn, settings)
     trainer.step(micro_batches(settings, trainer, 0))
     with trainer.gathered():
-        ids = trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[0].tolist()
+        ids = trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[
+            0
+        ].tolist()
     return [ids, trainer.step(micro_batches(settings, trainer, 1))["loss"]]
 
 
@@ -148,14 +173,19 @@ if __name__ == "__main__":
     scratch = Path(sys.argv[1]).parent / "checkpoints"  # where one process has left its own
     MUON = muon(scratch / "ddp muon")
     results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}}
-    results["generated"] = generate()  # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
+    # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
+    results["generated"] = generate()
     for layout in LAYOUTS:
         results[layout] = train(layout, 2, scratch / layout)
-        if layout == "zero 0":  # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
+        # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
+        if layout == "zero 0":
             trainer = ENGINES.pop(layout)
             results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}
     for target, trainer in ENGINES.items():
-        for source in [f"one{' tied' * ('tied' in target)}", *(other for other in PLAIN if other != target and ("tied" in other) == ("tied" in target))]:
+        for source in [
+            f"one{' tied' * ('tied' in target)}",
+            *(other for other in PLAIN if other != target and ("tied" in other) == ("tied" in target)),
+        ]:
             results["elastic"][source, target] = go_on(trainer, scratch / source)
     if distributed.is_main():
         torch.save(results, sys.argv[1])

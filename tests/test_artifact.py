@@ -19,10 +19,15 @@ from pipeline.lock import Lock
 
 IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
 MARKER = b'{"files": {}}'
-TORN = (("checkpoints/step-000015/complete.json", b'{"files": {"state": {"size": 2, "sha256": ""}}}'), ("checkpoints/step-000015/state", b"x"))
+TORN = (
+    ("checkpoints/step-000015/complete.json", b'{"files": {"state": {"size": 2, "sha256": ""}}}'),
+    ("checkpoints/step-000015/state", b"x"),
+)
 
 
-def make(folder: Path, identity=IDENTITY, content=(("data/one.bin", b"one"), ("two.json", b"{}")), publish=True, **how) -> Output:
+def make(
+    folder: Path, identity=IDENTITY, content=(("data/one.bin", b"one"), ("two.json", b"{}")), publish=True, **how
+) -> Output:
     output = Output(folder, "pack", "pack", identity).open(config={"a": 1}, parents={}, **how)
     if output.published is None:
         for name, data in content:
@@ -40,14 +45,27 @@ def test_published_output_is_complete_linked_and_read_back(tmp_path):
     assert found.damage(full=True) is None
     assert found.metrics == {"rows": 2}
     assert set(found.manifest["files"]) == {"data/one.bin", "two.json"}
-    assert found.manifest["files"]["data/one.bin"]["sha256"] == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"  # printf one | sha256sum
+    # printf one | sha256sum
+    assert (
+        found.manifest["files"]["data/one.bin"]["sha256"]
+        == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    )
     assert found.path.name == artifact.fingerprint_of(IDENTITY)[:12]
     assert not (tmp_path / "pack/lock.json").exists()
 
 
 def test_logs_and_checkpoints_are_not_content(tmp_path):
     first = make(tmp_path / "a")
-    second = make(tmp_path / "b", content=(("data/one.bin", b"one"), ("two.json", b"{}"), ("metrics.jsonl", b"x"), ("checkpoints/step-000001/s", b"y"), ("work/u", b"z")))
+    second = make(
+        tmp_path / "b",
+        content=(
+            ("data/one.bin", b"one"),
+            ("two.json", b"{}"),
+            ("metrics.jsonl", b"x"),
+            ("checkpoints/step-000001/s", b"y"),
+            ("work/u", b"z"),
+        ),
+    )
     assert artifact.read(first.path).digest == artifact.read(second.path).digest
     assert not (second.path / "work").exists()
 
@@ -87,11 +105,21 @@ def test_a_run_that_ended_before_any_work_is_in_nobodys_way(tmp_path):
 def test_fork_goes_on_from_the_last_complete_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint"):
         make(tmp_path / "none", fork=True)
-    make(tmp_path / "pack", content=(("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER), *TORN, ("checkpoints/step-000020/half", b"")))
+    make(
+        tmp_path / "pack",
+        content=(
+            ("x", b"x"),
+            ("checkpoints/step-000010/complete.json", MARKER),
+            *TORN,
+            ("checkpoints/step-000020/half", b""),
+        ),
+    )
     changed = {**IDENTITY, "config": {"a": 2}}
     output = make(tmp_path / "pack", changed, fork=True)
     assert (output.path / "checkpoints/step-000010/complete.json").exists()
-    assert not (output.path / "checkpoints/step-000015").exists(), "its file is cut off: neither forked from nor named as the parent"
+    assert not (output.path / "checkpoints/step-000015").exists(), (
+        "its file is cut off: neither forked from nor named as the parent"
+    )
     assert not (output.path / "checkpoints/step-000020").exists()
     assert artifact.current(tmp_path / "pack").manifest["forked_from"].endswith("/step-000010")
 
@@ -146,7 +174,9 @@ def _publish_and_die(folder, count):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_death_in_publish_leaves_all_or_nothing_and_is_continued(tmp_path, count):
-    process = multiprocessing.get_context("forkserver").Process(target=_publish_and_die, args=(str(tmp_path / "pack"), count))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_publish_and_die, args=(str(tmp_path / "pack"), count)
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -187,7 +217,9 @@ def test_one_writer_and_a_dead_holder_is_taken_over(tmp_path):
 
 
 def test_holder_on_another_host_is_dead_only_without_heartbeat(tmp_path):
-    files.write_json(tmp_path / "lock.json", {"host": "elsewhere", "pid": 1, "born": 1, "job": "77", "token": "t", "since": "then"})
+    files.write_json(
+        tmp_path / "lock.json", {"host": "elsewhere", "pid": 1, "born": 1, "job": "77", "token": "t", "since": "then"}
+    )
     with pytest.raises(UserError, match="process 1 on elsewhere, job 77"):
         Lock(tmp_path).acquire()
     old = time.time() - 2 * lock.DEAD_AFTER_SECONDS
@@ -210,7 +242,10 @@ def _grab(folder, gate, results):
 
 def test_many_takers_of_a_dead_lock_one_winner(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    files.write_json(tmp_path / "lock.json", {"host": socket.gethostname(), "pid": 1, "born": -1, "job": None, "token": "dead", "since": "then"})
+    files.write_json(
+        tmp_path / "lock.json",
+        {"host": socket.gethostname(), "pid": 1, "born": -1, "job": None, "token": "dead", "since": "then"},
+    )
     gate, results = context.Event(), context.Queue()
     takers = [context.Process(target=_grab, args=(str(tmp_path), gate, results)) for _ in range(6)]
     for taker in takers:
@@ -221,7 +256,11 @@ def test_many_takers_of_a_dead_lock_one_winner(tmp_path):
         taker.join()
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=60)
@@ -245,7 +284,9 @@ def test_death_in_a_fork_keeps_its_lineage_and_the_same_command_goes_on(tmp_path
     content = (("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER))
     make(tmp_path / "pack", content=content, publish=False)
     changed = {**IDENTITY, "config": {"a": 2}}
-    process = multiprocessing.get_context("forkserver").Process(target=_open_and_die, args=(str(tmp_path / "pack"), changed, {"fork": True}, "fork:1"))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_open_and_die, args=(str(tmp_path / "pack"), changed, {"fork": True}, "fork:1")
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and artifact.current(tmp_path / "pack") is None

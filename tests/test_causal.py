@@ -15,7 +15,9 @@ class Layer:
 
 def drawn(length: int, heads: int = 4, groups: int = 2, sharpness: float = 1.0):
     draw = torch.Generator().manual_seed(length)
-    query, key, value, grad = (torch.randn(3, n, length, 32, generator=draw) for n in (heads, heads // groups, heads // groups, heads))
+    query, key, value, grad = (
+        torch.randn(3, n, length, 32, generator=draw) for n in (heads, heads // groups, heads // groups, heads)
+    )
     return (query * sharpness).bfloat16(), key.bfloat16(), value.bfloat16(), grad.bfloat16()
 
 
@@ -27,16 +29,25 @@ def gradients(attend, query, key, value, grad):
 
 def exact(query, key, value):
     scores = query @ key.repeat_interleave(2, 1).mT / 32**0.5
-    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).softmax(
+        -1
+    ) @ value.repeat_interleave(2, 1)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("length,sharpness", [(4, 1.0), (64, 1.0), (256, 3.0)])
 def test_output_and_gradients_are_as_near_to_fp64s_as_torchs(length, sharpness, compiled):
-    """The output is torch's to the bit; each gradient's error in norm is below 1% and at most 2.5 times that of torch's."""
+    """The output is torch's to the bit; each gradient's error in norm is below 1% and at most 2.5 times that of
+    torch's."""
     query, key, value, grad = drawn(length, sharpness=sharpness)
     true = gradients(exact, *(tensor.double() for tensor in (query, key, value, grad)))
-    torchs = gradients(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), query, key, value, grad)
+    torchs = gradients(
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        query,
+        key,
+        value,
+        grad,
+    )
 
     def attend(query, key, value):
         return causal.attend(Layer(), query, key, value, None)[0].transpose(1, 2)
@@ -69,7 +80,10 @@ def test_what_is_not_plain_causal_attention_in_bf16_is_torchs(monkeypatch):
 
 def test_auto_takes_blocks_for_compiled_bf16_on_a_cpu_and_documents_stay_apart():
     model = tiny()
-    assert attention.choose(model, "auto", "bf16", compiled=True) == "blocks" and attention.choose(model, "auto", "fp32", compiled=True) == "sdpa"
+    assert (
+        attention.choose(model, "auto", "bf16", compiled=True) == "blocks"
+        and attention.choose(model, "auto", "fp32", compiled=True) == "sdpa"
+    )
     with pytest.raises(UserError, match="blocks is for a CPU, with precision: bf16 and compile: true"):
         attention.choose(model, "blocks", "bf16")
     ids, positions = rows(0)[0], torch.tensor([[*range(5), *range(7)]] * 8)
@@ -88,4 +102,6 @@ def test_auto_takes_blocks_for_compiled_bf16_on_a_cpu_and_documents_stay_apart()
         assert torch.equal(sdpa, blocks), "a mask is torch's"
     for sdpa, blocks in zip(found["sdpa"][1], found["blocks"][1], strict=True):
         assert (sdpa - blocks).norm() < 0.02 * sdpa.norm()
-    assert any(not torch.equal(sdpa, blocks) for sdpa, blocks in zip(found["sdpa"][1], found["blocks"][1], strict=True)), "blocks were used"
+    assert any(
+        not torch.equal(sdpa, blocks) for sdpa, blocks in zip(found["sdpa"][1], found["blocks"][1], strict=True)
+    ), "blocks were used"

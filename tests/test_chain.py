@@ -20,7 +20,10 @@ from pipeline import artifact, chain
 from pipeline.recipe import load
 
 ALMA = [sys.executable, "-m", "pipeline.cli"]
-TUNING = "batch_size: 8, sequence_length: 64, precision: fp32, steps: 4, save: {every_steps: 2, keep: 1}, optimizer: {lr: 1e-3}"
+TUNING = (
+    "batch_size: 8, sequence_length: 64, precision: fp32, steps: 4, save: {every_steps: 2, keep: 1}, optimizer: {lr:"
+    " 1e-3}"
+)
 PROMPT = "prompt: 'What is a {words} {noun}?', answer: '{kind}'"
 RECIPE = f"""
 name: whole
@@ -56,8 +59,17 @@ stages:
 
 
 def alma(*words, cwd, code=0, env=None) -> str:
-    answer = subprocess.run([*ALMA, *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=300)
-    assert answer.returncode == code, f"alma {' '.join(map(str, words))} ended with {answer.returncode}:\n{answer.stdout}\n{answer.stderr}"
+    answer = subprocess.run(
+        [*ALMA, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        timeout=300,
+    )
+    assert answer.returncode == code, (
+        f"alma {' '.join(map(str, words))} ended with {answer.returncode}:\n{answer.stdout}\n{answer.stderr}"
+    )
     assert "Traceback" not in answer.stderr, answer.stderr
     return answer.stdout + answer.stderr
 
@@ -75,7 +87,8 @@ def rows_of(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The chain, run once: killed at its first stage's first unit, and started again with the same command, as a user would."""
+    """The chain, run once: killed at its first stage's first unit, and started again with the same command, as a
+    user would."""
     folder = tmp_path_factory.mktemp("whole")
     rows_of(folder)
     before = os.getcwd()
@@ -91,11 +104,14 @@ def test_every_stage_is_up_to_date_and_a_second_run_does_nothing(whole):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     said = alma("run", "r.yaml", cwd=whole)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20  # seconds of processor time: the wall clock is that of whatever else runs here
+    # seconds of processor time: the wall clock is that of whatever else runs here
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
     assert said.count(": up to date") == 10 and "running" not in said
     assert "logits differ by" in said and "win" not in said  # the closing table
     answer = json.loads(alma("status", "r.yaml", "--json", cwd=whole))
-    assert {node["state"] for node in answer.values()} == {"up to date"} and list(answer) == list(load(whole / "r.yaml").stages)
+    assert {node["state"] for node in answer.values()} == {"up to date"} and list(answer) == list(
+        load(whole / "r.yaml").stages
+    )
 
 
 def test_every_output_is_whole_and_knows_its_parents(whole):
@@ -113,16 +129,31 @@ def test_exported_folder_is_a_chat_model(whole):
 
     folder = whole / "runs/whole/export/current"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "What is a red cat?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is a red cat?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     trained = AutoModelForCausalLM.from_pretrained(whole / "runs/whole/ppo/current/model")
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, trained(**inputs).logits)
-    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert model.generation_config.eos_token_id == [
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    ]
     assert artifact.current(whole / "runs/whole/export").metrics["logit_difference"] == 0
 
 
 def test_export_in_bf16_says_how_far_it_is(whole):
-    succeed("export", "r.yaml", "export.dtype=bf16", "name=bf16", "export.inputs={model: ./runs/whole/sft/current}", cwd=whole)
+    succeed(
+        "export",
+        "r.yaml",
+        "export.dtype=bf16",
+        "name=bf16",
+        "export.inputs={model: ./runs/whole/sft/current}",
+        cwd=whole,
+    )
     metrics = artifact.current(whole / "runs/bf16/export").metrics
     assert 0 < metrics["logit_difference"] < 0.1 and metrics["top1_agreement"] > 0.9
 
@@ -144,7 +175,9 @@ def test_assess_against_transformers_own_loss(whole):
         loss = model(input_ids=ids, labels=ids).loss.item()
     found = report["models"]["sft"]
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert found["bits_per_byte"] == pytest.approx(loss * 64 * len(rows) / math.log(2) / sum(row.bytes for row in rows), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(
+        loss * 64 * len(rows) / math.log(2) / sum(row.bytes for row in rows), rel=1e-4
+    )
     win = report["win_rates"]["dpo over sft"]
     assert 0 <= win["low"] <= win["rate"] <= win["high"] <= 1 and win["prompts"] == 12
 
@@ -158,16 +191,25 @@ def test_win_rate_and_its_interval():
     win = win_rate([1.0] * 60 + [0.0] * 30 + [0.5] * 10, [0.5] * 100, config, "x")
     assert win["rate"] == 0.65 and win["ties"] == 0.1
     error = (0.6 * 0.35**2 + 0.3 * 0.65**2 + 0.1 * 0.15**2) ** 0.5 / 10  # standard error of the mean of these outcomes
-    assert win["low"] == pytest.approx(0.65 - 1.96 * error, abs=0.015) and win["high"] == pytest.approx(0.65 + 1.96 * error, abs=0.015)
+    assert win["low"] == pytest.approx(0.65 - 1.96 * error, abs=0.015) and win["high"] == pytest.approx(
+        0.65 + 1.96 * error, abs=0.015
+    )
 
 
-@pytest.mark.parametrize("kind, faults", [("assess", ["work:2", "save:1", "publish:1"]), ("export", ["save:1", "work:1", "publish:1", "publish:2"])])
+@pytest.mark.parametrize(
+    "kind, faults",
+    [("assess", ["work:2", "save:1", "publish:1"]), ("export", ["save:1", "work:1", "publish:1", "publish:2"])],
+)
 def test_killed_assess_and_export_end_with_the_same_bytes(whole, kind, faults):
     expected = files_of(whole / f"runs/whole/{kind}/current")
     shutil.rmtree(whole / f"runs/whole/{kind}")
     for fault in faults:
         assert stage(kind, "r.yaml", cwd=whole, fault=fault)[0] == -signal.SIGKILL
-        assert states(whole)[kind] in ("interrupted", "up to date") if fault == "publish:2" else states(whole)[kind] == "interrupted"
+        assert (
+            states(whole)[kind] in ("interrupted", "up to date")
+            if fault == "publish:2"
+            else states(whole)[kind] == "interrupted"
+        )
     succeed(kind, "r.yaml", cwd=whole)
     assert files_of(whole / f"runs/whole/{kind}/current") == expected
     shutil.rmtree(whole / f"runs/whole/{kind}")
@@ -182,7 +224,11 @@ def test_a_change_is_explained_and_concerns_only_what_comes_after(whole):
     assert [name for name, state in changed.items() if state != "up to date"] == ["reward", "ppo", "assess", "export"]
     said = alma("status", "r.yaml", "reward.optimizer.lr=2e-3", cwd=whole)
     assert "optimizer.lr: 0.001 -> 0.002" in said and "reward is stale" in said
-    assert set(states(whole, "pretrain.micro_batch=2", "clean.workers=2", "sft.save.every_steps=1", "dpo.run.processes=2").values()) == {"up to date"}
+    assert set(
+        states(
+            whole, "pretrain.micro_batch=2", "clean.workers=2", "sft.save.every_steps=1", "dpo.run.processes=2"
+        ).values()
+    ) == {"up to date"}
 
 
 def test_a_parent_made_again_with_the_same_result_makes_nothing_stale(whole):
@@ -240,14 +286,20 @@ def test_alma_run_is_killed_and_goes_on_and_its_stage_dies_with_it(tmp_path):
     process.kill()
     process.wait()
     for _ in range(200):
-        if not Path(f"/proc/{holder}").exists() or Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+        if (
+            not Path(f"/proc/{holder}").exists()
+            or Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        ):
             break
         time.sleep(0.05)
     else:
         raise AssertionError("the stage outlived the chain")
     said = alma("run", "r.yaml", "tokenizer", cwd=tmp_path)
     assert "tokenizer: missing, running" in said and artifact.current(tmp_path / "runs/whole/tokenizer") is not None
-    assert not list((tmp_path / "runs/whole").glob(".chain-*")) or len(list((tmp_path / "runs/whole").glob(".chain-*"))) == 1
+    assert (
+        not list((tmp_path / "runs/whole").glob(".chain-*"))
+        or len(list((tmp_path / "runs/whole").glob(".chain-*"))) == 1
+    )
 
 
 def test_mistakes_end_before_any_work_with_code_2(tmp_path, monkeypatch, capfd):
@@ -269,7 +321,10 @@ def test_mistakes_end_before_any_work_with_code_2(tmp_path, monkeypatch, capfd):
     (tmp_path / "elsewhere.jsonl").rename(tmp_path / "rows.jsonl")
     for words, part in [
         (["run", "r.yaml", "tokeniser"], "no stage is called 'tokeniser'"),
-        (["run", "r.yaml", "pretrain.batch_size=9", "pretrain.run.processes=2"], "batch_size 9 is not divisible by 2 data-parallel ranks"),
+        (
+            ["run", "r.yaml", "pretrain.batch_size=9", "pretrain.run.processes=2"],
+            "batch_size 9 is not divisible by 2 data-parallel ranks",
+        ),
         (["run", "r.yaml", "pretrain.parallel={pipeline: 2, zero: 3}"], "pipeline: 2 with zero: 3 cannot be had"),
         (["run", "r.yaml", "sft.parallel.pipeline=2", "sft.run.processes=2"], "pipeline: 2 is for pretraining"),
         (["run", "r.yaml", "model.hiden_size=3"], "did you mean hidden_size?"),
@@ -293,18 +348,23 @@ def test_two_stages_of_a_kind_need_a_name(tmp_path):
     assert code == 2 and "no stage of kind export has this name; there is export, export2" in said
 
 
-FORKED = tiny.RECIPE + """
+FORKED = (
+    tiny.RECIPE
+    + """
   more: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: pretrain}, sequence_length: 32, batch_size: 8, steps: 3, precision: fp32, heldout_rows: 4, optimizer: {lr: 3e-3}}
 """
+)
 
 
 def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path):
-    """Only the stage whose own keys changed goes on from its checkpoint; a stage whose input changed has nothing to go on from."""
+    """Only the stage whose own keys changed goes on from its checkpoint; a stage whose input changed has nothing to
+    go on from."""
     tiny.write_inputs(tmp_path)
     (tmp_path / "r.yaml").write_text(FORKED)
     for name in ("pretrain", "more"):
         succeed("pretrain", "r.yaml", "--stage", name, cwd=tmp_path)
-    code, said = stage("pretrain", "r.yaml", "--stage", "more", "pretrain.steps=8", cwd=tmp_path)  # its parent is stale now
+    # its parent is stale now
+    code, said = stage("pretrain", "r.yaml", "--stage", "more", "pretrain.steps=8", cwd=tmp_path)
     assert code == 2 and "needs the output of pretrain, which is stale: steps: 6 -> 8" in said
     said = alma("run", "r.yaml", "pretrain.steps=8", "--fork", cwd=tmp_path)
     assert "goes on from step-000006" in said and said.count("goes on from") == 1
@@ -317,7 +377,11 @@ def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path):
     assert files_of(tmp_path / "again/tiny/more/current") == forked
     path = tmp_path / "alone/model/model/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    code, said = stage("pretrain", "r.yaml", "--stage", "more", "output=third", "more.inputs.model=./alone/model", cwd=tmp_path)
+    code, said = stage(
+        "pretrain", "r.yaml", "--stage", "more", "output=third", "more.inputs.model=./alone/model", cwd=tmp_path
+    )
     assert code == 2 and "is damaged" in said and "model.safetensors" in said
-    code, said = stage("pretrain", "r.yaml", "--stage", "more", "output=third", "more.inputs.model=./runs/pack", cwd=tmp_path)
+    code, said = stage(
+        "pretrain", "r.yaml", "--stage", "more", "output=third", "more.inputs.model=./runs/pack", cwd=tmp_path
+    )
     assert code == 2 and "is not a folder" in said

@@ -1,4 +1,5 @@
-"""Clean: what it keeps and why, duplicates against a brute-force oracle, and equal bytes whatever the workers, the cuts and the kills."""
+"""Clean: what it keeps and why, duplicates against a brute-force oracle, and equal bytes whatever the workers, the
+cuts and the kills."""
 
 import collections
 import gzip
@@ -30,7 +31,10 @@ from pipeline.data.sources import Source
 from pipeline.data.text import SUSPECT, looks, normalise, shingles, tokens
 from pipeline.data.units import cut
 
-EN = "the of river water king stone light under over winter summer bread house market table letter number people morning evening garden".split()
+EN = (
+    "the of river water king stone light under over winter summer bread house market table letter number people morning"
+    " evening garden".split()
+)
 HAN = "天地人山水火木金土日月星风雨雪春夏秋冬东西南北上下左右大小多少高低远近红黄蓝白黑书画琴棋诗酒花草鱼鸟虫马牛羊"
 UNITS: list = []
 LONG = [chr(0x4E00 + i) for i in range(2000)]
@@ -53,17 +57,29 @@ def corpus(folder: Path) -> dict:
     near = en[5].split()
     near[20] = "changed"
     rows = [{"text": text, "lang": "en"} for text in en]
-    rows += [{"text": en[3]}, {"text": f"  {en[4]} \r\n"}, {"text": " ".join(near)}]  # exact twice (one once normalised), near once
-    rows += [{"text": "too short"}, {"text": "1 + 2 = 3; " * 40}, {"text": "Ã©tÃ© â€™ " + en[9] + "â€œ" * 30}, {"text": "\n".join(["the same line again and again"] * 9)}]
+    # exact twice (one once normalised), near once
+    rows += [{"text": en[3]}, {"text": f"  {en[4]} \r\n"}, {"text": " ".join(near)}]
+    rows += [
+        {"text": "too short"},
+        {"text": "1 + 2 = 3; " * 40},
+        {"text": "Ã©tÃ© â€™ " + en[9] + "â€œ" * 30},
+        {"text": "\n".join(["the same line again and again"] * 9)},
+    ]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     lines[100:100] = ["{broken", '{"text": "\\ud800 half a pair"}', '{"body": "no text"}', '{"text": null}']
     rng.shuffle(lines)
     (folder / "en.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    packed = gzip.compress("".join(json.dumps({"t": text, "n": i}) + "\n" for i, text in enumerate([*zh, zh[0], zh[1]])).encode())
+    packed = gzip.compress(
+        "".join(json.dumps({"t": text, "n": i}) + "\n" for i, text in enumerate([*zh, zh[0], zh[1]])).encode()
+    )
     (folder / "zh.jsonl.gz").write_bytes(packed[:-4])
     return {
-        "read": 400 + 3 + 4 + 4 + 302 + 1, "bad": {"malformed JSON": 1, "lone surrogate": 1, "missing field": 2}, "bad_zh": {"truncated .gz data": 1},
-        "filtered": {"too_short": 1, "few_letters": 1, "garbled": 1, "repeated_lines": 1}, "exact": 4, "near": 1,
+        "read": 400 + 3 + 4 + 4 + 302 + 1,
+        "bad": {"malformed JSON": 1, "lone surrogate": 1, "missing field": 2},
+        "bad_zh": {"truncated .gz data": 1},
+        "filtered": {"too_short": 1, "few_letters": 1, "garbled": 1, "repeated_lines": 1},
+        "exact": 4,
+        "near": 1,
     }
 
 
@@ -71,7 +87,10 @@ def recipe(folder: Path, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     block = {
         "sources": {"en": {"path": "data/en.jsonl"}, "zh": {"path": "data/zh.jsonl.gz", "text": "{t}"}},
-        "holdout": 0.1, "unit_bytes": 20_000, "workers": 1, **changes,
+        "holdout": 0.1,
+        "unit_bytes": 20_000,
+        "workers": 1,
+        **changes,
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps({"name": "t", "seed": 3, "stages": {"clean": block}}))  # JSON is YAML
@@ -99,11 +118,15 @@ def texts_of(folder: Path) -> dict[str, list[tuple[str, str, str]]]:
 
 
 def ledger(folder: Path, source: str) -> list[dict]:
-    raw = zstandard.ZstdDecompressor().stream_reader((published(folder) / "rejected" / f"{source}.jsonl.zst").read_bytes()).read()
+    raw = (
+        zstandard.ZstdDecompressor()
+        .stream_reader((published(folder) / "rejected" / f"{source}.jsonl.zst").read_bytes())
+        .read()
+    )
     return [json.loads(line) for line in raw.decode().splitlines()]
 
 
-# ---- the account -----------------------------------------------------------------------------------------------------------
+# ---- the account -----------------------------------------------------------------------------------------------------
 
 
 def test_every_record_is_accounted_for(cleaned):
@@ -111,28 +134,58 @@ def test_every_record_is_accounted_for(cleaned):
     report = json.loads((published(folder) / "report.json").read_text())
     total, en, zh = report["total"], report["sources"]["en"], report["sources"]["zh"]
     assert en["bad"] == planted["bad"] and zh["bad"] == planted["bad_zh"] and en["filtered"] == planted["filtered"]
-    assert (total["read"], total["duplicates_exact"], total["duplicates_near"]) == (planted["read"], planted["exact"], planted["near"])
+    assert (total["read"], total["duplicates_exact"], total["duplicates_near"]) == (
+        planted["read"],
+        planted["exact"],
+        planted["near"],
+    )
     split = texts_of(folder)
     kept = sum(map(len, split.values()))
     rejected = ledger(folder, "en") + ledger(folder, "zh")
-    assert total["documents_out"] == kept == planted["read"] - len(rejected) and len(split["heldout"]) == total["heldout_documents"] > 20
+    assert (
+        total["documents_out"] == kept == planted["read"] - len(rejected)
+        and len(split["heldout"]) == total["heldout_documents"] > 20
+    )
     assert total["bytes_out"] == sum(len(text.encode()) for part in split.values() for text, _, _ in part)
     for name, counts in (("en", en), ("zh", zh)):
         found = collections.Counter((entry["status"], entry["reason"]) for entry in ledger(folder, name))
-        assert found == {(status, reason): number for status in ("bad", "filtered", "duplicates") for reason, number in counts[status].items()}
-    assert total["read"] == kept + total["bad_records"] + total["filtered_documents"] + total["duplicates_exact"] + total["duplicates_near"]
+        assert found == {
+            (status, reason): number
+            for status in ("bad", "filtered", "duplicates")
+            for reason, number in counts[status].items()
+        }
+    assert (
+        total["read"]
+        == kept
+        + total["bad_records"]
+        + total["filtered_documents"]
+        + total["duplicates_exact"]
+        + total["duplicates_near"]
+    )
     broken = next(entry for entry in rejected if entry["reason"] == "malformed JSON")
-    assert broken["excerpt"] == "{broken" and (folder / "data/en.jsonl").read_text().splitlines()[int(broken["place"].removeprefix("en.jsonl:")) - 1] == "{broken"
+    assert (
+        broken["excerpt"] == "{broken"
+        and (folder / "data/en.jsonl").read_text().splitlines()[int(broken["place"].removeprefix("en.jsonl:")) - 1]
+        == "{broken"
+    )
     ids = {id for part in split.values() for _, _, id in part}
     assert all(entry["of"] in ids for entry in rejected if entry["status"] == "duplicates")
     metrics = artifact.current(folder / "runs/t/clean").metrics
-    assert metrics["by_source"] == report["sources"] and set(metrics["summary"]) == {"input", "output", "measure"} and metrics["heldout_bytes"] == total["heldout_bytes"]
+    assert (
+        metrics["by_source"] == report["sources"]
+        and set(metrics["summary"]) == {"input", "output", "measure"}
+        and metrics["heldout_bytes"] == total["heldout_bytes"]
+    )
 
 
 def test_order_is_that_of_the_sources_and_the_split_is_by_document(cleaned):
     folder, _ = cleaned
     split = texts_of(folder)
-    wanted = [normalise(row["text"]) for row in map(_row, (folder / "data/en.jsonl").read_text().splitlines()) if row and isinstance(row.get("text"), str)]
+    wanted = [
+        normalise(row["text"])
+        for row in map(_row, (folder / "data/en.jsonl").read_text().splitlines())
+        if row and isinstance(row.get("text"), str)
+    ]
     position = {text: i for i, text in reversed(list(enumerate(wanted)))}
     for part in split.values():
         places = [position[text] for text, source, _ in part if source == "en"]
@@ -157,7 +210,7 @@ def test_the_split_does_not_move_when_a_source_is_added(cleaned, tmp_path):
         assert [row for row in together[part] if row[1] == "en"] == alone[part]
 
 
-# ---- equal bytes -----------------------------------------------------------------------------------------------------------
+# ---- equal bytes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers, unit", [(2, 10_000), (1, 4 << 20)])
@@ -203,7 +256,9 @@ def test_run_as_a_script_with_workers_that_end_with_it(cleaned, tmp_path):
     command = [sys.executable, str(script), str(recipe(tmp_path, workers=2, unit_bytes=10_000))]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
-    while not list(tmp_path.glob("runs/t/clean/*/work/*/*/*.parquet")) and time.time() < deadline and child.poll() is None:
+    while (
+        not list(tmp_path.glob("runs/t/clean/*/work/*/*/*.parquet")) and time.time() < deadline and child.poll() is None
+    ):
         time.sleep(0.01)
     workers = _children(child.pid)
     child.kill()
@@ -248,7 +303,7 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
     assert json.loads(kept[0]["report.json"])["total"]["documents_in"] == limit
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------------
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,18 +314,33 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
         ({"sources": {"a": {"path": "nosuch/*.jsonl"}}}, "sources.a: no file matches nosuch/*.jsonl"),
         ({"sources": {"a": {"path": "empty.jsonl"}}}, "empty.jsonl is empty"),
         ({"sources": {"a": {"path": "blank.jsonl"}}}, "sources.a: has no record"),
-        ({"sources": {"a": {"path": "cut.json"}}}, "sources.a: none of its 1 records is good; the first: cut.json: malformed JSON"),
-        ({"sources": {"a": {"path": "cut.jsonl.gz"}}}, "none of its 1 records is good; the first: cut.jsonl.gz:1: truncated .gz data"),
+        (
+            {"sources": {"a": {"path": "cut.json"}}},
+            "sources.a: none of its 1 records is good; the first: cut.json: malformed JSON",
+        ),
+        (
+            {"sources": {"a": {"path": "cut.jsonl.gz"}}},
+            "none of its 1 records is good; the first: cut.jsonl.gz:1: truncated .gz data",
+        ),
         ({"sources": {"a": {"path": "data/en.jsonl", "text": "body.x"}}}, "no field 'body.x'"),
-        ({"sources": {"a": {"path": "data/en.jsonl", "where": {"lang": "xx"}}}}, "has no record that `where` and `part` select"),
+        (
+            {"sources": {"a": {"path": "data/en.jsonl", "where": {"lang": "xx"}}}},
+            "has no record that `where` and `part` select",
+        ),
         ({"sources": {"a": {"path": "data/en.jsonl", "pth": "x"}}}, "path"),
-        ({"sources": {"a": {"path": "data/en.jsonl", "package": "x==1", "member": "y"}}}, "exactly one of path, package and dataset"),
+        (
+            {"sources": {"a": {"path": "data/en.jsonl", "package": "x==1", "member": "y"}}},
+            "exactly one of path, package and dataset",
+        ),
         ({"sources": {"a": {"path": "gbk.txt"}}}, "gbk.txt: invalid UTF-8"),
         ({"sources": {"a": {"path": "gbk.txt"}}}, "iconv -f GB18030 -t UTF-8"),
         ({"language": {"keep": ["en", "cn"]}}, "'cn' is no language that is detected"),
         ({"quality": {"min_score": 0.9}}, "min_score without a classifier does nothing"),
         ({"perplexity": {"max_en": 900}}, "max_en without a language model does nothing"),
-        ({"max_bad": 0.001}, "sources.en: 4 of 411 records are bad (1.0%, most often: missing field), more than max_bad 0.001"),
+        (
+            {"max_bad": 0.001},
+            "sources.en: 4 of 411 records are bad (1.0%, most often: missing field), more than max_bad 0.001",
+        ),
         ({"filters": {"min_tokens": 9999}}, "sources.en: nothing is left of its 411 records (most often: too_short)"),
         ({"holdout": 0.9999}, "no document is left for train"),
         ({"holdout": 0.0001}, "no document is left for heldout"),
@@ -285,7 +355,11 @@ def test_a_mistake_is_one_sentence(cleaned, tmp_path, change, message):
     (tmp_path / "cut.json").write_text('[{"text": "a"')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:20])
     code, text = stage("clean", recipe(tmp_path, **change), cwd=tmp_path)
-    sentences = [line for line in text.strip().splitlines() if not line.startswith("WARNING sources.zh: 1 file ends early (truncated .gz data)")]
+    sentences = [
+        line
+        for line in text.strip().splitlines()
+        if not line.startswith("WARNING sources.zh: 1 file ends early (truncated .gz data)")
+    ]
     assert code == 2 and len(sentences) == 1 and message in sentences[0] and sentences[0].startswith("error: "), text
 
 
@@ -306,15 +380,22 @@ def test_max_bad_can_be_raised_afterwards(cleaned, tmp_path):
     assert files_of(published(tmp_path)) == files_of(published(folder))
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
-@given(st.text(alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\r\n\t \u00a0\u3000\x00\x85\u2028e\u0301\ufeff"))))
+@given(
+    st.text(
+        alphabet=st.one_of(
+            st.characters(exclude_categories=["Cs"]), st.sampled_from("\r\n\t \u00a0\u3000\x00\x85\u2028e\u0301\ufeff")
+        )
+    )
+)
 def test_normal_form(text):
     once = normalise(text)
     assert normalise(once) == once and unicodedata.is_normalized("NFC", once)
     assert not re.search(r"[\r\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\u2028\u2029]|\n{3}|[ \t]\n", once)
-    if "\ufeff" not in text and not any(unicodedata.category(c) == "Cc" for c in text):  # what stood apart may combine when these are gone
+    # what stood apart may combine when these are gone
+    if "\ufeff" not in text and not any(unicodedata.category(c) == "Cc" for c in text):
         assert [c for c in once if c.isalnum()] == [c for c in unicodedata.normalize("NFC", text) if c.isalnum()]
 
 
@@ -327,7 +408,10 @@ def plain_tokens(text: str) -> list[str]:
     """The token rule in words: a CJK character, or a run of other letters, marks and numbers, lower case."""
     found, run = [], ""
     for c in text.lower():
-        cjk = re.match("[\u3005-\u3007\u3041-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]", c)
+        cjk = re.match(
+            "[\u3005-\u3007\u3041-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]",
+            c,
+        )
         if not cjk and unicodedata.category(c)[0] in "LMN":
             run += c
             continue
@@ -336,7 +420,11 @@ def plain_tokens(text: str) -> list[str]:
     return found + ([run] if run else [])
 
 
-ANY = st.text(alphabet=st.one_of(st.sampled_from("aAéß 9.,\n中文字かな한글𠀀"), st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+ANY = st.text(
+    alphabet=st.one_of(
+        st.sampled_from("aAéß 9.,\n中文字かな한글𠀀"), st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+    )
+)
 
 
 @settings(max_examples=200, deadline=None)  # the first call builds tables
@@ -362,7 +450,9 @@ def test_hashed_shingles_are_the_plain_shingles():
     rng = random.Random(1)
     texts = ["", "one", "中文"]
     for _ in range(60):
-        texts.append(" ".join(rng.choices(EN, k=rng.randrange(60))) + "".join(rng.choices(HAN[:6], k=rng.randrange(30))))
+        texts.append(
+            " ".join(rng.choices(EN, k=rng.randrange(60))) + "".join(rng.choices(HAN[:6], k=rng.randrange(30)))
+        )
     hashes, starts = shingles(tokens(texts))
     for i, text in enumerate(texts):
         assert len(set(hashes[starts[i] : starts[i + 1]].tolist())) == len(plain_shingles(text))
@@ -377,29 +467,57 @@ def judge(raw: list[str], **bounds) -> list[str | None]:
 
 def test_filters_keep_prose_and_name_what_they_drop():
     english_text = (
-        "Call me a friend of the river. In the spring it rises to the second step of the old stone stairs, and the children of the town come to look at it, "
-        "as they have always done; nobody remembers a year in which it did not, and nobody believes that there will be one."
+        "Call me a friend of the river. In the spring it rises to the second step of the old stone stairs, and the"
+        " children of the town come to look at it, as they have always done; nobody remembers a year in which it did"
+        " not, and nobody believes that there will be one."
     )
-    chinese_text = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空。青山依旧在，几度夕阳红。白发渔樵江渚上，惯看秋月春风。一壶浊酒喜相逢。古今多少事，都付笑谈中。"
-    mixed_text = "今天我们介绍 Python 语言：print(\"hello\") 会在屏幕上输出一行文字，许多人从这里开始学习编程。"
+    chinese_text = (
+        "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空。青山依旧在，几度夕阳红。白发渔樵江渚上，惯看秋月春风。"
+        "一壶浊酒喜相逢。古今多少事，都付笑谈中。"
+    )
+    mixed_text = '今天我们介绍 Python 语言：print("hello") 会在屏幕上输出一行文字，许多人从这里开始学习编程。'
     code = "def add(a, b):\n    total = a + b\n    return total\n\n\nclass Reader:\n"
     code += "    def __init__(self, path):\n        self.path = path\n        self.opened = open(path)\n"
-    french = "L'été dernier, à Orléans, la fête a été très réussie ; les élèves ont chanté « à la claire fontaine », puis chacun est rentré chez soi."
+    french = (
+        "L'été dernier, à Orléans, la fête a été très réussie ; les élèves ont chanté « à la claire fontaine », puis"
+        " chacun est rentré chez soi."
+    )
     assert judge([english_text, chinese_text, mixed_text, code, french]) == [None] * 5
     wrong = {
         "too_short": "好的，谢谢。",
-        "few_letters": "| 12.5 | 13.7 | -- | 99 |\n" * 2 + "| 1.15 | 3.71 | -- | 19 |\n" * 1 + " ".join(str(i) for i in range(40)),
+        "few_letters": (
+            "| 12.5 | 13.7 | -- | 99 |\n" * 2 + "| 1.15 | 3.71 | -- | 19 |\n" * 1 + " ".join(str(i) for i in range(40))
+        ),
         "garbled": "".join(chinese_text.encode().decode("latin-1")),
-        "long_words": "".join(random.Random(0).choice("ABCDEFabcdef") + ("+" if i % 60 == 59 else "") for i in range(3000)),
-        "repeated_lines": "\n".join([english_text, "Share this page with your friends"] + ["Click here to subscribe to our letter today"] * 6),
+        "long_words": "".join(
+            random.Random(0).choice("ABCDEFabcdef") + ("+" if i % 60 == 59 else "") for i in range(3000)
+        ),
+        "repeated_lines": "\n".join(
+            [english_text, "Share this page with your friends"] + ["Click here to subscribe to our letter today"] * 6
+        ),
         "repeated_ngrams": "买一送一，限时优惠，欢迎来电咨询，" * 12 + chinese_text[:20],
     }
     assert judge(list(wrong.values())) == list(wrong)
-    assert judge(list(wrong.values()), min_tokens=1, min_letters=0, max_garbled=1, max_mean_word=1e9, max_repeated_lines=1, max_repeated_shingles=1) == [None] * 6
-    assert garbled("锟斤拷" * 3) == 1 and garbled("It\u00e2\u20ac\u2122s") > 0 and garbled(english_text) == garbled(chinese_text) == garbled(french) == 0
+    assert (
+        judge(
+            list(wrong.values()),
+            min_tokens=1,
+            min_letters=0,
+            max_garbled=1,
+            max_mean_word=1e9,
+            max_repeated_lines=1,
+            max_repeated_shingles=1,
+        )
+        == [None] * 6
+    )
+    assert (
+        garbled("锟斤拷" * 3) == 1
+        and garbled("It\u00e2\u20ac\u2122s") > 0
+        and garbled(english_text) == garbled(chinese_text) == garbled(french) == 0
+    )
 
 
-# ---- duplicates ------------------------------------------------------------------------------------------------------------
+# ---- duplicates ------------------------------------------------------------------------------------------------------
 
 
 def jaccard(a: str, b: str) -> float:
@@ -409,7 +527,8 @@ def jaccard(a: str, b: str) -> float:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_near_duplicates_against_brute_force(language):
-    """Planted edits of every size. Recall >= 0.95 at Jaccard >= 0.85, and nothing below 0.4 merged; the oracle is exact Jaccard over plain shingles."""
+    """Planted edits of every size. Recall >= 0.95 at Jaccard >= 0.85, and nothing below 0.4 merged; the oracle is
+    exact Jaccard over plain shingles."""
     rng = random.Random(11)
     make, join = (english, " ".join) if language == "en" else (chinese, "".join)
     texts, pairs = [], []
@@ -435,7 +554,8 @@ def test_near_duplicates_against_brute_force(language):
 
 @pytest.mark.parametrize("size, similarity", [(20, 0.6), (300, 0.4), (300, 0.7), (300, 0.95), (3000, 0.7)])
 def test_signatures_estimate_as_theory_says(size, similarity):
-    """Mean within four standard errors, deviation within a tenth of sqrt(s (1 - s) / 112), over 1,000 pairs of random sets: the functions are as good as independent random permutations."""
+    """Mean within four standard errors, deviation within a tenth of sqrt(s (1 - s) / 112), over 1,000 pairs of
+    random sets: the functions are as good as independent random permutations."""
     from pipeline.data.dedup import signatures
 
     number, common = 1000, round(size * 2 * similarity / (1 + similarity))
@@ -450,11 +570,16 @@ def test_signatures_estimate_as_theory_says(size, similarity):
 
 @given(st.lists(st.text("abcXé漢σΣ \n0", max_size=80), min_size=1, max_size=5))
 def test_a_token_has_one_hash_whatever_stands_beside_it(texts):
-    """Also in a batch with a character beyond the first plane, which is looked at in another width, and with runs of more than 32 characters; different tokens have different ones."""
+    """Also in a batch with a character beyond the first plane, which is looked at in another width, and with runs of
+    more than 32 characters; different tokens have different ones."""
     together, wide = tokens(texts), tokens([*texts, "\U0001d49c" + "b" * 40])
     assert np.array_equal(together.hashes, wide.hashes[: len(together.hashes)])
     known = [token for text in texts for token in plain_tokens(text)]
-    assert len(set(together.hashes.tolist())) == len(set(known)) == len(set(zip(known, together.hashes.tolist(), strict=True)))
+    assert (
+        len(set(together.hashes.tolist()))
+        == len(set(known))
+        == len(set(zip(known, together.hashes.tolist(), strict=True)))
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -492,12 +617,41 @@ def test_components_against_a_search(edges):
         assert labels[node] == min(seen)
 
 
-ODD = ["a", "é", "e\u0301", " \n", "\n\n\n", "\r\n", "\x00", "\u3000\n", "Ã©", "â€™", "锟斤拷", "中", "\u1161", "\uac00\u11a8", "𠀀", "\ufffd", "\u00a0\n", "\u212b", "\t\n", " ", "\n"]
+ODD = [
+    "a",
+    "é",
+    "e\u0301",
+    " \n",
+    "\n\n\n",
+    "\r\n",
+    "\x00",
+    "\u3000\n",
+    "Ã©",
+    "â€™",
+    "锟斤拷",
+    "中",
+    "\u1161",
+    "\uac00\u11a8",
+    "𠀀",
+    "\ufffd",
+    "\u00a0\n",
+    "\u212b",
+    "\t\n",
+    " ",
+    "\n",
+]
 
 
-@given(st.lists(st.lists(st.one_of(st.sampled_from(ODD), st.characters(exclude_categories=["Cs"])), max_size=6).map("".join), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.one_of(st.sampled_from(ODD), st.characters(exclude_categories=["Cs"])), max_size=6).map("".join),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_a_look_at_a_batch_misses_nothing(texts):
-    """Texts that a look finds clean are not searched one by one: their normal form and their share of garbage must be the same."""
+    """Texts that a look finds clean are not searched one by one: their normal form and their share of garbage must
+    be the same."""
     for text, look in zip(texts, looks(texts), strict=True):
         assert normalise(text, look) == normalise(text)
         assert look & SUSPECT or garbled(text) == 0

@@ -1,4 +1,5 @@
-"""Conversations, pairs and prompts: what is read, what is left out and why, and their tokens against transformers' own chat template."""
+"""Conversations, pairs and prompts: what is read, what is left out and why, and their tokens against transformers'
+own chat template."""
 
 import json
 import random
@@ -8,7 +9,15 @@ import pytest
 import tuned
 
 from pipeline.data.chat import Chat
-from pipeline.data.conversations import ChatSource, PreferenceSource, PromptSource, load_conversations, load_pairs, load_prompts, prompt_ids
+from pipeline.data.conversations import (
+    ChatSource,
+    PreferenceSource,
+    PromptSource,
+    load_conversations,
+    load_pairs,
+    load_prompts,
+    prompt_ids,
+)
 from pipeline.data.sources import fraction, read
 from pipeline.errors import UserError
 from pipeline.train.tuning import best_fit, permutation, row_at
@@ -17,7 +26,12 @@ NOUN = [{"role": "user", "content": "What is a {words} {noun}?"}, {"role": "assi
 
 
 def source_of(path, records, kind=ChatSource, **keys):
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(
+            (record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)) + "\n" for record in records
+        ),
+        encoding="utf-8",
+    )
     return {"s": kind(path=str(path), **keys)}
 
 
@@ -25,7 +39,10 @@ def filler(count=40, seed=0, length=12):
     """Distinct rows that are near duplicates of nothing, so that both splits have some."""
     source = random.Random(seed)
     words = ["".join(source.choices("abcdefghijklmnop", k=6)) for _ in range(400)]
-    return [{"instruction": " ".join(source.choices(words, k=length)), "output": " ".join(source.choices(words, k=length))} for _ in range(count)]
+    return [
+        {"instruction": " ".join(source.choices(words, k=length)), "output": " ".join(source.choices(words, k=length))}
+        for _ in range(count)
+    ]
 
 
 def loaded(path, records, load=load_conversations, kind=ChatSource, **keys):
@@ -35,7 +52,7 @@ def loaded(path, records, load=load_conversations, kind=ChatSource, **keys):
     return {int(row.place.rpartition(":")[2]): row for row in train + heldout}, ledger
 
 
-# ---- sources ---------------------------------------------------------------------------------------------------------------
+# ---- sources ---------------------------------------------------------------------------------------------------------
 
 
 def test_templates_holdout_and_ledger(tmp_path):
@@ -45,16 +62,31 @@ def test_templates_holdout_and_ledger(tmp_path):
     entry = ledger.sources["nouns"]
     assert entry["records"] == len(tuned.rows()) + 3 and len(train) + len(heldout) == len(tuned.rows())
     reasons = {reason.partition(",")[0]: found for reason, found in entry["rejected"].items()}
-    assert set(reasons) == {"no field 'words'", "no field 'noun'", "duplicate"} and all(found["count"] == 1 for found in reasons.values())
+    assert set(reasons) == {"no field 'words'", "no field 'noun'", "duplicate"} and all(
+        found["count"] == 1 for found in reasons.values()
+    )
     assert reasons["duplicate"]["first"] == [f"rows.jsonl:{entry['records']}"]
     first = next(row for row in train + heldout if row.place == "rows.jsonl:1")
-    assert first.messages == [{"role": "user", "content": "What is a old red cat?"}, {"role": "assistant", "content": "animal"}] and first.answer == "animal"
-    assert {row.id for row in heldout} == {item.id for item in read(sources["nouns"], "nouns") if hasattr(item, "id") and fraction(item.id) >= 0.8} & {
-        row.id for row in train + heldout
-    }
+    assert (
+        first.messages
+        == [{"role": "user", "content": "What is a old red cat?"}, {"role": "assistant", "content": "animal"}]
+        and first.answer == "animal"
+    )
+    assert {row.id for row in heldout} == {
+        item.id for item in read(sources["nouns"], "nouns") if hasattr(item, "id") and fraction(item.id) >= 0.8
+    } & {row.id for row in train + heldout}
     # the same records are held out as prompts and as pairs
-    prompts = load_prompts({"p": PromptSource(path=str(tmp_path / "rows.jsonl"), prompt="Name {words} {noun}!", answer="{kind}")}, 0.2)
-    pairs = load_pairs({"p": PreferenceSource(path=str(tmp_path / "rows.jsonl"), prompt="Q {words} {noun}", chosen="{kind}", rejected="{wrong}")}, 0.2)
+    prompts = load_prompts(
+        {"p": PromptSource(path=str(tmp_path / "rows.jsonl"), prompt="Name {words} {noun}!", answer="{kind}")}, 0.2
+    )
+    pairs = load_pairs(
+        {
+            "p": PreferenceSource(
+                path=str(tmp_path / "rows.jsonl"), prompt="Q {words} {noun}", chosen="{kind}", rejected="{wrong}"
+            )
+        },
+        0.2,
+    )
     assert {row.id for row in prompts[1]} == {row.id for row in pairs[1]} == {row.id for row in heldout}
     assert prompts[2].sources["p"]["heldout"] == len(heldout) and prompts[1][0].text.startswith("Name ")
 
@@ -63,11 +95,19 @@ def test_records_that_hold_conversations(tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     records = [
         {"messages": turns + [{"role": "user", "content": "never answered"}]},
-        {"system": "be brief", "conversations": [{"from": "human", "value": " q1\r\n"}, {"from": "gpt", "value": "a1"}]},
+        {
+            "system": "be brief",
+            "conversations": [{"from": "human", "value": " q1\r\n"}, {"from": "gpt", "value": "a1"}],
+        },
         {"prompt": "q2", "completion": "a2"},
         {"prompt": [{"role": "user", "content": "q3"}], "completion": [{"role": "assistant", "content": "a3"}]},
         {"instruction": "add", "input": "1 2", "output": "3"},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q5"}]}, {"role": "assistant", "content": "a5"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q5"}]},
+                {"role": "assistant", "content": "a5"},
+            ]
+        },
     ]
     rows, _ = loaded(tmp_path / "a.jsonl", records)
     said = [[(message["role"], message["content"]) for message in rows[place].messages] for place in range(1, 7)]
@@ -101,13 +141,28 @@ def test_records_that_hold_none_are_counted(tmp_path, record, reason):
 def test_pairs_in_trls_shapes(tmp_path):
     from trl.data_utils import maybe_extract_prompt
 
-    asked, good, bad = {"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
+    asked, good, bad = (
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "good"},
+        {"role": "assistant", "content": "bad"},
+    )
     records = [
         {"prompt": "q1", "chosen": "good", "rejected": "bad"},
         {"prompt": [asked], "chosen": [good], "rejected": [bad]},
-        {"chosen": [asked, {"role": "assistant", "content": "b"}, asked, good], "rejected": [asked, {"role": "assistant", "content": "b"}, asked, bad]},
-        {"conversations": [{"from": "human", "value": "q4"}], "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
-        {"prompt": "q5", "chosen": [{"role": "user", "content": "q5"}, good], "rejected": [{"role": "user", "content": "q5"}, bad]},
+        {
+            "chosen": [asked, {"role": "assistant", "content": "b"}, asked, good],
+            "rejected": [asked, {"role": "assistant", "content": "b"}, asked, bad],
+        },
+        {
+            "conversations": [{"from": "human", "value": "q4"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        {
+            "prompt": "q5",
+            "chosen": [{"role": "user", "content": "q5"}, good],
+            "rejected": [{"role": "user", "content": "q5"}, bad],
+        },
         {"prompt": "q6", "chosen": "same ", "rejected": "same"},
         {"chosen": "Human: q Assistant: good", "rejected": "Human: q Assistant: bad"},
         {"prompt": "q8", "chosen": "", "rejected": "x"},
@@ -119,13 +174,24 @@ def test_pairs_in_trls_shapes(tmp_path):
     assert rows[3].prompt == maybe_extract_prompt(dict(records[2]))["prompt"]
     assert [rows[place].prompt[-1]["content"] for place in (1, 2, 3, 4, 5)] == ["q1", "q", "q", "q4", "q5"]
     found = {entry["first"][0]: reason for reason, entry in ledger.sources["s"]["rejected"].items()}
-    assert found["a.jsonl:6"] == "chosen equals rejected" and found["a.jsonl:7"].startswith("no prompt") and "empty" in found["a.jsonl:8"]
+    assert (
+        found["a.jsonl:6"] == "chosen equals rejected"
+        and found["a.jsonl:7"].startswith("no prompt")
+        and "empty" in found["a.jsonl:8"]
+    )
     assert found["a.jsonl:9"] == "chosen is not one message of the assistant"
 
 
 def test_margin(tmp_path):
-    records = [{"q": f"question {i} " + row["output"], "m": i / 4} for i, row in enumerate(filler())] + [{"q": "y", "m": "much"}]
-    train, heldout, ledger = load_pairs(source_of(tmp_path / "a.jsonl", records, PreferenceSource, prompt="{q}", chosen="yes", rejected="no", margin="{m}"), 0.3)
+    records = [{"q": f"question {i} " + row["output"], "m": i / 4} for i, row in enumerate(filler())] + [
+        {"q": "y", "m": "much"}
+    ]
+    train, heldout, ledger = load_pairs(
+        source_of(
+            tmp_path / "a.jsonl", records, PreferenceSource, prompt="{q}", chosen="yes", rejected="no", margin="{m}"
+        ),
+        0.3,
+    )
     assert {row.margin for row in train + heldout} == {i / 4 for i in range(40)}
     assert ledger.sources["s"]["rejected"] == {"margin is no number": {"count": 1, "first": ["a.jsonl:41"]}}
 
@@ -139,11 +205,28 @@ def test_what_is_like_a_held_out_row_is_not_trained_on(tmp_path):
     train, again, ledger = load_conversations(source_of(tmp_path / "b.jsonl", rows + near + same), 0.2)
     reasons = ledger.sources["s"]["rejected"]
     assert not any(row.messages[0]["content"].startswith(one["instruction"]) for row in train)
-    assert reasons["near duplicate of a held-out row"]["count"] + reasons["its prompt is held out"]["count"] + len(again) - len(heldout) == 6
+    assert (
+        reasons["near duplicate of a held-out row"]["count"]
+        + reasons["its prompt is held out"]["count"]
+        + len(again)
+        - len(heldout)
+        == 6
+    )
     # short rows of one template are not near duplicates of each other: its own words do not count
-    long = [{"role": "user", "content": "Please read the following text with care and name the kind of thing that it speaks of, in one word: {noun} {words}"}, NOUN[1]]
+    long = [
+        {
+            "role": "user",
+            "content": (
+                "Please read the following text with care and name the kind of thing that it speaks of, in one word:"
+                " {noun} {words}"
+            ),
+        },
+        NOUN[1],
+    ]
     tuned.write_rows(tmp_path / "rows.jsonl")
-    train, heldout, ledger = load_conversations({"s": ChatSource(path=str(tmp_path / "rows.jsonl"), messages=long)}, 0.1)
+    train, heldout, ledger = load_conversations(
+        {"s": ChatSource(path=str(tmp_path / "rows.jsonl"), messages=long)}, 0.1
+    )
     assert len(train) + len(heldout) == len(tuned.rows())
 
 
@@ -158,7 +241,11 @@ def test_lines_of_a_text_file(tmp_path):
         answer="正面",
     )
     train, heldout, _ = load_conversations({"pos": source}, 0.2)
-    assert len(train) + len(heldout) == 30 and train[0].messages[0]["content"].startswith("评论：") and train[0].messages[1]["content"] == "正面"
+    assert (
+        len(train) + len(heldout) == 30
+        and train[0].messages[0]["content"].startswith("评论：")
+        and train[0].messages[1]["content"] == "正面"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +268,13 @@ def test_lines_of_a_text_file(tmp_path):
             {},
             "none of its 2 records can be used: 2 x no message of the assistant",
         ),
-        (load_pairs, PreferenceSource, [{"a": "x"}], {"prompt": "{a}", "chosen": "y", "rejected": "y"}, "1 x chosen equals rejected"),
+        (
+            load_pairs,
+            PreferenceSource,
+            [{"a": "x"}],
+            {"prompt": "{a}", "chosen": "y", "rejected": "y"},
+            "1 x chosen equals rejected",
+        ),
         (load_prompts, PromptSource, [{"x": 1}], {}, "no prompt among its fields"),
         (load_prompts, PromptSource, [{"x": 1}], {"prompt": "{x.y}"}, "no field 'x.y'"),
         (load_prompts, PromptSource, [{"x": 1}], {"prompt": "{x"}, "lone"),
@@ -192,7 +285,7 @@ def test_mistakes_are_sentences(tmp_path, load, kind, records, keys, message):
         load(source_of(tmp_path / "a.jsonl", records, kind, **keys), 0.3)
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------------
+# ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
@@ -202,7 +295,27 @@ def tokenizer(request, tmp_path_factory):
 
 def texts(count, seed=0):
     source = random.Random(seed)
-    alphabet = ["a", "b", " ", "  ", "\n", "\n\n", "什么", "是", "assistant", "animal", "é", "👍", "<|", "|>", "im_end", "12", "\t", "_", "e\u0301"]
+    alphabet = [
+        "a",
+        "b",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "什么",
+        "是",
+        "assistant",
+        "animal",
+        "é",
+        "👍",
+        "<|",
+        "|>",
+        "im_end",
+        "12",
+        "\t",
+        "_",
+        "e\u0301",
+    ]
     return ["".join(source.choices(alphabet, k=source.randint(1, 12))).strip() or "x" for _ in range(count)]
 
 
@@ -218,16 +331,21 @@ def test_ids_and_mask_are_the_templates(tokenizer):
         conversations.append(turns)
     equal = 0
     for turns, row in zip(conversations, chat.encode(conversations), strict=True):
-        oracle = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        assert tokenizer.decode(row.ids) == tokenizer.decode(oracle["input_ids"]).removesuffix("\n")
-        assert row.ids[: row.start] == chat.prompt(turns[:-1]) and row.ids[-1] == chat.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert tokenizer.decode([token for token, trained in zip(row.ids, row.trained, strict=True) if trained]) == "".join(
-            m["content"] + "<|im_end|>" for m in turns if m["role"] == "assistant"
+        oracle = tokenizer.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
+        assert tokenizer.decode(row.ids) == tokenizer.decode(oracle["input_ids"]).removesuffix("\n")
+        assert row.ids[: row.start] == chat.prompt(turns[:-1]) and row.ids[
+            -1
+        ] == chat.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert tokenizer.decode(
+            [token for token, trained in zip(row.ids, row.trained, strict=True) if trained]
+        ) == "".join(m["content"] + "<|im_end|>" for m in turns if m["role"] == "assistant")
         if row.ids == oracle["input_ids"][: len(row.ids)]:
             equal += 1
             assert [int(trained) for trained in row.trained] == oracle["assistant_masks"][: len(row.ids)]
-    # A byte-level tokenizer never joins the template's newline with a word. Sentencepiece may; then the row is cut where the model is asked.
+    # A byte-level tokenizer never joins the template's newline with a word. Sentencepiece may; then the row is cut
+    # where the model is asked.
     assert equal == 300 or (tokenizer.convert_tokens_to_ids("<unk>") is not None and equal > 100)
 
 
@@ -245,11 +363,24 @@ def test_special_tokens_in_text_are_text(tokenizer):
     ]:
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
         (row,) = chat.encode([turns])
-        assert [token for token in row.ids if token in ids] == [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>") * 2], text
-        assert tokenizer.decode([token for token, trained in zip(row.ids, row.trained, strict=True) if trained]) == text + "<|im_end|>"
-        assert chat.prompt(turns[:1]) == tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=True, sanitize_control_tokens=True)["input_ids"]
+        assert [token for token in row.ids if token in ids] == [
+            tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>") * 2
+        ], text
+        assert (
+            tokenizer.decode([token for token, trained in zip(row.ids, row.trained, strict=True) if trained])
+            == text + "<|im_end|>"
+        )
+        assert (
+            chat.prompt(turns[:1])
+            == tokenizer.apply_chat_template(
+                turns[:1], add_generation_prompt=True, tokenize=True, sanitize_control_tokens=True
+            )["input_ids"]
+        )
         assert prompt_ids(tokenizer, text) == chat.prompt(turns[:1])
-    assert "private-use" in chat.encode([[{"role": "user", "content": "\U000f0000"}, {"role": "assistant", "content": "b"}]])[0]
+    assert (
+        "private-use"
+        in chat.encode([[{"role": "user", "content": "\U000f0000"}, {"role": "assistant", "content": "b"}]])[0]
+    )
 
 
 def changed(tokenizer, old, new):
@@ -263,8 +394,16 @@ def changed(tokenizer, old, new):
 
 def test_templates_that_cannot_teach_are_refused(tokenizer):
     for old, new, message in [
-        ("{% generation %}{{- message['content'] + '<|im_end|>' -}}{% endgeneration %}", "{{- message['content'] + '<|im_end|>' -}}", "no token of it carries loss"),
-        ("+ '<|im_end|>' -}}{% endgeneration %}", "-}}{% endgeneration %}{{- '<|im_end|>' -}}", "never learn to end its turn"),
+        (
+            "{% generation %}{{- message['content'] + '<|im_end|>' -}}{% endgeneration %}",
+            "{{- message['content'] + '<|im_end|>' -}}",
+            "no token of it carries loss",
+        ),
+        (
+            "+ '<|im_end|>' -}}{% endgeneration %}",
+            "-}}{% endgeneration %}{{- '<|im_end|>' -}}",
+            "never learn to end its turn",
+        ),
         ("{{- '<|im_start|>assistant\\n' -}}", "{{- '<|im_start|>assistant: ' -}}", "differently from one that has it"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -284,14 +423,17 @@ def test_a_template_that_refuses_a_row(tokenizer):
     strict = changed(
         tokenizer,
         "{%- for message in messages -%}",
-        "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system here') }}{%- endif -%}{%- for message in messages -%}",
+        "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system here') }}{%- endif -%}{%- for message"
+        " in messages -%}",
     )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     fine, refused = Chat(strict).encode([turns, [{"role": "system", "content": "s"}, *turns]])
-    assert fine.ids == Chat(tokenizer).encode([turns])[0].ids and refused == "the chat template refuses it: no system here"
+    assert (
+        fine.ids == Chat(tokenizer).encode([turns])[0].ids and refused == "the chat template refuses it: no system here"
+    )
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def test_best_fit():
@@ -301,7 +443,9 @@ def test_best_fit():
         rows = best_fit(lengths, capacity, np.arange(count))
         assert sorted(item for row in rows for item in row) == list(range(count))
         assert all(lengths[row].sum() <= capacity for row in rows)
-        assert len(rows) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 4 or len(rows) == (lengths > capacity / 2).sum()
+        assert (
+            len(rows) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 4 or len(rows) == (lengths > capacity / 2).sum()
+        )
         assert len(rows) == len(best_fit(lengths, capacity, source.permutation(count)))
     hand = best_fit(np.array([6, 5, 4, 3, 2]), 10, np.arange(5))  # 6 + 4, 5 + 3 + 2
     assert sorted(map(sorted, hand)) == [[0, 2], [1, 3, 4]]
@@ -311,4 +455,6 @@ def test_order_is_a_function_of_seed_and_index():
     order = [row_at(7, index, 10) for index in range(25)]
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
     permutation.cache_clear()
-    assert [row_at(7, index, 10) for index in reversed(range(25))] == order[::-1] and [row_at(8, index, 10) for index in range(10)] != order[:10]
+    assert [row_at(7, index, 10) for index in reversed(range(25))] == order[::-1] and [
+        row_at(8, index, 10) for index in range(10)
+    ] != order[:10]

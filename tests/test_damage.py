@@ -1,4 +1,5 @@
-"""Damaged sources through the stage: what can be read is kept, what cannot is counted by source and reason with its place; and one big file is many units, made in parallel and not made again."""
+"""Damaged sources through the stage: what can be read is kept, what cannot is counted by source and reason with its
+place; and one big file is many units, made in parallel and not made again."""
 
 import gzip
 import json
@@ -6,12 +7,17 @@ import random
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 from harness import files_of, stage, succeed
+
+from pipeline import clean
+from pipeline.data import outcomes
+from pipeline.errors import UserError
 
 
 def text(rng: random.Random, chinese: bool = False) -> str:
@@ -21,52 +27,127 @@ def text(rng: random.Random, chinese: bool = False) -> str:
 
 
 def warc(body: bytes, length: int | None = None) -> bytes:
-    return f"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://a.org/\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body + b"\r\n\r\n"
+    return (
+        "WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://a.org/\r\nContent-Length:"
+        f" {len(body) if length is None else length}\r\n\r\n".encode()
+        + body
+        + b"\r\n\r\n"
+    )
 
 
 def run(folder: Path, sources: dict, *words, **options) -> tuple[int, str]:
-    block = {"sources": {name: {"path": path} for name, path in sources.items()}, "holdout": 0.1, "max_bad": 0.5, "workers": 1, "dedup": {"near": None}}
+    block = {
+        "sources": {name: {"path": path} for name, path in sources.items()},
+        "holdout": 0.1,
+        "max_bad": 0.5,
+        "workers": 1,
+        "dedup": {"near": None},
+    }
     (folder / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"clean": block}}))
     return stage("clean", "r.yaml", *words, cwd=folder, **options)
 
 
 def test_damage_of_every_source_is_counted_with_its_place(tmp_path):
     rng = random.Random(0)
-    lines = [json.dumps({"id": number % 7, "text": text(rng, number % 2 == 1)}, ensure_ascii=False) for number in range(2000)]  # equal ids are no duplicates
+    # equal ids are no duplicates
+    lines = [
+        json.dumps({"id": number % 7, "text": text(rng, number % 2 == 1)}, ensure_ascii=False) for number in range(2000)
+    ]
     packed = "\n".join(lines).encode()
     (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(packed)[: len(zstandard.compress(packed)) // 2])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(packed)[: len(gzip.compress(packed)) // 2])
     pages = [warc(text(rng).encode()) for _ in range(12)]
-    (tmp_path / "a.warc").write_bytes(b"".join([*pages[:3], warc(text(rng).encode(), 9), *pages[3:7], warc(text(rng).encode(), 700), pages[7], warc(text(rng).encode(), 10**6), pages[8], warc(text(rng).encode(), 10**12), *pages[9:]]))
+    (tmp_path / "a.warc").write_bytes(
+        b"".join(
+            [
+                *pages[:3],
+                warc(text(rng).encode(), 9),
+                *pages[3:7],
+                warc(text(rng).encode(), 700),
+                pages[7],
+                warc(text(rng).encode(), 10**6),
+                pages[8],
+                warc(text(rng).encode(), 10**12),
+                *pages[9:],
+            ]
+        )
+    )
     table = pyarrow.Table.from_pylist([{"text": text(rng)} for _ in range(400)])
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100, write_page_checksum=True, compression="none", use_dictionary=False)
+    pyarrow.parquet.write_table(
+        table,
+        tmp_path / "a.parquet",
+        row_group_size=100,
+        write_page_checksum=True,
+        compression="none",
+        use_dictionary=False,
+    )
     raw = bytearray((tmp_path / "a.parquet").read_bytes())
     at = pyarrow.parquet.read_metadata(tmp_path / "a.parquet").row_group(2).column(0).data_page_offset
     raw[at : at + 30] = b"\xff" * 30  # the head of the third group's page
     (tmp_path / "a.parquet").write_bytes(raw)
-    documents = {"full.txt": text(rng), "empty.txt": "", "blank.txt": " \n\n\t\n", "nul.txt": "\0" * 900, "mixed.txt": text(rng) + "\0" + text(rng, True)}
+    documents = {
+        "full.txt": text(rng),
+        "empty.txt": "",
+        "blank.txt": " \n\n\t\n",
+        "nul.txt": "\0" * 900,
+        "mixed.txt": text(rng) + "\0" + text(rng, True),
+    }
     for name, content in documents.items():
         (tmp_path / "docs" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "docs" / name).write_text(content)
     (tmp_path / "docs/bytes.txt").write_bytes(text(rng).encode() + b"\xff\xfe\xfd")
 
-    code, said = run(tmp_path, {"gz": "cut.jsonl.gz", "zst": "cut.jsonl.zst", "warc": "a.warc", "table": "a.parquet", "docs": "docs/*.txt"}, "clean.filters.max_garbled=0.01")
+    code, said = run(
+        tmp_path,
+        {"gz": "cut.jsonl.gz", "zst": "cut.jsonl.zst", "warc": "a.warc", "table": "a.parquet", "docs": "docs/*.txt"},
+        "clean.filters.max_garbled=0.01",
+    )
     assert code == 0 and "Traceback" not in said, said
     output = tmp_path / "runs/t/clean/current"
     report = json.loads((output / "report.json").read_text())
     bad = {name: entry["bad"] for name, entry in report["sources"].items()}
-    assert {name: bad[name] for name in ("gz", "zst", "docs")} == {"gz": {"truncated .gz data": 1}, "zst": {"truncated .zst data": 1}, "docs": {"invalid UTF-8": 1}}
-    assert bad["warc"] == {"WARC record with a wrong length": 3, "longer than 64 MiB": 1} and bad["table"] == {"damaged parquet data": 1}
-    assert report["sources"]["warc"]["read"] == 16 and report["sources"]["table"]["read"] == 301  # three whole groups, and the damage
+    assert {name: bad[name] for name in ("gz", "zst", "docs")} == {
+        "gz": {"truncated .gz data": 1},
+        "zst": {"truncated .zst data": 1},
+        "docs": {"invalid UTF-8": 1},
+    }
+    assert bad["warc"] == {"WARC record with a wrong length": 3, "longer than 64 MiB": 1} and bad["table"] == {
+        "damaged parquet data": 1
+    }
+    # three whole groups, and the damage
+    assert report["sources"]["warc"]["read"] == 16 and report["sources"]["table"]["read"] == 301
     read = {name: report["sources"][name]["read"] - 1 for name in ("gz", "zst")}
-    assert min(read.values()) > 500 and report["sources"]["gz"]["duplicates"].get("exact", 0) + report["sources"]["zst"]["duplicates"].get("exact", 0) == min(read.values())
-    places = {name: [entry["place"] for reasons in report["funnel"]["bad"][name].values() for entry in reasons] for name in bad}
+    assert min(read.values()) > 500 and report["sources"]["gz"]["duplicates"].get("exact", 0) + report["sources"][
+        "zst"
+    ]["duplicates"].get("exact", 0) == min(read.values())
+    places = {
+        name: [entry["place"] for reasons in report["funnel"]["bad"][name].values() for entry in reasons]
+        for name in bad
+    }
     places["warc"].sort(key=lambda place: int(place[7:]))
-    assert places == {"gz": [f"cut.jsonl.gz:{read['gz'] + 1}"], "zst": [f"cut.jsonl.zst:{read['zst'] + 1}"], "warc": ["a.warc:4", "a.warc:9", "a.warc:11", "a.warc:13"], "table": ["a.parquet:201"], "docs": ["bytes.txt"]}, places
-    kept = {row["text"] for split in ("train", "heldout") for row in pyarrow.parquet.read_table(output / split).to_pylist()}
-    assert documents["mixed.txt"].replace("\0", "") in kept and documents["full.txt"] in kept and not any("\0" in item for item in kept)
+    assert places == {
+        "gz": [f"cut.jsonl.gz:{read['gz'] + 1}"],
+        "zst": [f"cut.jsonl.zst:{read['zst'] + 1}"],
+        "warc": ["a.warc:4", "a.warc:9", "a.warc:11", "a.warc:13"],
+        "table": ["a.parquet:201"],
+        "docs": ["bytes.txt"],
+    }, places
+    kept = {
+        row["text"] for split in ("train", "heldout") for row in pyarrow.parquet.read_table(output / split).to_pylist()
+    }
+    assert (
+        documents["mixed.txt"].replace("\0", "") in kept
+        and documents["full.txt"] in kept
+        and not any("\0" in item for item in kept)
+    )
     for name in bad:
-        rejected = zstandard.ZstdDecompressor().stream_reader((output / "rejected" / f"{name}.jsonl.zst").read_bytes()).read().decode().splitlines()
+        rejected = (
+            zstandard.ZstdDecompressor()
+            .stream_reader((output / "rejected" / f"{name}.jsonl.zst").read_bytes())
+            .read()
+            .decode()
+            .splitlines()
+        )
         assert Counter(entry["reason"] for entry in map(json.loads, rejected) if entry["status"] == "bad") == bad[name]
     code, said = run(tmp_path, {"warc": "a.warc"}, "clean.max_bad=0.1")
     assert code == 2 and "4 of 16 records are bad" in said and "Traceback" not in said
@@ -87,10 +168,34 @@ def test_one_big_file_is_many_units_that_survive_a_kill(tmp_path, suffix):
     assert code == -signal.SIGKILL, said
     done = {unit.name: unit.stat().st_mtime_ns for unit in tmp_path.glob("runs/t/clean/*/work/units-*/big/*.parquet")}
     assert len(done) >= 3
-    code, said = run(tmp_path, {"big": path.name}, *words, fault="publish:1")  # all units are there, and nothing is published yet
+    # all units are there, and nothing is published yet
+    code, said = run(tmp_path, {"big": path.name}, *words, fault="publish:1")
     after = {unit.name: unit.stat().st_mtime_ns for unit in tmp_path.glob("runs/t/clean/*/work/units-*/big/*.parquet")}
-    assert code == -signal.SIGKILL and len(after) >= max(4, len(done)) and {name: after[name] for name in done} == done, "a finished unit was made again"
+    assert (
+        code == -signal.SIGKILL and len(after) >= max(4, len(done)) and {name: after[name] for name in done} == done
+    ), "a finished unit was made again"
     succeed("clean", "r.yaml", *words, cwd=tmp_path)
     succeed("clean", "r.yaml", "output=whole", "clean.workers=1", cwd=tmp_path)
     assert files_of(tmp_path / "runs/t/clean/current") == files_of(tmp_path / "whole/t/clean/current")
-    assert json.loads((tmp_path / "runs/t/clean/current/report.json").read_text())["total"]["documents_out"] == len(rows)
+    assert json.loads((tmp_path / "runs/t/clean/current/report.json").read_text())["total"]["documents_out"] == len(
+        rows
+    )
+
+
+def test_only_one_file_that_is_torn_three_times_ends_the_stage(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    config = clean.Config.model_validate({"kind": "clean", "sources": {"a": {"path": str(tmp_path / "a.jsonl")}}})
+    found = []
+
+    def torn(*_):
+        if not left:
+            return {"done": True}
+        raise outcomes.Torn(tmp_path / left.pop(), "cut")
+
+    monkeypatch.setattr(clean, "_run", torn)
+    monkeypatch.setattr(clean, "say", found.append)
+    left = ["b", "a", "b", "a"]  # two files, each made again twice: a bad disk, but the work goes on
+    assert clean.run(config, {}, SimpleNamespace(path=tmp_path)) == {"done": True} and len(found) == 4
+    left = ["a", "b", "a", "a"]
+    with pytest.raises(UserError, match="/a: cut, for the third time; look at the disk"):
+        clean.run(config, {}, SimpleNamespace(path=tmp_path))

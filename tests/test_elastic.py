@@ -1,4 +1,5 @@
-"""Checkpoints as files: pieces that fit together, what is refused, saving beside the training, which ones stay, and branches. Layouts: test_parallel.py."""
+"""Checkpoints as files: pieces that fit together, what is refused, saving beside the training, which ones stay, and
+branches. Layouts: test_parallel.py."""
 
 import errno
 import json
@@ -23,7 +24,8 @@ from pipeline.train.loop import fit
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_range_is_pieced_together_from_any_cut(tmp_path_factory, data):
-    """Tensors cut at random places, the pieces dealt out to files at random: every range reads as the tensor's own, and safetensors reads the files."""
+    """Tensors cut at random places, the pieces dealt out to files at random: every range reads as the tensor's own,
+    and safetensors reads the files."""
     folder = tmp_path_factory.mktemp("pieces")
     sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
     whole = {f"p.{index}": torch.randn(size) for index, size in enumerate(sizes)}
@@ -31,13 +33,17 @@ def test_any_range_is_pieced_together_from_any_cut(tmp_path_factory, data):
     for name, values in whole.items():
         cuts = sorted({0, len(values), *data.draw(st.lists(st.integers(0, len(values)), max_size=4))})
         for first, last in zip(cuts, cuts[1:], strict=False):
-            files[data.draw(st.integers(0, len(files) - 1))].append(state.Fragment("exp_avg", name, first, values[first:last]))
+            files[data.draw(st.integers(0, len(files) - 1))].append(
+                state.Fragment("exp_avg", name, first, values[first:last])
+            )
     for index, fragments in enumerate(files):
         part = state.Part(fragments, {f.name: {"shape": [len(whole[f.name])], "updates": 1} for f in fragments}, {})
         entry = state.write(folder / f"model-{index:05d}.safetensors", part)
         assert entry["size"] == (folder / f"model-{index:05d}.safetensors").stat().st_size
         with safetensors.safe_open(folder / f"model-{index:05d}.safetensors", "pt") as handle:
-            assert {key: handle.get_tensor(key).tolist() for key in handle.keys()} == {f.key: f.values.tolist() for f in fragments}  # noqa: SIM118
+            assert {key: handle.get_tensor(key).tolist() for key in handle.keys()} == {
+                f.key: f.values.tolist() for f in fragments
+            }  # noqa: SIM118
     (folder / "model.json").write_text(json.dumps({"format": 1, "steps": 1, "optimizer": "adamw", "layout": {}}))
     reader = state.Reader(folder, "model")
     for name, values in whole.items():
@@ -45,7 +51,10 @@ def test_any_range_is_pieced_together_from_any_cut(tmp_path_factory, data):
         count = data.draw(st.integers(1, len(values) - start))
         assert torch.equal(reader.read("exp_avg", name, start, count), values[start : start + count])
     # Equal shares of what all hold: each element once.
-    common, world = [state.Fragment("weight", name, 0, values) for name, values in whole.items()], data.draw(st.integers(1, 5))
+    common, world = (
+        [state.Fragment("weight", name, 0, values) for name, values in whole.items()],
+        data.draw(st.integers(1, 5)),
+    )
     dealt = [piece for rank in range(world) for piece in state.share(common, rank, world)]
     for name, values in whole.items():
         assert [value for piece in dealt if piece.name == name for value in piece.values.tolist()] == values.tolist()
@@ -107,14 +116,19 @@ def test_buffers_that_are_saved_with_a_model_come_back(tmp_path):
     trainer.save(tmp_path)
     other = made()
     other.load(tmp_path)
-    assert other.model.counts.tolist() == [1, 2**40, 3] and other.model.seen.item() is True and other.model.scratch.item() == 0
+    assert (
+        other.model.counts.tolist() == [1, 2**40, 3]
+        and other.model.seen.item() is True
+        and other.model.scratch.item() == 0
+    )
 
 
-# ---- in the loop -------------------------------------------------------------------------------------------------------------
+# ---- in the loop -----------------------------------------------------------------------------------------------------
 
 
 def run(folder, losses=None, **changes):
-    """Six steps by the loop, checkpoints in folder. losses: of the evaluations, in their order, in place of measured ones."""
+    """Six steps by the loop, checkpoints in folder. losses: of the evaluations, in their order, in place of measured
+    ones."""
     options = config(**{"save": {"every_steps": 2}, "schedule": {"kind": "constant"}, **changes})
     output = output_in(folder)
     try:
@@ -132,7 +146,10 @@ def run(folder, losses=None, **changes):
 
 
 def same(one, other) -> bool:
-    numbers = [{key: found[0][key] for key in ("before", "after", "first", "last", "weight", "skipped")} for found in (one, other)]
+    numbers = [
+        {key: found[0][key] for key in ("before", "after", "first", "last", "weight", "skipped")}
+        for found in (one, other)
+    ]
     return numbers[0] == numbers[1] and all(torch.equal(value, other[1][key]) for key, value in one[1].items())
 
 
@@ -141,7 +158,8 @@ def steps_in(path) -> list[int]:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_one_waits(tmp_path, monkeypatch, capsys):
-    """The writer is held until the next step was made; the loop's numbers and every checkpoint's bytes are those of blocking saves."""
+    """The writer is held until the next step was made; the loop's numbers and every checkpoint's bytes are those of
+    blocking saves."""
     plain = run(tmp_path / "plain", save={"every_steps": 1, "keep": 9, "asynchronous": False})
     write, threads = state.write, set()
 
@@ -156,7 +174,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_one_waits(t
     assert "step 1 is still being written, that of step 2 waits for it" in capsys.readouterr().out
     assert steps_in(found[2]) == steps_in(plain[2]) == [1, 2, 3, 4, 5, 6]
     for step in range(1, 7):
-        one, other = (path / "checkpoints" / f"step-{step:06d}" / "model-00000.safetensors" for path in (plain[2], found[2]))
+        one, other = (
+            path / "checkpoints" / f"step-{step:06d}" / "model-00000.safetensors" for path in (plain[2], found[2])
+        )
         assert one.read_bytes() == other.read_bytes(), "a copy of the moment, not of what training made of it"
 
 
@@ -172,7 +192,9 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_stay
         return write(path, part, cancelled)
 
     monkeypatch.setattr(state, "write", full)
-    with pytest.raises(UserError, match=r"step 4 could not be written by process 0: No space left.*goes on from step-000002"):
+    with pytest.raises(
+        UserError, match=r"step 4 could not be written by process 0: No space left.*goes on from step-000002"
+    ):
         run(tmp_path / "full", save={"every_steps": 2, "asynchronous": beside})
     folder = next((tmp_path / "full").rglob("checkpoints"))
     assert [path.name for path in folder.iterdir()] == ["step-000002"]
@@ -187,7 +209,13 @@ def test_too_little_room_is_refused_with_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free[0]}))
     run(tmp_path / "enough")
     free[0] = 40 * size - 1
-    with pytest.raises(UserError, match=rf"3 checkpoints of {12 * size / 1e6:.1f} MB .*need {40 * size / 1e6:.1f} MB more, {free[0] / 1e6:.1f} MB are free"):
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"3 checkpoints of {12 * size / 1e6:.1f} MB .*need {40 * size / 1e6:.1f} MB more, {free[0] / 1e6:.1f} MB"
+            r" are free"
+        ),
+    ):
         run(tmp_path / "refused")
     monkeypatch.setattr(checkpoints.Saver, "check_room", lambda *_: None)
     free[0] = 12 * size - 1
@@ -204,13 +232,16 @@ def test_what_stays_is_the_newest_those_of_a_grid_and_the_best(tmp_path):
 
 
 def test_a_damaged_checkpoint_ahead_of_the_run_crowds_no_valid_one_out(tmp_path, monkeypatch):
-    """The newest of keep: 1 is damaged and passed over; what the run saves before it gets there again must stay, so that a kill on the way loses nothing."""
+    """The newest of keep: 1 is damaged and passed over; what the run saves before it gets there again must stay, so
+    that a kill on the way loses nothing."""
     *_, path = run(tmp_path, save={"every_steps": 2, "keep": 9})
     file = path / "checkpoints" / "step-000006" / "model-00000.safetensors"
     file.write_bytes(b"damaged")
     shutil.rmtree(path / "checkpoints" / "step-000004")
     step = engine.Engine.step
-    monkeypatch.setattr(engine.Engine, "step", lambda self, *given: step(self, *given) if self.step_count < 5 else 1 / 0)
+    monkeypatch.setattr(
+        engine.Engine, "step", lambda self, *given: step(self, *given) if self.step_count < 5 else 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, save={"every_steps": 2, "keep": 1})
     assert steps_in(path) == [4]
@@ -223,7 +254,8 @@ def test_keeping_the_best_needs_steps_that_are_saved_and_evaluated():
 
 
 def test_a_crash_of_the_evaluation_loses_nothing_and_its_numbers_are_made_again(tmp_path, monkeypatch):
-    """A checkpoint is written before its evaluation: after a crash between the two the next start evaluates, and the curve has each point once."""
+    """A checkpoint is written before its evaluation: after a crash between the two the next start evaluates, and the
+    curve has each point once."""
     whole = run(tmp_path / "whole", evaluate_every=2)
     evaluate, calls = engine.Engine.evaluate, []
 
@@ -244,7 +276,7 @@ def test_a_crash_of_the_evaluation_loses_nothing_and_its_numbers_are_made_again(
         assert [line["step"] for line in lines if "heldout_loss" in line] == [0, 2, 4, 6]
 
 
-# ---- through the stage -------------------------------------------------------------------------------------------------------
+# ---- through the stage -----------------------------------------------------------------------------------------------
 
 BRANCH = """
   decay:
@@ -272,14 +304,23 @@ def world(tmp_path_factory):
 
 
 def test_a_branch_from_a_step_goes_on_as_the_run_itself_did(world):
-    """Same schedule, same data: the branch ends with the bytes of its parent, so weights, moments, step count and place in the data came along."""
+    """Same schedule, same data: the branch ends with the bytes of its parent, so weights, moments, step count and
+    place in the data came along."""
     said = succeed("pretrain", "recipe.yaml", "--stage", "decay", cwd=world)
     assert "goes on from" in said and "step-000004" in said
     parent, child = (files_of(world / "runs/tiny" / name / "current") for name in ("pretrain", "decay"))
     assert child["model/model.safetensors"] == parent["model/model.safetensors"]
     metrics = json.loads((world / "runs/tiny/decay/current/manifest.json").read_text())["metrics"]
     assert metrics["tokens"] == 2 * 8 * 32, "its own two steps"
-    said = succeed("pretrain", "recipe.yaml", "--stage", "decay", "output=runs", "decay.schedule={kind: wsd, decay_ratio: 0.34}", cwd=world)
+    said = succeed(
+        "pretrain",
+        "recipe.yaml",
+        "--stage",
+        "decay",
+        "output=runs",
+        "decay.schedule={kind: wsd, decay_ratio: 0.34}",
+        cwd=world,
+    )
     assert files_of(world / "runs/tiny/decay/current")["model/model.safetensors"] != parent["model/model.safetensors"]
 
 
@@ -307,7 +348,9 @@ def test_a_branch_from_a_damaged_checkpoint_is_refused(world):
     assert code == 2 and "another sha256" in text and "Traceback" not in text, text
 
 
-@pytest.mark.parametrize("faults", [["save:1", "save:1"], ["save:2", "work:4"], ["save:3"]], ids=lambda f: "-".join(f).replace(":", ""))
+@pytest.mark.parametrize(
+    "faults", [["save:1", "save:1"], ["save:2", "work:4"], ["save:3"]], ids=lambda f: "-".join(f).replace(":", "")
+)
 def test_killed_while_a_checkpoint_is_written_beside_the_training_it_ends_the_same(world, faults):
     runs = "killed-" + "-".join(faults).replace(":", "")
     for fault in faults:

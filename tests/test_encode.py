@@ -11,18 +11,63 @@ from hypothesis import strategies as st
 from pipeline.data import bpe
 from pipeline.data.encode import LONG_RUN, encoder
 from pipeline.data.presplit import pattern
+from pipeline.data.proof import HARD_TEXTS
 from pipeline.data.tokens import encode_text
 from pipeline.errors import UserError
-from pipeline.data.proof import HARD_TEXTS
 
-PARTS = ["it's", "IT'S", "\u017f", "'\u017f", "ab", "ba", "aba", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x1c", "\x85", "123", "4", "\u0662", "床前", "明月光", "，", "。", "\u0301", "\U00020000", "<|im_end|>", "<|eos|>", "\u2581", "<0x0A>", "!?", "=", "\0"]
-ANY_TEXT = st.lists(st.one_of(st.sampled_from(PARTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=5)), max_size=20).map("".join)
-thorough = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+PARTS = [
+    "it's",
+    "IT'S",
+    "\u017f",
+    "'\u017f",
+    "ab",
+    "ba",
+    "aba",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\u3000",
+    "\x1c",
+    "\x85",
+    "123",
+    "4",
+    "\u0662",
+    "床前",
+    "明月光",
+    "，",
+    "。",
+    "\u0301",
+    "\U00020000",
+    "<|im_end|>",
+    "<|eos|>",
+    "\u2581",
+    "<0x0A>",
+    "!?",
+    "=",
+    "\0",
+]
+ANY_TEXT = st.lists(
+    st.one_of(st.sampled_from(PARTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=5)), max_size=20
+).map("".join)
+thorough = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 
 
 def texts(seed: int, number: int = 400) -> list[str]:
     generator = random.Random(seed)
-    return ["".join(generator.choices(PARTS, weights=[5 if part.isascii() and part.isalpha() else 2 for part in PARTS], k=generator.randrange(60))) for _ in range(number)]
+    return [
+        "".join(
+            generator.choices(
+                PARTS,
+                weights=[5 if part.isascii() and part.isalpha() else 2 for part in PARTS],
+                k=generator.randrange(60),
+            )
+        )
+        for _ in range(number)
+    ]
 
 
 def byte_level(folder, splits, **model):
@@ -33,7 +78,15 @@ def byte_level(folder, splits, **model):
     tokenizer.pre_tokenizer = splits
     tokenizer.decoder = decoders.ByteLevel()
     words = [AddedToken(word, normalized=False, special=True) for word in bpe.SPECIAL]
-    tokenizer.train_from_iterator(texts(0), trainers.BpeTrainer(vocab_size=600, special_tokens=words, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts(0),
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=words,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer
 
@@ -49,7 +102,9 @@ def build(kind, folder):
         byte_level(folder, pre_tokenizers.ByteLevel(add_prefix_space=False))
     else:
         split = pre_tokenizers.Split(Regex(pattern(False)), behavior="isolated")
-        byte_level(folder, pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]))
+        byte_level(
+            folder, pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        )
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -97,7 +152,9 @@ def test_other_ids_than_the_merges_order_are_translated(tmp_path):
 
     encode = encoder(tmp_path)
     assert encode.kind == "tiktoken"
-    assert [ids.tolist() for ids in encode(texts(3))] == encode_text(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), texts(3))
+    assert [ids.tolist() for ids in encode(texts(3))] == encode_text(
+        Tokenizer.from_file(str(tmp_path / "tokenizer.json")), texts(3)
+    )
 
 
 @pytest.mark.parametrize("change", ["merge from other parts", "missing merge", "normaliser", "added token", "dropout"])
@@ -106,8 +163,13 @@ def test_what_tiktoken_would_encode_otherwise_stays_with_tokenizers(change, tmp_
 
     def action(spec):
         model = spec["model"]
-        if change == "merge from other parts":  # a token of three parts is joined from its last two first, which its own merges never bring about
-            at = next(i for i, (left, right) in enumerate(model["merges"]) if len(left) > 1 and len(right) == 1 and left[1:] + right not in model["vocab"])
+        # a token of three parts is joined from its last two first, which its own merges never bring about
+        if change == "merge from other parts":
+            at = next(
+                i
+                for i, (left, right) in enumerate(model["merges"])
+                if len(left) > 1 and len(right) == 1 and left[1:] + right not in model["vocab"]
+            )
             left, right = model["merges"][at]
             other = left[1:] + right
             model["vocab"][other] = len(model["vocab"])
@@ -118,7 +180,17 @@ def test_what_tiktoken_would_encode_otherwise_stays_with_tokenizers(change, tmp_
         elif change == "normaliser":
             spec["normalizer"] = {"type": "NFC"}
         elif change == "added token":
-            spec["added_tokens"].append({"id": len(model["vocab"]), "content": "aba", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False})
+            spec["added_tokens"].append(
+                {
+                    "id": len(model["vocab"]),
+                    "content": "aba",
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": False,
+                }
+            )
         else:
             model["dropout"] = 0.1
 
@@ -133,13 +205,16 @@ def test_a_lone_surrogate_is_refused_with_its_place(tmp_path):
 
 
 def test_both_engines_class_every_code_point_alike():
-    """If this fails after an upgrade, the libraries follow other Unicode versions, and texts with the characters of the difference must go through `tokenizers`."""
+    """If this fails after an upgrade, the libraries follow other Unicode versions, and texts with the characters of
+    the difference must go through `tokenizers`."""
     import tiktoken
     from tokenizers import Regex, pre_tokenizers
 
     points = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
     for expression in (r"\p{L}", r"\p{N}", r"\s", "(?i:[sdmtrevl])"):
-        one = tiktoken.Encoding("x", pat_str=expression, mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={})
+        one = tiktoken.Encoding(
+            "x", pat_str=expression, mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}
+        )
         other = pre_tokenizers.Split(Regex(expression), "removed")
         for begin in range(0, len(points), 4096):
             text = "".join(points[begin : begin + 4096])

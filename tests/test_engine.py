@@ -30,7 +30,15 @@ def tiny(**changes):
 
 
 def config(**changes) -> TrainConfig:
-    keys = {"steps": 6, "batch_size": ROWS, "sequence_length": LENGTH, "precision": "fp32", "seed": 0, "optimizer": {"lr": 3e-3, "max_grad_norm": 0.5}, "save": {"every_steps": 2}}
+    keys = {
+        "steps": 6,
+        "batch_size": ROWS,
+        "sequence_length": LENGTH,
+        "precision": "fp32",
+        "seed": 0,
+        "optimizer": {"lr": 3e-3, "max_grad_norm": 0.5},
+        "save": {"every_steps": 2},
+    }
     return TrainConfig(kind="pretrain", **{**keys, **changes})
 
 
@@ -61,7 +69,13 @@ def plain_loop(steps: int, settings: TrainConfig):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     o = settings.optimizer
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}], betas=o.betas, eps=o.eps, foreach=False, fused=False)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=o.betas,
+        eps=o.eps,
+        foreach=False,
+        fused=False,
+    )
     found = []
     for step in range(steps):
         ids, labels = rows(step)
@@ -78,7 +92,8 @@ def plain_loop(steps: int, settings: TrainConfig):
 
 @pytest.mark.parametrize("micro", [None, 4, 2, 1])
 def test_any_micro_batch_gives_the_steps_of_a_plain_loop(micro):
-    """Relative 1e-5 for losses and norms of 6 clipped steps; weights to a thousandth of what a step changes (Adam divides small gradients by their own size)."""
+    """Relative 1e-5 for losses and norms of 6 clipped steps; weights to a thousandth of what a step changes (Adam
+    divides small gradients by their own size)."""
     settings = config(micro_batch=micro)
     reference, expected = plain_loop(6, settings)
     trainer = engine.build(tiny(), loss_fn, settings)
@@ -96,7 +111,9 @@ def test_evaluation_is_the_mean_over_labels_and_leaves_no_trace():
     trainer = engine.build(tiny(), loss_fn, settings)
     ids, labels = rows(0)
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(tiny()(ids).logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+        expected = torch.nn.functional.cross_entropy(
+            tiny()(ids).logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+        ).item()
     found = trainer.evaluate([batch_of(0, range(0, 3)), batch_of(0, range(3, 8))])
     assert found["loss"] == pytest.approx(expected, rel=1e-6) and found["weight"] == (labels >= 0).sum()
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -113,13 +130,16 @@ def spoiled(logits, batch):
     elif batch.get("spoil") == INFINITE:
         loss = loss + float("inf")
     elif batch.get("spoil") == "nan gradient":
-        (logits.total if isinstance(logits, TokenLosses) else logits).register_hook(lambda gradient: gradient * float("nan"))
+        (logits.total if isinstance(logits, TokenLosses) else logits).register_hook(
+            lambda gradient: gradient * float("nan")
+        )
     return loss, sums
 
 
 @pytest.mark.parametrize("zero", [None, 0, 1, 2, 3])
 def test_what_is_not_finite_does_not_reach_the_weights(zero):
-    """Harmed steps, the first of all among them, leave weights and moments alone: the others are, bit for bit, those of a run that never saw harm."""
+    """Harmed steps, the first of all among them, leave weights and moments alone: the others are, bit for bit, those
+    of a run that never saw harm."""
 
     def run(order):
         trainer = engine.build(tiny(), spoiled, config(parallel={"zero": zero}, micro_batch=4))
@@ -130,10 +150,14 @@ def test_what_is_not_finite_does_not_reach_the_weights(zero):
             found.append(trainer.step(batches, lr=1e-3))
         return found, trainer.consolidated()
 
-    harmed, weights = run([(9, INFINITE), (0, None), (1, "nan loss"), (1, "nan gradient"), (2, None), (3, INFINITE), (3, None)])
+    harmed, weights = run(
+        [(9, INFINITE), (0, None), (1, "nan loss"), (1, "nan gradient"), (2, None), (3, INFINITE), (3, None)]
+    )
     clean, expected = run([(0, None), (2, None), (3, None)])
     assert [stats["applied"] for stats in harmed] == [False, True, False, False, True, False, True]
-    assert all(math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]) for stats in harmed if stats["applied"])
+    assert all(
+        math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]) for stats in harmed if stats["applied"]
+    )
     assert [stats for stats in harmed if stats["applied"]] == clean
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -158,7 +182,8 @@ def test_activation_checkpointing_does_not_change_a_bit():
 
 
 def test_the_gradient_norm_of_a_large_table_is_right():
-    """Gradients of a word table: many rows near zero, some large. torch's own norm is off by 3e-5 here on a CPU; 2e-7 of the norm in fp64 is asked."""
+    """Gradients of a word table: many rows near zero, some large. torch's own norm is off by 3e-5 here on a CPU;
+    2e-7 of the norm in fp64 is asked."""
     draw = torch.Generator().manual_seed(0)
     table = torch.nn.Parameter(torch.zeros(4096, 256))
     table.grad = torch.randn(4096, 256, generator=draw) * torch.rand(4096, 1, generator=draw) ** 8
@@ -181,7 +206,11 @@ def test_learning_rate():
         return learning_rate(Schedule(**keys), 1.0, step, steps)
 
     assert [at(step, warmup_steps=4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert at(0, min_ratio=0.1) == 1.0 and at(50, min_ratio=0.1) == pytest.approx(0.55) and at(99, min_ratio=0.1) == pytest.approx(0.1, abs=1e-3)
+    assert (
+        at(0, min_ratio=0.1) == 1.0
+        and at(50, min_ratio=0.1) == pytest.approx(0.55)
+        and at(99, min_ratio=0.1) == pytest.approx(0.1, abs=1e-3)
+    )
     assert at(75, kind="linear", min_ratio=0.0) == 0.25
     assert at(99, kind="constant") == 1.0
     assert at(79, kind="wsd", min_ratio=0.0) == 1.0 and at(90, kind="wsd", min_ratio=0.0) == 0.5
@@ -195,7 +224,7 @@ def test_losses_against_torch():
     assert cross_entropy_sum(logits, labels).item() == pytest.approx(-expected.sum().item(), rel=1e-6)
 
 
-# ---- checkpoints and the loop ----------------------------------------------------------------------------------------------
+# ---- checkpoints and the loop ----------------------------------------------------------------------------------------
 
 
 def output_in(folder) -> Output:
@@ -213,10 +242,18 @@ def train(folder, steps: int, total: int = 6, spoil: int | None = None):
             batch = batch_of(step, range(ROWS))
             if step == spoil:
                 batch["inputs"]["input_ids"] = batch["inputs"]["input_ids"].clone()
-                trainer.model.lm_head.register_forward_hook(lambda *a: a[2] * float("nan") if trainer.step_count == spoil else None)
+                trainer.model.lm_head.register_forward_hook(
+                    lambda *a: a[2] * float("nan") if trainer.step_count == spoil else None
+                )
             return [batch]
 
-        result = fit(trainer, settings.model_copy(update={"steps": steps}), output, batches, evaluate=lambda: trainer.evaluate([batch_of(99, range(ROWS))]))
+        result = fit(
+            trainer,
+            settings.model_copy(update={"steps": steps}),
+            output,
+            batches,
+            evaluate=lambda: trainer.evaluate([batch_of(99, range(ROWS))]),
+        )
         return result, trainer.consolidated(), output.path
     finally:
         output.close()
@@ -229,12 +266,17 @@ def test_a_run_in_parts_is_the_run_in_one(tmp_path):
         parts, weights, _ = train(tmp_path / "parts", steps)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert all(parts[key] == whole[key] for key in ("before", "after", "first", "last", "weight", "skipped"))
-    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000004", "step-000006"], "two newest are kept"
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000004", "step-000006"], (
+        "two newest are kept"
+    )
 
 
 def test_dropout_is_another_in_each_step(tmp_path):
-    """The same rows again and again, and no learning to speak of: only the dropout's draws are left to move the loss."""
-    settings = config(schedule={"kind": "constant"}, optimizer={"lr": 1e-12, "weight_decay": 0.0}, log={"every_steps": 1})
+    """The same rows again and again, and no learning to speak of: only the dropout's draws are left to move the
+    loss."""
+    settings = config(
+        schedule={"kind": "constant"}, optimizer={"lr": 1e-12, "weight_decay": 0.0}, log={"every_steps": 1}
+    )
     output = output_in(tmp_path)
     trainer = engine.build(tiny(attention_dropout=0.5), loss_fn, settings)
     fit(trainer, settings, output, lambda step: [batch_of(0, range(ROWS))])
@@ -290,9 +332,15 @@ def test_layouts_that_cannot_be_had_are_refused_before_anything_starts():
         config(micro_batch=3).check(1)
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------------
+# ---- models ----------------------------------------------------------------------------------------------------------
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
 FAMILIES = [
     {"family": "llama", **SMALL},
     {"family": "llama", **SMALL, "tie_word_embeddings": True, "pad_vocab_to": 64},
@@ -321,11 +369,19 @@ def test_a_model_is_a_function_of_its_seed_and_survives_publishing(block, tokeni
     build.publish(model.state_dict(), model.config, folder, tmp_path / "two")
     files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}, "equal input, equal bytes"
-    loaded, reader = AutoModelForCausalLM.from_pretrained(tmp_path / "one"), AutoTokenizer.from_pretrained(tmp_path / "one")
+    loaded, reader = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one"),
+        AutoTokenizer.from_pretrained(tmp_path / "one"),
+    )
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
-    assert loaded.generation_config.eos_token_id == [reader.eos_token_id, reader.convert_tokens_to_ids("<|im_end|>")] and reader.chat_template
+    assert (
+        loaded.generation_config.eos_token_id == [reader.eos_token_id, reader.convert_tokens_to_ids("<|im_end|>")]
+        and reader.chat_template
+    )
     head = build.load(tmp_path / "one", "reward", seed=3)
-    assert torch.equal(head.score.weight, build.load(tmp_path / "one", "reward", seed=3).score.weight) and head.score.weight.shape == (1, 32)
+    assert torch.equal(
+        head.score.weight, build.load(tmp_path / "one", "reward", seed=3).score.weight
+    ) and head.score.weight.shape == (1, 32)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +392,10 @@ def test_a_model_is_a_function_of_its_seed_and_survives_publishing(block, tokeni
         ({"family": "llama", "hiden_size": 8}, "did you mean hidden_size"),
         ({"family": "llama", "vocab_size": 8}, "the tokenizer decides"),
         ({"family": "llama", "hidden_size": 30, "num_attention_heads": 4}, "30"),
-        ({"family": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3"),
+        (
+            {"family": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_key_value_heads 3",
+        ),
     ],
 )
 def test_a_wrong_model_block_is_named(block, said):
@@ -344,7 +403,7 @@ def test_a_wrong_model_block_is_named(block, said):
         build.check(block)
 
 
-# ---- pipeline stages -------------------------------------------------------------------------------------------------------
+# ---- pipeline stages -------------------------------------------------------------------------------------------------
 
 
 def test_a_family_or_depth_that_cannot_be_cut_is_refused():
@@ -363,7 +422,11 @@ def test_layers_are_shared_out_by_cost():
         shape = {"num_hidden_layers": 10, "hidden_size": 64, "intermediate_size": 128, **keys.pop("shape", {})}
         return [len(part) for part in stages.split(tiny(**shape), Parallel(**keys), LENGTH)]
 
-    assert sizes(pipeline=4) == [2, 3, 3, 2] and sizes(pipeline=4, partition="uniform") == [3, 3, 2, 2] and sizes(pipeline=2, layers=[7, 3]) == [7, 3]
+    assert (
+        sizes(pipeline=4) == [2, 3, 3, 2]
+        and sizes(pipeline=4, partition="uniform") == [3, 3, 2, 2]
+        and sizes(pipeline=2, layers=[7, 3]) == [7, 3]
+    )
     costs, slowest = [3.0, 1, 1, 1, 2, 1, 1], []
     for output in (0.0, 1.5, 4.0):
         found = stages.partition(costs, output, 3)
@@ -371,4 +434,6 @@ def test_layers_are_shared_out_by_cost():
         everything = {(a, b): max(sum(costs[:a]), sum(costs[a:b]), sum(costs[b:]) + output) for a, b in cuts}
         assert everything[found[0].stop, found[1].stop] == min(everything.values()) and found[-1].stop == 7
         slowest.append(len(found[-1]))
-    assert slowest == sorted(slowest, reverse=True) and slowest[0] > slowest[-1], "a dear output layer leaves fewer layers to the last stage"
+    assert slowest == sorted(slowest, reverse=True) and slowest[0] > slowest[-1], (
+        "a dear output layer leaves fewer layers to the last stage"
+    )

@@ -1,4 +1,5 @@
-"""Engines for many machines: the same bytes as one process makes, and a sentence for what goes wrong. Slurm's commands are played by small programs; Ray is real where it is installed."""
+"""Engines for many machines: the same bytes as one process makes, and a sentence for what goes wrong. Slurm's
+commands are played by small programs; Ray is real where it is installed."""
 
 import json
 import os
@@ -61,7 +62,9 @@ def slurm(tmp_path) -> dict[str, str]:
 def corpus() -> dict[str, list[dict]]:
     rng = random.Random(2)
     shared = words(rng, 60)
-    return {name: [{"text": " ".join(words(rng, 150) + (shared if i % 3 == 0 else []))} for i in range(60)] for name in "ab"}
+    return {
+        name: [{"text": " ".join(words(rng, 150) + (shared if i % 3 == 0 else []))} for i in range(60)] for name in "ab"
+    }
 
 
 BLOCK = {"dedup": {"runs": 50}, "unit_bytes": 9_000}
@@ -86,7 +89,8 @@ def test_a_killed_stage_with_an_array_job_goes_on(corpus, one, slurm, tmp_path):
     path = write(tmp_path / "run", corpus, **BLOCK, executor="slurm", workers=1)
     assert stage("clean", path, cwd=path.parent, env=slurm, fault="work:3")[0] == -9
     assert len(list(path.parent.glob("runs/t/clean/*/work/units-*/*/*.parquet"))) >= 3
-    subprocess.run([sys.executable, tmp_path / "bin/scancel"], check=True)  # a worker ends by itself after two silent minutes
+    # a worker ends by itself after two silent minutes
+    subprocess.run([sys.executable, tmp_path / "bin/scancel"], check=True)
     succeed("clean", path, "clean.workers=2", cwd=path.parent, env=slurm)
     assert files_of(published(path.parent)) == one
 
@@ -116,14 +120,25 @@ def test_what_a_worker_of_an_array_job_meets_is_the_stages(slurm, tmp_path, corp
 def test_ray_makes_the_same_bytes(corpus, one, tmp_path):
     pytest.importorskip("ray")
     path = write(tmp_path, corpus, **BLOCK, executor="ray", workers=2)
-    script = Path(__file__).parents[1] / "pipeline/clean.py"  # a process of its own: Ray changes much in the one that it is in
+    # a process of its own: Ray changes much in the one that it is in
+    script = Path(__file__).parents[1] / "pipeline/clean.py"
     answer = subprocess.run([sys.executable, script, path], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert files_of(published(tmp_path)) == one
 
 
 def test_ray_that_is_not_installed_is_a_sentence(corpus, tmp_path):
-    if json.loads(subprocess.run([sys.executable, "-c", "import importlib.util, json; print(json.dumps(importlib.util.find_spec('ray') is not None))"], capture_output=True, text=True).stdout):
+    if json.loads(
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import importlib.util, json; print(json.dumps(importlib.util.find_spec('ray') is not None))",
+            ],
+            capture_output=True,
+            text=True,
+        ).stdout
+    ):
         pytest.skip("Ray is installed")
     code, text = stage("clean", write(tmp_path, corpus, executor="ray"), cwd=tmp_path)
     assert code == 2 and "pip install 'alma[ray]'" in text

@@ -1,4 +1,5 @@
-"""Every shipped recipe's model: its published size, its initial values, a few steps of its tiny copy; the balancing loss; stages of a pipeline."""
+"""Every shipped recipe's model: its published size, its initial values, a few steps of its tiny copy; the balancing
+loss; stages of a pipeline."""
 
 import math
 import os
@@ -26,7 +27,9 @@ def loss_fn(logits, batch):
 
 
 def batch_of(rows: range, seed: int = 0) -> dict:
-    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed))[rows.start : rows.stop]
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed))[
+        rows.start : rows.stop
+    ]
     return {"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:], "weight": float(len(ids) * LENGTH)}
 
 
@@ -38,14 +41,22 @@ def steps_of(name: str, count: int = 3, **changes) -> list[dict]:
     settings = config(sequence_length=LENGTH, batch_size=ROWS, optimizer={"lr": 3e-3}, **changes)
     trainer = engine.build(fresh(name), loss_fn, settings)
     micro = settings.micro_batch or ROWS
-    return [trainer.step([batch_of(range(at, at + micro)) for at in range(0, ROWS, micro)], lr=3e-3) for _ in range(count)]
+    return [
+        trainer.step([batch_of(range(at, at + micro)) for at in range(0, ROWS, micro)], lr=3e-3) for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("name", families.PUBLISHED)
 def test_a_recipes_model_has_the_published_size(name):
     """Built on the meta device; within 1%: a vocabulary rounded up, positions of another length."""
     recipe = families.load(name)
-    model = build.new(recipe.model, families.Sized(recipe.stages["tokenizer"].vocab_size), recipe.stages["pretrain"].sequence_length, 0, materialise=False)
+    model = build.new(
+        recipe.model,
+        families.Sized(recipe.stages["tokenizer"].vocab_size),
+        recipe.stages["pretrain"].sequence_length,
+        0,
+        materialise=False,
+    )
     assert cost.count(model).total == pytest.approx(families.PUBLISHED[name], rel=0.01)
 
 
@@ -53,15 +64,20 @@ def test_a_recipes_model_has_the_published_size(name):
 ALIKE = ("gpt3-125m", "llama-2-70b", "llama-3.2-1b", "baichuan-7b", "qwen2.5-7b", "mistral-7b", "glm-4-9b", "gemma-2b")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in families.PUBLISHED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in families.PUBLISHED]
+)
 def test_a_tiny_copy_starts_as_transformers_says_and_learns(name):
-    """Constants of the constructor exactly, deviations of what is drawn within a half; a repeated batch's loss falls over 3 steps, the same in two micro-batches (1e-5)."""
+    """Constants of the constructor exactly, deviations of what is drawn within a half; a repeated batch's loss falls
+    over 3 steps, the same in two micro-batches (1e-5)."""
     model, references = fresh(name), []
     for seed in (0, 1):
         torch.manual_seed(seed)
         references.append(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32))
     reference = references[0]
-    for (key, made), expected, other in zip(model.named_parameters(), *(each.parameters() for each in references), strict=True):
+    for (key, made), expected, other in zip(
+        model.named_parameters(), *(each.parameters() for each in references), strict=True
+    ):
         if torch.equal(expected, other):
             assert torch.equal(made, expected), key
         elif made.numel() > 64:
@@ -74,9 +90,12 @@ def test_a_tiny_copy_starts_as_transformers_says_and_learns(name):
         assert [other[key] for key in one] == pytest.approx(list(one.values()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt1-117m", "bloom-560m", "deepseek-v3", "qwen1.5-moe-a2.7b", "gemma-3-1b", "mamba2-130m", "rwkv-169m"])
+@pytest.mark.parametrize(
+    "name", ["gpt1-117m", "bloom-560m", "deepseek-v3", "qwen1.5-moe-a2.7b", "gemma-3-1b", "mamba2-130m", "rwkv-169m"]
+)
 def test_what_is_published_is_read_back(name, tmp_path):
-    """from_pretrained gives the logits of the model that was written, to the bit, and keeps keys that its configuration class does not list."""
+    """from_pretrained gives the logits of the model that was written, to the bit, and keeps keys that its
+    configuration class does not list."""
     make_tokenizer(tmp_path / "tokenizer")
     model = fresh(name).eval()
     build.publish(model.state_dict(), model.config, tmp_path / "tokenizer", tmp_path / "model")
@@ -92,14 +111,17 @@ def test_what_is_published_is_read_back(name, tmp_path):
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_experts_are_balanced_the_same_when_activations_are_computed_twice(how):
     """Losses, norms, balancing losses and loads of 3 steps, to 1e-6."""
-    for one, other in zip(steps_of("qwen3-30b-a3b"), steps_of("qwen3-30b-a3b", activation_checkpointing=how), strict=True):
+    for one, other in zip(
+        steps_of("qwen3-30b-a3b"), steps_of("qwen3-30b-a3b", activation_checkpointing=how), strict=True
+    ):
         assert [other[key] for key in one] == pytest.approx(list(one.values()), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", stages.FAMILIES)
 @pytest.mark.parametrize("count", [3])
 def test_stages_in_a_row_are_the_whole_model(family, count):
-    """Logits of random ids, with positions that begin anew in the middle as packed documents have, to 1e-6; every parameter in exactly one stage."""
+    """Logits of random ids, with positions that begin anew in the middle as packed documents have, to 1e-6; every
+    parameter in exactly one stage."""
     from pipeline.train.pipelined import Stage
 
     block, made = families.of_family(family), families.Sized(VOCABULARY)
@@ -108,31 +130,43 @@ def test_stages_in_a_row_are_the_whole_model(family, count):
     positions = torch.tensor([[*range(12)], [*range(5), *range(7)]])
     names, flow, parts = {}, (ids, positions), stages.split(whole, Parallel(pipeline=count), LENGTH)
     for index in range(count):
-        part = Stage(build.new(block, made, LENGTH, seed=1, materialise=False), index, parts, False, lambda model, name: build.initialise(model, 1, name)).eval()
+        part = Stage(
+            build.new(block, made, LENGTH, seed=1, materialise=False),
+            index,
+            parts,
+            False,
+            lambda model, name: build.initialise(model, 1, name),
+        ).eval()
         if index == 0:
             table = part.table.weight
-        elif index == count - 1 and whole.config.tie_word_embeddings:  # what DeepSpeed's TiedLayerSpec does between processes
+        elif index == count - 1 and whole.config.tie_word_embeddings:
+            # what DeepSpeed's TiedLayerSpec does between processes
             part.table.weight = table
         names |= {stages.global_name(name, part.offset): value for name, value in part.model.state_dict().items()}
         with torch.no_grad():
             flow = part(flow)
     assert torch.allclose(flow, whole(input_ids=ids, position_ids=positions, use_cache=False).logits, atol=1e-6)
-    assert set(names) == set(whole.state_dict()) and all(torch.equal(value, names[name]) for name, value in whole.state_dict().items()), "weights do not depend on the cut"
+    assert set(names) == set(whole.state_dict()) and all(
+        torch.equal(value, names[name]) for name, value in whole.state_dict().items()
+    ), "weights do not depend on the cut"
 
 
 @pytest.mark.parametrize("family", build.DOCUMENTS)
 def test_documents_of_a_row_do_not_see_each_other(family):
-    """The second document's logits are those it has alone, to 1e-5, where positions begin anew with it. Families where that is not so are refused."""
+    """The second document's logits are those it has alone, to 1e-5, where positions begin anew with it. Families
+    where that is not so are refused."""
     model = build.new(families.of_family(family), families.Sized(VOCABULARY), LENGTH, 1).eval()
     ids = torch.randint(3, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=torch.tensor([[*range(6), *range(LENGTH - 6)]]), use_cache=False).logits[:, 6:]
+        packed = model(
+            input_ids=ids, position_ids=torch.tensor([[*range(6), *range(LENGTH - 6)]]), use_cache=False
+        ).logits[:, 6:]
         assert torch.allclose(packed, model(input_ids=ids[:, 6:], use_cache=False).logits, atol=1e-5)
     with pytest.raises(UserError, match="bloom is not among"):
         build.check_documents("bloom")
 
 
-# ---- the balancing loss ----------------------------------------------------------------------------------------------------
+# ---- the balancing loss ----------------------------------------------------------------------------------------------
 
 
 def plain_balance(router_logits, rows: int, top: int, affinity) -> torch.Tensor:
@@ -157,7 +191,8 @@ def language_loss(model, ids, **options):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b"])
 def test_the_balancing_loss_is_the_papers(name, checkpointing):
-    """Loss and gradients of a plain implementation on transformers' own router logits, to 1e-6; also when activations are computed twice."""
+    """Loss and gradients of a plain implementation on transformers' own router logits, to 1e-6; also when
+    activations are computed twice."""
     model, reference, plain = fresh(name), fresh(name), fresh(name)
     ids, coefficient = batch_of(range(ROWS))["inputs"]["input_ids"], model.config.router_aux_loss_coef
     language, out = language_loss(reference, ids, output_router_logits=True)
@@ -172,14 +207,19 @@ def test_the_balancing_loss_is_the_papers(name, checkpointing):
     read = balancing.read(ROWS)
     assert read["router_loss"] == pytest.approx(coefficient * router.item(), rel=1e-6) and 1 <= read["expert_load"] <= 4
     changed = 0
-    for (key, parameter), expected, alone in zip(model.named_parameters(), reference.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(parameter.grad, expected.grad, rtol=1e-6, atol=1e-6 * expected.grad.abs().max().item()), key
+    for (key, parameter), expected, alone in zip(
+        model.named_parameters(), reference.parameters(), plain.parameters(), strict=True
+    ):
+        assert torch.allclose(parameter.grad, expected.grad, rtol=1e-6, atol=1e-6 * expected.grad.abs().max().item()), (
+            key
+        )
         changed += "gate.weight" in key and not torch.allclose(parameter.grad, alone.grad, rtol=1e-3)
     assert changed, "without the loss the routers' gradients are others"
 
 
 def test_deepseeks_affinities_and_values_of_known_routers():
-    """Balanced routing costs exactly 1 a layer and row; a router that sends everything to K of N experts with certainty costs N / K."""
+    """Balanced routing costs exactly 1 a layer and row; a router that sends everything to K of N experts with
+    certainty costs N / K."""
     even = torch.zeros(8, 4)
     chosen = torch.tensor([[0, 1], [2, 3]] * 4)
     for affinity in ("softmax", "sigmoid"):
@@ -189,19 +229,25 @@ def test_deepseeks_affinities_and_values_of_known_routers():
     assert losses.tolist() == pytest.approx([2, 2]) and counts.tolist() == [8, 8, 0, 0]
     logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     plain = plain_balance([logits], 3, 2, torch.sigmoid)
-    assert balance.row_losses(logits, logits.topk(2).indices, 3, "sigmoid")[0].sum().item() == pytest.approx(plain.item(), rel=1e-6)
+    assert balance.row_losses(logits, logits.topk(2).indices, 3, "sigmoid")[0].sum().item() == pytest.approx(
+        plain.item(), rel=1e-6
+    )
 
 
 def test_the_balancing_loss_balances():
     """Routers that begin lopsided: with the loss the busiest expert has less than with almost none."""
     found = {}
     for coefficient in (1e-9, 1.0):
-        model = MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **families.SOME, num_local_experts=4, router_aux_loss_coef=coefficient))
+        model = MixtralForCausalLM(
+            MixtralConfig(vocab_size=VOCABULARY, **families.SOME, num_local_experts=4, router_aux_loss_coef=coefficient)
+        )
         build.initialise(model, 0)
         for layer in model.model.layers:
             layer.mlp.gate.weight.data *= 20
         trainer = engine.build(model, loss_fn, config(sequence_length=LENGTH, batch_size=ROWS))
-        found[coefficient] = [trainer.step([batch_of(range(ROWS), step)], lr=1e-2)["expert_load"] for step in range(25)][-1]
+        found[coefficient] = [
+            trainer.step([batch_of(range(ROWS), step)], lr=1e-2)["expert_load"] for step in range(25)
+        ][-1]
     assert found[1.0] < found[1e-9] - 0.1, found
 
 
@@ -211,7 +257,7 @@ def test_a_router_that_was_not_checked_is_refused():
     build.check({"family": "olmoe", "router_aux_loss_coef": 0})
 
 
-# ---- two processes ---------------------------------------------------------------------------------------------------------
+# ---- two processes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -222,12 +268,30 @@ def test_a_router_that_was_not_checked_is_refused():
     ],
 )
 def test_two_processes_train_a_family_as_one_does(names, layouts, tmp_path):
-    """Losses, gradient norms, balancing losses and loads of 3 steps to 1e-5 relative, weights to 1e-4 absolute after updates of 3e-3."""
+    """Losses, gradient norms, balancing losses and loads of 3 steps to 1e-5 relative, weights to 1e-4 absolute after
+    updates of 3e-3."""
     import families_worker
 
     root = families.ROOT
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": f"{root}/tests"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"{root}/tests/families_worker.py", tmp_path / "results.pt", names, layouts]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONPATH": f"{root}/tests",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"{root}/tests/families_worker.py",
+        tmp_path / "results.pt",
+        names,
+        layouts,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     alone = {}
@@ -241,4 +305,8 @@ def test_two_processes_train_a_family_as_one_does(names, layouts, tmp_path):
                 assert torch.allclose(value, expected["weights"][key], atol=1e-4), (name, layout, key)
         assert set(expected["weights"]) >= set(found["weights"]) - {"lm_head.weight"}
         if layout == "pipeline":
-            assert 0 < found["measured"]["bubble"] < 1 and found["measured"]["bubble_ideal"] == pytest.approx(1 / 5) and "stages were busy" in found["advice"]
+            assert (
+                0 < found["measured"]["bubble"] < 1
+                and found["measured"]["bubble_ideal"] == pytest.approx(1 / 5)
+                and "stages were busy" in found["advice"]
+            )

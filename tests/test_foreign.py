@@ -1,4 +1,5 @@
-"""Token files of other tools as sources of stage pack, written here by writers of their own: nothing lost, the same in every format, and refused where index and data do not fit."""
+"""Token files of other tools as sources of stage pack, written here by writers of their own: nothing lost, the same
+in every format, and refused where index and data do not fit."""
 
 import json
 import struct
@@ -30,7 +31,12 @@ def write_megatron(path, documents, dtype="uint16", sequences=1):
     offsets = [sum(lengths[:place]) * size for place in range(len(lengths))]
     path.with_suffix(".bin").write_bytes(np.array(sum(documents, []), dtype).tobytes())
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(borders))
-    path.with_suffix(".idx").write_bytes(head + struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(offsets)}q", *offsets) + struct.pack(f"<{len(borders)}q", *borders))
+    path.with_suffix(".idx").write_bytes(
+        head
+        + struct.pack(f"<{len(lengths)}i", *lengths)
+        + struct.pack(f"<{len(offsets)}q", *offsets)
+        + struct.pack(f"<{len(borders)}q", *borders)
+    )
     return path.with_suffix(".bin")
 
 
@@ -43,7 +49,8 @@ def write_datatrove(path, documents, letter="H"):
 
 
 def plain(documents, eos, indexed=True):
-    """The documents as they should arrive, without their ends: cut after each eos, empty ones left out. Without an index a document ends at an eos alone."""
+    """The documents as they should arrive, without their ends: cut after each eos, empty ones left out. Without an
+    index a document ends at an eos alone."""
     found = []
     for ids in documents if indexed else [sum(documents, [])]:
         part = []
@@ -60,14 +67,21 @@ def plain(documents, eos, indexed=True):
 @quick
 @given(st.data())
 def test_any_stretches_give_every_document_once(tmp_path_factory, data):
-    """Documents with and without ends, with ends inside, and empty ones; cut into stretches of any size: all of them, in order, in each format."""
+    """Documents with and without ends, with ends inside, and empty ones; cut into stretches of any size: all of
+    them, in order, in each format."""
     folder = tmp_path_factory.mktemp("any")
     documents = data.draw(st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=12))
     width, eos = data.draw(st.integers(1, 40)), 1
     np.save(folder / "n.npy", np.array(sum(documents, []), np.int32))
     (folder / "raw.tok").write_bytes(np.array(sum(documents, []), np.uint16).tobytes())
     made = [
-        (write_megatron(folder / "m", documents, data.draw(st.sampled_from(sorted(CODES))), data.draw(st.integers(1, 3))), {}, True),
+        (
+            write_megatron(
+                folder / "m", documents, data.draw(st.sampled_from(sorted(CODES))), data.draw(st.integers(1, 3))
+            ),
+            {},
+            True,
+        ),
         (write_datatrove(folder / "d", documents, data.draw(st.sampled_from("HI"))), {}, True),
         (folder / "n.npy", {}, False),
         (folder / "raw.tok", {"dtype": "uint16"}, False),
@@ -86,7 +100,7 @@ def test_any_stretches_give_every_document_once(tmp_path_factory, data):
             assert empty == sum(not ids for ids in documents)
 
 
-# ---- through the stage -----------------------------------------------------------------------------------------------------
+# ---- through the stage -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +118,8 @@ def home(tmp_path_factory):
     (folder / "shards").mkdir()
     cut = len(documents["one"]) // 2
     write_megatron(folder / "shards/a", documents["one"][:cut], "int32")
-    write_megatron(folder / "shards/b", [ids[:-1] for ids in documents["one"][cut:]], "uint16", 2)  # without end-of-document tokens
+    # without end-of-document tokens
+    write_megatron(folder / "shards/b", [ids[:-1] for ids in documents["one"][cut:]], "uint16", 2)
     write_datatrove(folder / "shards/c", documents["two"])
     np.save(folder / "shards/d.npy", np.array(sum(documents["two"], []), np.uint16))
     (folder / "shards/e.raw").write_bytes(np.array(sum(documents["two"], []), np.uint32).tobytes())
@@ -120,7 +135,14 @@ SHARDS = {
 
 
 def recipe_of(folder, shards, inputs=None, name="r.yaml"):
-    (folder / name).write_text(json.dumps({"name": "t", "stages": {"pack": {"inputs": {"tokenizer": "./tokenizer", **(inputs or {})}, "shards": shards}}}))
+    (folder / name).write_text(
+        json.dumps(
+            {
+                "name": "t",
+                "stages": {"pack": {"inputs": {"tokenizer": "./tokenizer", **(inputs or {})}, "shards": shards}},
+            }
+        )
+    )
     return name
 
 
@@ -133,14 +155,21 @@ def test_each_format_arrives_as_what_the_stage_packed_itself(home):
         total = mine.num_tokens(same)
         assert made.num_tokens(source) == total and (made.read(source, 0, total) == mine.read(same, 0, total)).all()
         assert (made.documents(source) == mine.documents(same)).all(), "bytes too, since these tokens spell their text"
-    assert f"{len(documents['one']) - len(documents['one']) // 2} documents of shards had no end-of-document token" in said
-    assert [piece.id for piece in made.pieces("megatron", 0, len(documents["one"][0]) + 1)] == ["a.bin@0", f"a.bin@{len(documents['one'][0])}"]
+    assert (
+        f"{len(documents['one']) - len(documents['one']) // 2} documents of shards had no end-of-document token" in said
+    )
+    assert [piece.id for piece in made.pieces("megatron", 0, len(documents["one"][0]) + 1)] == [
+        "a.bin@0",
+        f"a.bin@{len(documents['one'][0])}",
+    ]
     held = TokenStore(folder / "runs/t/pack/current", "heldout")
     assert held.sources == ["raw"] and held.num_documents("raw") + made.num_documents("raw") == len(documents["two"])
     assert 0 < held.num_documents("raw") < 0.5 * len(documents["two"])
     parts = [store.read("raw", 0, store.num_tokens("raw")).tolist() for store in (made, held)]
     ends = [store.documents("raw")[:, 0].tolist() for store in (made, held)]
-    split = [tuple(part[a:b]) for part, end in zip(parts, ends, strict=True) for a, b in zip([0, *end], end, strict=False)]
+    split = [
+        tuple(part[a:b]) for part, end in zip(parts, ends, strict=True) for a, b in zip([0, *end], end, strict=False)
+    ]
     assert sorted(split) == sorted(map(tuple, documents["two"]))
     metrics = json.loads((folder / "runs/t/pack/current/manifest.json").read_text())["metrics"]
     assert metrics["sources"]["megatron"]["documents"] == len(documents["one"])
@@ -160,12 +189,24 @@ def test_the_same_bytes_for_any_number_of_workers_after_kills_and_in_another_fol
         (folder / "elsewhere" / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(folder)
     moved = json.loads(json.dumps(SHARDS).replace("shards/", "elsewhere/"))
-    nodes = [chain.examine(recipe.load(recipe_of(folder, shards, name=f"{i}.yaml"), ["output=whole"]))["pack"] for i, shards in enumerate((moved, {**moved, "raw": SHARDS["raw"] | {"holdout": 0.3}}))]
-    assert [node.state for node in nodes] == ["up to date", "stale"], "where the files stand is no identity, what is held out of them is"
+    nodes = [
+        chain.examine(recipe.load(recipe_of(folder, shards, name=f"{i}.yaml"), ["output=whole"]))["pack"]
+        for i, shards in enumerate((moved, {**moved, "raw": SHARDS["raw"] | {"holdout": 0.3}}))
+    ]
+    assert [node.state for node in nodes] == ["up to date", "stale"], (
+        "where the files stand is no identity, what is held out of them is"
+    )
     data = {"data": str(folder / "clean")}
     succeed("pack", recipe_of(folder, {"more": SHARDS["numpy"]}, data), "pack.workers=1", "output=both", cwd=folder)
     assert TokenStore(folder / "both/t/pack/current").sources == ["more", "one", "two"]
-    code, said = stage("pack", recipe_of(folder, {"two": SHARDS["numpy"]}, data), "pack.workers=1", "output=both", "--restart", cwd=folder)
+    code, said = stage(
+        "pack",
+        recipe_of(folder, {"two": SHARDS["numpy"]}, data),
+        "pack.workers=1",
+        "output=both",
+        "--restart",
+        cwd=folder,
+    )
     assert code == 2 and "shards.two: the documents of inputs.data have a source of this name" in said
 
 
@@ -181,12 +222,16 @@ def test_small_units_join_to_the_same_tokens(home, tmp_path, monkeypatch):
         monkeypatch.setattr(foreign, "UNIT_TOKENS", size)
         (tmp_path / str(number)).mkdir()
         config = pack.Config(workers=1, shards=SHARDS)
-        pack.run(config, {"tokenizer": artifact.external("tokenizer", folder / "tokenizer")}, SimpleNamespace(path=tmp_path / str(number), note_time=lambda: None))
+        pack.run(
+            config,
+            {"tokenizer": artifact.external("tokenizer", folder / "tokenizer")},
+            SimpleNamespace(path=tmp_path / str(number), note_time=lambda: None),
+        )
         found.append(files_of(tmp_path / str(number)))
     assert found[0] == found[1]
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def _edit(path, change):
@@ -198,16 +243,32 @@ BROKEN = [
     ("m.bin", lambda f: _edit(f / "m.bin", lambda raw: raw[:-1]), "no whole number of uint16"),
     ("m.bin", lambda f: _edit(f / "m.idx", lambda raw: raw[:-8]), "it was cut off or overwritten"),
     ("m.bin", lambda f: _edit(f / "m.idx", lambda raw: b"TNTIDX\x00\x00" + raw[8:]), "is no index of Megatron's"),
-    ("m.bin", lambda f: _edit(f / "m.idx", lambda raw: raw[:17] + b"\x06" + raw[18:]), "are not token ids of version 1"),
-    ("m.bin", lambda f: _edit(f / "m.idx", lambda raw: raw[:34] + struct.pack("<i", 9) + raw[38:]), "the index does not fit itself"),
-    ("m.bin", lambda f: _edit(f / "m.idx", lambda raw: raw[:-8] + struct.pack("<q", 7)), "its document borders run from 0 to 7 over 3 sequences"),
+    (
+        "m.bin",
+        lambda f: _edit(f / "m.idx", lambda raw: raw[:17] + b"\x06" + raw[18:]),
+        "are not token ids of version 1",
+    ),
+    (
+        "m.bin",
+        lambda f: _edit(f / "m.idx", lambda raw: raw[:34] + struct.pack("<i", 9) + raw[38:]),
+        "the index does not fit itself",
+    ),
+    (
+        "m.bin",
+        lambda f: _edit(f / "m.idx", lambda raw: raw[:-8] + struct.pack("<q", 7)),
+        "its document borders run from 0 to 7 over 3 sequences",
+    ),
     ("d.ds", lambda f: _edit(f / "d.ds", lambda raw: raw[:-2]), "neither 2 nor 4 bytes each"),
     ("d.ds", lambda f: _edit(f / "d.ds.index", lambda raw: raw[8:16] + raw[:8] + raw[16:]), "do not ascend"),
     ("d.ds", lambda f: (f / "d.ds.index").unlink(), "d.ds.index: is missing"),
     ("d.ds", lambda f: (f / "d.ds.loss").write_bytes(b"1"), "loss masks are not read"),
     ("n.npy", lambda f: np.save(f / "n.npy", np.zeros((2, 3), np.uint16)), "expected one row of token ids"),
     ("n.npy", lambda f: np.save(f / "n.npy", np.zeros(3)), "expected one row of token ids"),
-    ("n.npy", lambda f: np.save(f / "n.npy", np.array([{}], object), allow_pickle=True), "cannot be read as a numpy array|expected one row"),
+    (
+        "n.npy",
+        lambda f: np.save(f / "n.npy", np.array([{}], object), allow_pickle=True),
+        "cannot be read as a numpy array|expected one row",
+    ),
     ("n.npy", lambda f: _edit(f / "n.npy", lambda raw: raw[:-2]), "cannot be read as a numpy array"),
     ("m.idx", lambda f: None, "has no numpy header"),
 ]
@@ -247,7 +308,11 @@ def test_pretraining_on_shards_alone(home):
     import tiny
 
     folder, *_ = home
-    text = tiny.RECIPE.replace("  pretrain:\n    inputs: {tokens: ./tokens, tokenizer: ./tokenizer}", "  pack: {inputs: {tokenizer: ./tokenizer}, shards: {mine: {path: shards/e.raw, dtype: uint32, holdout: 0.3}}}\n  pretrain:\n    inputs: {tokenizer: ./tokenizer}")
+    text = tiny.RECIPE.replace(
+        "  pretrain:\n    inputs: {tokens: ./tokens, tokenizer: ./tokenizer}",
+        "  pack: {inputs: {tokenizer: ./tokenizer}, shards: {mine: {path: shards/e.raw, dtype: uint32, holdout:"
+        " 0.3}}}\n  pretrain:\n    inputs: {tokenizer: ./tokenizer}",
+    )
     (folder / "chain.yaml").write_text(text.replace("{one: 2, two: 1}", "{mine: 1}"))
     succeed("pack", "chain.yaml", "pack.workers=1", "output=shards-only", cwd=folder)
     assert "6 steps" in succeed("pretrain", "chain.yaml", "output=shards-only", cwd=folder)

@@ -22,16 +22,36 @@ def tokenizer(tmp_path_factory):
 
 def block_of(family: str) -> dict:
     if family in ("gpt2", "openai-gpt", "gptj"):
-        return {"family": family, "n_embd": 32, "n_layer": 2, "n_head": 2, **({"rotary_dim": 8} if family == "gptj" else {})}
+        return {
+            "family": family,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            **({"rotary_dim": 8} if family == "gptj" else {}),
+        }
     if family == "bloom":
         return {"family": family, "hidden_size": 32, "n_layer": 2, "n_head": 2}
     small = {**SMALL, "num_hidden_layers": 2, "family": family}
     if family in ("gemma", "glm", "glm4"):
         small["head_dim"] = 16
     if family in ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"):
-        small |= {"num_experts_per_tok": 2, "num_local_experts": 4} if family == "mixtral" else {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        small |= (
+            {"num_experts_per_tok": 2, "num_local_experts": 4}
+            if family == "mixtral"
+            else {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        )
     if family == "deepseek_v3":
-        small |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+        small |= {
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        }
     if family in ("qwen2_moe", "qwen3_moe"):
         small["num_experts" if family == "qwen2_moe" else "num_local_experts"] = 4
     if family == "gpt_neox":
@@ -68,12 +88,16 @@ def reference(model, ids, labels, z: float, dtype=None):
 def distance(found: dict, expected: dict) -> float:
     """Relative difference of all gradients as one vector."""
     assert set(found) == set(expected)
-    return (torch.stack([(found[name] - value).norm() for name, value in expected.items()]).norm() / torch.stack([value.norm() for value in expected.values()]).norm()).item()
+    return (
+        torch.stack([(found[name] - value).norm() for name, value in expected.items()]).norm()
+        / torch.stack([value.norm() for value in expected.values()]).norm()
+    ).item()
 
 
 @pytest.mark.parametrize("family", head.FAMILIES)
 def test_a_family_s_losses_and_gradients_are_those_of_whole_logits(family, tokenizer):
-    """fp32, to 1e-6 relative: value, per-token losses and every gradient, with a z-loss, in chunks that do not divide the tokens. Logits as before when no labels wait."""
+    """fp32, to 1e-6 relative: value, per-token losses and every gradient, with a z-loss, in chunks that do not
+    divide the tokens. Logits as before when no labels wait."""
     model = build.new(block_of(family), tokenizer, 64, seed=1).eval()
     ids, labels = data(model.config.vocab_size)
     logits = model(ids).logits.detach()
@@ -81,11 +105,17 @@ def test_a_family_s_losses_and_gradients_are_those_of_whole_logits(family, token
     layer = head.install(model, chunk=4, z_loss=Z)
     layer.expect([labels])
     found = model(ids).logits
-    assert found.total.item() == pytest.approx(loss, rel=1e-6) and Z * found.lse_BT.square().sum().item() == pytest.approx(extra, rel=1e-6)
-    assert torch.allclose(found.nll_BT, F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"), atol=1e-5)
+    assert found.total.item() == pytest.approx(
+        loss, rel=1e-6
+    ) and Z * found.lse_BT.square().sum().item() == pytest.approx(extra, rel=1e-6)
+    assert torch.allclose(
+        found.nll_BT, F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"), atol=1e-5
+    )
     (found.total / 7).backward()
     assert distance(gradients(model), expected) < 1e-6
-    assert torch.equal(model(ids).logits, logits) and set(model.state_dict()) == set(build.new(block_of(family), tokenizer, 64, seed=1).state_dict())
+    assert torch.equal(model(ids).logits, logits) and set(model.state_dict()) == set(
+        build.new(block_of(family), tokenizer, 64, seed=1).state_dict()
+    )
     with torch.no_grad():
         layer.expect([labels])
         assert model(ids).logits.total.item() == pytest.approx(loss, rel=1e-6)
@@ -93,7 +123,8 @@ def test_a_family_s_losses_and_gradients_are_those_of_whole_logits(family, token
 
 @pytest.mark.parametrize("tied, bias", [(True, False), (False, True)])
 def test_tied_embeddings_biases_and_bf16(tied, bias):
-    """fp32 to 1e-6; under bf16 autocast the loss to 1e-6 and gradients to 1%, since whole logits round their gradients' sums to bf16 once and chunks several times."""
+    """fp32 to 1e-6; under bf16 autocast the loss to 1e-6 and gradients to 1%, since whole logits round their
+    gradients' sums to bf16 once and chunks several times."""
     for dtype, close in ((None, 1e-6), (torch.bfloat16, 1e-2)):
         model = tiny(tie_word_embeddings=tied)
         if bias:
@@ -106,10 +137,15 @@ def test_tied_embeddings_biases_and_bf16(tied, bias):
             found = model(ids).logits
         (found.total / 7).backward()
         # a bf16 kernel adds the bias before or after it rounds, depending on the number of rows
-        assert found.total.item() == pytest.approx(loss, rel=1e-4 if dtype and bias else 1e-6) and distance(gradients(model), expected) < close
+        assert (
+            found.total.item() == pytest.approx(loss, rel=1e-4 if dtype and bias else 1e-6)
+            and distance(gradients(model), expected) < close
+        )
 
 
-def train(chunk, z: float = 0.0, compiled: bool = False, checkpointing: str = "none", **changes) -> tuple[list, dict, dict]:
+def train(
+    chunk, z: float = 0.0, compiled: bool = False, checkpointing: str = "none", **changes
+) -> tuple[list, dict, dict]:
     """Three steps of two micro-batches with an evaluation; (steps, evaluation, weights)."""
     settings = config(micro_batch=4, activation_checkpointing=checkpointing, **changes)
     model = tiny()
@@ -118,13 +154,20 @@ def train(chunk, z: float = 0.0, compiled: bool = False, checkpointing: str = "n
     if compiled:
         layers.compile(model)
     trainer = engine.build(model, loss_of(["one", "two"], z), settings)
-    batches = [[{**batch_of(step, part), "source": torch.tensor([0, 1, 1, 0]), "bytes": torch.full((4,), 7)} for part in share(settings, trainer, step)] for step in range(3)]
+    batches = [
+        [
+            {**batch_of(step, part), "source": torch.tensor([0, 1, 1, 0]), "bytes": torch.full((4,), 7)}
+            for part in share(settings, trainer, step)
+        ]
+        for step in range(3)
+    ]
     return [trainer.step(batch) for batch in batches], trainer.evaluate(batches[0]), trainer.consolidated()
 
 
 @pytest.mark.parametrize("z", [0.0, Z])
 def test_an_engine_s_steps_with_chunks_are_those_without(z):
-    """Losses, norms, z-loss and losses by source to 1e-5 over steps with accumulation; the reported loss is the cross-entropy, whatever z-loss is added."""
+    """Losses, norms, z-loss and losses by source to 1e-5 over steps with accumulation; the reported loss is the
+    cross-entropy, whatever z-loss is added."""
     (whole, evaluated, _), (chunked, again, _) = train(None, z), train(16, z)
     for one, other in zip([*whole, evaluated], [*chunked, again], strict=True):
         assert set(one) == set(other) and ("z_loss" in one) == bool(z)
@@ -142,7 +185,9 @@ def test_a_loss_that_is_not_finite_updates_nothing():
     with torch.no_grad():
         model.model.norm.weight[0] = float("inf")
     before = trainer.consolidated()
-    assert not trainer.step([{**batch_of(0, range(8)), "source": torch.zeros(8, dtype=torch.long), "bytes": torch.ones(8)}])["applied"]
+    assert not trainer.step(
+        [{**batch_of(0, range(8)), "source": torch.zeros(8, dtype=torch.long), "bytes": torch.ones(8)}]
+    )["applied"]
     assert all(torch.equal(value, before[name]) for name, value in trainer.consolidated().items())
 
 
@@ -171,7 +216,8 @@ def test_the_layers_of_a_stage_recompute_what_they_are_asked_to():
         with Count() as count:
             loss.backward()
         found[how] = count.number
-    assert found["selective"] == found["none"] and found["full"] == found["none"] + 3 * 6, found  # recomputation ends before a layer's last product, whose result nobody needs
+    # recomputation ends before a layer's last product, whose result nobody needs
+    assert found["selective"] == found["none"] and found["full"] == found["none"] + 3 * 6, found
 
 
 @pytest.mark.slow

@@ -26,7 +26,11 @@ def published(folder, runs):
 
 
 def lines(folder, runs) -> list[dict]:
-    return [line for line in map(json.loads, (published(folder, runs) / "metrics.jsonl").read_text().splitlines()) if "lr" in line]
+    return [
+        line
+        for line in map(json.loads, (published(folder, runs) / "metrics.jsonl").read_text().splitlines())
+        if "lr" in line
+    ]
 
 
 @pytest.mark.parametrize(
@@ -47,15 +51,27 @@ def test_tokens_become_steps(world, words, steps, warmup):
 
 
 def test_time_becomes_steps_once_and_is_kept_over_kills(world):
-    """Killed before and after it is settled; an hour is then cut to 30 steps in the file that decides. A second run that has the file from its start ends in the same bytes."""
-    words = ("pretrain.steps=~", "pretrain.time=1h", "pretrain.save.every_steps=7", "pretrain.save.asynchronous=false", "pretrain.heldout_rows=2", "pretrain.optimizer.lr=1e-3")
+    """Killed before and after it is settled; an hour is then cut to 30 steps in the file that decides. A second run
+    that has the file from its start ends in the same bytes."""
+    words = (
+        "pretrain.steps=~",
+        "pretrain.time=1h",
+        "pretrain.save.every_steps=7",
+        "pretrain.save.asynchronous=false",
+        "pretrain.heldout_rows=2",
+        "pretrain.optimizer.lr=1e-3",
+    )
     code, _ = stage("pretrain", "recipe.yaml", "output=timed", *words, cwd=world, fault="work:9")
     assert code == -9
     code, said = stage("pretrain", "recipe.yaml", "output=timed", *words, cwd=world, fault="work:15")
     assert code == -9 and "goes on from step-000007" in said
     (partial,) = (world / "timed/tiny/pretrain").glob("*.partial")
     kept = json.loads((partial / "horizon.json").read_text())
-    assert kept["hold"] == 20 and kept["steps"] == pytest.approx(20 + kept["seconds_left"] / kept["seconds_per_step"], abs=1) and 3000 < kept["seconds_left"] < 3600
+    assert (
+        kept["hold"] == 20
+        and kept["steps"] == pytest.approx(20 + kept["seconds_left"] / kept["seconds_per_step"], abs=1)
+        and 3000 < kept["seconds_left"] < 3600
+    )
     assert f"1h is {kept['steps']:,} steps" in said
     kept["steps"] = 30
     (partial / "horizon.json").write_text(json.dumps(kept))
@@ -63,7 +79,9 @@ def test_time_becomes_steps_once_and_is_kept_over_kills(world):
     assert "goes on from step-000021" in said
     found = lines(world, "timed")
     assert found[-1]["step"] == kept["steps"]
-    assert [line["lr"] for line in found[:20]] == pytest.approx([5e-4] + [1e-3] * 19), "warmup, then the peak as long as the end is not known"
+    assert [line["lr"] for line in found[:20]] == pytest.approx([5e-4] + [1e-3] * 19), (
+        "warmup, then the peak as long as the end is not known"
+    )
     assert found[-1]["lr"] < found[20]["lr"] <= 1e-3
 
     code, _ = stage("pretrain", "recipe.yaml", "output=again", *words, cwd=world, fault="work:1")
@@ -74,14 +92,19 @@ def test_time_becomes_steps_once_and_is_kept_over_kills(world):
 
 
 def test_a_rollback_at_the_step_that_would_settle_puts_it_off(tmp_path):
-    """Times are measured anew after a rollback (loop.py): a step that has none yet decides nothing, and no learning rate of the steps so far depends on the end."""
+    """Times are measured anew after a rollback (loop.py): a step that has none yet decides nothing, and no learning
+    rate of the steps so far depends on the end."""
     settings = Config(kind="pretrain", time="1h", batch_size=8, sequence_length=32, seed=0, inputs={})
     output = type("Output", (), {"path": tmp_path, "is_main": True, "spent": lambda self: 100.0})()
     found = horizon.Horizon(settings, output, 0)
     assert found.settle(20, None, 0.0) is None and found.steps is None
     assert "3,523 steps" in found.settle(23, 1.0, 0.0)
     again = horizon.Horizon(settings, output, 10)
-    assert again.steps == found.steps == 3523 and [again.learning_rate(step) for step in (21, 23)] == [3e-4, 3e-4] and again.learning_rate(24) < 3e-4
+    assert (
+        again.steps == found.steps == 3523
+        and [again.learning_rate(step) for step in (21, 23)] == [3e-4, 3e-4]
+        and again.learning_rate(24) < 3e-4
+    )
 
 
 @pytest.mark.parametrize("text, seconds", [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("1.5d", 129600), ("45s", 45)])
@@ -108,9 +131,20 @@ def test_mistakes_are_one_sentence(world, words, said):
 
 
 def test_a_horizon_behind_the_checkpoint_is_refused(world):
-    code, _ = stage("pretrain", "recipe.yaml", "output=behind", "pretrain.steps=~", "pretrain.tokens=1536", "pretrain.save.asynchronous=false", cwd=world, fault="work:5")
+    code, _ = stage(
+        "pretrain",
+        "recipe.yaml",
+        "output=behind",
+        "pretrain.steps=~",
+        "pretrain.tokens=1536",
+        "pretrain.save.asynchronous=false",
+        cwd=world,
+        fault="work:5",
+    )
     assert code == -9
-    code, said = stage("pretrain", "recipe.yaml", "output=behind", "pretrain.steps=~", "pretrain.tokens=512", "--fork", cwd=world)
+    code, said = stage(
+        "pretrain", "recipe.yaml", "output=behind", "pretrain.steps=~", "pretrain.tokens=512", "--fork", cwd=world
+    )
     assert code == 2 and "is at step 4" in said and "horizon is 2 steps" in said, said
 
 
@@ -123,7 +157,11 @@ def test_keys_at_their_default_may_stand():
 def test_a_decay_of_so_many_steps():
     at = [learning_rate(Schedule(kind="wsd", decay_steps=4, min_ratio=0.0), 1.0, step, 10) for step in range(10)]
     assert at == [1.0] * 7 + [0.75, 0.5, 0.25]
-    assert learning_rate(Schedule(kind="cosine"), 1.0, 50, 100, hold=60) == 1.0 > learning_rate(Schedule(kind="cosine"), 1.0, 61, 100, hold=60)
+    assert (
+        learning_rate(Schedule(kind="cosine"), 1.0, 50, 100, hold=60)
+        == 1.0
+        > learning_rate(Schedule(kind="cosine"), 1.0, 61, 100, hold=60)
+    )
 
 
 def test_lengths_that_are_none_are_refused():

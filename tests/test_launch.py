@@ -36,14 +36,19 @@ def test_accelerate_reads_each_launch_config(path):
     assert YAML(typ="safe").load(path.read_text())["mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize("path", sorted(path for path in (ROOT / "launch" / "slurm").iterdir() if path.suffix != ".py"), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in (ROOT / "launch" / "slurm").iterdir() if path.suffix != ".py"),
+    ids=lambda path: path.name,
+)
 def test_job_scripts_are_valid_bash_and_can_be_executed(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     assert path.stat().st_mode & 0o111
 
 
 def job(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProcess:
-    """The job script on two stages, with Slurm's commands and `alma` replaced by ones that write down how they were called in folder/calls."""
+    """The job script on two stages, with Slurm's commands and `alma` replaced by ones that write down how they were
+    called in folder/calls."""
     binaries = folder / "bin"
     if not binaries.exists():
         binaries.mkdir()
@@ -52,10 +57,12 @@ def job(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProc
             (folder / stage).mkdir()
     tools = {
         "scontrol": f'[ "$1" = show ] && {{ echo n1; echo n2; exit; }}; echo "scontrol $@" >> {folder}/calls',
-        "alma": f"""python3 - <<'P'
+        "alma": (
+            f"""python3 - <<'P'
 import json, os
 print(json.dumps({{kind: {{"kind": kind, "state": "up to date" if os.path.exists(f"{folder}/{{kind}}/done") else "missing", "folder": f"{folder}/{{kind}}"}} for kind in ("clean", "pretrain")}}))
-P""",
+P"""
+        ),
         "srun": f'echo "srun $@" >> {folder}/calls; for last; do :; done; cd {folder}/$last; {srun}',
         "python": 'exec python3 "$@"',
     }
@@ -71,7 +78,13 @@ P""",
         "SLURM_SUBMIT_DIR": str(folder),
         **environment,
     }
-    return subprocess.run(["bash", ROOT / "launch" / "slurm" / "alma.sbatch", "r.yaml", "pretrain.steps=3"], env=settings, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", ROOT / "launch" / "slurm" / "alma.sbatch", "r.yaml", "pretrain.steps=3"],
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def calls(folder: Path, name: str) -> list[str]:
@@ -83,7 +96,10 @@ def test_job_script_names_stages_in_order_and_layouts(tmp_path):
     assert answer.returncode == 0, answer.stdout + answer.stderr
     first, second = calls(tmp_path, "srun")
     assert "--nodes=1 --ntasks=1 launch/slurm/rank.sh pipeline/clean.py r.yaml pretrain.steps=3 --stage clean" in first
-    assert "--nodes=2 --ntasks-per-node=8 launch/slurm/rank.sh pipeline/pretrain.py r.yaml pretrain.steps=3 --stage pretrain" in second
+    assert (
+        "--nodes=2 --ntasks-per-node=8 launch/slurm/rank.sh pipeline/pretrain.py r.yaml pretrain.steps=3 --stage"
+        " pretrain" in second
+    )
 
 
 def leaves(saved: int, reason: str = "hang", code: int = 76) -> str:
@@ -98,7 +114,10 @@ def test_a_job_that_may_go_on_is_queued_again_until_it_makes_no_progress(tmp_pat
         assert answer.returncode == 0, answer.stdout + answer.stderr
     assert len(calls(tmp_path, "scontrol requeue 7")) == 4
     answer = job(tmp_path, leaves(200, "lost"))
-    assert answer.returncode == 76 and "3 tries ended at step 200 without progress, the last with: lost: rank 3" in answer.stdout
+    assert (
+        answer.returncode == 76
+        and "3 tries ended at step 200 without progress, the last with: lost: rank 3" in answer.stdout
+    )
     answer = job(tmp_path, leaves(200), ALMA_TRIES="1")
     assert answer.returncode == 76 and "1 tries ended at step 200" in answer.stdout
     assert len(calls(tmp_path, "scontrol requeue 7")) == 4
@@ -115,11 +134,14 @@ def test_the_word_of_the_start_before_is_not_taken_for_this_ones(tmp_path):
 @pytest.mark.parametrize("end", ["exit 2", "exit 1", "kill -9 $$"], ids=["mistake or spike", "exception", "killed"])
 def test_a_job_without_a_word_is_not_queued_again(tmp_path, end):
     answer = job(tmp_path, end)
-    assert answer.returncode not in (0, 75) and not calls(tmp_path, "scontrol requeue") and "left no word" in answer.stdout
+    assert (
+        answer.returncode not in (0, 75) and not calls(tmp_path, "scontrol requeue") and "left no word" in answer.stdout
+    )
 
 
 def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
-    """SIGUSR1 to the job script: the stage is told, saves and leaves word; a stage that keeps units of work leaves none."""
+    """SIGUSR1 to the job script: the stage is told, saves and leaves word; a stage that keeps units of work leaves
+    none."""
     for end in ("exit 1", leaves(5, "signal", 75)):
         assert job(tmp_path, f"leave() {{ {end}; }}; trap leave USR1; kill -USR1 $PPID; sleep 2 & wait").returncode == 0
     assert len(calls(tmp_path, "scontrol requeue 7")) == 2

@@ -1,4 +1,5 @@
-"""The ledger: every count against one made from the published files alone, and `alma inspect data` as a person reads it."""
+"""The ledger: every count against one made from the published files alone, and `alma inspect data` as a person reads
+it."""
 
 import collections
 import json
@@ -27,7 +28,8 @@ def prose(rng: random.Random, language: str, size: int) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Two sources with everything that can be left out, once with small units and once with one unit a source and two workers."""
+    """Two sources with everything that can be left out, once with small units and once with one unit a source and
+    two workers."""
     folder = tmp_path_factory.mktemp("ledger")
     rng = random.Random(2)
     for name, language in (("web", "en"), ("书", "zh")):
@@ -35,18 +37,37 @@ def made(tmp_path_factory):
         texts += texts[:9] + [texts[0]] * 3
         texts += [text.replace(text[40:44], "wxyz") for text in texts[10:14]]  # near
         texts += [prose(rng, language, 3) for _ in range(11)] + ["1 + 2 = 3; " * 30] * 2 + ["7 2 9"]
-        texts += [f"{prose(rng, language, 40)} {QUESTION if language == 'en' else FRAGE} {prose(rng, language, 40)}" for _ in range(6)]
+        texts += [
+            f"{prose(rng, language, 40)} {QUESTION if language == 'en' else FRAGE} {prose(rng, language, 40)}"
+            for _ in range(6)
+        ]
         lines = [json.dumps({"text": text, "n": number}, ensure_ascii=False) for number, text in enumerate(texts)]
         lines += ["{broken", '{"body": 1}', '{"body": 2}', "[" * 3000]
         rng.shuffle(lines)
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "eval.jsonl").write_text("\n".join(json.dumps({"q": text}) for text in (QUESTION, FRAGE, "another question that nobody has ever written into the text of a page", "short")))
+    (folder / "eval.jsonl").write_text(
+        "\n".join(
+            json.dumps({"q": text})
+            for text in (
+                QUESTION,
+                FRAGE,
+                "another question that nobody has ever written into the text of a page",
+                "short",
+            )
+        )
+    )
     block = {
-        "sources": {"web": {"path": "web.jsonl"}, "books_zh": {"path": "书.jsonl"}}, "holdout": 0.1, "workers": 1, "unit_bytes": 5000,
-        "decontaminate": {"sets": {"exam": {"path": "eval.jsonl", "text": "q"}}}, "dedup": {"upsample": {3: 2}, "lines": 8},
-    }  # fmt: skip
+        "sources": {"web": {"path": "web.jsonl"}, "books_zh": {"path": "书.jsonl"}},
+        "holdout": 0.1,
+        "workers": 1,
+        "unit_bytes": 5000,
+        "decontaminate": {"sets": {"exam": {"path": "eval.jsonl", "text": "q"}}},
+        "dedup": {"upsample": {3: 2}, "lines": 8},
+    }
     for name, changes in (("a", {}), ("b", {"workers": 2, "unit_bytes": 4 << 20})):
-        (folder / f"{name}.yaml").write_text(json.dumps({"name": name, "seed": 1, "stages": {"clean": {**block, **changes}}}))
+        (folder / f"{name}.yaml").write_text(
+            json.dumps({"name": name, "seed": 1, "stages": {"clean": {**block, **changes}}})
+        )
         succeed("clean", f"{name}.yaml", cwd=folder)
     return folder
 
@@ -75,42 +96,71 @@ def test_the_funnel_against_the_published_files(made):
             gone.add(number)
             if entry["status"] in ("filtered", "duplicates"):
                 bytes_read[entry["status"], entry["reason"]] += len(json.loads(lines[number - 1])["text"].encode())
-        cells = [(status, reason, cell) for statuses in steps.values() for status, reasons in statuses.items() for reason, cell in reasons.items()]
+        cells = [
+            (status, reason, cell)
+            for statuses in steps.values()
+            for status, reasons in statuses.items()
+            for reason, cell in reasons.items()
+        ]
         for status, reason, _ in cells:
             if status in ("filtered", "duplicates", "bad"):
                 same = [cell for other, why, cell in cells if (other, why) == (status, reason)]
-                assert (sum(cell[0] for cell in same), sum(cell[1] for cell in same)) == (found[status, reason], bytes_read[status, reason])
+                assert (sum(cell[0] for cell in same), sum(cell[1] for cell in same)) == (
+                    found[status, reason],
+                    bytes_read[status, reason],
+                )
         assert {(status, reason) for status, reason, _ in cells if status != "kept"} == set(found)
         kept = sum(len(json.loads(line)["text"].encode()) for number, line in enumerate(lines, 1) if number not in gone)
         assert sum(cell[1] for status, _, cell in cells if status == "kept") == kept
         for split, rows in shards.items():
             once = {row["id"]: row["text"] for row in rows if row["source"] == source}
             mine = [cell for status, reason, cell in cells if (status, reason) == ("kept", split)]
-            assert (sum(cell[0] for cell in mine), sum(cell[2] for cell in mine)) == (len(once), sum(len(text.encode()) for text in once.values()))
+            assert (sum(cell[0] for cell in mine), sum(cell[2] for cell in mine)) == (
+                len(once),
+                sum(len(text.encode()) for text in once.values()),
+            )
         assert sum(cell[0] for _, _, cell in cells) == len(lines) == report["sources"][source]["read"]
-        assert set(steps) == {"en" if source == "web" else "zh", ""} | ({"en"} if source == "books_zh" else set())  # 1 + 2 = 3 has no CJK letter
+        # 1 + 2 = 3 has no CJK letter
+        assert set(steps) == {"en" if source == "web" else "zh", ""} | ({"en"} if source == "books_zh" else set())
         places = [entry for entry in rejected(output, source) if entry["reason"] == "missing field"]
-        assert report["funnel"]["bad"][source]["missing field"] == [{key: entry[key] for key in ("place", "excerpt")} for entry in places]
+        assert report["funnel"]["bad"][source]["missing field"] == [
+            {key: entry[key] for key in ("place", "excerpt")} for entry in places
+        ]
 
 
 def test_clusters_and_samples_of_duplicates(made):
     output = made / "runs/a/clean/current"
     report = json.loads((output / "report.json").read_text())["funnel"]["duplicates"]
-    copies = [{**entry, "source": source} for source in ("web", "books_zh") for entry in rejected(output, source) if entry["status"] == "duplicates"]
+    copies = [
+        {**entry, "source": source}
+        for source in ("web", "books_zh")
+        for entry in rejected(output, source)
+        if entry["status"] == "duplicates"
+    ]
     sizes = collections.Counter(entry["of"] for entry in copies)
-    rows = {row["id"]: row for split in ("train", "heldout") for row in pyarrow.parquet.read_table(output / split).to_pylist()}
+    rows = {
+        row["id"]: row
+        for split in ("train", "heldout")
+        for row in pyarrow.parquet.read_table(output / split).to_pylist()
+    }
     expected = collections.Counter(sizes[id] + 1 for id in rows)
     assert {row["cluster"] for row in rows.values()} == set(expected)
     assert {least: (number, members) for least, number, members in report["clusters"]} == {
-        1: (expected[1], expected[1]), 2: (expected[2], 2 * expected[2]), 5: (expected[5], 5 * expected[5]),
-    }  # fmt: skip
-    assert [entry["documents"] for entry in report["largest"]] == sorted((size + 1 for size in sizes.values()), reverse=True)[:5]
+        1: (expected[1], expected[1]),
+        2: (expected[2], 2 * expected[2]),
+        5: (expected[5], 5 * expected[5]),
+    }
+    assert [entry["documents"] for entry in report["largest"]] == sorted(
+        (size + 1 for size in sizes.values()), reverse=True
+    )[:5]
     assert all(normalise(rows[entry["id"]]["text"]).startswith(entry["excerpt"]) for entry in report["largest"])
     for reason, samples in report["samples"].items():
         mine = {entry["id"]: entry for entry in copies if entry["reason"] == reason}
         assert [sample["id"] for sample in samples] == sorted(mine)[:5]
         for sample in samples:
-            assert sample["of"]["id"] == mine[sample["id"]]["of"] and normalise(rows[sample["of"]["id"]]["text"]).startswith(sample["of"]["excerpt"])
+            assert sample["of"]["id"] == mine[sample["id"]]["of"] and normalise(
+                rows[sample["of"]["id"]]["text"]
+            ).startswith(sample["of"]["excerpt"])
             assert ("alike" in sample) == (reason == "near") and sample.get("alike", 1) >= 0.7
     assert sum(number for _, number in report["alike"]) == sum(entry["reason"] == "near" for entry in copies) == 8
 
@@ -125,11 +175,19 @@ def test_inspect_shows_that_counts_reconcile(made):
     report = json.loads((made / "runs/a/clean/current/report.json").read_text())
     total = report["total"]
     assert code == 0 and max(map(len, text.splitlines())) <= 100
-    assert "NOT" not in text and f"= read {total['read']:,} = " in text and f"= heldout: {total['heldout_documents']} rows" in text
+    assert (
+        "NOT" not in text
+        and f"= read {total['read']:,} = " in text
+        and f"= heldout: {total['heldout_documents']} rows" in text
+    )
     summed = re.search(r"= read \S+ = ([^=]*?)= train", text, re.S).group(1)
     assert sum(int(number.replace(",", "")) for number in re.findall(r"[\d,]+", summed)) == total["read"]
     assert f"{total['train_copies']} of them copies by `upsample`" in text
-    assert re.search(r"contaminated +12 ", text) and re.search(r"exam +4 +2 \(50.0%\) +12 +1", text) and "web: malformed JSON: first at web.jsonl:" in text
+    assert (
+        re.search(r"contaminated +12 ", text)
+        and re.search(r"exam +4 +2 \(50.0%\) +12 +1", text)
+        and "web: malformed JSON: first at web.jsonl:" in text
+    )
 
 
 def test_inspect_goes_deep(made):
@@ -150,8 +208,10 @@ def test_inspect_goes_deep(made):
 
 def test_inspect_refuses_what_is_not_there(made):
     for words, said in (
-        (["--source", "wab"], "no such source; it has books_zh, web"), (["--reason", "garbeld"], "nothing was left out for it"), (["tokenizer"], "no stage is called"),
+        (["--source", "wab"], "no such source; it has books_zh, web"),
+        (["--reason", "garbeld"], "nothing was left out for it"),
+        (["tokenizer"], "no stage is called"),
         (["clean.holdout=0.2", "output=elsewhere"], "has published nothing yet"),
-    ):  # fmt: skip
+    ):
         code, text = inspect(made, "a.yaml", *words)
         assert code == 2 and said in text and "Traceback" not in text and text.count("error:") == 1, text

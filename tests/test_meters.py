@@ -13,8 +13,17 @@ from pipeline.data.sampler import RowSampler
 from pipeline.data.tokens import TokenStore
 from pipeline.models import cost
 
-# The initial model's step: at lr 1e-30 no weight moves, so that every step's numbers can be had from the published model.
-STILL = ("pretrain.save.asynchronous=false", "pretrain.optimizer.lr=1e-30", "pretrain.optimizer.weight_decay=0", "pretrain.micro_batch=4", "pretrain.log.every_steps=3", "pretrain.log.peak=0.5", "pretrain.steps=7")
+# The initial model's step: at lr 1e-30 no weight moves, so that every step's numbers can be had from the published
+# model.
+STILL = (
+    "pretrain.save.asynchronous=false",
+    "pretrain.optimizer.lr=1e-30",
+    "pretrain.optimizer.weight_decay=0",
+    "pretrain.micro_batch=4",
+    "pretrain.log.every_steps=3",
+    "pretrain.log.peak=0.5",
+    "pretrain.steps=7",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,10 @@ def published(folder, runs="runs"):
 
 
 def lines(folder, runs="runs") -> list[dict]:
-    found = [json.loads(line, parse_constant=pytest.fail) for line in (published(folder, runs) / "metrics.jsonl").read_text().splitlines()]
+    found = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (published(folder, runs) / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line for line in found if "grad_norm" in line]
 
 
@@ -42,7 +54,10 @@ def test_losses_and_bits_per_byte_are_those_of_the_rows(world):
 
     def nats(rows):
         with torch.no_grad():
-            return sum(model(input_ids=ids[None], labels=ids[None]).loss.item() * 32 for ids in (torch.from_numpy(row.tokens) for row in rows))
+            return sum(
+                model(input_ids=ids[None], labels=ids[None]).loss.item() * 32
+                for ids in (torch.from_numpy(row.tokens) for row in rows)
+            )
 
     for line, window in zip(lines(world), [(0, 1), (1, 3), (3, 6), (6, 7)], strict=True):
         last = [sampler.row(i) for i in range((line["step"] - 1) * 8, line["step"] * 8)]
@@ -54,7 +69,9 @@ def test_losses_and_bits_per_byte_are_those_of_the_rows(world):
             mine = [row for row in rows if row.source == source]
             assert line[f"loss/{source}"] == pytest.approx(nats(mine) / len(mine) / 32, rel=1e-5)
             seen = sampler.rows_of(line["step"] * 8)[source]
-            assert line[f"tokens/{source}"] == seen * 32 and line[f"epochs/{source}"] == pytest.approx(seen / sampler.rows_per_epoch[source], abs=1e-4)
+            assert line[f"tokens/{source}"] == seen * 32 and line[f"epochs/{source}"] == pytest.approx(
+                seen / sampler.rows_per_epoch[source], abs=1e-4
+            )
 
 
 def test_rates_follow_from_times(world):
@@ -62,7 +79,10 @@ def test_rates_follow_from_times(world):
     flops = cost.training_flops(model, cost.count(model), 32)
     for line in lines(world):
         assert line["tok_per_second"] == pytest.approx(256 / line["seconds/step"], rel=1e-3)
-        assert line["mfu"] == pytest.approx(line["tok_per_second"] * flops.full / 0.5e12, abs=1e-4) and line["mfu_causal"] <= line["mfu"]
+        assert (
+            line["mfu"] == pytest.approx(line["tok_per_second"] * flops.full / 0.5e12, abs=1e-4)
+            and line["mfu_causal"] <= line["mfu"]
+        )
         parts = sum(line[f"seconds/{name}"] for name in ("data", "forward", "backward", "reduce", "update", "log"))
         assert parts == pytest.approx(line["seconds/step"], abs=1e-5)
         assert 0 < line["data_wait_share"] < 1 and 0.05 < line["peak_memory_gb"] < 10
@@ -70,7 +90,9 @@ def test_rates_follow_from_times(world):
 
 
 def test_no_peak_no_mfu_and_counts_are_exact_after_a_kill(world):
-    code, _ = stage("pretrain", "recipe.yaml", *STILL[:-2], "pretrain.steps=7", "output=killed", cwd=world, fault="work:5")
+    code, _ = stage(
+        "pretrain", "recipe.yaml", *STILL[:-2], "pretrain.steps=7", "output=killed", cwd=world, fault="work:5"
+    )
     assert code == -9
     said = succeed("pretrain", "recipe.yaml", *STILL[:-2], "pretrain.steps=7", "output=killed", cwd=world)
     assert "goes on from step-000004" in said
@@ -83,19 +105,31 @@ def test_no_peak_no_mfu_and_counts_are_exact_after_a_kill(world):
 
 
 def test_samples_on_schedule_change_nothing_and_are_the_model_s(world):
-    """Text after a prompt is what transformers' own generate gives; the weights are those of a run without samples; killed in between, the lines are the same."""
-    words = [*STILL[3:-1], "pretrain.steps=7", "pretrain.samples={every_steps: 3, prompts: [ape bee, 小猫], max_new_tokens: 6, temperature: 0}"]
+    """Text after a prompt is what transformers' own generate gives; the weights are those of a run without samples;
+    killed in between, the lines are the same."""
+    words = [
+        *STILL[3:-1],
+        "pretrain.steps=7",
+        "pretrain.samples={every_steps: 3, prompts: [ape bee, 小猫], max_new_tokens: 6, temperature: 0}",
+    ]
     said = succeed("pretrain", "recipe.yaml", *words, "output=sampled", cwd=world)
     plain = [*words[:-1], "output=unsampled"]
     succeed("pretrain", "recipe.yaml", *plain, cwd=world)
     assert files_of(published(world, "sampled")) == files_of(published(world, "unsampled"))
     found = [json.loads(line) for line in (published(world, "sampled") / "logs/samples.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["prompt"]) for line in found] == [(step, prompt) for step in (3, 6, 7) for prompt in ("ape bee", "小猫")]
+    assert [(line["step"], line["prompt"]) for line in found] == [
+        (step, prompt) for step in (3, 6, 7) for prompt in ("ape bee", "小猫")
+    ]
     folder = published(world, "sampled") / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("ape bee", add_special_tokens=False).input_ids]])
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)[0, ids.shape[1] :]
-    assert found[-2]["text"] == tokenizer.decode([i for i in made if i != tokenizer.eos_token_id]) and f"step 7: ape bee → {found[-2]['text']}" in said
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id
+    )[0, ids.shape[1] :]
+    assert (
+        found[-2]["text"] == tokenizer.decode([i for i in made if i != tokenizer.eos_token_id])
+        and f"step 7: ape bee → {found[-2]['text']}" in said
+    )
     words[-1] = words[-1].replace("temperature: 0", "temperature: 1")
     succeed("pretrain", "recipe.yaml", *words, "output=warm", cwd=world)
     code, _ = stage("pretrain", "recipe.yaml", *words, "output=cold", cwd=world, fault="work:7")
@@ -103,5 +137,11 @@ def test_samples_on_schedule_change_nothing_and_are_the_model_s(world):
     succeed("pretrain", "recipe.yaml", *words, "output=cold", cwd=world)
     kept = [(published(world, runs) / "logs/samples.jsonl").read_bytes() for runs in ("warm", "cold")]
     assert kept[0] == kept[1]
-    code, text = stage("pretrain", "recipe.yaml", "pretrain.samples={every_steps: 3, prompts: [ape], max_new_tokens: 40}", "output=wrong", cwd=world)
+    code, text = stage(
+        "pretrain",
+        "recipe.yaml",
+        "pretrain.samples={every_steps: 3, prompts: [ape], max_new_tokens: 40}",
+        "output=wrong",
+        cwd=world,
+    )
     assert code == 2 and "40 new ones are more than sequence_length 32" in text and "Traceback" not in text

@@ -1,4 +1,5 @@
-"""The classifier and the language model that a recipe trains: right on what they were trained for, equal in any batch, the same after a kill."""
+"""The classifier and the language model that a recipe trains: right on what they were trained for, equal in any
+batch, the same after a kill."""
 
 import json
 import math
@@ -12,9 +13,15 @@ from pipeline.data import models
 from pipeline.data.sources import Source
 from pipeline.data.text import tokens
 
-EN = "the river bridge town people winter story market garden house old letter road field water stone night morning child teacher".split()
+EN = (
+    "the river bridge town people winter story market garden house old letter road field water stone night morning"
+    " child teacher".split()
+)
 SPAM = "buy cheap pills casino bonus free click offer winner cash loan now best price order online deal".split()
-ZH, ZH_SPAM = "山水人家春天故事河流老师孩子早晨花园石头桥梁书信道路田野冬夜市集", "购买便宜彩票奖金免费点击优惠现金贷款现在最好价格在线下单注册"
+ZH, ZH_SPAM = (
+    "山水人家春天故事河流老师孩子早晨花园石头桥梁书信道路田野冬夜市集",
+    "购买便宜彩票奖金免费点击优惠现金贷款现在最好价格在线下单注册",
+)
 
 
 def sentences(rng: random.Random, words, number: int, by: str) -> str:
@@ -44,11 +51,16 @@ def examples(folder: Path) -> dict[str, Source]:
 def test_the_classifier_tells_its_kinds_apart_in_both_languages(tmp_path):
     models.train(examples(tmp_path), models.Quality(good=["good"], bad=["bad"]), models.Perplexity(), tmp_path / "m")
     rng = random.Random(9)
-    texts = [sentences(rng, words, 50, by) for words, by in ((EN, " "), (list(ZH), ""), (SPAM, " "), (list(ZH_SPAM), "")) for _ in range(20)]
+    texts = [
+        sentences(rng, words, 50, by)
+        for words, by in ((EN, " "), (list(ZH), ""), (SPAM, " "), (list(ZH_SPAM), ""))
+        for _ in range(20)
+    ]
     found = models.scores(tokens(texts), tmp_path / "m")
     assert (found[:40] > 0.9).all() and (found[40:] < 0.1).all()
     assert models.report(tmp_path / "m")["quality"] == {"examples": 600, "accuracy": 1.0, "auc": 1.0}
-    assert [float(models.scores(tokens([text]), tmp_path / "m")[0]) for text in texts] == found.tolist()  # whatever the batch
+    # whatever the batch
+    assert [float(models.scores(tokens([text]), tmp_path / "m")[0]) for text in texts] == found.tolist()
     models._load.cache_clear()
     again = tmp_path / "again"
     models.train(examples(tmp_path), models.Quality(good=["good"], bad=["bad"]), models.Perplexity(), again)
@@ -79,9 +91,17 @@ def test_perplexity_against_a_plain_model(tmp_path):
         return math.exp(logs / len(words))
 
     rng = random.Random(3)
-    texts = [sentences(rng, EN, 40, " "), sentences(rng, list(ZH), 40, ""), " ".join(rng.sample(EN, 15)), sentences(rng, SPAM, 30, " "), "one"]
+    texts = [
+        sentences(rng, EN, 40, " "),
+        sentences(rng, list(ZH), 40, ""),
+        " ".join(rng.sample(EN, 15)),
+        sentences(rng, SPAM, 30, " "),
+        "one",
+    ]
     found = models.perplexities(tokens([*texts, ""]), tmp_path / "m")
-    np.testing.assert_allclose(found[:5], [plain(text.split() if " " in text or text == "one" else list(text)) for text in texts], rtol=1e-3)
+    np.testing.assert_allclose(
+        found[:5], [plain(text.split() if " " in text or text == "one" else list(text)) for text in texts], rtol=1e-3
+    )
     assert np.isnan(found[5]) and found[0] < found[2] < found[3]
     assert [float(models.perplexities(tokens([text]), tmp_path / "m")[0]) for text in texts] == found[:5].tolist()
 
@@ -91,20 +111,35 @@ def test_a_recipe_trains_and_applies_both(tmp_path):
         examples(folder)
         write(folder, "corpus", [(EN, 60, " "), (list(ZH), 80, ""), (SPAM, 60, " "), (list(ZH_SPAM), 80, "")], 200, 4)
         block = {
-            "sources": {"a": {"path": "corpus.jsonl"}}, "holdout": 0.1, "workers": 1, "unit_bytes": 9_000, "dedup": {"near": None}, "filters": {"max_repeated_shingles": 1},
-            "examples": {name: {"path": f"{name}.jsonl"} for name in ("good", "bad")}, "quality": {"good": ["good"], "bad": ["bad"]}, "perplexity": {"like": ["good"], "max_en": 100, "max_zh": 100},
-        }  # fmt: skip
+            "sources": {"a": {"path": "corpus.jsonl"}},
+            "holdout": 0.1,
+            "workers": 1,
+            "unit_bytes": 9_000,
+            "dedup": {"near": None},
+            "filters": {"max_repeated_shingles": 1},
+            "examples": {name: {"path": f"{name}.jsonl"} for name in ("good", "bad")},
+            "quality": {"good": ["good"], "bad": ["bad"]},
+            "perplexity": {"like": ["good"], "max_en": 100, "max_zh": 100},
+        }
         (folder / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"clean": block}}))
         return folder / "r.yaml"
 
     succeed("clean", recipe(tmp_path / "a"), cwd=tmp_path / "a")
     report = json.loads((tmp_path / "a/runs/t/clean/current/report.json").read_text())
     rules = report["rules"]["rules"]
-    assert 60 < rules["low_quality"]["documents"] < 140 and rules["low_quality"]["with"] == {"high_perplexity": rules["low_quality"]["documents"]} and rules["high_perplexity"]["alone"] == 0
-    assert report["rules"]["models"]["quality"]["auc"] == 1 and "quality.min_score" in rules["low_quality"]["thresholds"]
+    assert (
+        60 < rules["low_quality"]["documents"] < 140
+        and rules["low_quality"]["with"] == {"high_perplexity": rules["low_quality"]["documents"]}
+        and rules["high_perplexity"]["alone"] == 0
+    )
+    assert (
+        report["rules"]["models"]["quality"]["auc"] == 1 and "quality.min_score" in rules["low_quality"]["thresholds"]
+    )
     code, text = stage("clean", recipe(tmp_path / "b"), cwd=tmp_path / "b", fault="work:2")
     assert code == -9, text
     succeed("clean", tmp_path / "b/r.yaml", cwd=tmp_path / "b")
     assert files_of(tmp_path / "a/runs/t/clean/current") == files_of(tmp_path / "b/runs/t/clean/current")
-    code, text = stage("clean", tmp_path / "b/r.yaml", 'clean.quality={"good": ["good"], "bad": ["worse"]}', cwd=tmp_path / "b")
+    code, text = stage(
+        "clean", tmp_path / "b/r.yaml", 'clean.quality={"good": ["good"], "bad": ["worse"]}', cwd=tmp_path / "b"
+    )
     assert code == 2 and "quality.bad: there is no example source 'worse'" in text

@@ -1,4 +1,5 @@
-"""Stage pack, the token store and the sampler: nothing lost, nothing twice, and the same for any number of workers, ranks and kills."""
+"""Stage pack, the token store and the sampler: nothing lost, nothing twice, and the same for any number of workers,
+ranks and kills."""
 
 import json
 import random
@@ -23,8 +24,16 @@ def text(generator: random.Random, words: int) -> str:
 
 def write(path, rows, row_group_size=25):
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"text": [row[0] for row in rows], "source": [row[1] for row in rows], "id": [f"{path.stem}-{i}" for i in range(len(rows))]}
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema=pyarrow.schema([(name, pyarrow.string()) for name in columns])), path, row_group_size=row_group_size)
+    columns = {
+        "text": [row[0] for row in rows],
+        "source": [row[1] for row in rows],
+        "id": [f"{path.stem}-{i}" for i in range(len(rows))],
+    }
+    pyarrow.parquet.write_table(
+        pyarrow.table(columns, schema=pyarrow.schema([(name, pyarrow.string()) for name in columns])),
+        path,
+        row_group_size=row_group_size,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +43,14 @@ def home(tmp_path_factory):
 
     folder, generator = tmp_path_factory.mktemp("pack"), random.Random(0)
     for part in range(2):
-        write(folder / f"data/train/part-{part:05d}.parquet", [(text(generator, generator.randint(1, 60)), generator.choice(["wiki/en", "诗"])) for _ in range(60)])
-    write(folder / "data/heldout/part-00000.parquet", [(text(generator, 40), generator.choice(["wiki/en", "诗"])) for _ in range(20)])
+        write(
+            folder / f"data/train/part-{part:05d}.parquet",
+            [(text(generator, generator.randint(1, 60)), generator.choice(["wiki/en", "诗"])) for _ in range(60)],
+        )
+    write(
+        folder / "data/heldout/part-00000.parquet",
+        [(text(generator, 40), generator.choice(["wiki/en", "诗"])) for _ in range(20)],
+    )
     publish(byte_level([text(generator, 2000)], 300), folder / "tokenizer")
     recipe(folder)
     succeed("pack", folder / "r.yaml", "pack.workers=1", cwd=folder)
@@ -55,7 +70,11 @@ def store(home, split="train"):
 
 
 def rows_of(home, split):
-    return [row for path in sorted((home / "data" / split).glob("*.parquet")) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    return [
+        row
+        for path in sorted((home / "data" / split).glob("*.parquet"))
+        for row in pyarrow.parquet.read_table(path).to_pylist()
+    ]
 
 
 def test_every_document_stands_in_its_source_in_order_and_ends_with_eos(home):
@@ -74,7 +93,9 @@ def test_every_document_stands_in_its_source_in_order_and_ends_with_eos(home):
             for (end, size), document in zip(ends, wanted, strict=True):
                 ids = packed.read(source, begin, end - begin).tolist()
                 assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
-                assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == document and size == len(document.encode())
+                assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == document and size == len(
+                    document.encode()
+                )
                 assert ids[:-1] == tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"]
                 begin = end
     with pytest.raises(IndexError):
@@ -89,11 +110,23 @@ def test_every_token_leads_to_its_document(home):
         ends = packed.documents(source)[:, 0]
         owner = np.repeat(np.arange(len(ids)), np.diff(np.concatenate([[0], ends])))
         total = packed.num_tokens(source)
-        for start, length in [(0, total), (0, 1), (total - 1, 1), *((at := generator.randrange(total), generator.randint(1, min(90, total - at))) for _ in range(40))]:
+        for start, length in [
+            (0, total),
+            (0, 1),
+            (total - 1, 1),
+            *((at := generator.randrange(total), generator.randint(1, min(90, total - at))) for _ in range(40)),
+        ]:
             pieces = packed.pieces(source, start, length)
-            assert [id_ for piece in pieces for id_ in [piece.id] * piece.length] == [ids[number] for number in owner[start : start + length]]
-            assert [piece.start for piece in pieces] == np.cumsum([0, *(piece.length for piece in pieces[:-1])]).tolist()
-            assert all(piece.offset == start + piece.start - (ends[ids.index(piece.id) - 1] if ids.index(piece.id) else 0) for piece in pieces)
+            assert [id_ for piece in pieces for id_ in [piece.id] * piece.length] == [
+                ids[number] for number in owner[start : start + length]
+            ]
+            assert [piece.start for piece in pieces] == np.cumsum(
+                [0, *(piece.length for piece in pieces[:-1])]
+            ).tolist()
+            assert all(
+                piece.offset == start + piece.start - (ends[ids.index(piece.id) - 1] if ids.index(piece.id) else 0)
+                for piece in pieces
+            )
 
 
 def test_the_same_bytes_for_any_number_of_workers_and_after_any_kill(home, tmp_path):
@@ -147,7 +180,12 @@ def test_bad_documents_are_kept_aside_with_their_place(home, tmp_path):
     shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
     succeed("pack", recipe(tmp_path), "pack.workers=1", cwd=tmp_path)
     bad = [json.loads(line) for line in (tmp_path / "runs/t/pack/current/bad.jsonl").read_text().splitlines()]
-    assert [(line["row_group"], line["row"], line["reason"]) for line in bad] == [(0, 1, "no text"), (1, 0, "no text"), (1, 1, "no source"), (2, 0, "not UTF-8 at byte 0")]
+    assert [(line["row_group"], line["row"], line["reason"]) for line in bad] == [
+        (0, 1, "no text"),
+        (1, 0, "no text"),
+        (1, 1, "no source"),
+        (2, 0, "not UTF-8 at byte 0"),
+    ]
     assert store(tmp_path).num_documents("a") == 1
 
 
@@ -187,20 +225,28 @@ def test_damage_is_found_on_opening(home, tmp_path):
     assert "is missing" in damaged(lambda f: (f / tokens).unlink())
     assert "says" in damaged(lambda f: np.save(f / tokens, np.zeros(3, np.uint16)))
     assert "does not end where" in damaged(lambda f: np.save(f / documents, np.load(f / documents) - 1))
-    assert "ids end" in damaged(lambda f: np.save(f / documents.replace("documents", "id_ends"), np.load(f / documents.replace("documents", "id_ends")) - 1))
+    assert "ids end" in damaged(
+        lambda f: np.save(
+            f / documents.replace("documents", "id_ends"), np.load(f / documents.replace("documents", "id_ends")) - 1
+        )
+    )
     # What opening does not read is looked at where shards come from elsewhere.
     folder = tmp_path / "order"
     shutil.copytree(home / "runs/t/pack/current", folder)
     swapped = np.load(folder / documents)
     swapped[[3, 4]] = swapped[[4, 3]]
     np.save(folder / documents, swapped)
-    assert misfit(home / "runs/t/pack/current") is None and "document 4 of source wiki/en (train) ends at token" in misfit(folder)
-    assert "older version" in damaged(lambda f: (f / "index.json").write_text((f / "index.json").read_text().replace("id_bytes", "other")))
+    assert misfit(
+        home / "runs/t/pack/current"
+    ) is None and "document 4 of source wiki/en (train) ends at token" in misfit(folder)
+    assert "older version" in damaged(
+        lambda f: (f / "index.json").write_text((f / "index.json").read_text().replace("id_bytes", "other"))
+    )
     assert "index.json: damaged" in damaged(lambda f: (f / "index.json").write_text("{"))
     assert "not the output of stage pack" in damaged(lambda f: (f / "index.json").unlink())
 
 
-# ---- held-out rows -----------------------------------------------------------------------------------------------------------
+# ---- held-out rows ---------------------------------------------------------------------------------------------------
 
 
 def test_heldout_rows_count_each_label_and_its_bytes_once(home):
@@ -217,9 +263,15 @@ def test_heldout_rows_count_each_label_and_its_bytes_once(home):
             mine = [row for row in rows if row.source == source]
             labels = np.concatenate([row.tokens[1:] for row in mine])
             assert (labels == packed.read(source, 0, len(labels))).all() and mine[0].tokens[0] == packed.eos_id
-            assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(mine, mine[1:], strict=False)), "the context of a row's first label is the label before"
-            spelled = re.sub("\ufffd+$", "", tokenizer.decode([i for i in labels if i != packed.eos_id], skip_special_tokens=False))
-            assert 0 <= sum(row.bytes for row in mine) - len(spelled.encode()) <= 3, "a cut character has up to three bytes that do not decode"
+            assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(mine, mine[1:], strict=False)), (
+                "the context of a row's first label is the label before"
+            )
+            spelled = re.sub(
+                "\ufffd+$", "", tokenizer.decode([i for i in labels if i != packed.eos_id], skip_special_tokens=False)
+            )
+            assert 0 <= sum(row.bytes for row in mine) - len(spelled.encode()) <= 3, (
+                "a cut character has up to three bytes that do not decode"
+            )
     with pytest.raises(UserError, match="shorten sequence_length"):
         heldout_rows(packed, 10**6, 5)
 

@@ -1,4 +1,5 @@
-"""Layouts over two processes give what one process gives: losses, gradient norms, weights; resume bit for bit; stop together."""
+"""Layouts over two processes give what one process gives: losses, gradient norms, weights; resume bit for bit; stop
+together."""
 
 import json
 import math
@@ -17,16 +18,34 @@ from parallel_worker import LAYOUTS, PLAIN, STEPS, go_on, micro_batches, model, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
-CPU = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+CPU = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 
 @pytest.fixture(scope="module")
 def results(saved, alone):
     path = saved.parent / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests" / "parallel_worker.py"), str(path)]
-    done = subprocess.run(command, env={**CPU, "PYTHONPATH": f"{ROOT}/tests"}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(ROOT / "tests" / "parallel_worker.py"),
+        str(path),
+    ]
+    done = subprocess.run(
+        command, env={**CPU, "PYTHONPATH": f"{ROOT}/tests"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    assert not [line for line in done.stdout.splitlines() if "steps:" in line or "SEED_LAYERS" in line], "DeepSpeed's own chatter"
+    assert not [line for line in done.stdout.splitlines() if "steps:" in line or "SEED_LAYERS" in line], (
+        "DeepSpeed's own chatter"
+    )
     return torch.load(path, weights_only=False)
 
 
@@ -42,7 +61,10 @@ def saved(tmp_path_factory):
 def alone(saved):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {tied: train("one tied" if tied else "one", None, saved / ("one tied" if tied else "one")) for tied in (False, True)}
+    found = {
+        tied: train("one tied" if tied else "one", None, saved / ("one tied" if tied else "one"))
+        for tied in (False, True)
+    }
     muon(saved / "one muon")
     torch.set_num_threads(threads)
     return found
@@ -50,8 +72,8 @@ def alone(saved):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_process_does(results, alone, name):
-    """Losses and gradient norms of 6 steps, all of them clipped, to 1e-5 relative; weights to 1e-4 absolute after updates of 3e-3. A rank's whole share
-    at once, four processes and faults that must be found are test_verify.py's."""
+    """Losses and gradient norms of 6 steps, all of them clipped, to 1e-5 relative; weights to 1e-4 absolute after
+    updates of 3e-3. A rank's whole share at once, four processes and faults that must be found are test_verify.py's."""
     expected, found = alone["tied" in name], results[name]
     assert found["before"] == pytest.approx(expected["before"], rel=1e-6)
     assert len(found["steps"]) == STEPS
@@ -77,21 +99,34 @@ def test_resume_on_the_same_layout_is_exact(results, name):
 def the_same_course(found, expected, rel=1e-5):
     assert len(found) == len(expected) == STEPS - 3
     for one, other in zip(expected, found, strict=True):
-        assert other["applied"] and [other["loss"], other["grad_norm"]] == pytest.approx([one["loss"], one["grad_norm"]], rel=rel)
+        assert other["applied"] and [other["loss"], other["grad_norm"]] == pytest.approx(
+            [one["loss"], one["grad_norm"]], rel=rel
+        )
 
 
 @pytest.mark.parametrize("target", PLAIN)
 def test_any_layout_goes_on_from_any_other(results, alone, target):
-    """What one process, DDP, ZeRO stages, offload and pipelines saved after 3 steps, loaded by each of them: losses and norms of the next 3 to 1e-5 of an uninterrupted run."""
+    """What one process, DDP, ZeRO stages, offload and pipelines saved after 3 steps, loaded by each of them: losses
+    and norms of the next 3 to 1e-5 of an uninterrupted run."""
     from test_engine import config
 
     for (source, into), (said, found) in results["elastic"].items():
         if into == target:
             the_same_course(found, alone["tied" in target]["steps"][3:])
             parallel = config(parallel=LAYOUTS[target]).parallel
-            words = [f"pipeline {parallel.pipeline}"] * (parallel.pipeline > 1) + [f"zero {parallel.zero}"] * (parallel.zero is not None) + ["offload"] * parallel.offload
-            assert said.endswith("goes on with 2 processes" + (f" with {' and '.join(words)}" if words else "")), (source, said)
-            assert said.startswith("saved by " + ("1 process, " if source.startswith("one") else "2 processes")), (source, said)
+            words = (
+                [f"pipeline {parallel.pipeline}"] * (parallel.pipeline > 1)
+                + [f"zero {parallel.zero}"] * (parallel.zero is not None)
+                + ["offload"] * parallel.offload
+            )
+            assert said.endswith("goes on with 2 processes" + (f" with {' and '.join(words)}" if words else "")), (
+                source,
+                said,
+            )
+            assert said.startswith("saved by " + ("1 process, " if source.startswith("one") else "2 processes")), (
+                source,
+                said,
+            )
 
 
 @pytest.mark.parametrize("source", PLAIN)
@@ -123,7 +158,9 @@ def test_harm_on_one_process_is_kept_from_the_weights_of_all(results, name):
     found = results[name]
     assert [found[harm] for harm in ("nan loss", "infinite loss, finite gradient", "nan gradient")] == [False] * 3
     *refused, loss, norm, asked = found["refused"]
-    assert refused == [False, True] and len(asked) == 1 and asked[0] == pytest.approx((loss, norm), rel=1e-6), "asked once, with the loss and the norm that are reported"
+    assert refused == [False, True] and len(asked) == 1 and asked[0] == pytest.approx((loss, norm), rel=1e-6), (
+        "asked once, with the loss and the norm that are reported"
+    )
     assert all(torch.equal(value, found["weights"][key]) for key, value in found["harmed weights"].items())
     assert found["step after harm"]["applied"] and math.isfinite(found["step after harm"]["loss"])
 
@@ -138,19 +175,41 @@ def test_generation_from_shards(results):
     trainer = engine.build(model(False), loss_fn, settings)
     trainer.step(micro_batches(settings, trainer, 0))
     ids, loss = results["generated"]
-    assert ids == trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[0].tolist()
+    assert (
+        ids
+        == trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[
+            0
+        ].tolist()
+    )
     assert loss == pytest.approx(trainer.step(micro_batches(settings, trainer, 1))["loss"], rel=1e-5)
 
 
-# ---- the stage under a launcher --------------------------------------------------------------------------------------------
+# ---- the stage under a launcher --------------------------------------------------------------------------------------
 
 
 def launch(folder: Path, *words: str) -> subprocess.Popen:
-    command = [f"{Path(sys.executable).parent}/accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", str(ROOT / "pipeline" / "pretrain.py")]
-    return subprocess.Popen([*command, "recipe.yaml", *words], cwd=folder, env=CPU, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        f"{Path(sys.executable).parent}/accelerate",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        str(ROOT / "pipeline" / "pretrain.py"),
+    ]
+    return subprocess.Popen(
+        [*command, "recipe.yaml", *words],
+        cwd=folder,
+        env=CPU,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-# recipes/llama-7b.yaml, smaller in every number, on two processes: the same family, the same layout (a pipeline over ZeRO-1), the same keys.
+# recipes/llama-7b.yaml, smaller in every number, on two processes: the same family, the same layout (a pipeline over
+# ZeRO-1), the same keys.
 SMALL_LLAMA_7B = f"""
 extends: {ROOT}/recipes/llama-7b.yaml
 name: tiny
@@ -175,7 +234,8 @@ stages:
 
 
 def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path):
-    """accelerate launch: SIGTERM to the launcher; all save at one step and leave word; started again, the model is that of one process (1e-3)."""
+    """accelerate launch: SIGTERM to the launcher; all save at one step and leave word; started again, the model is
+    that of one process (1e-3)."""
     tiny.write_inputs(tmp_path)
     (tmp_path / "recipe.yaml").write_text(SMALL_LLAMA_7B)
     child = launch(tmp_path)
@@ -197,16 +257,30 @@ def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path
     assert child.returncode == 0 and f"goes on from step-{word['step']:06d}" in said, said
     assert not (folder / "requeue.json").exists() and "terminate called" not in said
     succeed("pretrain", "recipe.yaml", "output=alone", "pretrain.parallel={}", cwd=tmp_path)
-    one, two = (json.loads((tmp_path / runs / "tiny/pretrain/current/manifest.json").read_text())["metrics"] for runs in ("alone", "runs"))
+    one, two = (
+        json.loads((tmp_path / runs / "tiny/pretrain/current/manifest.json").read_text())["metrics"]
+        for runs in ("alone", "runs")
+    )
     assert two["bits_per_byte_before"] == pytest.approx(one["bits_per_byte_before"], rel=1e-6)
     assert two["bits_per_byte_after"] == pytest.approx(one["bits_per_byte_after"], rel=1e-3)
     assert two["tokens"] == one["tokens"]
     shown = [json.loads(line) for line in (folder / "current/logs/samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in shown] == [100, 150] and "step 150: ape bee → " + shown[1]["text"] in said
-    model, reader = AutoModelForCausalLM.from_pretrained(folder / "current/model"), AutoTokenizer.from_pretrained(folder / "current/model")
+    model, reader = (
+        AutoModelForCausalLM.from_pretrained(folder / "current/model"),
+        AutoTokenizer.from_pretrained(folder / "current/model"),
+    )
     ids = torch.tensor([[reader.eos_token_id, *reader("ape bee", add_special_tokens=False).input_ids]])
-    assert reader.decode(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]).startswith(shown[1]["text"]), "stages put together"
-    last = [json.loads(line) for line in (folder / "current/metrics.jsonl").read_text().splitlines() if '"grad_norm"' in line][-1]
+    assert reader.decode(
+        model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+    ).startswith(shown[1]["text"]), "stages put together"
+    last = [
+        json.loads(line)
+        for line in (folder / "current/metrics.jsonl").read_text().splitlines()
+        if '"grad_norm"' in line
+    ][-1]
     assert last["tokens/one"] + last["tokens/two"] == two["tokens"] == sum(two["tokens_sources"].values())
-    assert last["seconds/step_max"] >= last["seconds/step"] > 0 and last["tok_per_second"] == pytest.approx(256 / last["seconds/step"], rel=0.01)
+    assert last["seconds/step_max"] >= last["seconds/step"] > 0 and last["tok_per_second"] == pytest.approx(
+        256 / last["seconds/step"], rel=0.01
+    )
     assert set(files_of(folder / "current")) == set(files_of(tmp_path / "alone/tiny/pretrain/current"))

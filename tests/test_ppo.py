@@ -21,7 +21,7 @@ def ragged(seed=0, batch=5, length=7):
     return [torch.randn(batch, length, generator=source, dtype=torch.float64) for _ in range(4)], mask, lengths
 
 
-# ---- KL --------------------------------------------------------------------------------------------------------------------
+# ---- KL --------------------------------------------------------------------------------------------------------------
 
 
 def test_kl_estimators_against_the_exact_value():
@@ -39,14 +39,17 @@ def test_kl_estimators_against_the_exact_value():
 
 
 def test_kl_estimators_differ_in_gradient():
-    """17: of k1 the expected gradient is 0, of k2 that of the KL itself; so k1 belongs into the reward and k2 into a loss."""
+    """17: of k1 the expected gradient is 0, of k2 that of the KL itself; so k1 belongs into the reward and k2 into a
+    loss."""
     logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     p = logits.softmax(-1)
     exact = torch.autograd.grad((p * (p.log() - q.log())).sum(), logits, retain_graph=True)[0]
     found = {}
     for name in ("k1", "k2", "k3"):
-        found[name] = torch.autograd.grad((p.detach() * kl.estimate(p.log(), q.log(), name)).sum(), logits, retain_graph=True)[0]
+        found[name] = torch.autograd.grad(
+            (p.detach() * kl.estimate(p.log(), q.log(), name)).sum(), logits, retain_graph=True
+        )[0]
     torch.testing.assert_close(found["k1"], torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(found["k2"], exact)
     assert not torch.allclose(found["k3"], exact)
@@ -60,7 +63,7 @@ def test_kl_controller():
     assert kl.adapted(0.1, 0.0, 6.0, 1000, 64) == pytest.approx(0.1 * (1 - 0.2 * 64 / 1000))
 
 
-# ---- rewards ---------------------------------------------------------------------------------------------------------------
+# ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
 def test_rewards_of_a_row_sum_to_score_minus_kl():
@@ -75,7 +78,8 @@ def test_rewards_of_a_row_sum_to_score_minus_kl():
 
 
 def test_clip_comes_before_the_penalties():
-    """15, 19: an outlier yields the clip value; a response without a stop token loses the penalty on top, others nothing."""
+    """15, 19: an outlier yields the clip value; a response without a stop token loses the penalty on top, others
+    nothing."""
     scores, stopped = torch.tensor([1e4, -1e4, 0.5, 0.5]), torch.tensor([True, True, True, False])
     assert rewards.shaped(scores, stopped, clip=5.0, missing_eos_penalty=1.0).tolist() == [5.0, -5.0, 0.5, -0.5]
     assert rewards.shaped(scores, stopped, clip=None, missing_eos_penalty=0.0).tolist() == scores.tolist()
@@ -90,7 +94,7 @@ def test_calibration_gives_mean_0_and_deviation_1():
     assert rewards.calibration([3.0, 3.0]) == (3.0, 1.0)
 
 
-# ---- advantages ------------------------------------------------------------------------------------------------------------
+# ---- advantages ------------------------------------------------------------------------------------------------------
 
 
 def slow_gae(rewards_T, values_T, gamma, lambda_):
@@ -102,22 +106,31 @@ def slow_gae(rewards_T, values_T, gamma, lambda_):
 
 @pytest.mark.parametrize("gamma, lambda_", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
 def test_gae_against_its_definition(gamma, lambda_):
-    """21, 22: rows of different lengths, padding full of numbers that must not count; returns are advantages + values before whitening."""
+    """21, 22: rows of different lengths, padding full of numbers that must not count; returns are advantages +
+    values before whitening."""
     (rewards_BT, values_BT, _, _), mask, lengths = ragged()
     found, returns = advantages.gae(rewards_BT * mask, values_BT, mask, gamma=gamma, lambda_=lambda_)
     for row, length in enumerate(lengths.tolist()):
         wanted = slow_gae(rewards_BT[row, :length].tolist(), values_BT[row, :length].tolist(), gamma, lambda_)
         np.testing.assert_allclose(found[row, :length], wanted, atol=1e-12)
-        np.testing.assert_allclose(returns[row, :length], np.array(wanted) + values_BT[row, :length].numpy(), atol=1e-12)
+        np.testing.assert_allclose(
+            returns[row, :length], np.array(wanted) + values_BT[row, :length].numpy(), atol=1e-12
+        )
         if (gamma, lambda_) == (1.0, 1.0):
-            np.testing.assert_allclose(returns[row, :length], np.cumsum(rewards_BT[row, :length].numpy()[::-1])[::-1], atol=1e-12)
+            np.testing.assert_allclose(
+                returns[row, :length], np.cumsum(rewards_BT[row, :length].numpy()[::-1])[::-1], atol=1e-12
+            )
         if lambda_ == 0.0:
-            np.testing.assert_allclose(found[row, length - 1], rewards_BT[row, length - 1] - values_BT[row, length - 1], atol=1e-12)
+            np.testing.assert_allclose(
+                found[row, length - 1], rewards_BT[row, length - 1] - values_BT[row, length - 1], atol=1e-12
+            )
     assert (found[mask == 0] == 0).all() and (returns[mask == 0] == 0).all()
 
 
 def test_gae_hand_numbers():
-    found, returns = advantages.gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.25, 0.75]]), torch.ones(1, 3), gamma=1.0, lambda_=0.5)
+    found, returns = advantages.gae(
+        torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.25, 0.75]]), torch.ones(1, 3), gamma=1.0, lambda_=0.5
+    )
     # TD errors -0.25, 0.5, 0.25
     torch.testing.assert_close(found, torch.tensor([[-0.25 + 0.5 * (0.5 + 0.125), 0.5 + 0.125, 0.25]]))
     torch.testing.assert_close(returns, found + torch.tensor([[0.5, 0.25, 0.75]]))
@@ -142,7 +155,7 @@ def test_explained_variance():
     assert advantages.explained_variance(values, values * 0, mask) == 0
 
 
-# ---- losses ----------------------------------------------------------------------------------------------------------------
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def gradient(ratio, advantage, **changes):
@@ -150,7 +163,11 @@ def gradient(ratio, advantage, **changes):
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     old, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     loss, metrics = losses.policy_loss(new, old, one * advantage, one, **{"clip": 0.2, **changes})
-    return float(loss.detach()), float(torch.autograd.grad(loss, new)[0]), {key: float(value) for key, value in metrics.items()}
+    return (
+        float(loss.detach()),
+        float(torch.autograd.grad(loss, new)[0]),
+        {key: float(value) for key, value in metrics.items()},
+    )
 
 
 def test_policy_loss_hand_numbers():
@@ -177,7 +194,9 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
 def test_log_ratios_are_bounded():
     """25."""
     new = torch.tensor([[0.0, -1e4]], requires_grad=True)
-    loss, _ = losses.policy_loss(new, torch.tensor([[-1e4, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), clip=0.2)
+    loss, _ = losses.policy_loss(
+        new, torch.tensor([[-1e4, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), clip=0.2
+    )
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(new.grad).all()
 
@@ -185,10 +204,14 @@ def test_log_ratios_are_bounded():
 def test_rows_with_wild_ratios_carry_no_loss():
     """35: counted in tokens, whatever the micro-batch; a number that is none is left for the engine to refuse."""
     new = torch.tensor([[3.0, 4.0], [0.1, 0.0]], requires_grad=True)
-    loss, metrics = losses.policy_loss(new, torch.zeros(2, 2), -torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0)
+    loss, metrics = losses.policy_loss(
+        new, torch.zeros(2, 2), -torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0
+    )
     loss.backward()
     assert (new.grad[0] == 0).all() and (new.grad[1] != 0).all() and metrics["skipped_fraction"] == 2
-    loss, _ = losses.policy_loss(new * math.nan, torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0)
+    loss, _ = losses.policy_loss(
+        new * math.nan, torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0
+    )
     assert loss.isnan()
 
 
@@ -203,7 +226,11 @@ def test_importance_weights_are_bounded():
 
 def test_value_loss_hand_numbers():
     """27: half the larger of two squares."""
-    values, old, returns = torch.tensor([[1.0, 0.1, 9.0]]), torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 2.0, 0.0]])
+    values, old, returns = (
+        torch.tensor([[1.0, 0.1, 9.0]]),
+        torch.tensor([[0.0, 0.0, 0.0]]),
+        torch.tensor([[2.0, 2.0, 0.0]]),
+    )
     loss, metrics = losses.value_loss(values, old, returns, torch.tensor([[1.0, 1.0, 0.0]]), clip=0.2)
     assert float(loss) == pytest.approx(0.5 * (1.8**2 + 1.9**2)) and float(metrics["value_clip_fraction"]) == 1
     loss, metrics = losses.value_loss(values, old, returns, torch.tensor([[1.0, 1.0, 0.0]]), clip=None)
@@ -214,7 +241,9 @@ def test_loss_sums_do_not_depend_on_how_rows_are_divided():
     """28: rows one by one give the same sum and gradient as together, of uneven lengths."""
     (new, old, advantage, values), mask, _ = ragged()
     for function in (
-        lambda x, rows: losses.policy_loss(x[rows], old[rows], advantage[rows], mask[rows], clip=0.2, dual_clip=3.0, ratio_limit=10.0)[0],
+        lambda x, rows: losses.policy_loss(
+            x[rows], old[rows], advantage[rows], mask[rows], clip=0.2, dual_clip=3.0, ratio_limit=10.0
+        )[0],
         lambda x, rows: losses.value_loss(x[rows], old[rows], values[rows], mask[rows], clip=0.2)[0],
     ):
         whole, parts = new.clone().requires_grad_(), new.clone().requires_grad_()
@@ -225,7 +254,7 @@ def test_loss_sums_do_not_depend_on_how_rows_are_divided():
         assert (whole.grad[mask == 0] == 0).all()
 
 
-# ---- sequences -------------------------------------------------------------------------------------------------------------
+# ---- sequences -------------------------------------------------------------------------------------------------------
 
 VOCABULARY, PAD, STOP = 40, 0, 2
 
@@ -234,19 +263,37 @@ def tiny(kind="causal", **changes):
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    keys = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.3}
+    keys = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
     config = LlamaConfig(**{**keys, "num_labels": 1, "pad_token_id": PAD, "eos_token_id": STOP, **changes})
     return (LlamaForCausalLM if kind == "causal" else LlamaForSequenceClassification)(config).eval()
 
 
 def samples_of(lengths):
     source = np.random.default_rng(0)
-    return [Sample(i, source.integers(3, 35, size=a).tolist(), source.integers(3, 35, size=b).tolist(), True, []) for i, (a, b) in enumerate(lengths)]
+    return [
+        Sample(i, source.integers(3, 35, size=a).tolist(), source.integers(3, 35, size=b).tolist(), True, [])
+        for i, (a, b) in enumerate(lengths)
+    ]
 
 
 def test_layout_and_masks():
     """1, 3: by length alone. The pad id inside a response, and a stop id equal to the pad id, keep their weight."""
-    batch = layout([Sample(0, [7, 8, 9], [5, PAD], False, []), Sample(1, [7], [5, 6, PAD], True, []), Sample(2, [7], [PAD], True, [])], pad_id=PAD)
+    batch = layout(
+        [
+            Sample(0, [7, 8, 9], [5, PAD], False, []),
+            Sample(1, [7], [5, 6, PAD], True, []),
+            Sample(2, [7], [PAD], True, []),
+        ],
+        pad_id=PAD,
+    )
     assert batch["mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert batch["inputs"]["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]
     assert batch["inputs"]["position_ids"][1].tolist() == [0, 0, 0, 1, 2, 3]
@@ -265,7 +312,9 @@ def test_a_row_alone_and_in_a_batch(temperature):
         for row, sample in enumerate(made):
             ids, n = torch.tensor([sample.prompt_ids + sample.response_ids]), len(sample.response_ids)
             distribution = torch.distributions.Categorical(logits=policy(ids).logits[0, -n - 1 : -1] / temperature)
-            torch.testing.assert_close(logprobs[row, :n], distribution.log_prob(torch.tensor(sample.response_ids)), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                logprobs[row, :n], distribution.log_prob(torch.tensor(sample.response_ids)), atol=1e-5, rtol=0
+            )
             torch.testing.assert_close(entropy[row, :n], distribution.entropy(), atol=1e-5, rtol=0)
             # 11: what the reward model scores when the sequence ends at each token
             for t in range(n):
@@ -290,10 +339,25 @@ def test_values_in_calibrated_units():
 
 
 def test_dropout_is_off():
-    """8: in modules and in attention, though the model is in training mode; the config, which is published, keeps its numbers."""
+    """8: in modules and in attention, though the model is in training mode; the config, which is published, keeps
+    its numbers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    models = [tiny(attention_dropout=0.5), GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))]
+    models = [
+        tiny(attention_dropout=0.5),
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                resid_pdrop=0.5,
+                embd_pdrop=0.5,
+                attn_pdrop=0.5,
+            )
+        ),
+    ]
     batch = layout(samples_of([(5, 4), (1, 6)]), PAD)
     for model in models:
         model.train()
@@ -304,13 +368,14 @@ def test_dropout_is_off():
     assert models[0].config.attention_dropout == 0.5
 
 
-# ---- the stage -------------------------------------------------------------------------------------------------------------
+# ---- the stage -------------------------------------------------------------------------------------------------------
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n?"
 SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{"
+    " m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -322,15 +387,35 @@ def tokenizer_of(letters=LETTERS):
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, "<|unk|>", *letters])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unk|>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    names = {"pad_token": SPECIAL[0], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "unk_token": "<|unk|>", "extra_special_tokens": SPECIAL[3:]}
-    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, **names)
+    names = {
+        "pad_token": SPECIAL[0],
+        "bos_token": SPECIAL[1],
+        "eos_token": SPECIAL[2],
+        "unk_token": "<|unk|>",
+        "extra_special_tokens": SPECIAL[3:],
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, **names
+    )
 
 
 def write_models(folder, letters=LETTERS, reward_letters=LETTERS):
-    """policy/model: random weights. reward/model: weights by hand, whose score grows with the share of `z` among all tokens read so far."""
+    """policy/model: random weights. reward/model: weights by hand, whose score grows with the share of `z` among all
+    tokens read so far."""
     policy_tokenizer, reward_tokenizer = tokenizer_of(letters), tokenizer_of(reward_letters)
-    policy = tiny(vocab_size=len(policy_tokenizer), initializer_range=0.05, eos_token_id=SPECIAL.index("<|eos|>"), attention_dropout=0.1)
-    reward = tiny("reward", vocab_size=len(reward_tokenizer), num_hidden_layers=1, num_attention_heads=1, eos_token_id=SPECIAL.index("<|eos|>"))
+    policy = tiny(
+        vocab_size=len(policy_tokenizer),
+        initializer_range=0.05,
+        eos_token_id=SPECIAL.index("<|eos|>"),
+        attention_dropout=0.1,
+    )
+    reward = tiny(
+        "reward",
+        vocab_size=len(reward_tokenizer),
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        eos_token_id=SPECIAL.index("<|eos|>"),
+    )
     with torch.no_grad():
         for name, parameter in reward.named_parameters():
             if "norm" not in name:
@@ -338,7 +423,8 @@ def write_models(folder, letters=LETTERS, reward_letters=LETTERS):
         embedding, layer = reward.model.embed_tokens.weight, reward.model.layers[0]
         embedding[:, 1] = 1.0
         embedding[reward_tokenizer.convert_tokens_to_ids("z"), :2] = torch.tensor([1.0, 0.0])
-        layer.self_attn.v_proj.weight[0, 0] = layer.self_attn.o_proj.weight[2, 0] = 1.0  # queries and keys are 0: attention is the mean
+        # queries and keys are 0: attention is the mean
+        layer.self_attn.v_proj.weight[0, 0] = layer.self_attn.o_proj.weight[2, 0] = 1.0
         reward.score.weight[0, 2] = 1.0
     reward.config.alma_reward_gain, reward.config.alma_reward_bias = 2.0, -1.0
     for name, model, tokenizer in (("policy", policy, policy_tokenizer), ("reward", reward, reward_tokenizer)):
@@ -408,12 +494,16 @@ def test_the_stage(world, plain):
     assert metrics["prompts_too_long"] == 1 and metrics["train_prompts"] + metrics["heldout_prompts"] == 60  # 6
     assert metrics["summary"]["measure"].startswith("held-out reward -1.00 -> ")
     sources = json.loads((found / "report.json").read_text())["sources"]["words"]
-    assert sources["train"] + sources["heldout"] == 60 and [(reason["count"], len(reason["first"])) for reason in sources["rejected"].values()] == [(1, 1)]
+    assert sources["train"] + sources["heldout"] == 60 and [
+        (reason["count"], len(reason["first"])) for reason in sources["rejected"].values()
+    ] == [(1, 1)]
     lines = logged(found)
     iterations = [line for line in lines if "policy_loss" in line]
     names = (
-        "reward score kl rlhf_reward rule entropy entropy_update approx_kl clip_fraction value_loss explained_variance ratio_mean ratio_variance length_mean length_max eos_rate "
-        "repetition value_clip_fraction rollout_difference_max skipped_fraction seconds_rollout seconds_measure seconds_score seconds_update tok_per_second lr value_lr grad_norm value_grad_norm"
+        "reward score kl rlhf_reward rule entropy entropy_update approx_kl clip_fraction value_loss explained_variance"
+        " ratio_mean ratio_variance length_mean length_max eos_rate repetition value_clip_fraction"
+        " rollout_difference_max skipped_fraction seconds_rollout seconds_measure seconds_score seconds_update"
+        " tok_per_second lr value_lr grad_norm value_grad_norm"
     )
     assert [line["step"] for line in iterations] == [1, 2, 3] and not set(names.split()) - set(iterations[0])
     assert iterations[0]["kl"] == 0 and abs(metrics["kl_before"]) < 1e-5 and metrics["kl_after"] > 0.01
@@ -431,21 +521,31 @@ def test_the_stage(world, plain):
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(found / "model"), AutoTokenizer.from_pretrained(found / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(found / "model"),
+        AutoTokenizer.from_pretrained(found / "model"),
+    )
     assert model.config.attention_dropout == 0.1 and len(tokenizer) == model.config.vocab_size
-    # greedy samples are what transformers generates with the published model, and their score is that of the published reward model
+    # greedy samples are what transformers generates with the published model, and their score is that of the published
+    # reward model
     from transformers import AutoModelForSequenceClassification
 
     reward = AutoModelForSequenceClassification.from_pretrained(world / "reward" / "model")
     for row in rows[8:]:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).input_ids
         made = model.generate(ids, max_new_tokens=6, do_sample=False)
         assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) == row["greedy"]
         assert 2 * reward(made).logits.item() - 1 == pytest.approx(row["greedy_reward"], abs=1e-4)
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
-    """39, 40: after a step, inside a save, at a random moment, twice while publishing; weights, samples and curve of the uninterrupted run."""
+    """39, 40: after a step, inside a save, at a random moment, twice while publishing; weights, samples and curve of
+    the uninterrupted run."""
     code, _ = stage("ppo", "recipe.yaml", "output=killed", cwd=world, kill_after=random.Random(0).uniform(0.5, 1.5))
     assert code in (-9, 0)  # a fast machine may be done
     assert files_of(ppo(world, output="killed")[0]) == files_of(plain[0])
@@ -455,7 +555,10 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
     found, metrics, _ = ppo(world, output="faults")
     assert files_of(found) == files_of(plain[0])
     timed = {"time", "seconds_rollout", "seconds_measure", "seconds_score", "seconds_update", "tok_per_second"}
-    curves = [[{key: value for key, value in line.items() if key not in timed} for line in logged(run)] for run in (found, plain[0])]
+    curves = [
+        [{key: value for key, value in line.items() if key not in timed} for line in logged(run)]
+        for run in (found, plain[0])
+    ]
     assert curves[0] == curves[1]
     assert metrics == plain[1]
 
@@ -467,15 +570,29 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(world, plain):
 
     import harness
 
-    process = harness._context.Process(target=harness._child, args=("ppo", ["recipe.yaml", "output=stopped", "ppo.save.every_steps=100"], {"OMP_NUM_THREADS": "1"}, str(world), str(world / "log")))
+    process = harness._context.Process(
+        target=harness._child,
+        args=(
+            "ppo",
+            ["recipe.yaml", "output=stopped", "ppo.save.every_steps=100"],
+            {"OMP_NUM_THREADS": "1"},
+            str(world),
+            str(world / "log"),
+        ),
+    )
     process.start()
     deadline = time.time() + 60
-    while time.time() < deadline and not any("policy_loss" in path.read_text() for path in world.glob("stopped/t/ppo/*.partial/metrics.jsonl")):
+    while time.time() < deadline and not any(
+        "policy_loss" in path.read_text() for path in world.glob("stopped/t/ppo/*.partial/metrics.jsonl")
+    ):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 75, (world / "log").read_text()
-    assert list(world.glob("stopped/t/ppo/*.partial/checkpoints/step-*/complete.json")) and (world / "stopped/t/ppo/requeue.json").exists()
+    assert (
+        list(world.glob("stopped/t/ppo/*.partial/checkpoints/step-*/complete.json"))
+        and (world / "stopped/t/ppo/requeue.json").exists()
+    )
     found, _, text = ppo(world, "ppo.save.every_steps=100", output="stopped")
     assert "goes on from step-" in text and files_of(found) == files_of(plain[0])
 
@@ -487,7 +604,8 @@ def close(found, other, **tolerance):
 
 
 def test_micro_batches_do_not_change_the_result(world, plain):
-    """20, 28: rows one at a time, of uneven lengths. Adam divides by small second moments, so float noise is visible in weights as 1e-5."""
+    """20, 28: rows one at a time, of uneven lengths. Adam divides by small second moments, so float noise is visible
+    in weights as 1e-5."""
     found, metrics, _ = ppo(world, "ppo.micro_batch=1", "ppo.rollout.batch=3", output="micro")
     close(found, plain[0])
     assert metrics["reward_after"] == pytest.approx(plain[1]["reward_after"], abs=1e-4)
@@ -503,7 +621,14 @@ def ranks(world, *words, output):
         port = free.getsockname()[1]
 
     def one(rank):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         return stage("ppo", "recipe.yaml", f"output={output}", *words, cwd=world, env=env)
 
     with ThreadPoolExecutor(2) as pool:
@@ -515,7 +640,8 @@ def ranks(world, *words, output):
 
 @pytest.mark.parametrize("zero", ["null", pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_processes_make_the_run_of_one(world, zero):
-    """20, 28, 32, 38: the same samples, whitening and updates, and the same early stop, which only the reduced KL decides."""
+    """20, 28, 32, 38: the same samples, whitening and updates, and the same early stop, which only the reduced KL
+    decides."""
     words = ["ppo.ppo.target_kl=0.02", "ppo.ppo.epochs=3", "ppo.steps=2"]
     alone, _, _ = ppo(world, *words, output="alone")
     found, _ = ranks(world, *words, f"ppo.parallel.zero={zero}", output=f"zero-{zero}")
@@ -523,18 +649,36 @@ def test_two_processes_make_the_run_of_one(world, zero):
     lines, wanted = logged(found), logged(alone)
     assert [line.get("policy_updates") for line in lines] == [line.get("policy_updates") for line in wanted]
     assert min(line["policy_updates"] for line in wanted if "policy_updates" in line) < 6
-    for key in ("reward", "kl", "eos_rate", "length_mean", "grad_norm", "value_grad_norm", "approx_kl", "explained_variance"):
-        np.testing.assert_allclose([line[key] for line in lines if key in line], [line[key] for line in wanted if key in line], rtol=1e-3, atol=1e-5)
+    for key in (
+        "reward",
+        "kl",
+        "eos_rate",
+        "length_mean",
+        "grad_norm",
+        "value_grad_norm",
+        "approx_kl",
+        "explained_variance",
+    ):
+        np.testing.assert_allclose(
+            [line[key] for line in lines if key in line],
+            [line[key] for line in wanted if key in line],
+            rtol=1e-3,
+            atol=1e-5,
+        )
     assert (found / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
 
 
 def test_the_two_models_learn_apart(world):
-    """33, 34, 39: a value model gone wild leaves the policy's first iteration alone; in critic warmup only the value model moves; another seed, other samples."""
+    """33, 34, 39: a value model gone wild leaves the policy's first iteration alone; in critic warmup only the value
+    model moves; another seed, other samples."""
     words = ["ppo.steps=1", "ppo.schedule.kind=constant"]
     calm, _, _ = ppo(world, *words, output="calm")
     wild, _, _ = ppo(world, *words, "ppo.value_optimizer.lr=10", "ppo.value_optimizer.max_grad_norm=1e6", output="wild")
     assert files_of(wild)["model/model.safetensors"] == files_of(calm)["model/model.safetensors"]
-    assert logged(wild)[1]["grad_norm"] == logged(calm)[1]["grad_norm"] and logged(wild)[1]["value_loss"] > 10 * logged(calm)[1]["value_loss"]
+    assert (
+        logged(wild)[1]["grad_norm"] == logged(calm)[1]["grad_norm"]
+        and logged(wild)[1]["value_loss"] > 10 * logged(calm)[1]["value_loss"]
+    )
     warm, _, _ = ppo(world, *words, "ppo.ppo.critic_warmup=1", output="warm")
     start = weights(world / "policy")
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(warm).items())
@@ -544,7 +688,8 @@ def test_the_two_models_learn_apart(world):
 
 
 def test_a_sampler_of_another_precision_is_seen(world):
-    """37: here the trainer is the one in bf16. The difference is logged; the first ratio is still 1 up to the rounding of other batch shapes."""
+    """37: here the trainer is the one in bf16. The difference is logged; the first ratio is still 1 up to the
+    rounding of other batch shapes."""
     found, _, _ = ppo(world, "ppo.steps=1", "ppo.precision=bf16", "ppo.ppo.importance_cap=2", output="bf16")
     line = logged(found)[1]
     assert 1e-4 < line["rollout_difference"] < 0.05 and line["first_approx_kl"] < 1e-4
@@ -557,16 +702,27 @@ def test_a_reward_model_with_its_own_tokenizer_reads_text(world, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     _, metrics, _ = ppo(tmp_path, "ppo.ppo.epochs=1", "ppo.value_optimizer.lr=1e-9")
     _, wanted, _ = ppo(world, "ppo.ppo.epochs=1", "ppo.value_optimizer.lr=1e-9", output="shared")
-    assert metrics["reward_before"] == wanted["reward_before"] and metrics["reward_greedy_after"] == pytest.approx(wanted["reward_greedy_after"], abs=1e-4)
+    assert metrics["reward_before"] == wanted["reward_before"] and metrics["reward_greedy_after"] == pytest.approx(
+        wanted["reward_greedy_after"], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["ppo.batch_size=6", "ppo.ppo.minibatches=4"], "batch_size 6 is not divisible by 4 minibatches x 1 processes; use 8"),
-        (["ppo.micro_batch=4", "ppo.ppo.minibatches=4"], "share of a minibatch, 2 prompts, is not divisible by micro_batch 4"),
+        (
+            ["ppo.batch_size=6", "ppo.ppo.minibatches=4"],
+            "batch_size 6 is not divisible by 4 minibatches x 1 processes; use 8",
+        ),
+        (
+            ["ppo.micro_batch=4", "ppo.ppo.minibatches=4"],
+            "share of a minibatch, 2 prompts, is not divisible by micro_batch 4",
+        ),
         (["ppo.sequence_length=65"], "sequence_length: 65 is more than the 64 positions"),
-        (["ppo.rollout.max_new_tokens=48"], "rollout.max_new_tokens 48 leaves no room for a prompt in sequence_length 48"),
+        (
+            ["ppo.rollout.max_new_tokens=48"],
+            "rollout.max_new_tokens 48 leaves no room for a prompt in sequence_length 48",
+        ),
         (["ppo.sources.words.answer=null"], "rule: exact needs an answer to compare with"),
         (["ppo.ppo.gamma=1.5"], "gamma is 1.5, expected less than or equal to 1"),
         (["ppo.rollout.temperature=0"], "temperature is 0, expected greater than 0"),
@@ -579,7 +735,7 @@ def test_what_cannot_be_done_is_refused(world, words, message):
     assert code == 2 and message in text, text
 
 
-# ---- inside one process ----------------------------------------------------------------------------------------------------
+# ---- inside one process ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -592,7 +748,9 @@ def inside(world, monkeypatch):
     monkeypatch.chdir(world)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = load("recipe.yaml", ["ppo.steps=4"]).stages["ppo"]
-    models, pool, heldout, _ = module._prepare(config, {key: artifact.external(key, world / key) for key in ("policy", "reward")})
+    models, pool, heldout, _ = module._prepare(
+        config, {key: artifact.external(key, world / key) for key in ("policy", "reward")}
+    )
     return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped": 0}
 
 
@@ -601,7 +759,10 @@ def test_the_reference_and_the_reward_model_stay(inside):
     from pipeline.rl.iteration import iterate
 
     models, pool, _, state = inside
-    frozen = {name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in (("reference", models.reference), ("reward", models.reward))}
+    frozen = {
+        name: {key: value.clone() for key, value in model.state_dict().items()}
+        for name, model in (("reference", models.reference), ("reward", models.reward))
+    }
     start = {key: value.clone() for key, value in models.policy.model.state_dict().items()}
     for state["step"] in range(2):
         iterate(models, pool, state)
@@ -612,12 +773,20 @@ def test_the_reference_and_the_reward_model_stay(inside):
 
 
 def test_each_sample_once_an_epoch_in_a_fresh_order(inside, monkeypatch):
-    """29, 4: and the ids that are trained on are the ids that were sampled, though their text would be read back as others."""
+    """29, 4: and the ids that are trained on are the ids that were sampled, though their text would be read back as
+    others."""
     from pipeline.rl import experience, iteration
 
     models, pool, _, state = inside
     seen, sampled = [], []
-    monkeypatch.setattr(models.value, "step", lambda batches, lr: seen.append(batches) or {"loss": 0.0, "grad_norm": 0.0, "value_clip_fraction": 0.0, "value_mean": 0.0, "applied": True})
+    monkeypatch.setattr(
+        models.value,
+        "step",
+        lambda batches, lr: (
+            seen.append(batches)
+            or {"loss": 0.0, "grad_norm": 0.0, "value_clip_fraction": 0.0, "value_mean": 0.0, "applied": True}
+        ),
+    )
     collect = experience.collect
     monkeypatch.setattr(iteration, "collect", lambda *a, **k: sampled.extend(collect(*a, **k)) or sampled)
     iteration.iterate(models, pool, state)
@@ -628,7 +797,12 @@ def test_each_sample_once_an_epoch_in_a_fresh_order(inside, monkeypatch):
         for batches in seen[2 * epoch : 2 * epoch + 2]:
             for batch in batches:
                 length = batch["mask"].shape[1]
-                for ids, attended, mask in zip(batch["inputs"]["input_ids"], batch["inputs"]["attention_mask"].bool(), batch["mask"].bool(), strict=True):
+                for ids, attended, mask in zip(
+                    batch["inputs"]["input_ids"],
+                    batch["inputs"]["attention_mask"].bool(),
+                    batch["mask"].bool(),
+                    strict=True,
+                ):
                     prompt, response = slice(None, -length), slice(-length, None)
                     rows.append((ids[prompt][attended[prompt]].tolist(), ids[response][mask].tolist()))
         assert sorted(rows) == wanted
@@ -650,7 +824,8 @@ def test_an_update_that_is_no_number_is_skipped_and_counted(inside, monkeypatch)
 
 
 def test_scores_do_not_depend_on_padding(inside):
-    """5, 12: against the reward model alone on each row; responses whose last token is the pad id are read at that token all the same."""
+    """5, 12: against the reward model alone on each row; responses whose last token is the pad id are read at that
+    token all the same."""
     from pipeline.rl.experience import score
 
     models, *_ = inside
@@ -660,7 +835,9 @@ def test_scores_do_not_depend_on_padding(inside):
     scores = score(models, made, [None] * 4)
     with torch.no_grad():
         for sample, found in zip(made, scores, strict=True):
-            hidden = models.reward.model(torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state[0, -1]
+            hidden = models.reward.model(torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state[
+                0, -1
+            ]
             assert found == pytest.approx(2 * models.reward.score(hidden).item() - 1, abs=1e-6)
 
 
@@ -677,13 +854,25 @@ def test_defaults():
     """23, 31."""
     from pipeline.ppo import Algorithm, PolicyOptimizer, ValueOptimizer
 
-    assert PolicyOptimizer().eps == ValueOptimizer().eps == 1e-5 and Algorithm().gamma == 1.0 and Algorithm().lambda_ == 0.95
+    assert (
+        PolicyOptimizer().eps == ValueOptimizer().eps == 1e-5
+        and Algorithm().gamma == 1.0
+        and Algorithm().lambda_ == 0.95
+    )
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------------
+# ---- learning --------------------------------------------------------------------------------------------------------
 
 LEARN = [
-    *("ppo.steps=16", "ppo.batch_size=32", "ppo.rollout.temperature=1", "ppo.ppo.kl_target=null", "ppo.ppo.epochs=4", "ppo.ppo.calibrate=64", "ppo.ppo.missing_eos_penalty=0"),
+    *(
+        "ppo.steps=16",
+        "ppo.batch_size=32",
+        "ppo.rollout.temperature=1",
+        "ppo.ppo.kl_target=null",
+        "ppo.ppo.epochs=4",
+        "ppo.ppo.calibrate=64",
+        "ppo.ppo.missing_eos_penalty=0",
+    ),
     *("ppo.ppo.reward_clip=null", "ppo.save.every_steps=100", "ppo.show=24", "ppo.evaluate_prompts=24"),
 ]
 
@@ -695,10 +884,15 @@ def share_of_z(found, when):
 
 
 def test_it_learns_what_is_rewarded(world):
-    """42: the share of one letter of 29 in held-out answers rises from about 1/29 to above 0.8, KL below that of always the letter (6 log 35)."""
+    """42: the share of one letter of 29 in held-out answers rises from about 1/29 to above 0.8, KL below that of
+    always the letter (6 log 35)."""
     found, metrics, _ = ppo(world, *LEARN, "ppo.ppo.kl_coef=0.01", output="learns")
     assert share_of_z(found, "before") < 0.15 and share_of_z(found, "after") > 0.8, metrics
-    assert metrics["reward_after"] > metrics["reward_before"] + 2 and metrics["rule_after"] > 0.3 and 0 < metrics["kl_after"] < 6 * math.log(35)
+    assert (
+        metrics["reward_after"] > metrics["reward_before"] + 2
+        and metrics["rule_after"] > 0.3
+        and 0 < metrics["kl_after"] < 6 * math.log(35)
+    )
 
 
 def test_a_large_kl_coefficient_holds_it_back(world):

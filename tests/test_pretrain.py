@@ -37,7 +37,8 @@ def metrics(folder, runs="runs") -> dict:
 
 
 def bits_per_byte(folder, model) -> float:
-    """By transformers and the stored text sizes alone: the first 5 rows of each source, each read with an eos before its first token."""
+    """By transformers and the stored text sizes alone: the first 5 rows of each source, each read with an eos before
+    its first token."""
     nats = size = 0
     for source in ("one", "two"):
         store = TokenStore(folder / "tokens", "heldout")
@@ -55,36 +56,60 @@ def test_the_model_is_what_the_metrics_say(world):
     model = AutoModelForCausalLM.from_pretrained(published(folder) / "model").eval()
     with torch.no_grad():
         assert found["bits_per_byte_after"] == pytest.approx(bits_per_byte(folder, model), rel=1e-5)
-    assert found["bits_per_byte_after"] < found["bits_per_byte_before"] and found["loss_before"] == pytest.approx(math.log(290), abs=0.1)
+    assert found["bits_per_byte_after"] < found["bits_per_byte_before"] and found["loss_before"] == pytest.approx(
+        math.log(290), abs=0.1
+    )
     assert found["parameters"] == model.num_parameters() and found["tokens"] == 6 * 8 * 32
     assert f"{model.num_parameters():,} parameters" in said and "1,536 tokens = 6 steps x 8 rows x 32" in said
     assert set(found["bits_per_byte_sources"]) == {"one", "two"}
     tokenizer = AutoTokenizer.from_pretrained(published(folder) / "model")
     assert tokenizer.decode(model.generate(**tokenizer("ape bee", return_tensors="pt"), max_new_tokens=3)[0])
     lines = [json.loads(line) for line in (published(folder) / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2, 3, 4, 5, 6] and lines[0]["heldout_bits_per_byte"] == found["bits_per_byte_before"]
+    assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2, 3, 4, 5, 6] and lines[0][
+        "heldout_bits_per_byte"
+    ] == found["bits_per_byte_before"]
 
 
 def test_it_learns_what_follows_what(world):
-    """A word is followed by the next of the list in nine of ten cases; 2.71 bits a byte at the start, under 0.6 after 150 steps."""
+    """A word is followed by the next of the list in nine of ten cases; 2.71 bits a byte at the start, under 0.6
+    after 150 steps."""
     folder, _ = world
-    succeed("pretrain", "recipe.yaml", "output=learn", "pretrain.steps=150", "pretrain.optimizer.lr=1e-2", "pretrain.precision=bf16", "pretrain.save.every_steps=150", cwd=folder)
+    succeed(
+        "pretrain",
+        "recipe.yaml",
+        "output=learn",
+        "pretrain.steps=150",
+        "pretrain.optimizer.lr=1e-2",
+        "pretrain.precision=bf16",
+        "pretrain.save.every_steps=150",
+        cwd=folder,
+    )
     assert metrics(folder, "learn")["bits_per_byte_after"] < 0.6
 
 
-@pytest.mark.parametrize("faults", [["work:1"], ["work:3", "work:2"], ["save:1", "save:2"], ["save:3", "publish:1"], ["publish:2"]], ids=lambda f: "-".join(f).replace(":", ""))
+@pytest.mark.parametrize(
+    "faults",
+    [["work:1"], ["work:3", "work:2"], ["save:1", "save:2"], ["save:3", "publish:1"], ["publish:2"]],
+    ids=lambda f: "-".join(f).replace(":", ""),
+)
 def test_killed_and_started_again_it_ends_the_same(world, faults):
     folder, _ = world
     runs = "killed-" + "-".join(faults).replace(":", "")
     for fault in faults:
-        code, text = stage("pretrain", "recipe.yaml", f"output={runs}", "pretrain.save.asynchronous=false", cwd=folder, fault=fault)
+        code, text = stage(
+            "pretrain", "recipe.yaml", f"output={runs}", "pretrain.save.asynchronous=false", cwd=folder, fault=fault
+        )
         assert code == -9, f"{fault}: {code}\n{text}"
     said = succeed("pretrain", "recipe.yaml", f"output={runs}", cwd=folder)
     assert files_of(published(folder, runs)) == files_of(published(folder))
     expected, found = metrics(folder), metrics(folder, runs)
     for key in set(expected) - {"tokens_per_second"}:
         assert found[key] == expected[key], key
-    steps = [json.loads(line)["step"] for line in (published(folder, runs) / "metrics.jsonl").read_text().splitlines() if "grad_norm" in line]
+    steps = [
+        json.loads(line)["step"]
+        for line in (published(folder, runs) / "metrics.jsonl").read_text().splitlines()
+        if "grad_norm" in line
+    ]
     assert steps == [1, 2, 3, 4, 5, 6], "the curve runs once"
     assert ("goes on from step-" in said) == (faults[-1] not in ("work:1", "publish:2") and faults != ["save:1"])
 
@@ -109,18 +134,23 @@ def test_a_fork_to_a_longer_horizon_goes_on_from_the_last_checkpoint(world):
 
 
 def test_it_goes_on_from_another_pretraining_stage_and_other_layouts_of_memory_change_nothing(world):
-    """A second stage with a schedule of its own begins where the first ended; micro-batches and recomputed activations are execution, so no new run."""
+    """A second stage with a schedule of its own begins where the first ended; micro-batches and recomputed
+    activations are execution, so no new run."""
     folder, _ = world
     (folder / "two.yaml").write_text(
-        tiny.RECIPE + "  anneal:\n    kind: pretrain\n    inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: pretrain}\n"
-        "    sequence_length: 32\n    batch_size: 8\n    steps: 2\n    precision: fp32\n    mixture: {two: 1}\n    document_mask: true\n    heldout_rows: 10\n    optimizer: {lr: 1e-4}\n"
+        tiny.RECIPE
+        + "  anneal:\n    kind: pretrain\n    inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: pretrain}\n   "
+        " sequence_length: 32\n    batch_size: 8\n    steps: 2\n    precision: fp32\n    mixture: {two: 1}\n   "
+        " document_mask: true\n    heldout_rows: 10\n    optimizer: {lr: 1e-4}\n"
     )
     succeed("pretrain", "two.yaml", "--stage", "anneal", cwd=folder)
     first = metrics(folder)
     second = json.loads((folder / "runs/tiny/anneal/current/manifest.json").read_text())["metrics"]
     assert second["bits_per_byte_before"] == pytest.approx(first["bits_per_byte_after"], rel=1e-6)
     assert second["bits_per_byte_after"] != second["bits_per_byte_before"]
-    assert "up to date" in succeed("pretrain", "recipe.yaml", "pretrain.micro_batch=2", "pretrain.activation_checkpointing=true", cwd=folder)
+    assert "up to date" in succeed(
+        "pretrain", "recipe.yaml", "pretrain.micro_batch=2", "pretrain.activation_checkpointing=true", cwd=folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,17 +168,25 @@ def test_it_goes_on_from_another_pretraining_stage_and_other_layouts_of_memory_c
 )
 def test_mistakes_are_one_sentence(world, word, said):
     folder, _ = world
-    code, text = stage("pretrain", "recipe.yaml", "output=wrong", word, *(["pretrain.compile=true"] if "zero" in word else []), cwd=folder)
+    code, text = stage(
+        "pretrain",
+        "recipe.yaml",
+        "output=wrong",
+        word,
+        *(["pretrain.compile=true"] if "zero" in word else []),
+        cwd=folder,
+    )
     assert code == 2 and said in text and "Traceback" not in text and text.count("error:") == 1, text
 
 
-# ---- going on from a model -------------------------------------------------------------------------------------------------
+# ---- going on from a model -------------------------------------------------------------------------------------------
 
 LONGER = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
 
 
 def test_a_hub_folder_goes_on_with_longer_rows(world, tmp_path):
-    """Twice the context by scaled positions. What training starts from has the logits of transformers' model with the same configuration, and so has what it publishes."""
+    """Twice the context by scaled positions. What training starts from has the logits of transformers' model with
+    the same configuration, and so has what it publishes."""
     folder, _ = world
     source = published(folder) / "model"
     copy = tmp_path / "by-hand"
@@ -159,21 +197,44 @@ def test_a_hub_folder_goes_on_with_longer_rows(world, tmp_path):
     by_hand, plain = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (copy, source))
     ours = build.load(source, config=build.changed(source, {"rope_parameters": LONGER}, 64)).eval()
     with torch.no_grad():
-        assert torch.equal(ours(ids).logits, by_hand(ids).logits) and not torch.allclose(ours(ids).logits, plain(ids).logits, atol=1e-4)
+        assert torch.equal(ours(ids).logits, by_hand(ids).logits) and not torch.allclose(
+            ours(ids).logits, plain(ids).logits, atol=1e-4
+        )
     (folder / "hub").exists() or shutil.copytree(source, folder / "hub")
-    block = "  longer: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: ./hub}, sequence_length: 64, batch_size: 4, steps: 2, precision: fp32, heldout_rows: 4"
-    (folder / "longer.yaml").write_text(tiny.RECIPE + block + f", model_changes: {{rope_parameters: {json.dumps(LONGER)}}}}}\n")
+    block = (
+        "  longer: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: ./hub}, sequence_length:"
+        " 64, batch_size: 4, steps: 2, precision: fp32, heldout_rows: 4"
+    )
+    (folder / "longer.yaml").write_text(
+        tiny.RECIPE + block + f", model_changes: {{rope_parameters: {json.dumps(LONGER)}}}}}\n"
+    )
     succeed("pretrain", "longer.yaml", "--stage", "longer", cwd=folder)
     made = AutoModelForCausalLM.from_pretrained(folder / "runs/tiny/longer/current/model")
     assert made.config.max_position_embeddings == 64 and made.config.rope_parameters["rope_type"] == "yarn"
-    for word, said in [("model_changes={}", "more than the 32 positions"), ("model_changes={hidden_size: 64}", "would change the shape of"), ("model_changes={rope: 1}", "has no such key")]:
-        code, text = stage("pretrain", "longer.yaml", "--stage", "longer", "output=wrong", f"longer.{word}", *([] if "{}" in word else ["longer.sequence_length=32"]), cwd=folder)
+    for word, said in [
+        ("model_changes={}", "more than the 32 positions"),
+        ("model_changes={hidden_size: 64}", "would change the shape of"),
+        ("model_changes={rope: 1}", "has no such key"),
+    ]:
+        code, text = stage(
+            "pretrain",
+            "longer.yaml",
+            "--stage",
+            "longer",
+            "output=wrong",
+            f"longer.{word}",
+            *([] if "{}" in word else ["longer.sequence_length=32"]),
+            cwd=folder,
+        )
         assert code == 2 and said in text and "Traceback" not in text, text
 
 
 def test_longer_rows_without_positions_are_refused_before_anything_runs(world, monkeypatch):
     folder, _ = world
-    anneal = "  anneal: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: pretrain}, sequence_length: 64, batch_size: 4, steps: 2}\n"
+    anneal = (
+        "  anneal: {kind: pretrain, inputs: {tokens: ./tokens, tokenizer: ./tokenizer, model: pretrain},"
+        " sequence_length: 64, batch_size: 4, steps: 2}\n"
+    )
     (folder / "anneal.yaml").write_text(tiny.RECIPE + anneal)
     monkeypatch.chdir(folder)
     graph = chain.nodes(recipe.load("anneal.yaml"))
@@ -196,7 +257,7 @@ def test_a_model_with_other_tokens_is_refused(world):
     assert code == 2 and "is not the tokenizer of inputs.model" in text, text
 
 
-# ---- how documents become rows ---------------------------------------------------------------------------------------------
+# ---- how documents become rows ---------------------------------------------------------------------------------------
 
 ROWS = (
     "    packing: best_fit\n    document_mask: true\n    mixture_changes: [{tokens: 700, mixture: {one: 1, two: 3}}]\n"
@@ -206,7 +267,8 @@ ROWS = (
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
-    """Packed rows, fill-in-the-middle, documents apart and a mixture that changes in the middle of step 3, all at once; an uninterrupted run in runs/."""
+    """Packed rows, fill-in-the-middle, documents apart and a mixture that changes in the middle of step 3, all at
+    once; an uninterrupted run in runs/."""
     folder = tmp_path_factory.mktemp("filled")
     tiny.write_inputs(folder, special=["<fill-1>", "<fill-2>", "<fill-3>"])
     (folder / "recipe.yaml").write_text(tiny.RECIPE + ROWS)
@@ -214,7 +276,8 @@ def filled(tmp_path_factory):
 
 
 def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(filled):
-    """The first step by hand: each piece of each row alone, through an untrained model, gives the loss that the stage logged; so nothing sees its neighbours and every label counts that should."""
+    """The first step by hand: each piece of each row alone, through an untrained model, gives the loss that the
+    stage logged; so nothing sees its neighbours and every label counts that should."""
     from pipeline.data.sampler import RowSampler
     from pipeline.pretrain import Config, sampler_of
 
@@ -240,7 +303,9 @@ def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(fi
                     nats -= logits[place - begin, row.tokens[place + 1]].item()
                     weight += 1
                     bare += int(packed.token_bytes[row.tokens[place + 1]])
-    line = json.loads(next(text for text in (published(folder) / "metrics.jsonl").read_text().splitlines() if "grad_norm" in text))
+    line = json.loads(
+        next(text for text in (published(folder) / "metrics.jsonl").read_text().splitlines() if "grad_norm" in text)
+    )
     assert line["weight"] == weight < 8 * 32 and line["loss"] == pytest.approx(nats / weight, rel=1e-5)
     assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / bare, rel=1e-5)
 
@@ -249,13 +314,20 @@ def test_packed_rows_survive_kills(filled):
     """Killed twice, and its tables of rows taken away in between: the same bytes."""
     folder, _ = filled
     for fault in ("work:3", "save:2"):
-        assert stage("pretrain", "recipe.yaml", "output=killed", "pretrain.save.asynchronous=false", cwd=folder, fault=fault)[0] == -9
+        assert (
+            stage(
+                "pretrain", "recipe.yaml", "output=killed", "pretrain.save.asynchronous=false", cwd=folder, fault=fault
+            )[0]
+            == -9
+        )
         (table,) = (folder / "killed/tiny/pretrain").glob("*.partial/work/tables/rows-one-32-3.starts.npy")
         table.unlink()
     succeed("pretrain", "recipe.yaml", "output=killed", cwd=folder)
     assert files_of(published(folder, "killed")) == files_of(published(folder))
     expected, found = metrics(folder), metrics(folder, "killed")
-    assert {key: found[key] for key in expected if key != "tokens_per_second"} == {key: expected[key] for key in expected if key != "tokens_per_second"}
+    assert {key: found[key] for key in expected if key != "tokens_per_second"} == {
+        key: expected[key] for key in expected if key != "tokens_per_second"
+    }
     assert expected["tokens_sources"]["one"] + expected["tokens_sources"]["two"] == expected["tokens"] < 6 * 8 * 32
 
 
@@ -265,10 +337,16 @@ def test_packed_rows_survive_kills(filled):
         ("pretrain.packing=concat", "fim: needs packing: best_fit"),
         ("pretrain.fim.prefix=<|fim_prefix|>", "is no special token of the tokenizer"),
         ("pretrain.fim.sources=[three]", "fim.sources: the tokens have no source 'three'"),
-        ("pretrain.mixture_changes=[{tokens: 700, mixture: {three: 1}}]", "mixture_changes: its text has no source 'three'"),
+        (
+            "pretrain.mixture_changes=[{tokens: 700, mixture: {three: 1}}]",
+            "mixture_changes: its text has no source 'three'",
+        ),
         ("pretrain.mixture_changes=[{tokens: 700, mixture: {one: 0.5, two: 0.3}}]", "add up to 0.8"),
         ("pretrain.mixture_changes=[{tokens: 1536, mixture: {one: 1}}]", "never comes, since this run reads 1,536"),
-        ("pretrain.mixture_changes=[{tokens: 9, mixture: {one: 1}}, {tokens: 9, mixture: {two: 1}}]", "their tokens must grow"),
+        (
+            "pretrain.mixture_changes=[{tokens: 9, mixture: {one: 1}}, {tokens: 9, mixture: {two: 1}}]",
+            "their tokens must grow",
+        ),
         ("pretrain.samples={every_steps: 1, prompts: [ape], max_new_tokens: 32}", "more than sequence_length 32"),
     ],
 )
@@ -285,7 +363,8 @@ def test_rows_that_cannot_be_had_are_refused_before_a_model_is_built(filled, wor
 
 
 def test_rows_are_shown_as_the_model_reads_them(filled, monkeypatch, capsys):
-    """`alma inspect tokens`: as JSON exactly what the model is given; as text the documents' words, in their order, with what has no label marked."""
+    """`alma inspect tokens`: as JSON exactly what the model is given; as text the documents' words, in their order,
+    with what has no label marked."""
     from pipeline import cli
     from pipeline.pretrain import sampler_of, to_batch
 
@@ -306,11 +385,22 @@ def test_rows_are_shown_as_the_model_reads_them(filled, monkeypatch, capsys):
     lines = [json.loads(line) for line in text.splitlines()]
     batch = to_batch([rows.row(index) for index in range(19, 24)], packed, True)
     assert code == 0 and [line["row"] for line in lines] == [19, 20, 21, 22, 23]
-    assert [line["inputs"] for line in lines] == batch["inputs"]["input_ids"].tolist() and [line["labels"] for line in lines] == batch["labels"].tolist()
+    assert [line["inputs"] for line in lines] == batch["inputs"]["input_ids"].tolist() and [
+        line["labels"] for line in lines
+    ] == batch["labels"].tolist()
     assert [line["positions"] for line in lines] == batch["inputs"]["position_ids"].tolist()
     code, text = said("--row", "19", "--rows", "5")
-    assert code == 0 and text.count("labels count") == 5 and "padding" in text and all(entry["id"] in text for line in lines for entry in line["documents"])
+    assert (
+        code == 0
+        and text.count("labels count") == 5
+        and "padding" in text
+        and all(entry["id"] in text for line in lines for entry in line["documents"])
+    )
     assert "⟦<fill-1>⟧" in text and "documents apart" in text
-    for word, wanted in (("pretrain.mixture={one: 0}", "no source has a weight above 0"), ("wrong", "no stage of kind pretrain"), ("pretrain.inputs.tokens=./none", "is not a folder")):
+    for word, wanted in (
+        ("pretrain.mixture={one: 0}", "no source has a weight above 0"),
+        ("wrong", "no stage of kind pretrain"),
+        ("pretrain.inputs.tokens=./none", "is not a folder"),
+    ):
         code, text = said(word)
         assert code == 2 and wanted in text and "Traceback" not in text, text

@@ -55,16 +55,28 @@ def test_yaml_1_2_numbers_words_and_injected_keys(write):
     "change, line, said",
     [
         (("optimizer:", "optimizr:"), 13, "unknown key stages.pretrain.optimizr; did you mean 'optimizer'?"),
-        (("{lr: 3e-4}", "{learning_rate: 3e-4}"), 13, "unknown key stages.pretrain.optimizer.learning_rate; expected one of kind, lr, betas"),
+        (
+            ("{lr: 3e-4}", "{learning_rate: 3e-4}"),
+            13,
+            "unknown key stages.pretrain.optimizer.learning_rate; expected one of kind, lr, betas",
+        ),
         (("steps: 10", "steps: ten"), 10, "stages.pretrain.steps is 'ten', expected"),
         (("steps: 10", "steps: 0"), 10, "stages.pretrain.steps is 0, expected greater than or equal to 1"),
         (("    steps: 10\n", ""), 9, "stage pretrain does not say how long it is; give one of steps, tokens"),
         (("seed: 7", "sead: 7"), 2, "unknown key sead; did you mean 'seed'?"),
         (("  pack: {}", "  pakc: {}"), 9, "stages.pakc has the unknown kind 'pakc'; did you mean 'pack'?"),
         (("  pack: {}", "  seed: {kind: pack}"), 8, "no stage may be called seed"),
-        (("path: data/*.jsonl", "path: a, package: x==1, member: m"), 7, "give exactly one of path, package and dataset"),
+        (
+            ("path: data/*.jsonl", "path: a, package: x==1, member: m"),
+            7,
+            "give exactly one of path, package and dataset",
+        ),
         (("    steps: 10", "    steps: 10\n    steps: 11"), 11, "the key 'steps' stands here for the second time"),
-        (("    optimizer: {lr: 3e-4}", "    parallel: {pipeline: 2, zero: 2}"), 13, "pipeline: 2 with zero: 2 cannot be had"),
+        (
+            ("    optimizer: {lr: 3e-4}", "    parallel: {pipeline: 2, zero: 2}"),
+            13,
+            "pipeline: 2 with zero: 2 cannot be had",
+        ),
         (("stages:", "stages: ["), 6, "not valid YAML"),
     ],
 )
@@ -74,11 +86,16 @@ def test_mistakes_end_in_a_sentence_with_file_and_line(write, change, line, said
         load(path)
     assert said in str(caught.value)
     numbers = [int(part.split(":")[0]) for part in str(caught.value).split(f"{path}:")[1:]]
-    assert numbers and abs(numbers[0] - line) <= 1, str(caught.value)  # a flow block's inner keys may be placed at its own line
+    # a flow block's inner keys may be placed at its own line
+    assert numbers and abs(numbers[0] - line) <= 1, str(caught.value)
 
 
 def test_a_stages_model_changes_keys_of_the_recipes_or_is_another(write):
-    changed = load(write(BASE), ["pretrain.model.hidden_size=32", "pretrain.model.num_hidden_layers=3"]).stages["pretrain"].model
+    changed = (
+        load(write(BASE), ["pretrain.model.hidden_size=32", "pretrain.model.num_hidden_layers=3"])
+        .stages["pretrain"]
+        .model
+    )
     assert changed == {"family": "llama", "hidden_size": 32, "num_hidden_layers": 3}
     other = load(write(BASE + "    model: {family: gpt2, n_embd: 8}\n")).stages["pretrain"].model
     assert other == {"family": "gpt2", "n_embd": 8}
@@ -97,11 +114,33 @@ def test_file_mistakes(write, tmp_path):
 
 def test_overrides(write):
     path = write(BASE)
-    recipe = load(path, ["pretrain.optimizer.lr=1e-2", "stages.pretrain.steps=12", "pretrain.save.keep=5", "seed=9", "pretrain.precision=fp32", "clean.sources.web.limit=3"])
+    recipe = load(
+        path,
+        [
+            "pretrain.optimizer.lr=1e-2",
+            "stages.pretrain.steps=12",
+            "pretrain.save.keep=5",
+            "seed=9",
+            "pretrain.precision=fp32",
+            "clean.sources.web.limit=3",
+        ],
+    )
     pretrain = recipe.stages["pretrain"]
-    assert (pretrain.optimizer.lr, pretrain.steps, pretrain.save.keep, pretrain.seed, pretrain.precision) == (0.01, 12, 5, 9, "fp32")
+    assert (pretrain.optimizer.lr, pretrain.steps, pretrain.save.keep, pretrain.seed, pretrain.precision) == (
+        0.01,
+        12,
+        5,
+        9,
+        "fp32",
+    )
     assert recipe.stages["clean"].sources["web"].limit == 3
-    for word, said in [("pretrain.step=1", "did you mean 'steps'?"), ("pretrian.steps=1", "did you mean 'pretrain'?"), ("steps", "is no override"), ("pretrain.steps.x=1", "not a block"), ("pretrain.steps=[", "not a YAML value")]:
+    for word, said in [
+        ("pretrain.step=1", "did you mean 'steps'?"),
+        ("pretrian.steps=1", "did you mean 'pretrain'?"),
+        ("steps", "is no override"),
+        ("pretrain.steps.x=1", "not a block"),
+        ("pretrain.steps=[", "not a YAML value"),
+    ]:
         with pytest.raises(UserError, match=said.replace("?", r"\?")):
             load(path, [word])
     with pytest.raises(UserError, match=r"command line, pretrain.steps=0: stages.pretrain.steps is 0"):
@@ -110,7 +149,11 @@ def test_overrides(write):
 
 def test_extends_merges_blocks_replaces_lists_and_takes_stages_out(write):
     write(BASE, "base.yaml")
-    child = write("extends: base.yaml\nname: child\nstages:\n  pretrain:\n    optimizer: {betas: [0.8, 0.9]}\n  pack: ~\n  longer: {kind: pretrain, steps: 3, batch_size: 2, sequence_length: 16}\n", "child.yaml")
+    child = write(
+        "extends: base.yaml\nname: child\nstages:\n  pretrain:\n    optimizer: {betas: [0.8, 0.9]}\n  pack: ~\n "
+        " longer: {kind: pretrain, steps: 3, batch_size: 2, sequence_length: 16}\n",
+        "child.yaml",
+    )
     recipe = load(child)
     assert recipe.name == "child" and list(recipe.stages) == ["clean", "tokenizer", "pretrain", "longer"]
     assert recipe.stages["pretrain"].optimizer.lr == 3e-4 and recipe.stages["pretrain"].optimizer.betas == (0.8, 0.9)
@@ -124,10 +167,15 @@ def test_extends_merges_blocks_replaces_lists_and_takes_stages_out(write):
 
 
 def test_a_source_taken_from_the_recipes_sources(write):
-    text = BASE.replace("      web: {path: data/*.jsonl}", "      web: {from: crawl, limit: 5}") + "sources:\n  crawl:\n    path: data/*.jsonl\n    limit: 9\n"
+    text = (
+        BASE.replace("      web: {path: data/*.jsonl}", "      web: {from: crawl, limit: 5}")
+        + "sources:\n  crawl:\n    path: data/*.jsonl\n    limit: 9\n"
+    )
     source = load(write(text)).stages["clean"].sources["web"]
     assert (source.path, source.limit) == ("data/*.jsonl", 5)
-    with pytest.raises(UserError, match=r"r.yaml:7: stages.clean.sources.web.from: .* no 'craw'; did you mean 'crawl'\?"):
+    with pytest.raises(
+        UserError, match=r"r.yaml:7: stages.clean.sources.web.from: .* no 'craw'; did you mean 'crawl'\?"
+    ):
         load(write(text.replace("from: crawl", "from: craw")))
     with pytest.raises(UserError, match=r"r.yaml:17: unknown key stages.clean.sources.web.pth; did you mean 'path'\?"):
         load(write(text.replace("    path: data", "    pth: data")))
@@ -136,15 +184,35 @@ def test_a_source_taken_from_the_recipes_sources(write):
 def test_identity_leaves_out_defaults_and_execution(write):
     path = write(BASE)
     plain = identity(load(path).stages["pretrain"])
-    written_out = identity(load(path, ["pretrain.schedule.kind=cosine", "pretrain.optimizer.betas=[0.9, 0.95]"]).stages["pretrain"])
-    executed = identity(load(path, ["pretrain.micro_batch=2", "pretrain.parallel.zero=3", "pretrain.run.processes=2", "pretrain.save.every_steps=1", "pretrain.log.every_steps=1"]).stages["pretrain"])
+    written_out = identity(
+        load(path, ["pretrain.schedule.kind=cosine", "pretrain.optimizer.betas=[0.9, 0.95]"]).stages["pretrain"]
+    )
+    executed = identity(
+        load(
+            path,
+            [
+                "pretrain.micro_batch=2",
+                "pretrain.parallel.zero=3",
+                "pretrain.run.processes=2",
+                "pretrain.save.every_steps=1",
+                "pretrain.log.every_steps=1",
+            ],
+        ).stages["pretrain"]
+    )
     assert plain == written_out == executed
     assert identity(load(path, ["pretrain.optimizer.lr=1e-3"]).stages["pretrain"]) != plain
     assert "optimizer" not in plain  # 3e-4 is the default
 
 
 def test_inputs_are_the_nearest_earlier_stage_of_the_kind(write):
-    graph = nodes(load(write(BASE + "  anneal: {kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {model: pretrain}}\n")))
+    graph = nodes(
+        load(
+            write(
+                BASE + "  anneal: {kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {model:"
+                " pretrain}}\n"
+            )
+        )
+    )
     assert graph["pretrain"].parents == {"tokens": "pack", "tokenizer": "tokenizer"}
     assert graph["anneal"].parents == {"model": "pretrain", "tokens": "pack", "tokenizer": "tokenizer"}
     for inputs, said in [
@@ -154,11 +222,21 @@ def test_inputs_are_the_nearest_earlier_stage_of_the_kind(write):
         ("{model: anneal}", "is no other stage"),
     ]:
         with pytest.raises(UserError, match=said):
-            nodes(load(write(BASE + f"  anneal: {{kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {inputs}}}\n")))
+            nodes(
+                load(
+                    write(
+                        BASE + "  anneal: {kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs:"
+                        f" {inputs}}}\n"
+                    )
+                )
+            )
     with pytest.raises(UserError, match="needs the input 'tokens', a stage of kind pack, and none stands before it"):
         nodes(load(write(BASE.replace("  pack: {}\n", ""))))
     with pytest.raises(UserError, match="circle: one -> two -> one"):
-        pair = "".join(f"  {a}: {{kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {{model: {b}}}}}\n" for a, b in (("one", "two"), ("two", "one")))
+        pair = "".join(
+            f"  {a}: {{kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {{model: {b}}}}}\n"
+            for a, b in (("one", "two"), ("two", "one"))
+        )
         nodes(load(write(BASE + pair)))
 
 
@@ -192,7 +270,9 @@ def test_schema_accepts_the_shipped_recipes_and_refuses_a_wrong_key():
     schema = recipes.schema()
     assert {f"stage-{kind}" for kind in KINDS} <= set(schema["$defs"])
     committed = json.loads((ROOT / "recipes" / "schema.json").read_text())
-    assert committed == json.loads(json.dumps(schema)), "recipes/schema.json is old: alma recipe schema -o recipes/schema.json"
+    assert committed == json.loads(json.dumps(schema)), (
+        "recipes/schema.json is old: alma recipe schema -o recipes/schema.json"
+    )
 
 
 def test_every_key_of_every_stage_is_documented():
@@ -208,7 +288,10 @@ def test_every_key_of_every_stage_is_documented():
 
 def test_stage_modules_keep_heavy_imports_inside_functions():
     """`alma status` imports every stage; with torch at the top of one it would take seconds."""
-    code = f"import sys, importlib; [importlib.import_module('pipeline.' + kind) for kind in {KINDS}]; print(sorted({{'torch', 'transformers', 'deepspeed', 'trl', 'datasets', 'pyarrow'}} & set(sys.modules)))"
+    code = (
+        f"import sys, importlib; [importlib.import_module('pipeline.' + kind) for kind in {KINDS}];"
+        " print(sorted({'torch', 'transformers', 'deepspeed', 'trl', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -217,7 +300,10 @@ def test_no_stage_script_shadows_a_module():
     from importlib.metadata import packages_distributions
 
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
-    names = {path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
+    names = {path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py" or path.is_dir()} - {
+        "__init__",
+        "__pycache__",
+    }
     assert not names & (taken - {"pipeline"}), names & taken
 
 
@@ -228,7 +314,17 @@ def test_modules_have_the_contract():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.dictionaries(st.sampled_from(["steps", "batch_size", "sequence_length", "optimizer", "x", "run"]), st.none() | st.integers(-3, 99) | st.text(max_size=4) | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2), max_size=5))
+@given(
+    st.dictionaries(
+        st.sampled_from(["steps", "batch_size", "sequence_length", "optimizer", "x", "run"]),
+        st.none()
+        | st.integers(-3, 99)
+        | st.text(max_size=4)
+        | st.lists(st.integers(), max_size=2)
+        | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+        max_size=5,
+    )
+)
 def test_any_block_is_parsed_or_refused_with_a_sentence(tmp_path_factory, block):
     path = tmp_path_factory.mktemp("r") / "r.yaml"
     path.write_text(json.dumps({"name": "x", "stages": {"pretrain": block}}))

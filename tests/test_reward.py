@@ -1,4 +1,5 @@
-"""The reward model: it ranks, its scores do not depend on padding, they are calibrated, and a killed run ends as if it had not been."""
+"""The reward model: it ranks, its scores do not depend on padding, they are calibrated, and a killed run ends as if
+it had not been."""
 
 import math
 import random
@@ -29,7 +30,9 @@ def answers():
     from pipeline.data.conversations import PreferenceSource, load_pairs
     from pipeline.train.tuning import encode_pairs
 
-    source = PreferenceSource(path=str(tuned.plain() / "rows.jsonl"), prompt="What is a {words} {noun}?", chosen="{kind}", rejected="{wrong}")
+    source = PreferenceSource(
+        path=str(tuned.plain() / "rows.jsonl"), prompt="What is a {words} {noun}?", chosen="{kind}", rejected="{wrong}"
+    )
     train, _, ledger = load_pairs({"nouns": source}, 0.1)
     arrays = encode_pairs(train, "train", Chat(AutoTokenizer.from_pretrained(tuned.plain() / "base/model")), 64, ledger)
     return arrays["train.chosen"], arrays["train.rejected"]
@@ -41,19 +44,30 @@ def test_bradley_terry_by_hand():
     assert abs(float(loss) - sum(math.log(1 + math.exp(-d)) for d in (0.5, 0.0, 3.0))) < 1e-6
     assert float(metrics["accuracy"]) == 2.5 and float(metrics["margin"]) == 3.5
     with_margin, _ = bradley_terry(scores, torch.tensor([0.5, 0.0, 1.0]), centering=0.1)
-    assert abs(float(with_margin) - sum(math.log(1 + math.exp(-d)) for d in (0.0, 0.0, 2.0)) - 0.1 * (1.5**2 + 0 + 1)) < 1e-6
+    assert (
+        abs(float(with_margin) - sum(math.log(1 + math.exp(-d)) for d in (0.0, 0.0, 2.0)) - 0.1 * (1.5**2 + 0 + 1))
+        < 1e-6
+    )
 
 
 def test_it_learns_to_rank():
     found = tuned.metrics(tuned.plain(), "reward")
-    assert found["heldout_accuracy_before"] < 0.65 and found["heldout_accuracy_after"] > 0.65 and found["heldout_loss_after"] < found["heldout_loss_before"]
+    assert (
+        found["heldout_accuracy_before"] < 0.65
+        and found["heldout_accuracy_after"] > 0.65
+        and found["heldout_loss_after"] < found["heldout_loss_before"]
+    )
     low, high = found["heldout_accuracy_interval"]
     assert low < found["heldout_accuracy_after"] <= high
 
 
 def test_wilson():
     """Against the published example values of the interval: 0 of 10, 5 of 10, 81 of 263 (Newcombe, 1998, table I)."""
-    for share, count, expected in ((0.0, 10, (0.0, 0.2775)), (0.5, 10, (0.2366, 0.7634)), (81 / 263, 263, (0.2553, 0.3662))):
+    for share, count, expected in (
+        (0.0, 10, (0.0, 0.2775)),
+        (0.5, 10, (0.2366, 0.7634)),
+        (81 / 263, 263, (0.2553, 0.3662)),
+    ):
         np.testing.assert_allclose(wilson(share, count), expected, atol=5e-5)
 
 
@@ -78,7 +92,8 @@ def test_scores_do_not_depend_on_padding(model, answers):
         raw = model(input_ids=input_ids, attention_mask=mask, position_ids=positions).logits.squeeze(-1)
     np.testing.assert_allclose(raw * model.config.alma_reward_gain + model.config.alma_reward_bias, scores, atol=1e-5)
     changed = [row[:-1] + [5] for row in rows]
-    assert not np.allclose(reward_scores(model, changed), scores, atol=1e-3)  # read at the end of the turn, not before it
+    # read at the end of the turn, not before it
+    assert not np.allclose(reward_scores(model, changed), scores, atol=1e-3)
 
 
 def test_no_padding_token_is_refused(model):
@@ -91,4 +106,6 @@ def test_no_padding_token_is_refused(model):
 
 
 def test_killed_and_resumed(tmp_path):
-    tuned.killed_like_plain("reward", tmp_path, ["save:1", "work:6", "save:1", "publish:1"], kill_after=random.uniform(0.2, 2.5))
+    tuned.killed_like_plain(
+        "reward", tmp_path, ["save:1", "work:6", "save:1", "publish:1"], kill_after=random.uniform(0.2, 2.5)
+    )

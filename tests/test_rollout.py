@@ -14,7 +14,14 @@ def llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    keys = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    keys = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**keys, "initializer_range": 0.3, **changes}))
 
 
@@ -22,7 +29,19 @@ def gpt2(**changes):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**{"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3, **changes}))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            **{
+                "vocab_size": VOCABULARY,
+                "n_embd": 32,
+                "n_layer": 2,
+                "n_head": 4,
+                "n_positions": 64,
+                "initializer_range": 0.3,
+                **changes,
+            }
+        )
+    )
 
 
 def prompts_of(count, longest=12):
@@ -53,7 +72,9 @@ def test_a_row_does_not_depend_on_its_batch(build, temperature):
 def test_greedy_is_what_transformers_generates():
     model, prompts = llama().eval(), prompts_of(12)
     for prompt, completion in zip(prompts, sample(model, prompts, temperature=0), strict=True):
-        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=STOPS, pad_token_id=PAD)
+        wanted = model.generate(
+            torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=STOPS, pad_token_id=PAD
+        )
         assert completion.ids == wanted[0, len(prompt) :].tolist()
         assert completion.stopped == (completion.ids[-1] in STOPS)
 
@@ -115,7 +136,11 @@ def test_random_numbers_are_uniform_and_uncorrelated():
 
 def test_left_padding_keeps_positions():
     input_ids, mask, positions = left_pad([[9], [7, 8, 9]], PAD)
-    assert input_ids.tolist() == [[0, 0, 9], [7, 8, 9]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]] and positions.tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert (
+        input_ids.tolist() == [[0, 0, 9], [7, 8, 9]]
+        and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+        and positions.tolist() == [[0, 0, 0], [0, 1, 2]]
+    )
 
 
 @pytest.mark.parametrize(

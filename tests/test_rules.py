@@ -1,4 +1,5 @@
-"""The published quality rules: words against spaCy's, every statistic against a plain reading of its definition, and the rules' part of the ledger."""
+"""The published quality rules: words against spaCy's, every statistic against a plain reading of its definition, and
+the rules' part of the ledger."""
 
 import collections
 import json
@@ -18,7 +19,10 @@ from pipeline.data.rules import GROUPS, Lines, Rules, Thresholds
 from pipeline.data.text import normalise
 from pipeline.data.words import analyse, word_hashes
 
-EN = "The committee met on Tuesday to decide what should be done with the old bridge. Nobody had crossed it for years, and the river below had moved. "
+EN = (
+    "The committee met on Tuesday to decide what should be done with the old bridge. Nobody had crossed it for years,"
+    " and the river below had moved. "
+)
 ZH = "这座桥是一百年前修的，如今已经没有人走了。河水改了道，村里的人也搬到了别的地方，只有老人还记得它原来的样子。"
 
 
@@ -29,8 +33,42 @@ def words_of(text: str) -> list[str]:
 
 # What spacy.blank("en") of spaCy 3.8.18 gives, without its tokens of white space.
 SPACY = {
-    '(see "foo-bar", e.g.) "Don\'t!" Mr. Smith\'s': ["(", "see", '"', "foo", "-", "bar", '"', ",", "e.g.", ")", '"', "Do", "n't", "!", '"', "Mr.", "Smith", "'s"],
-    "U.S.A. 3.5% well--then we'll $5.00 a.m. x=y": ["U.S.A.", "3.5", "%", "well", "--", "then", "we", "'ll", "$", "5.00", "a.m.", "x", "=", "y"],
+    '(see "foo-bar", e.g.) "Don\'t!" Mr. Smith\'s': [
+        "(",
+        "see",
+        '"',
+        "foo",
+        "-",
+        "bar",
+        '"',
+        ",",
+        "e.g.",
+        ")",
+        '"',
+        "Do",
+        "n't",
+        "!",
+        '"',
+        "Mr.",
+        "Smith",
+        "'s",
+    ],
+    "U.S.A. 3.5% well--then we'll $5.00 a.m. x=y": [
+        "U.S.A.",
+        "3.5",
+        "%",
+        "well",
+        "--",
+        "then",
+        "we",
+        "'ll",
+        "$",
+        "5.00",
+        "a.m.",
+        "x",
+        "=",
+        "y",
+    ],
     'I said: "no." Then... he left.': ["I", "said", ":", '"', "no", ".", '"', "Then", "...", "he", "left", "."],
     "[1] {a} #tag @you & co": ["[", "1", "]", "{", "a", "}", "#", "tag", "@you", "&", "co"],
     "end.Next one,two 10-20 - -x": ["end", ".", "Next", "one", ",", "two", "10", "-", "20", "-", "-x"],
@@ -47,7 +85,13 @@ def test_every_cjk_character_is_a_word():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(alphabet=st.sampled_from("aAbZ.é 9.,\n-'’\"…()[]:/%+$中文。！#~s tn"), max_size=60), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.text(alphabet=st.sampled_from("aAbZ.é 9.,\n-'’\"…()[]:/%+$中文。！#~s tn"), max_size=60),
+        min_size=1,
+        max_size=4,
+    )
+)
 @example(["", "A."])
 @example(["", "'s"])
 def test_words_cover_the_text_and_do_not_depend_on_the_batch(texts):
@@ -55,12 +99,15 @@ def test_words_cover_the_text_and_do_not_depend_on_the_batch(texts):
     batch = analyse(texts)
     for index, text in enumerate(texts):
         mine = slice(batch.words[index], batch.words[index + 1])
-        found = [batch.joined[first : first + length] for first, length in zip(batch.first[mine], batch.length[mine], strict=True)]
+        found = [
+            batch.joined[first : first + length]
+            for first, length in zip(batch.first[mine], batch.length[mine], strict=True)
+        ]
         assert "".join(found) == re.sub(r"\s", "", text) and found == words_of(text)
         assert (batch.hash[mine] == word_hashes(found)).all()
 
 
-# ---- statistics against their definitions, in plain Python over the same words ----------------------------------------------
+# ---- statistics against their definitions, in plain Python over the same words ---------------------------------------
 
 
 def repeated(items: list[str]) -> tuple[int, int]:
@@ -76,7 +123,8 @@ def plain(text: str) -> dict[str, float]:
     """Gopher's table A1 and FineWeb's rules as their published code has them, document by document."""
     words = words_of(text)
     found = {}
-    paragraphs = [part.strip() for part in re.split(r"\n{2,}", text.strip())]  # datatrove tells lines apart by their indentation, too
+    # datatrove tells lines apart by their indentation, too
+    paragraphs = [part.strip() for part in re.split(r"\n{2,}", text.strip())]
     lines = [line.strip() for line in re.split(r"\n+", text)]
     for name, items in (("paragraphs", paragraphs), ("lines", lines)):
         number, characters = repeated(items)
@@ -103,8 +151,12 @@ def plain(text: str) -> dict[str, float]:
         found["dup_kept_chars"] = repeated(kept)[1] / sum(map(len, kept))
         found["line_punctuation"] = sum(line.endswith((".", "!", "?", "。")) for line in kept) / len(kept)
         found["newlines"] = (len(kept) - 1) / sum(len(words_of(line)) for line in kept)
-    found["bullet_lines"] = sum(line.lstrip().startswith(("-", "•")) for line in text.splitlines()) / len(text.splitlines())
-    found["ellipsis_lines"] = sum(line.rstrip().endswith(("...", "…")) for line in text.splitlines()) / len(text.splitlines())
+    found["bullet_lines"] = sum(line.lstrip().startswith(("-", "•")) for line in text.splitlines()) / len(
+        text.splitlines()
+    )
+    found["ellipsis_lines"] = sum(line.rstrip().endswith(("...", "…")) for line in text.splitlines()) / len(
+        text.splitlines()
+    )
     found["hashes"] = text.count("#") / len(words)
     found["ellipses"] = (text.count("...") + text.count("…")) / len(words)
     found["alpha_words"] = sum(any(c.isalpha() for c in word) for word in words) / len(words)
@@ -116,10 +168,17 @@ def test_statistics_are_what_their_definitions_say():
     rng = random.Random(3)
     texts = []
     for _ in range(120):
-        vocabulary = rng.choice(["a b cc the of".split(), "the committee met to decide what should be done with that bridge and why".split()])
+        vocabulary = rng.choice(
+            [
+                "a b cc the of".split(),
+                "the committee met to decide what should be done with that bridge and why".split(),
+            ]
+        )
         lines = []
         for _ in range(rng.randrange(1, 25)):
-            line = " ".join(rng.choices(vocabulary, k=rng.randrange(1, 14))) + rng.choice([".", "", "...", "!", "…", " #", '."'])
+            line = " ".join(rng.choices(vocabulary, k=rng.randrange(1, 14))) + rng.choice(
+                [".", "", "...", "!", "…", " #", '."']
+            )
             lines.append(rng.choice([line, line, "- " + line, "  " + line, rng.choice(lines or [line])]))
         texts.append(normalise(rng.choice(["\n", "\n\n"]).join(lines)))
     texts += [EN, "one", EN * 4, f"{EN}\n\n{EN}\n{EN}"]
@@ -141,13 +200,20 @@ def test_statistics_do_not_depend_on_the_batch():
 
 
 def test_sentences_and_lines_of_c4():
-    text = 'He said "no." Then he left! Mr. Smith stayed... and slept.\nPlease enable JavaScript to go on\nshort line\nWe use cookies on this page.\nOne more. {'
+    text = (
+        'He said "no." Then he left! Mr. Smith stayed... and slept.\nPlease enable JavaScript to go on\nshort line\nWe'
+        " use cookies on this page.\nOne more. {"
+    )
     values, kept = statistics.measure(analyse([text]), np.zeros(1, bool), Lines(), np.full(1, 30))
     named = dict(zip(statistics.NAMES, values[0].tolist(), strict=True))
-    assert kept.tolist() == [True, False, False, False, True] and named["curly_brackets"] == 1 and named["sentences"] == 3 + 1
+    assert (
+        kept.tolist() == [True, False, False, False, True]
+        and named["curly_brackets"] == 1
+        and named["sentences"] == 3 + 1
+    )
 
 
-# ---- the rules as a stage has them -----------------------------------------------------------------------------------------
+# ---- the rules as a stage has them -----------------------------------------------------------------------------------
 
 
 def judged(texts: list[str], **blocks) -> list[dict]:
@@ -160,17 +226,32 @@ def article(rng: random.Random, base: str, number: int) -> str:
     """Prose whose sentences differ: words of `base` in another order each."""
     if base is ZH:
         signs = [c for c in ZH if c not in "，。"]
-        return "\n".join("".join(rng.sample(signs, 30)) + "，" + "".join(rng.sample(signs, 9)) + "。" for _ in range(number))
+        return "\n".join(
+            "".join(rng.sample(signs, 30)) + "，" + "".join(rng.sample(signs, 9)) + "。" for _ in range(number)
+        )
     words = base.replace(",", "").replace(".", "").lower().split()
-    return "\n".join(f"{rng.choice(words).title()} " + " ".join(rng.choice(words) + rng.choice(["s", "ed", "ing", ""]) for _ in range(14)) + f", {rng.choice(words)} the {rng.choice(words)}." for _ in range(number))
+    return "\n".join(
+        f"{rng.choice(words).title()} "
+        + " ".join(rng.choice(words) + rng.choice(["s", "ed", "ing", ""]) for _ in range(14))
+        + f", {rng.choice(words)} the {rng.choice(words)}."
+        for _ in range(number)
+    )
 
 
 def test_prose_of_both_languages_passes_and_junk_does_not():
     rng = random.Random(1)
     rules = Rules(use=list(GROUPS))
-    assert [row.get("reason") for row in judged([article(rng, EN, 9), article(rng, ZH, 9)], rules=rules)] == [None, None]
+    assert [row.get("reason") for row in judged([article(rng, EN, 9), article(rng, ZH, 9)], rules=rules)] == [
+        None,
+        None,
+    ]
     junk = {
-        "min_stop_words": "，".join(rng.choices(["手机", "电脑", "相机", "耳机", "键盘", "鼠标", "冰箱", "空调", "沙发", "台灯"], k=200)) + "。",
+        "min_stop_words": (
+            "，".join(
+                rng.choices(["手机", "电脑", "相机", "耳机", "键盘", "鼠标", "冰箱", "空调", "沙发", "台灯"], k=200)
+            )
+            + "。"
+        ),
         "max_top_2_gram": "买它 " * 200,
         "max_newlines": "\n".join(f"1{i} 手机 {i} 元" for i in range(60)),
         "max_curly_brackets": article(rng, EN, 9) + "\nif (x) { return the thing; }",
@@ -195,7 +276,10 @@ def test_each_rule_can_be_turned_off_and_moved():
 
 def test_lines_are_taken_out_and_the_rest_stays():
     good = article(random.Random(2), EN, 9)
-    row = judged([f"Please enable javascript to see this page\n\n{good}\n\nMenu\n\nThe end of it all[1] is here."], rules=Rules(use=["c4"]))[0]
+    row = judged(
+        [f"Please enable javascript to see this page\n\n{good}\n\nMenu\n\nThe end of it all[1] is here."],
+        rules=Rules(use=["c4"]),
+    )[0]
     assert row["text"] == f"{good}\n\nThe end of it all is here."
 
 
@@ -206,27 +290,60 @@ def test_known_languages_are_the_detectors():
 
 
 def test_languages_are_named_and_kept():
-    french = "L'été dernier, à Orléans, la fête a été très réussie ; les élèves ont chanté et chacun est rentré chez soi avant la nuit."
+    french = (
+        "L'été dernier, à Orléans, la fête a été très réussie ; les élèves ont chanté et chacun est rentré chez soi"
+        " avant la nuit."
+    )
     codes, scores = detect([EN, ZH, french, "夫天地者，萬物之逆旅也；光陰者，百代之過客也。", ""])
     assert codes == ["en", "zh", "fr", "zh", "und"] and (scores[:4] > 0.7).all() and scores[4] == 0
     rows = judged([EN, ZH, french], language=Language(keep=["en", "zh"]))
-    assert [(row.get("reason"), row["language"], row["kind"]) for row in rows] == [(None, "en", 0), (None, "zh", 1), ("language", "fr", 2)]
+    assert [(row.get("reason"), row["language"], row["kind"]) for row in rows] == [
+        (None, "en", 0),
+        (None, "zh", 1),
+        ("language", "fr", 2),
+    ]
     assert judged([EN], language=Language(keep=["en"], min_confidence=0.999))[0]["reason"] == "uncertain_language"
 
 
-# ---- the ledger of the rules -----------------------------------------------------------------------------------------------
+# ---- the ledger of the rules -----------------------------------------------------------------------------------------
 
 
 def outcome(rows: list[dict]):
     import pyarrow
 
-    kinds = {"failed": pyarrow.int64(), "kind": pyarrow.int8(), "bytes": pyarrow.int64(), "statistics": pyarrow.binary()}
-    return pyarrow.table({key: pyarrow.array([row.get(key) for row in rows], kinds.get(key, pyarrow.string())) for key in ("place", "id", "excerpt", "bytes", "language", "kind", "statistics", "failed", "changed", "matched")})
+    kinds = {
+        "failed": pyarrow.int64(),
+        "kind": pyarrow.int8(),
+        "bytes": pyarrow.int64(),
+        "statistics": pyarrow.binary(),
+    }
+    return pyarrow.table(
+        {
+            key: pyarrow.array([row.get(key) for row in rows], kinds.get(key, pyarrow.string()))
+            for key in (
+                "place",
+                "id",
+                "excerpt",
+                "bytes",
+                "language",
+                "kind",
+                "statistics",
+                "failed",
+                "changed",
+                "matched",
+            )
+        }
+    )
 
 
 def test_the_ledger_counts_overlaps_samples_and_what_other_thresholds_would_do():
     rng = random.Random(5)
-    texts = [article(rng, base, rng.randrange(1, 12)) for base in (EN, ZH) for _ in range(40)] + ["too short", EN * 20, ZH * 20, "Ã©tÃ© " * 9]
+    texts = [article(rng, base, rng.randrange(1, 12)) for base in (EN, ZH) for _ in range(40)] + [
+        "too short",
+        EN * 20,
+        ZH * 20,
+        "Ã©tÃ© " * 9,
+    ]
     rules = Rules(use=list(GROUPS))
     rows = judged(texts, rules=rules)
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
@@ -241,7 +358,9 @@ def test_the_ledger_counts_overlaps_samples_and_what_other_thresholds_would_do()
     assert reports[0] == reports[1]
     report = json.loads(json.dumps(reports[0]))
     assert report["documents"] == 84 and report["judged_as"] == {"en": 43, "zh": 41, "other": 0}
-    failing = {name: [row for row in rows if "failed" in row and name in reasons_of(row, rules)] for name in report["rules"]}
+    failing = {
+        name: [row for row in rows if "failed" in row and name in reasons_of(row, rules)] for name in report["rules"]
+    }
     assert report["rejected"] == sum(row["status"] == "filtered" for row in rows)
     for name, entry in report["rules"].items():
         assert entry["documents"] == len(failing[name]) and entry["bytes"] == sum(row["bytes"] for row in failing[name])
@@ -251,8 +370,14 @@ def test_the_ledger_counts_overlaps_samples_and_what_other_thresholds_would_do()
         for other, number in entry["with"].items():
             assert number == sum(other in reasons_of(row, rules) for row in failing[name])
     # Another threshold, tried: the ledger said what it would do.
-    entry = next(item for item in report["rules"]["min_sentences"]["thresholds"]["rules.en.min_sentences"] if item[0] == 10)
+    entry = next(
+        item for item in report["rules"]["min_sentences"]["thresholds"]["rules.en.min_sentences"] if item[0] == 10
+    )
     again = judged(texts, rules=Rules(use=list(GROUPS), en=Thresholds(min_sentences=10)))
     english = [row for row in again if row["kind"] == 0]
-    assert entry[1] == sum("min_sentences" in reasons_of(row, rules) for row in english) > report["rules"]["min_sentences"]["first"]
+    assert (
+        entry[1]
+        == sum("min_sentences" in reasons_of(row, rules) for row in english)
+        > report["rules"]["min_sentences"]["first"]
+    )
     assert entry[2] == sum(row["status"] == "filtered" for row in english)

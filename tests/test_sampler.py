@@ -1,4 +1,5 @@
-"""The row sampler against plain Python: every token once an epoch, the same rows for everybody, mixtures to the row, best fit to the document, and nothing lost by fill-in-the-middle."""
+"""The row sampler against plain Python: every token once an epoch, the same rows for everybody, mixtures to the row,
+best fit to the document, and nothing lost by fill-in-the-middle."""
 
 import collections
 import itertools
@@ -52,15 +53,22 @@ def test_every_row_once_an_epoch_and_each_epoch_in_its_own_order(tokens, length,
 
 
 @quick
-@given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.001, 1), min_size=1), st.integers(0, 5), st.integers(0, 20_000))
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.floats(0.001, 1), min_size=1),
+    st.integers(0, 5),
+    st.integers(0, 20_000),
+)
 def test_a_row_depends_on_seed_and_index_alone(weights, seed, index):
-    """Ranks, restarts and the length of the run are not asked: a fresh sampler, and one that has gone elsewhere before, give the same row."""
+    """Ranks, restarts and the length of the run are not asked: a fresh sampler, and one that has gone elsewhere
+    before, give the same row."""
     sizes = {source: 5000 + 100 * ord(source) for source in "abcde"}
     first, second = sampler(sizes, 16, weights, seed), sampler(sizes, 16, weights, seed)
     for elsewhere in (50_000, 3, 9_000):
         second.row(elsewhere)
     one, other = first.row(index), second.row(index)
-    assert (one.source, one.epoch, one.index) == (other.source, other.epoch, other.index) and (one.tokens == other.tokens).all()
+    assert (one.source, one.epoch, one.index) == (other.source, other.epoch, other.index) and (
+        one.tokens == other.tokens
+    ).all()
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -87,7 +95,9 @@ def test_rows_are_well_shuffled():
     made = sampler({"a": 160_001}, 16)
     order = np.array([made.row(i).index for i in range(10_000)])
     assert abs(np.abs(np.diff(order)).mean() / 10_000 - 1 / 3) < 0.02
-    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05 and abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+    assert (
+        abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05 and abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+    )
 
 
 def test_weights_that_cannot_be_are_refused():
@@ -100,16 +110,21 @@ def test_weights_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="no source has the 9 tokens"):
         sampler({"a": 5}, 8)
     made = sampler({"a": 100, "b": 5}, 8)
-    assert made.sources == ["a"] and any("b is left out" in line for line in made.warnings(1)) and any("a repeats: 8.33 epochs" in line for line in made.warnings(100))
+    assert (
+        made.sources == ["a"]
+        and any("b is left out" in line for line in made.warnings(1))
+        and any("a repeats: 8.33 epochs" in line for line in made.warnings(100))
+    )
 
 
-# ---- changes of the mixture ------------------------------------------------------------------------------------------------
+# ---- changes of the mixture ------------------------------------------------------------------------------------------
 
 
 @quick
 @given(st.data())
 def test_a_mixture_changes_at_its_row_and_sources_go_on_where_they_were(data):
-    """Counts of every prefix, by counting; no row twice in an epoch over all phases; the rows before a change are those of a run without it."""
+    """Counts of every prefix, by counting; no row twice in an epoch over all phases; the rows before a change are
+    those of a run without it."""
     weights = st.dictionaries(st.sampled_from("abcd"), st.floats(0.001, 1), min_size=1)
     tokens = sorted(data.draw(st.sets(st.integers(1, 3000 * 16), min_size=1, max_size=3)))
     first, seed = data.draw(weights), data.draw(st.integers(0, 5))
@@ -124,7 +139,9 @@ def test_a_mixture_changes_at_its_row_and_sources_go_on_where_they_were(data):
         assert [first, *(shares for _, shares in changes)][phase].get(row.source), "of a source that has no weight here"
         if phase == 0:
             assert row[2:5] == plain.row(index)[2:5]
-        assert (row.source, row.epoch, row.index) not in seen and row.epoch * made.rows_per_epoch[row.source] <= counts[row.source]
+        assert (row.source, row.epoch, row.index) not in seen and row.epoch * made.rows_per_epoch[row.source] <= counts[
+            row.source
+        ]
         seen.add((row.source, row.epoch, row.index))
         counts[row.source] += 1
         if index + 1 in begins or index % 501 == 0:
@@ -135,13 +152,20 @@ def test_a_mixture_changes_at_its_row_and_sources_go_on_where_they_were(data):
 
 
 def test_shares_after_a_change_are_its_own():
-    made = sampler({"a": 10**9, "b": 10**9}, 16, {"a": 9, "b": 1}, changes=[(16 * 5000 - 3, {"a": 1, "b": 3}), (16 * 20_000, {"b": 1})])
+    made = sampler(
+        {"a": 10**9, "b": 10**9},
+        16,
+        {"a": 9, "b": 1},
+        changes=[(16 * 5000 - 3, {"a": 1, "b": 3}), (16 * 20_000, {"b": 1})],
+    )
     assert made.rows_of(5000) == {"a": 4500, "b": 500} and made.row(20_000).source == "b"
     for rows in (6000, 9096, 20_000):
         got = made.rows_of(rows)["b"] - 500
         assert abs(got / (rows - 5000) - 0.75) < 0.01
     assert made.rows_of(30_000)["a"] == made.rows_of(20_000)["a"]
-    assert any("never comes" in line for line in made.warnings(20_000)) and not any("never comes" in line for line in made.warnings(20_001))
+    assert any("never comes" in line for line in made.warnings(20_000)) and not any(
+        "never comes" in line for line in made.warnings(20_001)
+    )
     with pytest.raises(UserError, match="mixture_changes: .* has no source 'c'"):
         sampler({"a": 100}, 8, {"a": 1}, changes=[(80, {"c": 1})])
 
@@ -160,7 +184,9 @@ def test_the_permutation_is_the_one_of_plain_integers(size, keys):
         while True:
             left, right = divmod(index, b)
             for turn, key in enumerate(keys):
-                left, right = ((left + mixed(right ^ key)) % a, right) if turn % 2 else (left, (right + mixed(left ^ key)) % b)
+                left, right = (
+                    ((left + mixed(right ^ key)) % a, right) if turn % 2 else (left, (right + mixed(left ^ key)) % b)
+                )
             index = left * b + right
             if index < size:
                 return index
@@ -170,7 +196,7 @@ def test_the_permutation_is_the_one_of_plain_integers(size, keys):
     assert sorted(permuted(np.arange(size), size, keys).tolist()) == list(range(size))
 
 
-# ---- best fit --------------------------------------------------------------------------------------------------------------
+# ---- best fit --------------------------------------------------------------------------------------------------------
 
 
 def plain_best_fit(sizes: list[int], capacity: int) -> list[int]:
@@ -214,7 +240,12 @@ def packed(folder, sources: dict[str, list[list[int]]], shards: int = 2) -> Toke
             }
             for name, array in arrays.items():
                 np.save(folder / f"train/{source}-{number:05d}.{name}.npy", array)
-            counts = {"tokens": len(arrays["tokens"]), "documents": len(part), "bytes": len(part), "id_bytes": len(arrays["ids"])}
+            counts = {
+                "tokens": len(arrays["tokens"]),
+                "documents": len(part),
+                "bytes": len(part),
+                "id_bytes": len(arrays["ids"]),
+            }
             index["splits"]["train"][source].append({"file": f"train/{source}-{number:05d}", **counts})
     np.save(folder / "token_bytes.npy", np.ones(1000, np.int32))
     (folder / "index.json").write_text(json.dumps(index))
@@ -277,13 +308,19 @@ def test_packed_rows_hold_every_token_once_an_epoch_whole_documents_whole_and_ca
         padding = row.tokens[at:]
         assert (padding == EOS).all() and not row.counted[at - 1 :].any()
         assert row.starts.tolist() == borders + [at] * (at <= length)
-        told = [(f"a{owner[start]}", slot, slots, start - begins[owner[start]]) for slot, slots, start, _ in row.stretches]
+        told = [
+            (f"a{owner[start]}", slot, slots, start - begins[owner[start]]) for slot, slots, start, _ in row.stretches
+        ]
         assert [tuple(entry.values()) for entry in documents_of(row, store)] == told
     assert labels == collections.Counter(range(len(stream))), "each token is a label once an epoch"
     fits = length - (3 if cutter else 0)
     for number, ids in enumerate(sources["a"]):
-        assert len(rows_of_document[number]) == -(-(len(ids) + 1) // fits) or len(ids) + 1 > fits, "a document that fits is never cut"
-    assert made.epoch_tokens["a"] == len(stream) and made.cut_documents()["a"] == sum(len(ids) + 1 > fits for ids in sources["a"])
+        assert len(rows_of_document[number]) == -(-(len(ids) + 1) // fits) or len(ids) + 1 > fits, (
+            "a document that fits is never cut"
+        )
+    assert made.epoch_tokens["a"] == len(stream) and made.cut_documents()["a"] == sum(
+        len(ids) + 1 > fits for ids in sources["a"]
+    )
     rows = made.rows_per_epoch["a"]
     assert made.padding()["a"] == pytest.approx(1 - len(stream) / (rows * length))
 
@@ -303,9 +340,15 @@ def test_the_rows_of_best_fit_are_those_of_the_plain_algorithm(tmp_path_factory,
             pieces.append((at - longer, size + longer))
         at += size
     bins = plain_best_fit([size for _, size in pieces], length)
-    wanted += [sorted(piece for piece, place in zip(pieces, bins, strict=True) if place == number) for number in range(max(bins, default=-1) + 1)]
+    wanted += [
+        sorted(piece for piece, place in zip(pieces, bins, strict=True) if place == number)
+        for number in range(max(bins, default=-1) + 1)
+    ]
     table = made._tables["a"]
-    found = [list(zip(table.starts[a:b].tolist(), abs(table.lengths[a:b]).tolist(), strict=True)) for a, b in zip(table.offsets, table.offsets[1:], strict=False)]
+    found = [
+        list(zip(table.starts[a:b].tolist(), abs(table.lengths[a:b]).tolist(), strict=True))
+        for a, b in zip(table.offsets, table.offsets[1:], strict=False)
+    ]
     assert sorted(found) == sorted(wanted)
 
 
@@ -318,18 +361,23 @@ def test_groups_of_documents_are_packed_one_after_another(tmp_path, monkeypatch)
     again = RowSampler(store, 16, None, 0, packing="best_fit", work=tmp_path / "work", once=lambda make: make())
     taken = sum(int(made.row(index).counted.sum()) for index in range(made.rows_per_epoch["a"]))
     assert taken == store.num_tokens("a") and (made.row(3).tokens == again.row(3).tokens).all()
-    assert {path.name for path in (tmp_path / "work").iterdir()} == {f"rows-a-16-0.{part}.npy" for part in ("offsets", "starts", "lengths")}
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {
+        f"rows-a-16-0.{part}.npy" for part in ("offsets", "starts", "lengths")
+    }
 
 
 def test_packing_is_dense_and_cuts_few_documents(tmp_path):
-    """What best fit is for. Ding et al. (2024) report fewer than one row in 10,000 more than needed on web text, and concatenation cuts most rows' first and last document."""
+    """What best fit is for. Ding et al. (2024) report fewer than one row in 10,000 more than needed on web text, and
+    concatenation cuts most rows' first and last document."""
     draw = np.random.default_rng(0)
-    store = packed(tmp_path / "x", {"a": [[5] * int(size) for size in np.maximum(1, draw.lognormal(4, 1, 5000)).astype(int)]})
+    store = packed(
+        tmp_path / "x", {"a": [[5] * int(size) for size in np.maximum(1, draw.lognormal(4, 1, 5000)).astype(int)]}
+    )
     made, plain = RowSampler(store, 512, None, 0, packing="best_fit"), RowSampler(store, 512, None, 0)
     assert made.padding()["a"] < 0.005 and made.cut_documents()["a"] < 0.1 * plain.cut_documents()["a"]
 
 
-# ---- fill-in-the-middle ----------------------------------------------------------------------------------------------------
+# ---- fill-in-the-middle ----------------------------------------------------------------------------------------------
 
 
 def test_fim_is_a_function_of_seed_and_row_with_the_shares_that_were_asked_for(tmp_path):
@@ -347,8 +395,12 @@ def test_fim_is_a_function_of_seed_and_row_with_the_shares_that_were_asked_for(t
     assert kinds["b", "bare"] == kinds["b", "psm"] == 0 < kinds["b", "plain"]
     turned = kinds["a", "bare"] + kinds["a", "psm"]
     assert turned / (turned + kinds["a", "plain"]) == pytest.approx(0.6, abs=0.03)
-    assert kinds["a", "psm"] / turned == pytest.approx(0.75 * (20 / 21) ** 2, abs=0.03), "a prefix before the suffix: PSM, unless one of two cuts stands at 0"
-    assert np.mean(lengths) == pytest.approx(20 / 3, abs=0.5), "two cuts anywhere leave a third to the suffix, on average"
+    assert kinds["a", "psm"] / turned == pytest.approx(0.75 * (20 / 21) ** 2, abs=0.03), (
+        "a prefix before the suffix: PSM, unless one of two cuts stands at 0"
+    )
+    assert np.mean(lengths) == pytest.approx(20 / 3, abs=0.5), (
+        "two cuts anywhere leave a third to the suffix, on average"
+    )
     again = RowSampler(store, 64, {"a": 1, "b": 1}, 0, packing="best_fit", fim=cutter)
     assert all((again.row(index).tokens == made.row(index).tokens).all() for index in (599, 3, 77))
     other = RowSampler(store, 64, {"a": 1, "b": 1}, 0, packing="best_fit", fim=cutter._replace(key=8))

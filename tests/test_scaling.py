@@ -13,7 +13,14 @@ from pipeline.models import build, stages
 from pipeline.train import engine
 from pipeline.train.config import Parallel
 
-LLAMA = {"family": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = {
+    "family": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def new(block, seed=1, **options):
@@ -22,7 +29,8 @@ def new(block, seed=1, **options):
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "mixtral-8x7b", "deepseek-v3", "opt-125m"])
 def test_initial_values_by_depth(name):
-    """What writes into the residual stream is 1 / sqrt(2 * layers) of what it was, the rest the same to the bit; a stage of a pipeline has the same values."""
+    """What writes into the residual stream is 1 / sqrt(2 * layers) of what it was, the rest the same to the bit; a
+    stage of a pipeline has the same values."""
     block = families.shrunken(name)
     plain, scaled = new(block), new({**block, "init": "depth"})
     changed = 0
@@ -35,16 +43,36 @@ def test_initial_values_by_depth(name):
         from pipeline.train.pipelined import Stage
 
         parts = stages.split(plain, Parallel(pipeline=2), 16)
-        part = Stage(new({**block, "init": "depth"}, materialise=False), 1, parts, False, lambda model, name: build.initialise(model, 1, name))
-        assert all(torch.equal(value, scaled.state_dict()[stages.global_name(key, part.offset)]) for key, value in part.model.state_dict().items())
+        part = Stage(
+            new({**block, "init": "depth"}, materialise=False),
+            1,
+            parts,
+            False,
+            lambda model, name: build.initialise(model, 1, name),
+        )
+        assert all(
+            torch.equal(value, scaled.state_dict()[stages.global_name(key, part.offset)])
+            for key, value in part.model.state_dict().items()
+        )
 
 
 def sizes(width: int, mup: bool, steps: int = 6) -> dict[str, float]:
-    """Mean sizes after some steps at one learning rate: of logits, of the last layer's output, and of how far the logits moved."""
-    block = {**LLAMA, "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 16, "num_key_value_heads": width // 16, "num_hidden_layers": 2, "initializer_range": 0.1}
+    """Mean sizes after some steps at one learning rate: of logits, of the last layer's output, and of how far the
+    logits moved."""
+    block = {
+        **LLAMA,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 16,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.1,
+    }
     model = new({**block, **({"mup": {"base_width": 64}} if mup else {})})
     assert model.config.hidden_size // model.config.num_attention_heads == 16
-    trainer = engine.build(model, loss_fn, config(sequence_length=16, batch_size=4, optimizer={"lr": 1e-2, "max_grad_norm": 1e9}))
+    trainer = engine.build(
+        model, loss_fn, config(sequence_length=16, batch_size=4, optimizer={"lr": 1e-2, "max_grad_norm": 1e9})
+    )
     ids = batch_of(range(4))["inputs"]["input_ids"]
 
     def look():
@@ -60,7 +88,8 @@ def sizes(width: int, mup: bool, steps: int = 6) -> dict[str, float]:
 
 
 def test_coordinates_do_not_grow_with_the_width():
-    """The coordinate check of Tensor Programs V (appendix D.1), widths 64 to 512: without mu-P what 6 steps of one learning rate do grows with the width, with it not."""
+    """The coordinate check of Tensor Programs V (appendix D.1), widths 64 to 512: without mu-P what 6 steps of one
+    learning rate do grows with the width, with it not."""
     plain, mup = ([sizes(width, on) for width in (64, 128, 256, 512)] for on in (False, True))
     assert plain[0] == mup[0], "at the base width they are one"
     for key in ("moved", "hidden"):
@@ -70,7 +99,8 @@ def test_coordinates_do_not_grow_with_the_width():
 
 @pytest.mark.parametrize("zero", [None, 1])
 def test_groups_of_the_optimizer(zero):
-    """Matrices and the output layer learn at base / width of the rate and are decayed as before; embeddings and norms learn at the rate itself."""
+    """Matrices and the output layer learn at base / width of the rate and are decayed as before; embeddings and
+    norms learn at the rate itself."""
     model = new({**LLAMA, "mup": {"base_width": 16}})
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     inner = engine.build(model, loss_fn, config(sequence_length=16, batch_size=4, parallel={"zero": zero})).optimizer
@@ -91,7 +121,11 @@ def test_sharded_and_replicated_do_the_same_with_mup():
     """Losses of 3 steps in one process under ZeRO-1 and ZeRO-3, to 1e-6."""
     found = []
     for zero in (None, 1, 3):
-        trainer = engine.build(new({**LLAMA, "mup": {"base_width": 16}}), loss_fn, config(sequence_length=16, batch_size=4, parallel={"zero": zero}))
+        trainer = engine.build(
+            new({**LLAMA, "mup": {"base_width": 16}}),
+            loss_fn,
+            config(sequence_length=16, batch_size=4, parallel={"zero": zero}),
+        )
         found.append([trainer.step([batch_of(range(4), 0)], lr=1e-2)["loss"] for _ in range(3)])
     assert found[1] == pytest.approx(found[0], rel=1e-6) and found[2] == pytest.approx(found[0], rel=1e-6)
 

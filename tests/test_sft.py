@@ -1,4 +1,5 @@
-"""SFT: what it learns, that packed conversations do not see each other, that a killed run ends as if it had not been, and that ranks do not matter."""
+"""SFT: what it learns, that packed conversations do not see each other, that a killed run ends as if it had not
+been, and that ranks do not matter."""
 
 import json
 import os
@@ -22,7 +23,14 @@ def tiny(family, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    keys = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}
+    keys = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
     keys |= {"intermediate_size": 64, "num_key_value_heads": 2} if family in ("llama", "qwen3") else {}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys, **changes), dtype=torch.float32).eval()
 
@@ -44,7 +52,8 @@ def test_packed_conversations_do_not_see_each_other(family, attention):
             torch.testing.assert_close(packed[row, start : start + len(rows[index])], alone, atol=1e-5, rtol=1e-5)
             labels = made["labels"][row, start : start + len(rows[index])].tolist()
             assert labels == [*rows[index][1:], -100]
-        leaking = model(**made["inputs"], attention_mask=torch.ones_like(made["inputs"]["input_ids"])).logits  # the trap: a mask of ones beside the positions
+        # the trap: a mask of ones beside the positions
+        leaking = model(**made["inputs"], attention_mask=torch.ones_like(made["inputs"]["input_ids"])).logits
         assert not torch.allclose(leaking[0, 9:14], packed[0, 9:14], atol=1e-3)
 
 
@@ -61,7 +70,9 @@ def test_what_is_learned_and_measured():
     assert found["heldout_loss_after"] < 0.3 < 3 < found["heldout_loss_before"]
     assert found["heldout_eos_rate_before"] < 0.5 < 0.9 < found["heldout_eos_rate_after"]
     assert found["heldout_rule_before"] == 0 and found["heldout_rule_after"] > 0.8
-    assert found["packing_fill"] > 0.9 and found["train_conversations"] + found["heldout_conversations"] == len(tuned.rows())
+    assert found["packing_fill"] > 0.9 and found["train_conversations"] + found["heldout_conversations"] == len(
+        tuned.rows()
+    )
     # the base model's loss, by transformers alone: its template, its mask, one conversation at a time
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,21 +87,40 @@ def test_what_is_learned_and_measured():
     finally:
         os.chdir(os_path)
     for name, key in (("base", "heldout_loss_before"), ("runs/tiny/sft/current", "heldout_loss_after")):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / name / "model"), AutoTokenizer.from_pretrained(folder / name / "model")
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folder / name / "model"),
+            AutoTokenizer.from_pretrained(folder / name / "model"),
+        )
         total = count = 0
         for row in heldout:
-            made = tokenizer.apply_chat_template(row.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            labels = torch.tensor([[token if kept else -100 for token, kept in zip(made["input_ids"], made["assistant_masks"], strict=True)]])
+            made = tokenizer.apply_chat_template(
+                row.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            labels = torch.tensor(
+                [
+                    [
+                        token if kept else -100
+                        for token, kept in zip(made["input_ids"], made["assistant_masks"], strict=True)
+                    ]
+                ]
+            )
             with torch.no_grad():
                 loss = model(input_ids=torch.tensor([made["input_ids"]]), labels=labels).loss
             total, count = total + float(loss) * int((labels != -100).sum()), count + int((labels != -100).sum())
         assert abs(total / count - found[key]) < 1e-4
     # what is published answers and ends its turn with transformers' own generate
-    prompt = tokenizer.apply_chat_template(heldout[0].messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :])
+    prompt = tokenizer.apply_chat_template(
+        heldout[0].messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    text = tokenizer.decode(
+        model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    )
     assert text.endswith("<|im_end|>")
     report = json.loads((folder / "runs/tiny/sft/current/report.json").read_text())
-    assert report["sources"]["nouns"]["train"] == found["train_conversations"] and report["trained_tokens"]["heldout"] == count
+    assert (
+        report["sources"]["nouns"]["train"] == found["train_conversations"]
+        and report["trained_tokens"]["heldout"] == count
+    )
 
 
 def test_killed_at_every_step_and_resumed(tmp_path):
@@ -118,19 +148,39 @@ distributed.shutdown()
 
 
 def test_two_ranks_with_zero_like_one_process(tmp_path):
-    """The losses of the first eight steps and the evaluation before them, of all three stages, within 1e-5 of one process's."""
+    """The losses of the first eight steps and the evaluation before them, of all three stages, within 1e-5 of one
+    process's."""
     tuned.copy_until("sft", tmp_path)
     shutil.copytree((tuned.plain() / "runs/tiny/sft/current").resolve(), tmp_path / "learned")
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "two.py"]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "two.py",
+    ]
+    answer = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for name in ("sft", "reward", "dpo"):
-        one, two = ([line["loss"] for line in tuned.lines(where, name) if "loss" in line] for where in (tuned.plain(), tmp_path))
+        one, two = (
+            [line["loss"] for line in tuned.lines(where, name) if "loss" in line] for where in (tuned.plain(), tmp_path)
+        )
         assert len(two) == 8
         np.testing.assert_allclose(two, one[:8], atol=1e-5, err_msg=name)
         one, two = (
-            {key: value for key, value in tuned.metrics(where, name).items() if key.startswith("heldout_") and key.endswith("_before")}
+            {
+                key: value
+                for key, value in tuned.metrics(where, name).items()
+                if key.startswith("heldout_") and key.endswith("_before")
+            }
             for where in (tuned.plain(), tmp_path)
         )
         assert one.keys() == two.keys() and len(one) >= 3
@@ -143,17 +193,31 @@ def test_long_conversations_are_counted_or_cut(tmp_path):
         {"words": f"w{i}", "noun": "x", "kind": "animal metal " * 40} for i in range(5)
     ]
     tuned.write_rows(tmp_path / "rows.jsonl", long)
-    for how, rows, reason in (("drop", 792, "longer than sequence_length"), ("truncate", 797, "its answers begin after sequence_length")):
+    for how, rows, reason in (
+        ("drop", 792, "longer than sequence_length"),
+        ("truncate", 797, "its answers begin after sequence_length"),
+    ):
         tuned.succeed("sft", "tiny.yaml", f"sft.too_long={how}", "sft.steps=1", "sft.max_prompts=0", cwd=tmp_path)
         entry = json.loads((tmp_path / "runs/tiny/sft/current/report.json").read_text())["sources"]["nouns"]
-        assert entry["train"] + entry["heldout"] + entry["rejected"].get("near duplicate of a held-out row", {"count": 0})["count"] == rows
+        assert (
+            entry["train"]
+            + entry["heldout"]
+            + entry["rejected"].get("near duplicate of a held-out row", {"count": 0})["count"]
+            == rows
+        )
         assert entry["rejected"][reason]["first"] and entry.get("truncated", 0) == (rows - 792)
 
 
 def test_without_packing_the_same_is_measured(tmp_path):
     tuned.copy_until("sft", tmp_path)
     tuned.succeed("sft", "tiny.yaml", "sft.packing=false", "sft.steps=1", "sft.max_prompts=0", cwd=tmp_path)
-    assert abs(tuned.metrics(tmp_path, "sft")["heldout_loss_before"] - tuned.metrics(tuned.plain(), "sft")["heldout_loss_before"]) < 1e-5
+    assert (
+        abs(
+            tuned.metrics(tmp_path, "sft")["heldout_loss_before"]
+            - tuned.metrics(tuned.plain(), "sft")["heldout_loss_before"]
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(

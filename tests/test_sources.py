@@ -1,4 +1,5 @@
-"""Sources: every format gives the same records, damage is counted and not fatal, what is missing is said in one sentence."""
+"""Sources: every format gives the same records, damage is counted and not fatal, what is missing is said in one
+sentence."""
 
 import csv
 import gzip
@@ -15,10 +16,26 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sources import Bad, MissingField, Record, Source, chunks, fraction, identify, parse, read, render, text_of
+from pipeline.data.sources import (
+    Bad,
+    MissingField,
+    Record,
+    Source,
+    chunks,
+    fraction,
+    identify,
+    parse,
+    read,
+    render,
+    text_of,
+)
 from pipeline.errors import UserError
 
-ROWS = [{"title": "晨风", "body": "1.清晨的风。\n2.鸟名。"}, {"title": "Tea, green", "body": 'He said "so".'}, {"title": "é", "body": "x" * 50}]
+ROWS = [
+    {"title": "晨风", "body": "1.清晨的风。\n2.鸟名。"},
+    {"title": "Tea, green", "body": 'He said "so".'},
+    {"title": "é", "body": "x" * 50},
+]
 
 
 def lines(rows) -> bytes:
@@ -46,16 +63,29 @@ def formats(tmp_path) -> dict[str, dict]:
     return {
         "jsonl": {"path": write(tmp_path / "a.jsonl", lines(ROWS))},
         "no newline at the end": {"path": write(tmp_path / "b.jsonl", lines(ROWS).rstrip())},
-        "byte order mark, CRLF, blank lines": {"path": write(tmp_path / "c.jsonl", b"\xef\xbb\xbf" + lines(ROWS).replace(b"}\n", b"}\r\n\r\n"))},
+        "byte order mark, CRLF, blank lines": {
+            "path": write(tmp_path / "c.jsonl", b"\xef\xbb\xbf" + lines(ROWS).replace(b"}\n", b"}\r\n\r\n"))
+        },
         "gzip": {"path": write(tmp_path / "a.jsonl.gz", gzip.compress(lines(ROWS)))},
-        "gzip of two members": {"path": write(tmp_path / "b.jsonl.gz", gzip.compress(lines(ROWS[:1])) + gzip.compress(lines(ROWS[1:])))},
+        "gzip of two members": {
+            "path": write(tmp_path / "b.jsonl.gz", gzip.compress(lines(ROWS[:1])) + gzip.compress(lines(ROWS[1:])))
+        },
         "zstd": {"path": write(tmp_path / "a.jsonl.zst", zstandard.compress(lines(ROWS)))},
-        "zstd of two frames": {"path": write(tmp_path / "b.jsonl.zst", zstandard.compress(lines(ROWS[:1])) + zstandard.compress(lines(ROWS[1:])))},
+        "zstd of two frames": {
+            "path": write(
+                tmp_path / "b.jsonl.zst", zstandard.compress(lines(ROWS[:1])) + zstandard.compress(lines(ROWS[1:]))
+            )
+        },
         "json list": {"path": write(tmp_path / "a.json", json.dumps(ROWS).encode())},
-        "json path": {"path": write(tmp_path / "b.json.gz", gzip.compress(json.dumps(nested).encode())), "records": "data[*].rows[*]"},
+        "json path": {
+            "path": write(tmp_path / "b.json.gz", gzip.compress(json.dumps(nested).encode())),
+            "records": "data[*].rows[*]",
+        },
         "parquet": {"path": str(tmp_path / "a.parquet")},
         "csv": {"path": write(tmp_path / "a.csv", table.getvalue().encode())},
-        "two files": {"path": [write(tmp_path / "d1.jsonl", lines(ROWS[:1])), write(tmp_path / "d2.jsonl", lines(ROWS[1:]))]},
+        "two files": {
+            "path": [write(tmp_path / "d1.jsonl", lines(ROWS[:1])), write(tmp_path / "d2.jsonl", lines(ROWS[1:]))]
+        },
         "format by hand": {"path": write(tmp_path / "a.dat", lines(ROWS)), "format": "jsonl"},
     }
 
@@ -72,23 +102,34 @@ def test_every_format_gives_the_same_records(formats):
 def test_glob_is_sorted_and_empty_files_are_nothing(tmp_path):
     for name, rows in (("b/1.jsonl", ROWS[1:2]), ("a/2.jsonl", ROWS[:1]), ("c.jsonl", ROWS[2:]), ("a/3.jsonl", [])):
         write(tmp_path / name, lines(rows))
-    assert [item.place for item in records(path=f"{tmp_path}/**/*.jsonl")] == ["a/2.jsonl:1", "b/1.jsonl:1", "c.jsonl:1"]
+    assert [item.place for item in records(path=f"{tmp_path}/**/*.jsonl")] == [
+        "a/2.jsonl:1",
+        "b/1.jsonl:1",
+        "c.jsonl:1",
+    ]
 
 
 def test_layouts(tmp_path):
     keyed = write(tmp_path / "keyed.json", json.dumps({"Tea": {"text": "a drink"}, "Cha": "same"}).encode())
-    assert [item.fields for item in records(path=keyed)] == [{"key": "Tea", "text": "a drink"}, {"key": "Cha", "text": "same"}]
+    assert [item.fields for item in records(path=keyed)] == [
+        {"key": "Tea", "text": "a drink"},
+        {"key": "Cha", "text": "same"},
+    ]
     nested = write(tmp_path / "nested.json", json.dumps([{"context": [["Tea", ["A drink.", " Hot."]]]}]).encode())
     source = Source(path=nested, records="[*].context[*]", text="{0}\n\n{1}")
     assert [text_of(source, item) for item in read(source, "x")] == ["Tea\n\nA drink. Hot."]
     text = write(tmp_path / "a.txt", "一\n二\n\n\n  三\r\n".encode())
     assert [item.fields["text"] for item in records(path=text, sample_by="line")] == ["一", "二", "  三"]
-    assert [(item.place, item.fields["text"]) for item in records(path=text, sample_by="paragraph")] == [("a.txt:1", "一\n二"), ("a.txt:5", "三")]
+    assert [(item.place, item.fields["text"]) for item in records(path=text, sample_by="paragraph")] == [
+        ("a.txt:1", "一\n二"),
+        ("a.txt:5", "三"),
+    ]
     assert [item.fields["text"] for item in records(path=text)] == ["一\n二\n\n\n  三\r\n"]
     words = write(tmp_path / "words.txt", '晨风\t1.清晨"的风\n坏\n晨光\t曙光\n'.encode())
-    assert [item.fields if isinstance(item, Record) else item.reason for item in records(path=words, format="tsv", columns=["word", "meaning"])] == [
-        {"word": "晨风", "meaning": '1.清晨"的风'}, "wrong number of cells", {"word": "晨光", "meaning": "曙光"}
-    ]
+    assert [
+        item.fields if isinstance(item, Record) else item.reason
+        for item in records(path=words, format="tsv", columns=["word", "meaning"])
+    ] == [{"word": "晨风", "meaning": '1.清晨"的风'}, "wrong number of cells", {"word": "晨光", "meaning": "曙光"}]
 
 
 def test_datasets_of_hugging_face(tmp_path, monkeypatch):
@@ -100,15 +141,21 @@ def test_datasets_of_hugging_face(tmp_path, monkeypatch):
         records(dataset=str(tmp_path / "repo"), revision="main", split="nosuch")
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------------
+# ---- damage ----------------------------------------------------------------------------------------------------------
 
 
 def test_bad_records_are_kept_aside_and_their_neighbours_read(tmp_path):
-    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\nnope\n{"text": "\xff"}\n[1, 2]\n{"text": "b"\n' + b"[" * 100_000 + b'\n{"text": "z"}')
+    path = write(
+        tmp_path / "a.jsonl",
+        b'{"text": "a"}\nnope\n{"text": "\xff"}\n[1, 2]\n{"text": "b"\n' + b"[" * 100_000 + b'\n{"text": "z"}',
+    )
     found = records(path=path)
     assert [(item.place, item.reason) for item in found if isinstance(item, Bad)] == [
-        ("a.jsonl:2", "malformed JSON"), ("a.jsonl:3", "invalid UTF-8"), ("a.jsonl:4", "not a JSON object"),
-        ("a.jsonl:5", "malformed JSON"), ("a.jsonl:6", "malformed JSON"),
+        ("a.jsonl:2", "malformed JSON"),
+        ("a.jsonl:3", "invalid UTF-8"),
+        ("a.jsonl:4", "not a JSON object"),
+        ("a.jsonl:5", "malformed JSON"),
+        ("a.jsonl:6", "malformed JSON"),
     ]
     assert [item.fields["text"] for item in found if isinstance(item, Record)] == ["a", "z"]
     assert found[2].raw == '{"text": "\\xff"}'
@@ -120,16 +167,25 @@ def test_bad_records_are_kept_aside_and_their_neighbours_read(tmp_path):
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["plain", '"open', '"shut"', 'in "side"']), min_size=1, max_size=12))
 def test_a_quote_that_nobody_closes_costs_its_own_row(tmp_path, kinds):
-    rows = [f"{kind} {number},{number}" if not kind.startswith('"shut') else f'"shut {number}",{number}' for number, kind in enumerate(kinds)]
+    rows = [
+        f"{kind} {number},{number}" if not kind.startswith('"shut') else f'"shut {number}",{number}'
+        for number, kind in enumerate(kinds)
+    ]
     found = records(path=write(tmp_path / "a.csv", ("text,n\n" + "\n".join(rows) + "\n").encode()))
     assert [item.place for item in found] == [f"a.csv:{number}" for number in range(2, len(rows) + 2)]
     assert [isinstance(item, Bad) for item in found] == [kind == '"open' for kind in kinds]
 
 
 def test_the_open_quote_of_a_cut_table_is_one_bad_record(tmp_path):
-    packed = gzip.compress(('text\na\n"b\n' + "".join(hashlib.sha256(str(i).encode()).hexdigest() + "\n" for i in range(5000))).encode())
+    packed = gzip.compress(
+        ('text\na\n"b\n' + "".join(hashlib.sha256(str(i).encode()).hexdigest() + "\n" for i in range(5000))).encode()
+    )
     found = records(path=write(tmp_path / "a.csv.gz", packed[: len(packed) // 2]))
-    assert [item.fields["text"] if isinstance(item, Record) else item.reason for item in found] == ["a", "malformed CSV", "truncated .gz data"]
+    assert [item.fields["text"] if isinstance(item, Record) else item.reason for item in found] == [
+        "a",
+        "malformed CSV",
+        "truncated .gz data",
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -138,10 +194,18 @@ def test_a_cut_file_counts_up_to_the_cut(tmp_path, suffix):
     packed = (gzip.compress if suffix == "gz" else zstandard.compress)(lines(rows))
     found = records(path=write(tmp_path / f"a.jsonl.{suffix}", packed[: len(packed) // 2]))
     assert [item.fields for item in found[:-1]] == rows[: len(found) - 1] and len(found) > 5000
-    assert isinstance(found[-1], Bad) and found[-1].reason == f"truncated .{suffix} data" and found[-1].place == f"a.jsonl.{suffix}:{len(found)}"
+    assert (
+        isinstance(found[-1], Bad)
+        and found[-1].reason == f"truncated .{suffix} data"
+        and found[-1].place == f"a.jsonl.{suffix}:{len(found)}"
+    )
     damaged = bytearray(packed)
     damaged[len(packed) // 2 : len(packed) // 2 + 99] = bytes(99)
-    assert [item.reason for item in records(path=write(tmp_path / f"b.jsonl.{suffix}", bytes(damaged))) if isinstance(item, Bad)][-1] == f"damaged .{suffix} data"
+    assert [
+        item.reason
+        for item in records(path=write(tmp_path / f"b.jsonl.{suffix}", bytes(damaged)))
+        if isinstance(item, Bad)
+    ][-1] == f"damaged .{suffix} data"
 
 
 def test_damaged_json_and_parquet_are_bad_records(tmp_path):
@@ -151,13 +215,33 @@ def test_damaged_json_and_parquet_are_bad_records(tmp_path):
     assert [item.reason for item in records(path=write(tmp_path / "a.json", b'[{"a": 1}, {"a"'))] == ["malformed JSON"]
 
 
-PIECES = [b'{"text": "a"}', b'"\xe4\xb8\xad', b"\n", b"\r\n", b" ", b"\n\n", b"\xff", b'a,"b', b'"', b",", b"{", b"\xef\xbb\xbf", b"x\ny"]
+PIECES = [
+    b'{"text": "a"}',
+    b'"\xe4\xb8\xad',
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"\n\n",
+    b"\xff",
+    b'a,"b',
+    b'"',
+    b",",
+    b"{",
+    b"\xef\xbb\xbf",
+    b"x\ny",
+]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join), size=st.integers(1, 60))
 def test_where_a_file_is_cut_makes_no_difference(tmp_path, data, size):
-    for name, keys in (("a.jsonl", {}), ("a.txt", {"sample_by": "line"}), ("a.txt", {"sample_by": "paragraph"}), ("a.csv", {}), ("a.tsv", {"columns": ["a", "b"]})):
+    for name, keys in (
+        ("a.jsonl", {}),
+        ("a.txt", {"sample_by": "line"}),
+        ("a.txt", {"sample_by": "paragraph"}),
+        ("a.csv", {}),
+        ("a.tsv", {"columns": ["a", "b"]}),
+    ):
         source = Source(path=write(tmp_path / name, b"h\n" + data), **keys)
         whole = [item for chunk in chunks(source, "x", 1 << 30) for item in parse(chunk)]
         assert [item for chunk in chunks(source, "x", size) for item in parse(chunk)] == whole, (name, keys)
@@ -170,7 +254,7 @@ def test_where_a_big_file_is_cut_makes_no_difference(tmp_path):
         assert [item.fields for chunk in chunks(source, "x", size) for item in parse(chunk)] == rows
 
 
-# ---- choosing --------------------------------------------------------------------------------------------------------------
+# ---- choosing --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_are_disjoint_and_whole(tmp_path):
@@ -203,7 +287,7 @@ def test_templates_put_values_in_as_they_are(value, around):
     assert render(around.replace("{", "{{").replace("}", "}}") + "{v}", {"v": value}) == around + value
 
 
-# ---- identity and mistakes -------------------------------------------------------------------------------------------------
+# ---- identity and mistakes -------------------------------------------------------------------------------------------
 
 
 def test_identity_is_content_not_place(tmp_path):
@@ -230,13 +314,19 @@ def test_identity_is_content_not_place(tmp_path):
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
     monkeypatch.chdir(tmp_path)
-    for name, data in (("empty.jsonl", b""), ("a.bin", b"1"), ("a.parquet.gz", b"1"), ("a.json", b'{"data": []}'), ("folder/a.jsonl", b"{}")):
+    for name, data in (
+        ("empty.jsonl", b""),
+        ("a.bin", b"1"),
+        ("a.parquet.gz", b"1"),
+        ("a.json", b'{"data": []}'),
+        ("folder/a.jsonl", b"{}"),
+    ):
         write(tmp_path / name, data)
     with pytest.raises(UserError, match=message):
         records(**keys)
 
 
-# ---- packages --------------------------------------------------------------------------------------------------------------
+# ---- packages --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -251,18 +341,30 @@ def package(tmp_path, monkeypatch) -> dict:
         opened.writestr("tinytext/rows.jsonl", lines(ROWS))
         opened.writestr("tinytext/words.zip", inner.getvalue())
         opened.writestr("tinytext-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinytext\nVersion: 1.0\n")
-        opened.writestr("tinytext-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        opened.writestr(
+            "tinytext-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         opened.writestr("tinytext-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    return {"package": "tinytext==1.0", "member": "tinytext/rows.jsonl", "sha256": hashlib.sha256(lines(ROWS)).hexdigest(), "shelf": shelf}
+    return {
+        "package": "tinytext==1.0",
+        "member": "tinytext/rows.jsonl",
+        "sha256": hashlib.sha256(lines(ROWS)).hexdigest(),
+        "shelf": shelf,
+    }
 
 
 def test_a_member_of_a_package(package):
     shelf = package.pop("shelf")
     assert [item.fields for item in records(**package)] == ROWS
-    inner = {"package": "tinytext==1.0", "member": {"tinytext/words.zip!words.txt": hashlib.sha256("晨风\n".encode()).hexdigest()}, "sample_by": "line"}
+    inner = {
+        "package": "tinytext==1.0",
+        "member": {"tinytext/words.zip!words.txt": hashlib.sha256("晨风\n".encode()).hexdigest()},
+        "sample_by": "line",
+    }
     assert [item.fields for item in records(**inner)] == [{"text": "晨风"}]
     with pytest.raises(UserError, match="member tinytext/rows.jsonl has sha256 [0-9a-f]{64}, the recipe expects 0{64}"):
         records(**{**package, "sha256": "0" * 64})
@@ -271,7 +373,9 @@ def test_a_member_of_a_package(package):
     for path in shelf.iterdir():
         path.unlink()
     assert [item.fields for item in records(**package)] == ROWS  # from the cache
-    assert identify({"x": Source(**package)}, Path("unused"))["x"]["files"] == [["tinytext/rows.jsonl", package["sha256"]]]
+    assert identify({"x": Source(**package)}, Path("unused"))["x"]["files"] == [
+        ["tinytext/rows.jsonl", package["sha256"]]
+    ]
 
 
 def test_pip_that_fails_is_quoted(package):

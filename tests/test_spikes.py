@@ -1,4 +1,5 @@
-"""Spikes through the stage: a document that does not belong makes the loss jump; what each policy then does, what is written, and kills around it."""
+"""Spikes through the stage: a document that does not belong makes the loss jump; what each policy then does, what is
+written, and kills around it."""
 
 import json
 import math
@@ -42,7 +43,15 @@ def lines_of(folder, runs, state="current"):
 
 
 def train(folder, policy, *words, runs=None, **options):
-    return stage("pretrain", "recipe.yaml", f"output={runs or policy}", f"pretrain.spikes.policy={policy}", *words, cwd=folder, **options)
+    return stage(
+        "pretrain",
+        "recipe.yaml",
+        f"output={runs or policy}",
+        f"pretrain.spikes.policy={policy}",
+        *words,
+        cwd=folder,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +71,41 @@ def test_a_spike_is_what_a_slow_reference_says_and_its_update_is_not_made(world,
     for number, line in enumerate(lines):
         before = [earlier for earlier in lines[:number] if earlier["applied"]][-window:]
         jumps = []
-        for values, value in (([x["loss"] for x in before], line["loss"]), ([math.log(x["grad_norm"]) for x in before], math.log(line["grad_norm"]))):
+        for values, value in (
+            ([x["loss"] for x in before], line["loss"]),
+            ([math.log(x["grad_norm"]) for x in before], math.log(line["grad_norm"])),
+        ):
             if len(values) >= window // 2:
                 median = np.median(values)
-                jumps.append((value - median) / max(1.4826 * np.median(np.abs(np.array(values) - median)), 1e-3 * max(1, abs(median))) > 6)
+                jumps.append(
+                    (value - median)
+                    / max(1.4826 * np.median(np.abs(np.array(values) - median)), 1e-3 * max(1, abs(median)))
+                    > 6
+                )
         assert line["applied"] == (not any(jumps)), line["step"]
     manifest = json.loads((world / "skip/tiny/pretrain/current/manifest.json").read_text())
-    assert manifest["metrics"]["spikes"] == manifest["metrics"]["skipped_steps"] == len(skipped[0]) and manifest["metrics"]["rollbacks"] == 0
+    assert (
+        manifest["metrics"]["spikes"] == manifest["metrics"]["skipped_steps"] == len(skipped[0])
+        and manifest["metrics"]["rollbacks"] == 0
+    )
 
 
 def test_the_rows_of_a_spike_are_written_with_their_documents_and_text(world, skipped):
     for step in skipped[0][:2]:
-        head, *rows = [json.loads(line) for line in (world / f"skip/tiny/pretrain/current/logs/spikes/step-{step:06d}.jsonl").read_text().splitlines()]
+        head, *rows = [
+            json.loads(line)
+            for line in (
+                (world / f"skip/tiny/pretrain/current/logs/spikes/step-{step:06d}.jsonl").read_text().splitlines()
+            )
+        ]
         assert head["step"] == step and "deviations above the median" in head["reason"] and head["reason"] in skipped[1]
         assert [row["row"] for row in rows] == list(range((step - 1) * 8, step * 8))
         assert np.mean([row["loss"] for row in rows]) == pytest.approx(head["loss"], rel=1e-4)
         worst = max(rows, key=lambda row: row["loss"])
         place = next(document for document in worst["documents"] if document["id"] == "the poisoned one")
-        assert any(worst["text"].count(piece) for piece in (JUNK[i : i + 3] for i in range(0, 57))), "the text of the junk"
+        assert any(worst["text"].count(piece) for piece in (JUNK[i : i + 3] for i in range(0, 57))), (
+            "the text of the junk"
+        )
         assert sum(document["tokens"] for document in worst["documents"]) == 33 and place["tokens"] > 3
 
 
@@ -96,7 +122,13 @@ def test_stop_keeps_the_state_before_the_spike_and_says_where_to_look(world, ski
     step = skipped[0][0]
     for _ in range(2):  # the same command meets the same spike
         code, said = train(world, "stop")
-        assert code == 2 and "Traceback" not in said and f"step {step} was not applied" in said and "logs/spikes" in said and "--fork" in said, said
+        assert (
+            code == 2
+            and "Traceback" not in said
+            and f"step {step} was not applied" in said
+            and "logs/spikes" in said
+            and "--fork" in said
+        ), said
         (folder,) = (world / "stop/tiny/pretrain").glob("*.partial")
         assert max(path.name for path in (folder / "checkpoints").glob("step-*")) == f"step-{step - 1:06d}"
         assert not (world / "stop/tiny/pretrain/requeue.json").exists()
@@ -114,7 +146,9 @@ def test_rollback_goes_back_and_past_the_rows_and_kills_around_it_change_nothing
     note = next(line for line in lines if "skipped_rows" in line)
     assert note["step"] == back + 1 and note["skipped_rows"][0] == [back * 8, step * 8]
     quiet = lines_of(world, "skip")
-    assert [line["loss"] for line in lines[:back]] == [line["loss"] for line in quiet[:back]] and lines[back]["loss"] != quiet[back]["loss"]
+    assert [line["loss"] for line in lines[:back]] == [line["loss"] for line in quiet[:back]] and lines[back][
+        "loss"
+    ] != quiet[back]["loss"]
     for fault in (f"work:{step - 1}", "rollback:1", "rollback:2", "save:1", "rollback:1"):
         code, text = train(world, "rollback", "pretrain.spikes.rollbacks=9", runs="back", fault=fault)
         assert code in (-9, 0), text
@@ -123,11 +157,16 @@ def test_rollback_goes_back_and_past_the_rows_and_kills_around_it_change_nothing
 
 
 def test_a_branch_of_a_run_that_rolled_back_reads_the_rows_that_its_parent_reads(world, skipped):
-    """From the last checkpoint but one, with the parent's own settings: the same bytes, so the skipped rows came along; its counts are its own."""
+    """From the last checkpoint but one, with the parent's own settings: the same bytes, so the skipped rows came
+    along; its counts are its own."""
     if not (world / "rollback").exists():
         assert train(world, "rollback", "pretrain.spikes.rollbacks=9")[0] == 0
     text = (world / "recipe.yaml").read_text()
-    own = text.partition("  pretrain:\n")[2].replace("tokenizer: ./tokenizer}", "tokenizer: ./tokenizer, model: pretrain}").replace("sigma: 6", "policy: rollback, rollbacks: 9, sigma: 6")
+    own = (
+        text.partition("  pretrain:\n")[2]
+        .replace("tokenizer: ./tokenizer}", "tokenizer: ./tokenizer, model: pretrain}")
+        .replace("sigma: 6", "policy: rollback, rollbacks: 9, sigma: 6")
+    )
     (world / "branch.yaml").write_text(f"{text}  decay:\n    kind: pretrain\n    from_step: {STEPS - STEPS % 5}\n{own}")
     words = ("output=rollback", "pretrain.spikes.policy=rollback", "pretrain.spikes.rollbacks=9")
     succeed("pretrain", "branch.yaml", "--stage", "decay", *words, cwd=world)
@@ -138,11 +177,16 @@ def test_a_branch_of_a_run_that_rolled_back_reads_the_rows_that_its_parent_reads
 
 def test_after_its_number_of_rollbacks_it_stops(world):
     """Everything above a hundredth of a deviation is a spike here."""
-    code, said = train(world, "rollback", "pretrain.spikes={policy: rollback, sigma: 0.01, window: 4, rollbacks: 1, in_a_row: 50}", runs="often")
+    code, said = train(
+        world,
+        "rollback",
+        "pretrain.spikes={policy: rollback, sigma: 0.01, window: 4, rollbacks: 1, in_a_row: 50}",
+        runs="often",
+    )
     assert code == 2 and said.count("back to step") == 1 and "1 rollbacks were made" in said, said
 
 
-# ---- the rows of a step ------------------------------------------------------------------------------------------------------
+# ---- the rows of a step ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -176,7 +220,10 @@ def test_after_any_rollbacks_no_skipped_row_is_read_and_none_is_read_twice(moves
 def test_steps_that_are_not_finite_stop_the_run_when_there_are_too_many_in_a_row():
     state: dict = {}
     guard = Guard(Spikes(in_a_row=3), state)
-    bad, good = {"applied": False, "weight": 5.0, "loss": math.nan, "grad_norm": math.nan}, {"applied": True, "weight": 5.0, "loss": 1.0, "grad_norm": 1.0}
+    bad, good = (
+        {"applied": False, "weight": 5.0, "loss": math.nan, "grad_norm": math.nan},
+        {"applied": True, "weight": 5.0, "loss": 1.0, "grad_norm": 1.0},
+    )
     found = []
     for stats in (bad, bad, good, bad, bad, bad):
         reason = guard.after(stats)

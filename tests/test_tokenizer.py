@@ -1,4 +1,5 @@
-"""Stage tokenizer: every byte is kept, ids are those of sentencepiece and of a slow reference BPE, and a killed run ends in the same files."""
+"""Stage tokenizer: every byte is kept, ids are those of sentencepiece and of a slow reference BPE, and a killed run
+ends in the same files."""
 
 import json
 import random
@@ -12,11 +13,18 @@ from harness import files_of, stage, succeed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-POEMS = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
+POEMS = (
+    "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"
+    "\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
+)
 RARE = "\u9f98"  # stands only in the middle of a line of 60,000 bytes
 VOCAB = 700
-ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\r\t\0\u2585ab的，")), max_size=60)
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+ANY_TEXT = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\r\t\0\u2585ab的，")), max_size=60
+)
+quick = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 
 
 def english(generator: random.Random, words: int) -> str:
@@ -32,8 +40,17 @@ def corpus(folder, documents):
     """documents: split -> [(text, source)], written as stage clean does, three row groups to a file."""
     for split, rows in documents.items():
         (folder / split).mkdir(parents=True)
-        table = pyarrow.table({"text": [text for text, _ in rows], "source": [source for _, source in rows], "id": [f"{split}{i}" for i in range(len(rows))]}, schema=SCHEMA)
-        pyarrow.parquet.write_table(table, folder / split / "part-00000.parquet", row_group_size=-(-max(1, len(rows)) // 3))
+        table = pyarrow.table(
+            {
+                "text": [text for text, _ in rows],
+                "source": [source for _, source in rows],
+                "id": [f"{split}{i}" for i in range(len(rows))],
+            },
+            schema=SCHEMA,
+        )
+        pyarrow.parquet.write_table(
+            table, folder / split / "part-00000.parquet", row_group_size=-(-max(1, len(rows)) // 3)
+        )
 
 
 SCHEMA = pyarrow.schema([("text", pyarrow.string()), ("source", pyarrow.string()), ("id", pyarrow.string())])
@@ -46,14 +63,20 @@ def data(tmp_path_factory):
     lines = POEMS.splitlines(keepends=True)
     train = [(english(generator, 150), "en") for _ in range(60)]
     train += [("".join(generator.choices(lines, k=20)), "zh") for _ in range(60)]
-    train += [("a" * 30_000 + " " + RARE * 400 + " " + "b" * 30_000, "zh"), ("trailing newlines\n\r\n\n", "en"), ("with \u2585 inside and \0 too", "en")]
+    train += [
+        ("a" * 30_000 + " " + RARE * 400 + " " + "b" * 30_000, "zh"),
+        ("trailing newlines\n\r\n\n", "en"),
+        ("with \u2585 inside and \0 too", "en"),
+    ]
     generator.shuffle(train)
     corpus(folder, {"train": train, "heldout": [(english(generator, 100), "en"), (POEMS, "zh")]})
     return folder
 
 
 def recipe(folder, data, **keys):
-    (folder / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"tokenizer": {"inputs": {"data": str(data)}, "vocab_size": VOCAB, **keys}}}))
+    (folder / "r.yaml").write_text(
+        json.dumps({"name": "t", "stages": {"tokenizer": {"inputs": {"data": str(data)}, "vocab_size": VOCAB, **keys}}})
+    )
     return folder / "r.yaml"
 
 
@@ -79,7 +102,10 @@ def test_publishes_a_fast_tokenizer_with_five_distinct_special_ids(trained):
     report = json.loads((trained / "report.json").read_text())
     assert report["round_trip"]["exact"] == report["round_trip"]["texts"] > 0
     form = "tokenizer.model" if report["algorithm"] == "sentencepiece-bpe" else "tokenizer.tiktoken"
-    assert report["ids_equal"][form]["equal"] == report["ids_equal"][form]["texts"] > 0 and report["encoder"] != "tokenizers"
+    assert (
+        report["ids_equal"][form]["equal"] == report["ids_equal"][form]["texts"] > 0
+        and report["encoder"] != "tokenizers"
+    )
     assert set(report["bytes_per_token_by_source"]) == {"en", "zh"} and report["bytes_per_token"] > 1.5
 
 
@@ -91,7 +117,23 @@ def test_any_text_survives_and_becomes_no_special_token(trained):
     sizes = token_bytes(tokenizer)
 
     @quick
-    @given(st.lists(ANY_TEXT | st.sampled_from(["<|im_end|>", "x<|im_start|>system\n", "<unk><|pad|>", "\u2581a \u2581", "<0x0A>", "  " * 40, "\U00020000\u200d\ufeff"]), max_size=4))
+    @given(
+        st.lists(
+            ANY_TEXT
+            | st.sampled_from(
+                [
+                    "<|im_end|>",
+                    "x<|im_start|>system\n",
+                    "<unk><|pad|>",
+                    "\u2581a \u2581",
+                    "<0x0A>",
+                    "  " * 40,
+                    "\U00020000\u200d\ufeff",
+                ]
+            ),
+            max_size=4,
+        )
+    )
     def check(texts):
         for text, ids in zip(texts, encode_text(tokenizer, texts), strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -99,7 +141,9 @@ def test_any_text_survives_and_becomes_no_special_token(trained):
             assert sizes[ids].sum() == len(text.encode())
 
     check()
-    assert tokenizer.encode("a<|im_end|>")[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>"), "marks written by a template still work"
+    assert tokenizer.encode("a<|im_end|>")[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>"), (
+        "marks written by a template still work"
+    )
 
 
 def test_ids_are_those_of_sentencepiece(trained, data):
@@ -113,7 +157,9 @@ def test_ids_are_those_of_sentencepiece(trained, data):
     tokenizer = loaded(trained)
     texts = pyarrow.parquet.read_table(data / "train/part-00000.parquet")["text"].to_pylist()
     assert encode_text(tokenizer, texts) == [pieces.encode(text) for text in texts]
-    assert pieces.encode(RARE * 3) != pieces.encode("\u9f97" * 3) and len(pieces.encode(RARE)) == 1, "the middle of the long line was not learned"
+    assert pieces.encode(RARE * 3) != pieces.encode("\u9f97" * 3) and len(pieces.encode(RARE)) == 1, (
+        "the middle of the long line was not learned"
+    )
     assert "\n\n" in [pieces.id_to_piece(i) for i in range(len(pieces))], "newlines inside a document were not learned"
 
     @quick
@@ -134,7 +180,9 @@ def test_overlapping_pairs_merge_as_in_sentencepiece(tmp_path):
     texts = ["".join(generator.choices("ab ", weights=[5, 5, 1], k=400)) for _ in range(60)]
     model = bpe.train_sentencepiece(texts, 420, True, 1.0, tmp_path / "log")
     pieces, tokenizer = SentencePieceProcessor(model_proto=model), bpe.from_sentencepiece(model)
-    fresh = ["".join(generator.choices("ab ", weights=[5, 5, 1], k=300)) for _ in range(300)] + ["a" * n + "b" + "ab" * n for n in range(60)]
+    fresh = ["".join(generator.choices("ab ", weights=[5, 5, 1], k=300)) for _ in range(300)] + [
+        "a" * n + "b" + "ab" * n for n in range(60)
+    ]
     same = sum(tokenizer.encode(text).ids == pieces.encode(text) for text in fresh)
     assert same == len(fresh), f"{len(fresh) - same} of {len(fresh)} differ"
 
@@ -147,9 +195,14 @@ def test_byte_bpe_ids_are_those_of_a_slow_reference(trained, data):
     if spec["decoder"]["type"] != "ByteLevel":
         pytest.skip("sentencepiece has its own oracle")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in printable)}
+    alphabet = {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in printable)
+    }
     ranks = {tuple(pair): rank for rank, pair in enumerate(spec["model"]["merges"])}
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     assert set(alphabet.values()) <= set(spec["model"]["vocab"]), "all 256 bytes"
 
     def slow(text):
@@ -165,16 +218,29 @@ def test_byte_bpe_ids_are_those_of_a_slow_reference(trained, data):
         return ids
 
     tokenizer = loaded(trained)
-    texts = [text[:500] for text in pyarrow.parquet.read_table(data / "train/part-00000.parquet")["text"].to_pylist()[:40]] + ["it's 12345 　！？\r\n\r\n  x"]
+    texts = [
+        text[:500] for text in pyarrow.parquet.read_table(data / "train/part-00000.parquet")["text"].to_pylist()[:40]
+    ] + ["it's 12345 　！？\r\n\r\n  x"]
     assert encode_text(tokenizer, texts) == [slow(text) for text in texts]
 
 
 def test_the_chat_template_marks_answers_and_their_end(trained):
     tokenizer = loaded(trained)
-    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi "}, {"role": "assistant", "content": " yo\n"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]
-    text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi <|im_end|>\n<|im_start|>assistant\n yo\n<|im_end|>\n<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    talk = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "hi "},
+        {"role": "assistant", "content": " yo\n"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": ""},
+    ]
+    text = (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi <|im_end|>\n<|im_start|>assistant\n"
+        " yo\n<|im_end|>\n<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    )
     assert tokenizer.apply_chat_template(talk, tokenize=False) == text
-    assert tokenizer.apply_chat_template(talk[:2], tokenize=False, add_generation_prompt=True) == text[: text.index(" yo")]
+    assert (
+        tokenizer.apply_chat_template(talk[:2], tokenize=False, add_generation_prompt=True) == text[: text.index(" yo")]
+    )
     got = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
     trained_ids = [token for token, mark in zip(got["input_ids"], got["assistant_masks"], strict=True) if mark]
     assert tokenizer.decode(trained_ids) == " yo\n<|im_end|><|im_end|>"
@@ -189,7 +255,8 @@ def test_the_folder_loads_alike_beside_a_model_config(trained, tmp_path):
     for family in ("llama", "mistral", "qwen3", "gpt2"):
         (tmp_path / "model/config.json").write_text(json.dumps({"model_type": family}))
         assert encode_text(loaded(tmp_path / "model"), texts) == wanted, family
-    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "qwen2"}))  # AutoTokenizer forces another class here
+    # AutoTokenizer forces another class here
+    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "qwen2"}))
     assert encode_text(load_tokenizer(tmp_path / "model"), texts) == wanted
 
 
@@ -235,7 +302,9 @@ def test_the_sample_is_bounded_and_even(data, tmp_path):
 
 
 @quick
-@given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(0, 10**9), max_size=6), st.integers(0, 10**9))
+@given(
+    st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(0, 10**9), max_size=6), st.integers(0, 10**9)
+)
 def test_shares_fill_the_limit_and_no_more(available, limit):
     from pipeline.data.sample import shares
 
@@ -257,14 +326,16 @@ def test_sentences_keep_every_character_but_the_reserved_one(texts):
     assert set(lost) <= {"\u2585", "\n", "\r"} and not any(text.endswith(("\n", "\r")) for text in got)
 
 
-# ---- unigram, policies, balance --------------------------------------------------------------------------------------------
+# ---- unigram, policies, balance --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     generator = random.Random(3)
     folder = tmp_path_factory.mktemp("small") / "data"
-    train = [(english(generator, 120), "en") for _ in range(40)] + [("".join(generator.choices(POEMS.splitlines(keepends=True), k=20)), "zh") for _ in range(20)]
+    train = [(english(generator, 120), "en") for _ in range(40)] + [
+        ("".join(generator.choices(POEMS.splitlines(keepends=True), k=20)), "zh") for _ in range(20)
+    ]
     corpus(folder, {"train": train, "heldout": [(english(generator, 100), "en"), (POEMS, "zh")]})
     return folder
 
@@ -277,13 +348,18 @@ def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path)
     succeed("tokenizer", recipe(tmp_path, small, algorithm="sentencepiece-unigram", vocab_size=450), cwd=tmp_path)
     folder = tmp_path / "runs/t/tokenizer/current"
     report = json.loads((folder / "report.json").read_text())
-    assert report["round_trip"]["exact"] == report["round_trip"]["texts"] and report["ids_equal"]["tokenizer.model"]["texts"] > 60
+    assert (
+        report["round_trip"]["exact"] == report["round_trip"]["texts"]
+        and report["ids_equal"]["tokenizer.model"]["texts"] > 60
+    )
     tokenizer, pieces = loaded(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
     texts += ["<|im_end|><0x0A> <unk>", "\U00020000 \0\r\n"]
     got = encode_text(tokenizer, texts)
     assert got == [pieces.encode(text) for text in texts]
-    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in got] == texts and not set(tokenizer.all_special_ids) & {token for ids in got for token in ids}
+    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in got] == texts and not set(
+        tokenizer.all_special_ids
+    ) & {token for ids in got for token in ids}
 
 
 @pytest.mark.parametrize("algorithm", ["sentencepiece-bpe", "byte-bpe"])
@@ -300,30 +376,56 @@ def test_special_and_reserved_tokens_and_the_white_space_policy(algorithm, small
     [raw] = encode_text(tokenizer, ["<|tool|><|reserved_0|>"])
     assert not set(raw) & set(tokenizer.all_special_ids) and tokenizer.decode(raw) == "<|tool|><|reserved_0|>"
     text = {index: tokenizer.decode([index]) for index in range(480) if index not in tokenizer.all_special_ids}
-    assert not [piece for piece in text.values() if len(piece) > 1 and not piece.strip(" " if algorithm == "sentencepiece-bpe" else None)], "a run of white space became a token"
-    code, said = stage("tokenizer", recipe(tmp_path, small, special_tokens=["<|eos|>"], vocab_size=480), "--restart", cwd=tmp_path)
+    assert not [
+        piece
+        for piece in text.values()
+        if len(piece) > 1 and not piece.strip(" " if algorithm == "sentencepiece-bpe" else None)
+    ], "a run of white space became a token"
+    code, said = stage(
+        "tokenizer", recipe(tmp_path, small, special_tokens=["<|eos|>"], vocab_size=480), "--restart", cwd=tmp_path
+    )
     assert code == 2 and "special_tokens" in said
 
 
 def test_languages_are_balanced_by_temperature(tmp_path):
-    """Three languages' worth of text in two sources; the share of a language of n bytes is as n ** (1 / T), and inside it as the sources have it."""
+    """Three languages' worth of text in two sources; the share of a language of n bytes is as n ** (1 / T), and
+    inside it as the sources have it."""
     zh = "今天的天气很好，我们一起去公园散步吧。" * 4
     en = "The weather is fine today and we are going for a walk in the park. " * 4
-    rows = [(en + str(i), "web") for i in range(160)] + [(zh + str(i), "web") for i in range(10)] + [(zh + str(i), "books") for i in range(10)]
+    rows = (
+        [(en + str(i), "web") for i in range(160)]
+        + [(zh + str(i), "web") for i in range(10)]
+        + [(zh + str(i), "books") for i in range(10)]
+    )
     corpus(tmp_path / "data", {"train": rows, "heldout": []})
-    size = {code: sum(len(text.encode()) for text, _ in rows if text.startswith(begin)) for code, begin in (("en", "The"), ("zh", "今"))}
+    size = {
+        code: sum(len(text.encode()) for text, _ in rows if text.startswith(begin))
+        for code, begin in (("en", "The"), ("zh", "今"))
+    }
     for temperature in (1, 2, None):
         folder = tmp_path / str(temperature)
         folder.mkdir()
         keys = {} if temperature is None else {"temperature": temperature}
-        succeed("tokenizer", recipe(folder, tmp_path / "data", balance=["language"], sample_bytes=6000, vocab_size=300, algorithm="byte-bpe", **keys), cwd=folder)
+        succeed(
+            "tokenizer",
+            recipe(
+                folder,
+                tmp_path / "data",
+                balance=["language"],
+                sample_bytes=6000,
+                vocab_size=300,
+                algorithm="byte-bpe",
+                **keys,
+            ),
+            cwd=folder,
+        )
         report = json.loads((folder / "runs/t/tokenizer/current/report.json").read_text())
         weight = {code: number ** (1 / temperature if temperature else 0) for code, number in size.items()}
         for code, share in report["sample_bytes_by_language"].items():
             assert abs(share / 6000 - weight[code] / sum(weight.values())) < 0.01, (temperature, report)
 
 
-# ---- adopting --------------------------------------------------------------------------------------------------------------
+# ---- adopting --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session", params=["sentencepiece-bpe", "byte-bpe"])
@@ -335,25 +437,39 @@ def plain(request, small, tmp_path_factory):
 
 def adopted(folder, data, path, **keys):
     folder.mkdir()
-    (folder / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"tokenizer": {"inputs": {"data": str(data)}, "adopt": str(path), **keys}}}))
+    (folder / "r.yaml").write_text(
+        json.dumps({"name": "t", "stages": {"tokenizer": {"inputs": {"data": str(data)}, "adopt": str(path), **keys}}})
+    )
     return stage("tokenizer", folder / "r.yaml", cwd=folder), folder / "runs/t/tokenizer/current"
 
 
 def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plain, small, tmp_path):
     from pipeline.data.tokens import encode_text
 
-    texts = ["the  ther 1984\n\n床前明月光 it's", *(row for row in pyarrow.parquet.read_table(small / "heldout/part-00000.parquet")["text"].to_pylist())]
+    texts = [
+        "the  ther 1984\n\n床前明月光 it's",
+        *(row for row in pyarrow.parquet.read_table(small / "heldout/part-00000.parquet")["text"].to_pylist()),
+    ]
     wanted = encode_text(loaded(plain), texts)
-    (result, folder) = adopted(tmp_path / "folder", small, plain)
+    result, folder = adopted(tmp_path / "folder", small, plain)
     assert result[0] == 0, result[1]
     assert encode_text(loaded(folder), texts) == wanted and loaded(folder).get_vocab() == loaded(plain).get_vocab()
     file = next(path for name in ("tokenizer.model", "tokenizer.tiktoken") if (path := plain / name).exists())
-    pattern = json.loads((plain / "tokenizer.json").read_text())["pre_tokenizer"].get("pretokenizers", [{}])[0].get("pattern", {}).get("Regex")
-    (result, folder) = adopted(tmp_path / "file", small, file, **({"pattern": pattern} if file.suffix == ".tiktoken" else {}))
+    pattern = (
+        json.loads((plain / "tokenizer.json").read_text())["pre_tokenizer"]
+        .get("pretokenizers", [{}])[0]
+        .get("pattern", {})
+        .get("Regex")
+    )
+    result, folder = adopted(
+        tmp_path / "file", small, file, **({"pattern": pattern} if file.suffix == ".tiktoken" else {})
+    )
     assert result[0] == 0, result[1]
     assert encode_text(loaded(folder), texts) == wanted
     tokenizer = loaded(folder)
-    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3 and tokenizer.chat_template
+    assert (
+        len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3 and tokenizer.chat_template
+    )
     report = json.loads((folder / "report.json").read_text())
     assert report["round_trip"]["exact"] == report["round_trip"]["texts"]
 
@@ -374,16 +490,22 @@ def test_folders_whose_files_disagree_are_refused(plain, small, tmp_path):
 
     assert "does not know" in broken("eos", lambda folder: config(folder, eos_token="<|nothing|>"))
     assert "makes its special token 'e' of the text" in broken("ordinary", lambda folder: config(folder, eos_token="e"))
-    assert "gives its model 10 tokens" in broken("size", lambda folder: (folder / "config.json").write_text('{"vocab_size": 10}'))
+    assert "gives its model 10 tokens" in broken(
+        "size", lambda folder: (folder / "config.json").write_text('{"vocab_size": 10}')
+    )
     assert "cannot be read" in broken("json", lambda folder: (folder / "tokenizer.json").write_text("{"))
     if (plain / "tokenizer.tiktoken").exists():
         lines = (plain / "tokenizer.tiktoken").read_text().splitlines()
-        assert "do not hold the same tokens" in broken("ranks", lambda folder: (folder / "tokenizer.tiktoken").write_text("\n".join(lines[:-1])))
+        assert "do not hold the same tokens" in broken(
+            "ranks", lambda folder: (folder / "tokenizer.tiktoken").write_text("\n".join(lines[:-1]))
+        )
         (tmp_path / "short.tiktoken").write_text("\n".join(lines[1:]))
         (code, said), _ = adopted(tmp_path / "short", small, tmp_path / "short.tiktoken")
         assert code == 2 and "no token for byte" in said
     else:
-        assert "in tokenizer.model" in broken("model", lambda folder: (folder / "tokenizer.model").write_bytes(_other_model(folder)))
+        assert "in tokenizer.model" in broken(
+            "model", lambda folder: (folder / "tokenizer.model").write_bytes(_other_model(folder))
+        )
     (code, said), _ = adopted(tmp_path / "none", small, tmp_path / "nowhere")
     assert code == 2 and "no tokenizer" in said
 
@@ -402,8 +524,15 @@ def test_a_lossy_sentencepiece_model_is_refused(small, tmp_path):
     import sentencepiece
 
     made = io.BytesIO()
-    lines = [line for text in pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist() for line in text.splitlines()]
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=made, vocab_size=200, model_type="bpe", minloglevel=2)  # the defaults: NFKC, spaces joined, no bytes
+    lines = [
+        line
+        for text in pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
+        for line in text.splitlines()
+    ]
+    # the defaults: NFKC, spaces joined, no bytes
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=made, vocab_size=200, model_type="bpe", minloglevel=2
+    )
     (tmp_path / "default.model").write_bytes(made.getvalue())
     (code, said), _ = adopted(tmp_path / "run", small, tmp_path / "default.model")
     assert code == 2 and "normalisation nmt_nfkc" in said, said
@@ -416,23 +545,38 @@ def test_the_report_of_inspect(plain, small, monkeypatch):
 
     folder = plain.parents[3]
     monkeypatch.chdir(folder)
-    result = CliRunner().invoke(app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", "", "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", "", "--json"], catch_exceptions=False
+    )
     found = json.loads(result.stdout)
     tokenizer = loaded(plain)
-    texts = {split: pyarrow.parquet.read_table(small / split / "part-00000.parquet").to_pylist() for split in ("train", "heldout")}
+    texts = {
+        split: pyarrow.parquet.read_table(small / split / "part-00000.parquet").to_pylist()
+        for split in ("train", "heldout")
+    }
     assert found["round_trip"] == {"texts": sum(map(len, texts.values())), "exact": sum(map(len, texts.values()))}
     for source, row in found["by_source"].items():
         chosen = [entry["text"] for entry in texts["heldout"] if entry["source"] == source]
         count = sum(len(tokenizer.encode(text)) for text in chosen)
-        assert row["bytes_per_token"] == round(sum(len(text.encode()) for text in chosen) / count, 4) and row["characters_per_token"] == round(sum(map(len, chosen)) / count, 4)
+        assert row["bytes_per_token"] == round(sum(len(text.encode()) for text in chosen) / count, 4) and row[
+            "characters_per_token"
+        ] == round(sum(map(len, chosen)) / count, 4)
     seen = {token for rows in texts.values() for entry in rows for token in tokenizer.encode(entry["text"])}
     assert found["unused"]["tokens"] == found["unused"]["of"] - len(seen)
     curve = [row["bytes_per_token"] for row in found["curve"]]
     assert curve == sorted(curve)
-    total = [sum(len(entry["text"].encode()) for entry in texts["heldout"]), sum(len(tokenizer.encode(entry["text"])) for entry in texts["heldout"])]
+    total = [
+        sum(len(entry["text"].encode()) for entry in texts["heldout"]),
+        sum(len(tokenizer.encode(entry["text"])) for entry in texts["heldout"]),
+    ]
     assert curve[-1] == round(total[0] / total[1], 4), "the whole vocabulary is the last point"
     assert len(found["splits"]["1234567890"]) == 10, "digits are split one by one"
-    assert "round trip" in CliRunner().invoke(app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", ""], catch_exceptions=False).stdout
+    assert (
+        "round trip"
+        in CliRunner()
+        .invoke(app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", ""], catch_exceptions=False)
+        .stdout
+    )
 
 
 def test_a_tiktoken_file_with_an_unused_id_is_refused_before_an_added_token_takes_another_ones(tmp_path):
@@ -460,7 +604,8 @@ def test_a_byte_level_folder_without_eos_and_one_whose_config_is_no_object_are_r
 
 
 def test_pairs_of_a_very_long_token_are_found_at_once():
-    """Junk of equal letters gives tokens of tens of thousands of bytes; a file with one of 49,152 bytes was not read in nine minutes when each join looked at all neighbours."""
+    """Junk of equal letters gives tokens of tens of thousands of bytes; a file with one of 49,152 bytes was not read
+    in nine minutes when each join looked at all neighbours."""
     from pipeline.data.bytelevel import merges_of
 
     powers = [b"a" * 2**power for power in range(17)]

@@ -18,7 +18,15 @@ def test_wandb_is_offline_without_a_key_and_no_content(tmp_path):
     keyless = {"WANDB_API_KEY": "", "HOME": str(tmp_path)}
     succeed("pretrain", "recipe.yaml", "pretrain.steps=3", cwd=tmp_path)
     plain = files_of(tmp_path / "runs/tiny/pretrain/current")
-    succeed("pretrain", "recipe.yaml", "pretrain.steps=3", "pretrain.log.wandb=here", "output=logged", cwd=tmp_path, env=keyless)
+    succeed(
+        "pretrain",
+        "recipe.yaml",
+        "pretrain.steps=3",
+        "pretrain.log.wandb=here",
+        "output=logged",
+        cwd=tmp_path,
+        env=keyless,
+    )
     folder = tmp_path / "logged/tiny/pretrain/current"
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert files_of(folder) == plain
@@ -52,12 +60,19 @@ with tracking.Progress("stage", 1000, "tok") as bar:
 def test_progress_is_plain_lines_in_a_log():
     lines = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True).stdout.splitlines()
     assert len(lines) == 4 and "\x1b" not in "".join(lines)
-    assert lines[1].startswith("stage: 50% (500 of 1k tok), ") and "tok/s" in lines[1] and "0m00s left" in lines[1] and lines[1].endswith("loss 2.5")
+    assert (
+        lines[1].startswith("stage: 50% (500 of 1k tok), ")
+        and "tok/s" in lines[1]
+        and "0m00s left" in lines[1]
+        and lines[1].endswith("loss 2.5")
+    )
 
 
 def test_progress_is_a_bar_on_a_terminal():
     main, terminal = pty.openpty()
-    subprocess.run([sys.executable, "-c", PROGRAM], stdout=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM], stdout=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    )
     os.close(terminal)
     shown = os.read(main, 65536).decode()
     os.close(main)

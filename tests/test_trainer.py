@@ -1,4 +1,5 @@
-"""The byte-level trainer: words are those of the regular expression, merges are those of a slow reference and of `tokenizers`."""
+"""The byte-level trainer: words are those of the regular expression, merges are those of a slow reference and of
+`tokenizers`."""
 
 import random
 from collections import Counter
@@ -11,15 +12,56 @@ from hypothesis import strategies as st
 
 from pipeline.data.presplit import classes, count, pattern
 
-SIGNS = [" ", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x85", "'", "'s", "'S", "'\u017f", "'re", "'VE", "'ll", "'lL", "'t", "1", "12", "3456", "\u0663", "a", "bc", "é", "é", "床前", "。", "，", "!", "\"", "(", "\0", "\u0301", "\U00020000"]
-TEXT = st.lists(st.one_of(st.sampled_from(SIGNS), st.text(max_size=4).map(lambda text: text.encode("utf-8", "ignore").decode())), max_size=25).map("".join)
+SIGNS = [
+    " ",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\u3000",
+    "\x85",
+    "'",
+    "'s",
+    "'S",
+    "'\u017f",
+    "'re",
+    "'VE",
+    "'ll",
+    "'lL",
+    "'t",
+    "1",
+    "12",
+    "3456",
+    "\u0663",
+    "a",
+    "bc",
+    "é",
+    "é",
+    "床前",
+    "。",
+    "，",
+    "!",
+    '"',
+    "(",
+    "\0",
+    "\u0301",
+    "\U00020000",
+]
+TEXT = st.lists(
+    st.one_of(st.sampled_from(SIGNS), st.text(max_size=4).map(lambda text: text.encode("utf-8", "ignore").decode())),
+    max_size=25,
+).map("".join)
 POLICIES = [(True, True), (False, True), (True, False)]  # split_digits, merge_whitespace
-thorough = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+thorough = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 
 
 @pytest.fixture(scope="module")
 def engines():
-    """The expression itself, with the classes that the encoders' engines know (Python's regex follows a newer Unicode)."""
+    """The expression itself, with the classes that the encoders' engines know (Python's regex follows a newer
+    Unicode)."""
     from tokenizers import Regex, pre_tokenizers
 
     return {policy: pre_tokenizers.Split(Regex(pattern(*policy)), "isolated") for policy in POLICIES}
@@ -30,10 +72,16 @@ def test_words_are_those_of_the_expression(engines, policy):
     def check(texts):
         words, counts = count(texts, *policy)
         wanted = Counter(word for text in texts for word, _ in engines[policy].pre_tokenize_str(text))
-        assert dict(zip(words.to_pylist(), counts.tolist(), strict=True)) == {word.encode(): number for word, number in wanted.items()}
-        assert sum(len(word) * number for word, number in zip(words.to_pylist(), counts.tolist(), strict=True)) == sum(len(text.encode()) for text in texts), "a byte was skipped"
+        assert dict(zip(words.to_pylist(), counts.tolist(), strict=True)) == {
+            word.encode(): number for word, number in wanted.items()
+        }
+        assert sum(len(word) * number for word, number in zip(words.to_pylist(), counts.tolist(), strict=True)) == sum(
+            len(text.encode()) for text in texts
+        ), "a byte was skipped"
 
-    checked = example(["'s", "'re", "a\n", "!\n \n x", "! \n\n\t\ta", "''s x's 1's", "", "\0", " \0 ", "12345 '", "'"])(check)
+    checked = example(["'s", "'re", "a\n", "!\n \n x", "! \n\n\t\ta", "''s x's 1's", "", "\0", " \0 ", "12345 '", "'"])(
+        check
+    )
     thorough(given(st.lists(TEXT, min_size=1, max_size=4))(checked))()
     generator = random.Random(0)
     for _ in range(20):
@@ -41,10 +89,15 @@ def test_words_are_those_of_the_expression(engines, policy):
 
 
 def test_classes_are_unicodes():
-    """Against Python's own tables, which follow another version: so only characters of an older Unicode are compared."""
+    """Against Python's own tables, which follow another version: so only characters of an older Unicode are
+    compared."""
     import unicodedata
 
-    old = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000 and unicodedata.ucd_3_2_0.category(chr(point)) != "Cn"]
+    old = [
+        point
+        for point in range(0x110000)
+        if not 0xD800 <= point < 0xE000 and unicodedata.ucd_3_2_0.category(chr(point)) != "Cn"
+    ]
     kinds = classes()[old]
     text = "".join(map(chr, old))
     for kind, expression in ((1, r"\p{L}"), (2, r"\p{N}")):
@@ -114,10 +167,21 @@ def test_merges_are_those_of_tokenizers():
 
     texts = corpus(5) + corpus(6)
     peer = Tokenizer(models.BPE())
-    peer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern(False)), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    peer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    peer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern(False)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    peer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
     bytes_of = alphabet()
-    wanted = [bytes(map(bytes_of.__getitem__, token)) for token, _ in sorted(peer.get_vocab().items(), key=lambda item: item[1])]
+    wanted = [
+        bytes(map(bytes_of.__getitem__, token))
+        for token, _ in sorted(peer.get_vocab().items(), key=lambda item: item[1])
+    ]
     assert train(*count(texts, False), 700)[0] == wanted
 
 

@@ -1,4 +1,5 @@
-"""SFT, reward and DPO against TRL's trainers: on the same rows and weights, equal loss and equal gradients. One file, for TRL takes seconds to import."""
+"""SFT, reward and DPO against TRL's trainers: on the same rows and weights, equal loss and equal gradients. One
+file, for TRL takes seconds to import."""
 
 import copy
 
@@ -33,14 +34,26 @@ def conversations() -> list[list[dict]]:
     for index, row in enumerate(tuned.rows()[:9]):
         turns = [{"role": "system", "content": "很短"}] if index % 3 == 0 else []
         for _ in range(1 + index % 2):
-            turns += [{"role": "user", "content": f"What is a {row['words']} {row['noun']}?"}, {"role": "assistant", "content": f"A {row['kind']}." * (1 + index % 4)}]
+            turns += [
+                {"role": "user", "content": f"What is a {row['words']} {row['noun']}?"},
+                {"role": "assistant", "content": f"A {row['kind']}." * (1 + index % 4)},
+            ]
         found.append(turns)
     return found
 
 
 def pairs(chat):
     rows = [
-        Pair(str(i), "s", "", [{"role": "user", "content": f"{row['words']} {row['noun']}"}], row["kind"] * (1 + i % 3), row["wrong"], "", margin=0.1 * i)
+        Pair(
+            str(i),
+            "s",
+            "",
+            [{"role": "user", "content": f"{row['words']} {row['noun']}"}],
+            row["kind"] * (1 + i % 3),
+            row["wrong"],
+            "",
+            margin=0.1 * i,
+        )
         for i, row in enumerate(tuned.rows()[:6])
     ]
     ledger = Ledger()
@@ -83,11 +96,14 @@ def compare(model, loss, trainer_model, trainer_loss):
     assert set(ours) == set(theirs) and ours
     for name, gradient in ours.items():
         assert float(gradient.abs().max()) > 0 or "norm" in name, name
-        torch.testing.assert_close(gradient, theirs[name], atol=TOLERANCE, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, theirs[name], atol=TOLERANCE, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_sft(tiny, tmp_path):
-    """Packed rows of ours against TRL's padded ones: the same answers' tokens, none of them seeing another conversation."""
+    """Packed rows of ours against TRL's padded ones: the same answers' tokens, none of them seeing another
+    conversation."""
     from datasets import Dataset
     from trl import SFTTrainer
 
@@ -98,17 +114,30 @@ def test_sft(tiny, tmp_path):
     folder, tokenizer, chat = tiny
     theirs = build.load(folder)
     data = Dataset.from_list([{"messages": messages} for messages in conversations()])
-    trainer = SFTTrainer(theirs, args=options(tmp_path, "SFTConfig", assistant_only_loss=True), train_dataset=data, processing_class=tokenizer)
+    trainer = SFTTrainer(
+        theirs,
+        args=options(tmp_path, "SFTConfig", assistant_only_loss=True),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
     inputs = batch_of(trainer)
 
     encoded = chat.encode(conversations())
-    split = {"ids": Ragged.of([row.ids for row in encoded], np.int32), "trained": Ragged.of([row.trained for row in encoded], np.bool_)}
+    split = {
+        "ids": Ragged.of([row.ids for row in encoded], np.int32),
+        "trained": Ragged.of([row.trained for row in encoded], np.bool_),
+    }
     rows = best_fit(split["ids"].lengths, 96, np.arange(len(encoded)))
     assert len(rows) < len(encoded) and sorted(index for row in rows for index in row) == list(range(len(encoded)))
     ours = build.load(folder)
     made = batch(split, rows, tokenizer.pad_token_id)
     assert made["weight"] == float((inputs["labels"][:, 1:] != -100).sum())
-    compare(ours, cross_entropy_sum(ours(**made["inputs"]).logits, made["labels"]) / made["weight"], theirs, trainer.compute_loss(theirs, inputs))
+    compare(
+        ours,
+        cross_entropy_sum(ours(**made["inputs"]).logits, made["labels"]) / made["weight"],
+        theirs,
+        trainer.compute_loss(theirs, inputs),
+    )
 
 
 @pytest.mark.parametrize("centering", [0.0, 0.01])
@@ -123,11 +152,20 @@ def test_reward(tiny, tmp_path, centering):
     theirs = copy.deepcopy(ours)
     data = Dataset.from_list(
         [
-            {"chosen_ids": arrays["train.chosen"][i].tolist(), "rejected_ids": arrays["train.rejected"][i].tolist(), "margin": float(arrays["train.margin"][i])}
+            {
+                "chosen_ids": arrays["train.chosen"][i].tolist(),
+                "rejected_ids": arrays["train.rejected"][i].tolist(),
+                "margin": float(arrays["train.margin"][i]),
+            }
             for i in range(6)
         ]
     )
-    trainer = RewardTrainer(theirs, args=options(tmp_path, "RewardConfig", center_rewards_coefficient=centering or None), train_dataset=data, processing_class=tokenizer)
+    trainer = RewardTrainer(
+        theirs,
+        args=options(tmp_path, "RewardConfig", center_rewards_coefficient=centering or None),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
     batch = pair_batch(arrays, "train", range(6), tokenizer.pad_token_id)
     loss, metrics = bradley_terry(ours(**batch["inputs"]).logits.squeeze(-1), batch["margin"], centering)
     compare(ours, loss / 6, theirs, trainer.compute_loss(theirs, batch_of(trainer)))
@@ -156,26 +194,46 @@ def test_dpo(tiny, tmp_path):
         for i in range(6)
     ]
     theirs.train()
-    words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])  # the trainer wants a data set of texts; its collator gets our rows
-    trainer = DPOTrainer(theirs, ref_model=copy.deepcopy(reference), args=options(tmp_path, "DPOConfig", beta=0.3), train_dataset=words, processing_class=tokenizer)
+    # the trainer wants a data set of texts; its collator gets our rows
+    words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trainer = DPOTrainer(
+        theirs,
+        ref_model=copy.deepcopy(reference),
+        args=options(tmp_path, "DPOConfig", beta=0.3),
+        train_dataset=words,
+        processing_class=tokenizer,
+    )
     batch = pair_batch(arrays, "train", range(6), tokenizer.pad_token_id)
     with torch.no_grad():
         frozen = token_logprobs(reference(**batch["inputs"]).logits, batch["labels"]).sum(-1)
     loss, metrics = dpo(token_logprobs(ours(**batch["inputs"]).logits, batch["labels"]).sum(-1), frozen, beta=0.3)
     compare(ours, loss / 6, theirs, trainer.compute_loss(theirs, trainer.data_collator(examples)))
-    for key, name in (("rewards/margins", "margin"), ("rewards/chosen", "reward_chosen"), ("logps/rejected", "logp_rejected"), ("rewards/accuracies", "accuracy")):
+    for key, name in (
+        ("rewards/margins", "margin"),
+        ("rewards/chosen", "reward_chosen"),
+        ("logps/rejected", "logp_rejected"),
+        ("rewards/accuracies", "accuracy"),
+    ):
         assert abs(float(metrics[name]) / 6 - trainer._metrics["train"][key][-1]) < 1e-4, key
 
 
 def test_our_rows_are_trls(tiny, tmp_path):
-    """TRL's own tokenisation of a pair, up to the end of the turn (it also counts the newline after it, which no model is asked for)."""
+    """TRL's own tokenisation of a pair, up to the end of the turn (it also counts the newline after it, which no
+    model is asked for)."""
     from datasets import Dataset
     from trl import DPOTrainer
 
     folder, tokenizer, chat = tiny
-    rows = [{"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [{"role": "assistant", "content": "no 不"}]} for turns in conversations()]
+    rows = [
+        {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [{"role": "assistant", "content": "no 不"}]}
+        for turns in conversations()
+    ]
     trainer = DPOTrainer(
-        build.load(folder), ref_model=build.load(folder), args=options(tmp_path, "DPOConfig"), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        build.load(folder),
+        ref_model=build.load(folder),
+        args=options(tmp_path, "DPOConfig"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
     )
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     for row, theirs in zip(rows, trainer.train_dataset, strict=True):

@@ -19,7 +19,12 @@ def alma(monkeypatch, folder: Path, *words) -> int:
     """Exit code of the command, run in this process."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["alma", *(str(word) for word in words)])
-    for key, value in {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(TESTS)}.items():
+    for key, value in {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(TESTS),
+    }.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -31,24 +36,38 @@ def report(folder: Path, what: str) -> dict:
 
 
 def test_all_layouts_agree(tmp_path, monkeypatch, capsys):
-    """Without any stage run. Every layout is there, no number differs by more than 1e-5, and the folder is left clean."""
+    """Without any stage run. Every layout is there, no number differs by more than 1e-5, and the folder is left
+    clean."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 0, capsys.readouterr().out
     said, found = capsys.readouterr().out, report(tmp_path, "parallel")
     assert "synthetic" in said and "all layouts agree" in said
-    assert {(row["layout"], row["precision"]) for row in found["layouts"]} == {(name, precision) for name, *_ in parallel.LAYOUTS for precision in ("fp32",)}
+    assert {(row["layout"], row["precision"]) for row in found["layouts"]} == {
+        (name, precision) for name, *_ in parallel.LAYOUTS for precision in ("fp32",)
+    }
     for trial in found["trials"]:
-        assert len(trial["steps"]) == 12 and trial["steps"][0]["loss"] > trial["steps"][9]["loss"] + 0.1, "it learns, so that weights matter"
+        assert len(trial["steps"]) == 12 and trial["steps"][0]["loss"] > trial["steps"][9]["loss"] + 0.1, (
+            "it learns, so that weights matter"
+        )
         assert [step["applied"] for step in trial["steps"]] == [True] * 10 + [False, True]
     assert sum(row["passed"] for row in found["layouts"]) == len(parallel.LAYOUTS)
     assert [path.name for path in (tmp_path / "runs" / "tiny" / "verify").iterdir()] == ["parallel.json"]
 
 
 def test_faults_are_found(tmp_path, monkeypatch, capsys):
-    """Four layouts, each with a fault of its own (mutant_worker.py): all four fail, for their own reason, and the command ends with 1."""
+    """Four layouts, each with a fault of its own (mutant_worker.py): all four fail, for their own reason, and the
+    command ends with 1."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(parallel, "WORKER", "mutant_worker")
-    monkeypatch.setattr(parallel, "LAYOUTS", [layout for layout in parallel.LAYOUTS if layout[0] in ("one process", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "pipeline of 2")])
+    monkeypatch.setattr(
+        parallel,
+        "LAYOUTS",
+        [
+            layout
+            for layout in parallel.LAYOUTS
+            if layout[0] in ("one process", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "pipeline of 2")
+        ],
+    )
     monkeypatch.setattr(parallel, "STEPS", 5)
     assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 1, capsys.readouterr().out
     rows = {row["layout"]: row for row in report(tmp_path, "parallel")["layouts"]}
@@ -56,14 +75,20 @@ def test_faults_are_found(tmp_path, monkeypatch, capsys):
     assert rows["DDP"]["grad_norm"] == pytest.approx(0.5, abs=0.1) and not rows["DDP"]["passed"]
     assert rows["ZeRO-1"]["loss"] > 1e-5 and not rows["ZeRO-1"]["passed"]
     assert rows["ZeRO-2"]["loss"] > 1e-3 and not rows["ZeRO-2"]["passed"]
-    assert not rows["pipeline of 2"]["nan_kept_out"] and not rows["pipeline of 2"]["passed"] and rows["pipeline of 2"]["loss"] > 1
+    assert (
+        not rows["pipeline of 2"]["nan_kept_out"]
+        and not rows["pipeline of 2"]["passed"]
+        and rows["pipeline of 2"]["loss"] > 1
+    )
     assert "LAYOUTS DIFFER" in capsys.readouterr().out
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
     """SIGKILL inside a save and after a step, on one layout: rows, losses, gradient norms and weights to the bit."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
-    assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout", "--seed", "3") == 0, capsys.readouterr().out
+    assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout", "--seed", "3") == 0, (
+        capsys.readouterr().out
+    )
     (row,) = report(tmp_path, "resume")["runs"]
     assert row["passed"] and row["rows"] and row["weights"] and row["loss"] == row["grad_norm"] == 0.0
     assert sorted(kill.partition(":")[0] for kill in report(tmp_path, "resume")["kills"]) == ["save", "work"]
@@ -71,7 +96,8 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_forgets_its_moments_is_found(tmp_path, monkeypatch, capsys):
-    """A fault in loading (mutant_pretrain.py): Adam's moments are zero after a resume. The rows are right, the rest is not, and the command ends with 1."""
+    """A fault in loading (mutant_pretrain.py): Adam's moments are zero after a resume. The rows are right, the rest
+    is not, and the command ends with 1."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(resume, "SCRIPT", TESTS / "mutant_pretrain.py")
     monkeypatch.setattr(resume, "kills", lambda seed: ["work:5", "work:5"])
@@ -85,16 +111,27 @@ def test_a_run_that_forgets_its_moments_is_found(tmp_path, monkeypatch, capsys):
 def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys):
     """As the README says, from layout to layout too, without any stage run; bf16 beside fp32."""
     recipe = TESTS.parent / "recipes" / "quickstart.yaml"
-    assert alma(monkeypatch, tmp_path, "verify", "parallel", recipe, "pretrain.precision=bf16") == 0, capsys.readouterr().out
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", recipe, "pretrain.precision=bf16") == 0, (
+        capsys.readouterr().out
+    )
     assert alma(monkeypatch, tmp_path, "verify", "resume", recipe) == 0, capsys.readouterr().out
     assert capsys.readouterr().out.count("passed") == 2
 
 
 @pytest.mark.slow
 def test_a_family_without_a_pipeline_is_refused_there_and_passes_elsewhere(tmp_path, monkeypatch, capsys):
-    assert alma(monkeypatch, tmp_path, "verify", "parallel", TESTS.parent / "recipes" / "gemma-2b.yaml") == 0, capsys.readouterr().out
-    rows = {row["layout"]: row for row in json.loads(next((tmp_path / "runs").glob("*/verify/parallel.json")).read_text())["layouts"]}
-    assert rows["pipeline of 2"]["passed"] is None and "gemma" in rows["pipeline of 2"]["reason"] and rows["ZeRO-3"]["passed"]
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", TESTS.parent / "recipes" / "gemma-2b.yaml") == 0, (
+        capsys.readouterr().out
+    )
+    rows = {
+        row["layout"]: row
+        for row in json.loads(next((tmp_path / "runs").glob("*/verify/parallel.json")).read_text())["layouts"]
+    }
+    assert (
+        rows["pipeline of 2"]["passed"] is None
+        and "gemma" in rows["pipeline of 2"]["reason"]
+        and rows["ZeRO-3"]["passed"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,9 +150,15 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
 
 
 def test_keys_that_a_small_copy_cannot_have_are_left_out(tmp_path):
-    """Samples longer than its rows, and keep_best on a grid of thousands of steps: the recipe is sound, so the proof must be possible."""
+    """Samples longer than its rows, and keep_best on a grid of thousands of steps: the recipe is sound, so the proof
+    must be possible."""
     more = "    evaluate_every: 1000\n    samples: {every_steps: 10, prompts: [ape], max_new_tokens: 1000}\n"
-    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE.replace("{every_steps: 2, keep: 2}", "{every_steps: 1000, keep_best: true}").replace("steps: 6", "steps: 5000") + more)
+    (tmp_path / "recipe.yaml").write_text(
+        tiny.RECIPE.replace("{every_steps: 2, keep: 2}", "{every_steps: 1000, keep_best: true}").replace(
+            "steps: 6", "steps: 5000"
+        )
+        + more
+    )
     config = prepare(load(tmp_path / "recipe.yaml"), "pretrain", tmp_path / "work", 12).config
     config.check(2)
     assert config.samples is None and not config.save.keep_best

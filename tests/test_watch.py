@@ -1,4 +1,5 @@
-"""Two ranks of a stage, started as srun starts them (nobody ends the other when one leaves): a signal to one, a hang, a death, a mistake on one, and the end."""
+"""Two ranks of a stage, started as srun starts them (nobody ends the other when one leaves): a signal to one, a
+hang, a death, a mistake on one, and the end."""
 
 import json
 import os
@@ -15,7 +16,12 @@ from harness import files_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 240
-WORDS = (f"pretrain.steps={STEPS}", "pretrain.save.every_steps=20", "pretrain.schedule.warmup_steps=4", "pretrain.optimizer.lr=1e-3")
+WORDS = (
+    f"pretrain.steps={STEPS}",
+    "pretrain.save.every_steps=20",
+    "pretrain.schedule.warmup_steps=4",
+    "pretrain.optimizer.lr=1e-3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,24 @@ def start(folder: Path, *words: str, second: tuple[str, ...] = ()) -> list[subpr
         port = str(free.getsockname()[1])
     found = []
     for rank in range(2):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(ROOT / "pipeline/pretrain.py"), "recipe.yaml", *WORDS, *words, *(second if rank else ())]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+        }
+        command = [
+            sys.executable,
+            str(ROOT / "pipeline/pretrain.py"),
+            "recipe.yaml",
+            *WORDS,
+            *words,
+            *(second if rank else ()),
+        ]
         with open(folder / f"rank-{rank}.log", "w") as log:
             found.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT))
     return found
@@ -52,7 +74,8 @@ def until(condition, ranks, folder, seconds=90):
 
 
 def at_step(step: int, folder: Path, rank: int = 1):
-    """Whether the heartbeat of a rank says that it is inside this step or a later one, and not in the first of its process."""
+    """Whether the heartbeat of a rank says that it is inside this step or a later one, and not in the first of its
+    process."""
 
     def reached() -> bool:
         for path in (folder / "runs/tiny/pretrain").glob(f"*.partial/logs/heartbeat/rank-{rank:05d}.json"):
@@ -86,7 +109,9 @@ def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_r
     ranks[1].send_signal(signal.SIGUSR1)
     assert end(ranks, world) == [75, 75]
     stopped = word(world)
-    assert stopped["reason"] == "signal" and stopped["signal"] == "SIGUSR1" and stopped["saved"] == stopped["step"] >= 12
+    assert (
+        stopped["reason"] == "signal" and stopped["signal"] == "SIGUSR1" and stopped["saved"] == stopped["step"] >= 12
+    )
 
     # Rank 1 hangs (SIGSTOP): found after watch.hang seconds, not after a collective's half hour
     ranks = start(world, "pretrain.watch={hang: 3, lost: 50}")
@@ -98,8 +123,18 @@ def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_r
     ranks[1].send_signal(signal.SIGCONT)  # the other's word is read late, and obeyed
     assert end(ranks, world)[1] != 0
     hang, text = word(world), said(world, 0)
-    assert hang["reason"] == "hang" and hang["rank"] == 1 and hang["step"] >= stopped["step"] + 12 and hang["saved"] >= stopped["step"]
-    assert f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) has been in phase {hang['phase']} of step {hang['step']} for" in text and "rank 0 waits in" in text, text
+    assert (
+        hang["reason"] == "hang"
+        and hang["rank"] == 1
+        and hang["step"] >= stopped["step"] + 12
+        and hang["saved"] >= stopped["step"]
+    )
+    assert (
+        f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) has been in phase {hang['phase']} of step"
+        f" {hang['step']} for"
+        in text
+        and "rank 0 waits in" in text
+    ), text
     folder = next((world / "runs/tiny/pretrain").glob("*.partial"))
     assert "Thread" in (folder / "logs/stacks-rank-0.txt").read_text()
 
@@ -111,7 +146,11 @@ def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_r
     code = end(ranks, world)[0]
     assert time.time() - begun < 60 and code == 76, said(world, 0)
     lost = word(world)
-    assert lost["reason"] == "lost" and lost["rank"] == 1 and f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) is lost: its process is gone" in said(world, 0), said(world, 0)
+    assert (
+        lost["reason"] == "lost"
+        and lost["rank"] == 1
+        and f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) is lost: its process is gone" in said(world, 0)
+    ), said(world, 0)
 
     # To the end, and the same run without any of this
     ranks = start(world)
@@ -126,5 +165,7 @@ def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_r
 def test_a_mistake_that_one_rank_makes_is_told_by_the_other(world):
     ranks = start(world, "output=mistake", second=("pretrain.heldout_rows=1",))
     codes = end(ranks, world)
-    assert codes[1] == 2 and codes[0] in (1, 2) and "1 held-out rows cannot be shared by 2 processes" in said(world, 0), (codes, said(world, 0))
+    assert (
+        codes[1] == 2 and codes[0] in (1, 2) and "1 held-out rows cannot be shared by 2 processes" in said(world, 0)
+    ), (codes, said(world, 0))
     assert not (world / "mistake/tiny/pretrain/requeue.json").exists()

@@ -1,4 +1,5 @@
-"""WARC, WET, HTML, addresses, and input that is not what it says: everything readable is read, everything else counted with its place."""
+"""WARC, WET, HTML, addresses, and input that is not what it says: everything readable is read, everything else
+counted with its place."""
 
 import gzip
 import http.server
@@ -18,20 +19,34 @@ from pipeline.data.sources import Bad, Record, Source, chunks, parse, read
 from pipeline.errors import UserError
 
 pytest.importorskip("resiliparse")
-EN = "The bridge was built by the people of the town, and it stood for a hundred years before the river took it away. " * 3
+EN = (
+    "The bridge was built by the people of the town, and it stood for a hundred years before the river took it away. "
+    * 3
+)
 ZH = "这座桥是镇上的人自己修的，在河水把它冲走之前，它在那里站了一百年，人们每天都从上面走过去。" * 3
 
 
 def page(text: str, charset: str = "utf-8", meta: bool = True) -> bytes:
     head = f'<meta charset="{charset}">' if meta else ""
     menu = "".join(f"<li><a href='/{i}'>Menu entry {i}</a></li>" for i in range(9))
-    body = f"<html><head>{head}<title>t</title><script>var x = {{}};</script></head><body><nav><ul>{menu}</ul></nav><main><h1>Heading</h1><p>{text}</p></main><footer>Copyright footer</footer></body></html>"
+    body = (
+        f"<html><head>{head}<title>t</title><script>var x ="
+        f" {{}};</script></head><body><nav><ul>{menu}</ul></nav><main><h1>Heading</h1><p>{text}</p></main><footer>Copyright"
+        " footer</footer></body></html>"
+    )
     return body.encode(charset)
 
 
 def record(kind: str, body: bytes, url: str = "http://a.org/", media: str = "", length: int | None = None) -> bytes:
-    head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nWARC-Date: 2024-01-02T03:04:05Z\r\n" + (f"Content-Type: {media}\r\n" if media else "")
-    return head.encode() + f"Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body + b"\r\n\r\n"
+    head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nWARC-Date: 2024-01-02T03:04:05Z\r\n" + (
+        f"Content-Type: {media}\r\n" if media else ""
+    )
+    return (
+        head.encode()
+        + f"Content-Length: {len(body) if length is None else length}\r\n\r\n".encode()
+        + body
+        + b"\r\n\r\n"
+    )
 
 
 def response(payload: bytes, media: str = "text/html", status: str = "200 OK", extra: str = "") -> bytes:
@@ -47,17 +62,31 @@ def test_pages_of_a_warc(tmp_path):
     chunked = page(EN)
     chunked = b"%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (50, chunked[:50], len(chunked) - 50, chunked[50:])
     records = [
-        record("warcinfo", b"software: x\r\n"), record("request", b"GET / HTTP/1.1\r\n\r\n"), record("response", response(page(EN)), "http://a.org/en"),
-        record("response", response(page(ZH, "gbk")), "http://a.org/zh"), record("response", response(page(ZH, "gb18030", meta=False), "text/html; charset=gb2312"), "http://a.org/zh2"),
-        record("response", response(chunked, extra="Transfer-Encoding: chunked\r\n"), "http://a.org/chunked"), record("response", response(gzip.compress(page(EN)), extra="Content-Encoding: gzip\r\n"), "http://a.org/gz"),
-        record("response", response(b"\x89PNG....", "image/png")), record("response", response(page(EN), status="404 Not Found")), record("response", response(EN.encode(), "text/plain"), "http://a.org/plain"),
-    ]  # fmt: skip
+        record("warcinfo", b"software: x\r\n"),
+        record("request", b"GET / HTTP/1.1\r\n\r\n"),
+        record("response", response(page(EN)), "http://a.org/en"),
+        record("response", response(page(ZH, "gbk")), "http://a.org/zh"),
+        record("response", response(page(ZH, "gb18030", meta=False), "text/html; charset=gb2312"), "http://a.org/zh2"),
+        record("response", response(chunked, extra="Transfer-Encoding: chunked\r\n"), "http://a.org/chunked"),
+        record("response", response(gzip.compress(page(EN)), extra="Content-Encoding: gzip\r\n"), "http://a.org/gz"),
+        record("response", response(b"\x89PNG....", "image/png")),
+        record("response", response(page(EN), status="404 Not Found")),
+        record("response", response(EN.encode(), "text/plain"), "http://a.org/plain"),
+    ]
     expected = {"en": EN, "zh": ZH, "zh2": ZH, "chunked": EN, "gz": EN, "plain": EN}
-    for name, data in (("a.warc", b"".join(records)), ("b.warc.gz", b"".join(map(gzip.compress, records))), ("c.warc.zst", zstandard.compress(b"".join(records)))):
+    for name, data in (
+        ("a.warc", b"".join(records)),
+        ("b.warc.gz", b"".join(map(gzip.compress, records))),
+        ("c.warc.zst", zstandard.compress(b"".join(records))),
+    ):
         found = items(tmp_path, data, name)
         assert all(isinstance(item, Record) for item in found) and len(found) == len(expected), found
         for item in found:
-            assert expected[item.fields["url"].rpartition("/")[2]].strip() in item.fields["text"] and "Menu entry" not in item.fields["text"] and "Copyright" not in item.fields["text"]
+            assert (
+                expected[item.fields["url"].rpartition("/")[2]].strip() in item.fields["text"]
+                and "Menu entry" not in item.fields["text"]
+                and "Copyright" not in item.fields["text"]
+            )
         assert found[0].place == f"{name}:3" and found[0].fields["date"] == "2024-01-02T03:04:05Z"
         cut = [item for chunk in chunks(Source(path=str(tmp_path / name)), "s", 700) for item in parse(chunk)]
         assert cut == found
@@ -65,21 +94,49 @@ def test_pages_of_a_warc(tmp_path):
 
 
 def test_wet_and_html(tmp_path):
-    wet = record("warcinfo", b"x") + record("conversion", ZH.encode(), "http://b.cn/1", "text/plain") + record("conversion", EN.encode(), "http://b.cn/2")
+    wet = (
+        record("warcinfo", b"x")
+        + record("conversion", ZH.encode(), "http://b.cn/1", "text/plain")
+        + record("conversion", EN.encode(), "http://b.cn/2")
+    )
     found = items(tmp_path, gzip.compress(wet), "x.warc.wet.gz")
-    assert [(item.fields["text"], item.fields["url"]) for item in found] == [(ZH, "http://b.cn/1"), (EN, "http://b.cn/2")]
+    assert [(item.fields["text"], item.fields["url"]) for item in found] == [
+        (ZH, "http://b.cn/1"),
+        (EN, "http://b.cn/2"),
+    ]
     (item,) = items(tmp_path, page(ZH, "gbk"), "p.html")
     assert ZH in item.fields["text"] and "Menu" not in item.fields["text"]
 
 
 def test_a_warc_with_wrong_lengths_loses_the_wrong_records_only(tmp_path):
     good = [record("conversion", f"{EN} {i}".encode(), f"http://a.org/{i}") for i in range(8)]
-    bad = record("conversion", EN.encode(), length=17), record("conversion", EN.encode(), length=len(EN) + 40), record("conversion", EN.encode()).replace(b"Content-Length", b"Content-Lenght")
-    data = good[0] + bad[0] + good[1] + good[2] + bad[1] + good[3] + bad[2] + good[4] + b"rubbish between\r\nmore rubbish\r\n" + good[5] + record("conversion", EN.encode(), length=10**12) + b""
+    bad = (
+        record("conversion", EN.encode(), length=17),
+        record("conversion", EN.encode(), length=len(EN) + 40),
+        record("conversion", EN.encode()).replace(b"Content-Length", b"Content-Lenght"),
+    )
+    data = (
+        good[0]
+        + bad[0]
+        + good[1]
+        + good[2]
+        + bad[1]
+        + good[3]
+        + bad[2]
+        + good[4]
+        + b"rubbish between\r\nmore rubbish\r\n"
+        + good[5]
+        + record("conversion", EN.encode(), length=10**12)
+        + b""
+    )
     found = items(tmp_path, data)
     assert [item.fields["text"].rpartition(" ")[2] for item in found if isinstance(item, Record)] == list("012345")
     reasons = [(item.reason, item.place) for item in found if isinstance(item, Bad)]
-    assert [reason for reason, _ in reasons] == ["WARC record with a wrong length"] * 2 + ["WARC record without a length", "no WARC record", "longer than 64 MiB"]
+    assert [reason for reason, _ in reasons] == ["WARC record with a wrong length"] * 2 + [
+        "WARC record without a length",
+        "no WARC record",
+        "longer than 64 MiB",
+    ]
     assert [place for _, place in reasons] == ["a.warc:2", "a.warc:5", "a.warc:7", "a.warc:9", "a.warc:11"]
     packed = gzip.compress(b"".join(good))
     found = items(tmp_path, packed[:-20], "t.warc.gz")
@@ -101,15 +158,27 @@ def test_any_damage_is_survived(tmp_path_factory, data):
     assert found == [item for chunk in chunks(Source(path=str(folder / "a.warc")), "s", 50) for item in parse(chunk)]
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------------
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_bad_line_in_one_file(tmp_path):
-    """The run goes on, each is counted under its reason with its place, and the memory stays small although one line has 100 MB."""
+    """The run goes on, each is counted under its reason with its place, and the memory stays small although one line
+    has 100 MB."""
     good = [json.dumps({"text": f"{EN} number {i} {'abcdefghij'[i % 10] * 3}"}) for i in range(60)]
     nested = "[" * 100_000 + "]" * 100_000
     deep = '{"text": "' + EN + '", "a": ' + "[" * 900 + "]" * 900 + "}"
-    lines = good[:20] + [nested, '{"text": "a", }', '{"text": ' + nested + "}", '{"body": "x"}', '{"text": 3.5}', '{"text": null}', "[1, 2]", '"just a string of text"', '{"text": "\\u0000\\u0000 nul ' + EN + '"}', deep]
+    lines = good[:20] + [
+        nested,
+        '{"text": "a", }',
+        '{"text": ' + nested + "}",
+        '{"body": "x"}',
+        '{"text": 3.5}',
+        '{"text": null}',
+        "[1, 2]",
+        '"just a string of text"',
+        '{"text": "\\u0000\\u0000 nul ' + EN + '"}',
+        deep,
+    ]
     lines += [good[0], good[0], '{"text": ""}']
     raw = ("\n".join(lines) + "\n").encode() + b'{"text": "\xff\xfe broken"}\n' + b"\x00" * 500 + b"\n"
     (tmp_path / "data").mkdir()
@@ -120,12 +189,30 @@ def test_every_kind_of_bad_line_in_one_file(tmp_path):
             handle.write(b"long line " * 100_000)
         handle.write(b'"}\n')
         handle.write("\n".join(good[20:]).encode())
-    recipe = {"name": "t", "stages": {"clean": {"sources": {"a": {"path": "data/a.jsonl"}}, "holdout": 0.1, "max_bad": 0.5, "workers": 1, "dedup": {"near": None}, "filters": {"max_repeated_shingles": 1}}}}
+    recipe = {
+        "name": "t",
+        "stages": {
+            "clean": {
+                "sources": {"a": {"path": "data/a.jsonl"}},
+                "holdout": 0.1,
+                "max_bad": 0.5,
+                "workers": 1,
+                "dedup": {"near": None},
+                "filters": {"max_repeated_shingles": 1},
+            }
+        },
+    }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     succeed("clean", tmp_path / "r.yaml", cwd=tmp_path)
     report = json.loads((tmp_path / "runs/t/clean/current/report.json").read_text())["sources"]["a"]
     # JSON nested more deeply than Python's stack is malformed here; nested 900 deep it is a record.
-    assert report["bad"] == {"malformed JSON": 4, "missing field": 2, "not a JSON object": 1, "invalid UTF-8": 1, "longer than 64 MiB": 1}, report["bad"]
+    assert report["bad"] == {
+        "malformed JSON": 4,
+        "missing field": 2,
+        "not a JSON object": 1,
+        "invalid UTF-8": 1,
+        "longer than 64 MiB": 1,
+    }, report["bad"]
     assert report["duplicates"]["exact"] == 2 and report["filtered"] == {"garbled": 1, "too_short": 3}
     kept = report["train_documents"] + report["heldout_documents"]
     assert kept == 61 and report["read"] == kept + 9 + 4 + 2
@@ -140,13 +227,16 @@ def test_a_long_line_is_skipped_in_bounded_memory(tmp_path):
             handle.write(b"x" * (1 << 20))
         handle.write(b'\n{"text": "last"}\n')
     tracemalloc.start()
-    found = [(item.reason, item.place) if isinstance(item, Bad) else item.fields["text"] for item in read(Source(path=str(tmp_path / "a.jsonl")), "s")]
+    found = [
+        (item.reason, item.place) if isinstance(item, Bad) else item.fields["text"]
+        for item in read(Source(path=str(tmp_path / "a.jsonl")), "s")
+    ]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == ["first", ("longer than 64 MiB", "a.jsonl:2"), "last"] and peak < 150 << 20
 
 
-# ---- addresses -------------------------------------------------------------------------------------------------------------
+# ---- addresses -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

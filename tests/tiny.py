@@ -20,7 +20,8 @@ def texts(seed: int, count: int) -> list[str]:
 
 
 def write_inputs(folder: Path, documents: int = 120, special: list[str] = ()) -> None:
-    """folder/clean, folder/tokenizer (with further special tokens, if asked for) and folder/tokens, as the stages of these kinds publish them."""
+    """folder/clean, folder/tokenizer (with further special tokens, if asked for) and folder/tokens, as the stages of
+    these kinds publish them."""
     import pyarrow
     import pyarrow.parquet
     from harness import byte_level, succeed
@@ -31,12 +32,18 @@ def write_inputs(folder: Path, documents: int = 120, special: list[str] = ()) ->
     made = {"train": texts(0, documents), "heldout": texts(1, 30)}
     for split, lines in made.items():
         (folder / "clean" / split).mkdir(parents=True)
-        table = {"text": lines, "source": ["one" if i % 3 else "two" for i in range(len(lines))], "id": [f"{split}{i}" for i in range(len(lines))]}
+        table = {
+            "text": lines,
+            "source": ["one" if i % 3 else "two" for i in range(len(lines))],
+            "id": [f"{split}{i}" for i in range(len(lines))],
+        }
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "clean" / split / "part-00000.parquet")
     backend = byte_level(made["train"], 290)
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     publish(backend, folder / "tokenizer")
-    (folder / "pack.yaml").write_text("name: made\nstages:\n  pack: {inputs: {data: ./clean, tokenizer: ./tokenizer}, workers: 1}\n")
+    (folder / "pack.yaml").write_text(
+        "name: made\nstages:\n  pack: {inputs: {data: ./clean, tokenizer: ./tokenizer}, workers: 1}\n"
+    )
     succeed("pack", "pack.yaml", cwd=folder)
     (folder / "tokens").symlink_to("runs/made/pack/current")
 

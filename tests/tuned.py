@@ -1,4 +1,5 @@
-"""A small world for the tuning stages: a base model that knows nothing, and a task it can learn in seconds: the kind of thing a noun names."""
+"""A small world for the tuning stages: a base model that knows nothing, and a task it can learn in seconds: the kind
+of thing a noun names."""
 
 import atexit
 import functools
@@ -9,7 +10,11 @@ from pathlib import Path
 
 from harness import files_of, stage, succeed
 
-KINDS = {"animal": ["cat", "dog", "horse", "小猫"], "plant": ["rose", "oak", "wheat", "竹子"], "metal": ["iron", "gold", "zinc", "青铜"]}
+KINDS = {
+    "animal": ["cat", "dog", "horse", "小猫"],
+    "plant": ["rose", "oak", "wheat", "竹子"],
+    "metal": ["iron", "gold", "zinc", "青铜"],
+}
 WORDS = ["old", "red", "small", "good", "new", "bright", "很大", "漂亮", "便宜", "quiet", "heavy", "strange"]
 
 
@@ -33,7 +38,10 @@ def tokenizer(folder: Path, sentencepiece: bool = False):
     from pipeline.data import bpe
     from pipeline.tokenizer import publish
 
-    texts = [f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？\n\nassistant\n{row['kind']}" for row in rows()] * 2
+    texts = [
+        f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？\n\nassistant\n{row['kind']}"
+        for row in rows()
+    ] * 2
     if sentencepiece:
         model = bpe.train_sentencepiece(texts, 380, True, 0.9995, folder / "log")
         publish(bpe.from_sentencepiece(model), folder)
@@ -48,19 +56,31 @@ def base(folder: Path, hidden: int = 48, length: int = 64, family: str = "llama"
     from pipeline.models import build
 
     made = tokenizer(folder / "tokenizer")
-    block = {"family": family, "hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * hidden, "initializer_range": 0.1}
+    block = {
+        "family": family,
+        "hidden_size": hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden,
+        "initializer_range": 0.1,
+    }
     model = build.new(block, made, length, seed=1)
     build.publish(model.state_dict(), model.config, folder / "tokenizer", folder / "model")
     return folder
 
 
 def write_rows(path: Path, extra: list = ()) -> None:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in [*rows(), *extra]) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in [*rows(), *extra]) + "\n", encoding="utf-8"
+    )
 
 
 CHAT = "messages: [{role: user, content: 'What is a {words} {noun}?'}, {role: assistant, content: '{kind}'}]"
 PAIR = "prompt: 'What is a {words} {noun}?', chosen: '{kind}', rejected: '{wrong}'"
-COMMON = "batch_size: 8, sequence_length: 64, precision: fp32, save: {every_steps: 4, keep: 2}, log: {every_steps: 1}, schedule: {kind: constant}"
+COMMON = (
+    "batch_size: 8, sequence_length: 64, precision: fp32, save: {every_steps: 4, keep: 2}, log: {every_steps: 1},"
+    " schedule: {kind: constant}"
+)
 
 RECIPE = f"""
 name: tiny
@@ -88,7 +108,9 @@ def metrics(folder: Path, stage: str) -> dict:
 
 
 def lines(folder: Path, stage: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "runs/tiny" / stage / "current/metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "runs/tiny" / stage / "current/metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @functools.cache
@@ -111,7 +133,8 @@ def copy_until(stage: str, folder: Path) -> Path:
 
 
 def killed_like_plain(name: str, folder: Path, faults: list[str], kill_after: float | None = None) -> str:
-    """Kill a stage at each of `faults` in turn, always going on from what was left, let it end, and compare with the run that was left alone."""
+    """Kill a stage at each of `faults` in turn, always going on from what was left, let it end, and compare with the
+    run that was left alone."""
     copy_until(name, folder)
     for fault in faults:
         code, text = stage(name, "tiny.yaml", cwd=folder, fault=fault)
@@ -122,6 +145,10 @@ def killed_like_plain(name: str, folder: Path, faults: list[str], kill_after: fl
     expected, found = (files_of(where / "runs/tiny" / name / "current") for where in (plain(), folder))
     assert expected == found
     kept, again = metrics(plain(), name), metrics(folder, name)
-    assert {key: value for key, value in kept.items() if "per_second" not in key} == {key: value for key, value in again.items() if "per_second" not in key}
-    assert [line["loss"] for line in lines(plain(), name) if "loss" in line] == [line["loss"] for line in lines(folder, name) if "loss" in line]
+    assert {key: value for key, value in kept.items() if "per_second" not in key} == {
+        key: value for key, value in again.items() if "per_second" not in key
+    }
+    assert [line["loss"] for line in lines(plain(), name) if "loss" in line] == [
+        line["loss"] for line in lines(folder, name) if "loss" in line
+    ]
     return text

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Whether a stage that ended shall be started again: `again.py RECIPE_FOLDER/STAGE TRIES`. Exit code 0: yes, 1: no. Says why in one line.
+"""Whether a stage that ended shall be started again: `again.py RECIPE_FOLDER/STAGE TRIES`. Exit code 0: yes, 1: no.
+Says why in one line.
 
-A run that may go on leaves requeue.json in its stage's folder (pipeline/train/stop.py). Without progress, which is the saved step, it gets TRIES tries;
-tries.json beside it counts them. A mistake in the recipe, an exception and a spike leave no requeue.json: starting again would not help.
+A run that may go on leaves requeue.json in its stage's folder (pipeline/train/stop.py). Without progress, which is the
+saved step, it gets TRIES tries; tries.json beside it counts them. A mistake in the recipe, an exception and a spike
+leave no requeue.json: starting again would not help.
 """
 
 import json
@@ -22,7 +24,10 @@ def main(folder: Path, most: int) -> int:
     counted.write_text(json.dumps({"saved": word["saved"], "tries": tries, "reason": word["reason"]}) + "\n")
     reason = word.get("message") or f"{word['reason']} {word.get('signal', '')}".strip()
     if tries >= most:
-        print(f"{folder.name}: {tries} tries ended at step {word['saved']} without progress, the last with: {reason}. Not queued again; submit the same line when the reason is gone")
+        print(
+            f"{folder.name}: {tries} tries ended at step {word['saved']} without progress, the last with: {reason}. Not"
+            " queued again; submit the same line when the reason is gone"
+        )
         counted.unlink()
         return 1
     print(f"{folder.name}: queued again from step {word['saved']} (try {tries} of {most} without progress): {reason}")

@@ -1,4 +1,5 @@
-"""Block lists: phrases and addresses that documents are left out for. Small lists of spam for English and Chinese come with the program; larger ones are files of the user's."""
+"""Block lists: phrases and addresses that documents are left out for. Small lists of spam for English and Chinese
+come with the program; larger ones are files of the user's."""
 
 import functools
 import re
@@ -19,17 +20,20 @@ class Block(Strict):
     """Documents with listed phrases, or from listed addresses, are left out. Off by default."""
 
     words: list[str] = []
-    """Files of phrases, one a line, `#` begins a remark; `spam` stands for the lists that come with the program (gambling, forged papers, pills, adult services; English and Chinese).
-    A phrase matches whole words, whatever its case and the signs between; Chinese matches anywhere."""
+    """Files of phrases, one a line, `#` begins a remark; `spam` stands for the lists that come with the program
+    (gambling, forged papers, pills, adult services; English and Chinese). A phrase matches whole words, whatever its
+    case and the signs between; Chinese matches anywhere."""
     min_words: int = Field(3, ge=1)
-    """blocked_words: so many different listed phrases and more. C4 leaves a page out for one word of its list, and with it much of what is written about medicine and sex."""
+    """blocked_words: so many different listed phrases and more. C4 leaves a page out for one word of its list, and
+    with it much of what is written about medicine and sex."""
     urls: list[str] = []
-    """Files of domains (example.com, with all below it), beginnings of addresses (example.com/path) and words, one a line; `spam` stands for the words that come with the program."""
+    """Files of domains (example.com, with all below it), beginnings of addresses (example.com/path) and words, one a
+    line; `spam` stands for the words that come with the program."""
     url: str = "{url}"
     """Where a record has its address: a field or a template. Records without one pass."""
 
 
-# ---- phrases ---------------------------------------------------------------------------------------------------------------
+# ---- phrases ---------------------------------------------------------------------------------------------------------
 
 
 class Phrases:
@@ -45,7 +49,9 @@ class Phrases:
             if len(run):
                 first.append(run[0])
                 self.by_length.setdefault(len(run), []).append(_rolled(run[None, :])[0])
-        self.by_length = {number: np.unique(np.array(keys, np.uint64)) for number, keys in sorted(self.by_length.items())}
+        self.by_length = {
+            number: np.unique(np.array(keys, np.uint64)) for number, keys in sorted(self.by_length.items())
+        }
         self.begins = np.zeros(1 << 16, bool)  # a sieve: nearly all tokens begin no phrase
         if first:
             self.begins[(np.array(first, np.uint64) >> np.uint64(48)).astype(np.int64)] = True
@@ -82,7 +88,7 @@ def phrases(files: tuple[str, ...]) -> Phrases:
     return Phrases(_lines(files, ("spam_en.txt", "spam_zh.txt"), "block.words"))
 
 
-# ---- addresses -------------------------------------------------------------------------------------------------------------
+# ---- addresses -------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(8)
@@ -107,7 +113,11 @@ def blocked(address: str, files: tuple[str, ...]) -> bool:
     parts = host.split(".")
     if any(".".join(parts[i:]) in domains for i in range(len(parts))):
         return True
-    return address.startswith(beginnings) if beginnings and address.startswith(beginnings) else not words.isdisjoint(re.split(r"[^a-z0-9\u4e00-\u9fff]+", address))
+    return (
+        address.startswith(beginnings)
+        if beginnings and address.startswith(beginnings)
+        else not words.isdisjoint(re.split(r"[^a-z0-9\u4e00-\u9fff]+", address))
+    )
 
 
 def _lines(files: tuple[str, ...], builtin: tuple[str, ...], where: str) -> list[str]:
@@ -117,7 +127,9 @@ def _lines(files: tuple[str, ...], builtin: tuple[str, ...], where: str) -> list
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()
             except FileNotFoundError:
-                raise UserError(f"{where}: {name} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam") from None
+                raise UserError(
+                    f"{where}: {name} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam"
+                ) from None
             except UnicodeDecodeError:
                 raise UserError(f"{where}: {name} is no UTF-8 text; give a file with one entry a line") from None
             found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]

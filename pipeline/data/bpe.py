@@ -1,4 +1,5 @@
-"""sentencepiece: training on whole documents without losing any, and its model as a fast tokenizer that keeps every byte. Names of the special tokens of all tokenizers made here."""
+"""sentencepiece: training on whole documents without losing any, and its model as a fast tokenizer that keeps every
+byte. Names of the special tokens of all tokenizers made here."""
 
 import contextlib
 import os
@@ -20,9 +21,9 @@ RESERVED = "\u2585"  # sentencepiece's trainer drops every sentence that contain
 def sentences(texts: Iterable[str]) -> Iterator[str]:
     """Documents in the form in which sentencepiece's trainer reads all of them.
 
-    A sentence is a whole document with its newlines, so that "\\n\\n" and the like can become pieces. The Python iterator of
-    sentencepiece 0.2.3 cuts newlines off the end of a sentence (put in front here), and its trainer drops a sentence with U+2585
-    (cut there; that one character is left to byte fallback).
+    A sentence is a whole document with its newlines, so that "\\n\\n" and the like can become pieces. The Python
+    iterator of sentencepiece 0.2.3 cuts newlines off the end of a sentence (put in front here), and its trainer drops a
+    sentence with U+2585 (cut there; that one character is left to byte fallback).
     """
     for text in texts:
         for part in text.split(RESERVED):
@@ -31,20 +32,35 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield part[len(body) :] + body
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: bool, character_coverage: float, log: Path, kind: str = "bpe", special: list[str] = (), merge_whitespace: bool = True) -> bytes:
-    """A sentencepiece model of `kind` bpe or unigram as bytes; ids 0-5 are unknown, bos, eos, pad and the marks of a turn, then come `special`, then 256 bytes.
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    split_digits: bool,
+    character_coverage: float,
+    log: Path,
+    kind: str = "bpe",
+    special: list[str] = (),
+    merge_whitespace: bool = True,
+) -> bytes:
+    """A sentencepiece model of `kind` bpe or unigram as bytes; ids 0-5 are unknown, bos, eos, pad and the marks of a
+    turn, then come `special`, then 256 bytes.
 
     Asserts that the trainer's own count of characters is ours, for it skips what it does not like without an error.
     """
     import sentencepiece
 
     characters = 0
-    meta = re.compile("|".join([*map(re.escape, sorted([UNKNOWN, *SPECIAL, *special], key=len, reverse=True)), "<0x[0-9A-F]{2}>"]))
+    meta = re.compile(
+        "|".join([*map(re.escape, sorted([UNKNOWN, *SPECIAL, *special], key=len, reverse=True)), "<0x[0-9A-F]{2}>"])
+    )
 
     def counted():
         nonlocal characters
         for sentence in sentences(texts):
-            characters += len(sentence) - sentence.count("\0") - sum(len(spelled) - 1 for spelled in meta.findall(sentence))  # no parts of pieces: NUL, and spelled special tokens, for which a mark is counted
+            # no parts of pieces: NUL, and spelled special tokens, for which a mark is counted
+            characters += (
+                len(sentence) - sentence.count("\0") - sum(len(spelled) - 1 for spelled in meta.findall(sentence))
+            )
             yield sentence
 
     model = _Buffer()
@@ -64,8 +80,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
                 allow_whitespace_only_pieces=merge_whitespace,
                 split_digits=split_digits,
                 max_sentence_length=2**30,  # the default, 4192 bytes, skips longer lines without an error
-                num_threads=1,  # stands in the model file, and threads would add up unigram's expectations in another order; BPE is single-threaded anyway
-                minloglevel=0,  # the default, which another training in this process may have changed for all: the count is read from the log
+                # stands in the model file, and threads would add up unigram's expectations in another order; BPE is
+                # single-threaded anyway
+                num_threads=1,
+                # the default, which another training in this process may have changed for all: the count is read from
+                # the log
+                minloglevel=0,
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,
@@ -75,8 +95,13 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, split_digits: boo
                 eos_piece=EOS,
                 pad_piece=PAD,
                 control_symbols=[TURN, END_OF_TURN, *special],
-                # Unigram in `tokenizers`: a text that spells a special or byte token can be kept from becoming it (NEVER) if no character of it is unknown.
-                required_chars="".join(sorted(set("".join((*SPECIAL, *special, UNKNOWN, "<0x0123456789ABCDEF>"))))) if kind == "unigram" else "",
+                # Unigram in `tokenizers`: a text that spells a special or byte token can be kept from becoming it
+                # (NEVER) if no character of it is unknown.
+                required_chars=(
+                    "".join(sorted(set("".join((*SPECIAL, *special, UNKNOWN, "<0x0123456789ABCDEF>")))))
+                    if kind == "unigram"
+                    else ""
+                ),
             )
     except RuntimeError as error:
         raise _explained(str(error), vocab_size) from None
@@ -113,15 +138,24 @@ def _explained(message: str, vocab_size: int) -> Exception:
         return too_large(vocab_size, int(most.group(1)))
     least = re.search(r"required_chars. \d+ vs (\d+)", message)
     if least:
-        return UserError(f"vocab_size: {vocab_size} has no room for the characters of this text: {least.group(1)} are needed; set it higher, or lower character_coverage")
+        return UserError(
+            f"vocab_size: {vocab_size} has no room for the characters of this text: {least.group(1)} are needed; set it"
+            " higher, or lower character_coverage"
+        )
     if "sentences_.empty()" in message:
         return UserError("the training text is empty: there is nothing to learn a vocabulary from")
     return RuntimeError(message)
 
 
 def too_large(vocab_size: int, most: int) -> UserError:
-    advice = f"set vocab_size to at most {most}, or train on more text" if most >= 300 else "the least that vocab_size may be is 300, so train on more text, or adopt a tokenizer"
-    return UserError(f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; {advice}")
+    advice = (
+        f"set vocab_size to at most {most}, or train on more text"
+        if most >= 300
+        else "the least that vocab_size may be is 300, so train on more text, or adopt a tokenizer"
+    )
+    return UserError(
+        f"vocab_size: {vocab_size} is more than this text supports: all its pairs are merged at {most}; {advice}"
+    )
 
 
 def inexact(model: bytes) -> str | None:
@@ -146,8 +180,12 @@ def inexact(model: bytes) -> str | None:
     if sum(piece.type == piece.BYTE for piece in proto.pieces) != 256:
         return "has no tokens for the 256 bytes (byte_fallback)"
     known = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}
-    if trainer.model_type == trainer.UNIGRAM and any(set(piece.piece) - known for piece in proto.pieces if piece.type in (piece.CONTROL, piece.BYTE, piece.UNKNOWN)):
-        return "has no tokens for the characters of some special tokens' names, so that text could become a special token"
+    if trainer.model_type == trainer.UNIGRAM and any(
+        set(piece.piece) - known for piece in proto.pieces if piece.type in (piece.CONTROL, piece.BYTE, piece.UNKNOWN)
+    ):
+        return (
+            "has no tokens for the characters of some special tokens' names, so that text could become a special token"
+        )
     if any(re.search(f"[^{SPACE}]{SPACE}", piece.piece) for piece in proto.pieces if piece.type == piece.NORMAL):
         return "has pieces with a space behind other characters (split_by_whitespace)"
     return None
@@ -156,8 +194,8 @@ def inexact(model: bytes) -> str | None:
 def from_sentencepiece(model: bytes):
     """A sentencepiece model for which `inexact` finds nothing, as a `tokenizers.Tokenizer` that gives the same ids.
 
-    Pieces are stored with real spaces, not with U+2581, so that a U+2581 in a text survives as bytes: sentencepiece itself turns it
-    into a space. Everything else is encoded alike.
+    Pieces are stored with real spaces, not with U+2581, so that a U+2581 in a text survives as bytes: sentencepiece
+    itself turns it into a space. Everything else is encoded alike.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -178,12 +216,16 @@ def from_sentencepiece(model: bytes):
         vocabulary[text] = index
     unknown = pieces.id_to_piece(pieces.unk_id())
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        # A text that spells a special token or a byte token must not become it: their scores, 0 in the model, are such that no path goes through them.
+        # A text that spells a special token or a byte token must not become it: their scores, 0 in the model, are such
+        # that no path goes through them.
         scored = [(piece, score.get(piece, NEVER)) for piece in vocabulary]
         tokenizer = Tokenizer(models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=True))
     else:
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of(score), unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    # Spaces begin pieces and never follow anything else in one (inexact), so the parts are encoded as the whole is; short parts hit the cache.
+        tokenizer = Tokenizer(
+            models.BPE(vocab=vocabulary, merges=merges_of(score), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        )
+    # Spaces begin pieces and never follow anything else in one (inexact), so the parts are encoded as the whole is;
+    # short parts hit the cache.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" *[^ ]+"), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
@@ -193,9 +235,15 @@ def from_sentencepiece(model: bytes):
 def merges_of(score: dict[str, float]) -> list[tuple[str, str]]:
     """All pairs of pieces whose joining is a piece, best first.
 
-    sentencepiece joins the adjacent pair whose result has the best score, the leftmost of equals; `tokenizers` ranks the pairs themselves. The two
-    could differ only where two splits of one piece overlap in the text (ab+a and a+ba in "ab a ba"). Merging from the best score down does
-    not lead there: no difference on all 9,216 strings over {a, b} of 10 and of 13 letters with six vocabularies, and the stage compares (`ids_equal`).
+    sentencepiece joins the adjacent pair whose result has the best score, the leftmost of equals; `tokenizers` ranks
+    the pairs themselves. The two could differ only where two splits of one piece overlap in the text (ab+a and a+ba in
+    "ab a ba"). Merging from the best score down does not lead there: no difference on all 9,216 strings over {a, b} of
+    10 and of 13 letters with six vocabularies, and the stage compares (`ids_equal`).
     """
-    found = [(-value, piece, cut) for piece, value in score.items() for cut in range(1, len(piece)) if piece[:cut] in score and piece[cut:] in score]
+    found = [
+        (-value, piece, cut)
+        for piece, value in score.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in score and piece[cut:] in score
+    ]
     return [(piece[:cut], piece[cut:]) for _, piece, cut in sorted(found)]

@@ -10,8 +10,11 @@ from pipeline.data.encode import alphabet
 from pipeline.errors import UserError
 
 
-def train(texts: Iterable[str], size: int, split_digits: bool, merge_whitespace: bool, total: int) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
-    """At most `size` tokens, the 256 bytes first, and the pairs that the others are joined from, learned from texts of `total` bytes. Asserts that every byte was counted. Shows progress."""
+def train(
+    texts: Iterable[str], size: int, split_digits: bool, merge_whitespace: bool, total: int
+) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
+    """At most `size` tokens, the 256 bytes first, and the pairs that the others are joined from, learned from texts
+    of `total` bytes. Asserts that every byte was counted. Shows progress."""
     from pipeline.data import merges, presplit
     from pipeline.tracking import Progress
 
@@ -25,15 +28,17 @@ def train(texts: Iterable[str], size: int, split_digits: bool, merge_whitespace:
 
 
 def merges_of(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token of several bytes is joined from, in the order of ranks: what is left of its bytes when all better ranked pairs are joined.
+    """The pair that each token of several bytes is joined from, in the order of ranks: what is left of its bytes when
+    all better ranked pairs are joined.
 
-    A token that cannot be reached so has no pair (published vocabularies have some: only a word that is the token gives it). A heap of neighbours, because vocabularies trained on
-    junk have tokens of 50,000 equal letters.
+    A token that cannot be reached so has no pair (published vocabularies have some: only a word that is the token gives
+    it). A heap of neighbours, because vocabularies trained on junk have tokens of 50,000 equal letters.
     """
     pairs = []
     for token, rank in sorted(tokens.items(), key=lambda item: item[1]):
         size = len(token)
-        after, before = list(range(1, size + 1)), list(range(-1, size - 1))  # of the part that begins here: where the next begins (its own end), where the one before begins
+        # of the part that begins here: where the next begins (its own end), where the one before begins
+        after, before = list(range(1, size + 1)), list(range(-1, size - 1))
         waiting = [(tokens[token[i : i + 2]], i, i + 2) for i in range(size - 1) if token[i : i + 2] in tokens]
         heapq.heapify(waiting)
         parts = size
@@ -58,7 +63,8 @@ def merges_of(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def build(tokens: dict[bytes, int], pairs: list[tuple[bytes, bytes]], pattern: str, special: list[str]):
-    """A `tokenizers.Tokenizer` with these tokens and ids, joined from these pairs; `special` get the ids behind them."""
+    """A `tokenizers.Tokenizer` with these tokens and ids, joined from these pairs; `special` get the ids behind
+    them."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     char_of = {byte: char for char, byte in alphabet().items()}
@@ -67,9 +73,17 @@ def build(tokens: dict[bytes, int], pairs: list[tuple[bytes, bytes]], pattern: s
         return "".join(map(char_of.__getitem__, token))
 
     reached = len(pairs) == sum(len(token) > 1 for token in tokens)
-    tokenizer = Tokenizer(models.BPE({spelled(token): index for token, index in tokens.items()}, [(spelled(a), spelled(b)) for a, b in pairs], ignore_merges=not reached))
+    tokenizer = Tokenizer(
+        models.BPE(
+            {spelled(token): index for token, index in tokens.items()},
+            [(spelled(a), spelled(b)) for a, b in pairs],
+            ignore_merges=not reached,
+        )
+    )
     words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
     return tokenizer
@@ -77,7 +91,10 @@ def build(tokens: dict[bytes, int], pairs: list[tuple[bytes, bytes]], pattern: s
 
 def dump(tokens: dict[bytes, int]) -> bytes:
     """A tiktoken file: base64 of a token's bytes, its rank."""
-    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in sorted(tokens.items(), key=lambda item: item[1]))
+    return b"".join(
+        base64.b64encode(token) + f" {rank}\n".encode()
+        for token, rank in sorted(tokens.items(), key=lambda item: item[1])
+    )
 
 
 def load(path: Path) -> dict[bytes, int]:
@@ -90,13 +107,22 @@ def load(path: Path) -> dict[bytes, int]:
             word, rank = line.split()
             token, index = base64.b64decode(word, validate=True), int(rank)
         except (ValueError, binascii.Error):
-            raise UserError(f"{path}:{number}: expected base64 and a rank, as in 'IQ== 0', found {line[:60]!r}; give a tiktoken file") from None
+            raise UserError(
+                f"{path}:{number}: expected base64 and a rank, as in 'IQ== 0', found {line[:60]!r}; give a tiktoken"
+                " file"
+            ) from None
         if token in tokens or not token:
-            raise UserError(f"{path}:{number}: the token {token!r} {'stands here for the second time' if token else 'is empty'}; the file is damaged")
+            raise UserError(
+                f"{path}:{number}: the token {token!r} {'stands here for the second time' if token else 'is empty'};"
+                " the file is damaged"
+            )
         tokens[token] = index
     missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
     if missing:
-        raise UserError(f"{path}: has no token for byte 0x{missing[0]:02X} ({len(missing)} of 256 bytes are missing), so text would be lost; give a complete tiktoken file")
+        raise UserError(
+            f"{path}: has no token for byte 0x{missing[0]:02X} ({len(missing)} of 256 bytes are missing), so text would"
+            " be lost; give a complete tiktoken file"
+        )
     if len(set(tokens.values())) != len(tokens) or min(tokens.values()) < 0 or max(tokens.values()) >= 2**31:
         raise UserError(f"{path}: gives a rank to two tokens, or one below 0 or beyond 31 bits; the file is damaged")
     return tokens

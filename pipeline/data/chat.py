@@ -1,12 +1,14 @@
 """Conversations as token ids, by the tokenizer's own chat template, with the tokens that carry loss.
 
     chat = Chat(tokenizer)
-    row = chat.encode([[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]])[0]     # Encoded, or a reason why not
-    prompt = chat.prompt([{"role": "user", "content": "2+2?"}])                                              # ids that a model answers to
+    # Encoded, or a reason why not
+    row = chat.encode([[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]])[0]
+    # ids that a model answers to
+    prompt = chat.prompt([{"role": "user", "content": "2+2?"}])
 
-Two things differ from `tokenizer.apply_chat_template(..., return_assistant_tokens_mask=True)`, both on purpose:
-a special token spelled out in a message's text stays text (else a user could close his own turn and speak as the assistant), and what
-follows the last token that carries loss is cut off, because no token that counts can see it.
+Two things differ from `tokenizer.apply_chat_template(..., return_assistant_tokens_mask=True)`, both on purpose: a
+special token spelled out in a message's text stays text (else a user could close his own turn and speak as the
+assistant), and what follows the last token that carries loss is cut off, because no token that counts can see it.
 """
 
 import json
@@ -16,7 +18,8 @@ from dataclasses import dataclass
 
 from pipeline.errors import UserError
 
-# Stand-ins for special tokens, from a private-use plane of Unicode: two characters for each token, so that a string keeps its length.
+# Stand-ins for special tokens, from a private-use plane of Unicode: two characters for each token, so that a string
+# keeps its length.
 PRIVATE = 0xF0000
 
 
@@ -39,19 +42,29 @@ class Encoded:
 
 
 class Chat:
-    """The chat template of a tokenizer, checked once: it must mark what the assistant says, the end of its turn included."""
+    """The chat template of a tokenizer, checked once: it must mark what the assistant says, the end of its turn
+    included."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not tokenizer.is_fast:
-            raise UserError(f"{name}: has no tokenizer.json; a fast tokenizer is needed, for the tokens that carry loss are found by character offsets")
+            raise UserError(
+                f"{name}: has no tokenizer.json; a fast tokenizer is needed, for the tokens that carry loss are found"
+                " by character offsets"
+            )
         if not tokenizer.chat_template:
-            raise UserError(f"{name}: has no chat template; use a tokenizer made by stage `tokenizer`, or add chat_template.jinja")
-        special = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True)
+            raise UserError(
+                f"{name}: has no chat template; use a tokenizer made by stage `tokenizer`, or add chat_template.jinja"
+            )
+        special = sorted(
+            (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
+        )
         self._spelled = re.compile("|".join(re.escape(token) for token in special))
-        self._quoted = {token: chr(PRIVATE + 2 * i) * len(token) for i, token in enumerate(special)}  # stands for the text of a token
-        self._named = {token: chr(PRIVATE + 2 * i + 1) * len(token) for i, token in enumerate(special)}  # stands for the token itself
+        # stands for the text of a token
+        self._quoted = {token: chr(PRIVATE + 2 * i) * len(token) for i, token in enumerate(special)}
+        # stands for the token itself
+        self._named = {token: chr(PRIVATE + 2 * i + 1) * len(token) for i, token in enumerate(special)}
         self._texts = {stand_in: token for token, stand_in in self._quoted.items()}
         self._text_of = re.compile("|".join(self._texts))
         self._private = re.compile(f"[{chr(PRIVATE)}-{chr(PRIVATE + 2 * len(special) + 1)}]")
@@ -79,7 +92,8 @@ class Chat:
         return found
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """Ids of a conversation that waits for the assistant. Raises ValueError if it cannot be written with this template."""
+        """Ids of a conversation that waits for the assistant. Raises ValueError if it cannot be written with this
+        template."""
         try:
             text, spans = self._render(messages, add_generation_prompt=True)
             return self._ids(self._renamed.encode(text, add_special_tokens=False), text, spans)[0]
@@ -87,8 +101,9 @@ class Chat:
             raise ValueError(str(error)) from None
 
     def _ids(self, encoding, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """A token carries loss if it lies in a span. None may reach over the edge of one (a newline of the template joined with the answer's
-        first word): the model, asked for an answer, would not see that token. Such a text is encoded in pieces, cut at the edges."""
+        """A token carries loss if it lies in a span. None may reach over the edge of one (a newline of the template
+        joined with the answer's first word): the model, asked for an answer, would not see that token. Such a text
+        is encoded in pieces, cut at the edges."""
         starts = [offset[0] for offset in encoding.offsets]
         edges = sorted({edge for span in spans for edge in span if 0 < edge < len(text)})
         before = [bisect_left(starts, edge) - 1 for edge in edges]
@@ -117,7 +132,10 @@ class Chat:
 
         if any(self._private.search(message["content"]) for message in messages):
             raise _Unusable("holds private-use characters that stand for special tokens")
-        quoted = [{**message, "content": self._spelled.sub(lambda found: self._quoted[found[0]], message["content"])} for message in messages]
+        quoted = [
+            {**message, "content": self._spelled.sub(lambda found: self._quoted[found[0]], message["content"])}
+            for message in messages
+        ]
         try:
             (text,), (spans,) = render_jinja_template(
                 conversations=[quoted],
@@ -141,25 +159,31 @@ class Chat:
         row = self.encode([messages])[0]
         if isinstance(row, str):
             raise UserError(
-                f"{name}: its chat template cannot be trained with: {row}. It must put what the assistant says, the end of its turn included, "
-                "between {% generation %} and {% endgeneration %}"
+                f"{name}: its chat template cannot be trained with: {row}. It must put what the assistant says, the end"
+                " of its turn included, between {% generation %} and {% endgeneration %}"
             )
         self.end_id = row.ids[-1]
         """Token that ends the assistant's turn."""
-        if self.end_id not in self.tokenizer.added_tokens_decoder or not self.tokenizer.added_tokens_decoder[self.end_id].special:
+        if (
+            self.end_id not in self.tokenizer.added_tokens_decoder
+            or not self.tokenizer.added_tokens_decoder[self.end_id].special
+        ):
             raise UserError(
-                f"{name}: by its chat template the last token that carries loss is {self.tokenizer.convert_ids_to_tokens(self.end_id)!r}, which is no special token: "
-                "the model would never learn to end its turn. Move the end-of-turn token to before {% endgeneration %}"
+                f"{name}: by its chat template the last token that carries loss is"
+                f" {self.tokenizer.convert_ids_to_tokens(self.end_id)!r}, which is no special token: the model would"
+                " never learn to end its turn. Move the end-of-turn token to before {% endgeneration %}"
             )
         if self.end_id == self.tokenizer.pad_token_id:
             raise UserError(
-                f"{name}: the end of a turn is also the padding token {self.tokenizer.pad_token!r}, which carries no loss; give the tokenizer a padding token of its own"
+                f"{name}: the end of a turn is also the padding token {self.tokenizer.pad_token!r}, which carries no"
+                " loss; give the tokenizer a padding token of its own"
             )
         if self.tokenizer.pad_token_id is None:
             raise UserError(f"{name}: has no padding token; give it one, distinct from the end of a turn")
         if row.ids[: row.start] != self.prompt(messages[:1]):
             raise UserError(
-                f"{name}: its chat template writes a prompt that waits for an answer differently from one that has it; the model would be asked what it was never taught"
+                f"{name}: its chat template writes a prompt that waits for an answer differently from one that has it;"
+                " the model would be asked what it was never taught"
             )
 
 
@@ -176,9 +200,11 @@ def cut(ids: list[int], trained: list[bool]) -> Encoded | str:
 
 
 def _renamed(tokenizer, names: dict[str, str]):
-    """The same tokenizer with other spellings of its special tokens, so that text that spells one of the old ones is text.
+    """The same tokenizer with other spellings of its special tokens, so that text that spells one of the old ones is
+    text.
 
-    The merges, the normaliser and the way in which special tokens split a text stay the tokenizer's own: ids of ordinary text are equal.
+    The merges, the normaliser and the way in which special tokens split a text stay the tokenizer's own: ids of
+    ordinary text are equal.
     """
     from tokenizers import Tokenizer
 
@@ -195,5 +221,7 @@ def _renamed(tokenizer, names: dict[str, str]):
         spec["model"]["unk_token"] = names[spec["model"]["unk_token"]]
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     renamed = Tokenizer.from_str(json.dumps(spec))
-    assert all(renamed.token_to_id(names[token]) == index for token, index in ids.items()), "a special token lost its id"
+    assert all(renamed.token_to_id(names[token]) == index for token, index in ids.items()), (
+        "a special token lost its id"
+    )
     return renamed

@@ -1,11 +1,14 @@
-"""What the tuning stages read: conversations, pairs of answers, and prompts, from the same named sources as everything else.
+"""What the tuning stages read: conversations, pairs of answers, and prompts, from the same named sources as everything
+else.
 
-    train, heldout, ledger = load_conversations({"reviews": ChatSource(path="reviews.jsonl", messages=[...])}, holdout=0.1)
+    train, heldout, ledger = load_conversations({"reviews": ChatSource(path="reviews.jsonl", messages=[...])},
+    holdout=0.1)
 
-A source says with templates how a record becomes messages; a record that holds a conversation already needs none (messages, ShareGPT
-conversations, prompt + completion, Alpaca's instruction + input + output). Text is normalised as in cleaning. Exact duplicates are dropped.
-A record is held out if its own hash says so, and so in every stage; what is like a held-out record is then dropped from training.
-Nothing is dropped silently: the ledger counts each reason and names the first places.
+A source says with templates how a record becomes messages; a record that holds a conversation already needs none
+(messages, ShareGPT conversations, prompt + completion, Alpaca's instruction + input + output). Text is normalised as in
+cleaning. Exact duplicates are dropped. A record is held out if its own hash says so, and so in every stage; what is
+like a held-out record is then dropped from training. Nothing is dropped silently: the ledger counts each reason and
+names the first places.
 """
 
 import functools
@@ -37,7 +40,8 @@ class Message(Strict):
 
 
 class ChatSource(Source):
-    """Conversations. Without `messages`, records must hold messages, conversations (ShareGPT), prompt + completion, or instruction + output (Alpaca)."""
+    """Conversations. Without `messages`, records must hold messages, conversations (ShareGPT), prompt + completion,
+    or instruction + output (Alpaca)."""
 
     messages: list[Message] | None = None
     """Templates of a conversation, in turns."""
@@ -54,7 +58,8 @@ class ChatSource(Source):
 
 
 class PreferenceSource(Source):
-    """Pairs of answers. Without templates, records must hold prompt, chosen and rejected, as texts or messages (the prompt may be implicit in messages)."""
+    """Pairs of answers. Without templates, records must hold prompt, chosen and rejected, as texts or messages (the
+    prompt may be implicit in messages)."""
 
     prompt: str | list[Message] | None = None
     """Template of the user's message, or of several messages."""
@@ -69,12 +74,16 @@ class PreferenceSource(Source):
     def _all_or_none(self):
         missing = [key for key in ("prompt", "chosen", "rejected") if getattr(self, key) is None]
         if 0 < len(missing) < 3:
-            raise ValueError(f"{' and '.join(missing)} is missing: give templates for all of prompt, chosen and rejected, or none for records that hold these fields")
+            raise ValueError(
+                f"{' and '.join(missing)} is missing: give templates for all of prompt, chosen and rejected, or none"
+                " for records that hold these fields"
+            )
         return self
 
 
 class PromptSource(Source):
-    """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation that begins with the user."""
+    """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation
+    that begins with the user."""
 
     prompt: str | None = None
     """Template of the user's message."""
@@ -147,11 +156,13 @@ class Ledger:
         """The reasons, most frequent first, with a place each."""
         rejected = self.sources[source]["rejected"]
         return "; ".join(
-            f"{entry['count']} x {reason} (first: {entry['first'][0]})" for reason, entry in sorted(rejected.items(), key=lambda item: -item[1]["count"])[:3]
+            f"{entry['count']} x {reason} (first: {entry['first'][0]})"
+            for reason, entry in sorted(rejected.items(), key=lambda item: -item[1]["count"])[:3]
         )
 
     def keep(self, rows: list, split: str, reasons: list[str | None]) -> list:
-        """Rows whose reason is None; the others are rejected, and each source must have something left in the end (`check`)."""
+        """Rows whose reason is None; the others are rejected, and each source must have something left in the end
+        (`check`)."""
         kept = []
         for row, reason in zip(rows, reasons, strict=True):
             if reason is None:
@@ -164,14 +175,17 @@ class Ledger:
     def check(self, holdout: float) -> None:
         """Raise UserError if a source gives nothing, or if nothing is held out or left."""
         for name, entry in self.sources.items():
-            assert entry["records"] == entry["train"] + entry["heldout"] + sum(reason["count"] for reason in entry["rejected"].values()), (
-                f"{name}: a record is not accounted for"
-            )
+            assert entry["records"] == entry["train"] + entry["heldout"] + sum(
+                reason["count"] for reason in entry["rejected"].values()
+            ), f"{name}: a record is not accounted for"
             if not entry["train"] + entry["heldout"]:
                 raise UserError(f"sources.{name}: none of its {entry['records']} records can be used: {self.why(name)}")
         train, heldout = self.total("train"), self.total("heldout")
         if not heldout or not train:
-            raise UserError(f"sources: holdout: {holdout} leaves {train} rows to train on and {heldout} to measure on; give more records or another holdout")
+            raise UserError(
+                f"sources: holdout: {holdout} leaves {train} rows to train on and {heldout} to measure on; give more"
+                " records or another holdout"
+            )
 
     def total(self, key: str) -> int:
         return sum(entry[key] for entry in self.sources.values())
@@ -180,7 +194,9 @@ class Ledger:
         return sum(reason["count"] for entry in self.sources.values() for reason in entry["rejected"].values())
 
 
-def load_conversations(sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Conversation], list[Conversation], Ledger]:
+def load_conversations(
+    sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Conversation], list[Conversation], Ledger]:
     """Conversations to train on and held out."""
 
     def make(source: ChatSource, name: str, record) -> Conversation:
@@ -194,14 +210,18 @@ def load_conversations(sources: dict[str, ChatSource], holdout: float, decontami
             messages.pop()
         if not messages:
             raise Rejected("no message of the assistant")
-        answer = None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
+        answer = (
+            None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
+        )
         return Conversation(record.id, name, record.place, messages, content, answer, source.rule)
 
     rows, ledger = _gathered(sources, make, lambda row: _key(row.messages), decontaminate)
     return _split(rows, ledger, holdout, lambda row: _key(row.messages[:-1]))
 
 
-def load_pairs(sources: dict[str, PreferenceSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Pair], list[Pair], Ledger]:
+def load_pairs(
+    sources: dict[str, PreferenceSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Pair], list[Pair], Ledger]:
     """Pairs of answers to train on and held out."""
 
     def make(source: PreferenceSource, name: str, record) -> Pair:
@@ -213,32 +233,42 @@ def load_pairs(sources: dict[str, PreferenceSource], holdout: float, decontamina
         else:
             turns = source.prompt if isinstance(source.prompt, list) else [Message(role="user", content=source.prompt)]
             prompt = normalised(_filled(turns, record.fields))
-            chosen, rejected = (render(template, record.fields, "the record") for template in (source.chosen, source.rejected))
+            chosen, rejected = (
+                render(template, record.fields, "the record") for template in (source.chosen, source.rejected)
+            )
             content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], record.fields)
         chosen, rejected = clean_text(chosen, "chosen"), clean_text(rejected, "rejected")
         if not prompt or prompt[-1]["role"] == "assistant":
             raise Rejected("the prompt does not end with the user")
         if chosen == rejected:
             raise Rejected("chosen equals rejected")
-        return Pair(record.id, name, record.place, prompt, chosen, rejected, content, _number(source.margin, record.fields))
+        return Pair(
+            record.id, name, record.place, prompt, chosen, rejected, content, _number(source.margin, record.fields)
+        )
 
     rows, ledger = _gathered(sources, make, lambda row: _key([row.prompt, row.chosen, row.rejected]), decontaminate)
     return _split(rows, ledger, holdout, lambda row: _key(row.prompt))
 
 
-def load_prompts(sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None) -> tuple[list[Prompt], list[Prompt], Ledger]:
+def load_prompts(
+    sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Prompt], list[Prompt], Ledger]:
     """Prompts to train on and held out, each prompt once."""
 
     def make(source: PromptSource, name: str, record) -> Prompt:
         if source.prompt is None:
             messages = normalised(prompt_of(record.fields))
-            if [message["role"] for message in messages[:2]] not in (["user"], ["user", "assistant"]) or sum(m["role"] == "user" for m in messages) > 1:
+            if [message["role"] for message in messages[:2]] not in (["user"], ["user", "assistant"]) or sum(
+                m["role"] == "user" for m in messages
+            ) > 1:
                 raise Rejected("the prompt is not one message of the user")
             text = content = messages[0]["content"]
         else:
             text = clean_text(render(source.prompt, record.fields, "the record"), "prompt")
             content = _brought([source.prompt], record.fields)
-        answer = None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
+        answer = (
+            None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
+        )
         return Prompt(record.id, name, text, answer, record.place, content)
 
     rows, ledger = _gathered(sources, make, lambda row: _key(row.text), decontaminate)
@@ -261,7 +291,7 @@ def _chat(tokenizer):
     return Chat(tokenizer)
 
 
-# ---- from records to rows --------------------------------------------------------------------------------------------------
+# ---- from records to rows --------------------------------------------------------------------------------------------
 
 
 def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
@@ -287,9 +317,16 @@ def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decon
                 seen.add(digest)
                 rows.append(row)
         if name not in ledger.sources:
-            raise UserError(f"sources.{name}: has no records{' after where, part and limit' if source.where or source.part != (0.0, 1.0) else ''}")
-        if ledger.sources[name]["records"] == sum(reason["count"] for reason in ledger.sources[name]["rejected"].values()):
-            raise UserError(f"sources.{name}: none of its {ledger.sources[name]['records']} records can be used: {ledger.why(name)}")
+            raise UserError(
+                f"sources.{name}: has no"
+                f" records{' after where, part and limit' if source.where or source.part != (0.0, 1.0) else ''}"
+            )
+        if ledger.sources[name]["records"] == sum(
+            reason["count"] for reason in ledger.sources[name]["rejected"].values()
+        ):
+            raise UserError(
+                f"sources.{name}: none of its {ledger.sources[name]['records']} records can be used: {ledger.why(name)}"
+            )
     if decontaminate:
         found, ledger.evaluation = contaminated(map(_read, rows), decontaminate)
         for row, match in zip(rows, found, strict=True):
@@ -300,7 +337,8 @@ def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decon
 
 
 def _split(rows: list, ledger: Ledger, holdout: float, prompt: Callable) -> tuple[list, list, Ledger]:
-    """Held-out rows are chosen by their own hash; training rows that answer a held-out prompt, or nearly repeat a held-out row, are dropped."""
+    """Held-out rows are chosen by their own hash; training rows that answer a held-out prompt, or nearly repeat a
+    held-out row, are dropped."""
     from pipeline.data.dedup import near_duplicates
 
     heldout = [row for row in rows if fraction(row.id) >= 1 - holdout]
@@ -328,8 +366,13 @@ def _filled(messages: list[Message], fields: dict) -> list[dict]:
 
 
 def _brought(templates: list[str], fields: dict) -> str:
-    """The values that templates take from a record. Their own words, the same in every row, would make short rows look like copies of each other."""
-    names = [name for template in templates for name in re.findall(r"\{([^{}]+)\}", template.replace("{{", "").replace("}}", ""))]
+    """The values that templates take from a record. Their own words, the same in every row, would make short rows
+    look like copies of each other."""
+    names = [
+        name
+        for template in templates
+        for name in re.findall(r"\{([^{}]+)\}", template.replace("{{", "").replace("}}", ""))
+    ]
     return normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
 
 

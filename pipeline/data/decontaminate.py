@@ -1,7 +1,8 @@
-"""Text of evaluation sets in training data, found by common runs of tokens: 13 words (GPT-3: Brown et al., 2020, appendix C), or 20 characters where most tokens are Chinese or Japanese.
+"""Text of evaluation sets in training data, found by common runs of tokens: 13 words (GPT-3: Brown et al., 2020,
+appendix C), or 20 characters where most tokens are Chinese or Japanese.
 
-One rule for both, because a run is judged by what it consists of: 20 characters of Chinese are about 13 words. Used by clean for pretraining text and by the
-tuning stages for their conversations, pairs and prompts.
+One rule for both, because a run is judged by what it consists of: 20 characters of Chinese are about 13 words. Used by
+clean for pretraining text and by the tuning stages for their conversations, pairs and prompts.
 """
 
 import functools
@@ -28,7 +29,8 @@ class Decontaminate(Strict):
     """Leave out what contains text of evaluation sets."""
 
     sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Source] = Field(min_length=1)
-    """Evaluation sets: where their records come from, with `text` as the field or template of what must not be trained on (question and answer, usually)."""
+    """Evaluation sets: where their records come from, with `text` as the field or template of what must not be
+    trained on (question and answer, usually)."""
     words: int = Field(13, ge=SHORTEST)
     """Tokens of a common run."""
     characters: int = Field(20, ge=SHORTEST)
@@ -48,7 +50,8 @@ class Runs:
 
 
 def build(wanted: Decontaminate) -> tuple[Runs, dict[str, dict[str, int]]]:
-    """The runs of all sets, and of each set its items, those without text, its runs, and the items that are too short to be looked for."""
+    """The runs of all sets, and of each set its items, those without text, its runs, and the items that are too
+    short to be looked for."""
     import numpy as np
 
     from pipeline.data.text import normalise, tokens
@@ -63,7 +66,10 @@ def build(wanted: Decontaminate) -> tuple[Runs, dict[str, dict[str, int]]]:
                 texts.append("")
             bad += not texts[-1]
         if not len(texts) - bad:
-            raise UserError(f"decontaminate.sets.{name}: none of its {len(texts)} records has text; look at its `text` and `records`")
+            raise UserError(
+                f"decontaminate.sets.{name}: none of its {len(texts)} records has text; look at its `text` and"
+                " `records`"
+            )
         report[name] = {"items": len(texts), "bad": bad, "runs": 0, "too_short": 0}
         for begin in range(0, len(texts), 256):
             batch = tokens(texts[begin : begin + 256])
@@ -110,7 +116,8 @@ def load(path: Path) -> Runs:
 
 
 def matches(batch, runs: Runs, wanted: Decontaminate) -> list[tuple[str, list[int]] | None]:
-    """For each text of hashed tokens (text.Tokens): the set that it has most runs in common with, and the numbers of its items; None with fewer than `min_hits`."""
+    """For each text of hashed tokens (text.Tokens): the set that it has most runs in common with, and the numbers of
+    its items; None with fewer than `min_hits`."""
     import numpy as np
 
     owner, hashed = _runs(batch, wanted, runs)
@@ -169,7 +176,8 @@ def _whole(batch, texts: "np.ndarray") -> "np.ndarray":
 
 
 def contaminated(texts: Iterable[str], wanted: Decontaminate) -> tuple[list[str | None], dict[str, dict[str, int]]]:
-    """The set that each text has runs in common with, or None; and the report of `build` with `documents` and `items_found` of each set, as clean's report has it."""
+    """The set that each text has runs in common with, or None; and the report of `build` with `documents` and
+    `items_found` of each set, as clean's report has it."""
     from pipeline.data.text import normalise, tokens
 
     (runs, report), found, texts = build(wanted), [], [normalise(text) for text in texts]
@@ -179,4 +187,7 @@ def contaminated(texts: Iterable[str], wanted: Decontaminate) -> tuple[list[str 
             found.append(match and match[0])
             if match:
                 items[match[0]].update(match[1])
-    return found, {name: {**entry, "documents": found.count(name), "items_found": len(items[name])} for name, entry in report.items()}
+    return found, {
+        name: {**entry, "documents": found.count(name), "items_found": len(items[name])}
+        for name, entry in report.items()
+    }

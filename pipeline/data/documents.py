@@ -6,7 +6,8 @@ from pipeline.artifact import Artifact
 
 
 def documents(artifact: Artifact, split: str) -> Iterator[tuple[str, str, str]]:
-    """(text, source, id) of each document of the split `train` or `heldout`, in the published order; one row group in memory at a time."""
+    """(text, source, id) of each document of the split `train` or `heldout`, in the published order; one row group
+    in memory at a time."""
     import pyarrow.parquet
 
     for path in sorted((artifact.path / split).glob("part-*.parquet")):

@@ -1,10 +1,14 @@
-"""Engines for many machines, with the one method that Pool needs: `submit(function, *arguments)` gives a concurrent.futures.Future.
+"""Engines for many machines, with the one method that Pool needs: `submit(function, *arguments)` gives a
+concurrent.futures.Future.
 
-    executor: ray      tasks of a Ray cluster: the one that RAY_ADDRESS names, or one on this machine (pip install 'alma[ray]')
-    executor: slurm    an array job of `workers` tasks (launch/slurm/units.sbatch; partition, account and time by sbatch's own SBATCH_* variables), which take work from a folder
+    executor: ray      tasks of a Ray cluster: the one that RAY_ADDRESS names, or one on this machine (pip install
+                       'alma[ray]')
+    executor: slurm    an array job of `workers` tasks (launch/slurm/units.sbatch; partition, account and time by
+                       sbatch's own SBATCH_* variables), which take work from a folder
 
-The stage's process keeps the list of what is to be done, checks and joins the results as it does for its own processes; the folder of the run must be on a file system that all machines share.
-Functions publish what they make as whole files, so work that is done twice does no harm.
+The stage's process keeps the list of what is to be done, checks and joins the results as it does for its own processes;
+the folder of the run must be on a file system that all machines share. Functions publish what they make as whole files,
+so work that is done twice does no harm.
 """
 
 import concurrent.futures
@@ -39,10 +43,17 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise UserError("executor: ray needs Ray, which is not installed; run pip install 'alma[ray]', or say executor: local") from None
+            raise UserError(
+                "executor: ray needs Ray, which is not installed; run pip install 'alma[ray]', or say executor: local"
+            ) from None
         self.ray = ray
         # Ray hides exceptions of import paths: workers must find this very program, also where it is not installed.
-        ray.init(num_cpus=workers if "RAY_ADDRESS" not in os.environ else None, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}})
+        ray.init(
+            num_cpus=workers if "RAY_ADDRESS" not in os.environ else None,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}},
+        )
         self.workers = workers or int(ray.cluster_resources().get("CPU", 1))
         self.task = ray.remote(num_cpus=1)(_call)
 
@@ -60,16 +71,30 @@ class Slurm:
         if not workers:
             raise UserError("executor: slurm needs `workers`: the number of tasks of the array job")
         if not shutil.which("sbatch"):
-            raise UserError("executor: slurm needs sbatch, which is not on the PATH; start the stage on a login node of the cluster, or say executor: local")
+            raise UserError(
+                "executor: slurm needs sbatch, which is not on the PATH; start the stage on a login node of the"
+                " cluster, or say executor: local"
+            )
         self.workers, self.number, self.futures, self.ended = workers, 0, {}, threading.Event()
         self.folder = folder.absolute() / uuid.uuid4().hex[:12]
         for name in ("todo", "taken", "done"):
             (self.folder / name).mkdir(parents=True)
         (self.folder / "alive").touch()
-        command = ["sbatch", "--parsable", f"--array=0-{workers - 1}", f"--output={self.folder}/worker-%a.log", str(ROOT / "launch/slurm/units.sbatch"), sys.executable, str(ROOT), str(self.folder)]
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--array=0-{workers - 1}",
+            f"--output={self.folder}/worker-%a.log",
+            str(ROOT / "launch/slurm/units.sbatch"),
+            sys.executable,
+            str(ROOT),
+            str(self.folder),
+        ]
         answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode:
-            raise UserError(f"executor: slurm: sbatch refused the array job: {answer.stderr.strip() or answer.stdout.strip()}")
+            raise UserError(
+                f"executor: slurm: sbatch refused the array job: {answer.stderr.strip() or answer.stdout.strip()}"
+            )
         self.job = answer.stdout.strip().partition(";")[0]
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.watcher.start()
@@ -92,7 +117,12 @@ class Slurm:
                 if here.returncode or not here.stdout.strip():
                     self._collect()
                     for future in list(self.futures.values()):
-                        future.set_exception(UserError(f"the array job {self.job} has ended before its work was done; look into {self.folder}/worker-*.log, then run the same command again"))
+                        future.set_exception(
+                            UserError(
+                                f"the array job {self.job} has ended before its work was done; look into"
+                                f" {self.folder}/worker-*.log, then run the same command again"
+                            )
+                        )
                     self.futures.clear()
 
     def _collect(self) -> None:
@@ -129,7 +159,8 @@ def work(folder: Path) -> None:
                 continue  # another worker was faster
             try:
                 result = (True, _call(*pickle.loads(taken.read_bytes())))
-            except Exception as error:  # it is the stage's to judge: a damaged file, a full disk, a mistake in the recipe
+            except Exception as error:
+                # it is the stage's to judge: a damaged file, a full disk, a mistake in the recipe
                 result = (False, error)
             write_atomic(folder / "done" / path.name, pickle.dumps(result))
             taken.unlink()

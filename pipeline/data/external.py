@@ -1,6 +1,7 @@
 """Arrays larger than memory: scratch arrays on disk, rows brought together by key, and connected components.
 
-What is held in memory depends on BLOCK and PARTITION alone. Pages of scratch arrays that the system keeps are its cache and go when somebody needs the room.
+What is held in memory depends on BLOCK and PARTITION alone. Pages of scratch arrays that the system keeps are its cache
+and go when somebody needs the room.
 """
 
 import shutil
@@ -29,9 +30,11 @@ def blocks(number: int, size: int = BLOCK) -> Iterator[slice]:
 
 
 def together(parts: Iterable[np.ndarray], total: int, folder: Path) -> Iterator[np.ndarray]:
-    """All rows of `parts` (uint64 [n, columns], the first column a well-mixed key), in pieces that fit into memory and hold all rows of a key.
+    """All rows of `parts` (uint64 [n, columns], the first column a well-mixed key), in pieces that fit into memory and
+    hold all rows of a key.
 
-    Pieces come in the order of their keys; rows of a piece in the order in which they came. `total` is about the number of rows, `folder` scratch.
+    Pieces come in the order of their keys; rows of a piece in the order in which they came. `total` is about the number
+    of rows, `folder` scratch.
     """
     parts = iter(parts)
     first = next(parts, None)
@@ -77,18 +80,20 @@ def runs(keys: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(fresh, np.arange(len(keys)), 0))
 
 
-# ---- connected components --------------------------------------------------------------------------------------------------
+# ---- connected components --------------------------------------------------------------------------------------------
 
 
 def union(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Join left[i] and right[i] in a forest whose roots are the smallest nodes of their trees (labels[root] == root)."""
+    """Join left[i] and right[i] in a forest whose roots are the smallest nodes of their trees (labels[root] ==
+    root)."""
     a, b = roots(labels, left), roots(labels, right)
     while True:
         differ = a != b
         if not differ.any():
             return
         low, high = np.minimum(a[differ], b[differ]), np.maximum(a[differ], b[differ])
-        np.minimum.at(labels, high, low)  # roots are hooked, never inner nodes; of several hooks on one root the others wait for the next round
+        # roots are hooked, never inner nodes; of several hooks on one root the others wait for the next round
+        np.minimum.at(labels, high, low)
         a, b = roots(labels, low), roots(labels, high)
 
 

@@ -5,8 +5,9 @@ Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", 
     PSM   <prefix> P <suffix> S <middle> M eos
     SPM   <prefix> <suffix> S <middle> P M eos         (their second variant, which shares its sentinels with PSM)
 
-In both the text is what stands between <prefix> and <suffix>, then what follows <middle>, then what stands between <suffix> and <middle>:
-nothing is lost. Whether, how and where a piece is cut depends on the seed, the row's number and the piece's place in the row alone.
+In both the text is what stands between <prefix> and <suffix>, then what follows <middle>, then what stands between
+<suffix> and <middle>: nothing is lost. Whether, how and where a piece is cut depends on the seed, the row's number and
+the piece's place in the row alone.
 """
 
 from typing import NamedTuple
@@ -50,15 +51,19 @@ class Cutter(NamedTuple):
     key: int
 
     def cut(self, text: int, row: int, piece: int) -> tuple[int, int, bool] | None:
-        """Where the middle of a piece of `text` tokens begins and ends, and whether its suffix comes first; None for a piece that is left as it is."""
+        """Where the middle of a piece of `text` tokens begins and ends, and whether its suffix comes first; None for
+        a piece that is left as it is."""
         key = self.key ^ mixed(row << 20 | piece)
         if text < 2 or mixed(key) >= self.rate * 2**64:
             return None
         a, b = mixed(key + 1) % (text + 1), mixed(key + 2) % (text + 1)
         return min(a, b), max(a, b), mixed(key + 3) < self.spm * 2**64
 
-    def turn(self, tokens: np.ndarray, text: int, begin: int, end: int, suffix_first: bool, into: np.ndarray) -> tuple[int, int, int]:
-        """Write a piece, turned round, to into[: len(tokens) + 3]; what follows its `text`, the end of the document, stays last.
+    def turn(
+        self, tokens: np.ndarray, text: int, begin: int, end: int, suffix_first: bool, into: np.ndarray
+    ) -> tuple[int, int, int]:
+        """Write a piece, turned round, to into[: len(tokens) + 3]; what follows its `text`, the end of the document,
+        stays last.
 
         Returns where the sentinels stand.
         """
@@ -78,19 +83,28 @@ class Cutter(NamedTuple):
 def cutter(config: Fim, tokenizer, sources: list[str], seed: int) -> Cutter:
     """Raises UserError where the tokenizer has no such special tokens, or a source does not exist."""
     vocabulary = tokenizer.get_vocab()
-    special = set(tokenizer.all_special_tokens) | {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = set(tokenizer.all_special_tokens) | {
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+    }
     names = {"prefix": config.prefix, "suffix": config.suffix, "middle": config.middle}
     for key, name in names.items():
         if name not in vocabulary or name not in special:
             has = ", ".join(sorted(special))
-            raise UserError(f"fim.{key}: {name!r} is no special token of the tokenizer; it has {has}. Train it with the three sentinels, or name its own")
+            raise UserError(
+                f"fim.{key}: {name!r} is no special token of the tokenizer; it has {has}. Train it with the three"
+                " sentinels, or name its own"
+            )
     if len(set(names.values())) < 3:
-        raise UserError(f"fim: prefix, suffix and middle must be three different tokens, found {', '.join(names.values())}")
+        raise UserError(
+            f"fim: prefix, suffix and middle must be three different tokens, found {', '.join(names.values())}"
+        )
     for source in config.sources or ():
         if source not in sources:
             raise UserError(f"fim.sources: the tokens have no source {source!r}; they have {', '.join(sources)}")
     chosen = frozenset(config.sources) if config.sources is not None else None
-    return Cutter(config.rate, config.spm, chosen, tuple(vocabulary[name] for name in names.values()), derive(seed, "fim"))
+    return Cutter(
+        config.rate, config.spm, chosen, tuple(vocabulary[name] for name in names.values()), derive(seed, "fim")
+    )
 
 
 def mixed(value: int) -> int:

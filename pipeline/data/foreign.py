@@ -1,10 +1,12 @@
-"""Token shards made elsewhere, as sources of stage `pack`: Megatron's .bin/.idx, datatrove's .ds, and numpy arrays or plain memory maps.
+"""Token shards made elsewhere, as sources of stage `pack`: Megatron's .bin/.idx, datatrove's .ds, and numpy arrays or
+plain memory maps.
 
     shard = open_shard(path, Shards(path=...), eos_id=2)     # checked: an index that does not fit its data is refused
-    documents_in(shard, 0, 1_000_000)                        # where documents begin and end, of those that begin in this stretch
+    documents_in(shard, 0, 1_000_000)                        # where documents begin and end, of those that begin in
+                                                             # this stretch
 
-A document is what the index says, and a file without one is cut after each end-of-document token. One in the middle of an indexed document
-cuts it, too: our form has it at the end alone.
+A document is what the index says, and a file without one is cut after each end-of-document token. One in the middle of
+an indexed document cuts it, too: our form has it at the end alone.
 """
 
 import struct
@@ -27,7 +29,8 @@ class Shards(Strict):
     """Tokens that another tool wrote, with this recipe's tokenizer."""
 
     path: Annotated[str | list[str], EXECUTION]
-    """A file, a folder, a glob, or a list of them: .bin (its .idx beside it), .ds (its .ds.index beside it), .npy, or any file of plain numbers with `dtype`."""
+    """A file, a folder, a glob, or a list of them: .bin (its .idx beside it), .ds (its .ds.index beside it), .npy,
+    or any file of plain numbers with `dtype`."""
     format: Literal["megatron", "datatrove", "numpy"] | None = None
     """By default from what is there: .bin with an .idx beside it, .ds, else numpy."""
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
@@ -56,11 +59,18 @@ def files(source: Shards, name: str) -> list[Path]:
         elif any(sign in path for sign in "*?["):
             root = Path(place.anchor) if place.is_absolute() else Path()
             pattern = str(place.relative_to(place.anchor) if place.is_absolute() else place)
-            here = sorted(file for file in root.glob(pattern) if file.is_file() and file.suffix not in (".idx", ".index", ".metadata", ".loss"))
+            here = sorted(
+                file
+                for file in root.glob(pattern)
+                if file.is_file() and file.suffix not in (".idx", ".index", ".metadata", ".loss")
+            )
         else:
             here = [place] if place.is_file() else []
         if not here:
-            raise UserError(f"shards.{name}.path: {path}: there is no such file, or nothing in it that ends in {', '.join(suffixes)}")
+            raise UserError(
+                f"shards.{name}.path: {path}: there is no such file, or nothing in it that ends in"
+                f" {', '.join(suffixes)}"
+            )
         found += here
     if len(set(found)) < len(found):
         raise UserError(f"shards.{name}.path: names {len(found) - len(set(found))} files twice; each is read once")
@@ -75,13 +85,17 @@ def companions(path: Path, source: Shards) -> list[Path]:
 
 
 def identify(shards: dict[str, Shards], cache: Path) -> dict:
-    """What decides the content of shards, as JSON: what the files hold, their order and their names, which documents' ids have; not where they stand."""
+    """What decides the content of shards, as JSON: what the files hold, their order and their names, which
+    documents' ids have; not where they stand."""
     from pipeline.data.sources import hashes
 
     value = {}
     with hashes(cache) as sha256:
         for name, source in sorted(shards.items()):
-            listed = [[path.name, *(sha256(part) for part in companions(path, source) if part.is_file())] for path in files(source, name)]
+            listed = [
+                [path.name, *(sha256(part) for part in companions(path, source) if part.is_file())]
+                for path in files(source, name)
+            ]
             value[name] = {**identity(source), "files": listed}
     return value
 
@@ -98,7 +112,9 @@ def open_shard(path: Path, source: Shards) -> Shard:
     """Raises UserError, with the file, for what is damaged, does not fit together, or is no array of token ids."""
     kind = kind_of(path, source)
     if source.dtype and kind != "numpy":
-        raise UserError(f"{path}: dtype: {source.dtype} is for numpy files without a header; {kind} says its own, leave dtype out")
+        raise UserError(
+            f"{path}: dtype: {source.dtype} is for numpy files without a header; {kind} says its own, leave dtype out"
+        )
     try:
         shard = {"megatron": _megatron, "datatrove": _datatrove, "numpy": _numpy}[kind](path, source)
     except FileNotFoundError as error:
@@ -107,7 +123,9 @@ def open_shard(path: Path, source: Shards) -> Shard:
         raise UserError(f"{path}: the document ends of its index do not ascend; it does not fit these tokens")
     if shard.ends is not None and (int(shard.ends[-1]) if len(shard.ends) else 0) != len(shard.tokens):
         last = int(shard.ends[-1]) if len(shard.ends) else 0
-        raise UserError(f"{path}: its index ends at token {last}, the file has {len(shard.tokens)}; they do not fit together")
+        raise UserError(
+            f"{path}: its index ends at token {last}, the file has {len(shard.tokens)}; they do not fit together"
+        )
     return shard
 
 
@@ -115,12 +133,15 @@ def _mapped(path: Path, dtype) -> np.ndarray:
     size, item = path.stat().st_size, np.dtype(dtype).itemsize
     if size % item:
         kind = f"{np.dtype(dtype).name} ({item} bytes each)"
-        raise UserError(f"{path}: has {size} bytes, which are no whole number of {kind}; it was cut off, or is of another type")
+        raise UserError(
+            f"{path}: has {size} bytes, which are no whole number of {kind}; it was cut off, or is of another type"
+        )
     return np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
 
 
 def _megatron(path: Path, source: Shards) -> Shard:
-    """Header (magic, version, dtype, sequences, documents), int32 lengths, int64 byte offsets, int64 first sequence of each document, perhaps int8 modes."""
+    """Header (magic, version, dtype, sequences, documents), int32 lengths, int64 byte offsets, int64 first sequence
+    of each document, perhaps int8 modes."""
     place = path.with_suffix(".idx")
     raw = np.memmap(place, np.uint8, "r") if place.stat().st_size else np.zeros(0, np.uint8)
     head = raw[:34].tobytes()
@@ -133,13 +154,14 @@ def _megatron(path: Path, source: Shards) -> Shard:
     if version != 1 or MEGATRON.get(code, "float").startswith("float"):
         kind = MEGATRON.get(code, "unknown")
         raise UserError(
-            f"{place}: version {version} and type {code} ({kind}) are not token ids of version 1; write it again with Megatron's preprocess_data.py"
+            f"{place}: version {version} and type {code} ({kind}) are not token ids of version 1; write it again with"
+            " Megatron's preprocess_data.py"
         )
     wanted = 34 + 12 * sequences + 8 * documents
     if len(raw) not in (wanted, wanted + sequences):
         raise UserError(
-            f"{place}: has {len(raw)} bytes, {wanted} are needed for the {sequences} sequences and {documents} document borders that it announces; "
-            "it was cut off or overwritten"
+            f"{place}: has {len(raw)} bytes, {wanted} are needed for the {sequences} sequences and {documents} document"
+            " borders that it announces; it was cut off or overwritten"
         )
     lengths = raw[34 : 34 + 4 * sequences].view("<i4")
     offsets = raw[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
@@ -150,27 +172,40 @@ def _megatron(path: Path, source: Shards) -> Shard:
     if (lengths < 0).any() or not np.array_equal(offsets, expected):
         wrong = int(np.flatnonzero((offsets != expected) | (lengths < 0))[0])
         begins, ends_at = int(offsets[wrong]), int(expected[wrong])
-        raise UserError(f"{place}: sequence {wrong} begins at byte {begins}, those before it end at {ends_at}; the index does not fit itself")
+        raise UserError(
+            f"{place}: sequence {wrong} begins at byte {begins}, those before it end at {ends_at}; the index does not"
+            " fit itself"
+        )
     if documents and (borders[0] != 0 or borders[-1] != sequences or (np.diff(borders) < 0).any()):
         raise UserError(
-            f"{place}: its document borders run from {int(borders[0])} to {int(borders[-1])} over {sequences} sequences; "
-            "they must ascend from 0 to their number"
+            f"{place}: its document borders run from {int(borders[0])} to {int(borders[-1])} over {sequences}"
+            " sequences; they must ascend from 0 to their number"
         )
     if not documents and sequences:
-        raise UserError(f"{place}: has {sequences} sequences and no document border; write it again with Megatron's preprocess_data.py")
+        raise UserError(
+            f"{place}: has {sequences} sequences and no document border; write it again with Megatron's"
+            " preprocess_data.py"
+        )
     return Shard(path, tokens, np.concatenate([[0], ends])[borders[1:]].astype(np.int64))
 
 
 def _datatrove(path: Path, source: Shards) -> Shard:
-    """Plain uint16 or uint32, and uint64 document ends. Which of the two follows from the last end and the file's size."""
+    """Plain uint16 or uint32, and uint64 document ends. Which of the two follows from the last end and the file's
+    size."""
     if Path(f"{path}.loss").exists():
-        raise UserError(f"{path}.loss: loss masks are not read; take it away to train on every token, or write the tokens without it")
+        raise UserError(
+            f"{path}.loss: loss masks are not read; take it away to train on every token, or write the tokens"
+            " without it"
+        )
     ends = _mapped(Path(f"{path}.index"), "<u8").astype(np.int64)
     size, total = path.stat().st_size, int(ends[-1]) if len(ends) else 0
     for dtype in ("<u2", "<u4"):
         if total * np.dtype(dtype).itemsize == size:
             return Shard(path, _mapped(path, dtype), ends)
-    raise UserError(f"{path}: has {size} bytes, its index ends at token {total}: neither 2 nor 4 bytes each; they do not fit together")
+    raise UserError(
+        f"{path}: has {size} bytes, its index ends at token {total}: neither 2 nor 4 bytes each; they do not fit"
+        " together"
+    )
 
 
 def _numpy(path: Path, source: Shards) -> Shard:
@@ -178,31 +213,41 @@ def _numpy(path: Path, source: Shards) -> Shard:
         headed = handle.read(6) == b"\x93NUMPY"
     if not headed:
         if source.dtype is None:
-            raise UserError(f"{path}: has no numpy header, so that nothing says what its numbers are; give dtype: uint16 (or uint32, int32, int64)")
+            raise UserError(
+                f"{path}: has no numpy header, so that nothing says what its numbers are; give dtype: uint16 (or"
+                " uint32, int32, int64)"
+            )
         return Shard(path, _mapped(path, np.dtype(source.dtype).newbyteorder("<")), None)
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a numpy array ({error})") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-        raise UserError(f"{path}: holds {tokens.dtype} {list(tokens.shape)}; expected one row of token ids, such as uint16")
+        raise UserError(
+            f"{path}: holds {tokens.dtype} {list(tokens.shape)}; expected one row of token ids, such as uint16"
+        )
     if source.dtype and tokens.dtype != np.dtype(source.dtype):
         raise UserError(f"{path}: its header says {tokens.dtype}, the recipe dtype: {source.dtype}; leave dtype out")
     return Shard(path, tokens, None)
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------------
+# ---- documents -------------------------------------------------------------------------------------------------------
 
 
 def documents_in(shard: Shard, begin: int, end: int, eos_id: int) -> tuple[int, np.ndarray]:
-    """The documents that begin in begin .. end: the first token of the first, and where each ends (int64). Empty ones among an index's stand there twice."""
+    """The documents that begin in begin .. end: the first token of the first, and where each ends (int64). Empty
+    ones among an index's stand there twice."""
     first, last = _border(shard, begin, eos_id), _border(shard, end, eos_id)
     if first >= last:
         return first, np.zeros(0, np.int64)
     cuts = np.flatnonzero(shard.tokens[first:last] == eos_id) + first + 1
     if shard.ends is None:
         return first, cuts if len(cuts) and cuts[-1] == last else np.append(cuts, last)
-    inside = shard.ends[np.searchsorted(shard.ends, first, side="right" if first else "left") : np.searchsorted(shard.ends, last, side="right")]
+    inside = shard.ends[
+        np.searchsorted(shard.ends, first, side="right" if first else "left") : np.searchsorted(
+            shard.ends, last, side="right"
+        )
+    ]
     return first, np.sort(np.concatenate([inside, np.setdiff1d(cuts, inside)]))
 
 
@@ -225,4 +270,8 @@ def held_out(places: np.ndarray, key: int, share: float) -> np.ndarray:
     """Which documents, given by their first tokens, are held out: bool."""
     from pipeline.data.sampler import scrambled
 
-    return scrambled(places.astype(np.uint64) ^ np.uint64(key)) < np.uint64(int(share * 2**64)) if share else np.zeros(len(places), bool)
+    return (
+        scrambled(places.astype(np.uint64) ^ np.uint64(key)) < np.uint64(int(share * 2**64))
+        if share
+        else np.zeros(len(places), bool)
+    )

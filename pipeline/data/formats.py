@@ -1,4 +1,5 @@
-"""File formats: a file cut into chunks at record borders, and a chunk's records. What is read does not depend on where a file is cut."""
+"""File formats: a file cut into chunks at record borders, and a chunk's records. What is read does not depend on
+where a file is cut."""
 
 import csv
 import functools
@@ -13,7 +14,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-# A longer record is taken for a file whose record separators are missing; reading it whole would take memory without bound.
+# A longer record is taken for a file whose record separators are missing; reading it whole would take memory without
+# bound.
 MAX_RECORD_BYTES = 64 << 20
 EXCERPT = 200
 
@@ -32,13 +34,15 @@ class Chunk:
     """Consecutive records of one file, not parsed yet, cheap to send to another process."""
 
     file: str
-    kind: str  # jsonl, line, paragraph, document, html: bytes; warc: list of (position, fields or Bad); values: list of (position, value or Bad); table: pyarrow.Table
+    # jsonl, line, paragraph, document, html: bytes; warc: list of (position, fields or Bad); values: list of (position,
+    # value or Bad); table: pyarrow.Table
+    kind: str
     first: int  # line or row of the first record, from 1
     data: Any
     weight: int  # bytes, about
 
 
-# ---- chunk -> records -----------------------------------------------------------------------------------------------------
+# ---- chunk -> records ------------------------------------------------------------------------------------------------
 
 
 def values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
@@ -101,10 +105,13 @@ def _rows(chunk: Chunk) -> Iterator[tuple[int, Any]]:
             try:
                 yield chunk.first + index, chunk.data.slice(index, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
-                yield chunk.first + index, Bad(place, "invalid UTF-8", error.object[:EXCERPT].decode(errors="backslashreplace"))
+                yield (
+                    chunk.first + index,
+                    Bad(place, "invalid UTF-8", error.object[:EXCERPT].decode(errors="backslashreplace")),
+                )
 
 
-# ---- file -> chunks -------------------------------------------------------------------------------------------------------
+# ---- file -> chunks --------------------------------------------------------------------------------------------------
 
 
 class _Torn(Exception):
@@ -112,7 +119,8 @@ class _Torn(Exception):
 
 
 def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """Bytes of a file in blocks of at most `size` on disk, unpacked by suffix. Raises _Torn where the rest cannot be unpacked."""
+    """Bytes of a file in blocks of at most `size` on disk, unpacked by suffix. Raises _Torn where the rest cannot be
+    unpacked."""
     make = None
     if path.suffix == ".gz":
         make = functools.partial(zlib.decompressobj, 31)  # 31: gzip header and checksum (zlib.h, inflateInit2)
@@ -124,7 +132,8 @@ def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
         if make is None:
             yield from iter(lambda: handle.read(size), b"")
             return
-        # The streaming readers of zstandard end without a word where a file is cut; decompressobj knows whether its frame was complete.
+        # The streaming readers of zstandard end without a word where a file is cut; decompressobj knows whether its
+        # frame was complete.
         unpack = None
         while packed := handle.read(min(size, 1 << 16)):
             while packed:
@@ -137,7 +146,8 @@ def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
                     raise
                 packed = b""
                 if unpack.eof:
-                    packed, unpack = unpack.unused_data.lstrip(b"\0"), None  # several members, or zero padding (gzip -t allows it)
+                    # several members, or zero padding (gzip -t allows it)
+                    packed, unpack = unpack.unused_data.lstrip(b"\0"), None
         if unpack is not None:
             raise _Torn(f"truncated {path.suffix} data")
 
@@ -178,7 +188,12 @@ def line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Chu
             number += buffer.count(b"\n", 0, cut)
             del buffer[:cut]
         if len(buffer) > MAX_RECORD_BYTES:
-            yield _bad(relative, number, f"longer than {MAX_RECORD_BYTES >> 20} MiB", bytes(buffer[:EXCERPT]).decode(errors="backslashreplace"))
+            yield _bad(
+                relative,
+                number,
+                f"longer than {MAX_RECORD_BYTES >> 20} MiB",
+                bytes(buffer[:EXCERPT]).decode(errors="backslashreplace"),
+            )
             number += buffer.count(b"\n")
             buffer.clear()
             skipping = True
@@ -190,11 +205,22 @@ def line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Chu
     if cut:
         yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut)
     if torn:
-        yield _bad(relative, number + buffer.count(b"\n", 0, cut), str(torn), bytes(buffer[cut:][:EXCERPT]).decode(errors="backslashreplace"))
+        yield _bad(
+            relative,
+            number + buffer.count(b"\n", 0, cut),
+            str(torn),
+            bytes(buffer[cut:][:EXCERPT]).decode(errors="backslashreplace"),
+        )
 
 
 def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
-    return Chunk(relative, "values", position, [(position, Bad(f"{relative}:{position}" if position else relative, reason, raw))], len(raw))
+    return Chunk(
+        relative,
+        "values",
+        position,
+        [(position, Bad(f"{relative}:{position}" if position else relative, reason, raw))],
+        len(raw),
+    )
 
 
 def document_chunk(relative: str, path: Path, kind: str = "document") -> Iterator[Chunk]:
@@ -203,7 +229,12 @@ def document_chunk(relative: str, path: Path, kind: str = "document") -> Iterato
         for block in _blocks(path):
             data += block
             if len(data) > MAX_RECORD_BYTES:
-                yield _bad(relative, 0, f"longer than {MAX_RECORD_BYTES >> 20} MiB", data[:EXCERPT].decode(errors="backslashreplace"))
+                yield _bad(
+                    relative,
+                    0,
+                    f"longer than {MAX_RECORD_BYTES >> 20} MiB",
+                    data[:EXCERPT].decode(errors="backslashreplace"),
+                )
                 return
     except _Torn as error:
         yield _bad(relative, 0, str(error), data[:EXCERPT].decode(errors="backslashreplace"))
@@ -222,7 +253,9 @@ def json_chunks(records: str, where: str, relative: str, path: Path, size: int) 
     try:
         value = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        yield _bad(relative, 0, "invalid UTF-8", raw[max(0, error.start - 40) :][:EXCERPT].decode(errors="backslashreplace"))
+        yield _bad(
+            relative, 0, "invalid UTF-8", raw[max(0, error.start - 40) :][:EXCERPT].decode(errors="backslashreplace")
+        )
         return
     except (ValueError, RecursionError) as error:
         at = getattr(error, "pos", 0)
@@ -238,7 +271,10 @@ def json_chunks(records: str, where: str, relative: str, path: Path, size: int) 
 def steps_of(path: str) -> list[str]:
     """`data[*].context[*]` -> data, *, context, *."""
     if path and not re.fullmatch(r"(\[\*\]|[^\[\].*]+)(\[\*\]|\.[^\[\].*]+)*", path):
-        raise ValueError(f"records: {path!r} is no path; write names joined by dots and [*] for every item, such as data[*].context[*]")
+        raise ValueError(
+            f"records: {path!r} is no path; write names joined by dots and [*] for every item, such as"
+            " data[*].context[*]"
+        )
     return [step if step != "[*]" else "*" for step in re.findall(r"\[\*\]|[^\[\].]+", path)] or ["*"]
 
 
@@ -250,14 +286,27 @@ def _walk(value: Any, steps: list[str], where: str, path: str) -> list:
         else:
             found = [node[step] for node in found if isinstance(node, dict) and step in node]
             if not found:
-                shape = f"a block with the keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else f"a {type(value).__name__}"
+                shape = (
+                    f"a block with the keys {', '.join(list(value)[:8])}"
+                    if isinstance(value, dict)
+                    else f"a {type(value).__name__}"
+                )
                 raise UserError(f"{where}: has nothing at {step!r} of records: {path!r}; it holds {shape}")
     return found
 
 
 def _items(node: Any) -> list:
     if isinstance(node, dict):
-        return [{"key": key, **item} if isinstance(item, dict) else {"key": key, "text": item} if isinstance(item, str) else item for key, item in node.items()]
+        return [
+            (
+                {"key": key, **item}
+                if isinstance(item, dict)
+                else {"key": key, "text": item}
+                if isinstance(item, str)
+                else item
+            )
+            for key, item in node.items()
+        ]
     return node if isinstance(node, list) else []
 
 
@@ -275,7 +324,9 @@ def csv_chunks(columns: list[str], relative: str, path: Path, kind: str, size: i
 
     # RFC 4180 for csv; tsv (IANA text/tab-separated-values) has no quotes.
     feed = _Lines(lines())
-    reader = csv.reader(feed, strict=True) if kind == "csv" else csv.reader(feed, delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = (
+        csv.reader(feed, strict=True) if kind == "csv" else csv.reader(feed, delimiter="\t", quoting=csv.QUOTE_NONE)
+    )
     header, rows, weight = columns or None, [], 0
     begins, after = 1, 1
     while True:
@@ -284,7 +335,8 @@ def csv_chunks(columns: list[str], relative: str, path: Path, kind: str, size: i
             cells = next(reader, None)
         except csv.Error as error:
             first = feed.taken[0]
-            # At a cut the open cell is the file's last; anywhere else a quote that nobody closed must not cost the rows that it ran through.
+            # At a cut the open cell is the file's last; anywhere else a quote that nobody closed must not cost the rows
+            # that it ran through.
             after += feed.finish(1 if len(feed.taken) > 1 and not torn else len(feed.taken))
             shown = f"{error}: {first}"[:EXCERPT].encode(errors="surrogateescape").decode(errors="backslashreplace")
             rows.append((begins, Bad(f"{relative}:{begins}", "malformed CSV", shown)))
@@ -308,7 +360,8 @@ def csv_chunks(columns: list[str], relative: str, path: Path, kind: str, size: i
 
 
 class _Lines:
-    """Lines for the csv reader, which can be told to read those of a broken record again. Each is read at most about twice: where a second quote stands, the first is not open any more."""
+    """Lines for the csv reader, which can be told to read those of a broken record again. Each is read at most about
+    twice: where a second quote stands, the first is not open any more."""
 
     def __init__(self, lines: Iterator[str]):
         self.lines, self.again, self.taken = lines, deque(), []

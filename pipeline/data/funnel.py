@@ -1,6 +1,8 @@
-"""The part of the ledger that follows every record from raw to published: by source, language and reason, with duplicates beside what was kept for them, and bad input with its places.
+"""The part of the ledger that follows every record from raw to published: by source, language and reason, with
+duplicates beside what was kept for them, and bad input with its places.
 
-Like pipeline/data/rejections.py it is computed from the stored outcomes of all units: complete after any number of interruptions, and the same for any number of workers.
+Like pipeline/data/rejections.py it is computed from the stored outcomes of all units: complete after any number of
+interruptions, and the same for any number of workers.
 """
 
 from pathlib import Path
@@ -30,15 +32,25 @@ class Funnel:
         self.alike = np.zeros(len(ALIKE), np.int64)
 
     def add(self, source: str, outcome, status: np.ndarray, reason: np.ndarray, document: np.ndarray) -> None:
-        """Rows of a unit: pyarrow.Table with place, id, excerpt, bytes, language and kind; the fate of each (kept counts as status `kept` with its split as the reason); and its number in the
-        index where it has one."""
+        """Rows of a unit: pyarrow.Table with place, id, excerpt, bytes, language and kind; the fate of each (kept
+        counts as status `kept` with its split as the reason); and its number in the index where it has one."""
         import pyarrow
 
         kept, copy = status == "kept", status == "duplicates"
         published = np.zeros(len(status), np.int64)
         published[kept] = self.index.size[document[kept]]
-        table = pyarrow.table({"language": self._languages(outcome), "status": status.tolist(), "reason": reason.tolist(), "bytes": outcome["bytes"], "published": published})
-        sums = table.group_by(["language", "status", "reason"]).aggregate([("bytes", "count"), ("bytes", "sum"), ("published", "sum")])
+        table = pyarrow.table(
+            {
+                "language": self._languages(outcome),
+                "status": status.tolist(),
+                "reason": reason.tolist(),
+                "bytes": outcome["bytes"],
+                "published": published,
+            }
+        )
+        sums = table.group_by(["language", "status", "reason"]).aggregate(
+            [("bytes", "count"), ("bytes", "sum"), ("published", "sum")]
+        )
         for row in sums.to_pylist():
             cell = self.cells.setdefault((source, row["language"], row["status"], row["reason"]), [0, 0, 0])
             for i, key in enumerate(("bytes_count", "bytes_sum", "published_sum")):
@@ -54,14 +66,21 @@ class Funnel:
 
     @staticmethod
     def _languages(outcome) -> list[str]:
-        """What language identification said, or which thresholds judged the document where it was not asked; empty for what could not be read."""
+        """What language identification said, or which thresholds judged the document where it was not asked; empty
+        for what could not be read."""
         pairs = zip(outcome["language"].to_pylist(), outcome["kind"].to_pylist(), strict=True)
         return [code or ("" if kind is None else KINDS[kind]) for code, kind in pairs]
 
     def _alike(self, documents: np.ndarray) -> np.ndarray:
-        """Share of their signature that documents have in common with what was kept for them: an estimate of their Jaccard similarity."""
+        """Share of their signature that documents have in common with what was kept for them: an estimate of their
+        Jaccard similarity."""
         originals = self.index.original[documents]
-        return np.array([(self.index.signature[a] == self.index.signature[b]).mean() for a, b in zip(documents.tolist(), originals.tolist(), strict=True)])
+        return np.array(
+            [
+                (self.index.signature[a] == self.index.signature[b]).mean()
+                for a, b in zip(documents.tolist(), originals.tolist(), strict=True)
+            ]
+        )
 
     def _sample(self, source: str, outcome, reason: np.ndarray, copy: np.ndarray, document: np.ndarray) -> None:
         """Of each kind of duplicate those with the smallest record ids, as in rejections.py."""
@@ -72,17 +91,24 @@ class Funnel:
         for why in np.unique(reason[rows]).tolist():
             mine = candidates(ids, np.flatnonzero(reason[rows] == why))
             entries = outcome.select(["place", "excerpt"]).take(rows[mine]).to_pylist()
-            found = [(str(ids[i]), source, entry["place"], entry["excerpt"], int(document[rows[i]])) for i, entry in zip(mine.tolist(), entries, strict=True)]
+            found = [
+                (str(ids[i]), source, entry["place"], entry["excerpt"], int(document[rows[i]]))
+                for i, entry in zip(mine.tolist(), entries, strict=True)
+            ]
             self.samples[why] = smallest(self.samples.get(why, []), found)
 
     def report(self) -> dict[str, Any]:
-        """JSON. `steps`: source -> language -> status -> reason -> [documents, bytes of their text as it was read, bytes of text published]; `bad`: source -> reason -> first places;
-        `duplicates`: samples beside what was kept, `clusters` by size, the largest of them, and how alike near duplicates are to what was kept: [share of the signature, how many]."""
+        """JSON. `steps`: source -> language -> status -> reason -> [documents, bytes of their text as it was read,
+        bytes of text published]; `bad`: source -> reason -> first places; `duplicates`: samples beside what was
+        kept, `clusters` by size, the largest of them, and how alike near duplicates are to what was kept: [share of
+        the signature, how many]."""
         steps: dict[str, Any] = {}
         for (source, language, status, reason), cell in sorted(self.cells.items()):
             steps.setdefault(source, {}).setdefault(language, {}).setdefault(status, {})[reason] = cell
         sizes, largest = self._clusters()
-        originals = {sample[4]: int(self.index.original[sample[4]]) for samples in self.samples.values() for sample in samples}
+        originals = {
+            sample[4]: int(self.index.original[sample[4]]) for samples in self.samples.values() for sample in samples
+        }
         known = self._found([*originals.values(), *largest])
         samples = {}
         for why, listed in sorted(self.samples.items()):
@@ -95,15 +121,21 @@ class Funnel:
                         entry["alike"] = round(float(self._alike(np.array([document]))[0]), 4)
                 samples[why].append(entry)
         return {
-            "steps": steps, "bad": self.first,
+            "steps": steps,
+            "bad": self.first,
             "duplicates": {
-                "samples": samples, "clusters": sizes, "largest": [{"documents": int(self.index.cluster[document]), **known[document]} for document in largest],
+                "samples": samples,
+                "clusters": sizes,
+                "largest": [
+                    {"documents": int(self.index.cluster[document]), **known[document]} for document in largest
+                ],
                 "alike": [[low, int(number)] for low, number in zip(ALIKE, self.alike, strict=True)],
             },
-        }  # fmt: skip
+        }
 
     def _clusters(self) -> tuple[list[list[int]], list[int]]:
-        """[[least size, clusters, documents in them], ...] of what was kept, and the documents kept for the largest clusters."""
+        """[[least size, clusters, documents in them], ...] of what was kept, and the documents kept for the largest
+        clusters."""
         index, counts, members, largest = self.index, np.zeros(len(SIZES), np.int64), np.zeros(len(SIZES), np.int64), []
         for part in blocks(len(index.row)):
             documents = part.start + np.flatnonzero(index.original[part] == np.arange(part.start, part.stop))
@@ -114,7 +146,11 @@ class Funnel:
             several = np.flatnonzero(size > 1)
             several = several[np.argsort(-size[several], kind="stable")][:SAMPLES]
             largest += [(-int(size[i]), *index.id[documents[i]].tolist(), int(documents[i])) for i in several.tolist()]
-        listed = [[least, int(number), int(total)] for least, number, total in zip(SIZES, counts, members, strict=True) if number]
+        listed = [
+            [least, int(number), int(total)]
+            for least, number, total in zip(SIZES, counts, members, strict=True)
+            if number
+        ]
         return listed, [entry[-1] for entry in sorted(largest)[:SAMPLES]]
 
     def _found(self, documents: list[int]) -> dict[int, dict]:

@@ -13,12 +13,22 @@ from pipeline.data.sources import Source
 
 TRAIN, HELDOUT, EXACT, NEAR, URL, EMPTIED = range(6)
 REASONS = {EXACT: "exact", NEAR: "near", URL: "url", EMPTIED: "repeated text"}  # of those that are left out
-COLUMNS = {"source": (np.int16, 1), "unit": (np.int32, 1), "row": (np.int32, 1), "size": (np.int64, 1), "id": (np.uint64, 2), "hash": (np.uint64, 2), "address": (np.uint64, 2), "score": (np.float32, 1)}
+COLUMNS = {
+    "source": (np.int16, 1),
+    "unit": (np.int32, 1),
+    "row": (np.int32, 1),
+    "size": (np.int64, 1),
+    "id": (np.uint64, 2),
+    "hash": (np.uint64, 2),
+    "address": (np.uint64, 2),
+    "score": (np.float32, 1),
+}
 
 
 @dataclass
 class Index:
-    """One entry for each document, in the order of sources, units and rows; those of an earlier output come last, as source -1. Arrays of length D."""
+    """One entry for each document, in the order of sources, units and rows; those of an earlier output come last, as
+    source -1. Arrays of length D."""
 
     sources: list[str]  # sorted
     source: Any  # int16: number of its source
@@ -38,9 +48,17 @@ class Index:
     cluster: Any  # int32: documents in its cluster, itself included
 
 
-def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: list[Path], width: int, scratch: Path, score: int | None = None) -> Index:
-    """Read the outcomes of all units. `earlier` are signed shards of an earlier output, `width` is that of a signature, `score` the column of the
-    statistics that holds the classifier's score, if it is needed. Raises outcomes.Torn for a file that is not what was written."""
+def build(
+    sources: dict[str, Source],
+    units: dict[str, list[Path]],
+    earlier: list[Path],
+    width: int,
+    scratch: Path,
+    score: int | None = None,
+) -> Index:
+    """Read the outcomes of all units. `earlier` are signed shards of an earlier output, `width` is that of a
+    signature, `score` the column of the statistics that holds the classifier's score, if it is needed. Raises
+    outcomes.Torn for a file that is not what was written."""
     names = list(units)
     scratch.mkdir(parents=True, exist_ok=True)
     files = {name: open(scratch / name, "wb") for name in (*COLUMNS, "signature")}
@@ -50,11 +68,21 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: lis
     number = 0
 
     def add(table, source: int, unit: int, at: np.ndarray) -> int:
-        scores = np.frombuffer(b"".join(table["statistics"].to_pylist()), np.float32).reshape(len(at), -1)[:, score] if score is not None and source >= 0 else np.zeros(len(at))
+        scores = (
+            np.frombuffer(b"".join(table["statistics"].to_pylist()), np.float32).reshape(len(at), -1)[:, score]
+            if score is not None and source >= 0
+            else np.zeros(len(at))
+        )
         values = {
-            "source": np.full(len(at), source), "unit": np.full(len(at), unit), "row": at, "size": table["size"].to_numpy(),
-            "id": _halves(bytes.fromhex("".join(table["id"].to_pylist()))), "hash": _halves(_joined(table["hash"], 16)), "address": _halves(_joined(table["address"], 16)), "score": scores,
-        }  # fmt: skip
+            "source": np.full(len(at), source),
+            "unit": np.full(len(at), unit),
+            "row": at,
+            "size": table["size"].to_numpy(),
+            "id": _halves(bytes.fromhex("".join(table["id"].to_pylist()))),
+            "hash": _halves(_joined(table["hash"], 16)),
+            "address": _halves(_joined(table["address"], 16)),
+            "score": scores,
+        }
         for name, (dtype, _) in COLUMNS.items():
             files[name].write(np.ascontiguousarray(values[name], dtype).tobytes())
         files["signature"].write(_joined(table["signature"], 4 * width))
@@ -63,7 +91,19 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: lis
     for place, (name, paths) in enumerate(units.items()):
         left = sources[name].limit
         for unit, path in enumerate(paths):
-            outcome = outcomes.read(path, ["status", "id", "size", "hash", "address", "signature", "counted", *(["statistics"] if score is not None else [])])
+            outcome = outcomes.read(
+                path,
+                [
+                    "status",
+                    "id",
+                    "size",
+                    "hash",
+                    "address",
+                    "signature",
+                    "counted",
+                    *(["statistics"] if score is not None else []),
+                ],
+            )
             if left is not None:
                 counted = np.cumsum(outcome["counted"].to_numpy())
                 outcome = outcome.slice(0, int(np.searchsorted(counted, left)) + 1 if left else 0)
@@ -82,8 +122,14 @@ def build(sources: dict[str, Source], units: dict[str, list[Path]], earlier: lis
     def opened(name: str, dtype, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, dtype) if 0 in shape else np.memmap(scratch / name, dtype, "r+", shape=shape)
 
-    columns = {name: opened(name, dtype, (number, several) if several > 1 else (number,)) for name, (dtype, several) in COLUMNS.items()}
-    fates = {name: array(scratch / name, dtype, number) for name, dtype in (("fate", np.uint8), ("original", np.int64), ("cluster", np.int32))}
+    columns = {
+        name: opened(name, dtype, (number, several) if several > 1 else (number,))
+        for name, (dtype, several) in COLUMNS.items()
+    }
+    fates = {
+        name: array(scratch / name, dtype, number)
+        for name, dtype in (("fate", np.uint8), ("original", np.int64), ("cluster", np.int32))
+    }
     signature = opened("signature", np.uint32, (number, width))
     return Index(sources=names, **columns, signature=signature, rows=rows, begins=begins, ends=ends, **fates)
 
@@ -101,7 +147,9 @@ def kept(index: Index, units: dict[str, list[Path]]) -> list[Piece]:
     """The documents that go into train or heldout, unit by unit."""
     pieces, new = [], max(index.ends.values(), default=0)
     for name, paths in units.items():
-        for path, first, after in zip(paths, index.begins[name], [*index.begins[name][1:], index.ends[name]], strict=True):
+        for path, first, after in zip(
+            paths, index.begins[name], [*index.begins[name][1:], index.ends[name]], strict=True
+        ):
             documents = first + np.flatnonzero(index.fate[first:after] <= HELDOUT)
             if len(documents):
                 pieces.append(Piece(path, np.asarray(index.row[documents]), documents, shift=len(index.row) - new))
@@ -118,7 +166,8 @@ def before(index: Index, shards: list[Path]) -> list[Piece]:
 
 
 def take_over(index: Index, pieces: list[Piece], least: int) -> dict[str, dict[str, int]]:
-    """New sizes of documents that were edited; those with fewer tokens than `least` are left out. Returns {source: {edited_documents, removed_bytes}} of what is kept."""
+    """New sizes of documents that were edited; those with fewer tokens than `least` are left out. Returns {source:
+    {edited_documents, removed_bytes}} of what is kept."""
     sums = {name: {"edited_documents": 0, "removed_bytes": 0} for name in index.sources}
     for piece in pieces:
         if piece.edits is None:

@@ -1,4 +1,5 @@
-"""Which language a text is in, and so which thresholds judge it. The model is inside the installed package; nothing is fetched at run time."""
+"""Which language a text is in, and so which thresholds judge it. The model is inside the installed package; nothing
+is fetched at run time."""
 
 import functools
 from typing import TYPE_CHECKING
@@ -13,10 +14,12 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
 ENGLISH, CHINESE, OTHER = range(3)
 # eldc.LANGUAGES, written out so that a recipe is checked without loading its model (200 ms); a test compares the two.
 KNOWN = (
-    "am ar az be bg bn ca cs da de el en es et eu fa fi fr gu he hi hr hu hy is it ja ka kn ko ku lo lt lv ml mr ms nl no or pa pl pt ro ru sk sl sq sr sv ta te th tl tr uk ur vi yo zh"
+    "am ar az be bg bn ca cs da de el en es et eu fa fi fr gu he hi hr hu hy is it ja ka kn ko ku lo lt lv ml mr ms nl"
+    " no or pa pl pt ro ru sk sl sq sr sv ta te th tl tr uk ur vi yo zh"
 ).split()
-# Characters that are looked at. The language of a page shows in its first lines, and of 1,405 documents cut at 1,000 characters 99.6% (English) and all (Chinese) were
-# named rightly; lists and menus at the top are outvoted by taking the middle of longer texts as well.
+# Characters that are looked at. The language of a page shows in its first lines, and of 1,405 documents cut at 1,000
+# characters 99.6% (English) and all (Chinese) were named rightly; lists and menus at the top are outvoted by taking the
+# middle of longer texts as well.
 HEAD, MIDDLE = 700, 700
 
 
@@ -24,9 +27,12 @@ class Language(Strict):
     """Documents in other languages are left out. Detected by eldc (Apache-2.0), which knows 60 languages."""
 
     keep: list[str] = []
-    """ISO 639-1 codes, such as [en, zh]; empty: nothing is detected, nothing left out, and the rules tell Chinese by its script."""
+    """ISO 639-1 codes, such as [en, zh]; empty: nothing is detected, nothing left out, and the rules tell Chinese by
+    its script."""
     min_confidence: float = Field(0.0, ge=0, le=1)
-    """Smallest score of the language. 0.65 was FineWeb's for English with another model, whose scores are not comparable; here the 5th percentile is 0.69 for English web pages, mails and manuals, and 0.91 for Chinese ones (docs/log.md)."""
+    """Smallest score of the language. 0.65 was FineWeb's for English with another model, whose scores are not
+    comparable; here the 5th percentile is 0.69 for English web pages, mails and manuals, and 0.91 for Chinese ones
+    (docs/log.md)."""
 
     @field_validator("keep")
     @classmethod
@@ -34,7 +40,10 @@ class Language(Strict):
         """A code that is never detected would leave out a whole language without a word."""
         for code in keep:
             if code not in KNOWN:
-                raise ValueError(f"{code!r} is no language that is detected; known are {', '.join(KNOWN)} (Chinese is zh, in both scripts)")
+                raise ValueError(
+                    f"{code!r} is no language that is detected; known are {', '.join(KNOWN)} (Chinese is zh, in both"
+                    " scripts)"
+                )
         return keep
 
 
@@ -69,7 +78,8 @@ def kinds(codes: list[str]) -> "np.ndarray":
 
 
 def kinds_by_script(counts: "np.ndarray") -> "np.ndarray":
-    """The same without a detector, from characters by class (text.Tokens.counts): Chinese where a fifth of the letters are CJK, for one of them says as much as three or four letters."""
+    """The same without a detector, from characters by class (text.Tokens.counts): Chinese where a fifth of the
+    letters are CJK, for one of them says as much as three or four letters."""
     import numpy as np
 
     from pipeline.data.text import CJK, LETTER

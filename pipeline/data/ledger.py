@@ -11,11 +11,33 @@ if TYPE_CHECKING:
     from pipeline.data.index import Index
     from pipeline.data.steps import Steps
 
-ACCOUNTED = ["place", "id", "status", "reason", "excerpt", "bytes", "counted", "language", "kind", "statistics", "failed", "changed", "matched"]
+ACCOUNTED = [
+    "place",
+    "id",
+    "status",
+    "reason",
+    "excerpt",
+    "bytes",
+    "counted",
+    "language",
+    "kind",
+    "statistics",
+    "failed",
+    "changed",
+    "matched",
+]
 
 
-def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict[str, int]], upsample: dict[int, int], folder: Path, steps: "Steps") -> dict:
-    """Write rejected/ and report.json; returns the report. Every record is in exactly one of its counts. `edited` are those of index.take_over."""
+def account(
+    units: dict[str, list[Path]],
+    index: "Index",
+    edited: dict[str, dict[str, int]],
+    upsample: dict[int, int],
+    folder: Path,
+    steps: "Steps",
+) -> dict:
+    """Write rejected/ and report.json; returns the report. Every record is in exactly one of its counts. `edited`
+    are those of index.take_over."""
     import numpy as np
     import zstandard
 
@@ -30,7 +52,9 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
     for name, paths in units.items():
         counts: dict[str, Any] = {"not selected": {}, "bad": {}, "filtered": {}, "duplicates": {}}
         read = records = size = 0
-        splits = dict.fromkeys(("train_documents", "train_bytes", "train_copies", "heldout_documents", "heldout_bytes"), 0)
+        splits = dict.fromkeys(
+            ("train_documents", "train_bytes", "train_copies", "heldout_documents", "heldout_bytes"), 0
+        )
         ledger = folder / "work" / f"{name}.jsonl.zst"
         with open(ledger, "wb") as handle, zstandard.ZstdCompressor().stream_writer(handle) as packed:
             for path, rows, at in zip(paths, index.rows[name], index.begins[name], strict=True):
@@ -40,7 +64,11 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
                     entry = matched.setdefault(evaluation, {"documents": 0, "items_found": set()})
                     entry["documents"] += 1
                     entry["items_found"].update(items)
-                read, records, size = read + rows, records + int(outcome["counted"].to_numpy().sum()), size + int(outcome["bytes"].to_numpy().sum())
+                read, records, size = (
+                    read + rows,
+                    records + int(outcome["counted"].to_numpy().sum()),
+                    size + int(outcome["bytes"].to_numpy().sum()),
+                )
                 ok = outcome["status"].to_numpy() == "ok"
                 document = at + np.cumsum(ok) - 1
                 here = slice(at, at + int(ok.sum()))
@@ -56,7 +84,14 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
                 funnel.add(name, outcome, status, reason, document)
                 chosen = np.flatnonzero(left_out)
                 for i, row in zip(chosen.tolist(), outcome.take(chosen).to_pylist(), strict=True):
-                    entry = {"place": row["place"], "id": row["id"], "status": status[i], "reason": reason[i], "value": rejections.tripped(row), "excerpt": row["excerpt"]}
+                    entry = {
+                        "place": row["place"],
+                        "id": row["id"],
+                        "status": status[i],
+                        "reason": reason[i],
+                        "value": rejections.tripped(row),
+                        "excerpt": row["excerpt"],
+                    }
                     if ok[i]:
                         original = index.original[document[i]]
                         if original != document[i]:
@@ -65,13 +100,27 @@ def account(units: dict[str, list[Path]], index: "Index", edited: dict[str, dict
                     if entry["status"] != "not selected":  # the recipe asked for it; counted, and not kept aside
                         packed.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
         ledger.replace(folder / "rejected" / ledger.name)
-        report["sources"][name] = {"read": read, "documents_in": records, "bytes_in": size, **counts, **splits, **edited[name]}
+        report["sources"][name] = {
+            "read": read,
+            "documents_in": records,
+            "bytes_in": size,
+            **counts,
+            **splits,
+            **edited[name],
+        }
     _total(report)
     report["rules"], report["funnel"] = rejections.report(), funnel.report()
     assert report["rules"]["rejected"] + report["total"]["nothing_left"] == report["total"]["filtered_documents"]
     if steps.decontaminate:
         report["decontamination"] = {
-            evaluation: {**known, **({**matched[evaluation], "items_found": len(matched[evaluation]["items_found"])} if evaluation in matched else {"documents": 0, "items_found": 0})}
+            evaluation: {
+                **known,
+                **(
+                    {**matched[evaluation], "items_found": len(matched[evaluation]["items_found"])}
+                    if evaluation in matched
+                    else {"documents": 0, "items_found": 0}
+                ),
+            }
             for evaluation, known in json.loads((folder / "work" / "evaluation.json").read_text()).items()
         }
     write_json(folder / "report.json", report)
@@ -92,7 +141,17 @@ def _total(report: dict) -> None:
             "duplicates_url": counts["duplicates"].get("url", 0),
             "repeated_text": counts["duplicates"].get("repeated text", 0),
         }
-        fates = ("not_selected", "bad_records", "filtered_documents", "duplicates_exact", "duplicates_near", "duplicates_url", "repeated_text", "train_documents", "heldout_documents")
+        fates = (
+            "not_selected",
+            "bad_records",
+            "filtered_documents",
+            "duplicates_exact",
+            "duplicates_near",
+            "duplicates_url",
+            "repeated_text",
+            "train_documents",
+            "heldout_documents",
+        )
         assert flat["read"] == sum(flat[key] for key in fates)
         for key, value in flat.items():
             total[key] = total.get(key, 0) + value

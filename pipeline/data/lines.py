@@ -11,7 +11,8 @@ _BLANK = re.compile("\n{3,}")
 
 
 def without(texts: list[str], batch: Batch, kept: np.ndarray, citations: bool) -> list[str]:
-    """The texts without the lines that are not kept, bool [L]. Blank lines between what is left stay, one at a time, for they part paragraphs."""
+    """The texts without the lines that are not kept, bool [L]. Blank lines between what is left stay, one at a time,
+    for they part paragraphs."""
     blank = batch.line_last <= batch.line_first
     some_gone = np.add.reduceat(~kept & ~blank, batch.lines[:-1]) > 0
     found = []

@@ -1,4 +1,5 @@
-"""Personal data and secrets replaced by a word that says what stood there. Expressions find candidates; checksums and ranges decide, so that few numbers are taken for what they are not."""
+"""Personal data and secrets replaced by a word that says what stood there. Expressions find candidates; checksums
+and ranges decide, so that few numbers are taken for what they are not."""
 
 import ipaddress
 import re
@@ -9,15 +10,18 @@ from pydantic import field_validator
 
 from pipeline.recipe import Strict
 
-KINDS = ("secret", "email", "ip", "id_zh", "card", "mobile_zh", "phone")  # in the order in which they are looked for: an identity number may pass for a card
+# in the order in which they are looked for: an identity number may pass for a card
+KINDS = ("secret", "email", "ip", "id_zh", "card", "mobile_zh", "phone")
 
 
 class Mask(Strict):
     """What is replaced in the documents that are kept. A kind becomes its name in brackets, such as [EMAIL]."""
 
     use: list[Literal["secret", "email", "ip", "card", "id_zh", "mobile_zh", "phone"]] = []
-    """secret: private keys, tokens of AWS, GitHub, GitLab, Slack, Google, OpenAI, Stripe, npm, PyPI, JSON web tokens; email; ip: addresses that are not private or reserved;
-    card: credit cards with Luhn's checksum; id_zh: Chinese identity numbers with date and checksum; mobile_zh: Chinese mobile numbers; phone: other numbers in a form that is dialled."""
+    """secret: private keys, tokens of AWS, GitHub, GitLab, Slack, Google, OpenAI, Stripe, npm, PyPI, JSON web
+    tokens; email; ip: addresses that are not private or reserved; card: credit cards with Luhn's checksum; id_zh:
+    Chinese identity numbers with date and checksum; mobile_zh: Chinese mobile numbers; phone: other numbers in a
+    form that is dialled."""
     form: str = "[{}]"
     """How a kind is written; {} is its name in capitals."""
 
@@ -42,8 +46,14 @@ def _luhn(digits: str) -> bool:
 
 def _card(found: str) -> bool:
     digits = re.sub(r"\D", "", found)
-    # Prefixes of the issuers that have 13 to 19 digits (Visa, Mastercard, American Express, Discover, JCB, Diners, UnionPay).
-    return 13 <= len(digits) <= 19 and re.match("4|5[1-5]|2[2-7]|3[4-9]|6", digits) is not None and len(set(digits)) > 1 and _luhn(digits)
+    # Prefixes of the issuers that have 13 to 19 digits (Visa, Mastercard, American Express, Discover, JCB, Diners,
+    # UnionPay).
+    return (
+        13 <= len(digits) <= 19
+        and re.match("4|5[1-5]|2[2-7]|3[4-9]|6", digits) is not None
+        and len(set(digits)) > 1
+        and _luhn(digits)
+    )
 
 
 def _identity(found: str) -> bool:
@@ -62,7 +72,8 @@ def _address(found: str) -> bool:
 
 
 def _phone(found: str) -> bool:
-    """A country code, or brackets or separators where a person puts them: bare runs of digits are more often something else."""
+    """A country code, or brackets or separators where a person puts them: bare runs of digits are more often
+    something else."""
     digits = re.sub(r"\D", "", found)
     return 7 <= len(digits) <= 15 and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", found)
 
@@ -72,33 +83,86 @@ def _always(_: str) -> bool:
 
 
 _SECRET = re.compile(
-    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{0,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{0,20000}?"
+    r"-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
     r"|(?<![A-Za-z0-9])(?:A3T[A-Z0-9]|AKIA|ASIA|AGPA|AROA|AIPA|ANPA|ANVA)[A-Z0-9]{16}(?![A-Za-z0-9])"
-    r"|(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255}|glpat-[A-Za-z0-9_-]{20,}|xox[abeoprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{35}"
-    r"|sk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|[rs]k_live_[A-Za-z0-9]{20,}|npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_-]{50,}|hf_[A-Za-z0-9]{34,}|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,})"
+    r"|(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255}"
+    r"|glpat-[A-Za-z0-9_-]{20,}|xox[abeoprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{35}"
+    r"|sk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|[rs]k_live_[A-Za-z0-9]{20,}"
+    r"|npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_-]{50,}|hf_[A-Za-z0-9]{34,}"
+    r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,})"
     r"|(?i:(?<=aws_secret_access_key)[\"' ]{0,3}[=:][\"' ]{0,3}[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+]))"
 )
-# What must stand in a text before the expression of a kind is worth running: reading a text for a sign costs a hundredth of it.
-_HINTS = ("-----BEGIN", "AKIA", "ASIA", "A3T", "AGPA", "AROA", "AIPA", "ANPA", "ANVA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "AIza", "sk-", "k_live_", "npm_", "pypi-", "hf_", "eyJ", "secret_access_key", "SECRET_ACCESS_KEY")
-_EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])")
-# The digit comes before what must not stand before it: an expression that begins with a class of characters is tried only there.
+# What must stand in a text before the expression of a kind is worth running: reading a text for a sign costs a
+# hundredth of it.
+_HINTS = (
+    "-----BEGIN",
+    "AKIA",
+    "ASIA",
+    "A3T",
+    "AGPA",
+    "AROA",
+    "AIPA",
+    "ANPA",
+    "ANVA",
+    "ghp_",
+    "gho_",
+    "ghu_",
+    "ghs_",
+    "ghr_",
+    "github_pat_",
+    "glpat-",
+    "xox",
+    "AIza",
+    "sk-",
+    "k_live_",
+    "npm_",
+    "pypi-",
+    "hf_",
+    "eyJ",
+    "secret_access_key",
+    "SECRET_ACCESS_KEY",
+)
+_EMAIL = re.compile(
+    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@"
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])"
+)
+# The digit comes before what must not stand before it: an expression that begins with a class of characters is tried
+# only there.
 _IP4 = re.compile(r"\d(?<![\d.vV].)(?<!ersion .)(?<!版本.)(?<!版本 .)\d{0,2}(?:\.\d{1,3}){3}(?![\d.]*\d)")
-_IP6 = re.compile(r"(?<![0-9A-Za-z:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::|[0-9A-Fa-f]{1,4})(?:[0-9A-Fa-f:]*[0-9A-Fa-f])?(?![0-9A-Za-z:])")
+_IP6 = re.compile(
+    r"(?<![0-9A-Za-z:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::|[0-9A-Fa-f]{1,4})(?:[0-9A-Fa-f:]*[0-9A-Fa-f])?(?![0-9A-Za-z:])"
+)
 _CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-]*\d)")
-# The same where a date or a security number stands beside it: a bare run of digits or groups of four, at the beginning or at the end of a row of numbers.
+# The same where a date or a security number stands beside it: a bare run of digits or groups of four, at the beginning
+# or at the end of a row of numbers.
 _CARD_FORM = r"(?:\d{{13,19}}|\d{{4}}(?P<{0}>[ -])\d{{4}}(?P={0})\d{{4}}(?P={0})\d{{4}})"
-_CARD_BESIDE = re.compile(r"(?<![\d.-])(?<!\d )" + _CARD_FORM.format("a") + r"(?![\d-]*\d)|(?<![\d.-])" + _CARD_FORM.format("b") + r"(?![\d-]*\d| \d)")
+_CARD_BESIDE = re.compile(
+    r"(?<![\d.-])(?<!\d )"
+    + _CARD_FORM.format("a")
+    + r"(?![\d-]*\d)|(?<![\d.-])"
+    + _CARD_FORM.format("b")
+    + r"(?![\d-]*\d| \d)"
+)
 _ID = re.compile(r"(?<![0-9A-Za-z])[1-8]\d{16}[0-9Xx](?![0-9A-Za-z])")
-_MOBILE = re.compile(r"(?<![0-9A-Za-z.-])(?:(?:\+|00)86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})(?![0-9A-Za-z]|[.-]\d)")
+_MOBILE = re.compile(
+    r"(?<![0-9A-Za-z.-])(?:(?:\+|00)86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})(?![0-9A-Za-z]|[.-]\d)"
+)
 _PHONE = re.compile(
-    r"(?<![0-9A-Za-z+.])(?:\+[1-9]\d{0,2}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}"  # +44 20 7946 0958
+    # +44 20 7946 0958
+    r"(?<![0-9A-Za-z+.])(?:\+[1-9]\d{0,2}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}"
     r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[-.]\d{3}[-.]\d{4}"  # (212) 555-0123
     r"|0\d{2,3}[- ]\d{7,8}|[48]00-\d{3}-\d{4})(?![0-9A-Za-z]|-\d)"  # 010-12345678, 400-123-4567
 )
 _RULES: dict[str, list[tuple[re.Pattern, Callable[[str], bool]]]] = {
-    "secret": [(_SECRET, _always)], "email": [(_EMAIL, _always)], "ip": [(_IP4, _address), (_IP6, _address)], "card": [(_CARD, _card), (_CARD_BESIDE, _card)],
-    "id_zh": [(_ID, _identity)], "mobile_zh": [(_MOBILE, _always)], "phone": [(_PHONE, _phone)],
-}  # fmt: skip
+    "secret": [(_SECRET, _always)],
+    "email": [(_EMAIL, _always)],
+    "ip": [(_IP4, _address), (_IP6, _address)],
+    "card": [(_CARD, _card), (_CARD_BESIDE, _card)],
+    "id_zh": [(_ID, _identity)],
+    "mobile_zh": [(_MOBILE, _always)],
+    "phone": [(_PHONE, _phone)],
+}
 _COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _SEVEN = re.compile(r"\d(?:[^\w\n]{0,2}\d){6}")
 

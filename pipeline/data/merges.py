@@ -1,14 +1,18 @@
 """Byte-level BPE merges from counted words, in numpy.
 
     words, counts = presplit.count(texts, split_digits)
-    tokens, pairs = train(words, counts, 32_000)   # bytes of each token: 256 bytes in GPT-2's order, then one for each pair of ids
+    tokens, pairs = train(words, counts, 32_000)   # bytes of each token: 256 bytes in GPT-2's order, then one for each
+                                                   # pair of ids
 
-The most frequent pair of neighbours is joined, of equally frequent ones that with the smaller ids, until the vocabulary is full (Sennrich et al., 2016; the same choices as `tokenizers`, which is the
-oracle in tests/test_trainer.py). Counts are 64 bits wide.
+The most frequent pair of neighbours is joined, of equally frequent ones that with the smaller ids, until the vocabulary
+is full (Sennrich et al., 2016; the same choices as `tokenizers`, which is the oracle in tests/test_trainer.py). Counts
+are 64 bits wide.
 
-All different words stand in one array of token ids, a SEPARATOR between them. A token of several bytes has its id in its first and its last place, so that both neighbours are one look away
-(as the ends of blocks in a memory allocator), and GONE between. For each pair a list of places is kept. Lists go stale, which is noticed when a pair comes up: its places are looked at, and if
-some are taken the pair goes back with what is left. A pair's count can only fall after both of its tokens exist, so a stale count is a bound, and pairs that begin below `floor` are not kept at all; if the
+All different words stand in one array of token ids, a SEPARATOR between them. A token of several bytes has its id in
+its first and its last place, so that both neighbours are one look away (as the ends of blocks in a memory allocator),
+and GONE between. For each pair a list of places is kept. Lists go stale, which is noticed when a pair comes up: its
+places are looked at, and if some are taken the pair goes back with what is left. A pair's count can only fall after
+both of its tokens exist, so a stale count is a bound, and pairs that begin below `floor` are not kept at all; if the
 vocabulary is not full when the rest is used up, everything is counted anew with a lower floor.
 """
 
@@ -28,11 +32,14 @@ def byte_order() -> list[bytes]:
     return [bytes([byte]) for _, byte in sorted(alphabet().items())]
 
 
-def train(words, counts: np.ndarray, size: int, floor: int | None = None, advance: Callable[[int], None] = lambda merges: None) -> tuple[list[bytes], list[tuple[int, int]]]:
+def train(
+    words, counts: np.ndarray, size: int, floor: int | None = None, advance: Callable[[int], None] = lambda merges: None
+) -> tuple[list[bytes], list[tuple[int, int]]]:
     """Tokens in the order of their ids, at most `size`, at least the 256 bytes; fewer than `size` if no pair is left.
 
-    words: a pyarrow BinaryArray without repetitions; counts: int64, how often each stands in the text. `floor` as above, for tests. `advance` is called every 256 merges with 256.
-    Memory: about 10 bytes for each byte of all different words.
+    words: a pyarrow BinaryArray without repetitions; counts: int64, how often each stands in the text. `floor` as
+    above, for tests. `advance` is called every 256 merges with 256. Memory: about 10 bytes for each byte of all
+    different words.
     """
     tokens, pairs = byte_order(), []
     text, weight = _layout(words, counts, tokens, size)
@@ -40,7 +47,9 @@ def train(words, counts: np.ndarray, size: int, floor: int | None = None, advanc
     lengths = np.ones(size + 1, np.int64)
     if floor is None:
         floor = max(1, int(counts @ sizes(words)) // (size * 40) if len(words) else 1)
-    heap: list[tuple[int, int, int, list[np.ndarray]]] = _pairs(text, weight, lengths, gone, separator, floor, len(tokens))
+    heap: list[tuple[int, int, int, list[np.ndarray]]] = _pairs(
+        text, weight, lengths, gone, separator, floor, len(tokens)
+    )
     while len(tokens) < size:
         if not heap:
             if floor == 1:
@@ -79,8 +88,18 @@ def train(words, counts: np.ndarray, size: int, floor: int | None = None, advanc
     return tokens, pairs
 
 
-def _found(heap, others: np.ndarray, weights: np.ndarray, places: np.ndarray, floor: int, pair, without: tuple, lengths: np.ndarray | None = None) -> None:
-    """Push the new pairs of the token at `places` with its neighbours `others`; with `lengths` these stand to its left, and the pair begins where they begin."""
+def _found(
+    heap,
+    others: np.ndarray,
+    weights: np.ndarray,
+    places: np.ndarray,
+    floor: int,
+    pair,
+    without: tuple,
+    lengths: np.ndarray | None = None,
+) -> None:
+    """Push the new pairs of the token at `places` with its neighbours `others`; with `lengths` these stand to its
+    left, and the pair begins where they begin."""
     if not len(others):
         return
     order = others.argsort(kind="stable")  # by radix: 16 bits
@@ -105,23 +124,31 @@ def _apart(places: np.ndarray, width: int) -> np.ndarray:
 
 def sizes(words) -> np.ndarray:
     """int64: bytes of each word."""
-    return np.diff(np.frombuffer(words.buffers()[1], np.int32)[words.offset : words.offset + len(words) + 1]).astype(np.int64)
+    return np.diff(np.frombuffer(words.buffers()[1], np.int32)[words.offset : words.offset + len(words) + 1]).astype(
+        np.int64
+    )
 
 
 def _layout(words, counts: np.ndarray, tokens: list[bytes], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The words as token ids with a separator before, between and behind, and the count of the word that each place belongs to."""
+    """The words as token ids with a separator before, between and behind, and the count of the word that each place
+    belongs to."""
     dtype = np.uint16 if size < 2**16 - 2 else np.uint32
     separator = np.iinfo(dtype).max - 1
     lengths = sizes(words)
     ids = np.zeros(256, dtype)
     ids[[token[0] for token in tokens]] = np.arange(256)
     begin = np.frombuffer(words.buffers()[1], np.int32)[words.offset] if len(words) else 0
-    data = np.frombuffer(words.buffers()[2], np.uint8)[begin : begin + int(lengths.sum())] if len(words) else np.zeros(0, np.uint8)
+    data = (
+        np.frombuffer(words.buffers()[2], np.uint8)[begin : begin + int(lengths.sum())]
+        if len(words)
+        else np.zeros(0, np.uint8)
+    )
     assert len(data) + len(words) + 1 < 2**31
     word_ends = np.cumsum(lengths)
     text = np.full(len(data) + len(words) + 1, separator, dtype)
     weight = np.zeros(len(text), np.int32)
-    for first in range(0, len(words), 1 << 18):  # some words at a time: index arrays are eight times as large as the text
+    # some words at a time: index arrays are eight times as large as the text
+    for first in range(0, len(words), 1 << 18):
         last = min(len(words), first + (1 << 18))
         low = int(word_ends[first - 1]) if first else 0
         part, spread = data[low : word_ends[last - 1]], np.repeat(np.arange(first, last), lengths[first:last])
@@ -131,8 +158,11 @@ def _layout(words, counts: np.ndarray, tokens: list[bytes], size: int) -> tuple[
     return text, weight
 
 
-def _pairs(text: np.ndarray, weight: np.ndarray, lengths: np.ndarray, gone: int, separator: int, floor: int, size: int) -> list:
-    """A heap of all pairs of neighbours in the text whose count is at least `floor`: (-count, left, right, [places])."""
+def _pairs(
+    text: np.ndarray, weight: np.ndarray, lengths: np.ndarray, gone: int, separator: int, floor: int, size: int
+) -> list:
+    """A heap of all pairs of neighbours in the text whose count is at least `floor`: (-count, left, right,
+    [places])."""
     at = _tokens(text, lengths, gone)
     found: dict[int, list] = {}
     for begin in range(0, max(0, len(at) - 1), CHUNK):
@@ -150,7 +180,9 @@ def _pairs(text: np.ndarray, weight: np.ndarray, lengths: np.ndarray, gone: int,
         sums = np.add.reduceat(weight[places[order]], begins, dtype=np.int64)
         ends = np.append(begins[1:], len(keys))
         places = places[order]
-        for key, low, high, count in zip(keys[begins].tolist(), begins.tolist(), ends.tolist(), sums.tolist(), strict=True):
+        for key, low, high, count in zip(
+            keys[begins].tolist(), begins.tolist(), ends.tolist(), sums.tolist(), strict=True
+        ):
             entry = found.setdefault(key, [0, []])
             entry[0] += count
             entry[1].append(places[low:high])
@@ -160,8 +192,10 @@ def _pairs(text: np.ndarray, weight: np.ndarray, lengths: np.ndarray, gone: int,
 
 
 def _tokens(text: np.ndarray, lengths: np.ndarray, gone: int) -> np.ndarray:
-    """int32: where tokens and separators begin. Tokens of several bytes stand twice, at their first and last place, one after another."""
-    several = np.flatnonzero((lengths > 1).take(text, mode="clip"))  # the two marks are clipped to the last length, which is 1
+    """int32: where tokens and separators begin. Tokens of several bytes stand twice, at their first and last place,
+    one after another."""
+    # the two marks are clipped to the last length, which is 1
+    several = np.flatnonzero((lengths > 1).take(text, mode="clip"))
     begins = text != gone
     begins[several[1::2]] = False
     return np.flatnonzero(begins).astype(np.int32)

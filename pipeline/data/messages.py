@@ -1,5 +1,6 @@
-"""Records that hold a conversation already, in the shapes that are in use: messages, ShareGPT conversations, prompt + completion, Alpaca's instruction + input + output, and TRL's
-preference formats. Each becomes a list of {role, content}, normalised as in cleaning.
+"""Records that hold a conversation already, in the shapes that are in use: messages, ShareGPT conversations, prompt +
+completion, Alpaca's instruction + input + output, and TRL's preference formats. Each becomes a list of {role, content},
+normalised as in cleaning.
 """
 
 import copy
@@ -22,7 +23,8 @@ class Rejected(Exception):
 
 
 def clean_text(text, what: str) -> str:
-    """Normalised as in cleaning, without white space at the ends: it would merge with the template's own and be other tokens at inference."""
+    """Normalised as in cleaning, without white space at the ends: it would merge with the template's own and be
+    other tokens at inference."""
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
         text = "".join(str(part.get("text", part.get("value", ""))) for part in text)
     if not isinstance(text, str):
@@ -54,9 +56,12 @@ def normalised(messages: list) -> list[dict]:
 
 
 def _chatml(fields: dict) -> dict:
-    """ShareGPT's from/value as role/content, by TRL. It is imported only when a record needs it: 0.5 s in a stage that has loaded torch and transformers, 8 s alone."""
+    """ShareGPT's from/value as role/content, by TRL. It is imported only when a record needs it: 0.5 s in a stage
+    that has loaded torch and transformers, 8 s alone."""
     lists = [value for value in fields.values() if isinstance(value, list)]
-    if "conversations" not in fields and not any(isinstance(message, dict) and "from" in message for value in lists for message in value):
+    if "conversations" not in fields and not any(
+        isinstance(message, dict) and "from" in message for value in lists for message in value
+    ):
         return fields
     from trl.data_utils import maybe_convert_to_chatml
 
@@ -67,12 +72,18 @@ def _alpaca(fields: dict) -> str | None:
     """Instruction and, on a line of its own, its input."""
     if not isinstance(fields.get("instruction"), str):
         return None
-    return "\n".join(part for part in (fields["instruction"], fields.get("input")) if isinstance(part, str) and part.strip())
+    return "\n".join(
+        part for part in (fields["instruction"], fields.get("input")) if isinstance(part, str) and part.strip()
+    )
 
 
 def messages_of(fields: dict) -> list:
     """The messages of a record as it has them. Raises Rejected."""
-    system = [{"role": "system", "content": fields["system"]}] if isinstance(fields.get("system"), str) and fields["system"].strip() else []
+    system = (
+        [{"role": "system", "content": fields["system"]}]
+        if isinstance(fields.get("system"), str) and fields["system"].strip()
+        else []
+    )
     if "messages" in fields or "conversations" in fields:
         messages = _chatml(fields)["messages"]
     elif "prompt" in fields and "completion" in fields:
@@ -91,18 +102,29 @@ def messages_of(fields: dict) -> list:
 
 
 def _turn(value, role: str) -> list:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value if isinstance(value, list) else [value]
+    return (
+        [{"role": role, "content": value}] if isinstance(value, str) else value if isinstance(value, list) else [value]
+    )
 
 
 def pair_of(fields: dict) -> tuple[list, str, str]:
     """(prompt messages, chosen text, rejected text) of a record in one of TRL's preference formats."""
     if "chosen" not in fields or "rejected" not in fields:
-        raise Rejected(f"no pair among its fields ({', '.join(map(str, fields)) or 'none'}): expected chosen and rejected, or templates for prompt, chosen and rejected")
+        raise Rejected(
+            f"no pair among its fields ({', '.join(map(str, fields)) or 'none'}): expected chosen and rejected, or"
+            " templates for prompt, chosen and rejected"
+        )
     row = _chatml(
-        {key: [value] if isinstance(value, dict) else value for key, value in fields.items() if key in ("prompt", "chosen", "rejected", "conversations", "messages")}
+        {
+            key: [value] if isinstance(value, dict) else value
+            for key, value in fields.items()
+            if key in ("prompt", "chosen", "rejected", "conversations", "messages")
+        }
     )
     if "prompt" not in row:
-        row |= {"prompt": row["messages"]} if "messages" in row else {"prompt": _alpaca(fields)} if _alpaca(fields) else {}
+        row |= (
+            {"prompt": row["messages"]} if "messages" in row else {"prompt": _alpaca(fields)} if _alpaca(fields) else {}
+        )
     row.pop("messages", None)
     if not row["chosen"] or not row["rejected"]:
         raise Rejected("an empty answer")
@@ -111,7 +133,10 @@ def pair_of(fields: dict) -> tuple[list, str, str]:
 
         row = maybe_extract_prompt(row)
     if "prompt" not in row:
-        raise Rejected("no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen and rejected")
+        raise Rejected(
+            "no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen and"
+            " rejected"
+        )
     answers = [_turn(row[key], "assistant") for key in ("chosen", "rejected")]
     prompt = _turn(row["prompt"], "user")
     for key, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -119,7 +144,11 @@ def pair_of(fields: dict) -> tuple[list, str, str]:
             answer = answers[key == "rejected"] = answer[len(prompt) :]
         if len(answer) != 1 or not isinstance(answer[0], dict) or ROLES.get(answer[0].get("role")) != "assistant":
             raise Rejected(f"{key} is not one message of the assistant")
-    system = [{"role": "system", "content": fields["system"]}] if isinstance(fields.get("system"), str) and fields["system"].strip() else []
+    system = (
+        [{"role": "system", "content": fields["system"]}]
+        if isinstance(fields.get("system"), str) and fields["system"].strip()
+        else []
+    )
     return system + prompt, answers[0][0].get("content"), answers[1][0].get("content")
 
 
@@ -131,4 +160,7 @@ def prompt_of(fields: dict) -> list:
         return [{"role": "user", "content": _alpaca(fields)}]
     if "messages" in fields or "conversations" in fields:
         return messages_of(fields)
-    raise Rejected(f"no prompt among its fields ({', '.join(map(str, fields)) or 'none'}): expected prompt, instruction or messages, or a `prompt` template")
+    raise Rejected(
+        f"no prompt among its fields ({', '.join(map(str, fields)) or 'none'}): expected prompt, instruction or"
+        " messages, or a `prompt` template"
+    )

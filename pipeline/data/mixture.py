@@ -1,8 +1,8 @@
 """Which source each row comes from, and which row of that source it is: a pure function of (seed, row).
 
-    mixture = Mixture([(0, {"web": 0.8, "code": 0.2}), (10_000, {"web": 0.5, "code": 0.5})], seed)
-    mixture.block(123)          # the rows around row 123, dealt out together
-    mixture.rows_of(1000)       # exactly how many of the first 1000 rows each source gives
+mixture = Mixture([(0, {"web": 0.8, "code": 0.2}), (10_000, {"web": 0.5, "code": 0.5})], seed)
+mixture.block(123)          # the rows around row 123, dealt out together
+mixture.rows_of(1000)       # exactly how many of the first 1000 rows each source gives
 """
 
 from typing import NamedTuple
@@ -12,7 +12,8 @@ import numpy as np
 from pipeline.seeds import derive
 
 BITS = 12  # rows of a block, 4096: sources are dealt out in blocks, evenly inside each
-GOLDEN = 0.6180339887498949  # multiples of the golden ratio's fraction fill [0, 1) evenly (Weyl; lowest discrepancy of all additive sequences)
+# multiples of the golden ratio's fraction fill [0, 1) evenly (Weyl; lowest discrepancy of all additive sequences)
+GOLDEN = 0.6180339887498949
 
 
 class Block(NamedTuple):
@@ -26,15 +27,21 @@ class Block(NamedTuple):
 
 
 class Mixture:
-    """`phases`: (first row, weights of any scale) in order, the first one from row 0. A weight of 0 leaves a source out."""
+    """`phases`: (first row, weights of any scale) in order, the first one from row 0. A weight of 0 leaves a source
+    out."""
 
     def __init__(self, phases: list[tuple[int, dict[str, float]]], seed: int):
         self.sources = sorted({source for _, weights in phases for source, weight in weights.items() if weight})
-        self.parts = [_Part(weights, self.sources, seed, ("phase", number) if number else ()) for number, (_, weights) in enumerate(phases)]
+        self.parts = [
+            _Part(weights, self.sources, seed, ("phase", number) if number else ())
+            for number, (_, weights) in enumerate(phases)
+        ]
         self.firsts = [first for first, _ in phases]
         self.before = [np.zeros(len(self.sources), np.int64)]  # rows of each source before a phase
         for number in range(1, len(phases)):
-            self.before.append(self.before[-1] + self.parts[number - 1].rows_of(self.firsts[number] - self.firsts[number - 1]))
+            self.before.append(
+                self.before[-1] + self.parts[number - 1].rows_of(self.firsts[number] - self.firsts[number - 1])
+            )
 
     def _phase(self, row: int) -> int:
         return max(number for number, first in enumerate(self.firsts) if first <= row)
@@ -74,24 +81,32 @@ class _Part:
         self._counts = np.zeros((1, len(self.weights)), dtype=np.int64)  # rows of each source before block b
 
     def _shift(self, block):
-        """Where a block's points begin, in units of their distance: an even sequence over blocks, so that a rare source gets its share over many."""
-        return np.modf((derive(self.seed, "mixture", *self.path) / 2**63) + np.asarray(block, dtype=np.float64) * GOLDEN)[0]
+        """Where a block's points begin, in units of their distance: an even sequence over blocks, so that a rare
+        source gets its share over many."""
+        return np.modf(
+            (derive(self.seed, "mixture", *self.path) / 2**63) + np.asarray(block, dtype=np.float64) * GOLDEN
+        )[0]
 
     def _before(self, block: int) -> np.ndarray:
-        """int64 [its sources]: rows of each in all blocks before `block`. Closed form for one block, summed over them."""
+        """int64 [its sources]: rows of each in all blocks before `block`. Closed form for one block, summed over
+        them."""
         known = len(self._counts) - 1
         if block > known:
             blocks = np.arange(known, max(block, 2 * known, 64))
-            ends = np.ceil(self._bounds[None] * 2**BITS - self._shift(blocks)[:, None])  # points (i + shift) / size below each bound
+            # points (i + shift) / size below each bound
+            ends = np.ceil(self._bounds[None] * 2**BITS - self._shift(blocks)[:, None])
             ends[:, 0], ends[:, -1] = 0, 2**BITS
-            self._counts = np.concatenate([self._counts, self._counts[-1] + np.cumsum(np.diff(ends, axis=1).astype(np.int64), axis=0)])
+            self._counts = np.concatenate(
+                [self._counts, self._counts[-1] + np.cumsum(np.diff(ends, axis=1).astype(np.int64), axis=0)]
+            )
         return self._counts[block]
 
     def _chosen(self, block: int) -> np.ndarray:
         """int64 [rows of a block]: which of its sources each row comes from.
 
-        The points i / size (van der Corput's order, scrambled by a mask that depends on the block) fall into the sources' intervals, so every stretch
-        of rows holds each source in about its share: the deviation grows with the logarithm of the number of rows, not with its root.
+        The points i / size (van der Corput's order, scrambled by a mask that depends on the block) fall into the
+        sources' intervals, so every stretch of rows holds each source in about its share: the deviation grows with the
+        logarithm of the number of rows, not with its root.
         """
         size = 2**BITS
         points = _VAN_DER_CORPUT ^ (derive(self.seed, "mixture", *self.path, block) & (size - 1))
@@ -99,7 +114,8 @@ class _Part:
         return np.searchsorted(ends[1:-1], points, side="right")
 
     def deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Place of the source of each row of a block among all sources, and which row of that source it is, counted over the phase."""
+        """Place of the source of each row of a block among all sources, and which row of that source it is, counted
+        over the phase."""
         chosen, before = self._chosen(block), self._before(block)
         ordinals = np.empty(len(chosen), dtype=np.int64)
         for number in range(len(self.weights)):

@@ -1,11 +1,13 @@
-"""Two models that a recipe trains from example sources and applies: a classifier of quality, and an n-gram language model for perplexity. Both are numpy over hashed tokens.
+"""Two models that a recipe trains from example sources and applies: a classifier of quality, and an n-gram language
+model for perplexity. Both are numpy over hashed tokens.
 
     examples: {good: {path: good/*.jsonl}, bad: {path: raw/*.jsonl}}
     quality: {good: [good], bad: [bad], min_score: 0.4}
     perplexity: {like: [good], max_en: 3000, max_zh: 400}
 
-The classifier is fastText's (Joulin et al., 2016; as DCLM and FineWeb use it) with the product of its two matrices as one vector, which two classes allow: logistic regression over words and pairs of
-words, averaged. Tokens are those of text.tokens, so Chinese needs no segmenter. Scoring costs two additions a token, for the tokens are hashed already.
+The classifier is fastText's (Joulin et al., 2016; as DCLM and FineWeb use it) with the product of its two matrices as
+one vector, which two classes allow: logistic regression over words and pairs of words, averaged. Tokens are those of
+text.tokens, so Chinese needs no segmenter. Scoring costs two additions a token, for the tokens are hashed already.
 """
 
 import functools
@@ -27,7 +29,8 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
 
 BUCKETS = 1 << 20
 LONGEST = 1 << 13  # tokens of a document that are looked at
-# Weights of 1-, 2- and 3-grams in the language model (Jelinek & Mercer, 1980). They move the perplexity of all documents together, and so the threshold and not the order.
+# Weights of 1-, 2- and 3-grams in the language model (Jelinek & Mercer, 1980). They move the perplexity of all
+# documents together, and so the threshold and not the order.
 MIXED = (0.15, 0.35, 0.5)
 
 
@@ -37,14 +40,16 @@ def _moved(block: Strict) -> list[str]:
 
 
 class Quality(Strict):
-    """A classifier of two kinds of examples; documents that look more like the bad ones are left out. Off unless examples are named."""
+    """A classifier of two kinds of examples; documents that look more like the bad ones are left out. Off unless
+    examples are named."""
 
     good: list[str] = []
     """Names in `examples`: text as it should be."""
     bad: list[str] = []
     """Names in `examples`: text as it should not be; unfiltered pages of the web serve well."""
     min_score: float = Field(0.5, ge=0, le=1)
-    """low_quality: documents with a smaller probability of being good. The ledger says what another bound would have done."""
+    """low_quality: documents with a smaller probability of being good. The ledger says what another bound would have
+    done."""
     epochs: int = Field(5, ge=1)
     """Passes over the examples."""
     max_examples: int = Field(50_000, ge=10)
@@ -60,7 +65,8 @@ class Quality(Strict):
 
 
 class Perplexity(Strict):
-    """A language model of runs of three tokens; documents that it finds improbable are left out. Off unless examples are named."""
+    """A language model of runs of three tokens; documents that it finds improbable are left out. Off unless examples
+    are named."""
 
     like: list[str] = []
     """Names in `examples`: text that is like what is wanted."""
@@ -78,20 +84,32 @@ class Perplexity(Strict):
         return self
 
 
-# ---- training --------------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 def train(examples: "dict[str, Source]", quality: Quality, perplexity: Perplexity, folder: Path) -> None:
     """Train what is asked for and is not there yet: quality.npz, perplexity.npz, published whole. Raises UserError."""
-    for where, names in (("quality.good", quality.good), ("quality.bad", quality.bad), ("perplexity.like", perplexity.like)):
+    for where, names in (
+        ("quality.good", quality.good),
+        ("quality.bad", quality.bad),
+        ("perplexity.like", perplexity.like),
+    ):
         for name in names:
             if name not in examples:
-                raise UserError(f"{where}: there is no example source {name!r}; `examples` has {', '.join(examples) or 'none'}")
+                raise UserError(
+                    f"{where}: there is no example source {name!r}; `examples` has {', '.join(examples) or 'none'}"
+                )
     if quality.good and not (folder / "quality.npz").exists():
-        both = [_texts(examples, names, quality.max_examples, where) for names, where in ((quality.good, "quality.good"), (quality.bad, "quality.bad"))]
+        both = [
+            _texts(examples, names, quality.max_examples, where)
+            for names, where in ((quality.good, "quality.good"), (quality.bad, "quality.bad"))
+        ]
         _save(folder / "quality.npz", **_classifier(*both, quality.epochs))
     if perplexity.like and not (folder / "perplexity.npz").exists():
-        _save(folder / "perplexity.npz", **_counts(_texts(examples, perplexity.like, perplexity.max_examples, "perplexity.like")))
+        _save(
+            folder / "perplexity.npz",
+            **_counts(_texts(examples, perplexity.like, perplexity.max_examples, "perplexity.like")),
+        )
 
 
 def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: str) -> list[str]:
@@ -112,7 +130,9 @@ def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: st
             if len(found) >= most:
                 return found
     if len(found) < 10:
-        raise UserError(f"{where}: {', '.join(names)} gave {len(found)} texts, at least 10 are needed; look at the sources' `text`")
+        raise UserError(
+            f"{where}: {', '.join(names)} gave {len(found)} texts, at least 10 are needed; look at the sources' `text`"
+        )
     return found
 
 
@@ -141,7 +161,8 @@ def _features(batch: "Tokens") -> "tuple[np.ndarray, np.ndarray]":
 
 
 def _classifier(good: list[str], bad: list[str], epochs: int) -> dict:
-    """Logistic regression by Adagrad (Duchi et al., 2011), in batches of 64, both kinds with equal weight. Every tenth example is held out: accuracy and AUC are of these."""
+    """Logistic regression by Adagrad (Duchi et al., 2011), in batches of 64, both kinds with equal weight. Every
+    tenth example is held out: accuracy and AUC are of these."""
     import numpy as np
 
     from pipeline.data.text import mixed, tokens
@@ -177,7 +198,13 @@ def _classifier(good: list[str], bad: list[str], epochs: int) -> dict:
     ranks[np.argsort(logit)] = np.arange(1, len(held) + 1)
     positive = truth.sum()
     auc = (ranks[truth == 1].sum() - positive * (positive + 1) / 2) / max(1, positive * (len(held) - positive))
-    return {"weight": weight.astype(np.float32), "bias": np.float64(bias), "accuracy": np.float64(((logit > 0) == truth).mean()), "auc": np.float64(auc), "examples": np.int64(len(texts))}
+    return {
+        "weight": weight.astype(np.float32),
+        "bias": np.float64(bias),
+        "accuracy": np.float64(((logit > 0) == truth).mean()),
+        "auc": np.float64(auc),
+        "examples": np.int64(len(texts)),
+    }
 
 
 def _counts(texts: list[str]) -> dict:
@@ -192,11 +219,17 @@ def _counts(texts: list[str]) -> dict:
         for order, keys in enumerate(_grams(batch)[0]):
             table[order] += np.bincount(keys[keys >= 0], minlength=BUCKETS * 4)
     total = int(table[0].sum())
-    return {"counts": table.astype(np.uint32), "total": np.int64(total), "kinds": np.int64((table[0] > 0).sum()), "examples": np.int64(len(texts))}
+    return {
+        "counts": table.astype(np.uint32),
+        "total": np.int64(total),
+        "kinds": np.int64((table[0] > 0).sum()),
+        "examples": np.int64(len(texts)),
+    }
 
 
 def _grams(batch: "Tokens") -> "tuple[list[np.ndarray], np.ndarray]":
-    """Buckets of the 1-, 2- and 3-gram that ends at each token (-1 where the text begins later), and the text of each token."""
+    """Buckets of the 1-, 2- and 3-gram that ends at each token (-1 where the text begins later), and the text of
+    each token."""
     import numpy as np
 
     from pipeline.data.text import mixed
@@ -206,12 +239,16 @@ def _grams(batch: "Tokens") -> "tuple[list[np.ndarray], np.ndarray]":
     found, rolled = [], batch.hashes
     for order in range(3):
         if order:
-            rolled = np.concatenate((np.zeros(min(order, len(owner)), np.uint64), batch.hashes[: len(owner) - order])) * np.uint64(0xD6E8FEB86659FD93 + 2 * order) + rolled
+            rolled = (
+                np.concatenate((np.zeros(min(order, len(owner)), np.uint64), batch.hashes[: len(owner) - order]))
+                * np.uint64(0xD6E8FEB86659FD93 + 2 * order)
+                + rolled
+            )
         found.append(np.where(place >= order, (mixed(rolled) >> np.uint64(42)).astype(np.int64), -1))
     return found, owner
 
 
-# ---- applying --------------------------------------------------------------------------------------------------------------
+# ---- applying --------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(2)
@@ -229,7 +266,8 @@ def scores(batch: "Tokens", folder: Path) -> "np.ndarray":
     model = _load(folder / "quality.npz")
     keys, starts = _features(batch)
     size = np.diff(starts)
-    # bincount adds each text's values one after the other, so that the sum is the same in any batch; out of one running total it would not be.
+    # bincount adds each text's values one after the other, so that the sum is the same in any batch; out of one running
+    # total it would not be.
     sums = np.bincount(np.repeat(np.arange(len(size)), size), model["weight"][keys], minlength=len(size))
     logit = model["bias"] + sums / np.sqrt(np.maximum(1, size))
     return np.round(1 / (1 + np.exp(-logit)), 5)
@@ -241,12 +279,20 @@ def perplexities(batch: "Tokens", folder: Path) -> "np.ndarray":
 
     model = _load(folder / "perplexity.npz")
     grams, owner = _grams(batch)
-    counts = [np.where(keys >= 0, table[np.maximum(keys, 0)], 0).astype(np.float64) for keys, table in zip(grams, model["counts"], strict=True)]
+    counts = [
+        np.where(keys >= 0, table[np.maximum(keys, 0)], 0).astype(np.float64)
+        for keys, table in zip(grams, model["counts"], strict=True)
+    ]
     total, kinds = float(model["total"]), float(model["kinds"])
     probability = MIXED[0] * (counts[0] + 0.5) / (total + 0.5 * (kinds + 1))
     for order in (1, 2):
         context = np.concatenate(([0.0], counts[order - 1][:-1]))  # the shorter run that ends one token earlier
-        share = np.divide(np.minimum(counts[order], context), context, out=np.zeros(len(context)), where=(context > 0) & (grams[order] >= 0))
+        share = np.divide(
+            np.minimum(counts[order], context),
+            context,
+            out=np.zeros(len(context)),
+            where=(context > 0) & (grams[order] >= 0),
+        )
         probability = probability + MIXED[order] * share
     number = len(batch.starts) - 1
     size = np.diff(batch.starts)

@@ -1,4 +1,5 @@
-"""Files of intermediate results that are whole and of this run, or refused: a torn or foreign one is never read as "nothing there"."""
+"""Files of intermediate results that are whole and of this run, or refused: a torn or foreign one is never read as
+"nothing there"."""
 
 import io
 import sys
@@ -27,8 +28,8 @@ class _NoPandas:
 
 
 def without_pandas() -> None:
-    """Keep pyarrow from importing pandas, which it does at its first conversion if it can (0.45 CPU-s a process), and asks for only once. For processes that are a stage's own: Table.to_pandas
-    fails in them from now on."""
+    """Keep pyarrow from importing pandas, which it does at its first conversion if it can (0.45 CPU-s a process),
+    and asks for only once. For processes that are a stage's own: Table.to_pandas fails in them from now on."""
     import pyarrow
 
     sys.meta_path.insert(0, _NoPandas)

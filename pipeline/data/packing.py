@@ -1,12 +1,14 @@
-"""Documents into rows by best fit: what a row holds, as a table of pieces (Ding et al., "Fewer Truncations Improve Language Modeling", 2024).
+"""Documents into rows by best fit: what a row holds, as a table of pieces (Ding et al., "Fewer Truncations Improve
+Language Modeling", 2024).
 
-A document that fits into a row is never cut. A longer one gives rows of its own and a rest, and what is shorter than a row is packed by
-best-fit-decreasing, in groups of documents, so that memory is bounded. A row is `length` + 1 tokens:
+A document that fits into a row is never cut. A longer one gives rows of its own and a rest, and what is shorter than a
+row is packed by best-fit-decreasing, in groups of documents, so that memory is bounded. A row is `length` + 1 tokens:
 
     [token before the first piece] [piece] [piece] ... [padding]
 
-The first is the end of a document, or what a piece that fills a row goes on from. A rest begins with the last token before it, as context,
-whose own label does not count. So each token is a label once an epoch. `spare` slots a piece are left free for fill-in-the-middle's three tokens.
+The first is the end of a document, or what a piece that fills a row goes on from. A rest begins with the last token
+before it, as context, whose own label does not count. So each token is a label once an epoch. `spare` slots a piece are
+left free for fill-in-the-middle's three tokens.
 """
 
 import bisect
@@ -37,9 +39,11 @@ class Table(NamedTuple):
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Bin of each item, int64 [items], by best-fit-decreasing: largest first, each into the fullest bin that has room, else into a new one.
+    """Bin of each item, int64 [items], by best-fit-decreasing: largest first, each into the fullest bin that has room,
+    else into a new one.
 
-    Items of one size come in their order; of equally full bins the one that has been so full for longest is taken. Sizes are 1 .. capacity.
+    Items of one size come in their order; of equally full bins the one that has been so full for longest is taken.
+    Sizes are 1 .. capacity.
     """
     bins = np.empty(len(sizes), dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
@@ -87,8 +91,12 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def table_of(ends: np.ndarray, length: int, spare: int = 0) -> Table:
-    """The table of documents that end at `ends` (int64 [documents], ascending, in one stream) for rows of `length` labels."""
-    found = [_group(ends[at : at + GROUP], int(ends[at - 1]) if at else 0, length, spare) for at in range(0, len(ends), GROUP)]
+    """The table of documents that end at `ends` (int64 [documents], ascending, in one stream) for rows of `length`
+    labels."""
+    found = [
+        _group(ends[at : at + GROUP], int(ends[at - 1]) if at else 0, length, spare)
+        for at in range(0, len(ends), GROUP)
+    ]
     counts = [np.diff(part.offsets) for part in found]
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]) if found else np.zeros(1)
     return Table(
@@ -111,10 +119,17 @@ def _group(ends: np.ndarray, begin: int, length: int, spare: int) -> Table:
     lengths = rest[some] + context
     bins = best_fit(lengths + spare, length)
     rows = np.concatenate([np.arange(len(cut)), len(cut) + bins])
-    starts, lengths = np.concatenate([cut, starts]), np.concatenate([np.full(len(cut), most), np.where(context > 0, -lengths, lengths)])
+    starts, lengths = (
+        np.concatenate([cut, starts]),
+        np.concatenate([np.full(len(cut), most), np.where(context > 0, -lengths, lengths)]),
+    )
     order = np.lexsort((starts, rows))
     counts = np.bincount(rows)
-    return Table(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), starts[order].astype(np.int64), lengths[order].astype(np.int32))
+    return Table(
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        starts[order].astype(np.int64),
+        lengths[order].astype(np.int32),
+    )
 
 
 def write(folder: Path, name: str, table: Table) -> None:

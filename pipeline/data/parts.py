@@ -1,7 +1,8 @@
-"""One unit of work of stage `pack`: a row group of cleaned documents that is encoded, or a stretch of a token file that is taken over.
+"""One unit of work of stage `pack`: a row group of cleaned documents that is encoded, or a stretch of a token file that
+is taken over.
 
-A unit leaves one .npz, whole or not at all: for each source its tokens, (end, bytes) of each document and its id; in `meta` the counts, and
-what is bad, with place and reason.
+A unit leaves one .npz, whole or not at all: for each source its tokens, (end, bytes) of each document and its id; in
+`meta` the counts, and what is bad, with place and reason.
 """
 
 import json
@@ -80,12 +81,27 @@ def encoded(unit: Unit) -> tuple[dict[str, Part], dict]:
     parts: dict[str, Part] = {}
     bad, inexact, row = [], 0, 0
     with pyarrow.parquet.ParquetFile(unit.path) as opened:
-        for batch in opened.iter_batches(batch_size=BATCH, row_groups=[unit.group], columns=["text", "source", "id"], use_threads=False):
+        for batch in opened.iter_batches(
+            batch_size=BATCH, row_groups=[unit.group], columns=["text", "source", "id"], use_threads=False
+        ):
             texts, good = [], []
-            for raw, source, id_ in zip(batch.column(0).cast(pyarrow.large_binary()).to_pylist(), batch.column(1).to_pylist(), batch.column(2).to_pylist(), strict=True):
+            for raw, source, id_ in zip(
+                batch.column(0).cast(pyarrow.large_binary()).to_pylist(),
+                batch.column(1).to_pylist(),
+                batch.column(2).to_pylist(),
+                strict=True,
+            ):
                 text, reason = _text(raw, source)
                 if reason:
-                    bad.append({"split": unit.split, "file": unit.path.name, "row_group": unit.group, "row": row, "reason": reason})
+                    bad.append(
+                        {
+                            "split": unit.split,
+                            "file": unit.path.name,
+                            "row_group": unit.group,
+                            "row": row,
+                            "reason": reason,
+                        }
+                    )
                 else:
                     texts.append(text)
                     good.append((source, len(raw), (id_ or f"{unit.path.stem}/{unit.group}/{row}").encode()))
@@ -144,8 +160,15 @@ def adopted(unit: Unit) -> tuple[dict[str, Part], dict]:
         part.tokens.append(ids)
         part.bytes.append(int(sizes[ids].sum()))
         part.names.append(f"{unit.path.name}@{begin}".encode())
-    bad = [{"split": unit.split, "source": unit.source, "file": unit.path.name, "token": int(place), "reason": "no tokens"} for place in begins[mine & empty]]
-    return ({unit.source: part} if part.tokens else {}), {"bad": bad, "inexact": 0, "closed": int((mine & ~empty & ~closed).sum())}
+    bad = [
+        {"split": unit.split, "source": unit.source, "file": unit.path.name, "token": int(place), "reason": "no tokens"}
+        for place in begins[mine & empty]
+    ]
+    return ({unit.source: part} if part.tokens else {}), {
+        "bad": bad,
+        "inexact": 0,
+        "closed": int((mine & ~empty & ~closed).sum()),
+    }
 
 
 def _publish(output: Path, parts: dict[str, Part], meta: dict) -> None:
@@ -160,7 +183,12 @@ def _publish(output: Path, parts: dict[str, Part], meta: dict) -> None:
         arrays[f"documents{number}"] = np.stack([ends, np.array(part.bytes, dtype=np.int64)], axis=1)
         arrays[f"ids{number}"] = np.frombuffer(b"".join(part.names), np.uint8)
         arrays[f"id_ends{number}"] = np.cumsum([len(name) for name in part.names], dtype=np.int64)
-        counts[source] = {"tokens": len(tokens), "documents": len(part.names), "bytes": sum(part.bytes), "id_bytes": sum(map(len, part.names))}
+        counts[source] = {
+            "tokens": len(tokens),
+            "documents": len(part.names),
+            "bytes": sum(part.bytes),
+            "id_bytes": sum(map(len, part.names)),
+        }
     arrays["meta"] = np.array(json.dumps({"sources": counts, **meta}))
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_suffix(".tmp")

@@ -1,4 +1,5 @@
-"""Work spread over processes (or machines, see executors.py), with what must happen after each piece of it done in the parent, one piece at a time."""
+"""Work spread over processes (or machines, see executors.py), with what must happen after each piece of it done in
+the parent, one piece at a time."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -17,7 +18,8 @@ LIBC = ctypes.CDLL(None)
 
 
 class Pool:
-    """Runs functions in `workers` processes, or here if one is enough; `finished(number, result, weight)` is called here, for each. `engine`: local, slurm or ray; `folder` is scratch."""
+    """Runs functions in `workers` processes, or here if one is enough; `finished(number, result, weight)` is called
+    here, for each. `engine`: local, slurm or ray; `folder` is scratch."""
 
     def __init__(self, workers: int | None, engine: str = "local", folder: Path | None = None):
         self.executor, self.pending, self.held, self.local = None, {}, None, engine == "local"
@@ -27,7 +29,9 @@ class Pool:
             self.executor = Ray(workers) if engine == "ray" else Slurm(workers, folder)
             self.workers = self.executor.workers
             return
-        self.workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.workers = workers or (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
 
     def __enter__(self) -> "Pool":
         return self
@@ -45,7 +49,9 @@ class Pool:
         else:
             if self.executor is None:
                 # spawn, because a forked child would inherit the lock's heartbeat thread in an unknown state
-                self.executor = concurrent.futures.ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin)
+                self.executor = concurrent.futures.ProcessPoolExecutor(
+                    self.workers, multiprocessing.get_context("spawn"), _begin
+                )
             if self.held:
                 held, self.held = self.held, None
                 self._start(*held)
@@ -87,7 +93,8 @@ def _begin() -> None:
 
 
 def _work(function, *arguments):
-    """In a worker. What it freed goes back to the system: idle workers that kept it were most of the peak while the parent deduplicates (docs/log.md, 21)."""
+    """In a worker. What it freed goes back to the system: idle workers that kept it were most of the peak while the
+    parent deduplicates (docs/log.md, 21)."""
     result = function(*arguments)
     pyarrow = sys.modules.get("pyarrow")
     if pyarrow:

@@ -1,7 +1,8 @@
 """The words that byte-level BPE is trained on, counted: cl100k's split, found for millions of characters at once.
 
-A regular expression engine finds these words at 4 MB a CPU-second; here the boundaries follow from the classes of neighbouring characters, in numpy, and pyarrow counts the words
-(docs/log.md). tests/test_trainer.py compares the boundaries with the expression itself on arbitrary text.
+A regular expression engine finds these words at 4 MB a CPU-second; here the boundaries follow from the classes of
+neighbouring characters, in numpy, and pyarrow counts the words (docs/log.md). tests/test_trainer.py compares the
+boundaries with the expression itself on arbitrary text.
 """
 
 import functools
@@ -9,30 +10,42 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-# cl100k_base's split (tiktoken) in the form that Llama 3 and Qwen 2 publish; only the number of digits in a word is ours to choose.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# cl100k_base's split (tiktoken) in the form that Llama 3 and Qwen 2 publish; only the number of digits in a word is
+# ours to choose.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-OTHER, LETTER, NUMBER, NEWLINE, SPACE, BLANK, END = range(7)  # BLANK: white space that is neither a newline nor the space; END: between two documents
+# BLANK: white space that is neither a newline nor the space; END: between two documents
+OTHER, LETTER, NUMBER, NEWLINE, SPACE, BLANK, END = range(7)
 STARTS, STARTS_BEFORE, AFTER_SIGN, TAKEN = 1, 2, 4, 8
 CHUNK = 2_000_000  # characters looked at together
 MERGE_AT = 4_000_000  # counted words held before equal ones are brought together
 
 
 def pattern(split_digits: bool, merge_whitespace: bool = True) -> str:
-    """The expression of a recipe's choices. Without `merge_whitespace` each character of white space is a word, or begins one."""
+    """The expression of a recipe's choices. Without `merge_whitespace` each character of white space is a word, or
+    begins one."""
     whole = PATTERN.replace("DIGITS", "" if split_digits else "{1,3}")
     return whole if merge_whitespace else whole.replace(r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s")
 
 
 @functools.cache
 def classes() -> np.ndarray:
-    """Class of each code point, uint8 [0x110000], asked of the engine that encodes: its Unicode version counts, not Python's."""
+    """Class of each code point, uint8 [0x110000], asked of the engine that encodes: its Unicode version counts, not
+    Python's."""
     import tiktoken
 
     table = np.full(0x110000, OTHER, np.uint8)
     text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     for expression, kind in ((r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", BLANK)):
-        engine = tiktoken.Encoding("classes", pat_str=expression, mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={})
+        engine = tiktoken.Encoding(
+            "classes",
+            pat_str=expression,
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+            special_tokens={},
+        )
         matching = bytes(engine.encode_ordinary(text)).decode()  # what does not match is left out
         table[np.frombuffer(matching.encode("utf-32-le"), np.uint32)] = kind
     table[ord(" ")] = SPACE
@@ -51,7 +64,8 @@ def _pairs() -> np.ndarray:
             if END in (left, right):
                 flag |= STARTS
             elif right == LETTER:
-                flag |= STARTS if left in (NEWLINE, NUMBER) else AFTER_SIGN if left == OTHER else 0  # [^\r\n\p{L}\p{N}]?\p{L}+
+                # [^\r\n\p{L}\p{N}]?\p{L}+
+                flag |= STARTS if left in (NEWLINE, NUMBER) else AFTER_SIGN if left == OTHER else 0
             elif right == OTHER:
                 flag |= STARTS if left not in (OTHER, SPACE) else 0  # " ?[^\s\p{L}\p{N}]+"
             elif right == NUMBER:
@@ -67,7 +81,8 @@ def _pairs() -> np.ndarray:
 
 
 def starts(kinds: np.ndarray, codes: np.ndarray, split_digits: bool, merge_whitespace: bool) -> np.ndarray:
-    """Where words begin, bool [n], for classes `kinds` and code points `codes` of documents that each end with an END."""
+    """Where words begin, bool [n], for classes `kinds` and code points `codes` of documents that each end with an
+    END."""
     flags = _pairs().take((kinds[:-1] << 3) | kinds[1:])  # of (i, i + 1)
     found = np.empty(len(kinds), bool)
     found[0] = True
@@ -85,12 +100,15 @@ def starts(kinds: np.ndarray, codes: np.ndarray, split_digits: bool, merge_white
         found |= (kinds >= NEWLINE) & (kinds <= BLANK)
     # Contractions: an apostrophe that is not TAKEN, before letters. "'sample" is 's and ample.
     marks = np.flatnonzero(codes == 39)
-    marks = marks[(marks > 0) & (marks < len(kinds) - 3)] if len(marks) else marks  # the text ends with END, and begins with one
+    # the text ends with END, and begins with one
+    marks = marks[(marks > 0) & (marks < len(kinds) - 3)] if len(marks) else marks
     if len(marks):
         marks = marks[after_sign[marks] & ((flags[marks - 1] & TAKEN) == 0)]
         first, second = (np.where(codes[marks + n] < 128, codes[marks + n] | 32, codes[marks + n]) for n in (1, 2))
         one = np.isin(first, [ord(letter) for letter in "stmd"] + [0x17F])  # U+017F is an s to (?i:)
-        two = ((first == ord("r")) | (first == ord("v"))) & (second == ord("e")) | (first == ord("l")) & (second == ord("l"))
+        two = ((first == ord("r")) | (first == ord("v"))) & (second == ord("e")) | (first == ord("l")) & (
+            second == ord("l")
+        )
         behind = np.concatenate([marks[one] + 2, marks[two] + 3])
         found[behind[kinds[behind] == LETTER]] = True
     return found
@@ -105,7 +123,8 @@ def _threes(found: np.ndarray, at: np.ndarray) -> None:
 
 
 def _newlines(found: np.ndarray, kinds: np.ndarray) -> None:
-    """White space behind newlines begins a word if no newline follows in the same run (\\s*[\\r\\n]+ goes to the last), or if signs before took the newlines."""
+    """White space behind newlines begins a word if no newline follows in the same run (\\s*[\\r\\n]+ goes to the
+    last), or if signs before took the newlines."""
     at = np.flatnonzero(kinds == NEWLINE)
     if not len(at):
         return
@@ -125,7 +144,8 @@ def _newlines(found: np.ndarray, kinds: np.ndarray) -> None:
 
 
 def count(texts: Iterable[str], split_digits: bool, merge_whitespace: bool = True, advance=lambda size: None):
-    """(words, counts): a pyarrow BinaryArray of all different words, and int64 how often each stands in the texts. `advance` is told of bytes that were read."""
+    """(words, counts): a pyarrow BinaryArray of all different words, and int64 how often each stands in the texts.
+    `advance` is told of bytes that were read."""
     import pyarrow
     import pyarrow.compute
 
@@ -137,11 +157,15 @@ def count(texts: Iterable[str], split_digits: bool, merge_whitespace: bool = Tru
 
     for data, offsets, ends in _words(texts, split_digits, merge_whitespace):
         advance(len(data) - ends)
-        words = pyarrow.BinaryArray.from_buffers(pyarrow.binary(), len(offsets) - 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)])
+        words = pyarrow.BinaryArray.from_buffers(
+            pyarrow.binary(), len(offsets) - 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
+        )
         found = pyarrow.compute.value_counts(words)
         table = pyarrow.table({"word": found.field("values"), "count": found.field("counts")})
         if ends:  # each END is a word "\0" of its own, with which the text's own are counted
-            real = pyarrow.compute.subtract(table["count"], pyarrow.compute.if_else(pyarrow.compute.equal(table["word"], b"\0"), ends, 0))
+            real = pyarrow.compute.subtract(
+                table["count"], pyarrow.compute.if_else(pyarrow.compute.equal(table["word"], b"\0"), ends, 0)
+            )
             table = table.set_column(1, "count", real).filter(pyarrow.compute.greater(real, 0))
         held.append(table)
         size += len(table)
@@ -155,7 +179,8 @@ def count(texts: Iterable[str], split_digits: bool, merge_whitespace: bool = Tru
 
 
 def _words(texts: Iterable[str], *policy: bool) -> Iterator[tuple[bytes, np.ndarray, int]]:
-    """(UTF-8 of several documents, int32 where each word begins and where the last ends, how many ENDs are among the words)."""
+    """(UTF-8 of several documents, int32 where each word begins and where the last ends, how many ENDs are among the
+    words)."""
     held, size = [], 0
     for text in texts:
         held.append(text)

@@ -1,4 +1,5 @@
-"""What a published tokenizer is worth, measured through the published folder: round trips, equal ids in all its forms, bytes and characters per token."""
+"""What a published tokenizer is worth, measured through the published folder: round trips, equal ids in all its
+forms, bytes and characters per token."""
 
 import json
 from collections import defaultdict
@@ -9,12 +10,16 @@ from pipeline.data.encode import encoder, pattern
 from pipeline.data.sample import batches
 from pipeline.errors import UserError
 
-# What breaks tokenizers that are not lossless: joined emoji, hanzi outside the basic plane, NUL, line ends, wide forms, right-to-left,
-# long runs, a byte order mark, and text that spells special tokens, byte tokens and sentencepiece's own marks.
+# What breaks tokenizers that are not lossless: joined emoji, hanzi outside the basic plane, NUL, line ends, wide forms,
+# right-to-left, long runs, a byte order mark, and text that spells special tokens, byte tokens and sentencepiece's own
+# marks.
 HARD_TEXTS = (
     "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 e\u0301 \u00e9 \ufb01 \U00020000\U0002a6d6",
     "a\0b\r\nc\rd\n\n\n  e\t\tf \n",
-    "\uff26\uff35\uff2c\uff2c\u3000\uff37\uff29\uff24\uff34\uff28 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947",
+    (
+        "\uff26\uff35\uff2c\uff2c\u3000\uff37\uff29\uff24\uff34\uff28 \u05e9\u05dc\u05d5\u05dd"
+        " \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947"
+    ),
     "\ufeff   leading,   runs    of     spaces, trailing   ",
     "<|bos|><|eos|><|pad|><|im_start|>user\n<|im_end|><unk><s></s><0x0A>",
     "x" * 5000 + " " * 5000 + "\u554a" * 5000 + "=" * 5000 + "abaab" * 1000,
@@ -27,7 +32,8 @@ LOSSY_IN_SENTENCEPIECE = "a\u2581b \u2585 c"  # checked for the round trip alone
 
 
 def forms(folder: Path):
-    """Name of each further form of the vocabulary in the folder -> a function that gives the ids of a text, or None for a text that it is known to read otherwise."""
+    """Name of each further form of the vocabulary in the folder -> a function that gives the ids of a text, or None
+    for a text that it is known to read otherwise."""
     found = {}
     if (folder / "tokenizer.model").is_file():
         import sentencepiece
@@ -39,15 +45,22 @@ def forms(folder: Path):
         from tiktoken.load import load_tiktoken_bpe
 
         split = pattern(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        engine = tiktoken.Encoding("alma", pat_str=split, mergeable_ranks=load_tiktoken_bpe(str(folder / "tokenizer.tiktoken")), special_tokens={})
+        engine = tiktoken.Encoding(
+            "alma",
+            pat_str=split,
+            mergeable_ranks=load_tiktoken_bpe(str(folder / "tokenizer.tiktoken")),
+            special_tokens={},
+        )
         found["tokenizer.tiktoken"] = engine.encode_ordinary
     return found
 
 
 def prove(folder: Path, work: Path, ours: bool) -> dict:
-    """Encode and decode held-out text, two megabytes of the training sample and hard texts. A tokenizer that was trained here must keep all of them.
+    """Encode and decode held-out text, two megabytes of the training sample and hard texts. A tokenizer that was
+    trained here must keep all of them.
 
-    Bytes and characters per token come from the held-out text. `ids_equal`: for each further form, texts on which it gives the same ids, of all compared.
+    Bytes and characters per token come from the held-out text. `ids_equal`: for each further form, texts on which it
+    gives the same ids, of all compared.
     """
     from pipeline.data.language import detect
     from pipeline.data.tokens import encode_text, load_tokenizer
@@ -62,13 +75,20 @@ def prove(folder: Path, work: Path, ours: bool) -> dict:
     def check(batch: list[str]) -> list[int]:
         nonlocal checked
         encoded = encode_text(tokenizer, batch)
-        assert all(ids.tolist() == wanted for ids, wanted in zip(fast(batch), encoded, strict=True)), "the fast encoder gives other ids than tokenizer.json"
-        for text, ids, back in zip(batch, encoded, tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False), strict=True):
+        assert all(ids.tolist() == wanted for ids, wanted in zip(fast(batch), encoded, strict=True)), (
+            "the fast encoder gives other ids than tokenizer.json"
+        )
+        for text, ids, back in zip(
+            batch, encoded, tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False), strict=True
+        ):
             checked += 1
             if found := set(ids) & special:
                 name = tokenizer.convert_ids_to_tokens(min(found))
                 if not ours:
-                    raise UserError(f"the adopted tokenizer makes its special token {name!r} of the text {text[:80]!r}; in its files, let eos, bos and pad be tokens that no text is spelled with")
+                    raise UserError(
+                        f"the adopted tokenizer makes its special token {name!r} of the text {text[:80]!r}; in its"
+                        " files, let eos, bos and pad be tokens that no text is spelled with"
+                    )
                 raise AssertionError(f"text became the special token {name}: {text[:80]!r}")
             if back != text:
                 assert not ours, f"round trip changed {text[:80]!r}"

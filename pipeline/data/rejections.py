@@ -1,6 +1,8 @@
-"""The part of the ledger that is about rules: how many documents each rule fails, how rules overlap, what was dropped, and what other thresholds would have done.
+"""The part of the ledger that is about rules: how many documents each rule fails, how rules overlap, what was dropped,
+and what other thresholds would have done.
 
-It is computed from the stored outcomes of all units, not while they are made, so it is complete after any number of interruptions and does not depend on workers.
+It is computed from the stored outcomes of all units, not while they are made, so it is complete after any number of
+interruptions and does not depend on workers.
 """
 
 import json
@@ -32,7 +34,8 @@ class Rejections:
         self.changed: dict[str, list[int]] = {}  # what was done to texts that were kept: documents, times
 
     def add(self, source: str, outcome) -> None:
-        """The outcomes of a unit: pyarrow.Table with place, id, bytes, excerpt, kind, language, statistics, failed, changed, matched."""
+        """The outcomes of a unit: pyarrow.Table with place, id, bytes, excerpt, kind, language, statistics, failed,
+        changed, matched."""
         judged = np.flatnonzero(outcome["failed"].is_valid().to_numpy())
         if not len(judged):
             return
@@ -64,7 +67,9 @@ class Rejections:
             for what, times in json.loads(entry).items():
                 sums = self.changed.setdefault(what, [0, 0])
                 sums[0], sums[1] = sums[0] + 1, sums[1] + times
-        for code, number in zip(*np.unique([code or "" for code in chosen["language"].to_pylist()], return_counts=True), strict=True):
+        for code, number in zip(
+            *np.unique([code or "" for code in chosen["language"].to_pylist()], return_counts=True), strict=True
+        ):
             entry = self.languages.setdefault(str(code), [0, 0])
             entry[0] += int(number)
         for code in [code or "" for code in chosen["language"].filter(_arrow(rejected)).to_pylist()]:
@@ -77,7 +82,8 @@ class Rejections:
         return json.loads(entry["matched"])[0] if self.names[number] == "contaminated" else entry["language"]
 
     def tripped(self, entry: dict) -> float | str | None:
-        """The value that tripped the rule which is the reason given for a row (failed, statistics, language, matched)."""
+        """The value that tripped the rule which is the reason given for a row (failed, statistics, language,
+        matched)."""
         return self._value((entry["failed"] & -entry["failed"]).bit_length() - 1, entry) if entry["failed"] else None
 
     def _sample(self, source: str, chosen, failed: np.ndarray) -> None:
@@ -86,20 +92,36 @@ class Rejections:
         for number in np.flatnonzero(failed.any(0)).tolist():
             rows = candidates(ids, np.flatnonzero(failed[:, number]))
             entries = chosen.select(["place", "excerpt", "statistics", "language", "matched"]).take(rows).to_pylist()
-            found = [(str(ids[row]), source, entry["place"], self._value(number, entry), entry["excerpt"]) for row, entry in zip(rows.tolist(), entries, strict=True)]
+            found = [
+                (str(ids[row]), source, entry["place"], self._value(number, entry), entry["excerpt"])
+                for row, entry in zip(rows.tolist(), entries, strict=True)
+            ]
             self.samples[number] = smallest(self.samples[number], found)
 
     def report(self) -> dict:
-        """JSON: `documents` and `bytes` judged; each rule's counts (documents it fails; of these the ones that no other rule fails, and those whose reason it is), shares, samples with
-        the value that tripped it, and for thresholds around the recipe's [threshold, documents that this rule would fail, documents that all rules together would]."""
+        """JSON: `documents` and `bytes` judged; each rule's counts (documents it fails; of these the ones that no
+        other rule fails, and those whose reason it is), shares, samples with the value that tripped it, and for
+        thresholds around the recipe's [threshold, documents that this rule would fail, documents that all rules
+        together would]."""
         rules = {}
         for number, (name, rule) in enumerate(zip(self.names, self.rules, strict=True)):
             entry = {
-                "documents": int(self.failed[number].sum()), "bytes": int(self.failed_bytes[number].sum()), "alone": int(self.alone[number].sum()), "first": int(self.first[number].sum()),
-                "share": _share(self.failed[number].sum(), self.documents.sum()), "share_bytes": _share(self.failed_bytes[number].sum(), self.bytes.sum()),
-                "with": {self.names[other]: int(self.both[number, other]) for other in np.flatnonzero(self.both[number]).tolist() if other != number},
-                "samples": [dict(zip(("id", "source", "place", "value", "excerpt"), sample, strict=True)) for sample in self.samples[number]],
-            }  # fmt: skip
+                "documents": int(self.failed[number].sum()),
+                "bytes": int(self.failed_bytes[number].sum()),
+                "alone": int(self.alone[number].sum()),
+                "first": int(self.first[number].sum()),
+                "share": _share(self.failed[number].sum(), self.documents.sum()),
+                "share_bytes": _share(self.failed_bytes[number].sum(), self.bytes.sum()),
+                "with": {
+                    self.names[other]: int(self.both[number, other])
+                    for other in np.flatnonzero(self.both[number]).tolist()
+                    if other != number
+                },
+                "samples": [
+                    dict(zip(("id", "source", "place", "value", "excerpt"), sample, strict=True))
+                    for sample in self.samples[number]
+                ],
+            }
             if rule:
                 same = "{}" not in rule.key
                 entry["thresholds"] = {}
@@ -110,15 +132,30 @@ class Rejections:
                     key = rule.key.format(kind)
                     part = slice(None) if same else column
                     scales = range(len(SCALES)) if bound else [SCALES.index(1.0)]
-                    entry["thresholds"][key] = [[_plain(bound * SCALES[i]), int(self.scaled[number, i, part].sum()), int(self.scaled_all[number, i, part].sum())] for i in scales]
+                    entry["thresholds"][key] = [
+                        [
+                            _plain(bound * SCALES[i]),
+                            int(self.scaled[number, i, part].sum()),
+                            int(self.scaled_all[number, i, part].sum()),
+                        ]
+                        for i in scales
+                    ]
             rules[name] = entry
         rejected = int(self.first.sum())
         return {
-            "documents": int(self.documents.sum()), "bytes": int(self.bytes.sum()), "rejected": rejected, "judged_as": {kind: int(self.documents[i]) for i, kind in enumerate(KINDS)},
-            "languages": {code: {"documents": counts[0], "rejected": counts[1]} for code, counts in sorted(self.languages.items(), key=lambda item: (-item[1][0], item[0])) if code}, "rules": rules,
+            "documents": int(self.documents.sum()),
+            "bytes": int(self.bytes.sum()),
+            "rejected": rejected,
+            "judged_as": {kind: int(self.documents[i]) for i, kind in enumerate(KINDS)},
+            "languages": {
+                code: {"documents": counts[0], "rejected": counts[1]}
+                for code, counts in sorted(self.languages.items(), key=lambda item: (-item[1][0], item[0]))
+                if code
+            },
+            "rules": rules,
             **({"models": self.models} if self.models else {}),
             "changed": {what: {"documents": sums[0], "times": sums[1]} for what, sums in sorted(self.changed.items())},
-        }  # fmt: skip
+        }
 
 
 def candidates(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -127,7 +164,8 @@ def candidates(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def smallest(samples: list[tuple], found: list[tuple]) -> list[tuple]:
-    """Of (id, source, place, ...) those with the smallest ids, one for each id: a reservoir that is the same whatever the order, and does not show one copied text five times."""
+    """Of (id, source, place, ...) those with the smallest ids, one for each id: a reservoir that is the same
+    whatever the order, and does not show one copied text five times."""
     best: dict[str, tuple] = {}
     for sample in sorted([*samples, *found], key=lambda sample: sample[:3]):
         best.setdefault(sample[0], sample)

@@ -1,4 +1,5 @@
-"""Files behind an address (https://, s3://, hf://, gs://, any that fsspec knows), copied once into the cache so that they are read like local ones and count by what they hold."""
+"""Files behind an address (https://, s3://, hf://, gs://, any that fsspec knows), copied once into the cache so that
+they are read like local ones and count by what they hold."""
 
 import hashlib
 import json
@@ -16,7 +17,8 @@ def is_address(path: str) -> bool:
 
 
 def fetch_address(address: str, where: str) -> list[tuple[str, Path]]:
-    """(name, local path) of the file behind an address, or of all that a pattern matches. What did not change at its place is not fetched again. Raises UserError."""
+    """(name, local path) of the file behind an address, or of all that a pattern matches. What did not change at its
+    place is not fetched again. Raises UserError."""
     if re.match("https?://", address):
         return [(_name(address), _download(address, where))]
     import fsspec
@@ -31,7 +33,10 @@ def fetch_address(address: str, where: str) -> list[tuple[str, Path]]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{where}: {address} needs a library that is not installed ({error}); install it, or copy the file here and give its path") from None
+        raise UserError(
+            f"{where}: {address} needs a library that is not installed ({error}); install it, or copy the file here and"
+            " give its path"
+        ) from None
     except Exception as error:  # each file system raises its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{where}: {address} cannot be read: {reason}") from None
@@ -46,7 +51,9 @@ def _download(address: str, where: str) -> Path:
     mark = {}
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=60) as answer:
-            mark = {key: answer.headers[key] for key in ("ETag", "Last-Modified", "Content-Length") if answer.headers[key]}
+            mark = {
+                key: answer.headers[key] for key in ("ETag", "Last-Modified", "Content-Length") if answer.headers[key]
+            }
         target = _known(address)
         if not target.exists() or not _same(target, address, mark):
             with urllib.request.urlopen(address, timeout=60) as answer:
@@ -59,8 +66,14 @@ def _download(address: str, where: str) -> Path:
 def _fetch(system, path: str, where: str, address: str) -> Path:
     about = system.info(path)
     if about.get("type") == "directory":
-        raise UserError(f"{where}: {address} is a folder; give a file or a pattern such as {address.rstrip('/')}/*.jsonl.zst")
-    mark = {key: str(about[key]) for key in ("size", "ETag", "etag", "mtime", "last_modified", "LastModified", "sha256", "md5Hash", "created") if about.get(key) is not None}
+        raise UserError(
+            f"{where}: {address} is a folder; give a file or a pattern such as {address.rstrip('/')}/*.jsonl.zst"
+        )
+    mark = {
+        key: str(about[key])
+        for key in ("size", "ETag", "etag", "mtime", "last_modified", "LastModified", "sha256", "md5Hash", "created")
+        if about.get(key) is not None
+    }
     path = system.unstrip_protocol(path)
     target = _known(path)
     if not target.exists() or not _same(target, path, mark):

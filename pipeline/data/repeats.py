@@ -1,8 +1,11 @@
-"""Repeated text within documents that are no duplicates: lines, and runs of tokens, that stood before in the kept documents of the whole corpus. The first stays.
+"""Repeated text within documents that are no duplicates: lines, and runs of tokens, that stood before in the kept
+documents of the whole corpus. The first stays.
 
-Lines: the hash of every long enough line is sorted together with its position. Runs: exact, as with a suffix array (Lee et al., 2022), but in bounded memory and 1.2 bytes
-of disk for a byte of text: of a run of n tokens at least one of its windows of n / 2 is chosen by winnowing (Schleimer, Wilkerson & Aiken, 2003), so a run can only
-be repeated where a chosen window is; only the windows of n tokens around those are hashed and sorted. Hashes have 64 bits: a false repeat is expected once in 10**19 / N**2 corpora of N windows.
+Lines: the hash of every long enough line is sorted together with its position. Runs: exact, as with a suffix array (Lee
+et al., 2022), but in bounded memory and 1.2 bytes of disk for a byte of text: of a run of n tokens at least one of its
+windows of n / 2 is chosen by winnowing (Schleimer, Wilkerson & Aiken, 2003), so a run can only be repeated where a
+chosen window is; only the windows of n tokens around those are hashed and sorted. Hashes have 64 bits: a false repeat
+is expected once in 10**19 / N**2 corpora of N windows.
 """
 
 import zlib
@@ -15,7 +18,7 @@ import numpy as np
 from pipeline.data import outcomes
 from pipeline.data.external import runs as begins_of
 from pipeline.data.external import together
-from pipeline.data.text import line_tokens, mixed, normalise, span_tokens, windows
+from pipeline.data.text import line_tokens, normalise, span_tokens, windows
 from pipeline.files import write_atomic
 
 BATCH = 1 << 18  # characters hashed at a time
@@ -24,7 +27,8 @@ SHIFT = np.uint64(32)  # a position is document << 32 | line or token
 
 @dataclass(frozen=True)
 class Piece:
-    """The kept documents of one unit: rows of its file and their numbers in the index; `edits` holds what an earlier pass made of some of them. Or, `published`, those of a shard of an earlier output.
+    """The kept documents of one unit: rows of its file and their numbers in the index; `edits` holds what an earlier
+    pass made of some of them. Or, `published`, those of a shard of an earlier output.
 
     `shift` leads from the number of a document to its place among all, where an earlier output comes first.
     """
@@ -57,7 +61,8 @@ def texts_of(piece: Piece) -> list[str]:
 
 
 def edit(pieces: list[Piece], pool, folder: Path, lines: int | None, length: int | None) -> list[Piece]:
-    """Take repeated lines, then repeated runs of `length` tokens out of the documents of `pieces`, in their order; those of an earlier output stay as they are. Returns them with their edits."""
+    """Take repeated lines, then repeated runs of `length` tokens out of the documents of `pieces`, in their order;
+    those of an earlier output stay as they are. Returns them with their edits."""
     if lines:
         found = _map(pool, pieces, folder / "lines", _hash_lines, lines)
         again = _again(found, folder / "lines")
@@ -86,7 +91,7 @@ def _edited(pool, pieces: list[Piece], folder: Path, function: Callable, *argume
     return [piece if piece.published else replace(piece, edits=path) for piece, path in zip(pieces, paths, strict=True)]
 
 
-# ---- in the parent: what stood before ---------------------------------------------------------------------------------------
+# ---- in the parent: what stood before --------------------------------------------------------------------------------
 
 
 def _grouped(paths: list[Path], folder: Path):
@@ -127,7 +132,7 @@ def _positions(path: Path, documents: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return place, (found & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-# ---- in the workers --------------------------------------------------------------------------------------------------------
+# ---- in the workers --------------------------------------------------------------------------------------------------
 
 
 def _batches(texts: list[str]):
@@ -158,7 +163,11 @@ def _hash_lines(piece: Piece, path: Path, least: int) -> None:
     for begin, texts in _batches(texts_of(piece)):
         hashes, owner, line, number = line_tokens(texts)
         long = number >= least
-        parts.append(np.column_stack((hashes, piece.places[begin + owner].astype(np.uint64) << SHIFT | line.astype(np.uint64)))[long])
+        parts.append(
+            np.column_stack((hashes, piece.places[begin + owner].astype(np.uint64) << SHIFT | line.astype(np.uint64)))[
+                long
+            ]
+        )
     _saved(path, parts)
 
 
@@ -192,7 +201,9 @@ def _hash_windows(piece: Piece, path: Path, length: int, shared: Path) -> None:
 
 def _place(piece: Piece, begin: int, bounds: np.ndarray, number: int) -> np.ndarray:
     owner = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return piece.places[begin + owner].astype(np.uint64) << SHIFT | (np.arange(number) - bounds[owner]).astype(np.uint64)
+    return piece.places[begin + owner].astype(np.uint64) << SHIFT | (np.arange(number) - bounds[owner]).astype(
+        np.uint64
+    )
 
 
 def _sliding(values: np.ndarray, width: int, operation, neutral) -> np.ndarray:
@@ -212,7 +223,9 @@ def _cut_lines(piece: Piece, path: Path, again: Path, least: int) -> None:
     changed = {}
     for at in np.unique(place).tolist():
         gone = set(line[place == at].tolist())
-        changed[at] = normalise("\n".join(text for number, text in enumerate(texts[at].split("\n")) if number not in gone))
+        changed[at] = normalise(
+            "\n".join(text for number, text in enumerate(texts[at].split("\n")) if number not in gone)
+        )
     _write_edits(piece, path, texts, changed)
 
 
@@ -232,7 +245,8 @@ def _cut_runs(piece: Piece, path: Path, again: Path, length: int) -> None:
 
 
 def _without(text: str, starts: np.ndarray, ends: np.ndarray, gone: np.ndarray) -> str:
-    """The text without the tokens that are gone, and without what stands between a run of them and the next token on its line."""
+    """The text without the tokens that are gone, and without what stands between a run of them and the next token on
+    its line."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], gone, [False]))))
     kept, at = [], 0
     for first, after in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
@@ -254,7 +268,9 @@ def _write_edits(piece: Piece, path: Path, texts: list[str], changed: dict[int, 
     order = sorted(changed)
     numbers = np.diff(span_tokens([changed[at] for at in order])[2]) if order else np.zeros(0, np.int64)
     columns = {
-        "row": pyarrow.array(piece.rows[order] if order else [], pyarrow.int32()), "text": pyarrow.array([changed[at] for at in order], pyarrow.string()),
-        "size": pyarrow.array([len(changed[at].encode()) for at in order], pyarrow.int64()), "tokens": pyarrow.array(numbers, pyarrow.int64()),
-    }  # fmt: skip
+        "row": pyarrow.array(piece.rows[order] if order else [], pyarrow.int32()),
+        "text": pyarrow.array([changed[at] for at in order], pyarrow.string()),
+        "size": pyarrow.array([len(changed[at].encode()) for at in order], pyarrow.int64()),
+        "tokens": pyarrow.array(numbers, pyarrow.int64()),
+    }
     outcomes.write(pyarrow.table(columns), path, compression="lz4")

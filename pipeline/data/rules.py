@@ -1,11 +1,13 @@
-"""The published quality rules as thresholds on statistics: Gopher, C4 and FineWeb, with the papers' values for English and values fitted for Chinese.
+"""The published quality rules as thresholds on statistics: Gopher, C4 and FineWeb, with the papers' values for English
+and values fitted for Chinese.
 
     rules:
       use: [gopher_repetition, gopher_quality, c4, fineweb]
       en: {min_words: 30}          # one threshold changed
       zh: {max_top_2_gram: null}   # one rule off
 
-Every rule is asked about every document, also behind one that has rejected it, so that the ledger can say how rules overlap and what another threshold would have done.
+Every rule is asked about every document, also behind one that has rejected it, so that the ledger can say how rules
+overlap and what another threshold would have done.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ GROUPS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 
 
 class Thresholds(Strict):
-    """Bounds of the rules for one language; null turns a rule off. The names say what is measured (pipeline/data/statistics.py)."""
+    """Bounds of the rules for one language; null turns a rule off. The names say what is measured
+    (pipeline/data/statistics.py)."""
 
     # Gopher, repetition: Rae et al., 2021, table A1
     max_dup_paragraphs: float | None = 0.3
@@ -72,9 +75,11 @@ class Thresholds(Strict):
     min_alpha_words: float | None = 0.8
     """Share of words, signs of punctuation among them, that have a letter."""
     min_stop_words: float | None = 2
-    """Different words among the, be, to, of, and, that, have, with; in Chinese, among 22 of the commonest characters."""
+    """Different words among the, be, to, of, and, that, have, with; in Chinese, among 22 of the commonest
+    characters."""
     min_stop_share: float | None = None
-    """Share of words that are of these. Off in English, where no paper has it; in Chinese it is what tells prose from strings of key words."""
+    """Share of words that are of these. Off in English, where no paper has it; in Chinese it is what tells prose
+    from strings of key words."""
     # C4: Raffel et al., 2020, section 2.2
     max_lorem_ipsum: float | None = 0
     """Lines with `lorem ipsum`."""
@@ -96,7 +101,8 @@ class Thresholds(Strict):
 
 
 class Chinese(Thresholds):
-    """Where Chinese differs: fitted on 1,832 clean documents (manuals, answers, reviews, a novel), see docs/clean.md. A character is a word here."""
+    """Where Chinese differs: fitted on 1,832 clean documents (manuals, answers, reviews, a novel), see
+    docs/clean.md. A character is a word here."""
 
     max_top_2_gram: float | None = 0.2
     """Two characters are about one word; clean text has 0.06 in the median, 0.20 at the 99th percentile."""
@@ -105,7 +111,8 @@ class Chinese(Thresholds):
     max_top_4_gram: float | None = 0.2
     """Four characters are about two words, so this is what `max_top_2_gram` is in English."""
     max_dup_5_grams: float | None = 0.3
-    """Five characters are three words: repetition is far more common. Clean text: 0.03 in the median, 0.29 at the 99th percentile."""
+    """Five characters are three words: repetition is far more common. Clean text: 0.03 in the median, 0.29 at the
+    99th percentile."""
     max_dup_6_grams: float | None = 0.28
     """Clean text: 0.25 at the 99th percentile."""
     max_dup_7_grams: float | None = 0.26
@@ -125,9 +132,11 @@ class Chinese(Thresholds):
     max_mean_word: float | None = 15
     """Names of functions in manuals have 12 at the 99th percentile; base64 and text read in a wrong encoding more."""
     min_alpha_words: float | None = 0.65
-    """Signs of punctuation count as words, and there is one for eight characters. Clean text: 0.70 at the 1st percentile."""
+    """Signs of punctuation count as words, and there is one for eight characters. Clean text: 0.70 at the 1st
+    percentile."""
     min_stop_words: float | None = 3
-    """Of 22 characters. Clean text has 13 kinds of them in the median, 3 at the 1st percentile; text read in a wrong encoding has none."""
+    """Of 22 characters. Clean text has 13 kinds of them in the median, 3 at the 1st percentile; text read in a wrong
+    encoding has none."""
     min_stop_share: float | None = 0.04
     """Clean text: 0.12 in the median, 0.044 at the 1st percentile; lists of goods 0.013, strings of key words 0.011."""
     min_sentences: float | None = 2
@@ -184,13 +193,22 @@ class Rules(Strict):
 
 
 def listed() -> list[tuple[str, str, str, bool]]:
-    """(group, key, statistic, is an upper bound) of each published rule, in the order in which the first failure gives the reason."""
+    """(group, key, statistic, is an upper bound) of each published rule, in the order in which the first failure
+    gives the reason."""
     from pipeline.data.statistics import NAMES
 
-    group = {name: GROUPS[0] if "dup_" in name and name != "dup_kept_chars" or name.startswith("top_") else GROUPS[1] for name in NAMES}
+    group = {
+        name: GROUPS[0] if "dup_" in name and name != "dup_kept_chars" or name.startswith("top_") else GROUPS[1]
+        for name in NAMES
+    }
     group.update(dict.fromkeys(("lorem_ipsum", "curly_brackets", "sentences"), GROUPS[2]))
     group.update(dict.fromkeys(("line_punctuation", "short_lines", "dup_kept_chars", "newlines"), GROUPS[3]))
-    return [(group[name], f"{side}_{name}", name, side == "max") for name in NAMES for side in ("min", "max") if f"{side}_{name}" in Thresholds.model_fields]
+    return [
+        (group[name], f"{side}_{name}", name, side == "max")
+        for name in NAMES
+        for side in ("min", "max")
+        if f"{side}_{name}" in Thresholds.model_fields
+    ]
 
 
 @dataclass(frozen=True)
@@ -212,8 +230,18 @@ class Rule:
 
 
 def active(filters: Filters, rules: Rules) -> list[Rule]:
-    """The rules of `filters`, then the published ones that a recipe uses. Their columns are filters.BASIC, then statistics.NAMES."""
-    found = [Rule(reason, f"filters.{key}", column, upper, (float(getattr(filters, key)) if measured(filters, key) else float("nan"),) * 3) for column, (reason, key, upper) in enumerate(BASIC)]
+    """The rules of `filters`, then the published ones that a recipe uses. Their columns are filters.BASIC, then
+    statistics.NAMES."""
+    found = [
+        Rule(
+            reason,
+            f"filters.{key}",
+            column,
+            upper,
+            (float(getattr(filters, key)) if measured(filters, key) else float("nan"),) * 3,
+        )
+        for column, (reason, key, upper) in enumerate(BASIC)
+    ]
     if rules.use:
         from pipeline.data.statistics import NAMES
 

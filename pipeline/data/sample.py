@@ -1,4 +1,5 @@
-"""The text that a tokenizer is trained and measured on: a bounded sample, balanced by source and language, drawn once and kept."""
+"""The text that a tokenizer is trained and measured on: a bounded sample, balanced by source and language, drawn
+once and kept."""
 
 import json
 from array import array
@@ -14,10 +15,21 @@ from pipeline.seeds import derive
 BATCH = 1024  # documents whose languages are detected together
 
 
-def draw(data: Artifact, split: str, limit: int, seed: int, path: Path, weights: dict[str, float] | None = None, balance: list[str] = ("source",), temperature: float | None = None) -> dict:
-    """Write a sample of at most `limit` bytes as JSON lines {source, text}: documents in the order of a hash of their id, until their group's share is full.
+def draw(
+    data: Artifact,
+    split: str,
+    limit: int,
+    seed: int,
+    path: Path,
+    weights: dict[str, float] | None = None,
+    balance: list[str] = ("source",),
+    temperature: float | None = None,
+) -> dict:
+    """Write a sample of at most `limit` bytes as JSON lines {source, text}: documents in the order of a hash of their
+    id, until their group's share is full.
 
-    A group is a source, a language, or a language's part of a source, as `balance` says (see `divided`). Kept for a resumed run. The last document of a share is cut at a whole character.
+    A group is a source, a language, or a language's part of a source, as `balance` says (see `divided`). Kept for a
+    resumed run. The last document of a share is cut at a whole character.
     """
     import numpy as np
 
@@ -36,7 +48,10 @@ def draw(data: Artifact, split: str, limit: int, seed: int, path: Path, weights:
     available = {name: int(sizes[group == number].sum()) for name, number in groups.items()}
     sources = sorted({source for _, source in groups})
     if weights is not None and set(weights) - set(sources):
-        raise UserError(f"weights: the data has no source {sorted(set(weights) - set(sources))[0]!r}; it has {', '.join(sources) or 'none'}")
+        raise UserError(
+            f"weights: the data has no source {sorted(set(weights) - set(sources))[0]!r}; it has"
+            f" {', '.join(sources) or 'none'}"
+        )
     share = divided(available, limit, balance, temperature, weights)
     allowed = np.zeros_like(sizes)
     for name, number in groups.items():
@@ -52,7 +67,13 @@ def draw(data: Artifact, split: str, limit: int, seed: int, path: Path, weights:
                 taken[group[row]] += len(cut.encode())
                 handle.write(json.dumps({"source": source, "text": cut}, ensure_ascii=False).encode() + b"\n")
     faults.point("save")
-    known = {"sha256": sha256_file(path), "bytes": _summed(groups, taken, 1), "available": {source: sum(size for (_, name), size in available.items() if name == source) for source in sources}}
+    known = {
+        "sha256": sha256_file(path),
+        "bytes": _summed(groups, taken, 1),
+        "available": {
+            source: sum(size for (_, name), size in available.items() if name == source) for source in sources
+        },
+    }
     if "language" in balance:
         known["languages"] = _summed(groups, taken, 0)
     write_json(marker, known)
@@ -88,10 +109,18 @@ def _documents(data: Artifact, split: str, languages: bool) -> Iterator[tuple[st
     yield from named(held)
 
 
-def divided(available: dict[tuple[str, str], int], limit: int, balance: list[str], temperature: float | None, weights: dict[str, float] | None) -> dict[tuple[str, str], int]:
-    """Bytes to take of each group (language, source). Languages first, then within each the sources; what is not in `balance` is taken as it comes.
+def divided(
+    available: dict[tuple[str, str], int],
+    limit: int,
+    balance: list[str],
+    temperature: float | None,
+    weights: dict[str, float] | None,
+) -> dict[tuple[str, str], int]:
+    """Bytes to take of each group (language, source). Languages first, then within each the sources; what is not in
+    `balance` is taken as it comes.
 
-    The weight of a part of n bytes is n ** (1 / temperature) (Devlin et al., 2018, multilingual BERT, with 1/T = 0.7): 1 leaves shares as they are in the data, more evens them out, none makes them equal.
+    The weight of a part of n bytes is n ** (1 / temperature) (Devlin et al., 2018, multilingual BERT, with 1/T = 0.7):
+    1 leaves shares as they are in the data, more evens them out, none makes them equal.
     """
 
     def parts(part: int, kind: str, names: dict[tuple[str, str], int], limit: int) -> dict[str, int]:
@@ -120,7 +149,8 @@ def _totals(names: dict[tuple[str, str], int], part: int) -> dict[str, int]:
 
 
 def shares(available: dict[str, int], limit: int, weights: dict[str, float] | None) -> dict[str, int]:
-    """Bytes to take of each source: `limit` divided by weight, and what a source cannot fill divided again among the others."""
+    """Bytes to take of each source: `limit` divided by weight, and what a source cannot fill divided again among the
+    others."""
     weight = {source: 1.0 if weights is None else weights.get(source, 0.0) for source in available}
     if weights is not None and any(value < 0 for value in weights.values()):
         raise UserError(f"weights: must not be negative, found {weights}")

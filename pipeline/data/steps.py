@@ -2,7 +2,8 @@
 
     repair -> normal form -> address -> language -> statistics -> rules -> lines -> masks -> signature
 
-All statistics are computed for every document before any rule is asked, and stored with its outcome, so that the ledger can say how the rules overlap.
+All statistics are computed for every document before any rule is asked, and stored with its outcome, so that the ledger
+can say how the rules overlap.
 """
 
 import hashlib
@@ -50,13 +51,18 @@ def columns(steps: Steps) -> list[str]:
         from pipeline.data.statistics import NAMES
 
         found += NAMES
-    for name, used in (("blocked_words", steps.block.words), ("quality", steps.quality.good), ("perplexity", steps.perplexity.like)):
+    for name, used in (
+        ("blocked_words", steps.block.words),
+        ("quality", steps.quality.good),
+        ("perplexity", steps.perplexity.like),
+    ):
         found += [name] * bool(used)
     return found
 
 
 def reasons(steps: Steps) -> list[tuple[str, Rule | None]]:
-    """All reasons that a recipe has for leaving a document out, in the order in which the first one is given; the bits of `failed`. Those that are no bound on a statistic have no rule."""
+    """All reasons that a recipe has for leaving a document out, in the order in which the first one is given; the
+    bits of `failed`. Those that are no bound on a statistic have no rule."""
     found: list[tuple[str, Rule | None]] = []
     if steps.block.urls:
         found.append(("blocked_url", None))
@@ -66,17 +72,48 @@ def reasons(steps: Steps) -> list[tuple[str, Rule | None]]:
         found.append(("contaminated", None))
     found += [(rule.reason, rule) for rule in active(steps.filters, steps.rules)]
     if steps.block.words:
-        found.append(("blocked_words", Rule("blocked_words", "block.min_words", columns(steps).index("blocked_words"), True, (steps.block.min_words - 0.5,) * 3)))
+        found.append(
+            (
+                "blocked_words",
+                Rule(
+                    "blocked_words",
+                    "block.min_words",
+                    columns(steps).index("blocked_words"),
+                    True,
+                    (steps.block.min_words - 0.5,) * 3,
+                ),
+            )
+        )
     if steps.quality.good:
-        found.append(("low_quality", Rule("low_quality", "quality.min_score", columns(steps).index("quality"), False, (steps.quality.min_score,) * 3)))
+        found.append(
+            (
+                "low_quality",
+                Rule(
+                    "low_quality",
+                    "quality.min_score",
+                    columns(steps).index("quality"),
+                    False,
+                    (steps.quality.min_score,) * 3,
+                ),
+            )
+        )
     if steps.perplexity.like:
-        bounds = [float("nan") if bound is None else bound for bound in (steps.perplexity.max_en, steps.perplexity.max_zh, None)]
-        found.append(("high_perplexity", Rule("high_perplexity", "perplexity.max_{}", columns(steps).index("perplexity"), True, tuple(bounds))))
+        bounds = [
+            float("nan") if bound is None else bound
+            for bound in (steps.perplexity.max_en, steps.perplexity.max_zh, None)
+        ]
+        found.append(
+            (
+                "high_perplexity",
+                Rule("high_perplexity", "perplexity.max_{}", columns(steps).index("perplexity"), True, tuple(bounds)),
+            )
+        )
     return found
 
 
 def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
-    """Fill in the rows of a batch of texts: text, hash and signature, or why it is left out; statistics, all rules that it fails, and what was changed in it."""
+    """Fill in the rows of a batch of texts: text, hash and signature, or why it is left out; statistics, all rules
+    that it fails, and what was changed in it."""
     before, changed = [text for _, text in raw], [{} for _ in raw]
     if steps.repair != Repair():
         for index, text in enumerate(before):
@@ -112,7 +149,9 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
 
         batch = words.analyse(texts)
         short = np.array([block.short_line for block in (steps.rules.en, steps.rules.zh, steps.rules.other)])[kind]
-        published, kept_lines = statistics.measure(batch, kind == 1, steps.rules.lines if "c4" in steps.rules.use else None, short)
+        published, kept_lines = statistics.measure(
+            batch, kind == 1, steps.rules.lines if "c4" in steps.rules.use else None, short
+        )
         values.append(published)
     if steps.block.words:
         values.append(phrases(tuple(steps.block.words)).count(hashed)[:, None])
@@ -121,7 +160,9 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
     if steps.perplexity.like:
         values.append(perplexities(hashed, steps.models)[:, None])
     measured = np.concatenate(values, axis=1).astype(np.float32)
-    failed = np.stack([marks[name] if rule is None else rule.fails(measured, kind) for name, rule in reasons(steps)], axis=1)
+    failed = np.stack(
+        [marks[name] if rule is None else rule.fails(measured, kind) for name, rule in reasons(steps)], axis=1
+    )
 
     final = texts
     if "c4" in steps.rules.use:
@@ -145,7 +186,16 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         row["changed"] = json.dumps(changed[index]) if changed[index] else None
 
 
-def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, names: list[str], shingled: tuple, near: Near | None, mask: Mask) -> None:
+def _fill(
+    raw: list[tuple[dict, str]],
+    texts: list[str],
+    final: list[str],
+    failed: np.ndarray,
+    names: list[str],
+    shingled: tuple,
+    near: Near | None,
+    mask: Mask,
+) -> None:
     first = np.where(failed.any(1), failed.argmax(1), -1).tolist()
     masks = (failed @ (np.int64(1) << np.arange(len(names), dtype=np.int64))).tolist()
     good = [i for i in range(len(raw)) if first[i] < 0]
@@ -171,7 +221,8 @@ def _fill(raw: list[tuple[dict, str]], texts: list[str], final: list[str], faile
 
 
 def excerpt(text: str, mask: Mask) -> str:
-    """How a text begins, for the report and what was left out. What the recipe masks is masked here, too; more than an excerpt is read, so that nothing is cut in two before it is seen."""
+    """How a text begins, for the report and what was left out. What the recipe masks is masked here, too; more than
+    an excerpt is read, so that nothing is cut in two before it is seen."""
     return masked(text[: 4 * EXCERPT], mask)[0][:EXCERPT]
 
 

@@ -1,7 +1,8 @@
 """Text as every stage of the data side sees it: one normal form, and one rule of tokens for English and Chinese alike.
 
-A token here is a CJK character, or a run of other letters and digits (lower case). One rule needs no language label, so a text that
-mixes languages is treated evenly, and a Chinese sentence is not one long "word". Whole batches of texts are hashed with numpy.
+A token here is a CJK character, or a run of other letters and digits (lower case). One rule needs no language label, so
+a text that mixes languages is treated evenly, and a Chinese sentence is not one long "word". Whole batches of texts are
+hashed with numpy.
 """
 
 import functools
@@ -16,8 +17,8 @@ SPACE, LETTER, DIGIT, CJK, SYMBOL = range(5)
 SHINGLE = 5  # tokens; Broder's w, and FineWeb's choice for MinHash (Penedo et al., 2024, section 3.4)
 
 _NEWLINES = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-# C0 and C1 controls but tab and newline, DEL, the byte order mark, noncharacters: nothing that a reader of text would miss.
-# Zero-width joiners stay: emoji and Indic scripts are written with them.
+# C0 and C1 controls but tab and newline, DEL, the byte order mark, noncharacters: nothing that a reader of text would
+# miss. Zero-width joiners stay: emoji and Indic scripts are written with them.
 _DROPPED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
 _SPACES = re.compile("[ \t\u00a0\u3000]+\n")
 _BLANK = re.compile("\n{3,}")
@@ -29,20 +30,26 @@ _LOW = np.array([(1 << 16 * i) - 1 for i in range(5)], np.uint64)  # the lowest 
 
 
 # What a look at the characters of a whole batch tells of each text, so that few are searched one by one.
-RARE, LOOSE, TRAILING, SUSPECT, BLANK = 1, 2, 4, 8, 16  # newlines or controls to change; perhaps not NFC; space before a newline; perhaps garbled (see filters.garbled); three newlines
+# newlines or controls to change; perhaps not NFC; space before a newline; perhaps garbled (see filters.garbled); three
+# newlines
+RARE, LOOSE, TRAILING, SUSPECT, BLANK = 1, 2, 4, 8, 16
 _LEAD, _CONTINUATION, _BLANKS = 16, 32, 64  # of characters
 
 
 def normalise(text: str, look: int = RARE | LOOSE | TRAILING | BLANK) -> str:
-    """NFC, newlines as \\n, no control characters, no spaces at line ends, at most one blank line in a row, none at either end. Idempotent.
+    """NFC, newlines as \\n, no control characters, no spaces at line ends, at most one blank line in a row, none at
+    either end. Idempotent.
 
-    NFC and not NFKC: full-width punctuation is how Chinese is written, and superscripts carry meaning. `look` is what `looks` says of the text.
+    NFC and not NFKC: full-width punctuation is how Chinese is written, and superscripts carry meaning. `look` is what
+    `looks` says of the text.
     """
     if look & RARE and _RARE.search(text):
         text = _DROPPED.sub("", _NEWLINES.sub("\n", text))
     if look & (RARE | LOOSE) and not text.isascii() and not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
-    if look & (RARE | LOOSE | TRAILING) and (" \n" in text or "\t\n" in text or "\u00a0\n" in text or "\u3000\n" in text):
+    if look & (RARE | LOOSE | TRAILING) and (
+        " \n" in text or "\t\n" in text or "\u00a0\n" in text or "\u3000\n" in text
+    ):
         text = _SPACES.sub("\n", text)
     if look & (RARE | TRAILING | BLANK) and "\n\n\n" in text:
         text = _BLANK.sub("\n\n", text)
@@ -56,7 +63,8 @@ def looks(texts: list[str]) -> list[int]:
     codes, table = _codes(texts), _marks()
     ends = np.cumsum([len(text) + 1 for text in texts])
     found = np.zeros(len(texts), np.uint8)
-    places = np.flatnonzero((codes < 32) | (codes > 126))  # what lies between has no mark, so that most characters of most texts are passed over
+    # what lies between has no mark, so that most characters of most texts are passed over
+    places = np.flatnonzero((codes < 32) | (codes > 126))
     marks = table.take(codes[places])
     marks[np.searchsorted(places, ends - 1)] = 0  # separators
 
@@ -68,7 +76,8 @@ def looks(texts: list[str]) -> list[int]:
     lead = places[marks & _LEAD != 0]
     note(lead[table.take(codes[lead + 1]) & _CONTINUATION != 0], SUSPECT)  # behind each text is a separator
     newline = places[marks == _NEWLINE]
-    note(newline[table.take(codes[newline - 1]) & _BLANKS != 0], TRAILING)  # a newline that begins the batch sees the last separator
+    # a newline that begins the batch sees the last separator
+    note(newline[table.take(codes[newline - 1]) & _BLANKS != 0], TRAILING)
     note(newline[2:][newline[2:] - newline[:-2] == 2], BLANK)
     return found.tolist()
 
@@ -85,13 +94,26 @@ def _marks() -> np.ndarray:
     characters = [chr(point) for point in range(0x10000) if not 0xD800 <= point < 0xE000]
     every = "".join(characters)
     table = np.zeros(0x110000, np.uint8)
-    for pattern, bit in ((_RARE, RARE), (_GARBAGE, SUSPECT), (re.compile("[锟烫屯]"), SUSPECT), (re.compile("[\u00c2-\u00f4]"), _LEAD), (re.compile(CONTINUATION), _CONTINUATION)):
+    for pattern, bit in (
+        (_RARE, RARE),
+        (_GARBAGE, SUSPECT),
+        (re.compile("[锟烫屯]"), SUSPECT),
+        (re.compile("[\u00c2-\u00f4]"), _LEAD),
+        (re.compile(CONTINUATION), _CONTINUATION),
+    ):
         table[[ord(character) for character in pattern.findall(every)]] |= np.uint8(bit)
     table[[ord(character) for character in " \t\u00a0\u3000"]] |= np.uint8(_BLANKS)
-    # NFC may change what decomposes, what combines with the character before it (a class of its own, or second in a composition), and jamo (UAX 15).
-    second = [decomposed.split()[1] for decomposed in map(unicodedata.decomposition, characters) if decomposed and decomposed[0] != "<" and " " in decomposed]
+    # NFC may change what decomposes, what combines with the character before it (a class of its own, or second in a
+    # composition), and jamo (UAX 15).
+    second = [
+        decomposed.split()[1]
+        for decomposed in map(unicodedata.decomposition, characters)
+        if decomposed and decomposed[0] != "<" and " " in decomposed
+    ]
     table[[int(point, 16) for point in second if int(point, 16) < 0x10000]] |= np.uint8(LOOSE)
-    table[[ord(c) for c in characters if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c)]] |= np.uint8(LOOSE)
+    table[[ord(c) for c in characters if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c)]] |= (
+        np.uint8(LOOSE)
+    )
     table[0x1100:0x1200] |= np.uint8(LOOSE)
     table[0x10000:] |= np.uint8(LOOSE)
     table[10] = _NEWLINE
@@ -100,7 +122,8 @@ def _marks() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hashed tokens of a batch of N texts. Text i owns tokens starts[i]:starts[i+1]; `counts` [N, 5] are its characters by class (SPACE ... SYMBOL)."""
+    """Hashed tokens of a batch of N texts. Text i owns tokens starts[i]:starts[i+1]; `counts` [N, 5] are its
+    characters by class (SPACE ... SYMBOL)."""
 
     hashes: np.ndarray  # uint64 [tokens]
     starts: np.ndarray  # int64 [N + 1]
@@ -113,8 +136,10 @@ class Tokens:
 def _classes() -> np.ndarray:
     """Class of each code point, uint8 [0x110000]."""
     table = np.full(0x110000, SYMBOL, np.uint8)
-    points = np.concatenate((np.arange(0x20000), np.arange(0xE0100, 0xE01F0)))  # what lies between is Han (planes 2 and 3) or unassigned
-    category = np.frombuffer("".join(map(unicodedata.category, map(chr, points.tolist()))).encode(), np.uint8)[::2]  # the first letter of Lu, Nd, Zs, ...
+    # what lies between is Han (planes 2 and 3) or unassigned
+    points = np.concatenate((np.arange(0x20000), np.arange(0xE0100, 0xE01F0)))
+    # the first letter of Lu, Nd, Zs, ...
+    category = np.frombuffer("".join(map(unicodedata.category, map(chr, points.tolist()))).encode(), np.uint8)[::2]
     for letters, kind in ((b"LM", LETTER), (b"N", DIGIT), (b"Z", SPACE)):
         table[points[np.isin(category, list(letters))]] = kind
     table[[9, 10]] = SPACE
@@ -176,10 +201,12 @@ def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def _hashed(codes: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Hashes of runs of code points, uint64: four at a time, each 16 bits above the one before it, mixed after each four; runs of more than LONG by blake2b. The same for both widths of `codes`."""
+    """Hashes of runs of code points, uint64: four at a time, each 16 bits above the one before it, mixed after each
+    four; runs of more than LONG by blake2b. The same for both widths of `codes`."""
     narrow = codes.dtype == np.uint16
     padded = np.concatenate((codes, np.zeros(4, codes.dtype)))
-    four = np.ndarray(len(codes) + 1, "<u8", padded, strides=(2,)) if narrow else None  # the four from each one on are one number already
+    # the four from each one on are one number already
+    four = np.ndarray(len(codes) + 1, "<u8", padded, strides=(2,)) if narrow else None
 
     def upto_four(at: np.ndarray, left: np.ndarray) -> np.ndarray:
         if narrow:
@@ -211,7 +238,8 @@ def _codes(texts: list[str]) -> np.ndarray:
 
 
 def _lower_and_kinds(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower case, of the same dtype, and class (uint8) of code points. Most are ASCII in most texts, and those cost a fourth of a look-up by index."""
+    """Lower case, of the same dtype, and class (uint8) of code points. Most are ASCII in most texts, and those cost
+    a fourth of a look-up by index."""
     lower, classes = _tables()
     high = np.flatnonzero(codes > 127)
     if 4 * len(high) > len(codes):
@@ -223,15 +251,18 @@ def _lower_and_kinds(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lowered(text: str) -> str:
-    """The text, in lower case where that is not one character for one by itself: dotted I, and sigma, which is another one at the end of a word."""
+    """The text, in lower case where that is not one character for one by itself: dotted I, and sigma, which is
+    another one at the end of a word."""
     return text.lower() if "\u0130" in text or "\u03a3" in text else text
 
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Of each code point: its lower case, uint32 [0x110000], and the class of that, uint8. Looking up is four times faster than str.lower."""
+    """Of each code point: its lower case, uint32 [0x110000], and the class of that, uint8. Looking up is four times
+    faster than str.lower."""
     lower = np.arange(0x110000, dtype=np.uint32)
-    points = np.concatenate((np.arange(0x130), np.arange(0x131, 0xD800), np.arange(0xE000, 0x20000)))  # U+0130 becomes two characters, surrogates are none
+    # U+0130 becomes two characters, surrogates are none
+    points = np.concatenate((np.arange(0x130), np.arange(0x131, 0xD800), np.arange(0xE000, 0x20000)))
     lower[points] = np.frombuffer("".join(map(chr, points.tolist())).lower().encode("utf-32-le"), np.uint32)
     return lower, _classes()[lower]
 
@@ -247,21 +278,25 @@ def shingles(batch: Tokens, size: int = SHINGLE) -> tuple[np.ndarray, np.ndarray
     for step in range(size):
         rolled *= np.uint64(_ODD)
         rolled += padded[step : step + len(rolled)]
-    left = np.repeat(batch.starts[1:], lengths) - np.arange(len(batch.hashes))  # tokens from here to the end of the text
+    # tokens from here to the end of the text
+    left = np.repeat(batch.starts[1:], lengths) - np.arange(len(batch.hashes))
     keep = left >= size
     for text in np.flatnonzero((lengths > 0) & (lengths < size)):
         begin, end = batch.starts[text], batch.starts[text + 1]
         keep[begin] = True
-        rolled[begin] = np.bitwise_xor.reduce(batch.hashes[begin:end] * np.arange(1, 2 * (end - begin), 2, dtype=np.uint64))
+        rolled[begin] = np.bitwise_xor.reduce(
+            batch.hashes[begin:end] * np.arange(1, 2 * (end - begin), 2, dtype=np.uint64)
+        )
     sizes = np.where(lengths >= size, lengths - size + 1, np.minimum(lengths, 1))
     return mixed(rolled[keep]), np.concatenate(([0], np.cumsum(sizes)))
 
 
-# ---- tokens with their places ------------------------------------------------------------------------------------------------
+# ---- tokens with their places ----------------------------------------------------------------------------------------
 
 
 def span_tokens(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(start, end, bounds, hash) of all tokens: characters within their own text, int64 [T] each; text i owns tokens bounds[i]:bounds[i + 1]; hashes as those of `tokens`."""
+    """(start, end, bounds, hash) of all tokens: characters within their own text, int64 [T] each; text i owns tokens
+    bounds[i]:bounds[i + 1]; hashes as those of `tokens`."""
     if not texts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint64)
     batch = tokens(texts)

@@ -6,10 +6,12 @@
 
 A packed folder:
 
-    index.json                       vocabulary size, end-of-document id, dtype, and for each split and source its shards
+    index.json                       vocabulary size, end-of-document id, dtype, and for each split and source its
+                                     shards
     token_bytes.npy                  int32 [vocab_size]: bytes of text that each token stands for
     train/wiki-00000.tokens.npy      uint16 or uint32 [tokens]: the documents one after another, each closed by eos
-    train/wiki-00000.documents.npy   int64 [documents, 2]: where each document ends in this shard (after its eos), and its bytes of UTF-8
+    train/wiki-00000.documents.npy   int64 [documents, 2]: where each document ends in this shard (after its eos), and
+                                     its bytes of UTF-8
     train/wiki-00000.ids.npy         uint8: the documents' ids one after another, UTF-8
     train/wiki-00000.id_ends.npy     int64 [documents]: where each id ends
 """
@@ -27,18 +29,22 @@ from pipeline.errors import UserError
 def load_tokenizer(folder: Path | str):
     """The fast tokenizer of a folder, exactly as its tokenizer.json says. Raises UserError if there is none.
 
-    AutoTokenizer does the same unless a config.json beside it names a family whose tokenizer class transformers forces (qwen2, phi3,
-    internlm3 and some others in 5.23): qwen2's class then rebuilds the pre-tokeniser and the ids change.
+    AutoTokenizer does the same unless a config.json beside it names a family whose tokenizer class transformers forces
+    (qwen2, phi3, internlm3 and some others in 5.23): qwen2's class then rebuilds the pre-tokeniser and the ids change.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: has no tokenizer.json; give the output of stage tokenizer, or the folder of a fast Hugging Face tokenizer")
+        raise UserError(
+            f"{folder}: has no tokenizer.json; give the output of stage tokenizer, or the folder of a fast Hugging Face"
+            " tokenizer"
+        )
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of raw text: documents, and what people say in a chat. No special token is ever made from text, and none is added.
+    """Ids of raw text: documents, and what people say in a chat. No special token is ever made from text, and none is
+    added.
 
     `tokenizer`: a fast transformers tokenizer or a `tokenizers.Tokenizer`.
     """
@@ -54,7 +60,8 @@ def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def token_bytes(tokenizer) -> np.ndarray:
-    """int32 [vocab_size]: bytes of text that each token stands for; 0 for special tokens. From the tokenizer's own decoder.
+    """int32 [vocab_size]: bytes of text that each token stands for; 0 for special tokens. From the tokenizer's own
+    decoder.
 
     Exact where decoding is the identity, as for every tokenizer made here; pack checks it on each document.
     """
@@ -76,6 +83,7 @@ def token_bytes(tokenizer) -> np.ndarray:
             sizes[index] = len(token.replace("\u2581", " ").encode())
     return sizes
 
+
 SCAN = 2**26  # tokens looked at together
 
 
@@ -92,7 +100,8 @@ class Piece(NamedTuple):
 
 
 class TokenStore:
-    """Packed tokens of one split, memory-mapped and read-only. Opening it checks that every index fits its data (UserError)."""
+    """Packed tokens of one split, memory-mapped and read-only. Opening it checks that every index fits its data
+    (UserError)."""
 
     def __init__(self, folder: Path | str, split: str = "train"):
         self.folder, self.split = Path(folder), split
@@ -103,9 +112,14 @@ class TokenStore:
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no index.json, so it is not the output of stage pack") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / 'index.json'}: damaged ({error!r}); run stage pack again with --restart") from None
+            raise UserError(
+                f"{self.folder / 'index.json'}: damaged ({error!r}); run stage pack again with --restart"
+            ) from None
         if not 0 <= self.eos_id < self.vocab_size:
-            raise UserError(f"{self.folder / 'index.json'}: eos_id {self.eos_id} is beyond the vocabulary of {self.vocab_size}; pack the text again")
+            raise UserError(
+                f"{self.folder / 'index.json'}: eos_id {self.eos_id} is beyond the vocabulary of {self.vocab_size};"
+                " pack the text again"
+            )
         self.sources = sorted(shards)
         self.token_bytes = self._open("token_bytes.npy", (self.vocab_size,), np.dtype(np.int32))
         self._shards, self._names, self._starts, self._num_bytes = {}, {}, {}, {}
@@ -113,15 +127,24 @@ class TokenStore:
             opened, names = [], []
             for shard in shards[source]:
                 if "id_bytes" not in shard:
-                    raise UserError(f"{self.folder}: was packed by an older version, which did not keep the ids of documents; run stage pack again")
+                    raise UserError(
+                        f"{self.folder}: was packed by an older version, which did not keep the ids of documents; run"
+                        " stage pack again"
+                    )
                 tokens = self._open(f"{shard['file']}.tokens.npy", (shard["tokens"],), self.dtype)
                 documents = self._open(f"{shard['file']}.documents.npy", (shard["documents"], 2), np.dtype(np.int64))
                 if len(documents) == 0 or documents[-1, 0] != len(tokens):
-                    raise UserError(f"{self.folder / shard['file']}.documents.npy: does not end where its {len(tokens)} tokens end; run stage pack again with --restart")
+                    raise UserError(
+                        f"{self.folder / shard['file']}.documents.npy: does not end where its {len(tokens)} tokens end;"
+                        " run stage pack again with --restart"
+                    )
                 ids = self._open(f"{shard['file']}.ids.npy", (shard["id_bytes"],), np.dtype(np.uint8))
                 id_ends = self._open(f"{shard['file']}.id_ends.npy", (shard["documents"],), np.dtype(np.int64))
                 if id_ends[-1] != len(ids):
-                    raise UserError(f"{self.folder / shard['file']}.id_ends.npy: does not end where its {len(ids)} bytes of ids end; run stage pack again with --restart")
+                    raise UserError(
+                        f"{self.folder / shard['file']}.id_ends.npy: does not end where its {len(ids)} bytes of ids"
+                        " end; run stage pack again with --restart"
+                    )
                 opened.append((tokens, documents))
                 names.append((ids, id_ends))
             self._shards[source] = opened
@@ -138,11 +161,15 @@ class TokenStore:
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"{path}: damaged ({error}); run stage pack again with --restart") from None
         if array.shape != shape or array.dtype != dtype:
-            raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}, index.json says {dtype} {list(shape)}; run stage pack again with --restart")
+            raise UserError(
+                f"{path}: holds {array.dtype} {list(array.shape)}, index.json says {dtype} {list(shape)}; run stage"
+                " pack again with --restart"
+            )
         return np.asarray(array)  # still the mapped file, without the cost of numpy's memmap class at each slice
 
     def misfit(self) -> str | None:
-        """What tokens and index of documents do not have to do with each other, in words, or None: a token outside the vocabulary, documents that do not ascend or are not closed.
+        """What tokens and index of documents do not have to do with each other, in words, or None: a token outside the
+        vocabulary, documents that do not ascend or are not closed.
 
         Reads every token, 1-2 GB a second: for shards that stage pack did not write (it proves each id as it writes).
         """
@@ -152,13 +179,21 @@ class TokenStore:
                     part = tokens[begin : begin + SCAN]
                     if part.max(initial=0) >= self.vocab_size or part.min(initial=0) < 0:
                         place = begin + int(np.flatnonzero((part >= self.vocab_size) | (part < 0))[0])
-                        return f"{self.folder}: token {start + place} of source {source} ({self.split}) is {tokens[place]}, beyond the vocabulary of {self.vocab_size}; pack the text with this tokenizer"
+                        return (
+                            f"{self.folder}: token {start + place} of source {source} ({self.split}) is"
+                            f" {tokens[place]}, beyond the vocabulary of {self.vocab_size}; pack the text with this"
+                            " tokenizer"
+                        )
                 ends = documents[:, 0]
                 wrong = np.diff(ends, prepend=0) <= 0
                 wrong |= tokens[np.clip(ends - 1, 0, len(tokens) - 1)] != self.eos_id
                 if wrong.any():
                     number = int(np.flatnonzero(wrong)[0])
-                    return f"{self.folder}: document {number} of source {source} ({self.split}) ends at token {start + int(ends[number])}, which does not close a document that begins before it; run stage pack again with --restart"
+                    return (
+                        f"{self.folder}: document {number} of source {source} ({self.split}) ends at token"
+                        f" {start + int(ends[number])}, which does not close a document that begins before it; run"
+                        " stage pack again with --restart"
+                    )
         return None
 
     def num_tokens(self, source: str) -> int:
@@ -189,8 +224,12 @@ class TokenStore:
         return np.concatenate(parts)
 
     def documents(self, source: str) -> np.ndarray:
-        """int64 [documents, 2]: where each document of the source ends (after its eos), and its bytes. Read into memory."""
-        parts = [np.asarray(documents) + [start, 0] for (_, documents), start in zip(self._shards[source], self._starts[source][:-1], strict=True)]
+        """int64 [documents, 2]: where each document of the source ends (after its eos), and its bytes. Read into
+        memory."""
+        parts = [
+            np.asarray(documents) + [start, 0]
+            for (_, documents), start in zip(self._shards[source], self._starts[source][:-1], strict=True)
+        ]
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
 
     def pieces(self, source: str, start: int, length: int) -> list[Piece]:

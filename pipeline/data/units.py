@@ -1,4 +1,5 @@
-"""Units of cleaning: a few megabytes of one source, cleaned by one process, with the outcome of every record in one file."""
+"""Units of cleaning: a few megabytes of one source, cleaned by one process, with the outcome of every record in one
+file."""
 
 import hashlib
 import io
@@ -20,12 +21,34 @@ from pipeline.files import write_atomic
 if TYPE_CHECKING:  # the recipe's models load without numpy
     from pipeline.data.steps import Steps
 
-# A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and `size` of the normalised text; `hash` of the
-# latter; `address`: hash of its URL; `signature` for near duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that
-# could be read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see data/steps.py), `changed` (what was
-# done to its text: JSON) and `matched` (the evaluation set that it has text of, and its items: JSON).
-OUTCOME = ("place", "id", "status", "reason", "excerpt", "text", "bytes", "size", "hash", "address", "signature", "counted", "language", "kind", "statistics", "failed", "changed", "matched")
-BATCH_CHARACTERS = 1 << 18  # texts hashed at a time: numpy's arrays of a batch then stay in the cache (1 << 22: half the speed)
+# A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and
+# `size` of the normalised text; `hash` of the latter; `address`: hash of its URL; `signature` for near duplicates;
+# `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that could be
+# read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see
+# data/steps.py), `changed` (what was done to its text: JSON) and `matched` (the evaluation set that it has text of, and
+# its items: JSON).
+OUTCOME = (
+    "place",
+    "id",
+    "status",
+    "reason",
+    "excerpt",
+    "text",
+    "bytes",
+    "size",
+    "hash",
+    "address",
+    "signature",
+    "counted",
+    "language",
+    "kind",
+    "statistics",
+    "failed",
+    "changed",
+    "matched",
+)
+# texts hashed at a time: numpy's arrays of a batch then stay in the cache (1 << 22: half the speed)
+BATCH_CHARACTERS = 1 << 18
 
 
 def cut(source: Source, name: str, size: int) -> Iterator[list[Chunk]]:
@@ -42,7 +65,8 @@ def cut(source: Source, name: str, size: int) -> Iterator[list[Chunk]]:
 
 
 def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) -> int:
-    """Clean one unit and publish its outcome, a row for each record in order. Returns how many records count towards `limit`."""
+    """Clean one unit and publish its outcome, a row for each record in order. Returns how many records count towards
+    `limit`."""
     import pyarrow
 
     from pipeline.data.steps import excerpt, judge
@@ -64,7 +88,11 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
             text = reading.text_of(source, item)
             row["bytes"] = len(text) if text.isascii() else len(text.encode())
         except MissingField:
-            row.update(status="bad", reason="missing field", excerpt=excerpt(_valid(json.dumps(item.fields, ensure_ascii=False, default=str)), steps.mask))
+            row.update(
+                status="bad",
+                reason="missing field",
+                excerpt=excerpt(_valid(json.dumps(item.fields, ensure_ascii=False, default=str)), steps.mask),
+            )
         except UnicodeEncodeError:  # JSON may spell half of a surrogate pair
             row.update(status="bad", reason="lone surrogate", excerpt=excerpt(_valid(text), steps.mask))
         else:
@@ -77,13 +105,26 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
             size, number = size + len(raw[number][1]), number + 1
         judge(raw[:number], steps)
         del raw[:number]
-    binary = {"hash": pyarrow.binary(16), "address": pyarrow.binary(16), "signature": pyarrow.binary(), "bytes": pyarrow.int64(), "size": pyarrow.int64(), "counted": pyarrow.int8()}
+    binary = {
+        "hash": pyarrow.binary(16),
+        "address": pyarrow.binary(16),
+        "signature": pyarrow.binary(),
+        "bytes": pyarrow.int64(),
+        "size": pyarrow.int64(),
+        "counted": pyarrow.int8(),
+    }
     binary |= {"kind": pyarrow.int8(), "statistics": pyarrow.binary(), "failed": pyarrow.int64()}
     columns = {key: pyarrow.array([row[key] for row in rows], binary.get(key, pyarrow.string())) for key in OUTCOME}
     # Three are random bits. Packing the text by a third takes as long as finding its tokens' hashes.
     compression = {key: "none" if key in ("hash", "address", "signature", "text") else "lz4" for key in OUTCOME}
     faults.point("save")
-    outcomes.write(pyarrow.table(columns), path, compression=compression, use_dictionary=["status", "reason", "language"], write_statistics=False)
+    outcomes.write(
+        pyarrow.table(columns),
+        path,
+        compression=compression,
+        use_dictionary=["status", "reason", "language"],
+        write_statistics=False,
+    )
     return sum(row["counted"] for row in rows)
 
 
@@ -100,11 +141,14 @@ def url_of(template: str, record: reading.Record) -> str | None:
 
 
 def address_of(template: str | None, record: reading.Record) -> bytes | None:
-    """Hash of a record's address without what does not tell pages apart: scheme, `www.`, fragment, closing slash, and the case of the host."""
+    """Hash of a record's address without what does not tell pages apart: scheme, `www.`, fragment, closing slash,
+    and the case of the host."""
     if not template:
         return None
     try:
-        address = reading.render(template if "{" in template else "{" + template + "}", record.fields, record.place).strip()
+        address = reading.render(
+            template if "{" in template else "{" + template + "}", record.fields, record.place
+        ).strip()
     except MissingField:
         return None
     address = re.sub(r"^[a-zA-Z][a-zA-Z0-9+.-]*://", "", address.partition("#")[0])
@@ -124,7 +168,10 @@ def refuse_without_addresses(shard: Path) -> None:
     import pyarrow.parquet
 
     if "address" not in pyarrow.parquet.read_schema(shard).names:
-        raise UserError(f"dedup.url: {shard} was made without it and has no addresses to compare with; clean the earlier sources again with dedup.url, or leave it out here")
+        raise UserError(
+            f"dedup.url: {shard} was made without it and has no addresses to compare with; clean the earlier sources"
+            " again with dedup.url, or leave it out here"
+        )
 
 
 def sign_shard(shard: Path, path: Path, dedup: Dedup) -> None:
@@ -136,22 +183,33 @@ def sign_shard(shard: Path, path: Path, dedup: Dedup) -> None:
 
     columns: dict[str, list] = {"id": [], "size": [], "hash": [], "signature": [], "address": []}
     with pyarrow.parquet.ParquetFile(shard) as opened:
-        for batch in opened.iter_batches(batch_size=64, columns=["text", "id", *(["address"] if dedup.url else [])], use_threads=False):
+        for batch in opened.iter_batches(
+            batch_size=64, columns=["text", "id", *(["address"] if dedup.url else [])], use_threads=False
+        ):
             texts = batch.column("text").to_pylist()
             data = [text.encode() for text in texts]
             columns["id"] += batch.column("id").to_pylist()
             columns["size"] += map(len, data)
             columns["address"] += batch.column("address").to_pylist() if dedup.url else [None] * len(texts)
             columns["hash"] += [hashlib.blake2b(raw, digest_size=16).digest() for raw in data]
-            columns["signature"] += [row.tobytes() for row in signed(texts, dedup.near)] if dedup.near else [None] * len(texts)
-    types = {"id": pyarrow.string(), "size": pyarrow.int64(), "hash": pyarrow.binary(16), "signature": pyarrow.binary(), "address": pyarrow.binary(16)}
+            columns["signature"] += (
+                [row.tobytes() for row in signed(texts, dedup.near)] if dedup.near else [None] * len(texts)
+            )
+    types = {
+        "id": pyarrow.string(),
+        "size": pyarrow.int64(),
+        "hash": pyarrow.binary(16),
+        "signature": pyarrow.binary(),
+        "address": pyarrow.binary(16),
+    }
     table = pyarrow.table({key: pyarrow.array(values, types[key]) for key, values in columns.items()})
     outcomes.write(table, path, compression="none", write_statistics=False)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents of one unit that go into a shard: rows of its file, the sizes of their clusters, and how often each is written."""
+    """Documents of one unit that go into a shard: rows of its file, the sizes of their clusters, and how often each
+    is written."""
 
     source: str
     unit: Path
@@ -173,12 +231,24 @@ def write_shard(pieces: list[Rows], path: Path, addresses: bool) -> None:
     for piece in pieces:
         again = np.repeat(np.arange(len(piece.rows)), piece.times)
         table = outcomes.read(piece.unit, ["text", "id", "language", "address"]).take(piece.rows)
-        text = pyarrow.chunked_array([texts_of(Piece(piece.unit, piece.rows, piece.rows, piece.edits))]) if piece.edits else table["text"]
-        columns = {"text": text, "source": pyarrow.array([piece.source] * len(piece.rows)), "id": table["id"], "cluster": pyarrow.array(piece.clusters, pyarrow.int32()), "language": table["language"].cast(pyarrow.string())}
+        text = (
+            pyarrow.chunked_array([texts_of(Piece(piece.unit, piece.rows, piece.rows, piece.edits))])
+            if piece.edits
+            else table["text"]
+        )
+        columns = {
+            "text": text,
+            "source": pyarrow.array([piece.source] * len(piece.rows)),
+            "id": table["id"],
+            "cluster": pyarrow.array(piece.clusters, pyarrow.int32()),
+            "language": table["language"].cast(pyarrow.string()),
+        }
         columns |= {"address": table["address"]} if addresses else {}
         tables.append(pyarrow.table(columns).take(again) if len(again) > len(piece.rows) else pyarrow.table(columns))
     buffer = io.BytesIO()
     shard = pyarrow.concat_tables(tables).combine_chunks()
-    pyarrow.parquet.write_table(shard, buffer, compression="zstd", row_group_size=1 << 14, use_dictionary=["source"], write_statistics=False)
+    pyarrow.parquet.write_table(
+        shard, buffer, compression="zstd", row_group_size=1 << 14, use_dictionary=["source"], write_statistics=False
+    )
     faults.point("save")
     write_atomic(path, buffer.getvalue())

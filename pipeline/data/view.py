@@ -14,13 +14,17 @@ MARKS = ("⟦", "⟧")  # around text whose labels do not count, where there are
 
 
 def show(recipe: Recipe, stage: str | None, first: int, rows: int, as_json: bool = False, ids: bool = False) -> None:
-    """Print a table of the sources and `rows` rows from number `first` on. Raises UserError where there are no tokens yet."""
+    """Print a table of the sources and `rows` rows from number `first` on. Raises UserError where there are no
+    tokens yet."""
     from pipeline.pretrain import sampler_of
 
     stage, config, tokens, tokenizer_folder = _stage(recipe, stage)
     store, tokenizer = TokenStore(tokens), load_tokenizer(tokenizer_folder)
     if len(tokenizer) != store.vocab_size:
-        raise UserError(f"{tokenizer_folder} has {len(tokenizer)} tokens, {tokens} was packed with {store.vocab_size}; give the tokenizer that packed them")
+        raise UserError(
+            f"{tokenizer_folder} has {len(tokenizer)} tokens, {tokens} was packed with {store.vocab_size}; give the"
+            " tokenizer that packed them"
+        )
     sampler = sampler_of(config, store, tokenizer)
     found = [(index, sampler.row(index)) for index in range(first, first + rows)]
     if as_json:
@@ -54,16 +58,24 @@ def _stage(recipe: Recipe, name: str | None):
     """A stage of kind pretrain, its config, and the folders of its tokens and tokenizer."""
     same = [stage for stage, config in recipe.stages.items() if config.kind == "pretrain"]
     if not same:
-        raise UserError(f"recipe {recipe.name}: has no stage of kind pretrain, whose rows could be shown; it has {', '.join(recipe.stages)}")
+        raise UserError(
+            f"recipe {recipe.name}: has no stage of kind pretrain, whose rows could be shown; it has"
+            f" {', '.join(recipe.stages)}"
+        )
     if name is not None and name not in same:
         raise UserError(f"recipe {recipe.name}: {name!r} is no stage of kind pretrain; these are: {', '.join(same)}")
     node = nodes(recipe)[name or same[0]]
     folders = []
     for key in ("tokens", "tokenizer"):
         source = node.parents[key]
-        found = artifact.current(recipe.root / source) if source in recipe.stages else artifact.external(key, Path(source))
+        found = (
+            artifact.current(recipe.root / source) if source in recipe.stages else artifact.external(key, Path(source))
+        )
         if found is None:
-            raise UserError(f"stage {source} has no output yet ({recipe.root / source}/current); run it first: alma run RECIPE {source}")
+            raise UserError(
+                f"stage {source} has no output yet ({recipe.root / source}/current); run it first: alma run RECIPE"
+                f" {source}"
+            )
         folders.append(found.path)
     return node.name, node.config, *folders
 
@@ -75,14 +87,28 @@ def _table(sampler, store: TokenStore, stage: str, config) -> None:
 
     title = f"{store.folder}, as stage {stage} reads it in rows of {config.sequence_length} ({config.packing})"
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for title in ("source", "documents", "tokens", "bytes a token", "share of rows", "rows an epoch", "padding", "documents cut"):
+    for title in (
+        "source",
+        "documents",
+        "tokens",
+        "bytes a token",
+        "share of rows",
+        "rows an epoch",
+        "padding",
+        "documents cut",
+    ):
         shown.add_column(title, justify="left" if title == "source" else "right")
     padding, cut = sampler.padding(), sampler.cut_documents()
     for source in store.sources:
         tokens = store.num_tokens(source)
         cells = [f"{store.num_documents(source):,}", f"{tokens:,}", f"{store.num_bytes(source) / tokens:.2f}"]
         if source in sampler.sources:
-            cells += [f"{100 * sampler.weights.get(source, 0):.3g}%", f"{sampler.rows_per_epoch[source]:,}", f"{100 * padding[source]:.2g}%", f"{cut[source]:,}"]
+            cells += [
+                f"{100 * sampler.weights.get(source, 0):.3g}%",
+                f"{sampler.rows_per_epoch[source]:,}",
+                f"{100 * padding[source]:.2g}%",
+                f"{cut[source]:,}",
+            ]
         shown.add_row(source, *cells, *["not read"] * (source not in sampler.sources))
     Console(width=160).print(shown)
 
@@ -106,8 +132,15 @@ def _print(index: int, row: Row, store: TokenStore, sampler, tokenizer, document
     for number, (slot, slots, name) in enumerate(lines):
         text = Text(f"{slot:>7} {name} │ ", style="dim")
         for counts, part in _stretches(row, slot, slots) if name != "padding" else ():
-            said = " ".join(map(str, part)) + " " if ids else tokenizer.decode(part, skip_special_tokens=False).replace("\n", "⏎")
-            text.append(said if counts or console.is_terminal else f"{MARKS[0]}{said}{MARKS[1]}", style=("cyan", "green")[number % 2] if counts else "dim strike")
+            said = (
+                " ".join(map(str, part)) + " "
+                if ids
+                else tokenizer.decode(part, skip_special_tokens=False).replace("\n", "⏎")
+            )
+            text.append(
+                said if counts or console.is_terminal else f"{MARKS[0]}{said}{MARKS[1]}",
+                style=("cyan", "green")[number % 2] if counts else "dim strike",
+            )
         if name == "padding":
             text.append(f"{slots} slots without labels", style="dim")
         console.print(text)
@@ -115,7 +148,9 @@ def _print(index: int, row: Row, store: TokenStore, sampler, tokenizer, document
 
 def _stretches(row: Row, slot: int, slots: int):
     """Neighbouring tokens that are labels, or are none, together: characters of several tokens can only be read so."""
-    counts = [place > 0 and (row.counted is None or bool(row.counted[place - 1])) for place in range(slot, slot + slots)]
+    counts = [
+        place > 0 and (row.counted is None or bool(row.counted[place - 1])) for place in range(slot, slot + slots)
+    ]
     begin = 0
     for end in range(1, slots + 1):
         if end == slots or counts[end] != counts[begin]:

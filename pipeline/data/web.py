@@ -1,7 +1,8 @@
 """Web archives and pages: WARC and WET files cut into records, and the main text of HTML.
 
-A WARC file (ISO 28500) is read by its own reader, because what must happen to a record with a wrong length is decided here: it is counted as bad with its place, and reading goes on at the
-next line that begins a record. Text comes out of HTML with resiliparse (Apache-2.0; `pip install 'alma[web]'`): 1,326 MB of HTML in 38 s on two cores (docs/log.md).
+A WARC file (ISO 28500) is read by its own reader, because what must happen to a record with a wrong length is decided
+here: it is counted as bad with its place, and reading goes on at the next line that begins a record. Text comes out of
+HTML with resiliparse (Apache-2.0; `pip install 'alma[web]'`): 1,326 MB of HTML in 38 s on two cores (docs/log.md).
 """
 
 import re
@@ -20,7 +21,8 @@ MAX_HEAD = 1 << 16
 
 
 def warc_chunks(relative: str, path: Path, extract: str, size: int) -> Iterator[Chunk]:
-    """Records of a WARC or WET file that may hold text, `size` bytes at a time, and Bad where the file is not what it says. Positions count records from 1."""
+    """Records of a WARC or WET file that may hold text, `size` bytes at a time, and Bad where the file is not what
+    it says. Positions count records from 1."""
     rows: list[tuple[int, Any]] = []
     weight = number = 0
     for number, item in enumerate(_records(path), 1):
@@ -125,7 +127,11 @@ def _shown(raw: bytes) -> str:
 def _record(head: bytes, body: bytes) -> dict | None:
     fields = _headers(head)
     kind = fields.get("warc-type", "")
-    found = {"url": fields.get("warc-target-uri", "").strip("<>"), "date": fields.get("warc-date", ""), "type": fields.get("content-type", "")}
+    found = {
+        "url": fields.get("warc-target-uri", "").strip("<>"),
+        "date": fields.get("warc-date", ""),
+        "type": fields.get("content-type", ""),
+    }
     if kind == "conversion":
         return {**found, "body": body, "plain": True}
     if kind == "resource" and found["type"].split(";")[0].strip().lower() in (*_HTML, "text/plain"):
@@ -137,16 +143,24 @@ def _record(head: bytes, body: bytes) -> dict | None:
         found["type"] = http.get("content-type", "")
         media = found["type"].split(";")[0].strip().lower()
         if status == [b"200"] and (media in (*_HTML, "text/plain") or not media and b"<html" in payload[:4096].lower()):
-            return {**found, "body": payload, "plain": media == "text/plain", "chunked": "chunked" in http.get("transfer-encoding", "").lower(), "packed": http.get("content-encoding", "").lower()}
+            return {
+                **found,
+                "body": payload,
+                "plain": media == "text/plain",
+                "chunked": "chunked" in http.get("transfer-encoding", "").lower(),
+                "packed": http.get("content-encoding", "").lower(),
+            }
     return None
 
 
 def _headers(raw: bytes) -> dict[str, str]:
     lines = raw.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")[1:]
-    return {name.strip().lower(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    return {
+        name.strip().lower(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon
+    }
 
 
-# ---- record -> text --------------------------------------------------------------------------------------------------------
+# ---- record -> text --------------------------------------------------------------------------------------------------
 
 
 def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Bad]]:
@@ -179,7 +193,8 @@ def _plain_body(item: dict) -> bytes | None:
 
 
 def _unchunked(body: bytes) -> bytes:
-    """HTTP's chunked transfer coding (RFC 9112, 7.1); a body that is not so coded, because the crawler undid it, comes back as it is."""
+    """HTTP's chunked transfer coding (RFC 9112, 7.1); a body that is not so coded, because the crawler undid it,
+    comes back as it is."""
     found, at = bytearray(), 0
     while match := re.compile(rb"([0-9A-Fa-f]{1,8})[^\r\n]{0,200}\r\n").match(body, at):
         length = int(match[1], 16)
@@ -208,7 +223,15 @@ def text_of_html(raw: bytes, media: str, extract: str) -> str:
     if not given and (meta := re.search(rb"<meta[^>]{0,200}?charset=[\"']?([\w.:-]+)", raw[:4096], re.I)):
         given = re.match(r"([\w.:-]+)", meta[1].decode("ascii", "replace"))
     page = _decoded(raw, f"charset={given[1]}") if given else decode(raw)
-    return plain(page.replace("\0", ""), preserve_formatting=True, main_content=extract == "main", list_bullets=True, alt_texts=False, links=False, noscript=False)
+    return plain(
+        page.replace("\0", ""),
+        preserve_formatting=True,
+        main_content=extract == "main",
+        list_bullets=True,
+        alt_texts=False,
+        links=False,
+        noscript=False,
+    )
 
 
 def _library():
@@ -217,4 +240,6 @@ def _library():
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
     except ImportError:
         raise UserError("reading HTML needs resiliparse, which is not installed; run pip install 'alma[web]'") from None
-    return extract_plain_text, lambda raw: bytes_to_str(raw, detect_encoding(raw), fallback_encodings=("utf-8", "gb18030", "windows-1252"))
+    return extract_plain_text, lambda raw: bytes_to_str(
+        raw, detect_encoding(raw), fallback_encodings=("utf-8", "gb18030", "windows-1252")
+    )

@@ -1,8 +1,10 @@
 """Words and lines of a batch of texts as numpy arrays: what the rules of pipeline/data/statistics.py count.
 
-The published thresholds (Gopher, C4, FineWeb) were found with words that keep punctuation apart, as spaCy's English tokeniser makes them: `(see "foo-bar", e.g.)` is
-( see " foo - bar " , e.g. ). The same boundaries are found here from the classes of neighbouring characters, for a whole batch at once. Left out are spaCy's lists of
-exceptions but the commonest; over 2,187 web pages, mails and manuals the number of words differs by less than 1.7% in 95 of 100 (docs/log.md). A CJK character is a word of its own.
+The published thresholds (Gopher, C4, FineWeb) were found with words that keep punctuation apart, as spaCy's English
+tokeniser makes them: `(see "foo-bar", e.g.)` is ( see " foo - bar " , e.g. ). The same boundaries are found here from
+the classes of neighbouring characters, for a whole batch at once. Left out are spaCy's lists of exceptions but the
+commonest; over 2,187 web pages, mails and manuals the number of words differs by less than 1.7% in 95 of 100
+(docs/log.md). A CJK character is a word of its own.
 """
 
 import functools
@@ -14,22 +16,41 @@ import numpy as np
 from pipeline.data.text import CJK as CJK_CLASS
 from pipeline.data.text import _classes, _powers, mixed
 
-SPACE, ALPHA, UPPER, LOWER, DIGIT, CJK, LEAD, TRAIL, INFIX, BEFORE_STOP, SYMBOL, TERMINAL, FULL_STOP, PUNCT, QUOTE, HYPHEN = (1 << bit for bit in range(16))
-# spaCy 3.8, lang/char_classes.py: what is split off at either end of a run without spaces, quotes, and signs that are split off at its beginning only.
+(
+    SPACE,
+    ALPHA,
+    UPPER,
+    LOWER,
+    DIGIT,
+    CJK,
+    LEAD,
+    TRAIL,
+    INFIX,
+    BEFORE_STOP,
+    SYMBOL,
+    TERMINAL,
+    FULL_STOP,
+    PUNCT,
+    QUOTE,
+    HYPHEN,
+) = (1 << bit for bit in range(16))
+# spaCy 3.8, lang/char_classes.py: what is split off at either end of a run without spaces, quotes, and signs that are
+# split off at its beginning only.
 _PUNCT = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _QUOTES = "'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉⟦⟧"
 _CURRENCY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
 _HYPHENS = "-–—~"
 # datatrove 0.10.1, utils/text.py (FineWeb): a word of these alone is a symbol.
 _SYMBOLS = "!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»"
-# Unicode's Sentence_Terminal, as both libraries list it (sentences end there), and marks that end a line though no sentence.
-_ENDS = (
-    "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？𐩖𐩗𑁇𑁈𑂾𑂿𑃀𑃁𑅁𑅂𑅃𑇅𑇆𑇍𑇞𑇟𑈸𑈹𑈻𑈼𑊩𑑋𑑌𑗂𑗃𑗉𑗊𑗋𑗌𑗍𑗎𑗏𑗐𑗑𑗒𑗓𑗔𑗕𑗖𑗗𑙁𑙂𑜼𑜽𑜾𑩂𑩃𑪛𑪜𑱁𑱂𖩮𖩯𖫵𖬷𖬸𖭄𛲟𝪈｡。"
-)
+# Unicode's Sentence_Terminal, as both libraries list it (sentences end there), and marks that end a line though no
+# sentence.
+_ENDS = "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？𐩖𐩗𑁇𑁈𑂾𑂿𑃀𑃁𑅁𑅂𑅃𑇅𑇆𑇍𑇞𑇟𑈸𑈹𑈻𑈼𑊩𑑋𑑌𑗂𑗃𑗉𑗊𑗋𑗌𑗍𑗎𑗏𑗐𑗑𑗒𑗓𑗔𑗕𑗖𑗗𑙁𑙂𑜼𑜽𑜾𑩂𑩃𑪛𑪜𑱁𑱂𖩮𖩯𖫵𖬷𖬸𖭄𛲟𝪈｡。"  # noqa: E501
 # A stop after one of these belongs to the word (spaCy, lang/en/tokenizer_exceptions.py), so that it ends no sentence.
 _ABBREVIATIONS = (
-    "Mt Ak Ala Apr Ariz Ark Aug Calif Colo Conn Dec Del Feb Fla Ga Ia Id Ill Ind Jan Jul Jun Kan Kans Ky La Mar Mass Mich Minn Miss Neb Nebr Nev Nov Oct Okla Ore Pa Sep Sept Tenn Va Wash Wis "
-    "Adm Bros co Co Corp Dr Gen Gov Inc Jr Ltd Md Messrs Mo Mont Mr Mrs Ms Prof Rep Rev Sen St vs a.m D.C e.g E.g E.G i.e I.e I.E p.m Ph.D v.s a b c d e f g h i j k l m n o p q r s t u v w x y z"
+    "Mt Ak Ala Apr Ariz Ark Aug Calif Colo Conn Dec Del Feb Fla Ga Ia Id Ill Ind Jan Jul Jun Kan Kans Ky La Mar Mass"
+    " Mich Minn Miss Neb Nebr Nev Nov Oct Okla Ore Pa Sep Sept Tenn Va Wash Wis Adm Bros co Co Corp Dr Gen Gov Inc Jr"
+    " Ltd Md Messrs Mo Mont Mr Mrs Ms Prof Rep Rev Sen St vs a.m D.C e.g E.g E.G i.e I.e I.E p.m Ph.D v.s a b c d e f g"
+    " h i j k l m n o p q r s t u v w x y z"
 ).split()
 
 
@@ -56,8 +77,16 @@ def _flags() -> np.ndarray:
         table[point] = flag
     table[_classes() == CJK_CLASS] = ALPHA | CJK
     for signs, flag in (
-        (_PUNCT, LEAD | TRAIL | BEFORE_STOP), (_QUOTES, LEAD | TRAIL | BEFORE_STOP | QUOTE), (_CURRENCY, LEAD), ("§%=—–+", LEAD), ("—–", TRAIL),
-        ("%²-+", BEFORE_STOP), (_HYPHENS, HYPHEN), (_SYMBOLS, SYMBOL), (_ENDS, SYMBOL | TERMINAL | FULL_STOP), ("؞܁࠷࠹࠽࠾᭽᭾⹓⹔៖៕។៙៚︕", TERMINAL),
+        (_PUNCT, LEAD | TRAIL | BEFORE_STOP),
+        (_QUOTES, LEAD | TRAIL | BEFORE_STOP | QUOTE),
+        (_CURRENCY, LEAD),
+        ("§%=—–+", LEAD),
+        ("—–", TRAIL),
+        ("%²-+", BEFORE_STOP),
+        (_HYPHENS, HYPHEN),
+        (_SYMBOLS, SYMBOL),
+        (_ENDS, SYMBOL | TERMINAL | FULL_STOP),
+        ("؞܁࠷࠹࠽࠾᭽᭾⹓⹔៖៕។៙៚︕", TERMINAL),
     ):
         for sign in signs:
             table[ord(sign)] |= flag
@@ -68,7 +97,8 @@ def _flags() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Batch:
-    """Words and lines of N texts. Offsets count characters of all texts joined by one separator; bounds [N + 1] say which words or lines belong to which text."""
+    """Words and lines of N texts. Offsets count characters of all texts joined by one separator; bounds [N + 1] say
+    which words or lines belong to which text."""
 
     joined: str
     begins: np.ndarray  # int64 [N]: where each text begins
@@ -138,13 +168,38 @@ def analyse(texts: list[str]) -> Batch:
     if filled.any():
         longest[filled] = np.maximum.reduceat(run_last - run_first + 1, low[filled])
     tail = np.maximum(line_last - 1, 0)
-    dots = (codes[tail] == 0x2026) | ((codes[tail] == 46) & (codes[np.maximum(tail - 1, 0)] == 46) & (codes[np.maximum(tail - 2, 0)] == 46) & (line_last - line_first >= 3))
+    dots = (codes[tail] == 0x2026) | (
+        (codes[tail] == 46)
+        & (codes[np.maximum(tail - 1, 0)] == 46)
+        & (codes[np.maximum(tail - 2, 0)] == 46)
+        & (line_last - line_first >= 3)
+    )
     return Batch(
-        joined, begins, ends, first, length, span_hash(first, last + 1), symbol, alpha, single & ((head & FULL_STOP) > 0), punct, (head & CJK) > 0,
-        np.concatenate((np.searchsorted(first, begins), [len(first)])), line_first, line_last, line_from, span_hash(line_first, line_last),
-        np.concatenate((np.searchsorted(first, line_from), [len(first)])), high - low, longest,
-        filled & ((flags[tail] & TERMINAL) > 0), filled & dots, filled & np.isin(codes[line_first], (0x2022, 45)), lines, span_hash,
-    )  # fmt: skip
+        joined,
+        begins,
+        ends,
+        first,
+        length,
+        span_hash(first, last + 1),
+        symbol,
+        alpha,
+        single & ((head & FULL_STOP) > 0),
+        punct,
+        (head & CJK) > 0,
+        np.concatenate((np.searchsorted(first, begins), [len(first)])),
+        line_first,
+        line_last,
+        line_from,
+        span_hash(line_first, line_last),
+        np.concatenate((np.searchsorted(first, line_from), [len(first)])),
+        high - low,
+        longest,
+        filled & ((flags[tail] & TERMINAL) > 0),
+        filled & dots,
+        filled & np.isin(codes[line_first], (0x2022, 45)),
+        lines,
+        span_hash,
+    )
 
 
 def _hasher(codes: np.ndarray):
@@ -155,26 +210,34 @@ def _hasher(codes: np.ndarray):
     return lambda first, last: mixed((sums[last] - sums[first]) * inverses[first])
 
 
-def _words(codes: np.ndarray, flags: np.ndarray, space: np.ndarray, run_first: np.ndarray, run_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last character of each word. A run without spaces loses signs at both ends, one by one, and is then split at infixes (spaCy, tokenizer.pyx)."""
+def _words(
+    codes: np.ndarray, flags: np.ndarray, space: np.ndarray, run_first: np.ndarray, run_last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last character of each word. A run without spaces loses signs at both ends, one by one, and is then
+    split at infixes (spaCy, tokenizer.pyx)."""
     size = len(codes)
     alone = (flags & CJK) > 0  # characters that are words of their own
     opens = np.zeros(size + 1, bool)  # where a word begins beside that
 
     def at(positions: np.ndarray) -> np.ndarray:
-        # Before the first text stands what stands between two: clamping to its first sign made the A of "A." two capitals, there and nowhere else.
+        # Before the first text stands what stands between two: clamping to its first sign made the A of "A." two
+        # capitals, there and nowhere else.
         return np.where(positions < 0, SPACE, flags[np.minimum(np.maximum(positions, 0), size - 1)])
 
-    # Stops: two and more together are one sign that is split off everywhere; a single one is split off behind small letters, digits, signs, and two capitals.
+    # Stops: two and more together are one sign that is split off everywhere; a single one is split off behind small
+    # letters, digits, signs, and two capitals.
     dots = np.flatnonzero(codes == 46)
     left, right = (codes[np.maximum(dots - 1, 0)] == 46) & (dots > 0), codes[np.minimum(dots + 1, size - 1)] == 46
     ellipsis = dots[left | right]
     stops = dots[~(left | right)]
     trail = flags & TRAIL > 0
     lead = flags & LEAD > 0
-    trail[stops[((at(stops - 1) & BEFORE_STOP) > 0) | (((at(stops - 1) & UPPER) > 0) & ((at(stops - 2) & UPPER) > 0))]] = True
+    trail[
+        stops[((at(stops - 1) & BEFORE_STOP) > 0) | (((at(stops - 1) & UPPER) > 0) & ((at(stops - 2) & UPPER) > 0))]
+    ] = True
     lead[ellipsis] = trail[ellipsis] = True
-    for sign, ahead in ((43, False), (37, True), (36, True), (0x20AC, True), (0xA3, True), (0xA5, True)):  # + % $ € £ ¥ behind a digit
+    # + % $ € £ ¥ behind a digit
+    for sign, ahead in ((43, False), (37, True), (36, True), (0x20AC, True), (0xA3, True), (0xA5, True)):
         found = np.flatnonzero(codes == sign)
         trail[found[(at(found - 1) & DIGIT) > 0]] = True
         if not ahead:
@@ -203,28 +266,43 @@ def _words(codes: np.ndarray, flags: np.ndarray, space: np.ndarray, run_first: n
     if len(quote):
         is_end = np.zeros(size + 3, bool)
         is_end[rest] = True
-        one, two, back = codes[quote + 1] | 32, codes[np.minimum(quote + 2, size - 1)] | 32, codes[quote - 1] | 32  # before the first stands the last: a separator
+        # before the first stands the last: a separator
+        one, two, back = codes[quote + 1] | 32, codes[np.minimum(quote + 2, size - 1)] | 32, codes[quote - 1] | 32
         short = is_end[quote + 1] & ((one == 115) | (((one == 100) | (one == 109)) & ((at(quote - 1) & ALPHA) > 0)))
-        long = is_end[quote + 2] & (((one == 108) & (two == 108)) | ((one == 118) & (two == 101)) | ((one == 114) & (two == 101)))
+        long = is_end[quote + 2] & (
+            ((one == 108) & (two == 108)) | ((one == 118) & (two == 101)) | ((one == 114) & (two == 101))
+        )
         opens[quote[short | long]] = True
         negated = quote[is_end[quote + 1] & (one == 116) & (back == 110)]
         opens[negated - 1] = True
         alone[quote[(short | long) & alone[quote]]] = False
 
     # Inside a run: hyphens, slashes and the like between letters; not in addresses of the web.
-    inner = np.flatnonzero((flags & (HYPHEN | INFIX) > 0) | np.isin(codes, np.frombuffer(":<>=/,.+*^".encode("utf-32-le"), np.uint32)))
+    inner = np.flatnonzero(
+        (flags & (HYPHEN | INFIX) > 0) | np.isin(codes, np.frombuffer(":<>=/,.+*^".encode("utf-32-le"), np.uint32))
+    )
     inner = inner[~alone[inner] & ~space[inner]]
     if len(inner):
         code, mine, back, ahead = codes[inner], flags[inner], at(inner - 1), at(inner + 1)
         plain = (back & (ALPHA | DIGIT)) > 0
         split = (mine & INFIX) > 0
         double = ((mine & HYPHEN) > 0) & ((back & HYPHEN) > 0)
-        split |= ((mine & HYPHEN) > 0) & (plain | (double & ((at(inner - 2) & (ALPHA | DIGIT)) > 0))) & ((ahead & ALPHA) > 0)
+        split |= (
+            ((mine & HYPHEN) > 0) & (plain | (double & ((at(inner - 2) & (ALPHA | DIGIT)) > 0))) & ((ahead & ALPHA) > 0)
+        )
         split |= np.isin(code, (58, 60, 62, 61, 47)) & plain & ((ahead & ALPHA) > 0)
         split |= (code == 44) & ((back & ALPHA) > 0) & ((ahead & ALPHA) > 0)
         split |= (code == 46) & ((back & (LOWER | QUOTE)) > 0) & ((ahead & (UPPER | QUOTE)) > 0)
-        split |= np.isin(code, (43, 45, 42, 94)) & ((back & DIGIT) > 0) & (((ahead & DIGIT) > 0) | (codes[np.minimum(inner + 1, size - 1)] == 45))
-        web = np.flatnonzero((code == 58) & (codes[np.minimum(inner + 1, size - 1)] == 47) & (codes[np.minimum(inner + 2, size - 1)] == 47))
+        split |= (
+            np.isin(code, (43, 45, 42, 94))
+            & ((back & DIGIT) > 0)
+            & (((ahead & DIGIT) > 0) | (codes[np.minimum(inner + 1, size - 1)] == 45))
+        )
+        web = np.flatnonzero(
+            (code == 58)
+            & (codes[np.minimum(inner + 1, size - 1)] == 47)
+            & (codes[np.minimum(inner + 2, size - 1)] == 47)
+        )
         if len(web):
             address = np.zeros(len(run_first) + 1, bool)
             address[np.searchsorted(run_first, inner[web], "right")] = True

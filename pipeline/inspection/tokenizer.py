@@ -16,17 +16,36 @@ from pipeline.data.tokens import load_tokenizer
 from pipeline.errors import UserError
 
 BATCH = 256
-# tiktoken's own files, under the names by which it looks for them in its cache, in a package that ships them: no other download is needed.
+# tiktoken's own files, under the names by which it looks for them in its cache, in a package that ships them: no other
+# download is needed.
 REFERENCES = {
-    "cl100k": ("cl100k_base", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4", "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"),
-    "o200k": ("o200k_base", "fb374d419588a4632f3f557e76b4b70aebbca790", "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),
+    "cl100k": (
+        "cl100k_base",
+        "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    ),
+    "o200k": (
+        "o200k_base",
+        "fb374d419588a4632f3f557e76b4b70aebbca790",
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    ),
 }
 PACKAGE = "litellm==1.109.1"
-EXAMPLES = ("人工智能正在改变世界。", "床前明月光，疑是地上霜。", "我们在2024年11月22日发布了v3.5版本", "1234567890", "3.14159", "1,000,000", "    return x\n", "https://example.com/a?b=1")
+EXAMPLES = (
+    "人工智能正在改变世界。",
+    "床前明月光，疑是地上霜。",
+    "我们在2024年11月22日发布了v3.5版本",
+    "1234567890",
+    "3.14159",
+    "1,000,000",
+    "    return x\n",
+    "https://example.com/a?b=1",
+)
 
 
 def report(folder: Path, data: Artifact | None, limit: int, compare: Iterable[str]) -> dict:
-    """The figures, of at most `limit` bytes of each split of `data`, the whole corpus if it is smaller. See docs/tokenizer.md for what each says."""
+    """The figures, of at most `limit` bytes of each split of `data`, the whole corpus if it is smaller. See
+    docs/tokenizer.md for what each says."""
     tokenizer = load_tokenizer(folder)
     backend, encode = tokenizer.backend_tokenizer, encoder(folder)
     others, missing = references(compare)
@@ -38,12 +57,17 @@ def report(folder: Path, data: Artifact | None, limit: int, compare: Iterable[st
             encoded = encode(texts)
             counted = np.concatenate(encoded)
             used += np.bincount(counted, minlength=len(used))
-            for text, back in zip(texts, backend.decode_batch([ids.tolist() for ids in encoded], skip_special_tokens=False), strict=True):
+            for text, back in zip(
+                texts, backend.decode_batch([ids.tolist() for ids in encoded], skip_special_tokens=False), strict=True
+            ):
                 checked += 1
                 if back != text:
                     lost.append(text)
             if split == "heldout":
-                lengths = {"": [len(ids) for ids in encoded], **{name: [len(other(text)) for text in texts] for name, other in others.items()}}
+                lengths = {
+                    "": [len(ids) for ids in encoded],
+                    **{name: [len(other(text)) for text in texts] for name, other in others.items()},
+                }
                 _add(by_source, [source] * len(texts), texts, lengths)
                 _add(by_language, _languages(texts), texts, lengths)
                 if curve_bytes < 3_000_000:
@@ -62,18 +86,36 @@ def report(folder: Path, data: Artifact | None, limit: int, compare: Iterable[st
         "references_missing": missing,
         "by_source": _rates(by_source),
         "by_language": _rates(by_language),
-        "round_trip": {"texts": checked, "exact": checked - len(lost), **({"example": min(lost, key=len)[:200]} if lost else {})},
+        "round_trip": {
+            "texts": checked,
+            "exact": checked - len(lost),
+            **({"example": min(lost, key=len)[:200]} if lost else {}),
+        },
         "tokens_seen": int(used.sum()),
-        "unused": {"tokens": len(unused), "of": len(plain), "examples": [spelled[index] for index in unused if len(spelled[index].encode()) > 1][:30]} if data else None,
-        "rare": {"below_10": int((used[plain] < 10).sum()), "below_100": int((used[plain] < 100).sum())} if data else None,
+        "unused": (
+            {
+                "tokens": len(unused),
+                "of": len(plain),
+                "examples": [spelled[index] for index in unused if len(spelled[index].encode()) > 1][:30],
+            }
+            if data
+            else None
+        ),
+        "rare": (
+            {"below_10": int((used[plain] < 10).sum()), "below_100": int((used[plain] < 100).sum())} if data else None
+        ),
         "longest": [spelled[index] for index in longest],
-        "splits": {text: [_shown(backend, ids, index) for index in range(len(ids))] for text, ids in zip(EXAMPLES, (ids.tolist() for ids in encode(list(EXAMPLES))), strict=True)},
+        "splits": {
+            text: [_shown(backend, ids, index) for index in range(len(ids))]
+            for text, ids in zip(EXAMPLES, (ids.tolist() for ids in encode(list(EXAMPLES))), strict=True)
+        },
         "curve": curve(backend, curve_texts) if curve_texts else None,
     }
 
 
 def curve(backend, texts: list[str]) -> list[dict] | None:
-    """Bytes per token with the first half, quarter, ... of the vocabulary: a BPE vocabulary contains that of every smaller training on the same text. None for another kind."""
+    """Bytes per token with the first half, quarter, ... of the vocabulary: a BPE vocabulary contains that of every
+    smaller training on the same text. None for another kind."""
     from tokenizers import Tokenizer
 
     spec = json.loads(backend.to_str())
@@ -86,18 +128,31 @@ def curve(backend, texts: list[str]) -> list[dict] | None:
     size = sum(len(text.encode()) for text in texts)
     tokens = ranks(spec)
     found = []
-    sizes = sorted({fixed + len(results), *(number for power in range(8, 19) if fixed < (number := 2**power) < fixed + len(results))})
+    sizes = sorted(
+        {
+            fixed + len(results),
+            *(number for power in range(8, 19) if fixed < (number := 2**power) < fixed + len(results)),
+        }
+    )
     for number in sizes[-6:]:
         kept = set(results[: number - fixed])
         if tokens is not None:
             import tiktoken
 
             order = alphabet()
-            small = {token: rank for token, rank in ((bytes(map(order.__getitem__, name)), vocabulary[name]) for name in [*(name for name in vocabulary if len(name) == 1 and name in order), *kept])}
+            small = {
+                token: rank
+                for token, rank in (
+                    (bytes(map(order.__getitem__, name)), vocabulary[name])
+                    for name in [*(name for name in vocabulary if len(name) == 1 and name in order), *kept]
+                )
+            }
             engine = tiktoken.Encoding("curve", pat_str=pattern(spec), mergeable_ranks=small, special_tokens={})
             count = sum(len(engine.encode_ordinary(text)) for text in texts)
         else:
-            spec["model"]["merges"] = [pair for pair in merges if "".join(pair if isinstance(pair, list) else pair.split(" ")) in kept]
+            spec["model"]["merges"] = [
+                pair for pair in merges if "".join(pair if isinstance(pair, list) else pair.split(" ")) in kept
+            ]
             left = Tokenizer.from_str(json.dumps(spec))
             count = sum(len(encoding) for encoding in left.encode_batch_fast(texts, add_special_tokens=False))
         found.append({"vocab_size": number, "bytes_per_token": round(size / count, 4)})
@@ -117,12 +172,20 @@ def references(names: Iterable[str]) -> tuple[dict, list[str]]:
         known, file, sha256 = REFERENCES[name]
         before = os.environ.get("TIKTOKEN_CACHE_DIR")
         try:
-            os.environ["TIKTOKEN_CACHE_DIR"] = str(fetch(PACKAGE, f"litellm/litellm_core_utils/tokenizers/{file}", sha256, where=f"--compare {name}").parent)
+            os.environ["TIKTOKEN_CACHE_DIR"] = str(
+                fetch(
+                    PACKAGE, f"litellm/litellm_core_utils/tokenizers/{file}", sha256, where=f"--compare {name}"
+                ).parent
+            )
             found[name] = tiktoken.get_encoding(known).encode_ordinary
         except UserError as error:  # no network: the report goes without it, and says so
             missing.append(f"{name}: {error}")
         finally:
-            os.environ.pop("TIKTOKEN_CACHE_DIR", None) if before is None else os.environ.update(TIKTOKEN_CACHE_DIR=before)
+            (
+                os.environ.pop("TIKTOKEN_CACHE_DIR", None)
+                if before is None
+                else os.environ.update(TIKTOKEN_CACHE_DIR=before)
+            )
     return found, missing
 
 
@@ -143,7 +206,12 @@ def _add(table, keys: list[str], texts: list[str], lengths: dict[str, list[int]]
 def _rates(table) -> dict:
     found = {}
     for key, (count, size, characters, tokens) in sorted(table.items(), key=lambda item: -item[1][1]):
-        found[key] = {"documents": count, "bytes": size, "bytes_per_token": round(size / tokens[""], 4), "characters_per_token": round(characters / tokens[""], 4)}
+        found[key] = {
+            "documents": count,
+            "bytes": size,
+            "bytes_per_token": round(size / tokens[""], 4),
+            "characters_per_token": round(characters / tokens[""], 4),
+        }
         found[key] |= {f"{name}_bytes_per_token": round(size / number, 4) for name, number in tokens.items() if name}
     return found
 
@@ -190,23 +258,45 @@ def show(found: dict) -> None:
     for title in ("by_source", "by_language"):
         if found[title]:
             table = Table(box=SIMPLE_HEAD, pad_edge=False)
-            for column in (title.removeprefix("by_"), "documents", "MB", "bytes/token", "characters/token", *(f"{name}: bytes/token" for name in found["references"])):
+            for column in (
+                title.removeprefix("by_"),
+                "documents",
+                "MB",
+                "bytes/token",
+                "characters/token",
+                *(f"{name}: bytes/token" for name in found["references"]),
+            ):
                 table.add_column(column, justify="left" if column == title.removeprefix("by_") else "right")
             for key, row in found[title].items():
-                rates = [row["bytes_per_token"], row["characters_per_token"], *(row[f"{name}_bytes_per_token"] for name in found["references"])]
-                table.add_row(key, f"{row['documents']:,}", f"{row['bytes'] / 1e6:.2f}", *(f"{rate:.3f}" for rate in rates))
+                rates = [
+                    row["bytes_per_token"],
+                    row["characters_per_token"],
+                    *(row[f"{name}_bytes_per_token"] for name in found["references"]),
+                ]
+                table.add_row(
+                    key, f"{row['documents']:,}", f"{row['bytes'] / 1e6:.2f}", *(f"{rate:.3f}" for rate in rates)
+                )
             console.print(table)
     for line in found["references_missing"]:
         console.print(f"not compared with {line}")
     trip = found["round_trip"]
     if trip["texts"]:
-        console.print(f"round trip: {trip['exact']:,} of {trip['texts']:,} documents come back exactly" + (f"; not so {trip['example'][:80]!r}" if "example" in trip else ""))
+        console.print(
+            f"round trip: {trip['exact']:,} of {trip['texts']:,} documents come back exactly"
+            + (f"; not so {trip['example'][:80]!r}" if "example" in trip else "")
+        )
         unused = found["unused"]
-        console.print(f"never used in {found['tokens_seen']:,} tokens: {unused['tokens']:,} of {unused['of']:,}; fewer than 10 times: {found['rare']['below_10']:,}, than 100: {found['rare']['below_100']:,}")
+        console.print(
+            f"never used in {found['tokens_seen']:,} tokens: {unused['tokens']:,} of {unused['of']:,}; fewer than 10"
+            f" times: {found['rare']['below_10']:,}, than 100: {found['rare']['below_100']:,}"
+        )
         if unused["examples"]:
             console.print("  such as " + " ".join(repr(token) for token in unused["examples"][:12]))
     if found["curve"]:
-        console.print("compression by size (one training, prefixes of its merges): " + ", ".join(f"{row['vocab_size']:,}: {row['bytes_per_token']:.3f}" for row in found["curve"]))
+        console.print(
+            "compression by size (one training, prefixes of its merges): "
+            + ", ".join(f"{row['vocab_size']:,}: {row['bytes_per_token']:.3f}" for row in found["curve"])
+        )
     console.print("longest tokens: " + " ".join(repr(token[:40]) for token in found["longest"][:12]))
     for text, parts in found["splits"].items():
         console.print(f"  {text!r}: " + "|".join(part.replace("\n", "\\n") for part in parts))

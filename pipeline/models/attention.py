@@ -4,9 +4,11 @@ from pipeline.errors import UserError
 
 
 def choose(model, wanted: str, precision: str, compiled: bool = False) -> str:
-    """Set the attention of a transformers model and return its name. wanted: "auto", or a name; one that cannot be had here is refused.
+    """Set the attention of a transformers model and return its name. wanted: "auto", or a name; one that cannot be had
+    here is refused.
 
-    All are given the mask that keeps documents apart where position ids begin anew: FlashAttention-2 as lengths, the others as a matrix.
+    All are given the mask that keeps documents apart where position ids begin anew: FlashAttention-2 as lengths, the
+    others as a matrix.
     """
     from pipeline.train import distributed
 
@@ -14,12 +16,25 @@ def choose(model, wanted: str, precision: str, compiled: bool = False) -> str:
     if wanted == "flash_attention_2" and lacking:
         raise UserError(f"attention: flash_attention_2 needs {lacking}; use attention: sdpa, or auto")
     if wanted in ("sdpa", "blocks") and not model._supports_sdpa:
-        raise UserError(f"attention: the family {model.config.model_type} has no sdpa in transformers; use attention: eager, or auto")
+        raise UserError(
+            f"attention: the family {model.config.model_type} has no sdpa in transformers; use attention: eager, or"
+            " auto"
+        )
     blocks = distributed.device().type == "cpu" and precision == "bf16" and compiled
     if wanted == "blocks" and not blocks:
-        raise UserError("attention: blocks is for a CPU, with precision: bf16 and compile: true; use attention: sdpa, or auto")
+        raise UserError(
+            "attention: blocks is for a CPU, with precision: bf16 and compile: true; use attention: sdpa, or auto"
+        )
     if wanted == "auto":
-        wanted = "flash_attention_2" if lacking is None else "eager" if not model._supports_sdpa else "blocks" if blocks else "sdpa"
+        wanted = (
+            "flash_attention_2"
+            if lacking is None
+            else "eager"
+            if not model._supports_sdpa
+            else "blocks"
+            if blocks
+            else "sdpa"
+        )
     if wanted == "blocks":
         from pipeline.models import causal  # noqa: F401 - tells transformers of it
     if model.config._attn_implementation != wanted:

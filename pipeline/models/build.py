@@ -1,7 +1,8 @@
 """Models: from a recipe's `model` block, from a folder, and back into one.
 
-Everything is a `transformers` model in the Hugging Face layout, so that what a stage publishes is read by from_pretrained, vLLM, lm-eval and TRL.
-Initial weights are a function of (seed, module name) alone, so that they do not depend on how a model is cut up or in which order it is built.
+Everything is a `transformers` model in the Hugging Face layout, so that what a stage publishes is read by
+from_pretrained, vLLM, lm-eval and TRL. Initial weights are a function of (seed, module name) alone, so that they do not
+depend on how a model is cut up or in which order it is built.
 """
 
 import contextlib
@@ -30,32 +31,56 @@ TAKEN = {
     "torch_dtype": "weights are fp32 and `precision` says how they are used",
 }
 OWN = ("family", "pad_vocab_to", "init", "mup")
-# Keys that a family's code reads (qwen3_moe), or train/balance.py does (DeepSeek-V3), and that its configuration class does not list.
+# Keys that a family's code reads (qwen3_moe), or train/balance.py does (DeepSeek-V3), and that its configuration class
+# does not list.
 UNLISTED = {"qwen3_moe": ("head_dim",), "deepseek_v3": ("router_aux_loss_coef",)}
-# Families that read the borders of documents off the positions, so that no token sees another document. Seen to leak: openai-gpt, opt, bloom, mamba, mamba2, rwkv.
+# Families that read the borders of documents off the positions, so that no token sees another document. Seen to leak:
+# openai-gpt, opt, bloom, mamba, mamba2, rwkv.
 DOCUMENTS = (
     *("gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "glm", "glm4"),
     *("deepseek_v3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3"),
 )
-UNLIMITED = ("bloom", "mamba", "mamba2", "rwkv")  # families without positions: max_position_embeddings only says what they were trained with
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
+# families without positions: max_position_embeddings only says what they were trained with
+UNLIMITED = ("bloom", "mamba", "mamba2", "rwkv")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def check(block: dict | None) -> None:
-    """Raise UserError for a model block that cannot be built: unknown family, unknown key, a key that is not the recipe's to say."""
+    """Raise UserError for a model block that cannot be built: unknown family, unknown key, a key that is not the
+    recipe's to say."""
     from pipeline.train import balance
 
     if not block:
-        raise UserError("model: the recipe has no model block; write for example model: {family: llama, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4, intermediate_size: 688}")
+        raise UserError(
+            "model: the recipe has no model block; write for example model: {family: llama, hidden_size: 256,"
+            " num_hidden_layers: 4, num_attention_heads: 4, intermediate_size: 688}"
+        )
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if "family" not in block:
         near = difflib.get_close_matches("family", block, 1)
-        raise UserError(f"model.{near[0]}: unknown key; did you mean 'family'?" if near else "model: the key family is missing; it is the model_type of a transformers causal LM, such as llama")
+        raise UserError(
+            f"model.{near[0]}: unknown key; did you mean 'family'?"
+            if near
+            else "model: the key family is missing; it is the model_type of a transformers causal LM, such as llama"
+        )
     family = block["family"]
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(str(family), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
-        hint = f"did you mean {near[0]}?" if near else "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"
+        )
         raise UserError(f"model.family: {family!r} is unknown; {hint}")
     bare = _config(family, {})
     known = {*bare.to_dict(), *bare.attribute_map, *OWN, *UNLISTED.get(family, ())}
@@ -65,7 +90,14 @@ def check(block: dict | None) -> None:
             raise UserError(f"model.{key}: leave it out: {TAKEN.get(key, TAKEN['max_position_embeddings'])}")
         if key not in known:
             near = difflib.get_close_matches(key, known - set(TAKEN), 1)
-            raise UserError(f"model.{key}: {family} has no such key; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(k for k in known if not k.startswith('_')))}"))
+            raise UserError(
+                f"model.{key}: {family} has no such key; "
+                + (
+                    f"did you mean {near[0]}?"
+                    if near
+                    else f"it has {', '.join(sorted(k for k in known if not k.startswith('_')))}"
+                )
+            )
     config = _config(family, _keys(block))
     balance.coefficient(config)
     scaling.check(block, config)
@@ -80,7 +112,10 @@ def check(block: dict | None) -> None:
 def check_documents(family: str) -> None:
     """Raise UserError for a family whose tokens would see other documents of a row in spite of `document_mask`."""
     if family not in DOCUMENTS:
-        raise UserError(f"document_mask: {family} is not among the families whose attention was seen to stay within a document ({', '.join(DOCUMENTS)}); leave it out")
+        raise UserError(
+            f"document_mask: {family} is not among the families whose attention was seen to stay within a document"
+            f" ({', '.join(DOCUMENTS)}); leave it out"
+        )
 
 
 def shape(block: dict):
@@ -93,12 +128,27 @@ def configure(block: dict, tokenizer, sequence_length: int):
     check(block)
     multiple = block.get("pad_vocab_to", 1)
     vocabulary = -(-len(tokenizer) // multiple) * multiple
-    special = {"vocab_size": vocabulary, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return _config(block["family"], {**_keys(block), **scaling.kept(block), **special, "max_position_embeddings": sequence_length, "use_cache": True})
+    special = {
+        "vocab_size": vocabulary,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return _config(
+        block["family"],
+        {
+            **_keys(block),
+            **scaling.kept(block),
+            **special,
+            "max_position_embeddings": sequence_length,
+            "use_cache": True,
+        },
+    )
 
 
 def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bool = True):
-    """A causal LM of a model block, fp32, on the CPU. Without `materialise` its parameters are on the meta device, for `initialise` in parts."""
+    """A causal LM of a model block, fp32, on the CPU. Without `materialise` its parameters are on the meta device,
+    for `initialise` in parts."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -117,9 +167,10 @@ def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bo
 def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> None:
     """Fill a model, or a part of one, with transformers' own initial values for its family.
 
-    Each module draws from a generator seeded by (seed, its name in the whole model), children first. A module all of whose parameters were
-    filled before, such as an output layer tied to the embedding, is left alone. What a family leaves to its constructors is found by the NaNs that
-    stand in every parameter before (GPT-1's Conv1D; transformers gives it normal weights and no bias), and none may stay. `init` and `mup` come last.
+    Each module draws from a generator seeded by (seed, its name in the whole model), children first. A module all of
+    whose parameters were filled before, such as an output layer tied to the embedding, is left alone. What a family
+    leaves to its constructors is found by the NaNs that stand in every parameter before (GPT-1's Conv1D; transformers
+    gives it normal weights and no bias), and none may stay. `init` and `mup` come last.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -144,7 +195,8 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
 
 
 def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed: int = 0, config=None):
-    """The model in a folder, fp32, on the CPU. head="reward" gives one score a sequence; a score layer that the folder lacks is drawn from `seed`.
+    """The model in a folder, fp32, on the CPU. head="reward" gives one score a sequence; a score layer that the folder
+    lacks is drawn from `seed`.
 
     `config` replaces the folder's own (see `changed`).
     """
@@ -159,18 +211,25 @@ def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed:
         extra["config"] = config
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(derive(seed, "initial", "score"))
-        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **extra)
+        model, info = kind.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **extra
+        )
     expected = {"score.weight"} if head == "reward" else set()
     if lacking := set(info["missing_keys"]) - expected:
-        raise UserError(f"{folder}: the weights of {', '.join(sorted(lacking)[:3])} are missing for a {type(model).__name__}; publish the model again, or name another folder")
+        raise UserError(
+            f"{folder}: the weights of {', '.join(sorted(lacking)[:3])} are missing for a {type(model).__name__};"
+            " publish the model again, or name another folder"
+        )
     model.config.architectures = [type(model).__name__]
     return model
 
 
 def changed(folder: Path | str, changes: dict, sequence_length: int):
-    """The configuration of a model folder for training to go on with: `changes` made, and positions for rows of `sequence_length` tokens.
+    """The configuration of a model folder for training to go on with: `changes` made, and positions for rows of
+    `sequence_length` tokens.
 
-    Raises UserError for a change of a parameter's shape, and for rows that the model has no positions for unless `changes` say how they are scaled.
+    Raises UserError for a change of a parameter's shape, and for rows that the model has no positions for unless
+    `changes` say how they are scaled.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -182,27 +241,54 @@ def changed(folder: Path | str, changes: dict, sequence_length: int):
     most, rotary = getattr(before, length, None), hasattr(before, "rope_parameters")
     longer = bool(most) and sequence_length > most
     if longer and not (rotary and "rope_parameters" in changes) and before.model_type not in UNLIMITED:
-        how = "; or say how positions are scaled, such as model_changes: {rope_parameters: {rope_type: yarn, factor: %g, ...}}" % (sequence_length / most) if rotary else ", since its positions are learned"
-        raise UserError(f"sequence_length: {sequence_length} is more than the {most} positions of the model in {folder}; use {most} or fewer{how}")
+        how = (
+            "; or say how positions are scaled, such as model_changes: {rope_parameters: {rope_type: yarn, factor: %g,"
+            " ...}}" % (sequence_length / most)
+            if rotary
+            else ", since its positions are learned"
+        )
+        raise UserError(
+            f"sequence_length: {sequence_length} is more than the {most} positions of the model in {folder}; use {most}"
+            f" or fewer{how}"
+        )
     known = {*before.to_dict(), *UNLISTED.get(before.model_type, ())}
     for key in changes:
         if key in TAKEN or key == length or key not in known:
             near = difflib.get_close_matches(key, known - set(TAKEN), 1)
-            raise UserError(f"model_changes.{key}: " + (f"leave it out: {TAKEN[key]}" if key in TAKEN else f"{before.model_type} has no such key" + (f"; did you mean {near[0]}?" if near else "")))
+            raise UserError(
+                f"model_changes.{key}: "
+                + (
+                    f"leave it out: {TAKEN[key]}"
+                    if key in TAKEN
+                    else f"{before.model_type} has no such key" + (f"; did you mean {near[0]}?" if near else "")
+                )
+            )
     kept = {key: value for key, value in before.to_dict().items() if key != "model_type"}
     after = _config(before.model_type, {**kept, **changes, **({length: sequence_length} if longer else {})})
     after.architectures = before.architectures
     with torch.device("meta"):
-        shapes = [{name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()} for config in (before, after)]
-    if other := sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)):
-        raise UserError(f"model_changes: {', '.join(changes)} would change the shape of {other[0]}; a model goes on with the parameters it has")
+        shapes = [
+            {name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()}
+            for config in (before, after)
+        ]
+    if other := sorted(
+        name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+    ):
+        raise UserError(
+            f"model_changes: {', '.join(changes)} would change the shape of {other[0]}; a model goes on with the"
+            " parameters it has"
+        )
     return after
 
 
-def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, generation: dict | None = None) -> None:
-    """Write weights, configuration, generation configuration and tokenizer files in the Hugging Face layout. Equal input, equal bytes.
+def publish(
+    state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, generation: dict | None = None
+) -> None:
+    """Write weights, configuration, generation configuration and tokenizer files in the Hugging Face layout. Equal
+    input, equal bytes.
 
-    `model_config.architectures` names the class. Generation ends at the document's end or at the end of a chat turn (<|im_end|>), whichever comes.
+    `model_config.architectures` names the class. Generation ends at the document's end or at the end of a chat turn
+    (<|im_end|>), whichever comes.
     """
     import torch
     import transformers
@@ -214,15 +300,27 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     if skeleton.can_generate():
         turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        ends = [tokenizer.eos_token_id, *([turn] if turn not in (None, tokenizer.unk_token_id, tokenizer.eos_token_id) else [])]
-        settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, **(generation or {})}
+        ends = [
+            tokenizer.eos_token_id,
+            *([turn] if turn not in (None, tokenizer.unk_token_id, tokenizer.eos_token_id) else []),
+        ]
+        settings = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": ends,
+            "pad_token_id": tokenizer.pad_token_id,
+            **(generation or {}),
+        }
         skeleton.generation_config = transformers.GenerationConfig(**settings)
     if folder.exists():  # left half-written by a killed run
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if model_config.tie_word_embeddings else set()
     with quiet():
-        skeleton.save_pretrained(folder, state_dict={key: value.contiguous() for key, value in state_dict.items() if key not in tied}, max_shard_size="5GB")
+        skeleton.save_pretrained(
+            folder,
+            state_dict={key: value.contiguous() for key, value in state_dict.items() if key not in tied},
+            max_shard_size="5GB",
+        )
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_folder) / name).is_file():
             shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
@@ -240,10 +338,15 @@ def _config(family: str, keys: dict):
     try:
         if keys:  # YAML's 0 is an integer, which transformers refuses where it wants a number with a point
             usual = AutoConfig.for_model(family)
-            keys = {key: float(value) if type(value) is int and isinstance(getattr(usual, key, None), float) else value for key, value in keys.items()}
+            keys = {
+                key: float(value) if type(value) is int and isinstance(getattr(usual, key, None), float) else value
+                for key, value in keys.items()
+            }
         return AutoConfig.for_model(family, **keys)
     except (ValueError, TypeError, StrictDataclassError) as error:  # transformers' own checks of values
-        raise UserError(f"model: {family} cannot be built from these values: {str(error).strip().splitlines()[-1].strip()}") from None
+        raise UserError(
+            f"model: {family} cannot be built from these values: {str(error).strip().splitlines()[-1].strip()}"
+        ) from None
 
 
 def _keys(block: dict) -> dict:
@@ -251,7 +354,8 @@ def _keys(block: dict) -> dict:
 
 
 def _children_first(module, name: str):
-    """(global name, module) with every module after its children: some families initialise a child again from its parent (GPT-2's c_proj)."""
+    """(global name, module) with every module after its children: some families initialise a child again from its
+    parent (GPT-2's c_proj)."""
     for child, part in module.named_children():
         yield from _children_first(part, f"{name}.{child}" if name else child)
     yield name, module

@@ -1,9 +1,12 @@
-"""Causal attention for bf16 on a CPU: torch's forward pass, and a backward pass of plain matrix products over blocks of queries.
+"""Causal attention for bf16 on a CPU: torch's forward pass, and a backward pass of plain matrix products over blocks of
+queries.
 
-torch's own backward pass (flash attention for CPUs, torch 2.13) takes 30% of a training step at 512 tokens, five times what its multiplications need: 94-114 ms of one core for 8 rows
-and 6 heads of 64. Here a block of queries has its scores made again from the forward pass's logsumexps (Dao et al., 2022, algorithm 4, with blocks of queries alone), the compiler makes one
-pass of what lies between the products, and a block stops at its own diagonal: 50-70 ms, a step 13% faster (docs/performance.md).
-Worth it only when compiled, so `attention: auto` takes it with `compile: true`, bf16 and a CPU.
+torch's own backward pass (flash attention for CPUs, torch 2.13) takes 30% of a training step at 512 tokens, five times
+what its multiplications need: 94-114 ms of one core for 8 rows and 6 heads of 64. Here a block of queries has its
+scores made again from the forward pass's logsumexps (Dao et al., 2022, algorithm 4, with blocks of queries alone), the
+compiler makes one pass of what lies between the products, and a block stops at its own diagonal: 50-70 ms, a step 13%
+faster (docs/performance.md). Worth it only when compiled, so `attention: auto` takes it with `compile: true`, bf16 and
+a CPU.
 """
 
 import torch
@@ -16,10 +19,22 @@ BLOCKS = 4  # of queries: work is 5/8 of all scores where 1/2 is needed, and a g
 MOST_SCORES = 2**25  # of a block, 12 bytes each while they last; above it torch's backward pass, which keeps none
 
 
-def attend(module, query_BHTK, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs):
-    """What transformers calls for a layer. Other masks than the causal one, dropout and passes without gradients are torch's."""
+def attend(
+    module,
+    query_BHTK,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+):
+    """What transformers calls for a layer. Other masks than the causal one, dropout and passes without gradients are
+    torch's."""
     rows, heads, length, width = query_BHTK.shape
-    compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype  # rotated queries and keys come in fp32; sdpa casts them, too
+    # rotated queries and keys come in fp32; sdpa casts them, too
+    compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     ours = (
         torch.is_grad_enabled()
         and compute == torch.bfloat16
@@ -33,10 +48,22 @@ def attend(module, query_BHTK, key, value, attention_mask, dropout: float = 0.0,
         and rows * heads * length * length // BLOCKS <= MOST_SCORES
     )
     if not ours:
-        return sdpa_attention_forward(module, query_BHTK, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+        return sdpa_attention_forward(
+            module,
+            query_BHTK,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
     groups = heads // key.shape[1]
     query, key, value = (tensor.to(compute) for tensor in (query_BHTK, key, value))
-    out = Blocks.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), width**-0.5 if scaling is None else scaling)
+    out = Blocks.apply(
+        query, repeat_kv(key, groups), repeat_kv(value, groups), width**-0.5 if scaling is None else scaling
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -53,9 +80,13 @@ class Blocks(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         shape = query.shape
         length = shape[2]
-        query, key, value, out, grad = (tensor.reshape(-1, length, shape[3]) for tensor in (query, key, value, out, grad))  # [rows * heads, T, K]
+        # [rows * heads, T, K]
+        query, key, value, out, grad = (
+            tensor.reshape(-1, length, shape[3]) for tensor in (query, key, value, out, grad)
+        )
         delta = (out.float() * grad.float()).sum(-1, keepdim=True)
-        # Scores come out of the product with their logsumexp subtracted. 29 columns of zeros beside, since widths of 32 are multiplied fastest.
+        # Scores come out of the product with their logsumexp subtracted. 29 columns of zeros beside, since widths of 32
+        # are multiplied fastest.
         room = query.new_zeros(len(query), length, 29)
         queries = torch.cat([query, *_parts(-lse.reshape(-1, length, 1) / ctx.scale), room], -1)
         keys = torch.cat([key, query.new_ones(len(query), length, 3), room], -1)
@@ -63,7 +94,9 @@ class Blocks(torch.autograd.Function):
         for begin in range(0, length, step):
             end = begin + step
             visible = torch.arange(end, device=query.device) <= torch.arange(begin, end, device=query.device)[:, None]
-            weights = torch.where(visible, torch.exp(torch.bmm(queries[:, begin:end], keys[:, :end].mT).float() * ctx.scale), 0.0)
+            weights = torch.where(
+                visible, torch.exp(torch.bmm(queries[:, begin:end], keys[:, :end].mT).float() * ctx.scale), 0.0
+            )
             raised = torch.bmm(grad[:, begin:end], value[:, :end].mT).float()  # d loss / d weights
             grad_scores = (weights * (raised - delta[:, begin:end]) * ctx.scale).to(query.dtype)
             grad_query.append(torch.bmm(grad_scores, key[:, :end]))
@@ -74,11 +107,14 @@ class Blocks(torch.autograd.Function):
 
 
 def _parts(number: torch.Tensor) -> list[torch.Tensor]:
-    """An fp32 number as a sum of three in bf16. A product of bf16 matrices adds up in fp32 and rounds at the end, so what is subtracted inside of it, as three more
-    columns, leaves a small number to round: a weight near 1 is then exact to 1e-3 and not to the rounding of its score (errors of sharp attention's gradients: 0.6%; without 1.3%; torch's 0.3%)."""
+    """An fp32 number as a sum of three in bf16. A product of bf16 matrices adds up in fp32 and rounds at the end, so
+    what is subtracted inside of it, as three more columns, leaves a small number to round: a weight near 1 is then
+    exact to 1e-3 and not to the rounding of its score (errors of sharp attention's gradients: 0.6%; without 1.3%;
+    torch's 0.3%)."""
     parts = []
     for _ in range(3):
-        kept = (number.view(torch.int32) & -(2**16)).view(torch.float32)  # by bits: the compiler leaves out a rounding to bf16 that is followed by a cast back
+        # by bits: the compiler leaves out a rounding to bf16 that is followed by a cast back
+        kept = (number.view(torch.int32) & -(2**16)).view(torch.float32)
         parts.append(kept.bfloat16())
         number = number - kept
     return parts

@@ -1,4 +1,5 @@
-"""What training a model costs: parameters, FLOPs, and the memory of one process, part by part. Arithmetic alone; nothing is allocated.
+"""What training a model costs: parameters, FLOPs, and the memory of one process, part by part. Arithmetic alone;
+nothing is allocated.
 
     size = count(model)                                  # also of a model on the meta device
     flops = training_flops(model, size, sequence_length=2048)
@@ -41,16 +42,28 @@ def count(model) -> Size:
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tables = {id(layer.weight): layer.weight.numel() for layer in (inner, outer) if layer is not None}
     multiplied = id(outer.weight) if outer is not None else None
-    lookups = {id(part.weight): part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding) and id(part.weight) != multiplied}
+    lookups = {
+        id(part.weight): part.weight.numel()
+        for part in model.modules()
+        if isinstance(part, nn.Embedding) and id(part.weight) != multiplied
+    }
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if EXPERTS.search(name))
     picked, of = routed(model.config)
     return Size(total, sum(tables.values()), sum(lookups.values()), experts, total - experts + experts * picked // of)
 
 
 def routed(config) -> tuple[int, int]:
-    """(experts that a token goes to, experts of a layer); (1, 1) for a dense model. Families have three names for the second."""
+    """(experts that a token goes to, experts of a layer); (1, 1) for a dense model. Families have three names for
+    the second."""
     config = config.get_text_config()
-    number = next((value for key in ("num_local_experts", "num_experts", "n_routed_experts") if (value := getattr(config, key, None))), None)
+    number = next(
+        (
+            value
+            for key in ("num_local_experts", "num_experts", "n_routed_experts")
+            if (value := getattr(config, key, None))
+        ),
+        None,
+    )
     return (getattr(config, "num_experts_per_tok", None) or 1, number) if number else (1, 1)
 
 
@@ -59,7 +72,8 @@ class Flops:
     """Training FLOPs of one token, forward and backward, without what activation checkpointing computes again."""
 
     full: float
-    """6 a parameter that multiplies, and 12 * layers * heads * head size * length for attention, not halved: PaLM (2022, appendix B), torchtitan."""
+    """6 a parameter that multiplies, and 12 * layers * heads * head size * length for attention, not halved: PaLM
+    (2022, appendix B), torchtitan."""
     causal: float
     """Half of the attention term: what a causal kernel has to compute."""
 
@@ -71,19 +85,23 @@ def training_flops(model, size: Size, sequence_length: int) -> Flops:
 
 
 def attention_width(config) -> int:
-    """Sum over the layers of the widths of keys and values, over all heads: a token's scores and mixtures cost 2 FLOPs each of it per position, forward.
+    """Sum over the layers of the widths of keys and values, over all heads: a token's scores and mixtures cost 2 FLOPs
+    each of it per position, forward.
 
-    0 for a model without attention (Mamba, RWKV). Latent attention (DeepSeek-V2, section 2.1) has keys and values of different width.
+    0 for a model without attention (Mamba, RWKV). Latent attention (DeepSeek-V2, section 2.1) has keys and values of
+    different width.
     """
     heads = getattr(config, "num_attention_heads", None)
     if not heads or config.model_type in ("mamba", "mamba2", "rwkv"):
         return 0
     if getattr(config, "qk_nope_head_dim", None):
-        return config.num_hidden_layers * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+        return (
+            config.num_hidden_layers * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+        )
     return config.num_hidden_layers * heads * 2 * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -111,12 +129,14 @@ class Layout:
 
 
 def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str, float]:
-    """Bytes at the peak of a step on the fullest process, by part: weights, gradients, optimizer, activations, logits, temporary."""
+    """Bytes at the peak of a step on the fullest process, by part: weights, gradients, optimizer, activations,
+    logits, temporary."""
     zero = 1 if layout.depth > 1 else layout.zero
     share = size.total / layout.depth  # stages are cut evenly, up to the tables at both ends
     ranks = layout.ranks
     split = {None: (1, 1, 1), 0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks), 3: (ranks, ranks, ranks)}[zero]
-    # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of the rank's share beside fp32 weights.
+    # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of
+    # the rank's share beside fp32 weights.
     moments = 4.0 if layout.optimizer == "muon" else 8.0
     parts = {
         "weights": 4.0 * share / split[0],
@@ -128,38 +148,55 @@ def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str
         if zero == 3:
             parts["weights"] = 0.0
     tokens = layout.micro * sequence_length
-    flying = min(layout.accumulation, layout.depth)  # 1F1B: the first stage has as many micro-batches in flight as there are stages
+    # 1F1B: the first stage has as many micro-batches in flight as there are stages
+    flying = min(layout.accumulation, layout.depth)
     layers = -(-config.num_hidden_layers // layout.depth)
     kept, whole = layer_bytes(config, sequence_length, layout)
     parts["activations"] = tokens * (layers * kept * flying + (whole if layout.checkpointing != "none" else 0.0))
-    if layout.head_rows:  # of each logit itself, its fp32 log-softmax, its gradient; and the gradient of the layer, kept until the backward pass (train/head.py)
-        parts["logits"] = 8.0 * min(tokens, layout.head_rows) * config.vocab_size + 4.0 * config.vocab_size * config.hidden_size
+    # of each logit itself, its fp32 log-softmax, its gradient; and the gradient of the layer, kept until the backward
+    # pass (train/head.py)
+    if layout.head_rows:
+        parts["logits"] = (
+            8.0 * min(tokens, layout.head_rows) * config.vocab_size + 4.0 * config.vocab_size * config.hidden_size
+        )
     else:  # itself, its fp32 copy (bf16 only), its log-softmax, its gradient in both precisions
         parts["logits"] = (12.0 if layout.precision == "fp32" else 14.0) * tokens * config.vocab_size
-    # autocast keeps a bf16 copy of each matrix until the backward pass has used it; DeepSpeed has buffers for reducing and gathering.
-    parts["temporary"] = (2.0 * (share - size.lookup / layout.depth) if layout.precision == "bf16" else 0.0) + (2 * 4.0 * min(BUCKET, share) if zero else 0.0)
+    # autocast keeps a bf16 copy of each matrix until the backward pass has used it; DeepSpeed has buffers for reducing
+    # and gathering.
+    parts["temporary"] = (2.0 * (share - size.lookup / layout.depth) if layout.precision == "bf16" else 0.0) + (
+        2 * 4.0 * min(BUCKET, share) if zero else 0.0
+    )
     return parts
 
 
 def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, float]:
     """(bytes a token and layer kept for the backward pass, the same without checkpointing).
 
-    Counted as in Korthikanti et al. (2022), section 4.1, for what transformers' layers save: their 34 * hidden is for GPT with 16-bit residuals and dropout;
-    here residuals and norms are fp32 (autocast), and matrices see 2 or 4 bytes a number. Selective recomputation is theirs too: of the attention's scores,
-    which fused attention never keeps, and here of all but matrix products and attention (train/layers.py).
+    Counted as in Korthikanti et al. (2022), section 4.1, for what transformers' layers save: their 34 * hidden is for
+    GPT with 16-bit residuals and dropout; here residuals and norms are fp32 (autocast), and matrices see 2 or 4 bytes a
+    number. Selective recomputation is theirs too: of the attention's scores, which fused attention never keeps, and
+    here of all but matrix products and attention (train/layers.py).
     """
     item = 2.0 if layout.precision == "bf16" else 4.0
     width = config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1
     head = getattr(config, "head_dim", None) or width // heads
     queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or getattr(config, "n_inner", None) or 4 * width
+    inner = (
+        getattr(config, "moe_intermediate_size", None)
+        or getattr(config, "intermediate_size", None)
+        or getattr(config, "ffn_dim", None)
+        or getattr(config, "n_inner", None)
+        or 4 * width
+    )
     picked, of = routed(config)
     inner *= picked if of > 1 else 1
     gated = of > 1 or hasattr(config, "rms_norm_eps")  # families with RMSNorm have gated layers
     scores = 3 * item * heads * sequence_length if layout.attention == "eager" else 0.0
-    matrices = item * (2 * width + 2 * queries + 2 * keys + (4 if gated else 2) * inner)  # inputs of products; queries, keys, values; gate, up, activation, product
-    norms = 16.0 * width if gated else 8.0 * width  # RMSNorm keeps its input and the normalised copy, in fp32; LayerNorm its input
+    # inputs of products; queries, keys, values; gate, up, activation, product
+    matrices = item * (2 * width + 2 * queries + 2 * keys + (4 if gated else 2) * inner)
+    # RMSNorm keeps its input and the normalised copy, in fp32; LayerNorm its input
+    norms = 16.0 * width if gated else 8.0 * width
     if not gated and "new" in str(getattr(config, "activation_function", "")):
         norms += 4 * item * inner  # gelu_new in Python: four more copies
     if config.model_type.startswith(QK_NORM):

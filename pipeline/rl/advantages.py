@@ -3,11 +3,14 @@
 import torch
 
 
-def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lambda_: float) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lambda_: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages, returns), each [B, T] and zero where `mask` is 0 (Schulman et al., 2016, equation 16).
 
-    `mask` is 1 on the response's tokens, which are the first of each row. Nothing follows the last token: its next value is 0.
-    Returns are advantages + values, before any whitening: the value model's target has the scale of the rewards.
+    `mask` is 1 on the response's tokens, which are the first of each row. Nothing follows the last token: its next
+    value is 0. Returns are advantages + values, before any whitening: the value model's target has the scale of the
+    rewards.
     """
     advantages = torch.zeros_like(rewards)
     following, next_values = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
@@ -21,8 +24,9 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamm
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
-    """Variance 1 over all tokens under `mask` (and mean 0 if `shift_mean`, else the mean is kept); zero elsewhere. `values` is the whole batch of an
-    iteration, over all ranks: whitening by part would make the gradient depend on how the work is divided."""
+    """Variance 1 over all tokens under `mask` (and mean 0 if `shift_mean`, else the mean is kept); zero elsewhere.
+    `values` is the whole batch of an iteration, over all ranks: whitening by part would make the gradient depend on
+    how the work is divided."""
     count = mask.sum()
     mean = (values * mask).sum() / count
     variance = ((values - mean).square() * mask).sum() / count
@@ -31,7 +35,8 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - var(returns - values) / var(returns) over tokens: 1 for a perfect value model, 0 for a constant one, negative for a worse one."""
+    """1 - var(returns - values) / var(returns) over tokens: 1 for a perfect value model, 0 for a constant one,
+    negative for a worse one."""
     kept = mask.bool()
     wanted = returns[kept]
     spread = wanted.var(correction=0)

@@ -1,7 +1,8 @@
-"""One iteration's experience: sample with the policy, score with the reward model and the rule, measure each token with policy, reference and value model.
+"""One iteration's experience: sample with the policy, score with the reward model and the rule, measure each token with
+policy, reference and value model.
 
-Every process does its share; then all hold the whole batch, so that whitening, logging and the cut into minibatches see the same samples
-whatever the number of processes. What travels is token ids and a few numbers a token.
+Every process does its share; then all hold the whole batch, so that whitening, logging and the cut into minibatches see
+the same samples whatever the number of processes. What travels is token ids and a few numbers a token.
 """
 
 import functools
@@ -33,7 +34,8 @@ class Task:
 
 @dataclass
 class Models:
-    """Who takes part. `policy` and `value` are trained; `reference` and `reward` are frozen, without gradients or optimizer."""
+    """Who takes part. `policy` and `value` are trained; `reference` and `reward` are frozen, without gradients or
+    optimizer."""
 
     policy: Engine
     value: Engine
@@ -63,11 +65,20 @@ def share(items: list) -> list:
     return items[distributed.rank() * size : (distributed.rank() + 1) * size]
 
 
-def collect(models: Models, tasks: list[Task], indices: list[int], seeds: list[int], *, temperature: float, clock, measure: str = "all") -> list[Sample]:
+def collect(
+    models: Models,
+    tasks: list[Task],
+    indices: list[int],
+    seeds: list[int],
+    *,
+    temperature: float,
+    clock,
+    measure: str = "all",
+) -> list[Sample]:
     """Samples of the whole list `tasks`, on every process. Collective.
 
-    measure: "score" (reward and rule alone), "kl" (also the reference's log-probabilities of sampled tokens) or "all" (everything that an update needs).
-    `clock(name)` is called after each phase.
+    measure: "score" (reward and rule alone), "kl" (also the reference's log-probabilities of sampled tokens) or "all"
+    (everything that an update needs). `clock(name)` is called after each phase.
     """
     tasks, indices, seeds = share(tasks), share(indices), share(seeds)
     config = models.config
@@ -87,7 +98,9 @@ def collect(models: Models, tasks: list[Task], indices: list[int], seeds: list[i
             samples.append(Sample(index, task.ids, completion.ids, completion.stopped, completion.logprobs))
         clock("rollout")
         if measure == "all":
-            for sample, (logprobs, entropies) in zip(samples, _logprobs(models, models.policy.model, samples), strict=True):
+            for sample, (logprobs, entropies) in zip(
+                samples, _logprobs(models, models.policy.model, samples), strict=True
+            ):
                 sample.logprobs, sample.entropies = logprobs, entropies
     if measure != "score":
         for sample, (logprobs, _) in zip(samples, _logprobs(models, models.reference, samples), strict=True):
@@ -106,14 +119,16 @@ def collect(models: Models, tasks: list[Task], indices: list[int], seeds: list[i
 
 
 def score(models: Models, samples: list[Sample], tasks: list[Task]) -> list[float]:
-    """The reward model's score at the last token of each response, as published (calibrated by the reward stage on its own answers)."""
+    """The reward model's score at the last token of each response, as published (calibrated by the reward stage on
+    its own answers)."""
     rows = [_row(models, sample, task) for sample, task in zip(samples, tasks, strict=True)]
     with _autocast(models):
         return reward_scores(models.reward, rows, models.config.rollout.batch).tolist() if rows else []
 
 
 def _row(models: Models, sample: Sample, task: Task) -> list[int]:
-    """What the reward model reads: the policy's own ids, or the same conversation in its own tokens. A response that was cut off stays open."""
+    """What the reward model reads: the policy's own ids, or the same conversation in its own tokens. A response that
+    was cut off stays open."""
     chat = models.reward_chat
     if chat is None:
         return sample.prompt_ids + sample.response_ids
@@ -138,7 +153,8 @@ def _values(models: Models, model: ValueModel, samples: list[Sample]) -> list[li
 
 @torch.no_grad()
 def _forward(models: Models, model, samples: list[Sample], read: Callable) -> list[tuple[list[float], ...]]:
-    """For each sample the numbers at its response's tokens, of each tensor [B, R] that `read(batch)` gives; in batches, without gradient."""
+    """For each sample the numbers at its response's tokens, of each tensor [B, R] that `read(batch)` gives; in
+    batches, without gradient."""
     device = next(model.parameters()).device
     model.eval()
     found = []
@@ -166,11 +182,17 @@ def tensors_of(samples: list[Sample]) -> dict[str, torch.Tensor]:
 
 
 def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
-    """Held-out prompts answered with fixed seeds, at the rollout's temperature and greedily: means, and rows for samples.jsonl. Collective."""
+    """Held-out prompts answered with fixed seeds, at the rollout's temperature and greedily: means, and rows for
+    samples.jsonl. Collective."""
     config = models.config
     tasks = heldout[: config.evaluate_prompts]
-    indices, seeds = list(range(len(tasks))), [derive(config.seed or 0, "evaluate", index) for index in range(len(tasks))]
-    sampled = collect(models, tasks, indices, seeds, temperature=config.rollout.temperature, clock=lambda _: None, measure="kl")
+    indices, seeds = (
+        list(range(len(tasks))),
+        [derive(config.seed or 0, "evaluate", index) for index in range(len(tasks))],
+    )
+    sampled = collect(
+        models, tasks, indices, seeds, temperature=config.rollout.temperature, clock=lambda _: None, measure="kl"
+    )
     greedy = collect(models, tasks, indices, seeds, temperature=0.0, clock=lambda _: None, measure="score")
 
     def mean(values) -> float:
@@ -186,22 +208,35 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
         "repetition": mean(repetition(sample.response_ids) for sample in sampled),
     }
     if config.rule:
-        numbers |= {"rule": mean(sample.rule for sample in sampled), "rule_greedy": mean(sample.rule for sample in greedy)}
+        numbers |= {
+            "rule": mean(sample.rule for sample in sampled),
+            "rule_greedy": mean(sample.rule for sample in greedy),
+        }
     rows = []
     for task, one, best in list(zip(tasks, sampled, greedy, strict=True))[: config.show]:
         sampled_row = {"sampled": models.text(one), "sampled_reward": round(one.score, 4)}
-        rows.append({"prompt": task.text, "answer": task.answer, **sampled_row, "greedy": models.text(best), "greedy_reward": round(best.score, 4)})
+        rows.append(
+            {
+                "prompt": task.text,
+                "answer": task.answer,
+                **sampled_row,
+                "greedy": models.text(best),
+                "greedy_reward": round(best.score, 4),
+            }
+        )
     return numbers, rows
 
 
 def repetition(ids: list[int]) -> float:
-    """Share of a response's trigrams that stand in it more than once before: 0 without repetition, near 1 for a loop."""
+    """Share of a response's trigrams that stand in it more than once before: 0 without repetition, near 1 for a
+    loop."""
     trigrams = [tuple(ids[start : start + 3]) for start in range(len(ids) - 2)]
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
 def draw(seed: int, index: int, count: int) -> int:
-    """Which of `count` prompts sample `index` of the run answers: each once a pass, every pass in an order of its own. A pure function, so there is no cursor to save."""
+    """Which of `count` prompts sample `index` of the run answers: each once a pass, every pass in an order of its
+    own. A pure function, so there is no cursor to save."""
     return _order(seed, index // count, count)[index % count]
 
 

@@ -1,4 +1,5 @@
-"""PPO's two losses (Schulman et al., 2017), as sums over response tokens: the engine divides by the tokens of the whole optimizer step.
+"""PPO's two losses (Schulman et al., 2017), as sums over response tokens: the engine divides by the tokens of the whole
+optimizer step.
 
 Each returns (sum of the loss, sums of the metrics); every argument is [B, T], `mask` is 1 on response tokens.
 """
@@ -20,9 +21,10 @@ def policy_loss(
     ratio_limit: float | None = None,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate, equation 7. `clip_high` widens the upper side (DAPO, Yu et al., 2025); `dual_clip` bounds the loss where the advantage is
-    negative (Ye et al., 2020, equation 5). Rows whose mean ratio is above `ratio_limit` have gone wrong and carry no loss; they are counted.
-    `weights` corrects for a sampler whose distribution is not that of `old_logprobs` (Yao et al., 2025: truncated importance sampling)."""
+    """Clipped surrogate, equation 7. `clip_high` widens the upper side (DAPO, Yu et al., 2025); `dual_clip` bounds
+    the loss where the advantage is negative (Ye et al., 2020, equation 5). Rows whose mean ratio is above
+    `ratio_limit` have gone wrong and carry no loss; they are counted. `weights` corrects for a sampler whose
+    distribution is not that of `old_logprobs` (Yao et al., 2025: truncated importance sampling)."""
     log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
@@ -62,9 +64,13 @@ def value_loss(
         held = old_values + (values - old_values).clamp(-clip, clip)
         loss = torch.maximum(plain, (held - returns).square())
     clipped = (loss > plain).to(mask.dtype)
-    return 0.5 * torch.where(mask.bool(), loss, 0.0).sum(), {"value_clip_fraction": (clipped * mask).sum().detach(), "value_mean": (values * mask).sum().detach()}
+    return 0.5 * torch.where(mask.bool(), loss, 0.0).sum(), {
+        "value_clip_fraction": (clipped * mask).sum().detach(),
+        "value_mean": (values * mask).sum().detach(),
+    }
 
 
 def importance(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """Weight of each token [B, T] when the sampler's distribution is not the trainer's (another precision, another engine): their ratio, at most `cap`."""
+    """Weight of each token [B, T] when the sampler's distribution is not the trainer's (another precision, another
+    engine): their ratio, at most `cap`."""
     return (old_logprobs - sampled_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=cap)

@@ -2,12 +2,13 @@
 
     completions = generate(model, prompts, max_new_tokens=16, temperature=1.0, stop_ids=[2, 5], pad_id=0, seeds=seeds)
 
-Row i depends on (weights, prompts[i], seeds[i]) alone, not on what else is in its batch, nor on the number of ranks: its random numbers
-are a function of (seed, position). What is left is float noise (matrix products of other shapes round differently), which moves a sampled
-token only if its random number lies within that noise of the border between two tokens.
+Row i depends on (weights, prompts[i], seeds[i]) alone, not on what else is in its batch, nor on the number of ranks:
+its random numbers are a function of (seed, position). What is left is float noise (matrix products of other shapes
+round differently), which moves a sampled token only if its random number lies within that noise of the border between
+two tokens.
 
-The whole distribution is sampled: no top-k and no top-p, because the log-probabilities of a truncated distribution are not those that the
-trainer computes (the mean log ratio is off by the log of the kept mass).
+The whole distribution is sampled: no top-k and no top-p, because the log-probabilities of a truncated distribution are
+not those that the trainer computes (the mean log ratio is off by the log of the kept mass).
 """
 
 import inspect
@@ -43,8 +44,8 @@ def generate(
 ) -> list[Completion]:
     """Sample one completion for each prompt, in the order of `prompts`; temperature 0 takes the likeliest token.
 
-    `model` is a transformers causal LM; it is put into evaluation mode (no dropout) and back. `batch` rows are sampled at a time, prompts of
-    like length together, so that little is padded.
+    `model` is a transformers causal LM; it is put into evaluation mode (no dropout) and back. `batch` rows are sampled
+    at a time, prompts of like length together, so that little is padded.
     """
     assert len(prompts) == len(seeds) and all(prompts), "each prompt needs a token and a seed"
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
@@ -55,7 +56,11 @@ def generate(
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             uniforms = uniform([seeds[row] for row in rows], max_new_tokens)
-            for row, completion in zip(rows, _batch([prompts[row] for row in rows], model, max_new_tokens, temperature, stop_ids, pad_id, uniforms), strict=True):
+            for row, completion in zip(
+                rows,
+                _batch([prompts[row] for row in rows], model, max_new_tokens, temperature, stop_ids, pad_id, uniforms),
+                strict=True,
+            ):
                 found[row] = completion
     finally:
         model.train(training)
@@ -63,9 +68,12 @@ def generate(
 
 
 def uniform(seeds: list[int], length: int) -> np.ndarray:
-    """Numbers in [0, 1), [len(seeds), length] float64: entry (i, t) is a function of (seeds[i], t). SplitMix64 (Steele et al., 2014)."""
+    """Numbers in [0, 1), [len(seeds), length] float64: entry (i, t) is a function of (seeds[i], t). SplitMix64
+    (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
-        state = np.array(seeds, dtype=np.uint64)[:, None] + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, length + 1, dtype=np.uint64)
+        state = np.array(seeds, dtype=np.uint64)[:, None] + np.uint64(0x9E3779B97F4A7C15) * np.arange(
+            1, length + 1, dtype=np.uint64
+        )
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
@@ -73,7 +81,8 @@ def uniform(seeds: list[int], length: int) -> np.ndarray:
 
 
 def left_pad(rows: list[list[int]], pad_id: int, device=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask, position_ids), each [B, longest]; a padded row has the positions that it has alone."""
+    """(input_ids, attention_mask, position_ids), each [B, longest]; a padded row has the positions that it has
+    alone."""
     longest = max(len(row) for row in rows)
     input_ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows], device=device)
     attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -92,7 +101,8 @@ def _batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, unifor
     tokens_BT = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
     logprobs_BT = torch.zeros((len(prompts), max_new_tokens), device=device)
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
-    live = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows in the batch, those that have not stopped
+    # of the rows in the batch, those that have not stopped
+    live = torch.ones(len(prompts), dtype=torch.bool, device=device)
     cache, step_ids, step_positions = None, input_ids, positions
     for t in range(max_new_tokens):
         extra = {}
@@ -100,7 +110,9 @@ def _batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, unifor
             extra["position_ids"] = step_positions
         if "logits_to_keep" in accepted:
             extra["logits_to_keep"] = 1
-        outputs = model(input_ids=step_ids, attention_mask=mask[:, : width + t], past_key_values=cache, use_cache=True, **extra)
+        outputs = model(
+            input_ids=step_ids, attention_mask=mask[:, : width + t], past_key_values=cache, use_cache=True, **extra
+        )
         cache = outputs.past_key_values
         chosen, logprobs = choose(outputs.logits[:, -1], temperature, draws[active, t])
         rows = active[live]
@@ -116,14 +128,24 @@ def _batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, unifor
         if remaining <= 0.75 * len(active) and hasattr(cache, "batch_select_indices"):
             kept = live.nonzero()[:, 0]
             cache.batch_select_indices(kept)
-            active, mask, step_ids, step_positions, live = active[kept], mask[kept], step_ids[kept], step_positions[kept], live[kept]
+            active, mask, step_ids, step_positions, live = (
+                active[kept],
+                mask[kept],
+                step_ids[kept],
+                step_positions[kept],
+                live[kept],
+            )
     ids, logprobs, lengths = tokens_BT.tolist(), logprobs_BT.tolist(), lengths.tolist()
     stop_set = set(stop_ids)
-    return [Completion(row[:n], values[:n], row[n - 1] in stop_set) for row, values, n in zip(ids, logprobs, lengths, strict=True)]
+    return [
+        Completion(row[:n], values[:n], row[n - 1] in stop_set)
+        for row, values, n in zip(ids, logprobs, lengths, strict=True)
+    ]
 
 
 def choose(logits_BV: torch.Tensor, temperature: float, draws_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token [B] by inverse transform of the uniform numbers `draws_B` (float64), and its log-probability [B] float32. Temperature 0: the likeliest."""
+    """Token [B] by inverse transform of the uniform numbers `draws_B` (float64), and its log-probability [B]
+    float32. Temperature 0: the likeliest."""
     logits_BV = logits_BV.float()
     if temperature == 0:
         chosen = logits_BV.argmax(-1)

@@ -1,4 +1,5 @@
-"""Scores by rule: does a response say the known answer? For tasks whose answer can be checked, beside a reward model that only guesses."""
+"""Scores by rule: does a response say the known answer? For tasks whose answer can be checked, beside a reward model
+that only guesses."""
 
 import re
 from typing import Literal
@@ -9,9 +10,10 @@ Rule = Literal["exact", "contains", "prefix"]
 def score(rule: Rule, response_text: str, answer: str) -> float:
     """1.0 if `response_text` gives `answer` under the rule, else 0.0.
 
-    exact: the whole response is the answer. prefix: the response begins with it. contains: it stands somewhere in the response.
-    Runs of white space count as one space, those at the ends do not count; case counts. `prefix` and `contains` ask for whole words and
-    numbers, so that 12 is not found in 120; Chinese, which has no spaces, is found anywhere.
+    exact: the whole response is the answer. prefix: the response begins with it. contains: it stands somewhere in the
+    response. Runs of white space count as one space, those at the ends do not count; case counts. `prefix` and
+    `contains` ask for whole words and numbers, so that 12 is not found in 120; Chinese, which has no spaces, is found
+    anywhere.
     """
     response, wanted = " ".join(response_text.split()), " ".join(answer.split())
     assert wanted, "an empty answer would be found in every response"

@@ -1,13 +1,15 @@
 """The loss that keeps a mixture of experts balanced, row by row (DeepSeek-V3, 2024, section 2.1.2, equations 17 to 20).
 
-For a row of T tokens, N experts of which each token takes K, and a layer's affinities s (softmax of the router's logits, or their sigmoid in
-DeepSeek-V3): f_i = N / (K T) * tokens that took expert i, P_i = mean over the row of s_i / sum_j s_j, loss = coefficient * sum_i f_i P_i.
-Perfectly balanced it is the coefficient; it is summed over layers and averaged over the rows of a step. transformers' own loss
-(`output_router_logits`) takes f and P over a whole micro-batch, so that it depends on the micro-batch; it is K times as large, averaged over layers.
+For a row of T tokens, N experts of which each token takes K, and a layer's affinities s (softmax of the router's
+logits, or their sigmoid in DeepSeek-V3): f_i = N / (K T) * tokens that took expert i, P_i = mean over the row of s_i /
+sum_j s_j, loss = coefficient * sum_i f_i P_i. Perfectly balanced it is the coefficient; it is summed over layers and
+averaged over the rows of a step. transformers' own loss (`output_router_logits`) takes f and P over a whole
+micro-batch, so that it depends on the micro-batch; it is K times as large, averaged over layers.
 
-Each row has a loss of its own, so micro-batches, accumulation and layout do not change it. Its gradient is put in where the router is:
-forward, nothing happens to the scores; backward, the loss gets its gradient (as in Megatron-LM's MoEAuxLossAutoScaler). So it works in every stage of a
-pipeline, and under activation checkpointing: a second forward makes no second backward, and the numbers for the log are noted in the backward pass.
+Each row has a loss of its own, so micro-batches, accumulation and layout do not change it. Its gradient is put in where
+the router is: forward, nothing happens to the scores; backward, the loss gets its gradient (as in Megatron-LM's
+MoEAuxLossAutoScaler). So it works in every stage of a pipeline, and under activation checkpointing: a second forward
+makes no second backward, and the numbers for the log are noted in the backward pass.
 """
 
 import torch
@@ -19,17 +21,26 @@ AFFINITY = {"mixtral": "softmax", "qwen2_moe": "softmax", "qwen3_moe": "softmax"
 
 
 def coefficient(config) -> float:
-    """The model's `router_aux_loss_coef`; 0 for a model without experts. Raises UserError for routers that were not checked."""
+    """The model's `router_aux_loss_coef`; 0 for a model without experts. Raises UserError for routers that were not
+    checked."""
     found = getattr(config, "router_aux_loss_coef", 0.0) or 0.0 if hasattr(config, "num_experts_per_tok") else 0.0
     if found and config.model_type not in AFFINITY:
-        raise UserError(f"router_aux_loss_coef: the balancing loss is not checked with the routers of {config.model_type}, only with {', '.join(AFFINITY)}; set it to 0")
+        raise UserError(
+            f"router_aux_loss_coef: the balancing loss is not checked with the routers of {config.model_type}, only"
+            f" with {', '.join(AFFINITY)}; set it to 0"
+        )
     return found
 
 
-def row_losses(logits_NE: torch.Tensor, indices_NK: torch.Tensor, rows: int, affinity: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum_i f_i P_i of each row [rows], tokens that took each expert [E]). N tokens are `rows` rows one after the other."""
+def row_losses(
+    logits_NE: torch.Tensor, indices_NK: torch.Tensor, rows: int, affinity: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum_i f_i P_i of each row [rows], tokens that took each expert [E]). N tokens are `rows` rows one after the
+    other."""
     logits = logits_NE.float()
-    affinities = logits.softmax(-1) if affinity == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    affinities = (
+        logits.softmax(-1) if affinity == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    )
     experts = logits.shape[-1]
     mean_RE = affinities.view(rows, -1, experts).mean(1)
     chosen = indices_NK.reshape(rows, -1)
@@ -59,7 +70,11 @@ class Balance:
     def __init__(self, model, first_layer: int):
         config = model.config
         self.coefficient, self.affinity = coefficient(config), AFFINITY[config.model_type]
-        experts = next(getattr(config, key) for key in ("n_routed_experts", "num_local_experts", "num_experts") if hasattr(config, key))
+        experts = next(
+            getattr(config, key)
+            for key in ("n_routed_experts", "num_local_experts", "num_experts")
+            if hasattr(config, key)
+        )
         self.shape = (config.num_hidden_layers, experts)
         self.begin(0.0)
         for name, block in model.named_modules():
@@ -95,12 +110,15 @@ class Balance:
         self.counts[layer] = self.counts[layer] + counts if layer in self.counts else counts
 
     def read(self, rows: float) -> dict[str, float]:
-        """router_loss: mean over the step's rows, summed over layers; expert_load: tokens of the busiest expert over the mean, in the layer where that is most. Collective."""
+        """router_loss: mean over the step's rows, summed over layers; expert_load: tokens of the busiest expert over
+        the mean, in the layer where that is most. Collective."""
         layers, experts = self.shape
         mine = torch.zeros(layers, experts, dtype=torch.float64)
         for layer, counts in self.counts.items():
             mine[layer] = counts.cpu()
-        loss, *flat = distributed.all_reduce_sum([0.0 if self.loss is None else self.loss.item(), *mine.flatten().tolist()])
+        loss, *flat = distributed.all_reduce_sum(
+            [0.0 if self.loss is None else self.loss.item(), *mine.flatten().tolist()]
+        )
         counts = torch.tensor(flat).view(layers, experts)
         counts = counts[counts.sum(1) > 0]
         return {"router_loss": loss / rows, "expert_load": (counts.max(1).values / counts.mean(1)).max().item()}

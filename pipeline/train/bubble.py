@@ -1,7 +1,9 @@
-"""How long the stages of a pipeline compute and how long they wait, measured, beside the share that 1F1B has to wait: (p - 1) / (m + p - 1).
+"""How long the stages of a pipeline compute and how long they wait, measured, beside the share that 1F1B has to wait:
+(p - 1) / (m + p - 1).
 
-Forward and backward passes count as work (with CUDA events on a GPU, so that kernels are timed and not their launch); reducing gradients and the update, which
-all stages do together at the end, count as neither. The rest of a step is the bubble: waiting for neighbours, and sending.
+Forward and backward passes count as work (with CUDA events on a GPU, so that kernels are timed and not their launch);
+reducing gradients and the update, which all stages do together at the end, count as neither. The rest of a step is the
+bubble: waiting for neighbours, and sending.
 """
 
 import time
@@ -22,7 +24,10 @@ class Clock:
         self.cuda, self.on = device.type == "cuda", False
         self.spans: dict[str, list] = {"work": [], "end": [], "step": []}
         kinds = {**dict.fromkeys(WORK, "work"), **dict.fromkeys(END, "end")}
-        engine._INSTRUCTION_MAP = {kind: self._timed(kinds[kind.__name__], run) if kind.__name__ in kinds else run for kind, run in engine._INSTRUCTION_MAP.items()}
+        engine._INSTRUCTION_MAP = {
+            kind: self._timed(kinds[kind.__name__], run) if kind.__name__ in kinds else run
+            for kind, run in engine._INSTRUCTION_MAP.items()
+        }
 
     def _timed(self, kind: str, run):
         def instruction(engine, *args, **options):
@@ -53,7 +58,10 @@ class Clock:
         """Seconds since the last call: of work, of what all do at the end, of whole steps."""
         if self.cuda:
             torch.cuda.synchronize()
-        found = {kind: sum(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in spans) for kind, spans in self.spans.items()}
+        found = {
+            kind: sum(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in spans)
+            for kind, spans in self.spans.items()
+        }
         for spans in self.spans.values():
             spans.clear()
         return found
@@ -71,19 +79,31 @@ class Bubble:
         spent = self.clock.take()
         mine = [0.0] * self.count
         mine[self.index] = spent["work"]
-        *busy, steps = (value / self.data_world for value in distributed.all_reduce_sum([*mine, (spent["step"] - spent["end"]) / self.count]))
+        *busy, steps = (
+            value / self.data_world
+            for value in distributed.all_reduce_sum([*mine, (spent["step"] - spent["end"]) / self.count])
+        )
         self.busy = [a + b for a, b in zip(self.busy, busy, strict=True)]
         if not steps:
             return {}
-        return {"bubble": 1 - sum(busy) / self.count / steps, "bubble_ideal": (self.count - 1) / (micro_batches + self.count - 1)}
+        return {
+            "bubble": 1 - sum(busy) / self.count / steps,
+            "bubble_ideal": (self.count - 1) / (micro_batches + self.count - 1),
+        }
 
     def advice(self, parts: list[range]) -> str | None:
         """Busy seconds of the stages, and the layers that would even them out; None before anything was measured."""
         if not all(self.busy):
             return None
         each = [seconds / len(part) for seconds, part in zip(self.busy[:-1], parts, strict=False)]
-        layers = [cost for cost, part in zip(each, parts, strict=False) for _ in part] + [sum(each) / len(each)] * len(parts[-1])
+        layers = [cost for cost, part in zip(each, parts, strict=False) for _ in part] + [sum(each) / len(each)] * len(
+            parts[-1]
+        )
         output = max(0.0, self.busy[-1] - sum(layers[parts[-1].start :]))
         best = [len(part) for part in stages.partition(layers, output, self.count)]
-        said = f"stages were busy {', '.join(f'{seconds:.1f}' for seconds in self.busy)} s with {', '.join(str(len(part)) for part in parts)} layers"
-        return f"{said}; {'no other cut is more even' if best == [len(part) for part in parts] else f'parallel.layers: {best} would be more even'}"
+        said = (
+            f"stages were busy {', '.join(f'{seconds:.1f}' for seconds in self.busy)} s with"
+            f" {', '.join(str(len(part)) for part in parts)} layers"
+        )
+        even = best == [len(part) for part in parts]
+        return f"{said}; " + ("no other cut is more even" if even else f"parallel.layers: {best} would be more even")

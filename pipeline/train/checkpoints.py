@@ -1,12 +1,13 @@
 """Training checkpoints: a folder that is complete or is not looked at, written beside the training.
 
     checkpoints/.step-000100.tmp/      being written, or being removed
-    checkpoints/step-000100/           complete.json, written last, holds sizes and sha256 of all other files and the loop's state
+    checkpoints/step-000100/           complete.json, written last, holds sizes and sha256 of all other files and the
+                                       loop's state
     checkpoints/losses.json            held-out losses of the steps that were evaluated, for save.keep_best
 
-Training stands still while this process's pieces are copied in memory. A thread writes, hashes and syncs the copy; when all processes have
-said so, in the all-reduce that follows each step anyway, the main process's thread writes the marker and renames the folder. Threads make no
-collective calls. One checkpoint is in flight at a time.
+Training stands still while this process's pieces are copied in memory. A thread writes, hashes and syncs the copy; when
+all processes have said so, in the all-reduce that follows each step anyway, the main process's thread writes the marker
+and renames the folder. Threads make no collective calls. One checkpoint is in flight at a time.
 """
 
 import json
@@ -28,9 +29,11 @@ LOSSES = "losses.json"
 
 
 class Saver:
-    """Saves a run's engines. `with Saver(...) as saver:` finishes what is pending, or gives it up if the processes cannot be waited for.
+    """Saves a run's engines. `with Saver(...) as saver:` finishes what is pending, or gives it up if the processes
+    cannot be waited for.
 
-    In each step, on all processes: `saver.settle(*distributed.all_reduce_max(saver.flags()))`, in one all-reduce with whatever else is agreed on.
+    In each step, on all processes: `saver.settle(*distributed.all_reduce_max(saver.flags()))`, in one all-reduce with
+    whatever else is agreed on.
     """
 
     def __init__(self, output: Output, engines: list, options: Save):
@@ -50,28 +53,37 @@ class Saver:
     def save(self, step: int, loop_state: dict, wait: bool = False) -> None:
         """Begin a checkpoint of `step` steps; with `wait`, or save.asynchronous: false, also end it. Collective.
 
-        `loop_state` must be JSON. Raises UserError if the disk has no room for it; an error of the writing is raised by the call that learns of it.
+        `loop_state` must be JSON. Raises UserError if the disk has no room for it; an error of the writing is raised by
+        the call that learns of it.
         """
         if self.step is not None:
             if self.output.is_main:
-                print(f"{self.output.stage}: the checkpoint of step {self.step} is still being written, that of step {step} waits for it", flush=True)
+                print(
+                    f"{self.output.stage}: the checkpoint of step {self.step} is still being written, that of step"
+                    f" {step} waits for it",
+                    flush=True,
+                )
             self.finish()
         self._room_for_one(step)
         wait = wait or not self.options.asynchronous
         parts = {engine.name: engine.pieces() for engine in self.engines}
         if not wait:
-            parts = {name: part._replace(fragments=self.copiers[name].copy(part.fragments)) for name, part in parts.items()}
+            parts = {
+                name: part._replace(fragments=self.copiers[name].copy(part.fragments)) for name, part in parts.items()
+            }
         self.step, self.loop_state, self.publishing = step, json.loads(json.dumps(loop_state)), False
         self._begin(lambda: self._write(parts), wait)
         if wait:
             self.finish()
 
     def flags(self) -> list[float]:
-        """[something is being written here, it failed here]: to be reduced to their maxima over all processes and given to `settle`."""
+        """[something is being written here, it failed here]: to be reduced to their maxima over all processes and
+        given to `settle`."""
         return [float(self.thread is not None and self.thread.is_alive()), float(self.failure is not None)]
 
     def settle(self, busy: float, failed: float) -> None:
-        """Go on with the checkpoint in flight, now that it is known how all processes stand. Raises UserError if one of them could not write."""
+        """Go on with the checkpoint in flight, now that it is known how all processes stand. Raises UserError if one
+        of them could not write."""
         if self.step is None or busy:
             return
         if failed:
@@ -100,7 +112,8 @@ class Saver:
             self.finish()
             return
         if distributed.world() > 1:
-            self.given_up.set()  # the others may be anywhere: nothing can be agreed on, and the folder keeps its hidden name
+            # the others may be anywhere: nothing can be agreed on, and the folder keeps its hidden name
+            self.given_up.set()
             if self.thread:
                 self.thread.join()
             return
@@ -119,20 +132,28 @@ class Saver:
             write_json(self.folder / LOSSES, self.losses)
 
     def check_room(self, steps: int | None) -> None:
-        """Before the first step: room for all the checkpoints that will stand at a time, and for the model. Raises UserError with the numbers. Collective."""
+        """Before the first step: room for all the checkpoints that will stand at a time, and for the model. Raises
+        UserError with the numbers. Collective."""
         one, options = self._size(), self.options
         count = options.keep + 1 + options.keep_best
         if steps is not None:  # None: as many as a time allows, which only the first steps will tell
-            count = min(count + (steps // options.keep_every if options.keep_every else 0), -(-steps // options.every_steps))
+            count = min(
+                count + (steps // options.keep_every if options.keep_every else 0), -(-steps // options.every_steps)
+            )
         model = 4 * sum(math.prod(shape) for shape in self.engines[0].shapes.values())
-        there = sum(file.stat().st_size for path in complete(self.folder) for file in path.iterdir()) if self.output.is_main else 0
+        there = (
+            sum(file.stat().st_size for path in complete(self.folder) for file in path.iterdir())
+            if self.output.is_main
+            else 0
+        )
         needed = count * one + model - there
         free = shutil.disk_usage(self.output.path).free if self.output.is_main else 0
         free, there, needed = distributed.from_main((free, there, needed))
         if needed > free:
             raise UserError(
-                f"{self.output.path}: {count} checkpoints of {_gb(one)} (save.keep: {options.keep}, and one being written) and a model of {_gb(model)} "
-                f"need {_gb(needed)} more, {_gb(free)} are free; make room, give another `output`, or save less (save.keep, save.keep_every)"
+                f"{self.output.path}: {count} checkpoints of {_gb(one)} (save.keep: {options.keep}, and one being"
+                f" written) and a model of {_gb(model)} need {_gb(needed)} more, {_gb(free)} are free; make room, give"
+                " another `output`, or save less (save.keep, save.keep_every)"
             )
 
     def _size(self) -> int:
@@ -142,13 +163,20 @@ class Saver:
     def _room_for_one(self, step: int) -> None:
         free = distributed.from_main(shutil.disk_usage(self.output.path).free if self.output.is_main else 0)
         if self._size() > free:
-            raise UserError(f"{self.folder}: the checkpoint of step {step} takes {_gb(self._size())}, {_gb(free)} are free; {self._advice()}")
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {step} takes {_gb(self._size())}, {_gb(free)} are free;"
+                f" {self._advice()}"
+            )
 
     def _advice(self) -> str:
         there = complete(self.folder)
-        return f"make room, then the same command goes on from {there[-1].name}" if there else "make room, then start it again"
+        return (
+            f"make room, then the same command goes on from {there[-1].name}"
+            if there
+            else "make room, then start it again"
+        )
 
-    # ---- in the writing thread -------------------------------------------------------------------------------------------------
+    # ---- in the writing thread ---------------------------------------------------------------------------------------
 
     def _begin(self, action, here: bool) -> None:
         def run():
@@ -207,16 +235,24 @@ class Saver:
         """Every process raises; what was written goes, and the checkpoints before stay as they are."""
         own, step, temporary = self.failure, self.step, self._temporary
         self.step = self.failure = None
-        words = distributed.gathered_object(f"{own.strerror or own} ({own.filename or 'file'})" if isinstance(own, OSError) else repr(own) if own else None)
+        words = distributed.gathered_object(
+            f"{own.strerror or own} ({own.filename or 'file'})"
+            if isinstance(own, OSError)
+            else repr(own)
+            if own
+            else None
+        )
         if self.output.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         if own and not isinstance(own, OSError):
             raise own
         index, what = next((index, word) for index, word in enumerate(words) if word)
-        raise UserError(f"the checkpoint of step {step} could not be written by process {index}: {what}; {self._advice()}") from own
+        raise UserError(
+            f"the checkpoint of step {step} could not be written by process {index}: {what}; {self._advice()}"
+        ) from own
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def newest(output: Output) -> tuple[Path, dict] | None:
@@ -243,13 +279,17 @@ def state_of(path: Path) -> dict:
 
 
 def of_step(folder: Path, step: int, what: str) -> Path:
-    """The checkpoint of a step in a run's folder, whole. Raises UserError that names the steps there are. `what`: who asks. Collective."""
+    """The checkpoint of a step in a run's folder, whole. Raises UserError that names the steps there are. `what`:
+    who asks. Collective."""
     there = distributed.from_main(complete(folder / "checkpoints"))
     path = folder / "checkpoints" / f"step-{step:06d}"
     if path not in there:
         steps = ", ".join(str(_step(found)) for found in there)
         has = f"those of steps {steps}" if steps else "none"
-        raise UserError(f"{what}: {folder} has no checkpoint of step {step}; it has {has} (save.keep and save.keep_every say which stay)")
+        raise UserError(
+            f"{what}: {folder} has no checkpoint of step {step}; it has {has} (save.keep and save.keep_every say which"
+            " stay)"
+        )
     if found := damage(path):
         raise UserError(f"{what}: {path} is damaged ({found}); name another step, or run the stage again that made it")
     return path
@@ -257,7 +297,9 @@ def of_step(folder: Path, step: int, what: str) -> Path:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).exists()]
+    found = [
+        path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).exists()
+    ]
     return sorted(found, key=_step)
 
 

@@ -14,14 +14,16 @@ def _either(numbers: list[int]) -> str:
 
 
 def _idle(block: Strict, key: str, why: str) -> None:
-    """Refuse a key that would change a run's identity and not its result. At its default it may stand: a recipe that is written out has all keys."""
+    """Refuse a key that would change a run's identity and not its result. At its default it may stand: a recipe that
+    is written out has all keys."""
     value = getattr(block, key)
     if value != type(block).model_fields[key].default:
         raise ValueError(f"{key}: {value} {why}; leave it out")
 
 
 class Optimizer(Strict):
-    """AdamW (Loshchilov & Hutter, 2019), or Muon (Jordan et al., 2024) for the matrices inside the model with AdamW for the rest."""
+    """AdamW (Loshchilov & Hutter, 2019), or Muon (Jordan et al., 2024) for the matrices inside the model with AdamW
+    for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """muon learns more from each token and needs whole matrices: not with zero or pipeline."""
@@ -81,7 +83,8 @@ class Parallel(Strict):
     partition: Literal["estimated", "uniform"] = "estimated"
     """How a pipeline's layers are shared out: by FLOPs, the output layer's among them, or in equal numbers."""
     layers: list[Annotated[int, Field(ge=1)]] | None = None
-    """Layers of each pipeline stage, such as [9, 8, 8, 7]; instead of `partition`. A run ends with what it measured and would suggest."""
+    """Layers of each pipeline stage, such as [9, 8, 8, 7]; instead of `partition`. A run ends with what it measured
+    and would suggest."""
     offload: bool = False
     """Keep the optimizer's state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory."""
 
@@ -109,9 +112,11 @@ class Save(Strict):
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints of steps divisible by this stay too: where a decay can branch off (`from_step`)."""
     keep_best: bool = False
-    """The checkpoint with the lowest held-out loss stays too; the steps that are both saved and evaluated (`evaluate_every`) can be it."""
+    """The checkpoint with the lowest held-out loss stays too; the steps that are both saved and evaluated
+    (`evaluate_every`) can be it."""
     asynchronous: bool = True
-    """Training goes on while a checkpoint is written: it waits for a copy in (CPU) memory, which is kept, 12 bytes a parameter over all processes."""
+    """Training goes on while a checkpoint is written: it waits for a copy in (CPU) memory, which is kept, 12 bytes a
+    parameter over all processes."""
 
 
 class Log(Strict):
@@ -120,16 +125,19 @@ class Log(Strict):
     every_steps: int = Field(10, ge=1)
     """Steps between lines."""
     peak: Literal["measured"] | Annotated[float, Field(gt=0)] | None = None
-    """Arithmetic peak of one device that MFU is measured against: TFLOP/s, or `measured` by a matrix product at the start (a second); none: from a table of GPUs."""
+    """Arithmetic peak of one device that MFU is measured against: TFLOP/s, or `measured` by a matrix product at the
+    start (a second); none: from a table of GPUs."""
     wandb: str | None = None
     """Weights & Biases project; offline when WANDB_API_KEY is not set."""
 
 
 class Spikes(Strict):
-    """What is done about a step whose loss or gradient norm jumps (train/spikes.py). A step that is not finite is never applied, whatever is said here."""
+    """What is done about a step whose loss or gradient norm jumps (train/spikes.py). A step that is not finite is
+    never applied, whatever is said here."""
 
     policy: Literal["off", "stop", "skip", "rollback"] = "off"
-    """stop: the update is not made, the state before it is saved and the run ends; skip: the update is not made; rollback: back to the newest checkpoint, and past the rows since then."""
+    """stop: the update is not made, the state before it is saved and the run ends; skip: the update is not made;
+    rollback: back to the newest checkpoint, and past the rows since then."""
     sigma: float = Field(6.0, gt=0)
     """Robust deviations above the median of the last steps from which on a value is a spike; OLMo's and here 6."""
     window: int = Field(128, ge=4)
@@ -137,22 +145,27 @@ class Spikes(Strict):
     rollbacks: int = Field(3, ge=1)
     """Rollbacks after which the next spike stops the run."""
     in_a_row: int = Field(16, ge=1)
-    """Steps one after another that are not applied, spikes or not finite, after which the run stops, with every policy."""
+    """Steps one after another that are not applied, spikes or not finite, after which the run stops, with every
+    policy."""
 
 
 class Watchdog(Strict):
     """How long silence may last before the run is ended and put back into the queue (train/watch.py)."""
 
     hang: float = Field(600, gt=0)
-    """Seconds without progress of any rank inside a step. Then the rank that the others wait for is named, stacks are written and all ranks end."""
+    """Seconds without progress of any rank inside a step. Then the rank that the others wait for is named, stacks
+    are written and all ranks end."""
     start: float = Field(3600, gt=0)
-    """The same for what may take long: starting, the first step (compiling), rollouts, evaluating, saving and publishing."""
+    """The same for what may take long: starting, the first step (compiling), rollouts, evaluating, saving and
+    publishing."""
     lost: float = Field(30, gt=0)
-    """Seconds without a heartbeat after which a rank is taken for dead; it writes one every second, every eighth with 512 ranks."""
+    """Seconds without a heartbeat after which a rank is taken for dead; it writes one every second, every eighth
+    with 512 ranks."""
 
 
 class TrainConfig(StageConfig):
-    """A stage that updates weights. One step is one update over `batch_size` rows, however many processes share them."""
+    """A stage that updates weights. One step is one update over `batch_size` rows, however many processes share
+    them."""
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
@@ -170,8 +183,13 @@ class TrainConfig(StageConfig):
     """Jumps of the loss or the gradient norm."""
     micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Rows in memory at a time on one process; none: all of its share. Gradients are accumulated up to `batch_size`."""
-    activation_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value), EXECUTION] = "none"
-    """Keep less for the backward pass and compute it again there. full: each layer's input alone (Chen et al., 2016), a third more work; selective: also the results of matrix products and attention."""
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "full"],
+        BeforeValidator(lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value),
+        EXECUTION,
+    ] = "none"
+    """Keep less for the backward pass and compute it again there. full: each layer's input alone (Chen et al.,
+    2016), a third more work; selective: also the results of matrix products and attention."""
     parallel: Annotated[Parallel, EXECUTION] = Parallel()
     """ZeRO stage and pipeline depth."""
     save: Annotated[Save, EXECUTION] = Save()
@@ -186,7 +204,10 @@ class TrainConfig(StageConfig):
     @model_validator(mode="after")
     def whole_matrices(self):
         if self.optimizer.kind == "muon" and (self.parallel.zero is not None or self.parallel.pipeline > 1):
-            raise ValueError("optimizer.kind: muon orthogonalises whole matrices, which zero and pipeline cut up; use adamw, or data parallelism alone (parallel: {})")
+            raise ValueError(
+                "optimizer.kind: muon orthogonalises whole matrices, which zero and pipeline cut up; use adamw, or data"
+                " parallelism alone (parallel: {})"
+            )
         return self
 
     def check(self, world: int) -> None:
@@ -197,24 +218,43 @@ class TrainConfig(StageConfig):
             near = sorted({max(1, world // depth) * depth, (world // depth + 1) * depth})
             fits = [number for number in range(1, world + 1) if world % number == 0]
             raise UserError(
-                f"stage {self.kind}: {world} process{'es' * (world > 1)} cannot be divided into pipeline: {depth} stages; "
-                f"launch {_either(near)}, or give parallel.pipeline={_either(sorted(sorted(fits, key=lambda number: abs(number - depth))[:2]))}"
+                f"stage {self.kind}: {world} process{'es' * (world > 1)} cannot be divided into pipeline: {depth}"
+                f" stages; launch {_either(near)}, or give"
+                f" parallel.pipeline={_either(sorted(sorted(fits, key=lambda number: abs(number - depth))[:2]))}"
             )
-        if self.save.keep_best and (self.evaluate_every is None or math.lcm(self.evaluate_every, self.save.every_steps) > (self.steps or math.inf)):
-            saved, evaluated = f"save.every_steps: {self.save.every_steps}", f"evaluate_every: {self.evaluate_every or 'none'}"
-            raise UserError(f"stage {self.kind}: save.keep_best: no step is both saved ({saved}) and evaluated ({evaluated}); make one a multiple of the other")
+        if self.save.keep_best and (
+            self.evaluate_every is None
+            or math.lcm(self.evaluate_every, self.save.every_steps) > (self.steps or math.inf)
+        ):
+            saved, evaluated = (
+                f"save.every_steps: {self.save.every_steps}",
+                f"evaluate_every: {self.evaluate_every or 'none'}",
+            )
+            raise UserError(
+                f"stage {self.kind}: save.keep_best: no step is both saved ({saved}) and evaluated ({evaluated}); make"
+                " one a multiple of the other"
+            )
         ranks = world // depth
         if self.batch_size % ranks:
             below = self.batch_size // ranks * ranks
             fits = [number for number in range(1, ranks) if self.batch_size % number == 0]
             raise UserError(
-                f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; "
-                f"use {_either([below, below + ranks] if below else [ranks])}, or {_either([number * depth for number in fits[-2:]])} process{'es' * (fits[-1] * depth > 1)}"
+                f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use"
+                f" {_either([below, below + ranks] if below else [ranks])}, or"
+                f" {_either([number * depth for number in fits[-2:]])} process{'es' * (fits[-1] * depth > 1)}"
             )
         rows = self.batch_size // ranks
         if self.micro_batch and rows % self.micro_batch:
-            fits = sorted(sorted((number for number in range(1, rows + 1) if rows % number == 0), key=lambda number: abs(number - self.micro_batch))[:2])
-            raise UserError(f"stage {self.kind}: a rank's share of {rows} rows is not divisible by micro_batch {self.micro_batch}; use {_either(fits)}")
+            fits = sorted(
+                sorted(
+                    (number for number in range(1, rows + 1) if rows % number == 0),
+                    key=lambda number: abs(number - self.micro_batch),
+                )[:2]
+            )
+            raise UserError(
+                f"stage {self.kind}: a rank's share of {rows} rows is not divisible by micro_batch {self.micro_batch};"
+                f" use {_either(fits)}"
+            )
 
     @classmethod
     def supports_pipeline(cls) -> bool:

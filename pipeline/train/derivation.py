@@ -1,4 +1,5 @@
-"""What follows from a pretraining recipe, printed before the first step: parameters, tokens, FLOPs, time, memory, disk."""
+"""What follows from a pretraining recipe, printed before the first step: parameters, tokens, FLOPs, time, memory,
+disk."""
 
 import shutil
 
@@ -6,7 +7,8 @@ from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
 from pipeline.train import distributed, head
 
-ASSUMED_MFU = 0.4  # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
+# of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
+ASSUMED_MFU = 0.4
 
 
 def layout_of(config, model_config) -> cost.Layout:
@@ -37,51 +39,99 @@ def expected_seconds(config, flops: Flops, peak: float | None) -> float | None:
 
 
 def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sampler, folder) -> list[str]:
-    """config: with steps, unless its horizon is a time. peak: FLOP/s of all devices, if known. folder: where checkpoints go."""
+    """config: with steps, unless its horizon is a time. peak: FLOP/s of all devices, if known. folder: where
+    checkpoints go."""
     layout = layout_of(config, model_config)
     world, step = layout.ranks * layout.depth, config.batch_size * config.sequence_length
     picked, experts = cost.routed(model_config)
     active = f"; {size.active:,} active for a token ({picked} of {experts} experts)" if experts > 1 else ""
     found = [f"model      {size.total:,} parameters: {size.body:,} in layers, {size.embedding:,} in embeddings{active}"]
     if config.steps is None:
-        found.append(f"data       {step:,} tokens a step ({config.batch_size} rows x {config.sequence_length}); how many steps fit into {config.time} is said once the first ones have been timed")
+        found.append(
+            f"data       {step:,} tokens a step ({config.batch_size} rows x {config.sequence_length}); how many steps"
+            f" fit into {config.time} is said once the first ones have been timed"
+        )
     else:
         tokens = config.steps * step
-        found.append(f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x {config.sequence_length}; {tokens / size.total:.1f} tokens a parameter (Chinchilla's optimum is about 20)")
+        found.append(
+            f"data       {tokens:,} tokens = {config.steps:,} steps x {config.batch_size} rows x"
+            f" {config.sequence_length}; {tokens / size.total:.1f} tokens a parameter (Chinchilla's optimum is"
+            " about 20)"
+        )
         rows = config.steps * config.batch_size
         epochs, given = sampler.epochs(rows), sampler.rows_of(rows)
         shares = sampler.weights if not sampler.changes else {source: count / rows for source, count in given.items()}
-        told = [f"{source} {100 * shares[source]:.3g}% of the rows, {epochs[source]:.2f} epochs of {sampler.store.num_tokens(source):,} tokens" for source in sampler.sources]
+        told = [
+            f"{source} {100 * shares[source]:.3g}% of the rows, {epochs[source]:.2f} epochs of"
+            f" {sampler.store.num_tokens(source):,} tokens"
+            for source in sampler.sources
+        ]
         found.append("sources    " + "; ".join(told))
     for number, (first, _) in enumerate(sampler.changes, 1):
-        weights = ", ".join(f"{source} {100 * weight:.3g}%" for source, weight in sampler.mixture.weights(number).items())
+        weights = ", ".join(
+            f"{source} {100 * weight:.3g}%" for source, weight in sampler.mixture.weights(number).items()
+        )
         found.append(f"mixture    from row {first:,} ({first * config.sequence_length:,} tokens) on: {weights}")
     if sampler.packing == "best_fit":
         empty, cut = sampler.padding(), sampler.cut_documents()
-        told = [f"{source} {rows:,} rows an epoch, {100 * empty[source]:.2g}% of them padding, {cut[source]:,} of {sampler.store.num_documents(source):,} documents cut" for source, rows in sampler.rows_per_epoch.items()]
+        told = [
+            f"{source} {rows:,} rows an epoch, {100 * empty[source]:.2g}% of them padding, {cut[source]:,} of"
+            f" {sampler.store.num_documents(source):,} documents cut"
+            for source, rows in sampler.rows_per_epoch.items()
+        ]
         found.append("packing    best fit: " + "; ".join(told))
     schedule = config.schedule
     end = "" if schedule.kind == "constant" else f" to {schedule.min_ratio * config.optimizer.lr:.3g}"
-    found.append(f"schedule   {config.optimizer.kind}, {schedule.kind} from {config.optimizer.lr:.3g}{end}, warmup of {schedule.warmup_steps:,} steps ({schedule.warmup_steps * step:,} tokens)")
-    where = f"pipeline {layout.depth} x {layout.ranks} data ranks" if layout.depth > 1 else f"ZeRO-{layout.zero} over {world}" if layout.zero is not None else f"data parallel over {world}" if world > 1 else "one process"
-    found.append(f"layout     {where}; {layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of {layout.micro} rows a step on each; {config.precision}")
+    found.append(
+        f"schedule   {config.optimizer.kind}, {schedule.kind} from {config.optimizer.lr:.3g}{end}, warmup of"
+        f" {schedule.warmup_steps:,} steps ({schedule.warmup_steps * step:,} tokens)"
+    )
+    where = (
+        f"pipeline {layout.depth} x {layout.ranks} data ranks"
+        if layout.depth > 1
+        else (
+            f"ZeRO-{layout.zero} over {world}"
+            if layout.zero is not None
+            else f"data parallel over {world}"
+            if world > 1
+            else "one process"
+        )
+    )
+    found.append(
+        f"layout     {where}; {layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of {layout.micro}"
+        f" rows a step on each; {config.precision}"
+    )
     total = f"{flops.full * config.steps * step:.2e} FLOPs, " if config.steps else ""
     seconds = expected_seconds(config, flops, peak)
-    guess = f"; about {duration(seconds)} at {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:,.4g} TFLOP/s (an assumption)" if seconds is not None else ""
+    guess = (
+        f"; about {duration(seconds)} at {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:,.4g} TFLOP/s (an assumption)"
+        if seconds is not None
+        else ""
+    )
     found.append(f"compute    {total}{flops.full:.2e} a token, {flops.causal:.2e} with causal attention halved{guess}")
     parts = cost.memory(model_config, size, config.sequence_length, layout)
-    found.append(f"memory     about {gigabytes(sum(parts.values()))} a process: " + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items()))
+    found.append(
+        f"memory     about {gigabytes(sum(parts.values()))} a process: "
+        + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items())
+    )
     if distributed.device().type == "cuda":
         import torch
 
         there = torch.cuda.get_device_properties(distributed.device()).total_memory
         if sum(parts.values()) > there:
-            found.append(f"           this GPU has {gigabytes(there)}: a smaller micro_batch, activation_checkpointing, or more ranks under zero take less")
+            found.append(
+                f"           this GPU has {gigabytes(there)}: a smaller micro_batch, activation_checkpointing, or more"
+                " ranks under zero take less"
+            )
     each = cost.checkpoint_bytes(size, config.optimizer.kind)
     save = config.save
-    kept = save.keep + 1 + save.keep_best + (config.steps // save.keep_every if save.keep_every and config.steps else 0)  # and one being written
+    # and one being written
+    kept = save.keep + 1 + save.keep_best + (config.steps // save.keep_every if save.keep_every and config.steps else 0)
     free = shutil.disk_usage(folder).free
-    found.append(f"disk       {gigabytes(each)} a checkpoint, at most {kept} at a time: {gigabytes(kept * each)}; {gigabytes(free)} are free")
+    found.append(
+        f"disk       {gigabytes(each)} a checkpoint, at most {kept} at a time: {gigabytes(kept * each)};"
+        f" {gigabytes(free)} are free"
+    )
     return found + (sampler.warnings(config.steps * config.batch_size) if config.steps else [])
 
 

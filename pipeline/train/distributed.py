@@ -1,7 +1,7 @@
 """Processes: starting the group that a launcher has laid out, agreeing on small things, and ending without a crash.
 
-`accelerate launch`, torchrun, srun and `alma run` only start processes and set RANK, WORLD_SIZE and LOCAL_RANK; what the processes do
-together is the recipe's business (`parallel`).
+`accelerate launch`, torchrun, srun and `alma run` only start processes and set RANK, WORLD_SIZE and LOCAL_RANK; what
+the processes do together is the recipe's business (`parallel`).
 """
 
 import gc
@@ -35,7 +35,8 @@ def device():
 
 
 def setup(config=None) -> None:
-    """Threads, GPU and process group of this process. May be called again. Raises UserError if the launcher wants something else than the recipe."""
+    """Threads, GPU and process group of this process. May be called again. Raises UserError if the launcher wants
+    something else than the recipe."""
     import torch
     import torch.distributed as dist
 
@@ -44,7 +45,11 @@ def setup(config=None) -> None:
         if getattr(config, "run", None):
             choose_device(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = getattr(getattr(config, "run", None), "threads", None) or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, _cores() // local)
+    threads = (
+        getattr(getattr(config, "run", None), "threads", None)
+        or int(os.environ.get("OMP_NUM_THREADS", 0))
+        or max(1, _cores() // local)
+    )
     torch.set_num_threads(threads)
     _settle_vector_math()
     here = device()
@@ -57,7 +62,8 @@ def setup(config=None) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")
     if dist.is_initialized():
         return
-    # Flags and sums of a few numbers travel over gloo also where tensors travel over nccl: no launch of a kernel, no wait for the GPU.
+    # Flags and sums of a few numbers travel over gloo also where tensors travel over nccl: no launch of a kernel, no
+    # wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if world() > 1:
         # The watch (train/watch.py) knows who lags and says it, so it must be the first to lose patience.
@@ -75,9 +81,10 @@ VECTOR_FUNCTIONS = "acos asin atan cos erf erfc exp expm1 log log10 log1p log2 s
 def _settle_vector_math() -> None:
     """Call each of oneMKL's vector functions once on one number, before two threads can do it at the same time.
 
-    oneMKL before 2025.0 (torch 2.13 has 2024.2) chooses the kernel of a function at its first call. If that is made by several threads at once, one of them may
-    run a kernel of low accuracy, for this call alone: relative errors of 1.5e-4 in exp in 13 of 900 fresh processes with two threads, in none of 900 after
-    this (docs/log.md 14; pytorch/pytorch issue 188792). So the first step of a run was not always that of the same run made again.
+    oneMKL before 2025.0 (torch 2.13 has 2024.2) chooses the kernel of a function at its first call. If that is made by
+    several threads at once, one of them may run a kernel of low accuracy, for this call alone: relative errors of
+    1.5e-4 in exp in 13 of 900 fresh processes with two threads, in none of 900 after this (docs/log.md 14;
+    pytorch/pytorch issue 188792). So the first step of a run was not always that of the same run made again.
     """
     import torch
 
@@ -97,25 +104,40 @@ def choose_device(config, local: int) -> None:
         return
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and (forced or not there):
-        why = "ACCELERATE_USE_CPU=true forbids it" if forced else f"torch {torch.__version__} finds none here (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
-        raise UserError(f"stage {config.kind}: run.device: cuda asks for a GPU, and {why}; start it where there is one, or give {config.kind}.run.device=cpu")
+        why = (
+            "ACCELERATE_USE_CPU=true forbids it"
+            if forced
+            else (
+                f"torch {torch.__version__} finds none here"
+                f" (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
+            )
+        )
+        raise UserError(
+            f"stage {config.kind}: run.device: cuda asks for a GPU, and {why}; start it where there is one, or give"
+            f" {config.kind}.run.device=cpu"
+        )
     if not forced and 0 < there < local:
-        raise UserError(f"stage {config.kind}: {local} processes on this machine and {there} GPU{'s' * (there > 1)}; launch {there}, or give {config.kind}.run.device=cpu")
+        raise UserError(
+            f"stage {config.kind}: {local} processes on this machine and {there} GPU{'s' * (there > 1)}; launch"
+            f" {there}, or give {config.kind}.run.device=cpu"
+        )
 
 
 def _agree_with_launcher(config) -> None:
-    """`accelerate config` may name a ZeRO stage too. Whoever wrote it meant it, so a disagreement is refused and not decided here."""
+    """`accelerate config` may name a ZeRO stage too. Whoever wrote it meant it, so a disagreement is refused and not
+    decided here."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true" or not hasattr(config, "parallel"):
         return
     launched = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if launched is None:
         return
-    wanted = 1 if config.parallel.pipeline > 1 else config.parallel.zero  # a pipeline always has DeepSpeed's ZeRO-1 optimizer
+    # a pipeline always has DeepSpeed's ZeRO-1 optimizer
+    wanted = 1 if config.parallel.pipeline > 1 else config.parallel.zero
     if str(wanted) != launched:
         shown = "none (plain data parallelism)" if wanted is None else wanted
         raise UserError(
-            f"stage {config.kind}: the recipe says parallel.zero: {shown}, the accelerate launch config says zero_stage: {launched}; "
-            f"make them equal, or launch with --multi_gpu and let the recipe decide"
+            f"stage {config.kind}: the recipe says parallel.zero: {shown}, the accelerate launch config says"
+            f" zero_stage: {launched}; make them equal, or launch with --multi_gpu and let the recipe decide"
         )
 
 
@@ -201,8 +223,9 @@ def _cpu_group():
 
 
 def shutdown() -> None:
-    """End the process group. Without the pause a gloo thread may take the interpreter lock while Python is being torn down, and a run whose
-    work is done and published dies with SIGABRT (`terminate called without an active exception`); with it: 0 of 18 launches."""
+    """End the process group. Without the pause a gloo thread may take the interpreter lock while Python is being
+    torn down, and a run whose work is done and published dies with SIGABRT (`terminate called without an active
+    exception`); with it: 0 of 18 launches."""
     if "torch.distributed" not in sys.modules:
         return
     import torch.distributed as dist

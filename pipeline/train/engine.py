@@ -1,11 +1,14 @@
-"""The engine: what every training stage shares. A stage brings a model, a loss and micro-batches; the engine makes updates of them.
+"""The engine: what every training stage shares. A stage brings a model, a loss and micro-batches; the engine makes
+updates of them.
 
-A micro-batch is a dict: `inputs` (keyword tensors of the model's forward), `weight` (what the loss is averaged over: tokens, pairs), and
-whatever else the loss reads. `loss_fn(outputs, batch)` returns the SUM of the loss over the micro-batch and a dict of further sums;
-outputs are logits, or TokenLosses where the model's output layer computes the losses itself (head.py), from the batch's `labels`.
+A micro-batch is a dict: `inputs` (keyword tensors of the model's forward), `weight` (what the loss is averaged over:
+tokens, pairs), and whatever else the loss reads. `loss_fn(outputs, batch)` returns the SUM of the loss over the
+micro-batch and a dict of further sums; outputs are logits, or TokenLosses where the model's output layer computes the
+losses itself (head.py), from the batch's `labels`.
 
-One step minimises (sum over the whole global batch) / (its total weight), so that micro-batch size, accumulation and number of
-processes do not change the gradient. A non-finite loss or gradient norm leaves the weights untouched (`applied: False`).
+One step minimises (sum over the whole global batch) / (its total weight), so that micro-batch size, accumulation and
+number of processes do not change the gradient. A non-finite loss or gradient norm leaves the weights untouched
+(`applied: False`).
 """
 
 import contextlib
@@ -41,18 +44,25 @@ class Engine:
         self.step_count = 0
         self.data_rank, self.data_world = distributed.rank(), distributed.world()
         self.balance = balance.attach(model, config) if model is not None else None  # before an engine wraps the model
-        self.shapes = {} if model is None else {key: list(parameter.shape) for key, parameter in model.named_parameters()}
+        self.shapes = (
+            {} if model is None else {key: list(parameter.shape) for key, parameter in model.named_parameters()}
+        )
 
-    def step(self, micro_batches: list[dict], lr: float | None = None, admit: Callable[[float, float], bool] | None = None) -> dict:
+    def step(
+        self, micro_batches: list[dict], lr: float | None = None, admit: Callable[[float, float], bool] | None = None
+    ) -> dict:
         """One update from this process's micro-batches. Collective; every data rank gives equally many micro-batches.
 
-        admit(loss, grad_norm), both finite, is asked before the update; if it says no on any process, the update is not made and `refused` is True.
-        Returns loss, grad_norm (before clipping), applied, weight, lr and the loss's further sums divided by the weight; equal on all processes.
+        admit(loss, grad_norm), both finite, is asked before the update; if it says no on any process, the update is not
+        made and `refused` is True. Returns loss, grad_norm (before clipping), applied, weight, lr and the loss's
+        further sums divided by the weight; equal on all processes.
         """
         if lr is None:
             lr = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step_count, self.config.steps)
         rows = sum(len(batch["inputs"]["input_ids"]) for batch in micro_batches) if self.balance else 0
-        weight, count, rows = self._data_sum([float(sum(batch["weight"] for batch in micro_batches)), len(micro_batches), rows])
+        weight, count, rows = self._data_sum(
+            [float(sum(batch["weight"] for batch in micro_batches)), len(micro_batches), rows]
+        )
         assert count == len(micro_batches) * self.data_world, "every data rank must give equally many micro-batches"
         if weight == 0:  # nothing to learn from: all labels masked
             self.step_count += 1
@@ -62,13 +72,23 @@ class Engine:
         self._admit, self._weight, self.refused = admit, weight, False
         loss, sums, norm, applied = self._update([self._to_device(batch) for batch in micro_batches], weight, lr)
         self.step_count += 1
-        return {"loss": loss / weight, "grad_norm": norm, "applied": applied, "weight": weight, "lr": lr, **({"refused": True} if self.refused else {}), **{key: value / weight for key, value in sums.items()}, **(self.balance.read(rows) if self.balance else {})}
+        return {
+            "loss": loss / weight,
+            "grad_norm": norm,
+            "applied": applied,
+            "weight": weight,
+            "lr": lr,
+            **({"refused": True} if self.refused else {}),
+            **{key: value / weight for key, value in sums.items()},
+            **(self.balance.read(rows) if self.balance else {}),
+        }
 
     def evaluate(self, micro_batches: list[dict]) -> dict:
-        """Loss and further sums over the micro-batches of all data ranks, each divided by the total weight. No gradient, dropout off. Collective.
+        """Loss and further sums over the micro-batches of all data ranks, each divided by the total weight. No
+        gradient, dropout off. Collective.
 
-        Data ranks may have different numbers of micro-batches, at least one each: who has fewer repeats its first with weight 0, because forward
-        passes of ZeRO-3 and of a pipeline are collective.
+        Data ranks may have different numbers of micro-batches, at least one each: who has fewer repeats its first with
+        weight 0, because forward passes of ZeRO-3 and of a pipeline are collective.
         """
         assert micro_batches, "every data rank needs at least one micro-batch to evaluate"
         most = int(distributed.all_reduce_max([len(micro_batches)])[0])
@@ -78,7 +98,9 @@ class Engine:
         with torch.no_grad():
             sums = self._forward_sums(batches, counted)
         keys = sorted(sums)
-        weight, *values = self._data_sum([float(sum(batch["weight"] for batch in micro_batches)), *(sums[key] for key in keys)])
+        weight, *values = self._data_sum(
+            [float(sum(batch["weight"] for batch in micro_batches)), *(sums[key] for key in keys)]
+        )
         return {**{key: value / max(weight, 1e-9) for key, value in zip(keys, values, strict=True)}, "weight": weight}
 
     def measured(self) -> dict[str, float]:
@@ -91,16 +113,31 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered(self):
-        """Inside, `model` has its full parameters on every process (ZeRO-3 keeps them in shards); do not change them. Collective."""
+        """Inside, `model` has its full parameters on every process (ZeRO-3 keeps them in shards); do not change
+        them. Collective."""
         yield
 
     def pieces(self) -> state.Part:
-        """What this process writes of the run's state: views of live memory, whose every element some process writes once. Collective only in that all must save."""
+        """What this process writes of the run's state: views of live memory, whose every element some process writes
+        once. Collective only in that all must save."""
         mine, common = self._held()
         fragments = mine + state.share(common, self.data_rank, self.data_world)
         names = {fragment.name for fragment in fragments if fragment.kind == "weight"}
-        parameters = {name: {"shape": shape, "updates": self._updates(name)} for name, shape in self.shapes.items() if name in names}
-        return state.Part(fragments, parameters, {"format": state.FORMAT, "steps": self.step_count, "optimizer": self.config.optimizer.kind, "layout": self._layout()})
+        parameters = {
+            name: {"shape": shape, "updates": self._updates(name)}
+            for name, shape in self.shapes.items()
+            if name in names
+        }
+        return state.Part(
+            fragments,
+            parameters,
+            {
+                "format": state.FORMAT,
+                "steps": self.step_count,
+                "optimizer": self.config.optimizer.kind,
+                "layout": self._layout(),
+            },
+        )
 
     def save(self, folder: Path) -> None:
         """Write what `load` needs to go on, in whatever layout. Collective."""
@@ -114,7 +151,8 @@ class Engine:
         return 12 * sum(math.prod(shape) for shape in self.shapes.values())
 
     def load(self, folder: Path) -> str:
-        """Go on from a folder that `save` wrote; in the same layout, bit for bit. Returns what changed in the layout, in words. Collective.
+        """Go on from a folder that `save` wrote; in the same layout, bit for bit. Returns what changed in the layout,
+        in words. Collective.
 
         Raises UserError if the folder holds another model, another optimizer's moments, or not all of the state.
         """
@@ -130,10 +168,16 @@ class Engine:
 
     def _layout(self) -> dict:
         parallel = self.config.parallel
-        return {"processes": distributed.world(), "zero": parallel.zero if parallel.pipeline == 1 else None, "pipeline": parallel.pipeline, "offload": parallel.offload}
+        return {
+            "processes": distributed.world(),
+            "zero": parallel.zero if parallel.pipeline == 1 else None,
+            "pipeline": parallel.pipeline,
+            "offload": parallel.offload,
+        }
 
     def _held(self) -> tuple[list[state.Fragment], list[state.Fragment]]:
-        """(pieces that this process alone answers for, pieces that all of its data ranks hold), as views of live memory."""
+        """(pieces that this process alone answers for, pieces that all of its data ranks hold), as views of live
+        memory."""
         raise AssertionError("an engine implements this")
 
     def _copies(self) -> list[state.Fragment]:
@@ -152,11 +196,13 @@ class Engine:
         """Whatever must follow from weights that were filled."""
 
     def consolidated(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights under transformers' names, fp32 on the CPU, on the main process; None elsewhere. Collective."""
+        """The whole model's weights under transformers' names, fp32 on the CPU, on the main process; None elsewhere.
+        Collective."""
         raise AssertionError("an engine implements this")
 
     def _admitted(self, loss_sum: float, norm: float) -> bool:
-        """Whether a finite update may be made. Collective if there is somebody to ask: one process must not leave out what another applies."""
+        """Whether a finite update may be made. Collective if there is somebody to ask: one process must not leave
+        out what another applies."""
         if self._admit is not None:
             self.refused = bool(distributed.all_reduce_max([float(not self._admit(loss_sum / self._weight, norm))])[0])
         return not self.refused
@@ -176,7 +222,10 @@ class Engine:
         def move(value):
             return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        return {key: {k: move(v) for k, v in value.items()} if isinstance(value, dict) else move(value) for key, value in batch.items()}
+        return {
+            key: {k: move(v) for k, v in value.items()} if isinstance(value, dict) else move(value)
+            for key, value in batch.items()
+        }
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -198,7 +247,11 @@ class Sums:
 
     def add(self, loss: torch.Tensor, metrics: dict) -> None:
         for key, value in {"loss": loss, **metrics}.items():
-            value = value.detach().double() if isinstance(value, torch.Tensor) else torch.tensor(float(value), dtype=torch.float64)
+            value = (
+                value.detach().double()
+                if isinstance(value, torch.Tensor)
+                else torch.tensor(float(value), dtype=torch.float64)
+            )
             self.tensors[key] = self.tensors[key] + value.to(self.tensors[key].device) if key in self.tensors else value
 
     def read(self) -> dict[str, float]:
@@ -210,7 +263,8 @@ class Sums:
 
 
 def decayed(parameter: torch.Tensor) -> bool:
-    """Weight decay is for matrices: norms, biases and other vectors keep their scale. Shapes are asked before ZeRO-3 empties them."""
+    """Weight decay is for matrices: norms, biases and other vectors keep their scale. Shapes are asked before ZeRO-3
+    empties them."""
     return getattr(parameter, "ds_shape", parameter.shape).__len__() >= 2
 
 
@@ -227,7 +281,8 @@ def set_learning_rate(optimizer, lr: float) -> None:
 def adamw(parameters, config: TrainConfig, device: torch.device, kind=torch.optim.AdamW) -> torch.optim.AdamW:
     """AdamW over named parameters with decay on matrices alone.
 
-    `fused` on both devices: one update of 4.2M parameters takes 5.5 ms of one CPU core, 14.6 ms with foreach, 15.8 ms with a plain loop.
+    `fused` on both devices: one update of 4.2M parameters takes 5.5 ms of one CPU core, 14.6 ms with foreach, 15.8 ms
+    with a plain loop.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     options = config.optimizer
@@ -238,7 +293,9 @@ def adamw(parameters, config: TrainConfig, device: torch.device, kind=torch.opti
         # Decay is lr * weight_decay a step: where the learning rate is scaled, that stays what it is elsewhere.
         groups.append({"params": [p for p in part if decayed(p)], "weight_decay": options.weight_decay / scale, **own})
         groups.append({"params": [p for p in part if not decayed(p)], "weight_decay": 0.0, **own})
-    return kind([group for group in groups if group["params"]], lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    return kind(
+        [group for group in groups if group["params"]], lr=options.lr, betas=options.betas, eps=options.eps, fused=True
+    )
 
 
 NORM_PIECE = 2**10
@@ -247,14 +304,18 @@ NORM_PIECE = 2**10
 def clip_gradients(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
     """Scale gradients in place to a global norm of at most `max_norm`; returns the norm before that. Shape: [].
 
-    On a CPU torch (2.13) adds up the squares of a tensor in fp32 one after another: for a table of 4096 x 256 the norm was wrong by 1.0e-4, while
-    DeepSpeed's engines, which add in fp64, had it right. From norms of pieces of 1024 it is right to 2e-8 in the same time (docs/log.md, 6).
+    On a CPU torch (2.13) adds up the squares of a tensor in fp32 one after another: for a table of 4096 x 256 the norm
+    was wrong by 1.0e-4, while DeepSpeed's engines, which add in fp64, had it right. From norms of pieces of 1024 it is
+    right to 2e-8 in the same time (docs/log.md, 6).
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients and gradients[0].device.type == "cpu":
         flat = [gradient.flatten() for gradient in gradients]
         whole = [len(gradient) // NORM_PIECE * NORM_PIECE for gradient in flat]
-        pieces = [torch.linalg.vector_norm(gradient[:end].view(-1, NORM_PIECE), dim=1) for gradient, end in zip(flat, whole, strict=True)]
+        pieces = [
+            torch.linalg.vector_norm(gradient[:end].view(-1, NORM_PIECE), dim=1)
+            for gradient, end in zip(flat, whole, strict=True)
+        ]
         rests = [torch.linalg.vector_norm(gradient[end:]).view(1) for gradient, end in zip(flat, whole, strict=True)]
         norm = torch.linalg.vector_norm(torch.cat([*pieces, *rests]).double()).float()
     else:

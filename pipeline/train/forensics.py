@@ -10,13 +10,17 @@ from pipeline.train import distributed, phases
 LONGEST = 4000  # characters of a row's text that are written
 
 
-def describer(trainer, batches: Callable[[int], list[dict]], store, sampler, tokenizer, config) -> Callable[[int], list[dict]]:
+def describer(
+    trainer, batches: Callable[[int], list[dict]], store, sampler, tokenizer, config
+) -> Callable[[int], list[dict]]:
     """describe(batch) -> every row of the global batch, in order; empty on all but the main process. Collective.
 
-    A row has: row (global index), source, epoch, window (which of the source), loss (mean nats a label under the weights of now, dropout off),
-    documents (id, first and number of tokens in the row, tokens of the document before them; see Stretch of data/sampler.py) and the decoded text.
-    Rows are a function of their index, so the main process reads those of all data ranks itself; the losses come from one forward pass.
+    A row has: row (global index), source, epoch, window (which of the source), loss (mean nats a label under the
+    weights of now, dropout off), documents (id, first and number of tokens in the row, tokens of the document before
+    them; see Stretch of data/sampler.py) and the decoded text. Rows are a function of their index, so the main process
+    reads those of all data ranks itself; the losses come from one forward pass.
     """
+
     def losses(batch: int) -> list[float]:
         at = trainer.data_rank * (config.batch_size // trainer.data_world)
         mine = []
@@ -37,7 +41,17 @@ def describer(trainer, batches: Callable[[int], list[dict]], store, sampler, tok
             documents = documents_of(row, store)
             labels = config.sequence_length if row.counted is None else int(row.counted.sum())
             text = tokenizer.decode(row.tokens.tolist(), skip_special_tokens=False)
-            rows.append({"row": index, "source": row.source, "epoch": row.epoch, "window": row.index, "loss": nats[number] / max(labels, 1), "documents": documents, "text": text[:LONGEST]})
+            rows.append(
+                {
+                    "row": index,
+                    "source": row.source,
+                    "epoch": row.epoch,
+                    "window": row.index,
+                    "loss": nats[number] / max(labels, 1),
+                    "documents": documents,
+                    "text": text[:LONGEST],
+                }
+            )
         return rows
 
     return describe

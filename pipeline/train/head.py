@@ -1,10 +1,12 @@
-"""The output layer and the cross-entropy in one, over chunks of tokens, so that the logits of a large vocabulary never exist whole.
+"""The output layer and the cross-entropy in one, over chunks of tokens, so that the logits of a large vocabulary never
+exist whole.
 
-Logits of 8 rows of 4,096 tokens over 128k tokens take 16 GB in fp32, and as much again for their gradient. Here a chunk's logits become its losses and, at
-once in the forward pass, its gradients; the backward pass only scales them (Liger's fused linear cross-entropy: Hsu et al., 2024, section 3.2).
+Logits of 8 rows of 4,096 tokens over 128k tokens take 16 GB in fp32, and as much again for their gradient. Here a
+chunk's logits become its losses and, at once in the forward pass, its gradients; the backward pass only scales them
+(Liger's fused linear cross-entropy: Hsu et al., 2024, section 3.2).
 
-The layer stays the model's own module, with its weights, name and hooks, so that ZeRO-3 gathers its weight, pipelines cut it and checkpoints hold it. It gives
-losses while labels are waiting for it, and logits otherwise (generation):
+The layer stays the model's own module, with its weights, name and hooks, so that ZeRO-3 gathers its weight, pipelines
+cut it and checkpoints hold it. It gives losses while labels are waiting for it, and logits otherwise (generation):
 
     head.install(model, chunk=1024, z_loss=1e-4)
     model.get_output_embeddings().expect([labels_BT])
@@ -17,19 +19,39 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # logits at a time; 8 bytes each in bf16. Measured on a CPU (docs/performance.md); on a GPU the sum of weight gradients wants long chunks
+# logits at a time; 8 bytes each in bf16. Measured on a CPU (docs/performance.md); on a GPU the sum of weight gradients
+# wants long chunks
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 
-# Families whose forward is the output layer and nothing after it (tests/test_head.py). Others scale or cap their logits, or change their type.
+# Families whose forward is the output layer and nothing after it (tests/test_head.py). Others scale or cap their
+# logits, or change their type.
 FAMILIES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt2", "gpt_neox", "bloom", "gemma", "glm", "glm4", "olmo2", "smollm3", "phi3", "deepseek_v3"
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "gemma",
+    "glm",
+    "glm4",
+    "olmo2",
+    "smollm3",
+    "phi3",
+    "deepseek_v3",
+)
 
 
 class TokenLosses(NamedTuple):
     """What the model gives in place of logits. A tuple, so that DeepSpeed's hooks find the tensors in it."""
 
     total: torch.Tensor
-    """Sum of the cross-entropy in nats, []. Its gradient is that of cross-entropy + z_loss * logsumexp^2; its value leaves the second out."""
+    """Sum of the cross-entropy in nats, []. Its gradient is that of cross-entropy + z_loss * logsumexp^2; its value
+    leaves the second out."""
     nll_BT: torch.Tensor
     """-log p(label) in nats, 0 where the label is -100, fp32 [B, T]; no gradient."""
     lse_BT: torch.Tensor
@@ -37,7 +59,8 @@ class TokenLosses(NamedTuple):
 
 
 class Head(torch.nn.Linear):
-    """A model's output layer that gives TokenLosses for each labels [B, T] that it was told to expect, in that order, and logits when there are none."""
+    """A model's output layer that gives TokenLosses for each labels [B, T] that it was told to expect, in that
+    order, and logits when there are none."""
 
     chunk: int | None
     z_loss: float
@@ -54,7 +77,9 @@ class Head(torch.nn.Linear):
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
         chunk = self.chunk or chunk_of(self.out_features, device)
         backward = torch.is_grad_enabled() and (hidden_BTD.requires_grad or self.weight.requires_grad)
-        found = Chunked.apply(hidden_BTD, self.weight, self.bias, labels_BT, chunk, self.z_loss, compute, backward, self.compiled)
+        found = Chunked.apply(
+            hidden_BTD, self.weight, self.bias, labels_BT, chunk, self.z_loss, compute, backward, self.compiled
+        )
         return TokenLosses(*found)
 
 
@@ -64,9 +89,12 @@ def chunk_of(vocabulary: int, device: str) -> int:
 
 
 def install(model, chunk: int | None = None, z_loss: float = 0.0, compiled: bool = False) -> Head:
-    """Make the model's output layer a Head. chunk: tokens at a time; none: so that a chunk's logits take 32 MB on a CPU, 1 GB on a GPU."""
+    """Make the model's output layer a Head. chunk: tokens at a time; none: so that a chunk's logits take 32 MB on a
+    CPU, 1 GB on a GPU."""
     head = model.get_output_embeddings()
-    assert type(head) is torch.nn.Linear and supports(model.config), f"{model.config.model_type} has no output layer that can be computed in chunks"
+    assert type(head) is torch.nn.Linear and supports(model.config), (
+        f"{model.config.model_type} has no output layer that can be computed in chunks"
+    )
     head.__class__ = Head
     head.chunk, head.z_loss, head.compiled, head.waiting = chunk, z_loss, compiled, []
     return head
@@ -84,10 +112,22 @@ def installed(model) -> Head | None:
 
 
 class Chunked(torch.autograd.Function):
-    """(sum of losses, losses, logsumexps) with the gradients made in the forward pass, chunk after chunk, and scaled in the backward pass."""
+    """(sum of losses, losses, logsumexps) with the gradients made in the forward pass, chunk after chunk, and scaled
+    in the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden_BTD, weight_VD, bias_V, labels_BT, chunk: int, z_loss: float, compute: torch.dtype, backward: bool, compiled: bool):
+    def forward(
+        ctx,
+        hidden_BTD,
+        weight_VD,
+        bias_V,
+        labels_BT,
+        chunk: int,
+        z_loss: float,
+        compute: torch.dtype,
+        backward: bool,
+        compiled: bool,
+    ):
         hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
         nll_N, lse_N = (torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_BTD.device) for _ in range(2))
         wanted = [backward and needed for needed in ctx.needs_input_grad[:3]]
@@ -118,12 +158,22 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second pass would find them scaled already, and now finds none
-        return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), None, None, None, None, None, None
+        # scaled in place: a second pass would find them scaled already, and now finds none
+        gradients, ctx.gradients = ctx.gradients, None
+        return (
+            *(None if gradient is None else gradient.mul_(scale) for gradient in gradients),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _chunk(hidden_ND, weight_VD, bias_V, labels_N, z_loss: float, backward: bool):
-    """(losses [N], logsumexps [N], gradient of the sum of loss + z_loss * logsumexp^2 with respect to the logits [N, V], or none)."""
+    """(losses [N], logsumexps [N], gradient of the sum of loss + z_loss * logsumexp^2 with respect to the logits [N,
+    V], or none)."""
     logits = F.linear(hidden_ND, weight_VD, bias_V)
     counted = labels_N != IGNORE
     at = labels_N.clamp(min=0)[:, None]

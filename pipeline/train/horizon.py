@@ -1,7 +1,8 @@
 """How long a run is. A recipe says it in steps, tokens, tokens per parameter, or wall-clock time; a run counts steps.
 
-Time becomes steps once the first steps have been timed. What was found is written to horizon.json in the run's folder, whole or not at all, before the
-next step: a run that is killed and resumed reads it, and so ends where it would have ended. Learning rates of the steps before do not depend on it.
+Time becomes steps once the first steps have been timed. What was found is written to horizon.json in the run's folder,
+whole or not at all, before the next step: a run that is killed and resumed reads it, and so ends where it would have
+ended. Learning rates of the steps before do not depend on it.
 """
 
 import json
@@ -28,17 +29,23 @@ def seconds_of(text: str) -> float:
 
 
 def in_steps(config, parameters: int):
-    """`config` with `steps` and `warmup_steps`, where the recipe gives tokens. Rounded up: no fewer tokens than were asked for. `time` leaves steps open."""
+    """`config` with `steps` and `warmup_steps`, where the recipe gives tokens. Rounded up: no fewer tokens than were
+    asked for. `time` leaves steps open."""
     step = config.batch_size * config.sequence_length
     tokens = config.tokens if config.tokens_per_parameter is None else round(config.tokens_per_parameter * parameters)
     schedule: Schedule = config.schedule
     if schedule.warmup_tokens is not None:
-        schedule = schedule.model_copy(update={"warmup_steps": -(-schedule.warmup_tokens // step), "warmup_tokens": None})
-    return config.model_copy(update={"steps": config.steps if tokens is None else -(-tokens // step), "schedule": schedule})
+        schedule = schedule.model_copy(
+            update={"warmup_steps": -(-schedule.warmup_tokens // step), "warmup_tokens": None}
+        )
+    return config.model_copy(
+        update={"steps": config.steps if tokens is None else -(-tokens // step), "schedule": schedule}
+    )
 
 
 class Horizon:
-    """steps: how many there are, None as long as a time has not become steps. hold: steps whose learning rate must not depend on it."""
+    """steps: how many there are, None as long as a time has not become steps. hold: steps whose learning rate must
+    not depend on it."""
 
     def __init__(self, config, output: Output, start: int):
         from pipeline.train import distributed
@@ -53,7 +60,10 @@ class Horizon:
             if found:
                 self.steps, self.hold = found["steps"], found["hold"]
         if self.steps is not None and start > self.steps:
-            raise UserError(f"stage {config.kind}: its checkpoint is at step {start}, and the recipe's horizon is {self.steps} steps; give a longer one, or --restart to begin anew")
+            raise UserError(
+                f"stage {config.kind}: its checkpoint is at step {start}, and the recipe's horizon is {self.steps}"
+                " steps; give a longer one, or --restart to begin anew"
+            )
 
     def learning_rate(self, step: int) -> float | None:
         """None: as the engine's config says."""
@@ -65,7 +75,8 @@ class Horizon:
         return learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.steps or 2**62, self.hold)
 
     def settle(self, step: int, step_seconds: float | None, evaluation: float) -> str | None:
-        """After `step`, turn the time that is left into steps. Collective at the step where it happens; returns a line for the user then.
+        """After `step`, turn the time that is left into steps. Collective at the step where it happens; returns a line
+        for the user then.
 
         step_seconds: of the steps so far; evaluation: seconds of one evaluation on held-out data.
         """
@@ -79,5 +90,18 @@ class Horizon:
         left = self.seconds - self.output.spent() - evaluation if self.output.is_main else 0.0
         self.steps = distributed.from_main(step + max(1, int(left / each)))
         if self.output.is_main:
-            write_json(self.output.path / FILE, {"steps": self.steps, "hold": self.hold, "time": self.config.time, "seconds_per_step": each, "seconds_left": left})
-        return f"time       {self.config.time} is {self.steps:,} steps: {each:.3g} s a step measured{' with evaluations' if often else ''}, {max(left, 0):,.0f} s left after step {step}; kept in {FILE}"
+            write_json(
+                self.output.path / FILE,
+                {
+                    "steps": self.steps,
+                    "hold": self.hold,
+                    "time": self.config.time,
+                    "seconds_per_step": each,
+                    "seconds_left": left,
+                },
+            )
+        return (
+            f"time       {self.config.time} is {self.steps:,} steps: {each:.3g} s a step"
+            f" measured{' with evaluations' if often else ''}, {max(left, 0):,.0f} s left after step {step}; kept in"
+            f" {FILE}"
+        )

@@ -1,6 +1,8 @@
-"""What is done to a model's layers before an engine takes it: attention, loss, compilation, recomputation of activations.
+"""What is done to a model's layers before an engine takes it: attention, loss, compilation, recomputation of
+activations.
 
-A decoder layer is what transformers marks as one (GradientCheckpointingLayer); the layers of a pipeline's stage are the same modules, so both work there too.
+A decoder layer is what transformers marks as one (GradientCheckpointingLayer); the layers of a pipeline's stage are the
+same modules, so both work there too.
 """
 
 import functools
@@ -11,18 +13,27 @@ from pipeline.errors import UserError
 from pipeline.models import attention
 from pipeline.train import head
 
-# Results that selective checkpointing keeps: matrix products and attention. What lies between them (norms, rotations, activations) is cheap to compute again and
-# makes up most of the bytes (Korthikanti et al., 2022, section 4). Names, since not every build of torch has every operator.
+# Results that selective checkpointing keeps: matrix products and attention. What lies between them (norms, rotations,
+# activations) is cheap to compute again and makes up most of the bytes (Korthikanti et al., 2022, section 4). Names,
+# since not every build of torch has every operator.
 KEPT = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm")
-ATTENTION = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
+ATTENTION = (
+    "_scaled_dot_product_",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+    "_cudnn_attention_forward",
+)
 
 
 def prepare(model, config) -> None:
-    """Attention, output layer and compilation as a pretraining stage's config says. Raises UserError for what this model cannot have."""
+    """Attention, output layer and compilation as a pretraining stage's config says. Raises UserError for what this
+    model cannot have."""
     attention.choose(model, config.attention, config.precision, config.compile)
     if isinstance(config.loss_chunk, int) and not head.supports(model.config):
         raise UserError(
-            f"stage {config.kind}: loss_chunk: {config.loss_chunk} does not go with the family {model.config.model_type}: it was not checked that its logits are its output layer's alone; use loss_chunk: auto"
+            f"stage {config.kind}: loss_chunk: {config.loss_chunk} does not go with the family"
+            f" {model.config.model_type}: it was not checked that its logits are its output layer's alone; use"
+            " loss_chunk: auto"
         )
     if config.loss_chunk is not None and head.supports(model.config):
         head.install(model, None if config.loss_chunk == "auto" else config.loss_chunk, config.z_loss, config.compile)
@@ -37,12 +48,14 @@ def of(model) -> list[torch.nn.Module]:
 
 
 def checkpoint(model, how: str) -> None:
-    """Keep less of each layer's activations for the backward pass and compute the rest again. how: "full" keeps the layer's input alone (Chen et al., 2016),
-    "selective" also the results of matrix products and attention. Results stay the same to the bit where operations are deterministic."""
+    """Keep less of each layer's activations for the backward pass and compute the rest again. how: "full" keeps the
+    layer's input alone (Chen et al., 2016), "selective" also the results of matrix products and attention. Results
+    stay the same to the bit where operations are deterministic."""
     options: dict = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, _policy)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in transformers 5.23
+    # renamed in transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
 
 
@@ -55,7 +68,7 @@ def _policy(context, operator, *args, **kwargs):
 
 
 def compile(model) -> None:
-    """torch.compile each layer by itself. Equal layers share one graph, so it takes the time of one layer and not of the model, and it
-    works wherever layers are whole: alone, under DDP, ZeRO 0-2, and in a pipeline's stages."""
+    """torch.compile each layer by itself. Equal layers share one graph, so it takes the time of one layer and not of
+    the model, and it works wherever layers are whole: alone, under DDP, ZeRO 0-2, and in a pipeline's stages."""
     for layer in of(model):
         layer.compile(dynamic=False)

@@ -21,7 +21,8 @@ from pipeline.train.stop import StopSignal, saved_step, stop
 
 
 def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:
-    """Global row indices of this process's micro-batches of a step: rows step*batch_size to (step+1)*batch_size, cut among data ranks in order."""
+    """Global row indices of this process's micro-batches of a step: rows step*batch_size to (step+1)*batch_size, cut
+    among data ranks in order."""
     rows = config.batch_size // engine.data_world
     micro = config.micro_batch or rows
     first = step * config.batch_size + engine.data_rank * rows
@@ -29,7 +30,8 @@ def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:
 
 
 def seed_step(config: TrainConfig, step: int, data_rank: int) -> None:
-    """Everything random inside a step (dropout) is a function of (seed, step, data rank), so that nothing of it has to be saved."""
+    """Everything random inside a step (dropout) is a function of (seed, step, data rank), so that nothing of it has
+    to be saved."""
     torch.manual_seed(derive(config.seed or 0, "step", step, data_rank))
 
 
@@ -46,16 +48,25 @@ def fit(
     sample: Callable[[int, bool], None] | None = None,
     describe: Callable[[int], list[dict]] | None = None,
 ) -> dict:
-    """Train from the newest checkpoint, or else from `branch` (a checkpoint of another run), or from the start, to the end of the horizon. Collective.
+    """Train from the newest checkpoint, or else from `branch` (a checkpoint of another run), or from the start, to the
+    end of the horizon. Collective.
 
-    batches(number) gives this process's micro-batches of a global batch: that of step `number`, unless a rollback skipped some (train/spikes.py), and
-    describe(number) tells of its rows, for people; evaluate() the numbers on held-out data, equal on all processes; `text` is for the meters.
-    sample(step, last) is called after each step, its checkpoint and its evaluation, and again for the checkpoint that a run goes on from.
-    Returns before and after (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
-    skipped (updates that were not applied), and rate (weight per second of this process's training, without saving and evaluating).
+    batches(number) gives this process's micro-batches of a global batch: that of step `number`, unless a rollback
+    skipped some (train/spikes.py), and describe(number) tells of its rows, for people; evaluate() the numbers on
+    held-out data, equal on all processes; `text` is for the meters. sample(step, last) is called after each step, its
+    checkpoint and its evaluation, and again for the checkpoint that a run goes on from. Returns before and after
+    (evaluations, or None), first and last (what the first and last step returned), weight (summed over all steps),
+    skipped (updates that were not applied), and rate (weight per second of this process's training, without saving and
+    evaluating).
     """
     state: dict = {"before": None, "after": None, "first": None, "last": None, "weight": 0.0, "skipped": 0}
-    tracker = Tracker(output.path, output.is_main, config.log.wandb, output.stage, {"stage": output.stage, **config.model_dump(mode="json")})
+    tracker = Tracker(
+        output.path,
+        output.is_main,
+        config.log.wandb,
+        output.stage,
+        {"stage": output.stage, **config.model_dump(mode="json")},
+    )
     if output.is_main:
         (output.folder / "requeue.json").unlink(missing_ok=True)
     saver = checkpoints.Saver(output, [engine], config.save)
@@ -65,13 +76,17 @@ def fit(
         changed = engine.load(path)
         state.update(saved)
         if output.is_main:
-            other = f", {changed}" + (": the rows are the same, the last bits are not" if found else "") if changed else ""
+            other = (
+                f", {changed}" + (": the rows are the same, the last bits are not" if found else "") if changed else ""
+            )
             print(f"{output.stage}: goes on from {path.name if found else path}{other}", flush=True)
     horizon = Horizon(config, output, engine.step_count)
     saver.check_room(horizon.steps)
 
     def due(step: int) -> bool:
-        return evaluate is not None and (step == horizon.steps or (config.evaluate_every is not None and step % config.evaluate_every == 0))
+        return evaluate is not None and (
+            step == horizon.steps or (config.evaluate_every is not None and step % config.evaluate_every == 0)
+        )
 
     def measure(step: int, key: str) -> None:
         phases.enter("evaluate")
@@ -82,7 +97,30 @@ def fit(
         tracker.log(step, **{f"heldout_{name}": value for name, value in state[key].items()})
         saver.note_loss(step, state[key].get("loss"))
 
-    again = found is not None and due(engine.step_count)  # a checkpoint is written before its evaluation, which may have been lost
+    def keep_the_state_before(guard: Guard) -> None:
+        """A checkpoint of the step before the spike, whose update was not applied."""
+        engine.step_count -= 1
+        guard.forget()
+        saver.finish()
+        if distributed.from_main(saved_step(output)) != engine.step_count:
+            saver.save(engine.step_count, state, wait=True)
+
+    def roll_back(step: int, guard: Guard) -> None:
+        """To the newest checkpoint; the rows of the steps since then will be left out."""
+        phases.enter("load")  # may take long: all files are read, and hashed before
+        saver.finish()
+        faults.point("rollback")
+        path, saved = checkpoints.newest(output)
+        engine.load(path)
+        rolled = guard.rolled_back(saved, engine.step_count, step - 1, config.batch_size)
+        state.clear()
+        state.update(rolled)
+        tracker.rewind(engine.step_count)
+        if sample:
+            sample(engine.step_count, False)
+
+    # A checkpoint is written before its evaluation, which may have been lost.
+    again = found is not None and due(engine.step_count)
     tracker.rewind(engine.step_count if found else -1, evaluated=not again)
     if evaluate and state["before"] is None:
         measure(engine.step_count, "before")
@@ -94,7 +132,11 @@ def fit(
     if config.spikes.policy == "rollback" and not found:
         saver.save(engine.step_count, state, wait=True)  # there is always something to go back to
     try:
-        with StopSignal() as signals, Progress(output.stage, horizon.steps or CALIBRATION, "step", engine.step_count, output.is_main) as bar, saver:
+        with (
+            StopSignal() as signals,
+            Progress(output.stage, horizon.steps or CALIBRATION, "step", engine.step_count, output.is_main) as bar,
+            saver,
+        ):
             while horizon.steps is None or engine.step_count < horizon.steps:
                 begun = time.perf_counter()
                 phases.enter("data", engine.step_count + 1)
@@ -105,32 +147,22 @@ def fit(
                 step = engine.step_count
                 reason = guard.after(stats)
                 if reason:
-                    tell(output, step, reason, plain(stats), describe(batch) if describe and guard.worth_telling else [])
+                    tell(
+                        output, step, reason, plain(stats), describe(batch) if describe and guard.worth_telling else []
+                    )
                     verdict = guard.verdict(stats)
                     if verdict == "stop":
-                        engine.step_count -= 1
-                        guard.forget()
-                        saver.finish()
-                        if distributed.from_main(saved_step(output)) != engine.step_count:
-                            saver.save(engine.step_count, state, wait=True)
+                        keep_the_state_before(guard)
                         raise UserError(guard.farewell(output, step, reason))
                     if verdict == "rollback":
-                        phases.enter("load")  # may take long: all files are read, and hashed before
-                        saver.finish()
-                        faults.point("rollback")
-                        path, saved = checkpoints.newest(output)
-                        engine.load(path)
-                        back, rolled = engine.step_count, guard.rolled_back(saved, engine.step_count, step - 1, config.batch_size)
-                        state.clear()
-                        state.update(rolled)
-                        tracker.rewind(back)
-                        bar.update(back + 1 - step)
-                        if sample:
-                            sample(back, False)
+                        roll_back(step, guard)
+                        bar.update(engine.step_count + 1 - step)
                         meters, guard = Meters(config, state, unit, text, engine.device), Guard(config.spikes, state)
                         note = {"rollbacks": guard.state["rollbacks"], "skipped_rows": guard.state["skipped_rows"]}
                         if output.is_main:
-                            print(f"{output.stage}: back to step {back}; rows {' and '.join(f'{a} to {b - 1}' for a, b in note['skipped_rows'])} are skipped from here on", flush=True)
+                            rows = " and ".join(f"{a} to {b - 1}" for a, b in note["skipped_rows"])
+                            back = f"back to step {engine.step_count}"
+                            print(f"{output.stage}: {back}; rows {rows} are skipped from here on", flush=True)
                         faults.point("rollback")
                         continue
                 stats = plain(meters.step(stats, time.perf_counter() - begun))

@@ -1,4 +1,5 @@
-"""Next-token losses, in fp32 whatever the model computed in. Logits are already shifted by the caller's labels: logits_BTV[b, t] predicts labels_BT[b, t]."""
+"""Next-token losses, in fp32 whatever the model computed in. Logits are already shifted by the caller's labels:
+logits_BTV[b, t] predicts labels_BT[b, t]."""
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,25 @@ def cross_entropy_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torc
 
 def token_logprobs(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """log p(label) in nats at each position, 0 where the label is -100. Shape: [B, T], fp32."""
-    loss = F.cross_entropy(logits_BTV.flatten(0, -2).float(), labels_BT.flatten(), ignore_index=IGNORE, reduction="none")
+    loss = F.cross_entropy(
+        logits_BTV.flatten(0, -2).float(), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
+    )
     return -loss.view(labels_BT.shape)
 
 
 def next_token(outputs, labels_BT: torch.Tensor, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """(sum of cross-entropy, losses [B, T] without gradient, further sums) of logits, or of TokenLosses (head.py), which were made with the same `z_loss`.
+    """(sum of cross-entropy, losses [B, T] without gradient, further sums) of logits, or of TokenLosses (head.py),
+    which were made with the same `z_loss`.
 
-    z_loss * logsumexp(logits)^2 (PaLM: Chowdhery et al., 2022, section 5) is in the gradient and in the sums, but not in the value of the first.
+    z_loss * logsumexp(logits)^2 (PaLM: Chowdhery et al., 2022, section 5) is in the gradient and in the sums, but not
+    in the value of the first.
     """
     if isinstance(outputs, TokenLosses):
         total, nll, lse = outputs
         return total, nll, {"z_loss": z_loss * lse.square().sum()} if z_loss else {}
-    loss = F.cross_entropy(outputs.flatten(0, -2).float(), labels_BT.flatten(), ignore_index=IGNORE, reduction="none").view(labels_BT.shape)
+    loss = F.cross_entropy(
+        outputs.flatten(0, -2).float(), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view(labels_BT.shape)
     total, metrics = loss.sum(), {}
     if z_loss:
         extra = z_loss * (outputs.float().logsumexp(-1).square() * (labels_BT != IGNORE)).sum()

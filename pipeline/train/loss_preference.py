@@ -1,17 +1,21 @@
-"""Losses over pairs of answers, and what is measured beside them. Pairs stand in a batch as [chosen 0..B-1, rejected 0..B-1].
+"""Losses over pairs of answers, and what is measured beside them. Pairs stand in a batch as [chosen 0..B-1, rejected
+0..B-1].
 
-Each takes what the model says and returns (sum over pairs, sums of metrics); the engine divides by the number of pairs of the global batch.
+Each takes what the model says and returns (sum over pairs, sums of metrics); the engine divides by the number of pairs
+of the global batch.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def bradley_terry(scores: torch.Tensor, margin: torch.Tensor | None = None, centering: float = 0.0) -> tuple[torch.Tensor, dict]:
+def bradley_terry(
+    scores: torch.Tensor, margin: torch.Tensor | None = None, centering: float = 0.0
+) -> tuple[torch.Tensor, dict]:
     """-log P(chosen beats rejected) under Bradley & Terry (1952): -log sigmoid(s_chosen - s_rejected - margin).
 
-    scores: [2B]. margin: [B], how much better the chosen answer was found (Llama 2, section 3.2.2). centering: coefficient of
-    (s_chosen + s_rejected)^2, which pins the scores' free offset near 0 (Eisenstein et al., 2023).
+    scores: [2B]. margin: [B], how much better the chosen answer was found (Llama 2, section 3.2.2). centering:
+    coefficient of (s_chosen + s_rejected)^2, which pins the scores' free offset near 0 (Eisenstein et al., 2023).
     """
     chosen, rejected = scores.float().chunk(2)
     difference = chosen - rejected
@@ -23,11 +27,15 @@ def bradley_terry(scores: torch.Tensor, margin: torch.Tensor | None = None, cent
     return losses.sum(), metrics
 
 
-def dpo(logps: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> tuple[torch.Tensor, dict]:
-    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), with labels that are wrong with probability `label_smoothing`
-    (cDPO: Mitchell, 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3; 0 is plain DPO).
+def dpo(
+    logps: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, dict]:
+    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), with labels that are wrong with probability
+    `label_smoothing` (cDPO: Mitchell, 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3; 0 is
+    plain DPO).
 
-    logps, reference: [2B], log-probability of each answer, summed over its tokens, under the policy and under the frozen reference.
+    logps, reference: [2B], log-probability of each answer, summed over its tokens, under the policy and under the
+    frozen reference.
     """
     ratios = logps.float() - reference.float()
     chosen, rejected = ratios.chunk(2)

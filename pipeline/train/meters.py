@@ -1,10 +1,13 @@
-"""What is written of a step: metrics.jsonl, the terminal's line, Weights & Biases. docs/pretrain.md has the table of all names.
+"""What is written of a step: metrics.jsonl, the terminal's line, Weights & Biases. docs/pretrain.md has the table of
+all names.
 
     meters = Meters(config, state, unit="tok", text=Text(...))
-    stats = meters.step(engine.step(...), seconds)     # each step: adds up, and takes the sums that are not for reading out of `stats`
+    stats = meters.step(engine.step(...), seconds)     # each step: adds up, and takes the sums that are not for reading
+                                                       # out of `stats`
     line = meters.line(step)                           # each `log.every_steps`. Collective
 
-What is counted over the run (tokens of each source) lives in `state`, which goes into checkpoints, so that a resumed run's counts are exact.
+What is counted over the run (tokens of each source) lives in `state`, which goes into checkpoints, so that a resumed
+run's counts are exact.
 """
 
 import math
@@ -20,7 +23,8 @@ from pipeline.train import distributed, phases
 from pipeline.train.derivation import duration
 from pipeline.train.peak import peak
 
-OF_A_STEP = ("data", "forward", "backward", "pipeline", "reduce", "update", "log")  # phases that every step has; their times are shown a step
+# phases that every step has; their times are shown a step
+OF_A_STEP = ("data", "forward", "backward", "pipeline", "reduce", "update", "log")
 BESIDE = ("evaluate", "sample", "save")  # and those that come now and then, whose times are shown whole
 CALIBRATED = 20  # steps of a process after which the time of a step is told
 SETTLED = 3  # first steps of a process that say nothing about the others: kernels are loaded, buffers made
@@ -71,7 +75,8 @@ class Meters:
                 self.tokens[source] = self.tokens.get(source, 0) + number
                 self.state["sources"][source] = self.state["sources"].get(source, 0) + number
             elif key == "bytes":
-                shown["bits_per_byte"] = stats["loss"] / math.log(2) / value if value else None  # both are divided by the weight
+                # both are divided by the weight
+                shown["bits_per_byte"] = stats["loss"] / math.log(2) / value if value else None
             else:
                 shown[key] = value
         self.busy, self.done, self.steps = self.busy + seconds, self.done + weight, self.steps + 1
@@ -81,10 +86,16 @@ class Meters:
         return shown
 
     def line(self, step: int, steps: int | None) -> dict:
-        """What else is logged at `step` of `steps`: rates, times and memory since the last line, counts over the run. Collective."""
+        """What else is logged at `step` of `steps`: rates, times and memory since the last line, counts over the
+        run. Collective."""
         spent = phases.take()
-        # All of the time but that of the phases beside: what is logged here, and looking out for signals, is part of a step.
-        mine = [sum(spent.get(name, 0.0) for name in OF_A_STEP), peak_memory(self.device), *(spent.get(name, 0.0) for name in (*OF_A_STEP, *BESIDE))]
+        # All of the time but that of the phases beside: what is logged here, and looking out for signals, is part of a
+        # step.
+        mine = [
+            sum(spent.get(name, 0.0) for name in OF_A_STEP),
+            peak_memory(self.device),
+            *(spent.get(name, 0.0) for name in (*OF_A_STEP, *BESIDE)),
+        ]
         rows = distributed.all_rows(mine)
         count = max(1, self.count)
         mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
@@ -94,7 +105,11 @@ class Meters:
             found["seconds/step_max"] = max(row[0] for row in rows) / count
             if spent.get("forward"):  # steps end together, so a slow rank shows in the time before it meets the others
                 own = [row[2 + OF_A_STEP.index("data")] + row[2 + OF_A_STEP.index("forward")] for row in rows]
-                found |= {"seconds/alone": sum(own) / len(own) / count, "seconds/alone_max": max(own) / count, "slowest_rank": own.index(max(own))}
+                found |= {
+                    "seconds/alone": sum(own) / len(own) / count,
+                    "seconds/alone_max": max(own) / count,
+                    "slowest_rank": own.index(max(own)),
+                }
         for name, value in zip(OF_A_STEP, mean[2:], strict=False):
             if value:
                 found[f"seconds/{name}"] = value / count
@@ -105,7 +120,9 @@ class Meters:
         found["peak_memory_gb"] = max(row[1] for row in rows) / 1e9
         found = {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
         if self.text.flops and self.text.peak:
-            found["mfu"], found["mfu_causal"] = (round(rate * flops / self.text.peak, 4) for flops in (self.text.flops.full, self.text.flops.causal))
+            found["mfu"], found["mfu_causal"] = (
+                round(rate * flops / self.text.peak, 4) for flops in (self.text.flops.full, self.text.flops.causal)
+            )
         for source, tokens in self.tokens.items():
             if tokens:
                 found[f"loss/{source}"] = self.nats[source] / tokens
@@ -132,10 +149,19 @@ class Meters:
         """Once, when the first steps have been timed: what the rest will take, beside what was expected."""
         if self.steps != CALIBRATED or steps is None or steps - step < CALIBRATED:
             return None
-        expected = f"; {duration(self.text.expected * (steps - step) / steps)} were expected" if self.text.expected else ""
+        expected = (
+            f"; {duration(self.text.expected * (steps - step) / steps)} were expected" if self.text.expected else ""
+        )
         rate = self.done / self.steps / self.step_seconds
-        mfu = f", {100 * rate * self.text.flops.full / self.text.peak:.1f}% MFU" if self.text.flops and self.text.peak else ""
-        return f"measured   {self.step_seconds:.3g} s a step, {rate:,.0f} {self.unit}/s{mfu}: the other {steps - step:,} steps take {duration(self.step_seconds * (steps - step))}{expected}"
+        mfu = (
+            f", {100 * rate * self.text.flops.full / self.text.peak:.1f}% MFU"
+            if self.text.flops and self.text.peak
+            else ""
+        )
+        return (
+            f"measured   {self.step_seconds:.3g} s a step, {rate:,.0f} {self.unit}/s{mfu}: the other {steps - step:,}"
+            f" steps take {duration(self.step_seconds * (steps - step))}{expected}"
+        )
 
     @property
     def rate(self) -> float:
@@ -149,7 +175,8 @@ class Meters:
 
 
 def total_peak(config) -> float | None:
-    """FLOP/s of all processes' devices together, None if one is unknown. Measured on all at the same time, because CPU processes share a machine. Collective."""
+    """FLOP/s of all processes' devices together, None if one is unknown. Measured on all at the same time, because
+    CPU processes share a machine. Collective."""
     mine = peak(config.log.peak, config.precision, distributed.device())
     total, unknown = distributed.all_reduce_sum([mine or 0.0, float(mine is None)])
     return None if unknown else total

@@ -1,13 +1,16 @@
-"""The arithmetic rate that a device could reach, which model FLOPs utilisation (MFU) is measured against: from a table, or measured here.
+"""The arithmetic rate that a device could reach, which model FLOPs utilisation (MFU) is measured against: from a table,
+or measured here.
 
-No rate is guessed: a device that the table does not have gives none, and then no MFU is shown, unless the recipe says `log.peak`.
+No rate is guessed: a device that the table does not have gives none, and then no MFU is shown, unless the recipe says
+`log.peak`.
 """
 
 import re
 import time
 
-# Device name, as the driver gives it -> dense peak in TFLOP/s: bf16, tf32 (tensor cores) and fp32 (without them). Vendors' data sheets; where these
-# state rates "with sparsity", half of it. Consumer cards: bf16 with fp32 accumulation. A name has to fit as a whole: laptop, D and MIG variants have fewer units.
+# Device name, as the driver gives it -> dense peak in TFLOP/s: bf16, tf32 (tensor cores) and fp32 (without them).
+# Vendors' data sheets; where these state rates "with sparsity", half of it. Consumer cards: bf16 with fp32
+# accumulation. A name has to fit as a whole: laptop, D and MIG variants have fewer units.
 TABLE = {
     r"NVIDIA B200": (2250, 1125, 75),  # HGX B200 data sheet, a GPU of eight
     r"NVIDIA GB200": (2500, 1250, 80),  # GB200 NVL72 data sheet, a GPU
@@ -34,7 +37,8 @@ TABLE = {
     r"(Tesla V100-SXM2-\d+GB(-LS)?)": (None, None, 15.7),  # V100 data sheet; no bf16, no tf32
     r"AMD Instinct MI300X( OAM)?": (1307, 654, 163.4),  # MI300X data sheet
     r"AMD Instinct MI325X( OAM)?": (1307, 654, 163.4),  # MI325X data sheet
-    r"AMD Instinct MI250X?( / MI250)?": (191.5, None, 47.9),  # MI250X data sheet, of one of its two dies: each is a device
+    # MI250X data sheet, of one of its two dies: each is a device
+    r"AMD Instinct MI250X?( / MI250)?": (191.5, None, 47.9),
 }
 COLUMNS = ("bf16", "tf32", "fp32")
 
@@ -49,7 +53,8 @@ def known(name: str, precision: str) -> float | None:
 
 
 def measured(precision: str, device, seconds: float = 1.0) -> float:
-    """FLOP/s of a product of 4096x1024 by 1024x4096 on this device with this process's threads: the best of the repetitions that fit into `seconds`, at least three."""
+    """FLOP/s of a product of 4096x1024 by 1024x4096 on this device with this process's threads: the best of the
+    repetitions that fit into `seconds`, at least three."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -72,7 +77,8 @@ def measured(precision: str, device, seconds: float = 1.0) -> float:
 
 
 def peak(setting, precision: str, device) -> float | None:
-    """FLOP/s of this process's device. setting: the recipe's `log.peak`, which is None (the table), "measured", or TFLOP/s."""
+    """FLOP/s of this process's device. setting: the recipe's `log.peak`, which is None (the table), "measured", or
+    TFLOP/s."""
     import torch
 
     if isinstance(setting, (int, float)):

@@ -1,16 +1,19 @@
-"""What this process is doing right now. Read by the metrics (how long each phase of a step took) and by the watchdog (where a process hangs).
+"""What this process is doing right now. Read by the metrics (how long each phase of a step took) and by the watchdog
+(where a process hangs).
 
     enter("data", at=12)        # ends the phase before it
     enter("forward")
     take()                      # {"data": 0.0004, "forward": 0.31, ...}: seconds since the last call of take
 
-On a GPU, work is queued: the host's time goes to the phase that waits for it, which is `reduce`, where losses and norms are read.
+On a GPU, work is queued: the host's time goes to the phase that waits for it, which is `reduce`, where losses and norms
+are read.
 """
 
 import time
 
 step = 0
-place = 0  # phases entered since the step began: says who is behind, since all ranks enter the same ones in the same order
+# phases entered since the step began: says who is behind, since all ranks enter the same ones in the same order
+place = 0
 name = "start"
 since = time.perf_counter()
 _seconds: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """The pipelined engine: DeepSpeed's PipelineModule (1F1B) over data-parallel ranks, always with its ZeRO-1 optimizer.
 
-Without that optimizer, in fp32, DeepSpeed 0.19.8 takes the gradient norm over the first stage alone and lets NaN gradients of the last
-stage reach the weights (seen: 1.154 where the norm was 1.648), so `zero: 0` and none use it too.
+Without that optimizer, in fp32, DeepSpeed 0.19.8 takes the gradient norm over the first stage alone and lets NaN
+gradients of the last stage reach the weights (seen: 1.154 where the norm was 1.648), so `zero: 0` and none use it too.
 """
 
 import os
@@ -17,7 +17,8 @@ from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
 
 
 class Stage(torch.nn.Module):
-    """One stage as one layer of the PipelineModule: ids (and positions) in, hidden states (and positions) on, logits out at the end."""
+    """One stage as one layer of the PipelineModule: ids (and positions) in, hidden states (and positions) on, logits
+    out at the end."""
 
     def __init__(self, model, index: int, parts: list[range], bf16: bool, fill):
         super().__init__()
@@ -36,7 +37,11 @@ class Stage(torch.nn.Module):
 
     def forward(self, inputs):
         tensor, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
-        given = {"input_ids" if self.first else "inputs_embeds": tensor, "use_cache": False, **({"position_ids": positions[0]} if positions else {})}
+        given = {
+            "input_ids" if self.first else "inputs_embeds": tensor,
+            "use_cache": False,
+            **({"position_ids": positions[0]} if positions else {}),
+        }
         with torch.autocast(distributed.device().type, dtype=torch.bfloat16, enabled=self.bf16):
             if self.last:
                 return self.model(**given).logits
@@ -45,7 +50,8 @@ class Stage(torch.nn.Module):
 
 
 class Pipelined(Engine):
-    """Process p holds stage p // data_world of data rank p % data_world. Every process of a pipeline is given the same micro-batches.
+    """Process p holds stage p // data_world of data rank p % data_world. Every process of a pipeline is given the same
+    micro-batches.
 
     Inputs may be `input_ids` and `position_ids`. `model` is None: no process holds it whole.
     """
@@ -64,8 +70,11 @@ class Pipelined(Engine):
         self.data_world = distributed.world() // self.count
         self.data_rank, self.index = distributed.rank() % self.data_world, distributed.rank() // self.data_world
         self.tied = bool(model.config.tie_word_embeddings)
-        self.shapes = {key: list(parameter.shape) for key, parameter in model.named_parameters()}  # before the model is cut
-        table_name = next(key for key, parameter in model.named_parameters() if parameter is model.get_input_embeddings().weight)
+        # before the model is cut
+        self.shapes = {key: list(parameter.shape) for key, parameter in model.named_parameters()}
+        table_name = next(
+            key for key, parameter in model.named_parameters() if parameter is model.get_input_embeddings().weight
+        )
         self.micro_batches: list[dict] = []
         self.sums, self.scale = Sums(), 1.0
 
@@ -80,21 +89,38 @@ class Pipelined(Engine):
         with quiet():
             start()
             with torch.no_grad():  # tied weights are broadcast here, which autograd must not see
-                module = PipelineModule([spec(index) for index in range(self.count)], num_stages=self.count, loss_fn=self._loss, partition_method="uniform", seed_layers=False)
+                module = PipelineModule(
+                    [spec(index) for index in range(self.count)],
+                    num_stages=self.count,
+                    loss_fn=self._loss,
+                    partition_method="uniform",
+                    seed_layers=False,
+                )
             self.part = next(layer for layer in module.forward_funcs if isinstance(layer, Stage))
             self.balance = balance.attach(self.part.model, config, self.part.offset)
-            if self.tied and self.part.last:  # DeepSpeed takes the whole layer for a copy and would leave it out of the gradient norm
+            # DeepSpeed takes the whole layer for a copy and would leave it out of the gradient norm
+            if self.tied and self.part.last:
                 for parameter in self.part.parameters():
                     parameter.ds_pipe_replicated = parameter is self.part.table.weight
             self.head = head.installed(self.part.model) if self.part.last else None
             self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
-            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings(config, micro, accumulation, self.data_world), dist_init_required=False)
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self.optimizer,
+                config=settings(config, micro, accumulation, self.data_world),
+                dist_init_required=False,
+            )
         self.shape = None
         self.bubble = Bubble(self.engine, self.device, self.index, self.count, self.data_world)
-        self.named = {stages.global_name(key, self.part.offset): parameter for key, parameter in self.part.model.named_parameters()}
+        self.named = {
+            stages.global_name(key, self.part.offset): parameter
+            for key, parameter in self.part.model.named_parameters()
+        }
         self.copied = {}  # the tied table's second end reads it and leaves writing to the first
         if self.tied and self.part.last:
-            self.named = {key: parameter for key, parameter in self.named.items() if parameter is not self.part.table.weight}
+            self.named = {
+                key: parameter for key, parameter in self.named.items() if parameter is not self.part.table.weight
+            }
             self.copied = {table_name: self.part.table.weight}
 
     def measured(self):
@@ -115,7 +141,8 @@ class Pipelined(Engine):
         self.micro_batches, self.counted, self.sums, self.scale = micro_batches, counted, Sums(), scale
         shapes = [[(key, *value.shape) for key, value in batch["inputs"].items()] for batch in micro_batches]
         assert all(shape == shapes[0] for shape in shapes), "micro-batches of a pipeline must have one shape"
-        if shapes[0] != self.shape:  # with positions, two tensors travel between stages: a stage that expects one would wait for ever
+        # with positions, two tensors travel between stages: a stage that expects one would wait for ever
+        if shapes[0] != self.shape:
             self.engine.reset_activation_shape()
             self.shape = shapes[0]
         if self.head:  # on the last stage the k-th forward of a step is its k-th micro-batch
@@ -137,7 +164,8 @@ class Pipelined(Engine):
             self.engine.set_train_batch_size(self.engine.train_micro_batch_size_per_gpu() * count * self.data_world)
         total: dict[str, float] = {}
 
-        def allow() -> bool:  # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+        # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+        def allow() -> bool:
             if not total:
                 total.update(self._totals())
                 if finite(total["loss"]):
@@ -160,7 +188,9 @@ class Pipelined(Engine):
     def _forward_sums(self, micro_batches, counted):
         feed = self._begin(micro_batches, counted, 1.0)
         with quiet():
-            self.engine.eval_batch(feed, compute_loss=True, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+            self.engine.eval_batch(
+                feed, compute_loss=True, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+            )
         return self._from_last(self.sums.read())
 
     def _from_last(self, found: dict) -> dict:
@@ -178,12 +208,19 @@ class Pipelined(Engine):
 
     def consolidated(self):
         """Stage after stage, the first data rank sends its tensors to the main process over the CPU."""
-        mine = {stages.global_name(key, self.part.offset): value.detach().to("cpu").contiguous() for key, value in self.part.model.state_dict().items()}
+        mine = {
+            stages.global_name(key, self.part.offset): value.detach().to("cpu").contiguous()
+            for key, value in self.part.model.state_dict().items()
+        }
         whole = {key: value.clone() for key, value in mine.items()}
         for index in range(1, self.count):
             source = index * self.data_world
             if distributed.rank() == source:
-                dist.send_object_list([[(key, value.shape, value.dtype) for key, value in mine.items()]], dst=0, device=torch.device("cpu"))
+                dist.send_object_list(
+                    [[(key, value.shape, value.dtype) for key, value in mine.items()]],
+                    dst=0,
+                    device=torch.device("cpu"),
+                )
                 for value in mine.values():
                     dist.send(value, dst=0)
             elif distributed.is_main():
@@ -195,7 +232,10 @@ class Pipelined(Engine):
         return whole if distributed.is_main() else None
 
     def _held(self):
-        buffers = [fragment._replace(name=stages.global_name(fragment.name, self.part.offset)) for fragment in shards.buffers(self.part.model)]
+        buffers = [
+            fragment._replace(name=stages.global_name(fragment.name, self.part.offset))
+            for fragment in shards.buffers(self.part.model)
+        ]
         return shards.split(self.named, self.engine.optimizer), buffers
 
     def _copies(self):

@@ -11,7 +11,8 @@ from pipeline.train.muon import Muon
 
 
 class Replicated(Engine):
-    """Every process holds the whole model and optimizer; gradients are averaged by DDP on the last micro-batch of a step."""
+    """Every process holds the whole model and optimizer; gradients are averaged by DDP on the last micro-batch of a
+    step."""
 
     layout = "replicated"
 
@@ -22,9 +23,15 @@ class Replicated(Engine):
             ids = [self.device.index] if self.device.type == "cuda" else None
             with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.11 does not know the new name
                 warnings.simplefilter("ignore", FutureWarning)
-                self.module = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.module = torch.nn.parallel.DistributedDataParallel(
+                    model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = Muon(model, config, self.device) if config.optimizer.kind == "muon" else adamw(self.parameters, config, self.device)
+        self.optimizer = (
+            Muon(model, config, self.device)
+            if config.optimizer.kind == "muon"
+            else adamw(self.parameters, config, self.device)
+        )
         self.optimizers = list(self.optimizer.parts.values()) if config.optimizer.kind == "muon" else [self.optimizer]
         self.named = dict(model.named_parameters())
 
@@ -63,7 +70,8 @@ class Replicated(Engine):
         return sums.read()
 
     def state_bytes(self):
-        inner = self.optimizer.parts["muon"].param_groups if self.config.optimizer.kind == "muon" else []  # Muon has one moment, AdamW two
+        # Muon has one moment, AdamW two
+        inner = self.optimizer.parts["muon"].param_groups if self.config.optimizer.kind == "muon" else []
         return super().state_bytes() - 4 * sum(parameter.numel() for group in inner for parameter in group["params"])
 
     def _held(self):
@@ -78,4 +86,7 @@ class Replicated(Engine):
     def consolidated(self):
         if not distributed.is_main():
             return None
-        return {key: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).clone() for key, value in self.model.state_dict().items()}
+        return {
+            key: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).clone()
+            for key, value in self.model.state_dict().items()
+        }

@@ -1,6 +1,7 @@
 """Text that the model continues from fixed prompts while it learns, to logs/samples.jsonl and the terminal.
 
-A sample depends on the weights, the prompt and the recipe's seed alone, and leaves nothing behind in the run: rl/rollout.py draws its own random numbers.
+A sample depends on the weights, the prompt and the recipe's seed alone, and leaves nothing behind in the run:
+rl/rollout.py draws its own random numbers.
 """
 
 import json
@@ -31,7 +32,8 @@ class Samples(Strict):
 
 
 def encoded(config, tokenizer) -> list[list[int]]:
-    """Ids of the prompts, of none where no samples are asked for. Raises UserError for one that leaves no room in a row: called before anything expensive, too."""
+    """Ids of the prompts, of none where no samples are asked for. Raises UserError for one that leaves no room in a
+    row: called before anything expensive, too."""
     from pipeline.data.tokens import encode_text
 
     if config.samples is None:
@@ -40,7 +42,10 @@ def encoded(config, tokenizer) -> list[list[int]]:
     prompts = [[tokenizer.eos_token_id, *ids] for ids in encode_text(tokenizer, config.samples.prompts)]
     longest, new = max(map(len, prompts)), config.samples.max_new_tokens
     if longest + new > config.sequence_length:
-        raise UserError(f"stage {config.kind}: samples: a prompt of {longest - 1} tokens and {new} new ones are more than sequence_length {config.sequence_length}; shorten either")
+        raise UserError(
+            f"stage {config.kind}: samples: a prompt of {longest - 1} tokens and {new} new ones are more than"
+            f" sequence_length {config.sequence_length}; shorten either"
+        )
     return prompts
 
 
@@ -64,11 +69,20 @@ class Sampler:
                 return
             seeds = [derive(self.config.seed or 0, "sample", number) for number in range(len(self.prompts))]
             eos = self.tokenizer.eos_token_id
-            options = {"max_new_tokens": self.options.max_new_tokens, "temperature": self.options.temperature, "stop_ids": [eos], "pad_id": eos, "seeds": seeds}
+            options = {
+                "max_new_tokens": self.options.max_new_tokens,
+                "temperature": self.options.temperature,
+                "stop_ids": [eos],
+                "pad_id": eos,
+                "seeds": seeds,
+            }
             made = generate(model, self.prompts, **options)
         assert distributed.is_main()
         texts = [self.tokenizer.decode([i for i in completion.ids if i != eos]) for completion in made]
-        lines = [json.dumps({"step": step, "prompt": prompt, "text": text, "ended": completion.stopped}, ensure_ascii=False) for prompt, text, completion in zip(self.options.prompts, texts, made, strict=True)]
+        lines = [
+            json.dumps({"step": step, "prompt": prompt, "text": text, "ended": completion.stopped}, ensure_ascii=False)
+            for prompt, text, completion in zip(self.options.prompts, texts, made, strict=True)
+        ]
         self._write(step, lines)
         for prompt, text in zip(self.options.prompts, texts, strict=True):
             print(f"step {step}: {prompt} → {text}", flush=True)
@@ -96,7 +110,10 @@ class Sampler:
 
         main = distributed.is_main()
         # Every length of a cache would be compiled anew.
-        with torch.compiler.set_stance("force_eager"), torch.autocast(self.engine.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.autocast(self.engine.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
+        ):
             if self.engine.model is not None:
                 with self.engine.gathered():
                     yield self.engine.model if main else None
@@ -112,7 +129,11 @@ class Sampler:
         if self.bytes < free / 2:
             return True
         if not self.begun:
-            print(f"samples are left out: the whole model takes {self.bytes / 1e9:.1f} GB, more than half of the {free / 1e9:.1f} GB that are free beside the main process", flush=True)
+            print(
+                f"samples are left out: the whole model takes {self.bytes / 1e9:.1f} GB, more than half of the"
+                f" {free / 1e9:.1f} GB that are free beside the main process",
+                flush=True,
+            )
             self.begun = True
         return False
 
@@ -125,12 +146,18 @@ class Sampler:
             model = kind._from_config(self.model_config)
         model.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for part in model.modules():  # what is computed and not learned, such as the frequencies of rotary positions, is no part of the weights
+            # what is computed and not learned, such as the frequencies of rotary positions, is no part of the weights
+            for part in model.modules():
                 if not list(part.parameters(recurse=False)) or list(part.buffers(recurse=False)):
                     model._init_weights(part)
-        found = model.load_state_dict(weights, strict=False, assign=True)  # the weights lack a tied output layer and buffers, and may lack nothing else
-        known = {name for name, _ in model.named_buffers()} | (set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set())
-        assert not found.unexpected_keys and set(found.missing_keys) <= known, f"samples: the weights do not fit the model: {found}"
+        # the weights lack a tied output layer and buffers, and may lack nothing else
+        found = model.load_state_dict(weights, strict=False, assign=True)
+        known = {name for name, _ in model.named_buffers()} | (
+            set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+        )
+        assert not found.unexpected_keys and set(found.missing_keys) <= known, (
+            f"samples: the weights do not fit the model: {found}"
+        )
         model.tie_weights()
         return model.to(self.engine.device).eval()
 

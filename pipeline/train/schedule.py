@@ -8,8 +8,9 @@ from pipeline.train.config import Schedule
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int, hold: int = 0) -> float:
     """Learning rate of update number `step` (from 0) of `steps`.
 
-    Warmup is linear and its first update has peak / warmup_steps, not 0: an update of nothing would be wasted. Decay starts after it;
-    cosine is Loshchilov & Hutter (2017) without restarts, wsd is Hu et al. (2024) with a linear decay. No decay before step `hold`.
+    Warmup is linear and its first update has peak / warmup_steps, not 0: an update of nothing would be wasted. Decay
+    starts after it; cosine is Loshchilov & Hutter (2017) without restarts, wsd is Hu et al. (2024) with a linear decay.
+    No decay before step `hold`.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

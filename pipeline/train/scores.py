@@ -6,21 +6,29 @@ from pipeline.errors import UserError
 
 
 def calibrated(model, logits: torch.Tensor) -> torch.Tensor:
-    """Raw scores on the scale on which the answers that the reward model was trained on have mean 0 and standard deviation 1 (Ziegler et al., 2019).
+    """Raw scores on the scale on which the answers that the reward model was trained on have mean 0 and standard
+    deviation 1 (Ziegler et al., 2019).
 
     The two numbers stand in config.json, not in the weights: the score layer has no bias that could hold the offset.
     """
-    return logits.float() * getattr(model.config, "alma_reward_gain", 1.0) + getattr(model.config, "alma_reward_bias", 0.0)
+    return logits.float() * getattr(model.config, "alma_reward_gain", 1.0) + getattr(
+        model.config, "alma_reward_bias", 0.0
+    )
 
 
 @torch.no_grad()
 def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor:
-    """Calibrated scores [N], fp32 on the CPU, of N conversations as token ids (prompt, answer, end of turn), without padding.
+    """Calibrated scores [N], fp32 on the CPU, of N conversations as token ids (prompt, answer, end of turn), without
+    padding.
 
-    `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. Raises UserError if it has no padding token.
+    `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. Raises
+    UserError if it has no padding token.
     """
     if model.config.pad_token_id is None:
-        raise UserError("the reward model's config.json has no pad_token_id, so the last token of a padded row cannot be told; add it")
+        raise UserError(
+            "the reward model's config.json has no pad_token_id, so the last token of a padded row cannot be told;"
+            " add it"
+        )
     device, pad_id = next(model.parameters()).device, model.config.pad_token_id
     assert all(rows), "an empty row has no last token"
     training = model.training
@@ -30,7 +38,9 @@ def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor
     for start in range(0, len(order), batch):
         chunk = order[start : start + batch]
         longest = len(rows[chunk[-1]])
-        input_ids = torch.tensor([list(rows[row]) + [pad_id] * (longest - len(rows[row])) for row in chunk], device=device)
+        input_ids = torch.tensor(
+            [list(rows[row]) + [pad_id] * (longest - len(rows[row])) for row in chunk], device=device
+        )
         mask = torch.tensor([[1] * len(rows[row]) + [0] * (longest - len(rows[row])) for row in chunk], device=device)
         hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         # By length: transformers reads at the last id that is not the pad id, and a policy may sample that one too.

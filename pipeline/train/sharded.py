@@ -1,4 +1,5 @@
-"""The sharded engine: DeepSpeed ZeRO 0-3 (Rajbhandari et al., 2020) through `deepspeed.initialize`, called here so that a bad step can be discarded."""
+"""The sharded engine: DeepSpeed ZeRO 0-3 (Rajbhandari et al., 2020) through `deepspeed.initialize`, called here so
+that a bad step can be discarded."""
 
 import contextlib
 import io
@@ -14,7 +15,8 @@ BUCKET = 50_000_000  # elements; DeepSpeed's default of 500M takes 2 GB a buffer
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that asks `allow()` before it touches a weight. DeepSpeed looks at gradients before it calls `step`, not at the loss."""
+    """AdamW that asks `allow()` before it touches a weight. DeepSpeed looks at gradients before it calls `step`, not
+    at the loss."""
 
     allow = staticmethod(lambda: True)
 
@@ -27,8 +29,9 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 class Autocast(torch.nn.Module):
-    """The model's forward in bf16 autocast. DeepSpeed itself is told fp32: weights, gradients and their sums over processes stay fp32,
-    so that a run's numbers do not depend on its layout (DeepSpeed's own bf16 rounds gradients before it adds them up)."""
+    """The model's forward in bf16 autocast. DeepSpeed itself is told fp32: weights, gradients and their sums over
+    processes stay fp32, so that a run's numbers do not depend on its layout (DeepSpeed's own bf16 rounds gradients
+    before it adds them up)."""
 
     def __init__(self, model, enabled: bool):
         super().__init__()
@@ -42,7 +45,12 @@ class Autocast(torch.nn.Module):
 def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
     """DeepSpeed's configuration. Batch sizes in it serve its own bookkeeping; `Engine.step` decides what a step is."""
     zero = 1 if config.parallel.pipeline > 1 else config.parallel.zero
-    sharding: dict = {"stage": zero, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, "overlap_comm": False}
+    sharding: dict = {
+        "stage": zero,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "overlap_comm": False,
+    }
     if zero == 3:
         sharding |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_gather_16bit_weights_on_model_save": False}
     if config.parallel.offload:
@@ -62,8 +70,9 @@ def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
 
 
 def start() -> None:
-    """DeepSpeed over the process group that exists, without the shared-memory all-reduce that it compiles for CPUs at its first start: that takes
-    31 s and a C++ compiler, and a run must not end because a machine has none. gloo does this work."""
+    """DeepSpeed over the process group that exists, without the shared-memory all-reduce that it compiles for CPUs
+    at its first start: that takes 31 s and a C++ compiler, and a run must not end because a machine has none. gloo
+    does this work."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -102,7 +111,12 @@ class Sharded(Engine):
         with quiet():
             start()
             wrapped = Autocast(model, config.precision == "bf16")
-            self.engine, *_ = deepspeed.initialize(model=wrapped, optimizer=self.optimizer, config=settings(config, 1, 1, self.data_world), dist_init_required=False)
+            self.engine, *_ = deepspeed.initialize(
+                model=wrapped,
+                optimizer=self.optimizer,
+                config=settings(config, 1, 1, self.data_world),
+                dist_init_required=False,
+            )
         self.named = dict(model.named_parameters())
         self.frozen = {name: parameter for name, parameter in self.named.items() if not parameter.requires_grad}
 
@@ -120,7 +134,8 @@ class Sharded(Engine):
             loss, metrics = self._forward(self.engine, batch)
             sums.add(loss, metrics)
             phases.enter("backward")
-            self.engine.backward(loss * (self.data_world / weight), scale_wrt_gas=False)  # DeepSpeed averages over processes
+            # DeepSpeed averages over processes
+            self.engine.backward(loss * (self.data_world / weight), scale_wrt_gas=False)
         phases.enter("reduce")
         found = sums.read()
         keys = sorted(found)
@@ -129,10 +144,13 @@ class Sharded(Engine):
         norm = None
         if self.stage == 0:  # DeepSpeed neither keeps this norm nor looks whether it is finite
             norm = float(clip_gradients(list(self.engine.module.parameters()), self.config.optimizer.max_grad_norm))
-        allowed = (finite(loss) if norm is None else finite(loss, norm)) and (norm is None or self._admitted(loss, norm))
+        allowed = (finite(loss) if norm is None else finite(loss, norm)) and (
+            norm is None or self._admitted(loss, norm)
+        )
         asked = norm is not None
 
-        def allow() -> bool:  # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+        # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+        def allow() -> bool:
             nonlocal allowed, asked
             if allowed and not asked:
                 allowed, asked = self._admitted(loss, float(self.engine.optimizer._global_grad_norm)), True
@@ -144,7 +162,9 @@ class Sharded(Engine):
         self.engine.step()
         applied = allowed and self.engine.was_step_applied()
         if norm is None:
-            norm = float(self.engine.get_global_grad_norm()) if applied or self.engine.was_step_applied() else float("inf")
+            norm = (
+                float(self.engine.get_global_grad_norm()) if applied or self.engine.was_step_applied() else float("inf")
+            )
         return loss, total, norm, applied
 
     def _forward_sums(self, micro_batches, counted):
@@ -167,7 +187,8 @@ class Sharded(Engine):
         offload = self.engine.optimizer.parameter_offload
         parameters = list(self.engine.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters):
-            # Its hooks would give the parameters back after the first forward. Taken off and put on again as in TRL's unwrap_model_for_generation.
+            # Its hooks would give the parameters back after the first forward. Taken off and put on again as in TRL's
+            # unwrap_model_for_generation.
             for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()
             for hook in (*offload.forward_hooks, *offload.backward_hooks):
@@ -203,7 +224,11 @@ class Sharded(Engine):
         return shards.split(self.named, self.engine.optimizer), shards.whole(self.frozen, []) + common
 
     def _updates(self, name):
-        return shards.updates_whole(self.named, [self.optimizer], name) if self.stage == 0 else shards.updates_flat(self.engine.optimizer)
+        return (
+            shards.updates_whole(self.named, [self.optimizer], name)
+            if self.stage == 0
+            else shards.updates_flat(self.engine.optimizer)
+        )
 
     def _begin_moments(self, saved):
         if self.stage == 0:

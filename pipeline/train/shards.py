@@ -1,7 +1,8 @@
 """Where each layout keeps weights and moments: the same live memory is written by `save` and filled by `load`.
 
-Each function gives pieces (state.Fragment) that are views of what this process holds, named as in the whole model; `begin_*` makes the
-moments of an optimizer that has made no step yet, so that there is something to fill. DeepSpeed 0.19's own names are used for its parts.
+Each function gives pieces (state.Fragment) that are views of what this process holds, named as in the whole model;
+`begin_*` makes the moments of an optimizer that has made no step yet, so that there is something to fill. DeepSpeed
+0.19's own names are used for its parts.
 """
 
 import torch
@@ -15,7 +16,11 @@ def buffers(model) -> list[Fragment]:
     """Persistent state that is no parameter."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     others = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in parameters}
-    return [Fragment("buffer", name, 0, value.detach().view(-1)) for name, value in others.items() if isinstance(value, torch.Tensor)]
+    return [
+        Fragment("buffer", name, 0, value.detach().view(-1))
+        for name, value in others.items()
+        if isinstance(value, torch.Tensor)
+    ]
 
 
 def _steps(state: dict) -> int:
@@ -24,11 +29,15 @@ def _steps(state: dict) -> int:
 
 
 def _fresh(values: torch.Tensor, updates: int, kinds=("exp_avg", "exp_avg_sq")) -> dict:
-    count = {} if "momentum_buffer" in kinds else {"step": torch.tensor(float(updates), dtype=torch.float32, device=values.device)}
+    count = (
+        {}
+        if "momentum_buffer" in kinds
+        else {"step": torch.tensor(float(updates), dtype=torch.float32, device=values.device)}
+    )
     return {**count, **{kind: torch.zeros_like(values) for kind in kinds}}
 
 
-# ---- whole parameters: one process, DDP, ZeRO-0, and what is not trained -----------------------------------------------------
+# ---- whole parameters: one process, DDP, ZeRO-0, and what is not trained ---------------------------------------------
 
 
 def whole(parameters: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]) -> list[Fragment]:
@@ -41,7 +50,10 @@ def whole(parameters: dict[str, torch.Tensor], optimizers: list[torch.optim.Opti
 
 
 def updates_whole(parameters: dict, optimizers: list, name: str) -> int:
-    return next((_steps(optimizer.state[parameters[name]]) for optimizer in optimizers if parameters[name] in optimizer.state), 0)
+    return next(
+        (_steps(optimizer.state[parameters[name]]) for optimizer in optimizers if parameters[name] in optimizer.state),
+        0,
+    )
 
 
 def begin_whole(parameters: dict, optimizers: list, saved: dict[str, dict]) -> None:
@@ -55,18 +67,23 @@ def begin_whole(parameters: dict, optimizers: list, saved: dict[str, dict]) -> N
                     optimizer.state[parameter] = _fresh(parameter.detach(), updates, kinds)
 
 
-# ---- ZeRO-1 and 2: a flat fp32 part of each parameter group ------------------------------------------------------------------
+# ---- ZeRO-1 and 2: a flat fp32 part of each parameter group ----------------------------------------------------------
 
 
 def split(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:
-    """zero: DeepSpeedZeroOptimizer. `_hp_mapping` says which elements of a parameter lie where in this process's part."""
+    """zero: DeepSpeedZeroOptimizer. `_hp_mapping` says which elements of a parameter lie where in this process's
+    part."""
     found = []
     for name, parameter in parameters.items():
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             continue
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        start, at, count = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        start, at, count = (
+            mapping.lp_fragment_address.start,
+            mapping.hp_fragment_address.start,
+            mapping.hp_fragment_address.numel,
+        )
         found.append(Fragment("weight", name, start, flat.detach().narrow(0, at, count)))
         state = zero.optimizer.state.get(flat, {})
         found += [Fragment(kind, name, start, state[kind].narrow(0, at, count)) for kind in MOMENTS if kind in state]
@@ -80,7 +97,7 @@ def begin_split(zero, updates: int) -> None:
         zero.optimizer.state[flat] = _fresh(flat.detach(), updates)
 
 
-# ---- ZeRO-3: a flat part of each parameter, of which the last process's may be padded ----------------------------------------
+# ---- ZeRO-3: a flat part of each parameter, of which the last process's may be padded --------------------------------
 
 
 def scattered(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:

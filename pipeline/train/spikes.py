@@ -1,15 +1,19 @@
-"""Steps that must not count: a loss or gradient norm that jumps, or that is no number. What is done then, and what is left on disk for people.
+"""Steps that must not count: a loss or gradient norm that jumps, or that is no number. What is done then, and what is
+left on disk for people.
 
-    guard = Guard(config.spikes, state)               # its statistics live in the loop's state, so a resumed run decides as the one that was killed
+    guard = Guard(config.spikes, state)               # its statistics live in the loop's state, so a resumed run
+                                                      # decides as the one that was killed
     stats = engine.step(micro_batches, lr, guard.admit)     # asked on every rank between backward and update
     reason = guard.after(stats)
 
-A value is a spike if it lies `sigma` robust deviations above the median of the last `window` applied steps: median and 1.4826 x median absolute
-deviation (Hampel, 1974), of the loss and of the logarithm of the gradient norm. OLMo's SkipStepOptimizer compares with mean and standard deviation
-over the same 128 steps and 6 sigma; a median does not move with the spikes themselves. Fewer than half a window of steps decide nothing.
+A value is a spike if it lies `sigma` robust deviations above the median of the last `window` applied steps: median and
+1.4826 x median absolute deviation (Hampel, 1974), of the loss and of the logarithm of the gradient norm. OLMo's
+SkipStepOptimizer compares with mean and standard deviation over the same 128 steps and 6 sigma; a median does not move
+with the spikes themselves. Fewer than half a window of steps decide nothing.
 
-Rolling back is what PaLM did (Chowdhery et al., 2022, section 5.1): the newest checkpoint before the spike, and on with other data than those that led to it.
-The rows of all steps since that checkpoint, the spike's among them, are left out: which rows a step reads stays a function of (seed, step, list of skipped rows).
+Rolling back is what PaLM did (Chowdhery et al., 2022, section 5.1): the newest checkpoint before the spike, and on with
+other data than those that led to it. The rows of all steps since that checkpoint, the spike's among them, are left out:
+which rows a step reads stays a function of (seed, step, list of skipped rows).
 """
 
 import json
@@ -30,13 +34,17 @@ class Guard:
 
     def __init__(self, config: Spikes, state: dict):
         self.config = config
-        self.state = state.setdefault("spikes", {"loss": [], "log_norm": [], "in_a_row": 0, "count": 0, "rollbacks": 0, "skipped_rows": []})
+        self.state = state.setdefault(
+            "spikes", {"loss": [], "log_norm": [], "in_a_row": 0, "count": 0, "rollbacks": 0, "skipped_rows": []}
+        )
         self.admit = self._admit if config.policy != "off" else None
         self.reason: str | None = None
 
     def _admit(self, loss: float, norm: float) -> bool:
         """Whether an update with this loss and gradient norm may be made. Both are finite."""
-        self.reason = self._judge("loss", loss, lambda x: x) or self._judge("log_norm", math.log(max(norm, 1e-30)), math.exp)
+        self.reason = self._judge("loss", loss, lambda x: x) or self._judge(
+            "log_norm", math.log(max(norm, 1e-30)), math.exp
+        )
         return self.reason is None
 
     def _judge(self, name: str, value: float, shown) -> str | None:
@@ -49,7 +57,10 @@ class Guard:
         if sigma <= self.config.sigma:
             return None
         what = {"loss": "loss", "log_norm": "gradient norm"}[name]
-        return f"its {what} of {shown(value):.4g} is {sigma:.1f} deviations above the median of the last {len(history)} steps, {shown(median):.4g}"
+        return (
+            f"its {what} of {shown(value):.4g} is {sigma:.1f} deviations above the median of the last {len(history)}"
+            f" steps, {shown(median):.4g}"
+        )
 
     def after(self, stats: dict) -> str | None:
         """Count a step that was made. Returns why it was not applied, in words, or None."""
@@ -83,7 +94,8 @@ class Guard:
         return "stop"
 
     def row(self, step: int, batch_size: int) -> int:
-        """The first global row that step `step` (from 0) reads: step * batch_size, unless rows were skipped before it."""
+        """The first global row that step `step` (from 0) reads: step * batch_size, unless rows were skipped before
+        it."""
         row = step * batch_size
         for start, end in self.state["skipped_rows"]:
             if row >= start:
@@ -95,10 +107,20 @@ class Guard:
         return -(-self.row(step, batch_size) // batch_size)
 
     def rolled_back(self, saved: dict, checkpoint: int, step: int, batch_size: int) -> dict:
-        """The state to go on with from a checkpoint whose state is `saved`: all rows from there to the batch of `step` (from 0) are skipped."""
+        """The state to go on with from a checkpoint whose state is `saved`: all rows from there to the batch of
+        `step` (from 0) are skipped."""
         start, end = self.row(checkpoint, batch_size), self.row(step, batch_size) + batch_size
-        ranges = [found for found in self.state["skipped_rows"] if found[0] < start] + [[start, end]]  # later ones lie inside the new one
-        return {**saved, "spikes": {**saved["spikes"], "count": self.state["count"], "rollbacks": self.state["rollbacks"] + 1, "skipped_rows": ranges}}
+        # later ones lie inside the new one
+        ranges = [found for found in self.state["skipped_rows"] if found[0] < start] + [[start, end]]
+        return {
+            **saved,
+            "spikes": {
+                **saved["spikes"],
+                "count": self.state["count"],
+                "rollbacks": self.state["rollbacks"] + 1,
+                "skipped_rows": ranges,
+            },
+        }
 
     def forget(self) -> None:
         """Take back what `after` counted of a step that is to be made again."""
@@ -106,24 +128,39 @@ class Guard:
         self.state["count"] -= self.reason is not None
 
     def farewell(self, output: Output, step: int, reason: str) -> str:
-        told = "" if self.reason is None else f"; spikes.policy is {self.config.policy}" + (f", and {self.config.rollbacks} rollbacks were made" if self.config.policy == "rollback" else "")
-        row = f" with {self.config.in_a_row - 1} before it" if self.state["in_a_row"] + 1 >= self.config.in_a_row > 1 else ""
+        told = (
+            ""
+            if self.reason is None
+            else f"; spikes.policy is {self.config.policy}"
+            + (f", and {self.config.rollbacks} rollbacks were made" if self.config.policy == "rollback" else "")
+        )
+        row = (
+            f" with {self.config.in_a_row - 1} before it"
+            if self.state["in_a_row"] + 1 >= self.config.in_a_row > 1
+            else ""
+        )
         return (
-            f"stage {output.stage}: step {step} was not applied{row}: {reason}{told}. The state before it is saved; its rows are in {output.path}/logs/spikes. "
-            "Look at them, then change the recipe (spikes, optimizer.lr, the data) and go on with --fork"
+            f"stage {output.stage}: step {step} was not applied{row}: {reason}{told}. The state before it is saved; its"
+            f" rows are in {output.path}/logs/spikes. Look at them, then change the recipe (spikes, optimizer.lr, the"
+            " data) and go on with --fork"
         )
 
 
 def inherited(saved: dict) -> dict:
-    """What a branch takes over of the state of its parent: the statistics, and the skipped rows, without which it would read others than its parent does."""
+    """What a branch takes over of the state of its parent: the statistics, and the skipped rows, without which it
+    would read others than its parent does."""
     return {"spikes": {**saved["spikes"], "in_a_row": 0, "count": 0, "rollbacks": 0}} if "spikes" in saved else {}
 
 
 def tell(output: Output, step: int, reason: str, stats: dict, rows: list[dict]) -> None:
-    """Say that a step was not applied, and write its rows to logs/spikes/step-000123.jsonl: first the step, then every row of the global batch."""
+    """Say that a step was not applied, and write its rows to logs/spikes/step-000123.jsonl: first the step, then
+    every row of the global batch."""
     if not output.is_main:
         return
     print(f"{output.stage}: step {step} was skipped: {reason}", flush=True)
     if rows:
         lines = [{"step": step, "reason": reason, **{key: stats[key] for key in ("loss", "grad_norm", "lr")}}, *rows]
-        write_atomic(output.path / "logs" / "spikes" / f"step-{step:06d}.jsonl", "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines))
+        write_atomic(
+            output.path / "logs" / "spikes" / f"step-{step:06d}.jsonl",
+            "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines),
+        )

@@ -3,9 +3,10 @@
     model-00000.safetensors    what process 0 wrote: flat pieces of parameters and moments, in safetensors' own layout
     model.json                 steps made, optimizer, and who wrote it
 
-A piece is called `exp_avg/model.layers.0.mlp.up_proj.weight@4096`: what it is (weight, exp_avg, exp_avg_sq, momentum_buffer, buffer), the
-parameter's name in the whole model, and at which of its elements it begins. Who reads asks for any range of elements and gets it pieced
-together, so that a run goes on in any layout. Full shapes stand in the metadata of each file. Nothing is pickled.
+A piece is called `exp_avg/model.layers.0.mlp.up_proj.weight@4096`: what it is (weight, exp_avg, exp_avg_sq,
+momentum_buffer, buffer), the parameter's name in the whole model, and at which of its elements it begins. Who reads
+asks for any range of elements and gets it pieced together, so that a run goes on in any layout. Full shapes stand in
+the metadata of each file. Nothing is pickled.
 """
 
 import hashlib
@@ -40,7 +41,8 @@ class Fragment(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one process writes of one engine: its pieces, {parameter: shape and number of updates} of what they belong to, and the content of the small JSON file."""
+    """What one process writes of one engine: its pieces, {parameter: shape and number of updates} of what they
+    belong to, and the content of the small JSON file."""
 
     fragments: list[Fragment]
     parameters: dict[str, dict]
@@ -56,7 +58,8 @@ class Cancelled(Exception):
 
 
 def share(fragments: list[Fragment], rank: int, world: int) -> list[Fragment]:
-    """This process's part of pieces that all of `world` processes hold: the elements in a row, cut into equal ranges."""
+    """This process's part of pieces that all of `world` processes hold: the elements in a row, cut into equal
+    ranges."""
     total = sum(fragment.values.numel() for fragment in fragments)
     first, last = total * rank // world, total * (rank + 1) // world
     mine, at = [], 0
@@ -79,7 +82,9 @@ class Copier:
         layout = [(fragment.key, fragment.values.dtype, fragment.values.numel()) for fragment in fragments]
         if layout != self.layout:
             on_gpu = any(fragment.values.is_cuda for fragment in fragments)
-            memory = torch.empty(sum(-(-fragment.values.nbytes // 8) * 8 for fragment in fragments), dtype=torch.uint8, pin_memory=on_gpu)
+            memory = torch.empty(
+                sum(-(-fragment.values.nbytes // 8) * 8 for fragment in fragments), dtype=torch.uint8, pin_memory=on_gpu
+            )
             self.layout, self.places, at = layout, [], 0
             for fragment in fragments:
                 self.places.append(memory[at : at + fragment.values.nbytes].view(fragment.values.dtype))
@@ -92,13 +97,21 @@ class Copier:
 
 
 def write(path: Path, part: Part, cancelled: Callable[[], bool] = lambda: False) -> dict:
-    """Write a safetensors file, hashed on the way and synced. Returns {sha256, size}. Raises OSError, or Cancelled when `cancelled()` turns true."""
-    entries: dict = {"__metadata__": {"format": "alma", "version": str(FORMAT), "parameters": json.dumps(part.parameters)}}
-    fragments = sorted(part.fragments, key=lambda fragment: -fragment.values.element_size())  # so that each piece is aligned to its own size
+    """Write a safetensors file, hashed on the way and synced. Returns {sha256, size}. Raises OSError, or Cancelled
+    when `cancelled()` turns true."""
+    entries: dict = {
+        "__metadata__": {"format": "alma", "version": str(FORMAT), "parameters": json.dumps(part.parameters)}
+    }
+    # so that each piece is aligned to its own size
+    fragments = sorted(part.fragments, key=lambda fragment: -fragment.values.element_size())
     at = 0
     for fragment in fragments:
         end = at + fragment.values.nbytes
-        entries[fragment.key] = {"dtype": DTYPES[fragment.values.dtype], "shape": [fragment.values.numel()], "data_offsets": [at, end]}
+        entries[fragment.key] = {
+            "dtype": DTYPES[fragment.values.dtype],
+            "shape": [fragment.values.numel()],
+            "data_offsets": [at, end],
+        }
         at = end
     header = json.dumps(entries, ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
@@ -125,7 +138,8 @@ def _bytes(values: torch.Tensor) -> memoryview:
 class Reader:
     """The pieces of one engine in a checkpoint folder, by their place in the whole model.
 
-    steps, layout, optimizer: what the run had made and how. parameters: {name: {shape, updates}}. Raises UserError for a folder that holds no state of `name`.
+    steps, layout, optimizer: what the run had made and how. parameters: {name: {shape, updates}}. Raises UserError for
+    a folder that holds no state of `name`.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -133,14 +147,20 @@ class Reader:
         summary = folder / f"{name}.json"
         if not summary.is_file():
             if (folder / f"{name}-state.pt").exists() or (folder / f"{name}-layout.json").exists():
-                raise UserError(f"{folder}: was written by an earlier alma as a pickle, which this one does not read; give --restart to begin anew")
+                raise UserError(
+                    f"{folder}: was written by an earlier alma as a pickle, which this one does not read; give"
+                    " --restart to begin anew"
+                )
             raise UserError(f"{folder}: holds no training state called {name} ({summary.name} is missing)")
         known = json.loads(summary.read_text(encoding="utf-8"))
         if known["format"] > FORMAT:
-            raise UserError(f"{folder}: written by a newer alma (format {known['format']}, this one reads {FORMAT}); update alma")
+            raise UserError(
+                f"{folder}: written by a newer alma (format {known['format']}, this one reads {FORMAT}); update alma"
+            )
         self.steps, self.optimizer, self.layout = known["steps"], known["optimizer"], known["layout"]
         self.parameters: dict[str, dict] = {}
-        self.pieces: dict[tuple[str, str], list[tuple[int, int, Path, int, str]]] = {}  # (kind, name) -> [(start, stop, file, offset, dtype)]
+        # (kind, name) -> [(start, stop, file, offset, dtype)]
+        self.pieces: dict[tuple[str, str], list[tuple[int, int, Path, int, str]]] = {}
         for path in sorted(folder.iterdir()):
             if re.fullmatch(rf"{re.escape(name)}-\d+\.safetensors", path.name):
                 self._index(path)
@@ -156,7 +176,9 @@ class Reader:
             place, _, start = key.rpartition("@")
             kind, _, name = place.partition("/")
             first = int(start)
-            self.pieces.setdefault((kind, name), []).append((first, first + entry["shape"][0], path, 8 + length + entry["data_offsets"][0], entry["dtype"]))
+            self.pieces.setdefault((kind, name), []).append(
+                (first, first + entry["shape"][0], path, 8 + length + entry["data_offsets"][0], entry["dtype"])
+            )
 
     def has(self, kind: str, name: str) -> bool:
         return (kind, name) in self.pieces
@@ -178,14 +200,21 @@ class Reader:
             at += take
         if at < start + numel:
             stop = min([start + numel, *(first for first, *_ in pieces if first > at)])
-            raise UserError(f"{self.folder}: {kind} of {name} lacks the elements {at} to {stop}; the checkpoint is not whole, remove it to go on from the one before")
+            raise UserError(
+                f"{self.folder}: {kind} of {name} lacks the elements {at} to {stop}; the checkpoint is not whole,"
+                " remove it to go on from the one before"
+            )
         return found
 
     def fill(self, fragment: Fragment) -> None:
         """Read a piece into live memory. A moment that was never updated is zero."""
         moment = fragment.kind not in ("weight", "buffer")
         with torch.no_grad():
-            if moment and not self.has(fragment.kind, fragment.name) and not self.parameters.get(fragment.name, {}).get("updates"):
+            if (
+                moment
+                and not self.has(fragment.kind, fragment.name)
+                and not self.parameters.get(fragment.name, {}).get("updates")
+            ):
                 fragment.values.zero_()
             elif fragment.values.numel():
                 fragment.values.copy_(self.read(fragment.kind, fragment.name, fragment.start, fragment.values.numel()))
@@ -197,11 +226,17 @@ class Reader:
             if name not in self.parameters:
                 raise UserError(f"{self.folder}: is of another model: it has no {name}; {advice}")
             if self.parameters[name]["shape"] != list(shape):
-                raise UserError(f"{self.folder}: is of another model: {name} is {self.parameters[name]['shape']} there and {list(shape)} here; {advice}")
+                raise UserError(
+                    f"{self.folder}: is of another model: {name} is {self.parameters[name]['shape']} there and"
+                    f" {list(shape)} here; {advice}"
+                )
         if extra := [name for name in self.parameters if name not in shapes]:
             raise UserError(f"{self.folder}: is of another model: it has {extra[0]}, this one has not; {advice}")
         if self.optimizer != optimizer:
-            made = f"{self.folder}: was saved with optimizer.kind: {self.optimizer}, whose moments are of no use to {optimizer}"
+            made = (
+                f"{self.folder}: was saved with optimizer.kind: {self.optimizer}, whose moments are of no use to"
+                f" {optimizer}"
+            )
             raise UserError(f"{made}; {advice}, or begin from its weights alone (inputs.model)")
 
     def changed(self, layout: dict) -> str:
@@ -216,13 +251,22 @@ def _read_exactly(path: Path, offset: int, view: memoryview) -> None:
         while done < len(view):
             count = handle.readinto(view[done:])
             if not count:
-                raise UserError(f"{path}: ends before its data do; the checkpoint is damaged, remove it to go on from the one before")
+                raise UserError(
+                    f"{path}: ends before its data do; the checkpoint is damaged, remove it to go on from the one"
+                    " before"
+                )
             done += count
 
 
 def describe(layout: dict) -> str:
     """`2 processes with zero 3 and offload`."""
     count = layout["processes"]
-    words = [f"pipeline {layout['pipeline']}"] if layout["pipeline"] > 1 else [f"zero {layout['zero']}"] if layout["zero"] is not None else []
+    words = (
+        [f"pipeline {layout['pipeline']}"]
+        if layout["pipeline"] > 1
+        else [f"zero {layout['zero']}"]
+        if layout["zero"] is not None
+        else []
+    )
     words += ["offload"] if layout["offload"] else []
     return f"{count} process{'es' if count > 1 else ''}" + (f" with {' and '.join(words)}" if words else "")

@@ -1,4 +1,5 @@
-"""What SFT, reward modelling and DPO share: token rows made once and read by every process, and which rows a step takes."""
+"""What SFT, reward modelling and DPO share: token rows made once and read by every process, and which rows a step
+takes."""
 
 import functools
 import json
@@ -28,14 +29,20 @@ def tokenizer_of(folder: Path, sequence_length: int):
     from transformers import AutoConfig, AutoTokenizer
 
     if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder}: holds no model with its tokenizer (config.json, tokenizer_config.json); expected a folder in the Hugging Face layout")
+        raise UserError(
+            f"{folder}: holds no model with its tokenizer (config.json, tokenizer_config.json); expected a folder in"
+            " the Hugging Face layout"
+        )
     most = getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "max_position_embeddings", None)
     if most and sequence_length > most:
-        raise UserError(f"sequence_length: {sequence_length} is more than the {most} positions of the model (max_position_embeddings); use at most {most}")
+        raise UserError(
+            f"sequence_length: {sequence_length} is more than the {most} positions of the model"
+            f" (max_position_embeddings); use at most {most}"
+        )
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 class Ragged:
@@ -61,10 +68,14 @@ class Ragged:
         return np.diff(self.starts)
 
 
-def shared(output: Output, config, build: Callable[[], tuple[dict[str, "Ragged | np.ndarray"], dict]]) -> tuple[dict, dict]:
-    """(arrays, JSON) that the main process builds once and that all processes then read from `work/`, memory-mapped. Starts the process group.
+def shared(
+    output: Output, config, build: Callable[[], tuple[dict[str, "Ragged | np.ndarray"], dict]]
+) -> tuple[dict, dict]:
+    """(arrays, JSON) that the main process builds once and that all processes then read from `work/`, memory-mapped.
+    Starts the process group.
 
-    The group is started after building, so that a mistake in the data is one sentence from the main process, while the others still wait.
+    The group is started after building, so that a mistake in the data is one sentence from the main process, while the
+    others still wait.
     """
     folder = output.path / "work" / "rows"
     if not output.is_main:
@@ -77,7 +88,11 @@ def shared(output: Output, config, build: Callable[[], tuple[dict[str, "Ragged |
         temporary.mkdir(parents=True)
         arrays, extra = build()
         for name, array in arrays.items():
-            parts = {f"{name}.values": array.values, f"{name}.starts": array.starts} if isinstance(array, Ragged) else {name: array}
+            parts = (
+                {f"{name}.values": array.values, f"{name}.starts": array.starts}
+                if isinstance(array, Ragged)
+                else {name: array}
+            )
             for part, values in parts.items():
                 np.save(temporary / f"{part}.npy", values)
         write_json(temporary / "extra.json", extra)
@@ -90,11 +105,15 @@ def shared(output: Output, config, build: Callable[[], tuple[dict[str, "Ragged |
     distributed.barrier()
     loaded = {path.name.removesuffix(".npy"): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
     arrays = {name: array for name, array in loaded.items() if not name.endswith((".values", ".starts"))}
-    arrays |= {name.removesuffix(".starts"): Ragged(loaded[name.replace(".starts", ".values")], array) for name, array in loaded.items() if name.endswith(".starts")}
+    arrays |= {
+        name.removesuffix(".starts"): Ragged(loaded[name.replace(".starts", ".values")], array)
+        for name, array in loaded.items()
+        if name.endswith(".starts")
+    }
     return arrays, json.loads((folder / "extra.json").read_text(encoding="utf-8"))
 
 
-# ---- which rows a step takes -----------------------------------------------------------------------------------------------
+# ---- which rows a step takes -----------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(4)
@@ -109,7 +128,8 @@ def row_at(seed: int, index: int, count: int) -> int:
 
 
 def best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list[list[int]]:
-    """Items into as few rows as best-fit decreasing finds: longest first, each into the fullest row that has room (Ding et al., 2024). `order` breaks ties.
+    """Items into as few rows as best-fit decreasing finds: longest first, each into the fullest row that has room (Ding
+    et al., 2024). `order` breaks ties.
 
     Within 11/9 of the fewest rows possible (Johnson, 1974); the number of rows does not depend on `order`.
     """
@@ -139,21 +159,32 @@ def best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list[list
 def heldout_share(count: int, config, engine) -> list[np.ndarray]:
     """Held-out rows of this process, a micro-batch each. Raises UserError if there are fewer rows than processes."""
     if count < engine.data_world:
-        raise UserError(f"stage {config.kind}: {count} held-out rows cannot be shared by {engine.data_world} processes; hold out more (holdout: {config.holdout})")
+        raise UserError(
+            f"stage {config.kind}: {count} held-out rows cannot be shared by {engine.data_world} processes; hold out"
+            f" more (holdout: {config.holdout})"
+        )
     mine = np.arange(engine.data_rank, count, engine.data_world)
     micro = config.micro_batch or config.batch_size // engine.data_world
     return [mine[start : start + micro] for start in range(0, len(mine), micro)]
 
 
-# ---- pairs -----------------------------------------------------------------------------------------------------------------
+# ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
 def encode_pairs(pairs: list, split: str, chat, sequence_length: int, ledger) -> dict[str, "Ragged | np.ndarray"]:
-    """Token rows of pairs: `chosen` and `rejected` (prompt and answer, up to the end of the turn), `start` (where the answer begins), `margin`.
+    """Token rows of pairs: `chosen` and `rejected` (prompt and answer, up to the end of the turn), `start` (where the
+    answer begins), `margin`.
 
-    A pair that is longer than sequence_length is left out whole: a cut answer is another answer than the one that was preferred.
+    A pair that is longer than sequence_length is left out whole: a cut answer is another answer than the one that was
+    preferred.
     """
-    both = chat.encode([[*pair.prompt, {"role": "assistant", "content": answer}] for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    both = chat.encode(
+        [
+            [*pair.prompt, {"role": "assistant", "content": answer}]
+            for pair in pairs
+            for answer in (pair.chosen, pair.rejected)
+        ]
+    )
     rows, reasons = [], []
     for chosen, rejected in zip(both[::2], both[1::2], strict=True):
         reason = next((found for found in (chosen, rejected) if isinstance(found, str)), None)
@@ -174,7 +205,8 @@ def encode_pairs(pairs: list, split: str, chat, sequence_length: int, ledger) ->
 
 
 def pair_batch(arrays: dict, split: str, indices, pad_id: int) -> dict:
-    """A micro-batch of pairs: inputs [2B, T], chosen first, padded on the right; labels of the answers' tokens, already shifted; margin [B]."""
+    """A micro-batch of pairs: inputs [2B, T], chosen first, padded on the right; labels of the answers' tokens,
+    already shifted; margin [B]."""
     import torch
 
     ids = [arrays[f"{split}.{which}"][index] for which in ("chosen", "rejected") for index in indices]

@@ -1,17 +1,24 @@
-"""A heartbeat of every rank, and a thread in each that looks at the heartbeats of others: a hang names who lags, a death is told, nobody waits for ever.
+"""A heartbeat of every rank, and a thread in each that looks at the heartbeats of others: a hang names who lags, a
+death is told, nobody waits for ever.
 
-    logs/heartbeat/rank-00003.json     host, pid, step, phase, place (phases entered since the step began), beats, and, when it leaves, its last word
+    logs/heartbeat/rank-00003.json     host, pid, step, phase, place (phases entered since the step began), beats, and,
+                                       when it leaves, its last word
     logs/stacks-rank-3.txt             Python stacks of all threads, when a hang was found
 
-Rank 0 and the last rank look at all files, the others at the files of these two, so that the cost grows with the number of ranks and not with its square.
-Time is counted on the reader's own clock from the moment at which it saw a file change: clocks of hosts differ, and a shared file system shows changes
-late. A reader that was suspended itself (SIGSTOP, `scontrol suspend`), or could not write, does not count that time.
+Rank 0 and the last rank look at all files, the others at the files of these two, so that the cost grows with the number
+of ranks and not with its square. Time is counted on the reader's own clock from the moment at which it saw a file
+change: clocks of hosts differ, and a shared file system shows changes late. A reader that was suspended itself
+(SIGSTOP, `scontrol suspend`), or could not write, does not count that time.
 
-* no rank has entered a phase for `watch.hang` seconds: the ranks at the lowest (step, place) are those that the others wait for. All dump stacks and leave;
-* a rank gives no sign of life for `watch.lost` seconds, or its process is gone from this host: the others say so and leave;
-* a rank ends with an exception or was asked to stop: the others give their own main thread ten seconds to end by itself, and then leave too.
+* no rank has entered a phase for `watch.hang` seconds: the ranks at the lowest (step, place) are those that the others
+  wait for. All dump stacks and leave;
+* a rank gives no sign of life for `watch.lost` seconds, or its process is gone from this host: the others say so and
+  leave;
+* a rank ends with an exception or was asked to stop: the others give their own main thread ten seconds to end by
+  itself, and then leave too.
 
-A main thread that is blocked in a collective holds no interpreter lock (gloo and NCCL release it), so this thread runs on and ends the process.
+A main thread that is blocked in a collective holds no interpreter lock (gloo and NCCL release it), so this thread runs
+on and ends the process.
 """
 
 import contextlib
@@ -32,24 +39,40 @@ from pipeline.train import distributed, phases
 from pipeline.train.stop import leave_word
 
 EXIT_HANG = 76  # hang, or another rank lost: to be started again
-QUICK = {"data", "forward", "backward", "reduce", "update", "pipeline", "log"}  # phases of a step; all others may take `watch.start` seconds
+# phases of a step; all others may take `watch.start` seconds
+QUICK = {"data", "forward", "backward", "reduce", "update", "pipeline", "log"}
 ALONE = {"prepare"}  # rank 0 works and the others wait for a file, however long it takes; only its life is watched
 INTERVAL = 1.0
 GRACE = 10.0  # seconds for a main thread to end by itself
-FAREWELL = 4.0  # seconds between the word and the end, so that every rank reads it and dumps its stacks before a launcher ends them all
+# seconds between the word and the end, so that every rank reads it and dumps its stacks before a launcher ends them all
+FAREWELL = 4.0
 
 
 class Watch:
-    """`with Watch(output, config.watch):` around the work of a stage. In one process it finds hangs; in several it also sees the others."""
+    """`with Watch(output, config.watch):` around the work of a stage. In one process it finds hangs; in several it
+    also sees the others."""
 
     def __init__(self, output: Output, config):
         self.output, self.config = output, config
         self.rank, self.world = distributed.rank(), distributed.world()
         self.folder = output.path / "logs" / "heartbeat"
-        self.me = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()), "space": _pid_space(), "launch": _launch(), "stage": output.stage}
-        self.interval = min(max(INTERVAL, self.world / 64), config.hang / 4, config.lost / 4)  # 36 ms of CPU a look at 512 ranks, 0.6 ms at 2
+        self.me = {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": born(os.getpid()),
+            "space": _pid_space(),
+            "launch": _launch(),
+            "stage": output.stage,
+        }
+        # 36 ms of CPU a look at 512 ranks, 0.6 ms at 2
+        self.interval = min(max(INTERVAL, self.world / 64), config.hang / 4, config.lost / 4)
         self.lookouts = {0, self.world - 1}
-        self.looked_at = [rank for rank in (range(self.world) if self.rank in self.lookouts else sorted(self.lookouts)) if rank != self.rank]
+        self.looked_at = [
+            rank
+            for rank in (range(self.world) if self.rank in self.lookouts else sorted(self.lookouts))
+            if rank != self.rank
+        ]
         self.beats, self.clock, self.word = 0, 0.0, None
         self.began = None  # step at which this process began: compiling makes it a slow one
         self.seen: dict[int, dict] = {}  # rank -> its newest heartbeat
@@ -58,7 +81,7 @@ class Watch:
         self.moved: dict[int, tuple] = {}  # rank -> (step, place, own clock when it got there)
         self.over, self.ending = threading.Event(), threading.Event()
 
-    # ---- the main thread -----------------------------------------------------------------------------------------------------
+    # ---- the main thread ---------------------------------------------------------------------------------------------
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +103,11 @@ class Watch:
             blamed = self._who_broke_it(error)
             if blamed:
                 self._leave(blamed)
-            self.word = {"why": "failed", "text": f"{kind.__name__}: {error}", "code": 2 if isinstance(error, UserError) else 1}
+            self.word = {
+                "why": "failed",
+                "text": f"{kind.__name__}: {error}",
+                "code": 2 if isinstance(error, UserError) else 1,
+            }
         self._beat()
         if self.world > 1 and kind is not None and self.me["launch"] is None:
             for _ in range(3):  # who has just started takes the first state it sees for one of an earlier launch
@@ -88,9 +115,23 @@ class Watch:
                 self._beat()
 
     def _who_broke_it(self, error: BaseException) -> dict | None:
-        """A collective that fails most often fails because another rank is gone. That rank's word, if one shows in time."""
+        """A collective that fails most often fails because another rank is gone. That rank's word, if one shows in
+        time."""
         text = f"{type(error).__name__} {error}"
-        if not any(sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe", "Dist", "gloo", "Gloo", "NCCL", "ProcessGroup", "TCPStore")):
+        if not any(
+            sign in text
+            for sign in (
+                "Connection closed by peer",
+                "Connection reset",
+                "Broken pipe",
+                "Dist",
+                "gloo",
+                "Gloo",
+                "NCCL",
+                "ProcessGroup",
+                "TCPStore",
+            )
+        ):
             return None
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
@@ -103,7 +144,7 @@ class Watch:
             self._beat()
         return None
 
-    # ---- the thread ----------------------------------------------------------------------------------------------------------
+    # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         before = time.monotonic()
@@ -113,7 +154,11 @@ class Watch:
                 self.clock += min(now - before, 2 * self.interval)
             before = now
             self._look_at_all()
-            word = self._others_word() or self._lost(self.config.lost) or (self._hang() if self.rank in self.lookouts else None)
+            word = (
+                self._others_word()
+                or self._lost(self.config.lost)
+                or (self._hang() if self.rank in self.lookouts else None)
+            )
             if word is None:
                 continue
             if word["why"] in ("failed", "stopped") and self.over.wait(GRACE):
@@ -126,8 +171,23 @@ class Watch:
         self.beats += 1
         step, name, place = phases.step, phases.name, phases.place
         self.began = step if self.began is None and step else self.began
-        patience = "none" if name in ALONE else "hang" if name in QUICK and self.began is not None and step > self.began else "start"
-        state = {**self.me, "step": step, "phase": name, "place": place, "seconds": round(time.perf_counter() - phases.since, 1), "patience": patience, "beats": self.beats, "word": self.word}
+        patience = (
+            "none"
+            if name in ALONE
+            else "hang"
+            if name in QUICK and self.began is not None and step > self.began
+            else "start"
+        )
+        state = {
+            **self.me,
+            "step": step,
+            "phase": name,
+            "place": place,
+            "seconds": round(time.perf_counter() - phases.since, 1),
+            "patience": patience,
+            "beats": self.beats,
+            "word": self.word,
+        }
         self._note(self.rank, state)
         path = self.folder / f"rank-{self.rank:05d}.json"
         try:  # no fsync: a heartbeat is worth nothing after a crash
@@ -148,7 +208,10 @@ class Watch:
             if rank not in self.seen and not (state["launch"] and state["launch"] == self.me["launch"]):
                 if self.stale.setdefault(rank, text) == text:
                     continue
-            if rank not in self.seen or (state["pid"], state["beats"]) != (self.seen[rank]["pid"], self.seen[rank]["beats"]):
+            if rank not in self.seen or (state["pid"], state["beats"]) != (
+                self.seen[rank]["pid"],
+                self.seen[rank]["beats"],
+            ):
                 self.changed[rank] = self.clock
                 self._note(rank, state)
 
@@ -164,7 +227,10 @@ class Watch:
             if rank == self.rank or word is None or word["why"] == "done":
                 continue
             if word["why"] in ("failed", "stopped"):
-                who = f"rank {rank} ({state['host']}, process {state['pid']}) {word['text']} in phase {state['phase']} of step {state['step']}, so the other ranks end too"
+                who = (
+                    f"rank {rank} ({state['host']}, process {state['pid']}) {word['text']} in phase {state['phase']} of"
+                    f" step {state['step']}, so the other ranks end too"
+                )
                 return {**word, "rank": rank, "message": who}
             return word
         return None
@@ -173,12 +239,30 @@ class Watch:
         for rank, state in self.seen.items():
             if rank == self.rank or state["word"]:
                 continue
-            gone = state["host"] == self.me["host"] and state["space"] == self.me["space"] is not None and born(state["pid"]) != state["born"]
+            gone = (
+                state["host"] == self.me["host"]
+                and state["space"] == self.me["space"] is not None
+                and born(state["pid"]) != state["born"]
+            )
             silent = self.clock - self.changed[rank]
             if gone or silent > limit:
-                what = "its process is gone" if gone else f"it has given no sign of life for {silent:.0f} s (dead, suspended, or its node is lost)"
-                message = f"rank {rank} ({state['host']}, process {state['pid']}) is lost: {what}; it was last seen in phase {state['phase']} of step {state['step']}. The other ranks end"
-                return {"why": "lost", "rank": rank, "phase": state["phase"], "step": state["step"], "message": message, "code": EXIT_HANG}
+                what = (
+                    "its process is gone"
+                    if gone
+                    else f"it has given no sign of life for {silent:.0f} s (dead, suspended, or its node is lost)"
+                )
+                message = (
+                    f"rank {rank} ({state['host']}, process {state['pid']}) is lost: {what}; it was last seen in phase"
+                    f" {state['phase']} of step {state['step']}. The other ranks end"
+                )
+                return {
+                    "why": "lost",
+                    "rank": rank,
+                    "phase": state["phase"],
+                    "step": state["step"],
+                    "message": message,
+                    "code": EXIT_HANG,
+                }
         return None
 
     def _hang(self) -> dict | None:
@@ -193,11 +277,18 @@ class Watch:
         if still <= limit or any(state["patience"] == "none" for state in self.seen.values()):
             return None
         if missing:
-            first, text = {"rank": missing[0], "phase": "none", "step": 0}, f"rank{'s' * (len(missing) > 1)} {_ranges(missing)} did not begin within {still:.0f} s"
+            first, text = (
+                {"rank": missing[0], "phase": "none", "step": 0},
+                f"rank{'s' * (len(missing) > 1)} {_ranges(missing)} did not begin within {still:.0f} s",
+            )
         else:
             first = self.seen[behind[0]]
             seconds = self.clock - self.moved[behind[0]][2]
-            who = f"rank {behind[0]} ({first['host']}, process {first['pid']}) has" if len(behind) == 1 else f"ranks {_ranges(behind)} have"
+            who = (
+                f"rank {behind[0]} ({first['host']}, process {first['pid']}) has"
+                if len(behind) == 1
+                else f"ranks {_ranges(behind)} have"
+            )
             text = f"{who} been in phase {first['phase']} of step {first['step']} for {seconds:.0f} s"
             if behind[0] != self.rank and self.clock - self.changed[behind[0]] > max(3 * self.interval, still / 2):
                 text += " (as far as it said; it gives no sign of life: suspended, or its interpreter is blocked)"
@@ -205,23 +296,46 @@ class Watch:
         for rank, state in sorted(self.seen.items()):
             if rank not in behind and not state["word"]:
                 waiting.setdefault(state["phase"], []).append(rank)
-        others = ", ".join(f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} wait{'s' * (len(ranks) == 1)} in {phase}" for phase, ranks in waiting.items())
+        others = ", ".join(
+            f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} wait{'s' * (len(ranks) == 1)} in {phase}"
+            for phase, ranks in waiting.items()
+        )
         message = f"hang: {text}{f'; {others}' if others else ''}. Stacks are in logs/stacks-rank-*.txt"
-        return {"why": "hang", "rank": first["rank"], "phase": first["phase"], "step": first["step"], "message": message, "code": EXIT_HANG}
+        return {
+            "why": "hang",
+            "rank": first["rank"],
+            "phase": first["phase"],
+            "step": first["step"],
+            "message": message,
+            "code": EXIT_HANG,
+        }
 
     def _leave(self, word: dict) -> None:
         """Tell, leave word, and end this process whatever its main thread is blocked in."""
-        self.word = {key: word[key] for key in ("why", "rank", "phase", "step", "text", "message", "code") if key in word}
+        self.word = {
+            key: word[key] for key in ("why", "rank", "phase", "step", "text", "message", "code") if key in word
+        }
         self._beat()
         if word["why"] == "hang":
-            with contextlib.suppress(OSError), open(self.output.path / "logs" / f"stacks-rank-{self.rank}.txt", "w") as file:
+            with (
+                contextlib.suppress(OSError),
+                open(self.output.path / "logs" / f"stacks-rank-{self.rank}.txt", "w") as file,
+            ):
                 faulthandler.dump_traceback(file, all_threads=True)
-        if self.rank == (0 if word["rank"] else self.world - 1):  # one voice, and not that of a process that may be dead
+        # one voice, and not that of a process that may be dead
+        if self.rank == (0 if word["rank"] else self.world - 1):
             os.write(2, f"{self.output.stage}: {word['message']}\n".encode())
         if self.rank in self.lookouts:
             if word["why"] in ("hang", "lost"):
                 with contextlib.suppress(OSError):
-                    leave_word(self.output, word["why"], word["step"], rank=word["rank"], phase=word["phase"], message=word["message"])
+                    leave_word(
+                        self.output,
+                        word["why"],
+                        word["step"],
+                        rank=word["rank"],
+                        phase=word["phase"],
+                        message=word["message"],
+                    )
         deadline = time.monotonic() + (FAREWELL if self.world > 1 else 0)
         while time.monotonic() < deadline:
             time.sleep(self.interval)
@@ -241,7 +355,8 @@ def _launch() -> str | None:
 
 
 def _pid_space() -> str | None:
-    """Process ids mean the same to two processes only in the same namespace: each rank may have its own container. None: cannot be told."""
+    """Process ids mean the same to two processes only in the same namespace: each rank may have its own container.
+    None: cannot be told."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -260,7 +375,8 @@ def _ranges(ranks: list[int]) -> str:
 
 
 def wait_for(path: Path) -> None:
-    """Wait until the main process has made `path`, however long that takes. Its heartbeat is watched meanwhile; a collective would give up after its timeout."""
+    """Wait until the main process has made `path`, however long that takes. Its heartbeat is watched meanwhile; a
+    collective would give up after its timeout."""
     phases.enter("prepare")
     while not path.exists():
         time.sleep(0.5)

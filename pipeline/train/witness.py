@@ -1,6 +1,8 @@
-"""Which rows each step read, for the proof that a resumed run reads what an undisturbed one reads (`alma verify resume`).
+"""Which rows each step read, for the proof that a resumed run reads what an undisturbed one reads (`alma verify
+resume`).
 
-With ALMA_WITNESS=FOLDER each process appends a line for every row that it reads: step, number of the row in the run, hash of its tokens.
+With ALMA_WITNESS=FOLDER each process appends a line for every row that it reads: step, number of the row in the run,
+hash of its tokens.
 """
 
 import hashlib
@@ -19,5 +21,6 @@ def note(step: int, index: int, tokens) -> None:
 
 
 def read(folder: Path) -> set[str]:
-    """All lines of all processes of all starts: a row that was read again, with the same tokens in the same step, counts once."""
+    """All lines of all processes of all starts: a row that was read again, with the same tokens in the same step,
+    counts once."""
     return {line for path in Path(folder).glob("*.txt") for line in path.read_text(encoding="utf-8").splitlines()}

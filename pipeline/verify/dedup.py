@@ -1,7 +1,9 @@
-"""`alma verify dedup`: known near duplicates in a sample of the recipe's own corpus, and how many of them its deduplication finds.
+"""`alma verify dedup`: known near duplicates in a sample of the recipe's own corpus, and how many of them its
+deduplication finds.
 
-Documents that the recipe would keep are sampled, no two of them alike; edited copies of some are planted at known similarities (exact Jaccard over sets of runs of tokens,
-counted here in plain Python); then the recipe's near-duplicate step runs on all of them. What it finds stands beside what theory expects of its bands and rows.
+Documents that the recipe would keep are sampled, no two of them alike; edited copies of some are planted at known
+similarities (exact Jaccard over sets of runs of tokens, counted here in plain Python); then the recipe's near-duplicate
+step runs on all of them. What it finds stands beside what theory expects of its bands and rows.
 """
 
 import math
@@ -15,26 +17,48 @@ from pipeline.recipe import Recipe
 
 LEVELS = tuple(i / 20 for i in range(6, 20))  # 0.30, 0.35, ... 0.95: where the copies aim at
 HIGH, LOW = 0.8, 0.6
-TOKEN = re.compile(r"[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
+TOKEN = re.compile(
+    r"[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
+    r"|[^\W_\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
+)
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
-def prove(recipe: Recipe, stage: str | None, *, pairs: int = 600, recall: float | None = None, false_merges: float = 0.08, seed: int = 0) -> bool:
-    """Whether recall at similarities of 0.8 and above reaches `recall`, and merges below 0.6 stay at or under `false_merges`, in each language that has enough documents.
+def prove(
+    recipe: Recipe,
+    stage: str | None,
+    *,
+    pairs: int = 600,
+    recall: float | None = None,
+    false_merges: float = 0.08,
+    seed: int = 0,
+) -> bool:
+    """Whether recall at similarities of 0.8 and above reaches `recall`, and merges below 0.6 stay at or under
+    `false_merges`, in each language that has enough documents.
 
-    By default, `recall` is what theory expects of the bands at the planted similarities, less three standard errors, at most 0.98.
+    By default, `recall` is what theory expects of the bands at the planted similarities, less three standard errors, at
+    most 0.98.
     """
     config = _config(recipe, stage)
     near = config.dedup.near
     if near is None:
-        raise UserError("stages.clean.dedup.near is off, so there is nothing to verify; leave the key out, or give it bands and rows")
+        raise UserError(
+            "stages.clean.dedup.near is off, so there is nothing to verify; leave the key out, or give it bands and"
+            " rows"
+        )
     rng = random.Random(seed)
     sampled = _sampled(config, 2 * pairs, near)
-    say(f"near duplicates: {near.bands} bands of {near.rows} rows, runs of {near.shingle} tokens, believed from {near.similarity:g} on")
+    say(
+        f"near duplicates: {near.bands} bands of {near.rows} rows, runs of {near.shingle} tokens, believed from"
+        f" {near.similarity:g} on"
+    )
     passed, judged = True, 0
     for language, texts in sorted(sampled.items()):
         if len(texts) < 40:
-            say(f"{language}: only {len(texts)} documents of the sample are long enough for copies of known similarity; not judged")
+            say(
+                f"{language}: only {len(texts)} documents of the sample are long enough for copies of known similarity;"
+                " not judged"
+            )
             continue
         judged += 1
         passed &= _judge(language, texts, pairs, near, recall, false_merges, rng)
@@ -46,12 +70,16 @@ def prove(recipe: Recipe, stage: str | None, *, pairs: int = 600, recall: float 
 def _config(recipe: Recipe, stage: str | None):
     found = {name: config for name, config in recipe.stages.items() if config.kind == "clean" and stage in (None, name)}
     if not found:
-        raise UserError(f"the recipe has no stage of kind clean{f' called {stage}' if stage else ''}; it has {', '.join(recipe.stages)}")
+        raise UserError(
+            f"the recipe has no stage of kind clean{f' called {stage}' if stage else ''}; it has"
+            f" {', '.join(recipe.stages)}"
+        )
     return next(iter(found.values()))
 
 
 def _sampled(config, number: int, near) -> dict[str, list[str]]:
-    """Normalised texts by language (zh where most tokens are Han characters), evenly from all sources, long enough to be edited, no two nearly alike."""
+    """Normalised texts by language (zh where most tokens are Han characters), evenly from all sources, long enough
+    to be edited, no two nearly alike."""
     from pipeline.data.dedup import near_duplicates
     from pipeline.data.sources import Bad, MissingField, read, text_of
     from pipeline.data.text import normalise
@@ -77,12 +105,17 @@ def _sampled(config, number: int, near) -> dict[str, list[str]]:
     return by_language
 
 
-def _judge(language: str, texts: list[str], pairs: int, near, recall: float | None, false_merges: float, rng: random.Random) -> bool:
+def _judge(
+    language: str, texts: list[str], pairs: int, near, recall: float | None, false_merges: float, rng: random.Random
+) -> bool:
     from pipeline.data.dedup import near_duplicates
 
     bases = [rng.choice(texts) for _ in range(pairs)] if len(texts) < pairs else rng.sample(texts, pairs)
     bases = list(dict.fromkeys(bases))
-    copies = [_edited(text, LEVELS[i % len(LEVELS)], rng.choice(texts), near.shingle, language, rng) for i, text in enumerate(bases)]
+    copies = [
+        _edited(text, LEVELS[i % len(LEVELS)], rng.choice(texts), near.shingle, language, rng)
+        for i, text in enumerate(bases)
+    ]
     exact = [_jaccard(a, b, near.shingle) for a, b in zip(bases, copies, strict=True)]
     others = [text for text in texts if text not in set(bases)]
     labels = near_duplicates([*bases, *copies, *others], near=near).tolist()
@@ -94,25 +127,40 @@ def _judge(language: str, texts: list[str], pairs: int, near, recall: float | No
         if inside:
             alone = sum(chance(exact[i], near, believed=False) for i in inside) / len(inside)
             expected = sum(chance(exact[i], near) for i in inside) / len(inside)
-            say(f"  {begin / 10:.1f} to {(begin + 1) / 10:.1f}  {len(inside):>6}{sum(hits[i] for i in inside) / len(inside):>8.3f}{alone:>13.3f}{expected:>10.3f}")
-    high, low = ([i for i, similarity in enumerate(exact) if test(similarity)] for test in (lambda s: s >= HIGH, lambda s: s < LOW))
+            say(
+                f"  {begin / 10:.1f} to {(begin + 1) / 10:.1f} "
+                f" {len(inside):>6}{sum(hits[i] for i in inside) / len(inside):>8.3f}{alone:>13.3f}{expected:>10.3f}"
+            )
+    high, low = (
+        [i for i, similarity in enumerate(exact) if test(similarity)]
+        for test in (lambda s: s >= HIGH, lambda s: s < LOW)
+    )
     found = sum(hits[i] for i in high) / max(1, len(high))
     expected = sum(chance(exact[i], near) for i in high) / max(1, len(high))
-    bar = recall if recall is not None else min(0.98, expected) - 3 * math.sqrt(max(1e-4, expected * (1 - expected)) / max(1, len(high)))
+    bar = (
+        recall
+        if recall is not None
+        else min(0.98, expected) - 3 * math.sqrt(max(1e-4, expected * (1 - expected)) / max(1, len(high)))
+    )
     wrong = sum(hits[i] for i in low) / max(1, len(low))
     families = defaultdict(set)
     for i, label in enumerate(labels):
         families[label].add(i - len(bases) if len(bases) <= i < 2 * len(bases) else i)
     strangers = sum(len(members) > 1 for members in families.values())
     good = found >= bar and wrong <= false_merges and strangers == 0
-    say(f"  recall at {HIGH} and above {found:.3f} (bar {bar:.3f}), merged below {LOW} {wrong:.3f} (bar {false_merges:g}), unrelated documents merged {strangers}: {'holds' if good else 'FAILS'}")
+    say(
+        f"  recall at {HIGH} and above {found:.3f} (bar {bar:.3f}), merged below {LOW} {wrong:.3f} (bar"
+        f" {false_merges:g}), unrelated documents merged {strangers}: {'holds' if good else 'FAILS'}"
+    )
     return good
 
 
 def chance(similarity: float, near, believed: bool = True) -> float:
-    """Probability that a pair is found: at least one band of equal rows, and, if `believed`, an estimate of `near.similarity` or more.
+    """Probability that a pair is found: at least one band of equal rows, and, if `believed`, an estimate of
+    `near.similarity` or more.
 
-    The estimate counts equal places of bands * rows independent ones, so its joint distribution with the bands is exact: a band is equal or it is not.
+    The estimate counts equal places of bands * rows independent ones, so its joint distribution with the bands is
+    exact: a band is equal or it is not.
     """
     bands, rows = near.bands, near.rows
     if not believed or not near.similarity:
@@ -142,7 +190,8 @@ def _jaccard(a: str, b: str, size: int) -> float:
 
 
 def _edited(text: str, similarity: float, other: str, size: int, language: str, rng: random.Random) -> str:
-    """A copy of about this similarity: scattered tokens replaced, a block cut out, or a block of another document put in."""
+    """A copy of about this similarity: scattered tokens replaced, a block cut out, or a block of another document
+    put in."""
     spans = [match.span() for match in TOKEN.finditer(text)]
     ends = [0, *(end for _, end in spans)]
     pieces = [text[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
@@ -150,7 +199,9 @@ def _edited(text: str, similarity: float, other: str, size: int, language: str, 
     foreign = [space + token for token in TOKEN.findall(other)]
     number, kind = len(pieces), rng.randrange(3)
     if kind == 0:  # of n runs, m replaced tokens far apart change size * m on both sides
-        for at in rng.sample(range(number), min(number, round(number * (1 - similarity) / (1 + similarity) / size * 1.15))):
+        for at in rng.sample(
+            range(number), min(number, round(number * (1 - similarity) / (1 + similarity) / size * 1.15))
+        ):
             pieces[at] = rng.choice(foreign)
     elif kind == 1:
         length = round(number * (1 - similarity))

@@ -24,14 +24,26 @@ def command(program: list[str], processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
 
 
-def run(program: list[str], processes: int, *, on_gpu: bool, environment: dict[str, str] | None = None) -> tuple[int, str]:
+def run(
+    program: list[str], processes: int, *, on_gpu: bool, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
     """Exit code (negative: killed by that signal) and what was printed, of a launch with an environment of its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    settings |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, int(settings.get("OMP_NUM_THREADS", cores)) // processes)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    settings |= {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(max(1, int(settings.get("OMP_NUM_THREADS", cores)) // processes)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     if not on_gpu:
         settings |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        command(program, processes), env=settings | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=die_with_parent
+        command(program, processes),
+        env=settings | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=die_with_parent,
     )
     return done.returncode, done.stdout

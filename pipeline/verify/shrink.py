@@ -1,4 +1,5 @@
-"""A recipe's pretraining stage, small enough to be run a dozen times: the same family, the same ratios, the same options.
+"""A recipe's pretraining stage, small enough to be run a dozen times: the same family, the same ratios, the same
+options.
 
 What a proof must change it says: `lines` of `prepare` are for the user.
 """
@@ -20,7 +21,16 @@ ROWS, TOKENS = 8, 128  # of a row; 8 rows can be cut into 2 data ranks x 4 micro
 # Keys by which transformers' families say how large a model is, by what they must keep to each other.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "attention_hidden_size")
-INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank")
+INNER = (
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "q_lora_rank",
+    "kv_lora_rank",
+)
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 HEAD_SIZES = ("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -28,7 +38,8 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @dataclass
 class Prepared:
-    """A stage ready to be proven: its small config, where its tokens and tokenizer are, and what was changed and why."""
+    """A stage ready to be proven: its small config, where its tokens and tokenizer are, and what was changed and
+    why."""
 
     name: str
     config: object
@@ -61,7 +72,9 @@ def workplace(recipe: Recipe, what: str, keep: bool):
             shutil.rmtree(folder)
 
 
-def prepare(recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = False, width: int = 64, layers: int = 4) -> Prepared:
+def prepare(
+    recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = False, width: int = 64, layers: int = 4
+) -> Prepared:
     """Tokens and a config of `stage` for a proof. Raises UserError for what the recipe says wrong."""
     from pipeline.data.tokens import load_tokenizer
     from pipeline.models import build, cost
@@ -83,19 +96,37 @@ def prepare(recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = 
     else:
         block, length = shrunk(block, width, layers), min(length, TOKENS)
         small = cost.count(build.new(block, reader, length, 0, materialise=False)).total
-        shape = ", ".join(f"{key} {block[key]}" for key in (*LAYERS, *WIDTHS, *HEADS, "num_key_value_heads", *INNER, *EXPERTS) if block.get(key) is not None)
-        lines.append(f"model      {block['family']}, shrunk from {size / 1e6:.1f} M to {small / 1e6:.1f} M parameters ({shape}, rows of {length} tokens); --full takes it as it is")
-    dropped = [key for key, value in build.configure(block, reader, length).to_dict().items() if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0]
+        shape = ", ".join(
+            f"{key} {block[key]}"
+            for key in (*LAYERS, *WIDTHS, *HEADS, "num_key_value_heads", *INNER, *EXPERTS)
+            if block.get(key) is not None
+        )
+        lines.append(
+            f"model      {block['family']}, shrunk from {size / 1e6:.1f} M to {small / 1e6:.1f} M parameters ({shape},"
+            f" rows of {length} tokens); --full takes it as it is"
+        )
+    dropped = [
+        key
+        for key, value in build.configure(block, reader, length).to_dict().items()
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0
+    ]
     if dropped:
-        lines.append(f"dropout    off ({', '.join(dropped)}): its masks are drawn on each data rank, so layouts must differ")
+        lines.append(
+            f"dropout    off ({', '.join(dropped)}): its masks are drawn on each data rank, so layouts must differ"
+        )
     block.update(dict.fromkeys(dropped, 0.0))
     if config.optimizer.kind == "muon":
         lines.append("optimizer  AdamW in Muon's place, which needs whole matrices and so has no ZeRO and no pipeline")
     # Changes of the mixture come inside the few steps, evenly, in their order.
     total = steps * ROWS * length
-    changes = [change.model_copy(update={"tokens": total * number // (len(config.mixture_changes) + 1)}) for number, change in enumerate(config.mixture_changes, 1)]
+    changes = [
+        change.model_copy(update={"tokens": total * number // (len(config.mixture_changes) + 1)})
+        for number, change in enumerate(config.mixture_changes, 1)
+    ]
     if changes:
-        lines.append(f"mixture    changes at {', '.join(f'{change.tokens:,}' for change in changes)} tokens of {total:,}")
+        lines.append(
+            f"mixture    changes at {', '.join(f'{change.tokens:,}' for change in changes)} tokens of {total:,}"
+        )
     fim = config.fim
     if fim and fim.prefix not in reader.get_vocab():
         lines.append("fim        off: the synthetic tokenizer has no such tokens")
@@ -120,20 +151,23 @@ def prepare(recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = 
             "mixture_changes": changes,
             "fim": fim,
             "samples": None,  # prompts may be longer than the shortened rows
-            "save": config.save.model_copy(update={"keep_best": False}),  # among so few steps none may be both saved and evaluated
+            # among so few steps none may be both saved and evaluated
+            "save": config.save.model_copy(update={"keep_best": False}),
         }
     )
     return Prepared(stage, settings, tokens, tokenizer, lines)
 
 
 def shrunk(block: dict, width: int, layers: int) -> dict:
-    """A model block of at most `width` and `layers`, with the ratios of the given one: inner sizes to width, heads to key-value heads."""
+    """A model block of at most `width` and `layers`, with the ratios of the given one: inner sizes to width, heads
+    to key-value heads."""
     from transformers import AutoConfig
 
     from pipeline.models.build import OWN
 
     whole = AutoConfig.for_model(block["family"], **{key: value for key, value in block.items() if key not in OWN})
-    names = {value: key for key, value in getattr(whole, "attribute_map", {}).items()}  # n_embd for hidden_size, where a family says so
+    # n_embd for hidden_size, where a family says so
+    names = {value: key for key, value in getattr(whole, "attribute_map", {}).items()}
     had = {key: value for key, value in whole.to_dict().items() if value is not None}
     small = dict(block)
 
@@ -174,7 +208,8 @@ def shrunk(block: dict, width: int, layers: int) -> dict:
     for key in EXPERTS:
         if isinstance(had.get(key), int):
             put(key, min(had[key], 4))
-    for key, most in (("num_experts_per_tok", 2), ("n_group", 2), ("topk_group", 1)):  # DeepSeek-V3's groups of experts are among these
+    # DeepSeek-V3's groups of experts are among these
+    for key, most in (("num_experts_per_tok", 2), ("n_group", 2), ("topk_group", 1)):
         if isinstance(had.get(key), int):
             put(key, min(had[key], most))
     if block.get("mup"):
@@ -201,7 +236,17 @@ def _tokens(recipe: Recipe, stage: str, work: Path) -> tuple[Path, Path, str]:
     tokenizer = recipe.stages.get(node.parents["tokenizer"])
     config = recipe.stages[stage]
     vocabulary = getattr(tokenizer, "vocab_size", 4096)
-    sources = sorted({source for mixture in (config.mixture or {"synthetic": 1}, *(change.mixture for change in config.mixture_changes)) for source in mixture})
+    sources = sorted(
+        {
+            source
+            for mixture in (config.mixture or {"synthetic": 1}, *(change.mixture for change in config.mixture_changes))
+            for source in mixture
+        }
+    )
     synthetic.write(work / "synthetic", vocabulary, sources, max(60_000, 30 * config.sequence_length), recipe.seed)
     missing = " and ".join(node.parents[key] for key, path in found.items() if path is None)
-    return work / "synthetic" / "tokens", work / "synthetic" / "tokenizer", f"synthetic, vocabulary of {vocabulary}: {missing} of this recipe has not been run"
+    return (
+        work / "synthetic" / "tokens",
+        work / "synthetic" / "tokenizer",
+        f"synthetic, vocabulary of {vocabulary}: {missing} of this recipe has not been run",
+    )

@@ -1,6 +1,8 @@
-"""Text that nobody wrote and a tokenizer of any size, packed by the stage that packs, so that a proof needs no data and no earlier stage.
+"""Text that nobody wrote and a tokenizer of any size, packed by the stage that packs, so that a proof needs no data and
+no earlier stage.
 
-A word is followed by the next of the vocabulary in three of four cases and by any other, low numbers more often, in the fourth: there is something to learn.
+A word is followed by the next of the vocabulary in three of four cases and by any other, low numbers more often, in the
+fourth: there is something to learn.
 """
 
 from pathlib import Path
@@ -10,7 +12,8 @@ WORDS = 100  # of a document
 
 
 def write(folder: Path, vocab_size: int, sources: list[str], tokens: int, seed: int) -> None:
-    """folder/tokenizer with `vocab_size` tokens, and folder/tokens with `tokens` training tokens of each source and a tenth of that held out."""
+    """folder/tokenizer with `vocab_size` tokens, and folder/tokens with `tokens` training tokens of each source and
+    a tenth of that held out."""
     import numpy as np
     import pyarrow
     import pyarrow.parquet
@@ -22,7 +25,9 @@ def write(folder: Path, vocab_size: int, sources: list[str], tokens: int, seed: 
     from pipeline.tokenizer import publish
 
     words = [f"w{number} " for number in range(vocab_size - len(bpe.SPECIAL))]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*bpe.SPECIAL, *words])}, unk_token=words[-1]))
+    backend = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate([*bpe.SPECIAL, *words])}, unk_token=words[-1])
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in bpe.SPECIAL])
     publish(backend, folder / "tokenizer")
@@ -43,6 +48,8 @@ def write(folder: Path, vocab_size: int, sources: list[str], tokens: int, seed: 
                 rows["id"].append(f"{source}/{split}/{number}")
         (folder / "clean" / split).mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.table(rows), folder / "clean" / split / "part-00000.parquet")
-    made = {name: artifact.external(name, folder / path) for name, path in (("data", "clean"), ("tokenizer", "tokenizer"))}
+    made = {
+        name: artifact.external(name, folder / path) for name, path in (("data", "clean"), ("tokenizer", "tokenizer"))
+    }
     (folder / "tokens").mkdir()
     pack.run(pack.Config(kind="pack", workers=1), made, SimpleNamespace(path=folder / "tokens", note_time=lambda: None))

@@ -1,9 +1,10 @@
-"""Runs in each process of a launch of `alma verify parallel`: trains every layout of a job, one after another, from the same seed checkpoint.
+"""Runs in each process of a launch of `alma verify parallel`: trains every layout of a job, one after another, from the
+same seed checkpoint.
 
     torchrun --nproc-per-node 2 -m pipeline.verify.worker job.json
 
-A launch costs ten seconds and a layout one or two, so that all layouts of one number of processes share a launch. The main process appends
-a line to the job's results as each layout ends.
+A launch costs ten seconds and a layout one or two, so that all layouts of one number of processes share a launch. The
+main process appends a line to the job's results as each layout ends.
 """
 
 import gc
@@ -41,7 +42,8 @@ def main(path: str) -> None:
 
 
 def train(config, job: dict, seed: Path) -> dict:
-    """`job["steps"]` steps from the seed checkpoint, one with a NaN in one gradient of the last process, and one more."""
+    """`job["steps"]` steps from the seed checkpoint, one with a NaN in one gradient of the last process, and one
+    more."""
     import torch
 
     from pipeline.data.tokens import TokenStore, load_tokenizer
@@ -63,13 +65,20 @@ def train(config, job: dict, seed: Path) -> dict:
     def step() -> dict:
         number = trainer.step_count
         seed_step(config, number, trainer.data_rank)
-        stats = trainer.step([to_batch([sampler.row(index) for index in rows], store, config.document_mask) for rows in share(config, trainer, number)], lr=config.optimizer.lr)
+        stats = trainer.step(
+            [
+                to_batch([sampler.row(index) for index in rows], store, config.document_mask)
+                for rows in share(config, trainer, number)
+            ],
+            lr=config.optimizer.lr,
+        )
         return {key: stats[key] for key in NUMBERS}
 
     steps = [step() for _ in range(job["steps"])]
     before = digest(trainer)
     poison = None
-    if distributed.rank() == distributed.world() - 1:  # a layout that looks at one process's norm alone, or at the sum before it is whole, lets this pass
+    # a layout that looks at one process's norm alone, or at the sum before it is whole, lets this pass
+    if distributed.rank() == distributed.world() - 1:
         poison = last_vector(trainer).register_hook(lambda gradient: gradient * float("nan"))
     harmed = step()
     if poison:
@@ -77,7 +86,12 @@ def train(config, job: dict, seed: Path) -> dict:
     unharmed = before == digest(trainer)
     after = step()
     kept_out = not harmed["applied"] and unharmed and after["applied"]
-    return {"steps": [*steps, {**harmed, "grad_norm": None}, after], "from_seed": from_seed, "nan_kept_out": kept_out, "weights": before}
+    return {
+        "steps": [*steps, {**harmed, "grad_norm": None}, after],
+        "from_seed": from_seed,
+        "nan_kept_out": kept_out,
+        "weights": before,
+    }
 
 
 def last_vector(trainer):
