@@ -60,6 +60,8 @@ class Cancelled(Exception):
 def share(fragments: list[Fragment], rank: int, world: int) -> list[Fragment]:
     """This process's part of pieces that all of `world` processes hold: the elements in a row, cut into equal
     ranges."""
+    if world == 1:
+        return fragments
     total = sum(fragment.values.numel() for fragment in fragments)
     first, last = total * rank // world, total * (rank + 1) // world
     mine, at = [], 0
