@@ -219,6 +219,7 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
                 f"sources.{name}: {bad} of {counts['read']} records are bad ({bad / counts['read']:.1%}, most often:"
                 f" {most}), more than max_bad {config.max_bad:g}; look into"
                 f" {output.path / 'rejected' / name}.jsonl.zst, then mend the source or raise max_bad"
+                f"{reading.other_encoding(config.sources[name], most)}"
             )
         if counts["read"] and not counts["train_documents"] + counts["heldout_documents"] + sum(
             counts["duplicates"].values()
@@ -342,14 +343,9 @@ def _try(source: Source, name: str) -> Record:
         )
     if first is None:
         raise UserError(f"sources.{name}: has no record; look at its files, `format` and `records`")
-    encoding = (
-        "; text must be UTF-8: if it is in another encoding, convert it (iconv -f GB18030 -t UTF-8, or -f UTF-16)"
-        if first.reason == "invalid UTF-8"
-        else ""
-    )
     raise UserError(
         f"sources.{name}: none of its {bad} records is good; the first: {first.place}:"
-        f" {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}{encoding}"
+        f" {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}{reading.other_encoding(source, first.reason)}"
     )
 
 

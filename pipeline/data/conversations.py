@@ -23,7 +23,7 @@ from pydantic import model_validator
 
 from pipeline.data.decontaminate import Decontaminate, contaminated
 from pipeline.data.messages import Rejected, clean_text, messages_of, normal, normalised, pair_of, prompt_of
-from pipeline.data.sources import Bad, MissingField, Source, fraction, read, render
+from pipeline.data.sources import Bad, MissingField, Source, fraction, other_encoding, read, render
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
 
@@ -326,6 +326,7 @@ def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decon
         ):
             raise UserError(
                 f"sources.{name}: none of its {ledger.sources[name]['records']} records can be used: {ledger.why(name)}"
+                f"{''.join(other_encoding(source, reason) for reason in ledger.sources[name]['rejected'])}"
             )
     if decontaminate:
         found, ledger.evaluation = contaminated(map(_read, rows), decontaminate)

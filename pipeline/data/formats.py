@@ -1,17 +1,16 @@
 """File formats: a file cut into chunks at record borders, and a chunk's records. What is read does not depend on
 where a file is cut."""
 
-import csv
 import functools
 import json
 import re
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.charset import shown, transcoded
 from pipeline.errors import UserError
 
 # A longer record is taken for a file whose record separators are missing; reading it whole would take memory without
@@ -40,6 +39,7 @@ class Chunk:
     first: int  # line or row of the first record, from 1
     data: Any
     weight: int  # bytes, about
+    encoding: str | None = None  # of the file, if it was not UTF-8; `data` is
 
 
 # ---- chunk -> records ------------------------------------------------------------------------------------------------
@@ -61,32 +61,32 @@ def values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
     elif chunk.kind == "jsonl":
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
             if line.strip():
-                yield number, _json(line, f"{chunk.file}:{number}")
+                yield number, _json(line, f"{chunk.file}:{number}", chunk.encoding)
     elif chunk.kind == "line":
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
             if line.strip():
-                yield number, _decoded(line.removesuffix(b"\r"), f"{chunk.file}:{number}")
+                yield number, _decoded(line.removesuffix(b"\r"), f"{chunk.file}:{number}", chunk.encoding)
     elif chunk.kind == "paragraph":
         number = chunk.first
         for block in re.split(rb"(\n[ \t\r]*\n\s*)", chunk.data):
             stripped = block.strip()  # so that blank lines at the border of two chunks make no difference
             if stripped:
                 at = number + block.count(b"\n", 0, block.index(stripped))
-                yield at, _decoded(stripped, f"{chunk.file}:{at}")
+                yield at, _decoded(stripped, f"{chunk.file}:{at}", chunk.encoding)
             number += block.count(b"\n")
     else:
-        yield 0, _decoded(chunk.data, chunk.file)
+        yield 0, _decoded(chunk.data, chunk.file, chunk.encoding)
 
 
-def _decoded(raw: bytes, place: str) -> str | Bad:
+def _decoded(raw: bytes, place: str, encoding: str | None) -> str | Bad:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        return Bad(place, "invalid UTF-8", raw[max(0, error.start - 40) :][:EXCERPT].decode(errors="backslashreplace"))
+        return Bad(place, f"invalid {encoding or 'UTF-8'}", shown(raw[max(0, error.start - 40) :][:EXCERPT], encoding))
 
 
-def _json(raw: bytes, place: str) -> Any:
-    text = _decoded(raw, place)
+def _json(raw: bytes, place: str, encoding: str | None) -> Any:
+    text = _decoded(raw, place, encoding)
     if isinstance(text, Bad):
         return text
     try:
@@ -118,9 +118,13 @@ class _Torn(Exception):
     """A compressed file that ends too early or is damaged."""
 
 
-def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """Bytes of a file in blocks of at most `size` on disk, unpacked by suffix. Raises _Torn where the rest cannot be
-    unpacked."""
+def _blocks(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes]:
+    """Bytes of a file in blocks of at most `size` on disk, unpacked by suffix and in UTF-8. Raises _Torn where the rest
+    cannot be unpacked."""
+    return transcoded(_unpacked(path, size), encoding) if encoding else _unpacked(path, size)
+
+
+def _unpacked(path: Path, size: int) -> Iterator[bytes]:
     make = None
     if path.suffix == ".gz":
         make = functools.partial(zlib.decompressobj, 31)  # 31: gzip header and checksum (zlib.h, inflateInit2)
@@ -152,10 +156,10 @@ def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
             raise _Torn(f"truncated {path.suffix} data")
 
 
-def line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Chunk]:
+def line_chunks(relative: str, path: Path, kind: str, size: int, encoding: str | None = None) -> Iterator[Chunk]:
     """Whole lines, or whole paragraphs."""
     buffer, number, torn, skipping = bytearray(), 1, None, False
-    blocks = _blocks(path, min(size, 1 << 20))
+    blocks = _blocks(path, min(size, 1 << 20), encoding)
     start = True
     while True:
         try:
@@ -184,16 +188,11 @@ def line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Chu
         if kind == "paragraph":
             cut = max((match.end() for match in re.finditer(rb"\n[ \t\r]*\n", buffer)), default=0)
         if cut:
-            yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut)
+            yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut, encoding)
             number += buffer.count(b"\n", 0, cut)
             del buffer[:cut]
         if len(buffer) > MAX_RECORD_BYTES:
-            yield _bad(
-                relative,
-                number,
-                f"longer than {MAX_RECORD_BYTES >> 20} MiB",
-                bytes(buffer[:EXCERPT]).decode(errors="backslashreplace"),
-            )
+            yield _bad(relative, number, f"longer than {MAX_RECORD_BYTES >> 20} MiB", shown(buffer[:EXCERPT], encoding))
             number += buffer.count(b"\n")
             buffer.clear()
             skipping = True
@@ -203,14 +202,9 @@ def line_chunks(relative: str, path: Path, kind: str, size: int) -> Iterator[Chu
     if torn:  # what stands after the last whole line is the torn record
         cut = buffer.rfind(b"\n") + 1
     if cut:
-        yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut)
+        yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut, encoding)
     if torn:
-        yield _bad(
-            relative,
-            number + buffer.count(b"\n", 0, cut),
-            str(torn),
-            bytes(buffer[cut:][:EXCERPT]).decode(errors="backslashreplace"),
-        )
+        yield _bad(relative, number + buffer.count(b"\n", 0, cut), str(torn), shown(buffer[cut:][:EXCERPT], encoding))
 
 
 def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
@@ -223,30 +217,27 @@ def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
     )
 
 
-def document_chunk(relative: str, path: Path, kind: str = "document") -> Iterator[Chunk]:
+def document_chunk(relative: str, path: Path, kind: str = "document", encoding: str | None = None) -> Iterator[Chunk]:
     data = bytearray()
     try:
-        for block in _blocks(path):
+        for block in _blocks(path, encoding=encoding):
             data += block
             if len(data) > MAX_RECORD_BYTES:
-                yield _bad(
-                    relative,
-                    0,
-                    f"longer than {MAX_RECORD_BYTES >> 20} MiB",
-                    data[:EXCERPT].decode(errors="backslashreplace"),
-                )
+                yield _bad(relative, 0, f"longer than {MAX_RECORD_BYTES >> 20} MiB", shown(data[:EXCERPT], encoding))
                 return
     except _Torn as error:
-        yield _bad(relative, 0, str(error), data[:EXCERPT].decode(errors="backslashreplace"))
+        yield _bad(relative, 0, str(error), shown(data[:EXCERPT], encoding))
         return
     if data.strip():
-        yield Chunk(relative, kind, 1, bytes(data.removeprefix(b"\xef\xbb\xbf")), len(data))
+        yield Chunk(relative, kind, 1, bytes(data.removeprefix(b"\xef\xbb\xbf")), len(data), encoding)
 
 
-def json_chunks(records: str, where: str, relative: str, path: Path, size: int) -> Iterator[Chunk]:
+def json_chunks(
+    records: str, where: str, relative: str, path: Path, size: int, encoding: str | None = None
+) -> Iterator[Chunk]:
     """One JSON value a file, in memory as a whole; big data belongs into jsonl."""
     try:
-        raw = b"".join(_blocks(path))
+        raw = b"".join(_blocks(path, encoding=encoding))
     except _Torn as error:
         yield _bad(relative, 0, str(error))
         return
@@ -254,7 +245,7 @@ def json_chunks(records: str, where: str, relative: str, path: Path, size: int) 
         value = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         yield _bad(
-            relative, 0, "invalid UTF-8", raw[max(0, error.start - 40) :][:EXCERPT].decode(errors="backslashreplace")
+            relative, 0, f"invalid {encoding or 'UTF-8'}", shown(raw[max(0, error.start - 40) :][:EXCERPT], encoding)
         )
         return
     except (ValueError, RecursionError) as error:
@@ -308,115 +299,3 @@ def _items(node: Any) -> list:
             for key, item in node.items()
         ]
     return node if isinstance(node, list) else []
-
-
-def csv_chunks(columns: list[str], relative: str, path: Path, kind: str, size: int) -> Iterator[Chunk]:
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    torn = []
-
-    def lines() -> Iterator[str]:
-        for chunk in line_chunks(relative, path, "csv", min(size, 1 << 20)):
-            if chunk.kind == "values":
-                torn.extend(chunk.data)
-                continue
-            for line in chunk.data.removesuffix(b"\n").decode(errors="surrogateescape").split("\n"):
-                yield line + "\n"
-
-    # RFC 4180 for csv; tsv (IANA text/tab-separated-values) has no quotes.
-    feed = _Lines(lines())
-    reader = (
-        csv.reader(feed, strict=True) if kind == "csv" else csv.reader(feed, delimiter="\t", quoting=csv.QUOTE_NONE)
-    )
-    header, rows, weight = columns or None, [], 0
-    begins, after = 1, 1
-    while True:
-        begins = after
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            first = feed.taken[0]
-            # At a cut the open cell is the file's last; anywhere else a quote that nobody closed must not cost the rows
-            # that it ran through.
-            after += feed.finish(1 if len(feed.taken) > 1 and not torn else len(feed.taken))
-            shown = f"{error}: {first}"[:EXCERPT].encode(errors="surrogateescape").decode(errors="backslashreplace")
-            rows.append((begins, Bad(f"{relative}:{begins}", "malformed CSV", shown)))
-            weight += len(first)
-            continue
-        after += feed.finish(len(feed.taken))
-        if cells is None:
-            break
-        if not cells or cells == [""]:
-            continue
-        if header is None:
-            header = cells
-            continue
-        rows.append((begins, _row(header, cells, f"{relative}:{begins}")))
-        weight += sum(map(len, cells))
-        if weight >= size:
-            yield Chunk(relative, "values", rows[0][0], rows, weight)
-            rows, weight = [], 0
-    if rows or torn:
-        yield Chunk(relative, "values", begins, rows + torn, weight)
-
-
-class _Lines:
-    """Lines for the csv reader, which can be told to read those of a broken record again. Each is read at most about
-    twice: where a second quote stands, the first is not open any more."""
-
-    def __init__(self, lines: Iterator[str]):
-        self.lines, self.again, self.taken = lines, deque(), []
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        self.taken.append(self.again.popleft() if self.again else next(self.lines))
-        return self.taken[-1]
-
-    def finish(self, number: int) -> int:
-        """The record has `number` lines; the others that were taken come again."""
-        self.again.extendleft(reversed(self.taken[number:]))
-        self.taken.clear()
-        return number
-
-
-def _row(header: list[str], cells: list[str], place: str) -> dict | Bad:
-    shown = ",".join(cells)[:EXCERPT].encode(errors="surrogateescape").decode(errors="backslashreplace")
-    if len(cells) != len(header):
-        return Bad(place, "wrong number of cells", shown)
-    if any(not cell.isascii() and not _encodes(cell) for cell in cells):
-        return Bad(place, "invalid UTF-8", shown)
-    return dict(zip(header, cells, strict=True))
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
-
-
-def parquet_chunks(relative: str, path: Path, size: int) -> Iterator[Chunk]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        opened = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield _bad(relative, 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
-        return
-    with opened:
-        meta = opened.metadata
-        weight = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-        several = max(1, min(1 << 16, meta.num_rows * size // max(1, weight)))
-        begins = 1
-        for group in range(meta.num_row_groups):  # one by one, so that damage in one costs no other
-            row = begins
-            try:
-                for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
-                    yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]), batch.nbytes)
-                    row += batch.num_rows
-            except (pyarrow.ArrowException, OSError) as error:
-                yield _bad(relative, row, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
-            begins += meta.row_group(group).num_rows

@@ -21,22 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.data.formats import (
-    EXCERPT,
-    Bad,
-    Chunk,
-    csv_chunks,
-    document_chunk,
-    json_chunks,
-    line_chunks,
-    parquet_chunks,
-    steps_of,
-    values,
-)
+from pipeline.data.charset import known_encoding
+from pipeline.data.formats import EXCERPT, Bad, Chunk, document_chunk, json_chunks, line_chunks, steps_of, values
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
+from pipeline.data.tables import csv_chunks, parquet_chunks
 from pipeline.errors import UserError
 from pipeline.files import sha256_file, write_json
 from pipeline.recipe import EXECUTION, Strict, identity
@@ -57,6 +48,7 @@ SUFFIXES |= {".warc": "warc", ".wet": "warc", ".html": "html", ".htm": "html", "
 
 # elsewhere these keys would do nothing, without a word
 ONLY_FOR = {"sample_by": {"txt"}, "columns": {"csv", "tsv"}, "records": {"json"}, "extract": {"html", "warc"}}
+ONLY_FOR["encoding"] = {"txt", "jsonl", "json", "csv", "tsv"}
 
 
 class Source(Strict):
@@ -84,6 +76,9 @@ class Source(Strict):
     """Commit or tag of the data set; needed, for it stands for the content."""
     format: Literal["jsonl", "json", "parquet", "txt", "csv", "tsv", "warc", "html"] | None = None
     """Format of the files; by default from the suffix, where .gz or .zst may follow."""
+    encoding: str | None = None
+    """txt, jsonl, json, csv, tsv: how the files spell characters, by Python's names: gb18030 (GBK and GB2312 are parts
+    of it), big5, utf-16, latin-1; by default UTF-8."""
     records: str = ""
     """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block.
     Items of a block get their key as field `key`, items of an inner list become fields `0`, `1`, ..., and a bare
@@ -106,6 +101,11 @@ class Source(Strict):
     limit: int | None = Field(None, ge=1)
     """Keep the first records only."""
 
+    @field_validator("encoding")
+    @classmethod
+    def _one_name(cls, value: str | None) -> str | None:
+        return None if value is None else known_encoding(value)
+
     @model_validator(mode="after")
     def _one_place(self):
         given = [key for key in ("path", "package", "dataset") if getattr(self, key) is not None]
@@ -122,6 +122,8 @@ class Source(Strict):
             raise ValueError(
                 f"dataset {self.dataset} needs revision: a commit or tag, because a branch changes under the run"
             )
+        if self.dataset and self.encoding:
+            raise ValueError("encoding is for files of text; a data set has no bytes to decode, so leave it out")
         if not 0 <= self.part[0] < self.part[1] <= 1:
             raise ValueError(f"part must be [lo, hi] with 0 <= lo < hi <= 1, found {list(self.part)}")
         steps_of(self.records)
@@ -198,6 +200,15 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad]:
             yield Bad(place, "not a record", str(value)[:EXCERPT])
         else:
             yield Record(_id(fields), fields, place)
+
+
+def other_encoding(source: Source, reason: str) -> str:
+    """What to do, to be put behind a sentence, where text is not in the encoding that it was read in."""
+    if source.encoding and reason == f"invalid {source.encoding}":
+        return f"; the source says encoding: {source.encoding}, and its files are in another one, or damaged"
+    if reason == "invalid UTF-8":
+        return "; text that is not UTF-8 needs to say what it is, such as encoding: gb18030 (or big5, utf-16, latin-1)"
+    return ""
 
 
 def fraction(id: str) -> float:
@@ -402,7 +413,7 @@ def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk
         if kind == "parquet":
             yield from parquet_chunks(relative, path, size)
         elif kind == "json":
-            yield from json_chunks(source.records, f"sources.{name}", relative, path, size)
+            yield from json_chunks(source.records, f"sources.{name}", relative, path, size, source.encoding)
         elif kind == "warc":
             from pipeline.data.web import warc_chunks
 
@@ -410,11 +421,12 @@ def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk
         elif kind == "html":
             yield from document_chunk(relative, path, f"html {source.extract}")
         elif kind in ("csv", "tsv"):
-            yield from csv_chunks(source.columns, relative, path, kind, size)
+            yield from csv_chunks(source.columns, relative, path, kind, size, source.encoding)
         elif kind == "txt" and source.sample_by == "document":
-            yield from document_chunk(relative, path)
+            yield from document_chunk(relative, path, encoding=source.encoding)
         else:
-            yield from line_chunks(relative, path, "jsonl" if kind == "jsonl" else source.sample_by, size)
+            by = "jsonl" if kind == "jsonl" else source.sample_by
+            yield from line_chunks(relative, path, by, size, source.encoding)
 
 
 def _dataset_chunks(source: Source, name: str, size: int) -> Iterator[Chunk]:

@@ -1,0 +1,48 @@
+"""Text in other encodings than UTF-8: brought into UTF-8 on the way in, so that every format is read in one way."""
+
+import codecs
+import re
+from collections.abc import Iterator
+
+# Codecs of Python that no text file is in.
+_NO_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"}
+_KEPT = re.compile(rb"\xed([\xb0-\xb3])([\x80-\xbf])")
+
+
+def known_encoding(name: str) -> str | None:
+    """Python's own name of an encoding, None for UTF-8. Raises ValueError."""
+    try:
+        "".encode(name)  # refuses what turns bytes into bytes (zlib, hex)
+        found = codecs.lookup(name).name
+    except (LookupError, ValueError):
+        found = ""
+    if not found or found in _NO_FILES:
+        raise ValueError(
+            f"{name!r} is no encoding that Python knows; expected one such as gb18030, big5, utf-16, shift_jis, latin-1"
+        )
+    return None if found in ("utf-8", "utf-8-sig") else found
+
+
+def _keep(error: UnicodeError) -> tuple[str, int]:
+    """Bytes that stand for no character become half surrogate pairs, which UTF-8 does not have: the record that they
+    are in, and no other, is then found to be invalid. (surrogateescape would leave bytes below 128 an error.)"""
+    assert isinstance(error, UnicodeDecodeError)
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("alma.keep", _keep)
+
+
+def transcoded(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """The same text in UTF-8, but for bytes that stand for nothing."""
+    decoder = codecs.getincrementaldecoder(encoding)("alma.keep")
+    for block in blocks:
+        yield decoder.decode(block).encode(errors="surrogatepass")
+    yield decoder.decode(b"", True).encode(errors="surrogatepass")
+
+
+def shown(raw: bytes | bytearray, encoding: str | None = None) -> str:
+    """Bytes for reading; those that stand for nothing as they are in the file."""
+    if encoding:
+        raw = _KEPT.sub(lambda found: b"\\x%02x" % ((found[1][0] & 3) << 6 | found[2][0] & 63), raw)
+    return raw.decode(errors="backslashreplace")

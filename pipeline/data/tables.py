@@ -1,0 +1,123 @@
+"""Tables cut into chunks: csv and tsv, parquet."""
+
+import csv
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.data.charset import shown
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, _bad, line_chunks
+
+
+def csv_chunks(
+    columns: list[str], relative: str, path: Path, kind: str, size: int, encoding: str | None = None
+) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    torn = []
+
+    def lines() -> Iterator[str]:
+        for chunk in line_chunks(relative, path, "csv", min(size, 1 << 20), encoding):
+            if chunk.kind == "values":
+                torn.extend(chunk.data)
+                continue
+            for line in chunk.data.removesuffix(b"\n").decode(errors="surrogateescape").split("\n"):
+                yield line + "\n"
+
+    # RFC 4180 for csv; tsv (IANA text/tab-separated-values) has no quotes.
+    feed = _Lines(lines())
+    reader = (
+        csv.reader(feed, strict=True) if kind == "csv" else csv.reader(feed, delimiter="\t", quoting=csv.QUOTE_NONE)
+    )
+    header, rows, weight = columns or None, [], 0
+    begins, after = 1, 1
+    while True:
+        begins = after
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            first = feed.taken[0]
+            # At a cut the open cell is the file's last; anywhere else a quote that nobody closed must not cost the rows
+            # that it ran through.
+            after += feed.finish(1 if len(feed.taken) > 1 and not torn else len(feed.taken))
+            begun = f"{error}: {first}"[:EXCERPT].encode(errors="surrogateescape")
+            rows.append((begins, Bad(f"{relative}:{begins}", "malformed CSV", shown(begun, encoding))))
+            weight += len(first)
+            continue
+        after += feed.finish(len(feed.taken))
+        if cells is None:
+            break
+        if not cells or cells == [""]:
+            continue
+        if header is None:
+            header = cells
+            continue
+        rows.append((begins, _row(header, cells, f"{relative}:{begins}", encoding)))
+        weight += sum(map(len, cells))
+        if weight >= size:
+            yield Chunk(relative, "values", rows[0][0], rows, weight)
+            rows, weight = [], 0
+    if rows or torn:
+        yield Chunk(relative, "values", begins, rows + torn, weight)
+
+
+class _Lines:
+    """Lines for the csv reader, which can be told to read those of a broken record again. Each is read at most about
+    twice: where a second quote stands, the first is not open any more."""
+
+    def __init__(self, lines: Iterator[str]):
+        self.lines, self.again, self.taken = lines, deque(), []
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self.taken.append(self.again.popleft() if self.again else next(self.lines))
+        return self.taken[-1]
+
+    def finish(self, number: int) -> int:
+        """The record has `number` lines; the others that were taken come again."""
+        self.again.extendleft(reversed(self.taken[number:]))
+        self.taken.clear()
+        return number
+
+
+def _row(header: list[str], cells: list[str], place: str, encoding: str | None) -> dict | Bad:
+    begun = shown(",".join(cells)[:EXCERPT].encode(errors="surrogateescape"), encoding)
+    if len(cells) != len(header):
+        return Bad(place, "wrong number of cells", begun)
+    if any(not cell.isascii() and not _encodes(cell) for cell in cells):
+        return Bad(place, f"invalid {encoding or 'UTF-8'}", begun)
+    return dict(zip(header, cells, strict=True))
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def parquet_chunks(relative: str, path: Path, size: int) -> Iterator[Chunk]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        opened = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _bad(relative, 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+        return
+    with opened:
+        meta = opened.metadata
+        weight = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+        several = max(1, min(1 << 16, meta.num_rows * size // max(1, weight)))
+        begins = 1
+        for group in range(meta.num_row_groups):  # one by one, so that damage in one costs no other
+            row = begins
+            try:
+                for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
+                    yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]), batch.nbytes)
+                    row += batch.num_rows
+            except (pyarrow.ArrowException, OSError) as error:
+                yield _bad(relative, row, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+            begins += meta.row_group(group).num_rows
