@@ -2,6 +2,7 @@
 best fit to the document, and nothing lost by fill-in-the-middle."""
 
 import collections
+import hashlib
 import itertools
 import json
 
@@ -405,3 +406,25 @@ def test_fim_is_a_function_of_seed_and_row_with_the_shares_that_were_asked_for(t
     assert all((again.row(index).tokens == made.row(index).tokens).all() for index in (599, 3, 77))
     other = RowSampler(store, 64, {"a": 1, "b": 1}, 0, packing="best_fit", fim=cutter._replace(key=8))
     assert any(not np.array_equal(other.row(index).tokens, made.row(index).tokens) for index in range(20))
+
+
+def test_rows_stay_what_they_were(tmp_path):
+    """A run that is resumed with another version of this program must read the rows that it would have read: digests
+    of rows as they were when the option came."""
+    sources = {
+        name: [[5 + (place * step) % 900 for place in range(1 + number * 37 % 150)] for number in range(200)]
+        for name, step in (("a", 3), ("b", 7))
+    }
+    store = packed(tmp_path / "x", sources)
+    for fim, length, wanted in (
+        (None, 64, "802b687f8d57347e"),
+        (Cutter(0.5, 0.5, None, SENTINELS, 7), 64, "c0113c5a1ff431c1"),
+        (Cutter(1.0, 0.25, frozenset("a"), SENTINELS, 8), 33, "278bdfe7326764f5"),
+    ):
+        made = RowSampler(store, length, {"a": 0.7, "b": 0.3}, 5, packing="best_fit", fim=fim)
+        digest = hashlib.sha256()
+        for index in [*range(600), 10**6, 12345678]:
+            row = made.row(index)
+            digest.update(row.tokens.tobytes() + row.starts.tobytes() + row.counted.tobytes())
+            digest.update(repr((row[2:5], [tuple(stretch) for stretch in row.stretches])).encode())
+        assert digest.hexdigest()[:16] == wanted, (fim, digest.hexdigest()[:16])

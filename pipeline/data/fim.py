@@ -53,31 +53,35 @@ class Cutter(NamedTuple):
     def cut(self, text: int, row: int, piece: int) -> tuple[int, int, bool] | None:
         """Where the middle of a piece of `text` tokens begins and ends, and whether its suffix comes first; None for
         a piece that is left as it is."""
+        if text < 2:
+            return None
         key = self.key ^ mixed(row << 20 | piece)
-        if text < 2 or mixed(key) >= self.rate * 2**64:
+        if mixed(key) >= self.rate * 2**64:
             return None
         a, b = mixed(key + 1) % (text + 1), mixed(key + 2) % (text + 1)
-        return min(a, b), max(a, b), mixed(key + 3) < self.spm * 2**64
+        return (a, b, mixed(key + 3) < self.spm * 2**64) if a < b else (b, a, mixed(key + 3) < self.spm * 2**64)
 
     def turn(
         self, tokens: np.ndarray, text: int, begin: int, end: int, suffix_first: bool, into: np.ndarray
     ) -> tuple[int, int, int]:
-        """Write a piece, turned round, to into[: len(tokens) + 3]; what follows its `text`, the end of the document,
-        stays last.
+        """Write a piece, turned round, to into[: len(tokens) + 3]; what follows its `text`, the end of the document if
+        it has one, stays last.
 
         Returns where the sentinels stand.
         """
         before, after, last = self.ids
-        suffix = text - end
         first = 0 if suffix_first else begin  # of the prefix, what stands before the suffix
-        places = (0, first + 1, first + suffix + 2)
-        for place, token in zip(places, (before, after, last), strict=True):
-            into[place] = token
-        into[1 : first + 1] = tokens[:first]
-        into[first + 2 : first + suffix + 2] = tokens[end:text]
-        into[first + suffix + 3 : text + 3] = tokens[first:end]
-        into[text + 3 :] = tokens[text:]
-        return places
+        middle = first + text - end + 2
+        into[0], into[first + 1], into[middle] = before, after, last
+        if first:
+            into[1 : first + 1] = tokens[:first]
+        if end < text:
+            into[first + 2 : middle] = tokens[end:text]
+        if first < end:
+            into[middle + 1 : text + 3] = tokens[first:end]
+        if text < len(tokens):
+            into[text + 3] = tokens[text]
+        return 0, first + 1, middle
 
 
 def cutter(config: Fim, tokenizer, sources: list[str], seed: int) -> Cutter:

@@ -117,6 +117,7 @@ class RowSampler:
                 self._tables[source] = self._table(source, SPARE * self._cuts(source), work, once)
                 self.rows_per_epoch[source] = self._tables[source].rows
                 self.epoch_tokens[source] = store.num_tokens(source)
+        self._all = np.ones(sequence_length, dtype=bool)
         self._block = None
         self._keys: dict[tuple[str, int], list[int]] = {}
 
@@ -161,29 +162,29 @@ class RowSampler:
 
     def _packed(self, source: str, epoch: int, window: int, index: int) -> Row:
         length, eos, table, read = self.sequence_length, self.store.eos_id, self._tables[source], self.store.read
-        pieces = slice(int(table.offsets[window]), int(table.offsets[window + 1]))
+        pieces = slice(table.offsets.item(window), table.offsets.item(window + 1))
         starts, lengths = table.starts[pieces].tolist(), table.lengths[pieces].tolist()
-        tokens = np.full(length + 1, eos, dtype=np.int64)
-        counted = np.ones(length, dtype=bool)
+        tokens, counted = np.empty(length + 1, dtype=np.int64), self._all.copy()
         slot, borders, stretches, cuts = 1, [], [], self._cuts(source)
-        for number, (start, size) in enumerate(zip(starts, lengths, strict=True)):
-            goes_on, size = size < 0, abs(size)
-            part, slots, turned = read(source, start, size), size, None
+        tokens[0] = eos
+        for number, start in enumerate(starts):
+            goes_on, size = lengths[number] < 0, abs(lengths[number])
+            before = 1 if start and not number else 0  # a row's first piece is read with its context
+            part, turned, slots = read(source, start - before, size + before), None, size
             if cuts:
-                text = size - goes_on - (int(part[-1]) == eos)
+                text = size - goes_on - (part.item(-1) == eos)
                 turned = self.fim.cut(text, index, number)
-            if number == 0 and start and not turned:
-                tokens[0] = read(source, start - 1, 1)[0]
             if turned:
                 # what begins with a sentinel has no use for context
-                part, start, size = part[goes_on:], start + goes_on, size - goes_on
+                part, start, size = part[before + goes_on :], start + goes_on, size - goes_on
                 slots = size + SPARE
                 for place in self.fim.turn(part, text, *turned, tokens[slot : slot + slots]):
                     counted[slot - 1 + place] = False
             else:
-                tokens[slot : slot + slots] = part
-                counted[slot - 1] = not goes_on
-            if number or tokens[0] == eos:
+                tokens[slot - before : slot + slots] = part
+                if goes_on:
+                    counted[slot - 1] = False
+            if number or tokens.item(0) == eos:
                 borders.append(slot)
                 stretches.append(Stretch(slot, slots, start, size))
             else:  # it goes on from the token before it
@@ -191,6 +192,7 @@ class RowSampler:
             slot += slots
         if slot <= length:
             borders.append(slot)
+            tokens[slot:] = eos
             counted[slot - 1 :] = False
         return Row(tokens, np.array(borders, dtype=np.int64), source, epoch, window, counted, stretches)
 
