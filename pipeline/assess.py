@@ -21,6 +21,7 @@ from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PromptSource
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
+from pipeline.plural import many
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.seeds import derive
 from pipeline.tracking import Progress
@@ -122,8 +123,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "models": report,
         "win_rates": wins,
         "summary": {
-            "input": f"{len(models)} models, {len(prompts)} prompts",
-            "output": f"report.json, {len(lines)} samples",
+            "input": f"{many(len(models), 'model')}, {many(len(prompts), 'prompt')}",
+            "output": f"report.json, {many(len(lines), 'sample')}",
             "measure": (
                 "; ".join(
                     f"{pair}: {win['rate']:.0%} [{win['low']:.0%}, {win['high']:.0%}]" for pair, win in wins.items()

@@ -44,6 +44,7 @@ from pipeline.data.rules import Rules
 from pipeline.data.sources import Bad, MissingField, Record, Source
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.plural import many
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.tracking import Progress
 
@@ -216,7 +217,8 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
         if bad > config.max_bad * counts["read"]:
             most = max(counts["bad"], key=counts["bad"].get)
             raise UserError(
-                f"sources.{name}: {bad} of {counts['read']} records are bad ({bad / counts['read']:.1%}, most often:"
+                f"sources.{name}: {bad} of {many(counts['read'], 'record')} {'is' if bad == 1 else 'are'} bad"
+                f" ({bad / counts['read']:.1%}, most often:"
                 f" {most}), more than max_bad {config.max_bad:g}; look into"
                 f" {output.path / 'rejected' / name}.jsonl.zst, then mend the source or raise max_bad"
                 f"{reading.other_encoding(config.sources[name], most)}"
@@ -226,7 +228,7 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
         ):
             most = max(counts["filtered"], key=counts["filtered"].get, default="not selected")
             raise UserError(
-                f"sources.{name}: nothing is left of its {counts['read']} records (most often: {most}); "
+                f"sources.{name}: nothing is left of its {many(counts['read'], 'record')} (most often: {most}); "
                 f"look into {output.path / 'rejected' / name}.jsonl.zst, then change its `text` or `filters`"
             )
     total = report["total"]
@@ -242,10 +244,11 @@ def _summary(config: Config, total: dict) -> dict[str, str]:
     kept = total["train_documents"] + total["heldout_documents"]
     return {
         "input": (
-            f"{total['bytes_in'] / 1e6:.1f} MB, {total['documents_in']} documents, {len(config.sources)}"
-            f" source{'s' * (len(config.sources) > 1)}"
+            f"{total['bytes_in'] / 1e6:.1f} MB, {many(total['documents_in'], 'document')},"
+            f" {many(len(config.sources), 'source')}"
         ),
-        "output": f"{total['bytes_out'] / 1e6:.1f} MB, {kept} documents ({total['heldout_documents']} held out)",
+        "output": f"{total['bytes_out'] / 1e6:.1f} MB, {many(kept, 'document')}"
+        f" ({total['heldout_documents']} held out)",
         "measure": (
             f"left out: {total['filtered_documents']} filtered, {total['duplicates_exact'] + total['duplicates_url']} +"
             f" {total['duplicates_near']} duplicates, {total['bad_records']} bad"
@@ -344,7 +347,7 @@ def _try(source: Source, name: str) -> Record:
     if first is None:
         raise UserError(f"sources.{name}: has no record; look at its files, `format` and `records`")
     raise UserError(
-        f"sources.{name}: none of its {bad} records is good; the first: {first.place}:"
+        f"sources.{name}: none of its {many(bad, 'record')} is good; the first: {first.place}:"
         f" {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}{reading.other_encoding(source, first.reason)}"
     )
 

@@ -12,6 +12,7 @@ from pipeline import artifact, chain
 from pipeline.chain import EXIT_USER, StageFailed
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
+from pipeline.plural import many
 from pipeline.recipe import load, schema
 
 app = typer.Typer(
@@ -114,12 +115,12 @@ def verify_artifacts(recipe: RecipeFile, words: Words = None) -> None:
         problem = found.damage(full=True) or _lineage(found, node.folder)
         size = sum(entry["size"] for entry in found.manifest["files"].values())
         bad += problem is not None
-        whole = f"{len(found.manifest['files'])} files, {size / 1e6:.1f} MB, digest {found.digest[:12]}"
+        whole = f"{many(len(found.manifest['files']), 'file')}, {size / 1e6:.1f} MB, digest {found.digest[:12]}"
         print(f"{name:<12} damaged      {problem}" if problem else f"{name:<12} whole        {whole}")
     if bad:
         raise UserError(
-            f"{recipe}: {bad} of {len(stages or graph)} outputs are missing or damaged; alma run {recipe} makes them"
-            " again"
+            f"{recipe}: {bad} of {many(len(stages or graph), 'output')} {'is' if bad == 1 else 'are'} missing or"
+            f" damaged; alma run {recipe} makes {'it' if bad == 1 else 'them'} again"
         )
 
 
@@ -371,7 +372,7 @@ def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
         print(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
-    print(f"{recipe}: {len(graph)} stages, every key is known (sources are not read by this check)")
+    print(f"{recipe}: {many(len(graph), 'stage')}, every key is known (sources are not read by this check)")
 
 
 @recipe_app.command("schema")

@@ -14,6 +14,7 @@ from pydantic import Field
 from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PreferenceSource
 from pipeline.data.decontaminate import Decontaminate
+from pipeline.plural import many
 from pipeline.train.config import Optimizer, TrainConfig
 
 VERSION = 3
@@ -75,7 +76,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     engine = build(load(folder), loss, config)
     say(
-        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out"
+        f"{output.stage}: {many(count, 'pair')} to train on, {heldout} held out;"
+        f" {many(extra['rejected'], 'record')} left out"
         f" (report.json says why); {config.steps * config.batch_size / count:.1f} epochs"
     )
     made_from = inputs["model"].digest[:12]
@@ -125,8 +127,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "epochs": config.steps * config.batch_size / count,
         "pairs_per_second": result["rate"],
         "summary": {
-            "input": f"{len(config.sources)} sources, {count + heldout} pairs",
-            "output": f"model/, {config.steps} steps",
+            "input": f"{many(len(config.sources), 'source')}, {many(count + heldout, 'pair')}",
+            "output": f"model/, {many(config.steps, 'step')}",
             "measure": (
                 f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}, pairs ranked right"
                 f" {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%})"

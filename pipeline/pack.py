@@ -33,6 +33,7 @@ from pipeline.data.foreign import Shards
 from pipeline.data.parts import Unit
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
+from pipeline.plural import many
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.seeds import derive
 from pipeline.tracking import Progress
@@ -111,11 +112,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         raise UserError(f"{empty}; there is nothing to pack")
     inexact, closed = (sum(meta.get(key, 0) for meta in metas.values()) for key in ("inexact", "closed"))
     if closed:
-        say(f"pack: {closed:,} documents of shards had no end-of-document token and were given one")
+        say(f"pack: {many(closed, 'document', ',')} of shards had no end-of-document token: one was added to each")
     if inexact:
         say(
-            f"pack: the tokens of {inexact} documents do not spell their text byte for byte; bits per byte will spread"
-            " a document's bytes over its tokens"
+            f"pack: the tokens of {many(inexact, 'document')} do not spell their text byte for byte; bits per byte will"
+            " spread a document's bytes over its tokens"
         )
     return metrics(index, len(bad), inexact, time.time() - began)
 
@@ -317,7 +318,7 @@ def metrics(index: dict, bad: int, inexact: int, seconds: float) -> dict:
         "seconds": round(seconds, 3),
         "summary": {
             "input": (
-                f"{sum(part['documents'] for part in count.values()):,} documents,"
+                f"{many(sum(part['documents'] for part in count.values()), 'document', ',')},"
                 f" {sum(part['bytes'] for part in count.values()) / 1e6:.1f} MB"
             ),
             "output": f"{count['train']['tokens']:,} tokens, held out {count['heldout']['tokens']:,}",

@@ -21,6 +21,7 @@ from pipeline.data.conversations import PromptSource
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
+from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict
 from pipeline.rl.rules import Rule
 from pipeline.seeds import derive
@@ -307,7 +308,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "skipped_updates": state["skipped"],
         **report["counts"],
         "summary": {
-            "input": f"{report['counts']['train_prompts']} prompts",
+            "input": many(report["counts"]["train_prompts"], "prompt"),
             "output": f"{config.steps} x {config.batch_size} responses",
             "measure": f"held-out reward {before['reward']:.2f} -> {after['reward']:.2f}{rule}, KL {after['kl']:.2f}",
         },

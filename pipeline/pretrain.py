@@ -19,6 +19,7 @@ from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
 from pipeline.data.fim import Fim
 from pipeline.errors import UserError
+from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict
 from pipeline.train import horizon
 from pipeline.train.config import Schedule, TrainConfig
@@ -341,7 +342,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": (
                 f"{sum(store.num_tokens(source) for source in sampler.sources) / 1e6:.2f}M tokens,"
-                f" {len(sampler.sources)} source{'s' * (len(sampler.sources) > 1)}"
+                f" {many(len(sampler.sources), 'source')}"
             ),
             "output": f"{size.total / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
             "measure": f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}",

@@ -17,6 +17,7 @@ from pipeline.artifact import Artifact, Output
 from pipeline.data.conversations import PreferenceSource
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.files import write_json
+from pipeline.plural import many
 from pipeline.train.config import Optimizer, TrainConfig
 
 VERSION = 3
@@ -81,7 +82,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         pair_batch(arrays, "heldout", rows, tokenizer.pad_token_id) for rows in heldout_share(heldout, config, engine)
     ]
     say(
-        f"{output.stage}: {count} pairs to train on, {heldout} held out; {extra['rejected']} records left out"
+        f"{output.stage}: {many(count, 'pair')} to train on, {heldout} held out;"
+        f" {many(extra['rejected'], 'record')} left out"
         f" (report.json says why); {config.steps * config.batch_size / count:.1f} epochs"
     )
 
@@ -115,8 +117,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "raw_score_deviation": deviation,
         "pairs_per_second": result["rate"],
         "summary": {
-            "input": f"{len(config.sources)} sources, {count + heldout} pairs",
-            "output": f"model/, {config.steps} steps",
+            "input": f"{many(len(config.sources), 'source')}, {many(count + heldout, 'pair')}",
+            "output": f"model/, {many(config.steps, 'step')}",
             "measure": (
                 f"held-out pairs ranked right {before['accuracy']:.0%} -> {after['accuracy']:.0%} (95%: {low:.0%} to"
                 f" {high:.0%})"

@@ -17,6 +17,7 @@ from pipeline.data.conversations import ChatSource
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.plural import many
 from pipeline.recipe import EXECUTION
 from pipeline.train.config import Optimizer, TrainConfig
 
@@ -98,8 +99,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     ]
     filled = float(train["ids"].lengths.sum() / (rows_per_epoch * config.sequence_length))
     say(
-        f"{output.stage}: {len(train['ids'])} conversations to train on in {rows_per_epoch} rows, {filled:.0%} filled;"
-        f" {len(heldout['ids'])} held out; {extra['rejected']} records left out (report.json says why);"
+        f"{output.stage}: {many(len(train['ids']), 'conversation')} to train on in {many(rows_per_epoch, 'row')},"
+        f" {filled:.0%} filled;"
+        f" {len(heldout['ids'])} held out; {many(extra['rejected'], 'record')} left out (report.json says why);"
         f" {config.steps * config.batch_size / rows_per_epoch:.1f} epochs"
     )
 
@@ -134,8 +136,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "trained_tokens": result["weight"],
         "tokens_per_second": result["rate"],
         "summary": {
-            "input": f"{len(config.sources)} sources, {len(train['ids']) + len(heldout['ids'])} conversations",
-            "output": f"model/, {config.steps} steps, {result['weight'] / 1e3:.0f}k answer tokens",
+            "input": (
+                f"{many(len(config.sources), 'source')},"
+                f" {many(len(train['ids']) + len(heldout['ids']), 'conversation')}"
+            ),
+            "output": f"model/, {many(config.steps, 'step')}, {result['weight'] / 1e3:.0f}k answer tokens",
             "measure": (
                 f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}"
                 + (

@@ -21,6 +21,7 @@ from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
+from pipeline.plural import many
 from pipeline.recipe import StageConfig
 
 VERSION = 2  # 2: byte-bpe has its own trainer and its special tokens at the end
@@ -148,7 +149,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         algorithm = config.algorithm
         say(
             f"tokenizer: {algorithm} of {config.vocab_size} tokens on {_megabytes(sum(sample['bytes'].values()))} from"
-            f" {len(sample['bytes'])} sources"
+            f" {many(len(sample['bytes']), 'source')}"
         )
         coverage = train(config, work / "sample.jsonl", sum(sample["bytes"].values()), output.path)
     seconds = time.time() - begun
@@ -188,7 +189,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": (
                 f"{_megabytes(sum(sample['bytes'].values()))} of {_megabytes(sum(sample['available'].values()))},"
-                f" {len(sample['bytes'])} sources"
+                f" {many(len(sample['bytes']), 'source')}"
             ),
             "output": f"{size} tokens, {algorithm}",
             "measure": f"{rate:.2f} bytes per token held out, {trip}" if rate else trip,

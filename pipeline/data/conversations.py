@@ -25,6 +25,7 @@ from pipeline.data.decontaminate import Decontaminate, contaminated
 from pipeline.data.messages import Rejected, clean_text, messages_of, normal, normalised, pair_of, prompt_of
 from pipeline.data.sources import Bad, MissingField, Source, fraction, other_encoding, read, render
 from pipeline.errors import UserError
+from pipeline.plural import many
 from pipeline.recipe import Strict
 
 PLACES = 20  # of each reason are named in report.json
@@ -179,7 +180,9 @@ class Ledger:
                 reason["count"] for reason in entry["rejected"].values()
             ), f"{name}: a record is not accounted for"
             if not entry["train"] + entry["heldout"]:
-                raise UserError(f"sources.{name}: none of its {entry['records']} records can be used: {self.why(name)}")
+                raise UserError(
+                    f"sources.{name}: none of its {many(entry['records'], 'record')} can be used: {self.why(name)}"
+                )
         train, heldout = self.total("train"), self.total("heldout")
         if not heldout or not train:
             raise UserError(
@@ -325,7 +328,8 @@ def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decon
             reason["count"] for reason in ledger.sources[name]["rejected"].values()
         ):
             raise UserError(
-                f"sources.{name}: none of its {ledger.sources[name]['records']} records can be used: {ledger.why(name)}"
+                f"sources.{name}: none of its {many(ledger.sources[name]['records'], 'record')} can be used:"
+                f" {ledger.why(name)}"
                 f"{''.join(other_encoding(source, reason) for reason in ledger.sources[name]['rejected'])}"
             )
     if decontaminate:

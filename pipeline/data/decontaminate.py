@@ -16,6 +16,7 @@ from pydantic import Field
 from pipeline.data.sources import Bad, MissingField, Source, read, text_of
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
+from pipeline.plural import many
 from pipeline.recipe import Strict
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def build(wanted: Decontaminate) -> tuple[Runs, dict[str, dict[str, int]]]:
             bad += not texts[-1]
         if not len(texts) - bad:
             raise UserError(
-                f"decontaminate.sets.{name}: none of its {len(texts)} records has text; look at its `text` and"
+                f"decontaminate.sets.{name}: none of its {many(len(texts), 'record')} has text; look at its `text` and"
                 " `records`"
             )
         report[name] = {"items": len(texts), "bad": bad, "runs": 0, "too_short": 0}

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.errors import UserError
+from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict, identity
 
 # megatron/core/datasets/indexed_dataset.py, DType
@@ -73,7 +74,9 @@ def files(source: Shards, name: str) -> list[Path]:
             )
         found += here
     if len(set(found)) < len(found):
-        raise UserError(f"shards.{name}.path: names {len(found) - len(set(found))} files twice; each is read once")
+        raise UserError(
+            f"shards.{name}.path: names {many(len(found) - len(set(found)), 'file')} twice; each is read once"
+        )
     return found
 
 

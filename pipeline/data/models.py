@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
+from pipeline.plural import many
 from pipeline.recipe import Strict
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
@@ -131,7 +132,8 @@ def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: st
                 return found
     if len(found) < 10:
         raise UserError(
-            f"{where}: {', '.join(names)} gave {len(found)} texts, at least 10 are needed; look at the sources' `text`"
+            f"{where}: {', '.join(names)} gave {many(len(found), 'text')}, at least 10 are needed; look at the"
+            " sources' `text`"
         )
     return found
 

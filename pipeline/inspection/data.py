@@ -17,6 +17,7 @@ from rich.text import Text
 
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError
+from pipeline.plural import many
 
 WIDTH = 100  # columns where the output is no terminal
 PLACES = 3  # of each kind of bad input, without --samples
@@ -150,8 +151,8 @@ def _reconciled(console: Console, total: dict, output: Artifact) -> None:
             else ""
         )
         console.print(
-            f"{'=' if rows == expected else 'NOT'} {split}: {rows:,} rows in {len(shards)}"
-            f" shard{'s' * (len(shards) != 1)}{copies}; {expected:,} by this ledger"
+            f"{'=' if rows == expected else 'NOT'} {split}: {rows:,} rows in {many(len(shards), 'shard')}{copies};"
+            f" {expected:,} by this ledger"
         )
 
 
@@ -264,7 +265,8 @@ def _reason(console: Console, report: dict, output: Artifact, source: str | None
     if reason in rules and source is None:
         entry = rules[reason]
         console.print(
-            f"\n{reason}: {entry['documents']:,} documents fail it ({entry['share']:.2%} of documents,"
+            f"\n{reason}: {many(entry['documents'], 'document', ',')} fail{'s' * (entry['documents'] == 1)} it"
+            f" ({entry['share']:.2%} of documents,"
             f" {entry['share_bytes']:.2%} of bytes), {entry['alone']:,} of them no other rule; the reason of"
             f" {entry['first']:,}"
         )
@@ -384,10 +386,12 @@ def _changed(console: Console, report: dict) -> None:
         for cell in cells.get("kept", {}).values()
     )
     what = "; ".join(
-        f"{name}: {entry['documents']:,} documents, {entry['times']:,} times" for name, entry in changed.items()
+        f"{name}: {many(entry['documents'], 'document', ',')}, {many(entry['times'], 'time', ',')}"
+        for name, entry in changed.items()
     )
     edited = (
-        f"; repeated text taken out of {total['edited_documents']:,} documents, {total['removed_bytes'] / 1e6:.2f} MB"
+        f"; repeated text taken out of {many(total['edited_documents'], 'document', ',')},"
+        f" {total['removed_bytes'] / 1e6:.2f} MB"
         if total.get("edited_documents")
         else ""
     )

@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 
 from pipeline.errors import UserError
+from pipeline.plural import many
 
 
 def rank() -> int:
@@ -118,7 +119,7 @@ def choose_device(config, local: int) -> None:
         )
     if not forced and 0 < there < local:
         raise UserError(
-            f"stage {config.kind}: {local} processes on this machine and {there} GPU{'s' * (there > 1)}; launch"
+            f"stage {config.kind}: {many(local, 'process/processes')} on this machine and {many(there, 'GPU')}; launch"
             f" {there}, or give {config.kind}.run.device=cpu"
         )
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 
 from pipeline.chain import say
 from pipeline.errors import UserError
+from pipeline.plural import many
 from pipeline.recipe import Recipe
 
 LEVELS = tuple(i / 20 for i in range(6, 20))  # 0.30, 0.35, ... 0.95: where the copies aim at
@@ -56,8 +57,8 @@ def prove(
     for language, texts in sorted(sampled.items()):
         if len(texts) < 40:
             say(
-                f"{language}: only {len(texts)} documents of the sample are long enough for copies of known similarity;"
-                " not judged"
+                f"{language}: only {many(len(texts), 'document')} of the sample {'is' if len(texts) == 1 else 'are'}"
+                " long enough for copies of known similarity; not judged"
             )
             continue
         judged += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.chain import say
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.plural import many
 from pipeline.recipe import Recipe, dump
 from pipeline.verify import launch
 from pipeline.verify.shrink import ROWS, prepare, stage_of, workplace
@@ -114,7 +115,7 @@ def prove(
                 work,
                 on_gpu=gpus > 0,
             )
-            say(f"{world} process{'es' * (world > 1)}: {len(chosen)} runs in {time.time() - since:.0f} s")
+            say(f"{many(world, 'process/processes')}: {many(len(chosen), 'run')} in {time.time() - since:.0f} s")
             if refused := [trial["refused"] for trial in found if trial["layout"] == REFERENCE and "refused" in trial]:
                 raise UserError(refused[0])
         rows = judge(found, optimizer.max_grad_norm)
