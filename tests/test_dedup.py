@@ -102,6 +102,23 @@ def test_which_document_of_a_cluster_stays(families, tmp_path, dedup, wanted):
         assert sorted(collections.Counter(row["cluster"] for row in kept).items()) == [(1, 12), (3, 12)]
 
 
+def test_copies_that_were_to_stay_are_not_called_exact(tmp_path):
+    """Equal texts at one address, without `exact`: a kept one that is not the first goes by its address alone."""
+    text = " ".join(words(random.Random(5), 60))
+    sources = {name: [{"text": text, "url": "x.org", "n": name}] for name in "ab"}
+    for prefer in "ab":
+        dedup = {"near": False, "exact": False, "url": "url", "prefer": [prefer]}
+        succeed("clean", write(tmp_path, sources, dedup=dedup), cwd=tmp_path)
+        total = report_of(tmp_path)["total"]
+        assert (total["duplicates_url"], total["duplicates_exact"], total["train_documents"]) == (1, 0, 1)
+
+
+def test_copies_cannot_stay_where_what_is_nearly_alike_goes(families, tmp_path):
+    for dedup in ({"exact": False}, {"exact": False, "near": {"similarity": 0.9}}):
+        code, text = stage("clean", write(tmp_path, families, dedup=dedup), cwd=tmp_path)
+        assert code == 2 and "stages.clean.dedup" in text and "give near: false, too, to keep copies" in text, text
+
+
 def test_upsampling_by_cluster_size_writes_copies_and_counts_them(families, tmp_path):
     succeed("clean", write(tmp_path, families, dedup={"upsample": {2: 2, 3: 4}}), cwd=tmp_path)
     kept, total = rows_of(tmp_path), report_of(tmp_path)["total"]

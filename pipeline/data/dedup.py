@@ -49,7 +49,8 @@ class Dedup(Strict):
     """What counts as a duplicate, which of them is kept, and what is repeated within documents that are none."""
 
     exact: bool = True
-    """Remove documents whose normalised text is that of another one."""
+    """Remove documents whose normalised text is that of another one. `false` keeps copies, and needs `near:
+    false`."""
     url: str | None = None
     """Field or template of a record's address: of documents with equal addresses (without scheme, `www.`, fragment
     and closing slash) one is kept. The shards then carry a hash of it, `address`."""
@@ -82,6 +83,15 @@ class Dedup(Strict):
         if any(size < 1 or times < 1 for size, times in value.items()):
             raise ValueError(f"maps a cluster size to a number of copies, both at least 1; found {value}")
         return value
+
+    @model_validator(mode="after")
+    def _copies_are_alike(self):
+        if self.near and not self.exact:
+            raise ValueError(
+                "exact: false keeps copies, and near, on by default, removes them as documents of similarity 1;"
+                " give near: false, too, to keep copies, or leave exact out"
+            )
+        return self
 
 
 def multipliers(number: int) -> "np.ndarray":

@@ -48,7 +48,8 @@ def decide(index: Index, dedup: Dedup, *, holdout: float, seed: int, scratch: Pa
             fate[
                 swapped[(index.address[first] == index.address[other]).all(1) & (index.address[first] != 0).any(1)]
             ] = URL
-        fate[swapped[(index.hash[first] == index.hash[other]).all(1)]] = EXACT
+        if dedup.exact:
+            fate[swapped[(index.hash[first] == index.hash[other]).all(1)]] = EXACT
         # One document of a cluster is kept, so choosing by the cluster's smallest id chooses by cluster, and the choice
         # survives a change of any other source.
         number_of = mixed(index.id[ranked[label], 0] ^ np.uint64(derive(seed, "holdout"))) >> np.uint64(11)
