@@ -41,7 +41,7 @@ from pipeline.data.models import Perplexity, Quality
 from pipeline.data.pool import Pool
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
-from pipeline.data.sources import Bad, MissingField, Record, Source
+from pipeline.data.sources import Bad, MissingField, Passed, Record, Source
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.plural import many
@@ -328,11 +328,14 @@ def _prefix(records: dict[int, int]) -> int:
 
 def _try(source: Source, name: str) -> Record:
     """The first good record of a source. Refuses one that has none, before any work is done."""
-    first, bad, left_out = None, 0, 0
+    first, bad, left_out = None, 0, Counter()
     for item in (item for chunk in reading.chunks(source, name) for item in reading.parse(chunk)):
+        if isinstance(item, Passed):
+            left_out[item.reason] += 1
+            continue
         if not isinstance(item, Bad):
-            if reading.deselected(source, item):
-                left_out += 1
+            if why := reading.deselected(source, item):
+                left_out[why] += 1
                 continue
             try:
                 reading.text_of(source, item)
@@ -340,9 +343,16 @@ def _try(source: Source, name: str) -> Record:
             except MissingField as error:
                 item = Bad(item.place, str(error).removeprefix(f"{item.place}: "))
         first, bad = first or item, bad + 1
-    if left_out:
+    if left_out.keys() & {"where", "part"}:
         raise UserError(
-            f"sources.{name}: has no record that `where` and `part` select, among {left_out}; change one of the two"
+            f"sources.{name}: has no record that `where` and `part` select, among {left_out.total()}; change one of the"
+            " two"
+        )
+    if left_out and first is None:
+        raise UserError(
+            f"sources.{name}: has no page among its {many(left_out.total(), 'record')}"
+            f" ({', '.join(f'{number} x {why}' for why, number in left_out.most_common(3))}); give WARC files of"
+            " responses with HTML, or WET files"
         )
     if first is None:
         raise UserError(f"sources.{name}: has no record; look at its files, `format` and `records`")

@@ -15,7 +15,7 @@ from harness import stage, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sources import Bad, Record, Source, chunks, parse, read
+from pipeline.data.sources import Bad, Passed, Record, Source, chunks, parse, read
 from pipeline.errors import UserError
 
 pytest.importorskip("resiliparse")
@@ -89,7 +89,13 @@ def test_pages_of_a_warc(tmp_path):
             )
         assert found[0].place == f"{name}:3" and found[0].fields["date"] == "2024-01-02T03:04:05Z"
         cut = [item for chunk in chunks(Source(path=str(tmp_path / name)), "s", 700) for item in parse(chunk)]
-        assert cut == found
+        assert [item for item in cut if not isinstance(item, Passed)] == found
+        assert [(item.place, item.reason) for item in cut if isinstance(item, Passed)] == [
+            (f"{name}:1", "WARC warcinfo"),
+            (f"{name}:2", "WARC request"),
+            (f"{name}:8", "image/*"),
+            (f"{name}:9", "HTTP 404"),
+        ]
     assert "Menu entry 3" in items(tmp_path, b"".join(records), extract="all")[0].fields["text"]
 
 
@@ -106,6 +112,52 @@ def test_wet_and_html(tmp_path):
     ]
     (item,) = items(tmp_path, page(ZH, "gbk"), "p.html")
     assert ZH in item.fields["text"] and "Menu" not in item.fields["text"]
+
+
+def test_what_holds_no_text_is_counted_by_few_reasons(tmp_path):
+    """Every record of an archive is in the ledger, whatever servers call their files, and `read` is their number."""
+    other = {
+        "WARC warcinfo": record("warcinfo", b"software: x\r\n"),
+        "WARC request": record("request", b"GET / HTTP/1.1\r\n\r\n"),
+        "WARC revisit": record("revisit", response(b"")),
+        "WARC record of no known kind": record("surprise", b"x"),
+        "no HTTP response": record("response", b"1.2.3.4", "dns:a.org", "text/dns"),
+        "HTTP 301": record("response", response(b"", status="301 Moved Permanently")),
+        "image/*": record("response", response(b"\x89PNG", "image/png")),
+        "application/pdf": record("response", response(b"%PDF", "Application/PDF; x=y")),
+        "application/*": record("response", response(b"x", "application/x-anything-at-all")),
+        "of no known type": record("response", response(b"\x00", "")) + record("resource", b"x", media="nonsense"),
+    }
+    good = [record("response", response(page(f"{EN} {i} {'abcdefghij'[i % 10] * 4} {i * i}"))) for i in range(40)]
+    (tmp_path / "a.warc.gz").write_bytes(gzip.compress(b"".join([*other.values(), *good, *[other["image/*"]] * 3000])))
+    recipe = {
+        "name": "t",
+        "stages": {
+            "clean": {
+                "sources": {"a": {"path": "a.warc.gz"}},
+                "holdout": 0.1,
+                "workers": 1,
+                "dedup": {"near": None},
+                "filters": {"max_repeated_shingles": 1},
+            }
+        },
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    succeed("clean", tmp_path / "r.yaml", cwd=tmp_path)
+    report = json.loads((tmp_path / "runs/t/clean/current/report.json").read_text())
+    counts = report["sources"]["a"]
+    wanted = {**dict.fromkeys(other, 1), "image/*": 3001, "of no known type": 2}
+    assert counts["not selected"] == wanted and counts["bad"] == {}
+    kept = counts["train_documents"] + counts["heldout_documents"]
+    assert kept == 40 and counts["read"] == len(good) + sum(wanted.values()) and counts["documents_in"] == 40
+    assert report["total"]["not_selected"] == sum(wanted.values())
+    summary = json.loads((tmp_path / "runs/t/clean/current/manifest.json").read_text())["metrics"]["summary"]
+    assert summary["input"].endswith("MB, 40 documents, 1 source")
+    with zstandard.open(tmp_path / "runs/t/clean/current/rejected/a.jsonl.zst") as ledger:
+        assert ledger.read() == b""
+    (tmp_path / "a.warc.gz").write_bytes(gzip.compress(b"".join(other.values())))
+    code, text = stage("clean", tmp_path / "r.yaml", cwd=tmp_path)
+    assert code == 2 and "sources.a: has no page among its 11 records (2 x of no known type, 1 x WARC" in text, text
 
 
 def test_a_warc_with_wrong_lengths_loses_the_wrong_records_only(tmp_path):
@@ -155,7 +207,8 @@ def test_any_damage_is_survived(tmp_path_factory, data):
         raw[at : at + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=30))
     found = items(folder, bytes(raw) or b"x")
     assert all(isinstance(item, (Record, Bad)) for item in found)
-    assert found == [item for chunk in chunks(Source(path=str(folder / "a.warc")), "s", 50) for item in parse(chunk)]
+    cut = [item for chunk in chunks(Source(path=str(folder / "a.warc")), "s", 50) for item in parse(chunk)]
+    assert found == [item for item in cut if not isinstance(item, Passed)]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

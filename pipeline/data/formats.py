@@ -29,12 +29,20 @@ class Bad:
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """A record of an archive that holds no text by its kind, such as an image: counted by reason, not kept aside."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive records of one file, not parsed yet, cheap to send to another process."""
 
     file: str
-    # jsonl, line, paragraph, document, html: bytes; warc: list of (position, fields or Bad); values: list of (position,
-    # value or Bad); table: pyarrow.Table
+    # jsonl, line, paragraph, document, html: bytes; warc: list of (position, fields, Bad, or why it is passed over);
+    # values: list of (position, value or Bad); table: pyarrow.Table
     kind: str
     first: int  # line or row of the first record, from 1
     data: Any

@@ -24,7 +24,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.data.charset import known_encoding
-from pipeline.data.formats import EXCERPT, Bad, Chunk, document_chunk, json_chunks, line_chunks, steps_of, values
+from pipeline.data.formats import (
+    EXCERPT,
+    Bad,
+    Chunk,
+    Passed,
+    document_chunk,
+    json_chunks,
+    line_chunks,
+    steps_of,
+    values,
+)
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
 from pipeline.data.tables import csv_chunks, parquet_chunks
@@ -163,7 +173,7 @@ def read(source: Source, name: str) -> Iterator[Record | Bad]:
         for item in parse(chunk):
             if isinstance(item, Bad):
                 yield item
-            elif not deselected(source, item):
+            elif not isinstance(item, Passed) and not deselected(source, item):
                 yield item
                 found += 1
                 if found == source.limit:
@@ -184,10 +194,10 @@ def deselected(source: Source, record: Record) -> str | None:
     return None
 
 
-def parse(chunk: Chunk) -> Iterator[Record | Bad]:
+def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
     """The records of one chunk."""
     for position, value in values(chunk):
-        if isinstance(value, Bad):
+        if isinstance(value, (Bad, Passed)):
             yield value
             continue
         fields = value if isinstance(value, dict) else None

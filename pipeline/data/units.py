@@ -14,7 +14,7 @@ from pipeline import faults
 from pipeline.data import outcomes
 from pipeline.data import sources as reading
 from pipeline.data.dedup import Dedup
-from pipeline.data.sources import Bad, Chunk, MissingField, Source
+from pipeline.data.sources import Bad, Chunk, MissingField, Passed, Source
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 
@@ -78,6 +78,9 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
         rows.append(row)
         if isinstance(item, Bad):
             row.update(status="bad", reason=item.reason, excerpt=excerpt(_valid(item.raw), steps.mask))
+            continue
+        if isinstance(item, Passed):
+            row.update(status="not selected", reason=item.reason)
             continue
         row["id"] = item.id
         if left_out := reading.deselected(source, item):

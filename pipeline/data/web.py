@@ -11,35 +11,49 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, _blocks, _Torn
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, _blocks, _Torn
 from pipeline.errors import UserError
 
 _START = re.compile(rb"(?:\A|\n)(WARC/[01]\.\d+\r?\n)")
 _LENGTH = re.compile(rb"^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$", re.I | re.M)
 _HTML = ("text/html", "application/xhtml+xml")
 MAX_HEAD = 1 << 16
+# Reasons why a record is passed over must be few, whatever servers call their files: these types are named, others by
+# what stands before the slash.
+_KINDS = ("warcinfo", "response", "resource", "request", "metadata", "revisit", "continuation")  # ISO 28500, 5.5
+_FAMILIES = ("image", "audio", "video", "font", "application", "text", "message", "multipart", "model")
+_NAMED = (
+    "application/pdf",
+    "application/json",
+    "application/javascript",
+    "application/xml",
+    "application/rss+xml",
+    "application/atom+xml",
+    "text/javascript",
+    "text/css",
+    "text/xml",
+    "text/markdown",
+    "text/csv",
+)
 
 
 def warc_chunks(relative: str, path: Path, extract: str, size: int) -> Iterator[Chunk]:
-    """Records of a WARC or WET file that may hold text, `size` bytes at a time, and Bad where the file is not what
-    it says. Positions count records from 1."""
+    """Records of a WARC or WET file, `size` bytes at a time: fields of those that may hold text, why others are
+    passed over, and Bad where the file is not what it says. Positions count records from 1."""
     rows: list[tuple[int, Any]] = []
-    weight = number = 0
+    weight = 0
     for number, item in enumerate(_records(path), 1):
-        if isinstance(item, str):
-            rows.append((number, Bad(f"{relative}:{number}", *item.split("\0", 1))))
-        elif item is not None:
-            rows.append((number, item))
-            weight += len(item["body"]) + 200
-        if rows and weight >= size:
+        rows.append((number, Bad(f"{relative}:{number}", *item) if isinstance(item, tuple) else item))
+        weight += (len(item["body"]) if isinstance(item, dict) else 0) + 200
+        if weight >= size:
             yield Chunk(relative, f"warc {extract}", rows[0][0], rows, weight)
             rows, weight = [], 0
     if rows:
         yield Chunk(relative, f"warc {extract}", rows[0][0], rows, weight)
 
 
-def _records(path: Path) -> Iterator[dict | str | None]:
-    """Each record in order: its fields, None if it holds no text, or why it is bad, a NUL, and how it begins."""
+def _records(path: Path) -> Iterator[dict | str | tuple[str, str]]:
+    """Each record in order: its fields, why it holds no text, or (why it is bad, how it begins)."""
     buffer, blocks, torn = bytearray(), _blocks(path), None
 
     def fill(wanted: int) -> bool:
@@ -62,7 +76,7 @@ def _records(path: Path) -> Iterator[dict | str | None]:
             fill(MAX_HEAD)
             skipped = _resync(buffer, fill)
             if skipped.strip():
-                yield f"no WARC record\0{_shown(skipped)}"
+                yield "no WARC record", _shown(skipped)
             continue
         fill(MAX_HEAD)
         end = re.compile(rb"\r?\n\r?\n").search(buffer, 0, MAX_HEAD)
@@ -73,20 +87,20 @@ def _records(path: Path) -> Iterator[dict | str | None]:
             shown = _shown(buffer)
             del buffer[: start.end()]
             _resync(buffer, fill)
-            yield f"WARC record without a length\0{shown}"
+            yield "WARC record without a length", shown
             continue
         head, begin, number = bytes(buffer[: end.start()]), end.end(), int(length[1])
         if number > MAX_RECORD_BYTES:
             del buffer[:begin]  # the length may be a slip, so the next record is looked for and not leapt to
             _resync(buffer, fill)
-            yield f"longer than {MAX_RECORD_BYTES >> 20} MiB\0{_shown(head)}"
+            yield f"longer than {MAX_RECORD_BYTES >> 20} MiB", _shown(head)
             continue
         if not fill(begin + number):
             if not _START.search(buffer, begin):
                 break
             del buffer[:begin]  # it ends before its length says, and others follow
             _resync(buffer, fill)
-            yield f"WARC record with a wrong length\0{_shown(head)}"
+            yield "WARC record with a wrong length", _shown(head)
             continue
         body = bytes(buffer[begin : begin + number])
         fill(begin + number + 16)
@@ -99,9 +113,9 @@ def _records(path: Path) -> Iterator[dict | str | None]:
         else:
             del buffer[:begin]
             _resync(buffer, fill)
-            yield f"WARC record with a wrong length\0{_shown(head)}"
+            yield "WARC record with a wrong length", _shown(head)
     if torn or buffer.strip():
-        yield f"{torn or 'truncated WARC record'}\0{_shown(buffer)}"
+        yield torn or "truncated WARC record", _shown(buffer)
 
 
 def _resync(buffer: bytearray, fill) -> bytes:
@@ -124,7 +138,8 @@ def _shown(raw: bytes) -> str:
     return bytes(raw[:EXCERPT]).decode(errors="backslashreplace").replace("\0", "\\x00")
 
 
-def _record(head: bytes, body: bytes) -> dict | None:
+def _record(head: bytes, body: bytes) -> dict | str:
+    """Its fields, or why it holds no text."""
     fields = _headers(head)
     kind = fields.get("warc-type", "")
     found = {
@@ -134,23 +149,42 @@ def _record(head: bytes, body: bytes) -> dict | None:
     }
     if kind == "conversion":
         return {**found, "body": body, "plain": True}
-    if kind == "resource" and found["type"].split(";")[0].strip().lower() in (*_HTML, "text/plain"):
-        return {**found, "body": body, "plain": found["type"].startswith("text/plain")}
-    if kind == "response" and body.startswith(b"HTTP/"):
-        top, _, payload = body.partition(b"\r\n\r\n") if b"\r\n\r\n" in body else body.partition(b"\n\n")
-        http = _headers(top)
-        status = top.split(None, 2)[1:2]
-        found["type"] = http.get("content-type", "")
-        media = found["type"].split(";")[0].strip().lower()
-        if status == [b"200"] and (media in (*_HTML, "text/plain") or not media and b"<html" in payload[:4096].lower()):
-            return {
-                **found,
-                "body": payload,
-                "plain": media == "text/plain",
-                "chunked": "chunked" in http.get("transfer-encoding", "").lower(),
-                "packed": http.get("content-encoding", "").lower(),
-            }
-    return None
+    if kind == "resource":
+        media = _media(found["type"])
+        return {**found, "body": body, "plain": media == "text/plain"} if _texts(media) else _other(media)
+    if kind != "response":
+        return f"WARC {kind}" if kind in _KINDS else "WARC record of no known kind"
+    if not body.startswith(b"HTTP/"):
+        return "no HTTP response"
+    top, _, payload = body.partition(b"\r\n\r\n") if b"\r\n\r\n" in body else body.partition(b"\n\n")
+    http = _headers(top)
+    status = top.split(None, 2)[1:2]
+    if status != [b"200"]:
+        return f"HTTP {status[0].decode()}" if status and re.fullmatch(rb"[1-5]\d\d", status[0]) else "no HTTP response"
+    found["type"] = http.get("content-type", "")
+    media = _media(found["type"])
+    if not _texts(media) and (media or b"<html" not in payload[:4096].lower()):
+        return _other(media)
+    return {
+        **found,
+        "body": payload,
+        "plain": media == "text/plain",
+        "chunked": "chunked" in http.get("transfer-encoding", "").lower(),
+        "packed": http.get("content-encoding", "").lower(),
+    }
+
+
+def _media(given: str) -> str:
+    return given.split(";")[0].strip().lower()
+
+
+def _texts(media: str) -> bool:
+    return media in (*_HTML, "text/plain")
+
+
+def _other(media: str) -> str:
+    family = media.partition("/")[0]
+    return media if media in _NAMED else f"{family}/*" if family in _FAMILIES else "of no known type"
 
 
 def _headers(raw: bytes) -> dict[str, str]:
@@ -163,12 +197,12 @@ def _headers(raw: bytes) -> dict[str, str]:
 # ---- record -> text --------------------------------------------------------------------------------------------------
 
 
-def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Bad]]:
+def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Bad | Passed]]:
     """The texts of a chunk of warc_chunks: {text, url, date}."""
     extract = chunk.kind.partition(" ")[2]
     for position, item in chunk.data:
-        if isinstance(item, Bad):
-            yield position, item
+        if not isinstance(item, dict):
+            yield position, item if isinstance(item, Bad) else Passed(f"{chunk.file}:{position}", item)
             continue
         body = _plain_body(item)
         if body is None:

@@ -80,7 +80,7 @@ def _funnel(console: Console, report: dict, source: str | None) -> None:
         "MB out",
     )
     sums = [0] * 8
-    deselected = 0
+    deselected: dict[str, int] = {}
     for name, languages in report["funnel"]["steps"].items():
         if source not in (None, name):
             continue
@@ -99,7 +99,8 @@ def _funnel(console: Console, report: dict, source: str | None) -> None:
                 size,
                 split["train"][2] + split["heldout"][2],
             ]
-            deselected += count["not selected"]
+            for why, cell in cells.get("not selected", {}).items():
+                deselected[why] = deselected.get(why, 0) + cell[0]
             sums = [a + b for a, b in zip(sums, row, strict=True)]
             if count["not selected"] == read:  # the recipe asked for it
                 continue
@@ -108,8 +109,10 @@ def _funnel(console: Console, report: dict, source: str | None) -> None:
     table.add_row("all", "", *_row(sums))
     console.print(table)
     if deselected:
+        listed = sorted(deselected.items(), key=lambda item: (-item[1], item[0]))
         console.print(
-            f"read includes {deselected:,} records that `where`, `part` or `limit` of the recipe did not select"
+            f"read includes {sum(deselected.values()):,} that the recipe did not select, or that hold no text:"
+            f" {', '.join(f'{number:,} {why}' for why, number in listed)}"
         )
 
 
