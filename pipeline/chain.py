@@ -292,12 +292,13 @@ def _source_identity(node: Node) -> dict | None:
         return None
     from pipeline.data.sources import identify
 
-    sources = dict(node.config.sources)
+    cache = node.folder.parent / ".hashes.json"
+    found = identify(node.config.sources, cache)
     if getattr(node.config, "decontaminate", None):
-        sources |= {f"decontaminate.{name}": source for name, source in node.config.decontaminate.sets.items()}
-    found = identify(sources, cache=node.folder.parent / ".hashes.json")
+        sets = identify(node.config.decontaminate.sets, cache, "decontaminate.sets")
+        found |= {f"decontaminate.{name}": value for name, value in sets.items()}
     if examples := getattr(node.config, "examples", {}):
-        found = {**found, "@examples": identify(examples, cache=node.folder.parent / ".hashes.json")}
+        found["@examples"] = identify(examples, cache, "examples")
     lists = getattr(node.config, "lists", [])  # block lists and the like: they count by what they hold
     return (
         {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]}

@@ -13,9 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from harness import stage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.decontaminate import Decontaminate, build
+from pipeline.data.models import Perplexity, Quality, train
 from pipeline.data.sources import (
     Bad,
     MissingField,
@@ -130,6 +133,36 @@ def test_layouts(tmp_path):
         item.fields if isinstance(item, Record) else item.reason
         for item in records(path=words, format="tsv", columns=["word", "meaning"])
     ] == [{"word": "晨风", "meaning": '1.清晨"的风'}, "wrong number of cells", {"word": "晨光", "meaning": "曙光"}]
+
+
+def test_branches_of_a_json_file_that_lack_a_step_are_bad_records(tmp_path):
+    """The good ones keep their numbers and order, whatever the size of chunks; a file of another form costs itself."""
+    good = {"rows": [{"text": "a"}, "b"]}
+    data = {"data": [good, {"rwos": []}, good, 3, {"rows": None}, {"rows": {"k": {"text": "c"}}}, {"rows": []}]}
+    write(tmp_path / "1.json", json.dumps(data).encode())
+    write(tmp_path / "2.json", b'{"error": "busy"}')
+    write(tmp_path / "3.json", b'"text"')
+    write(tmp_path / "4.json", json.dumps({"data": [good]}).encode())
+    keys = {"path": f"{tmp_path}/*.json", "records": "data[*].rows[*]"}
+    found = records(**keys)
+    assert [item.place if isinstance(item, Record) else (item.place, item.reason, item.raw) for item in found] == [
+        "1.json:1",
+        "1.json:2",
+        ("1.json:data[1]", "nothing at 'rows' of records", "a block with the keys rwos"),
+        "1.json:3",
+        "1.json:4",
+        ("1.json:data[3]", "nothing at 'rows' of records", "3"),
+        ("1.json:data[4].rows", "neither list nor block at [*] of records", "null"),
+        "1.json:5",
+        ("2.json", "nothing at 'data' of records", "a block with the keys error"),
+        ("3.json", "nothing at 'data' of records", '"text"'),
+        "4.json:1",
+        "4.json:2",
+    ]
+    assert [item.fields["text"] for item in found if isinstance(item, Record)] == ["a", "b", "a", "b", "c", "a", "b"]
+    for size in (1, 40, 10_000):
+        assert [item for chunk in chunks(Source(**keys), "x", size) for item in parse(chunk)] == found
+    assert [item.reason for item in records(path=f"{tmp_path}/3.json")] == ["neither list nor block at [*] of records"]
 
 
 def test_datasets_of_hugging_face(tmp_path, monkeypatch):
@@ -309,7 +342,7 @@ def test_identity_is_content_not_place(tmp_path):
         ({"path": "empty.jsonl"}, "empty.jsonl is empty; give a file with records"),
         ({"path": "a.bin"}, "the format of a.bin is not known"),
         ({"path": "a.parquet.gz"}, "compressed parquet"),
-        ({"path": "a.json", "records": "rows[*]"}, "a.json: has nothing at 'rows'"),
+        ({"path": "two.csv"}, "two.csv: two columns are called 'text'; rename one of them"),
     ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
@@ -317,13 +350,41 @@ def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
     for name, data in (
         ("empty.jsonl", b""),
         ("a.bin", b"1"),
+        ("two.csv", b"text,n,text\na,1,b\n"),
         ("a.parquet.gz", b"1"),
-        ("a.json", b'{"data": []}'),
         ("folder/a.jsonl", b"{}"),
     ):
         write(tmp_path / name, data)
     with pytest.raises(UserError, match=message):
         records(**keys)
+
+
+def test_columns_without_a_name_may_be_several_and_named_ones_not(tmp_path):
+    """A spreadsheet's empty columns are nothing that a recipe could ask for."""
+    path = write(tmp_path / "a.csv", b"text,,n,\na,,1,\n")
+    assert [text_of(Source(path=path), item) for item in records(path=path)] == ["a"]
+    with pytest.raises(ValueError, match="columns: 'a' stands here twice; a field has one column"):
+        Source(path=path, columns=["a", "b", "a"])
+
+
+def test_a_file_that_is_not_there_is_named_by_its_key_of_the_recipe(tmp_path):
+    """Also where it is no source of the corpus; and what decides the fingerprint keeps its names."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    base = {"sources": {"a": {"path": "a.jsonl"}}}
+    for extra, key in (
+        ({"decontaminate": {"sets": {"gsm": {"path": "nosuch"}}}}, "decontaminate.sets.gsm"),
+        ({"examples": {"good": {"path": "nosuch"}}}, "examples.good"),
+        ({"sources": {"b": {"path": "nosuch"}}}, "sources.b"),
+    ):
+        (tmp_path / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"clean": {**base, **extra}}}))
+        code, text = stage("clean", tmp_path / "r.yaml", cwd=tmp_path)
+        assert code == 2 and f"{key}: nosuch does not exist" in text, text
+    wanted = Decontaminate(sets={"gsm": Source(path=str(tmp_path / "nosuch"))})
+    with pytest.raises(UserError, match="^decontaminate.sets.gsm: .*nosuch does not exist"):
+        build(wanted)
+    quality = Quality(good=["g"], bad=["g"])
+    with pytest.raises(UserError, match="^examples.g: .*nosuch does not exist"):
+        train({"g": Source(path=str(tmp_path / "nosuch"))}, quality, Perplexity(), tmp_path)
 
 
 # ---- packages --------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def build(wanted: Decontaminate) -> tuple[Runs, dict[str, dict[str, int]]]:
     hashes, places, report, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], {}, set()
     for number, (name, source) in enumerate(wanted.sets.items()):
         texts, bad = [], 0
-        for record in read(source, f"decontaminate.sets.{name}"):
+        for record in read(source, name, "decontaminate.sets"):
             try:
                 texts.append(normalise(text_of(source, record)) if not isinstance(record, Bad) else "")
             except MissingField:

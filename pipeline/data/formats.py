@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.charset import shown, transcoded
-from pipeline.errors import UserError
 
 # A longer record is taken for a file whose record separators are missing; reading it whole would take memory without
 # bound.
@@ -240,9 +239,7 @@ def document_chunk(relative: str, path: Path, kind: str = "document", encoding: 
         yield Chunk(relative, kind, 1, bytes(data.removeprefix(b"\xef\xbb\xbf")), len(data), encoding)
 
 
-def json_chunks(
-    records: str, where: str, relative: str, path: Path, size: int, encoding: str | None = None
-) -> Iterator[Chunk]:
+def json_chunks(records: str, relative: str, path: Path, size: int, encoding: str | None = None) -> Iterator[Chunk]:
     """One JSON value a file, in memory as a whole; big data belongs into jsonl."""
     try:
         raw = b"".join(_blocks(path, encoding=encoding))
@@ -260,11 +257,15 @@ def json_chunks(
         at = getattr(error, "pos", 0)
         yield _bad(relative, 0, "malformed JSON", raw.decode("utf-8-sig")[max(0, at - 40) :][:EXCERPT])
         return
-    items = _walk(value, steps_of(records), f"{where}: {path}", records)
+    items = list(_walk(value, steps_of(records), relative))
     several = max(1, len(items) * size // max(1, len(raw)))
+    number = 1  # of records that are there: a branch that lacks them has a place of its own
     for first in range(0, len(items), several):
-        part = items[first : first + several]
-        yield Chunk(relative, "values", first + 1, list(enumerate(part, first + 1)), len(raw) * len(part) // len(items))
+        part = []
+        for item in items[first : first + several]:
+            part.append((number, item))
+            number += not isinstance(item, Bad)
+        yield Chunk(relative, "values", part[0][0], part, len(raw) * len(part) // len(items))
 
 
 def steps_of(path: str) -> list[str]:
@@ -277,33 +278,31 @@ def steps_of(path: str) -> list[str]:
     return [step if step != "[*]" else "*" for step in re.findall(r"\[\*\]|[^\[\].]+", path)] or ["*"]
 
 
-def _walk(value: Any, steps: list[str], where: str, path: str) -> list:
-    found = [value]
-    for step in steps:
-        if step == "*":
-            found = [item for node in found for item in _items(node)]
-        else:
-            found = [node[step] for node in found if isinstance(node, dict) and step in node]
-            if not found:
-                shape = (
-                    f"a block with the keys {', '.join(list(value)[:8])}"
-                    if isinstance(value, dict)
-                    else f"a {type(value).__name__}"
-                )
-                raise UserError(f"{where}: has nothing at {step!r} of records: {path!r}; it holds {shape}")
-    return found
+def _walk(node: Any, steps: list[str], file: str, at: str = "") -> Iterator[Any]:
+    """What lies at a path, in order; Bad, with its place, for each branch that lacks a step of it."""
+    if not steps:
+        yield node
+    elif steps[0] == "*" and isinstance(node, (dict, list)):
+        for key, item in _items(node):
+            yield from _walk(item, steps[1:], file, f"{at}[{str(key)[:EXCERPT]}]" if steps[1:] else at)
+    elif steps[0] != "*" and isinstance(node, dict) and steps[0] in node:
+        yield from _walk(node[steps[0]], steps[1:], file, f"{at}.{steps[0]}" if at else steps[0])
+    else:
+        reason = (
+            "neither list nor block at [*] of records" if steps[0] == "*" else f"nothing at {steps[0]!r} of records"
+        )
+        holds = f"a block with the keys {', '.join(list(node)[:8])}" if isinstance(node, dict) else "a list"
+        holds = json.dumps(node, ensure_ascii=False) if not isinstance(node, (dict, list)) else holds
+        yield Bad(f"{file}:{at}" if at else file, reason, holds[:EXCERPT])
 
 
-def _items(node: Any) -> list:
-    if isinstance(node, dict):
-        return [
-            (
-                {"key": key, **item}
-                if isinstance(item, dict)
-                else {"key": key, "text": item}
-                if isinstance(item, str)
-                else item
-            )
-            for key, item in node.items()
-        ]
-    return node if isinstance(node, list) else []
+def _items(node: dict | list) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, list):
+        yield from enumerate(node)
+        return
+    for key, item in node.items():
+        if isinstance(item, dict):
+            item = {"key": key, **item}
+        elif isinstance(item, str):
+            item = {"key": key, "text": item}
+        yield key, item

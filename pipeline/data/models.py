@@ -119,7 +119,7 @@ def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: st
 
     found = []
     for name in names:
-        for item in read(examples[name], name):
+        for item in read(examples[name], name, "examples"):
             if isinstance(item, Bad):
                 continue
             try:

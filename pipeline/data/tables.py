@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.data.charset import shown
 from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, _bad, line_chunks
+from pipeline.errors import UserError
 
 
 def csv_chunks(
@@ -50,6 +51,11 @@ def csv_chunks(
             continue
         if header is None:
             header = cells
+            if twice := repeated(header):
+                raise UserError(
+                    f"{path}: two columns are called {twice!r}; rename one of them in the header line, for a record has"
+                    " one value under a name"
+                )
             continue
         rows.append((begins, _row(header, cells, f"{relative}:{begins}", encoding)))
         weight += sum(map(len, cells))
@@ -58,6 +64,11 @@ def csv_chunks(
             rows, weight = [], 0
     if rows or torn:
         yield Chunk(relative, "values", begins, rows + torn, weight)
+
+
+def repeated(names: list[str]) -> str | None:
+    """The first name that stands there twice. Columns without a name may be many: nothing can ask for them."""
+    return next((name for place, name in enumerate(names) if name.strip() and name in names[:place]), None)
 
 
 class _Lines:
