@@ -146,9 +146,50 @@ def test_planted_data_is_found_in_both_languages():
                 )
 
 
+def test_addresses_at_chinese_domains():
+    """Mail at internationalised domains (RFC 6531), in running text without spaces, and their ASCII form."""
+    for address in (
+        "user@例子.中国",
+        "user.name+tag@例子.公司.cn",
+        "li-wei@mail.例子.中国",
+        "a@例子.com",
+        "a@b.com.中国",
+        "a@中文网.中文网",
+        "admin@xn--fsqu00a.xn--fiqs8s",
+        "admin@例子.xn--fiqs8s",
+    ):
+        for before, after in (
+            ("请发邮件到", "联系我们。"),
+            ("Write to ", "."),
+            ("<", ">"),
+            ("邮箱：", "，谢谢"),
+            ("", "\n"),
+        ):
+            if after == "联系我们。" and not "\u4e00" <= address[-1] <= "\u9fff":
+                before, after = "请发邮件到", "，联系我们。"
+            assert masked(before + address + after, Mask(use=["email"])) == (f"{before}[EMAIL]{after}", {"email": 1})
+    for text, wanted in (
+        ("张三@例子.中国", "[EMAIL]"),
+        ("联系人：欧阳小明@例子.公司.cn。", "联系人：[EMAIL]。"),
+        (
+            "请写信给张三@例子.网络，或 user@qq.com联系",
+            "请写[EMAIL]，或 [EMAIL]联系",
+        ),  # where a name begins, nothing says
+    ):
+        assert masked(text, Mask(use=["email"]))[0] == wanted
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        "转发@张三.今天天气不错",
+        "@张三：你好。@李四.中国队赢了",
+        "所有后缀为@qq.com的邮箱",
+        "邮箱以@例子结尾",
+        "价格@5.5元",
+        "用户@主机",
+        "单价3.5@数量.每箱",
+        "meet @ 北京.",
         "In 1984 there were 1,234,567 people and 3.14159265358979 of them.",
         "2023-11-02 10:15:30",
         "ISBN 978-7-111-12345-6",

@@ -78,6 +78,10 @@ def _phone(found: str) -> bool:
     return 7 <= len(digits) <= 15 and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", found)
 
 
+def _chinese(found: str) -> bool:
+    return re.search(f"[{_HAN}]", found[found.index("@") :]) is not None
+
+
 def _always(_: str) -> bool:
     return True
 
@@ -125,8 +129,26 @@ _HINTS = (
 )
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@"
-    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])"
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}(?:[A-Za-z]{2,24}|xn--[A-Za-z0-9-]{2,59})(?![A-Za-z0-9-])"
 )
+# The same at domains with Chinese characters (RFC 6531). Text goes on behind them without a space, so a top-level
+# domain is one that exists (Chinese ones of IANA's root zone, the longest first); and it stands before them without
+# one, so of a Chinese name before the @ at most four characters go, as long as names of persons are.
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff"
+_TOP_ZH = (
+    "嘉里大酒店|大众汽车|电讯盈科|组织机构|電訊盈科|香格里拉|中文网|亚马逊|天主教|我爱你|新加坡"
+    "|淡马锡|飞利浦|世界|中信|中国|中國|企业|佛山|信息|健康|八卦|公司|公益|台湾|台灣|商城"
+    "|商店|商标|嘉里|在线|大拿|娱乐|家電|广东|微博|慈善|手机|招聘|政务|政府|新闻|时尚"
+    "|書籍|机构|游戏|澳門|澳门|点看|珠宝|移动|網絡|网址|网店|网站|网络|联通|臺灣|谷歌"
+    "|购物|通販|集团|食品|餐厅|香港"
+)
+_EMAIL_ZH = re.compile(
+    rf"(?:(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{{0,63}}|[{_HAN}]{{1,4}})@"
+    rf"(?:[A-Za-z0-9{_HAN}](?:[A-Za-z0-9{_HAN}-]{{0,61}}[A-Za-z0-9{_HAN}])?\.){{1,8}}"
+    rf"(?:{_TOP_ZH}|(?:[A-Za-z]{{2,24}}|xn--[A-Za-z0-9-]{{2,59}})(?![A-Za-z0-9-]))"
+)
+# What must stand in a text before that is worth running: a Chinese character in what may be a domain of two parts.
+_AT_ZH = re.compile(rf"@[A-Za-z0-9.-]{{0,255}}(?:\.[{_HAN}]|[{_HAN}][A-Za-z0-9{_HAN}-]{{0,62}}\.)")
 # The digit comes before what must not stand before it: an expression that begins with a class of characters is tried
 # only there.
 _IP4 = re.compile(r"\d(?<![\d.vV].)(?<!ersion .)(?<!版本.)(?<!版本 .)\d{0,2}(?:\.\d{1,3}){3}(?![\d.]*\d)")
@@ -156,14 +178,14 @@ _PHONE = re.compile(
 )
 _RULES: dict[str, list[tuple[re.Pattern, Callable[[str], bool]]]] = {
     "secret": [(_SECRET, _always)],
-    "email": [(_EMAIL, _always)],
+    "email": [(_EMAIL_ZH, _chinese), (_EMAIL, _always)],  # a@b.com.中国 is more than its beginning
     "ip": [(_IP4, _address), (_IP6, _address)],
     "card": [(_CARD, _card), (_CARD_BESIDE, _card)],
     "id_zh": [(_ID, _identity)],
     "mobile_zh": [(_MOBILE, _always)],
     "phone": [(_PHONE, _phone)],
 }
-_COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
+_WORTH = {_IP6: re.compile(r":[0-9A-Fa-f]{0,4}:"), _EMAIL_ZH: _AT_ZH}
 _SEVEN = re.compile(r"\d(?:[^\w\n]{0,2}\d){6}")
 
 
@@ -186,7 +208,7 @@ def masked(text: str, mask: Mask) -> tuple[str, dict[str, int]]:
                 continue
         word = mask.form.format(kind.upper())
         for expression, true in _RULES[kind]:
-            if expression is _IP6 and not _COLONS.search(text):
+            if expression in _WORTH and not _WORTH[expression].search(text):
                 continue
             found = 0
 
