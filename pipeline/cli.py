@@ -33,6 +33,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(help="Names of stages, and key=value words that change the recipe.", metavar="[STAGE|key=value]..."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")]
 
 
 def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
@@ -65,11 +66,7 @@ def run_command(
 
 
 @app.command("status")
-def status_command(
-    recipe: RecipeFile,
-    words: Words = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
-) -> None:
+def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = False) -> None:
     """A line a stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where."""
     stages, overrides = _split(words)
     graph = chain.examine(load(recipe, overrides))
@@ -289,7 +286,7 @@ def inspect_tokenizer(
     megabytes: Annotated[
         float, typer.Option("--megabytes", min=0.001, help="At most so much text of each split is read.")
     ] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Bytes and characters per token by source and language, round trip over the corpus, compression by vocabulary
     size, unused and longest tokens, how Chinese and digits split."""

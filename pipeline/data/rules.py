@@ -238,7 +238,7 @@ def active(filters: Filters, rules: Rules) -> list[Rule]:
             f"filters.{key}",
             column,
             upper,
-            (float(getattr(filters, key)) if measured(filters, key) else float("nan"),) * 3,
+            _bounds([getattr(filters, key) if measured(filters, key) else None] * 3),
         )
         for column, (reason, key, upper) in enumerate(BASIC)
     ]
@@ -248,6 +248,9 @@ def active(filters: Filters, rules: Rules) -> list[Rule]:
         for group, key, name, upper in listed():
             bounds = [getattr(block, key) for block in (rules.en, rules.zh, rules.other)]
             if group in rules.use and any(bound is not None for bound in bounds):
-                values = tuple(float("nan") if bound is None else float(bound) for bound in bounds)
-                found.append(Rule(key, f"rules.{{}}.{key}", len(BASIC) + NAMES.index(name), upper, values))
+                found.append(Rule(key, f"rules.{{}}.{key}", len(BASIC) + NAMES.index(name), upper, _bounds(bounds)))
     return found
+
+
+def _bounds(values: list[float | None]) -> tuple[float, ...]:
+    return tuple(float("nan") if value is None else float(value) for value in values)

@@ -28,6 +28,12 @@ def _steps(state: dict) -> int:
     return int(state["step"]) if "step" in state else int(bool(state))
 
 
+def _piece(name: str, start: int, flat: torch.Tensor, at: int, count: int, state: dict) -> list[Fragment]:
+    """`count` elements of a parameter from its `start` on, at `at` of a flat fp32 tensor, and of its moments."""
+    moments = [Fragment(kind, name, start, state[kind].narrow(0, at, count)) for kind in MOMENTS if kind in state]
+    return [Fragment("weight", name, start, flat.detach().narrow(0, at, count)), *moments]
+
+
 def _fresh(values: torch.Tensor, updates: int, kinds=("exp_avg", "exp_avg_sq")) -> dict:
     count = (
         {}
@@ -35,6 +41,12 @@ def _fresh(values: torch.Tensor, updates: int, kinds=("exp_avg", "exp_avg_sq")) 
         else {"step": torch.tensor(float(updates), dtype=torch.float32, device=values.device)}
     )
     return {**count, **{kind: torch.zeros_like(values) for kind in kinds}}
+
+
+def _begin(zero, flats: list[torch.Tensor], updates: int) -> None:
+    zero.optimizer.state.clear()
+    for flat in flats if updates else ():
+        zero.optimizer.state[flat] = _fresh(flat.detach(), updates)
 
 
 # ---- whole parameters: one process, DDP, ZeRO-0, and what is not trained ---------------------------------------------
@@ -84,17 +96,13 @@ def split(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:
             mapping.hp_fragment_address.start,
             mapping.hp_fragment_address.numel,
         )
-        found.append(Fragment("weight", name, start, flat.detach().narrow(0, at, count)))
-        state = zero.optimizer.state.get(flat, {})
-        found += [Fragment(kind, name, start, state[kind].narrow(0, at, count)) for kind in MOMENTS if kind in state]
+        found += _piece(name, start, flat, at, count, zero.optimizer.state.get(flat, {}))
     return found
 
 
 def begin_split(zero, updates: int) -> None:
-    zero.optimizer.state.clear()
     zero._hp_optimizer_states_linked = False  # linked again by its next step
-    for flat in zero.single_partition_of_fp32_groups if updates else ():
-        zero.optimizer.state[flat] = _fresh(flat.detach(), updates)
+    _begin(zero, zero.single_partition_of_fp32_groups, updates)
 
 
 # ---- ZeRO-3: a flat part of each parameter, of which the last process's may be padded --------------------------------
@@ -114,16 +122,12 @@ def scattered(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:
             continue
         group, at, _ = zero.grad_position[zero.get_param_id(parameter)]
         flat = zero.fp32_partitioned_groups_flat[group]
-        found.append(Fragment("weight", name, start, flat.detach().narrow(0, at, count)))
-        state = zero.optimizer.state.get(flat, {})
-        found += [Fragment(kind, name, start, state[kind].narrow(0, at, count)) for kind in MOMENTS if kind in state]
+        found += _piece(name, start, flat, at, count, zero.optimizer.state.get(flat, {}))
     return found
 
 
 def begin_scattered(zero, updates: int) -> None:
-    zero.optimizer.state.clear()
-    for flat in zero.fp32_partitioned_groups_flat if updates else ():
-        zero.optimizer.state[flat] = _fresh(flat.detach(), updates)
+    _begin(zero, zero.fp32_partitioned_groups_flat, updates)
 
 
 def spread(zero) -> None:
