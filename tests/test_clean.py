@@ -316,11 +316,11 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
         ({"sources": {"a": {"path": "blank.jsonl"}}}, "sources.a: has no record"),
         (
             {"sources": {"a": {"path": "cut.json"}}},
-            "sources.a: none of its 1 records is good; the first: cut.json: malformed JSON",
+            "sources.a: none of its 1 record is good; the first: cut.json: malformed JSON",
         ),
         (
             {"sources": {"a": {"path": "cut.jsonl.gz"}}},
-            "none of its 1 records is good; the first: cut.jsonl.gz:1: truncated .gz data",
+            "none of its 1 record is good; the first: cut.jsonl.gz:1: truncated .gz data",
         ),
         ({"sources": {"a": {"path": "data/en.jsonl", "text": "body.x"}}}, "no field 'body.x'"),
         (
