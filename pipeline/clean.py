@@ -51,7 +51,7 @@ from pipeline.tracking import Progress
 if TYPE_CHECKING:
     from pipeline.data.steps import Steps
 
-VERSION = 10
+VERSION = 11
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
@@ -303,12 +303,12 @@ def _clean_source(
     for number, unit in enumerate(units.cut(source, name, config.unit_bytes)):
         if source.limit and _prefix(records) >= source.limit:
             break
-        path, weight = folder / f"{number:08d}.parquet", sum(chunk.weight for chunk in unit)
+        path, weight = folder / f"{number:08d}.parquet", sum(piece.weight for piece in unit)
         if path.exists():
             records[number] = units.counted(path)
             tell(weight)
         else:
-            pool.submit(finished, number, weight, units.clean_unit, unit, source, steps, path)
+            pool.submit(finished, number, weight, units.clean_unit, unit, source, name, steps, path)
 
 
 def _steps(config: Config, work: Path) -> "Steps":

@@ -41,6 +41,17 @@ def transcoded(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
     yield decoder.decode(b"", True).encode(errors="surrogatepass")
 
 
+def utf8(raw: bytes, encoding: str | None) -> bytes:
+    """A piece of a file, which begins and ends with whole characters, in UTF-8."""
+    return raw.decode(encoding, "alma.keep").encode(errors="surrogatepass") if encoding else raw
+
+
+def ends_lines_with_newlines(encoding: str | None) -> bool:
+    """Whether byte 10 ends a line, and nothing before it matters to what follows: not so in UTF-16, nor where escapes
+    change the meaning of bytes (ISO 2022, HZ). No codec of Python has byte 10 within a character otherwise."""
+    return not encoding or ("\n".encode(encoding) == b"\n" and not encoding.startswith(("iso2022", "hz", "utf-7")))
+
+
 def shown(raw: bytes | bytearray, encoding: str | None = None) -> str:
     """Bytes for reading; those that stand for nothing as they are in the file."""
     if encoding:

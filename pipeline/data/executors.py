@@ -103,7 +103,9 @@ class Slurm:
         name, future = f"{self.number:08d}", concurrent.futures.Future()
         self.number += 1
         self.futures[name] = future
-        write_atomic(self.folder / "todo" / name, pickle.dumps((os.getcwd(), function, arguments)))
+        written = self.folder / name
+        written.write_bytes(pickle.dumps((os.getcwd(), function, arguments)))
+        written.rename(self.folder / "todo" / name)  # whole or not there; not synced, for nobody reads it after a crash
         return future
 
     def _watch(self) -> None:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.data.charset import shown, transcoded
 
@@ -16,6 +16,8 @@ from pipeline.data.charset import shown, transcoded
 # bound.
 MAX_RECORD_BYTES = 64 << 20
 EXCERPT = 200
+BLANK = 256  # bytes of the longest blank line that parts paragraphs of two chunks
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Chunk:
     data: Any
     weight: int  # bytes, about
     encoding: str | None = None  # of the file, if it was not UTF-8; `data` is
+    continued: ClassVar[bool] = False  # as ranges.Range
 
 
 # ---- chunk -> records ------------------------------------------------------------------------------------------------
@@ -67,11 +70,15 @@ def values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
         yield 0, {"text": text_of_html(chunk.data, "", chunk.kind.partition(" ")[2])}
     elif chunk.kind == "jsonl":
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
-            if line.strip():
+            if len(line) > MAX_RECORD_BYTES:
+                yield number, _long(line, f"{chunk.file}:{number}", chunk.encoding)
+            elif line.strip():
                 yield number, _json(line, f"{chunk.file}:{number}", chunk.encoding)
     elif chunk.kind == "line":
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
-            if line.strip():
+            if len(line) > MAX_RECORD_BYTES:
+                yield number, _long(line, f"{chunk.file}:{number}", chunk.encoding)
+            elif line.strip():
                 yield number, _decoded(line.removesuffix(b"\r"), f"{chunk.file}:{number}", chunk.encoding)
     elif chunk.kind == "paragraph":
         number = chunk.first
@@ -79,10 +86,17 @@ def values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
             stripped = block.strip()  # so that blank lines at the border of two chunks make no difference
             if stripped:
                 at = number + block.count(b"\n", 0, block.index(stripped))
-                yield at, _decoded(stripped, f"{chunk.file}:{at}", chunk.encoding)
+                if len(stripped) > MAX_RECORD_BYTES:
+                    yield at, _long(stripped, f"{chunk.file}:{at}", chunk.encoding)
+                else:
+                    yield at, _decoded(stripped, f"{chunk.file}:{at}", chunk.encoding)
             number += block.count(b"\n")
     else:
         yield 0, _decoded(chunk.data, chunk.file, chunk.encoding)
+
+
+def _long(raw: bytes | bytearray, place: str, encoding: str | None) -> Bad:
+    return Bad(place, f"longer than {MAX_RECORD_BYTES >> 20} MiB", shown(raw[:EXCERPT], encoding))
 
 
 def _decoded(raw: bytes, place: str, encoding: str | None) -> str | Bad:
@@ -163,11 +177,41 @@ def _unpacked(path: Path, size: int) -> Iterator[bytes]:
             raise _Torn(f"truncated {path.suffix} data")
 
 
+def border(data: bytearray, at: int, kind: str) -> int:
+    """The first place from `at` (at least 1) on where a line, or a paragraph, may begin; -1 if there is none. It
+    depends on the few bytes before it alone, so whoever reads a part of a file finds the same."""
+    end = data.find(b"\n", at - 1) + 1
+    while end and not _parts(data, end, kind):
+        end = data.find(b"\n", end) + 1
+    return end or -1
+
+
+def last_border(data: bytearray, kind: str, seen: int = 0) -> int:
+    """The last such place behind `seen`; 0 if there is none."""
+    end = data.rfind(b"\n", seen) + 1
+    while end and not _parts(data, end, kind):
+        end = data.rfind(b"\n", seen, end - 1) + 1
+    return end
+
+
+def _parts(data: bytearray, end: int, kind: str) -> bool:
+    return kind != "paragraph" or data[max(0, end - BLANK) : end - 1].rstrip(b" \t\r").endswith(b"\n")
+
+
+def too_long(relative: str, number: int, data: bytearray, kind: str, encoding: str | None) -> Chunk:
+    """For a record that begins at line `number` and is not read to its end."""
+    if kind == "paragraph":  # it begins behind empty lines
+        text = data.lstrip()
+        number, data = number + data.count(b"\n", 0, len(data) - len(text)), text
+    bad = _long(data, f"{relative}:{number}", encoding)
+    return _bad(relative, number, bad.reason, bad.raw)
+
+
 def line_chunks(relative: str, path: Path, kind: str, size: int, encoding: str | None = None) -> Iterator[Chunk]:
     """Whole lines, or whole paragraphs."""
     buffer, number, torn, skipping = bytearray(), 1, None, False
     blocks = _blocks(path, min(size, 1 << 20), encoding)
-    start = True
+    start, seen = True, 0
     while True:
         try:
             block = next(blocks, None)
@@ -180,31 +224,31 @@ def line_chunks(relative: str, path: Path, kind: str, size: int, encoding: str |
             if len(buffer) < 3:
                 continue
             start = False
-            if buffer.startswith(b"\xef\xbb\xbf"):
+            if buffer.startswith(BOM):
                 del buffer[:3]
         if skipping:
-            end = buffer.find(b"\n")
-            if end < 0:
-                buffer.clear()
-                continue
-            del buffer[: end + 1]
-            number, skipping = number + 1, False
-        if len(buffer) < size:
+            end = border(buffer, 1, kind)
+            skipping = end < 0
+            end = max(0, len(buffer) - BLANK) if skipping else end  # a border is known by what stands before it
+            number += buffer.count(b"\n", 0, end)
+            del buffer[:end]
+            seen = 0
+        if len(buffer) < size or skipping:
             continue
-        cut = buffer.rfind(b"\n") + 1
-        if kind == "paragraph":
-            cut = max((match.end() for match in re.finditer(rb"\n[ \t\r]*\n", buffer)), default=0)
+        cut, seen = last_border(buffer, kind, seen), len(buffer)
         if cut:
             yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut, encoding)
             number += buffer.count(b"\n", 0, cut)
             del buffer[:cut]
+            seen = 0
         if len(buffer) > MAX_RECORD_BYTES:
-            yield _bad(relative, number, f"longer than {MAX_RECORD_BYTES >> 20} MiB", shown(buffer[:EXCERPT], encoding))
-            number += buffer.count(b"\n")
-            buffer.clear()
+            yield too_long(relative, number, buffer, kind, encoding)
             skipping = True
-    if start and buffer.startswith(b"\xef\xbb\xbf"):
+    if start and buffer.startswith(BOM):
         del buffer[:3]
+    if skipping:
+        number += buffer.count(b"\n")
+        buffer.clear()
     cut = len(buffer)
     if torn:  # what stands after the last whole line is the torn record
         cut = buffer.rfind(b"\n") + 1
@@ -236,7 +280,7 @@ def document_chunk(relative: str, path: Path, kind: str = "document", encoding: 
         yield _bad(relative, 0, str(error), shown(data[:EXCERPT], encoding))
         return
     if data.strip():
-        yield Chunk(relative, kind, 1, bytes(data.removeprefix(b"\xef\xbb\xbf")), len(data), encoding)
+        yield Chunk(relative, kind, 1, bytes(data.removeprefix(BOM)), len(data), encoding)
 
 
 def json_chunks(records: str, relative: str, path: Path, size: int, encoding: str | None = None) -> Iterator[Chunk]:

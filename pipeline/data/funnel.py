@@ -162,6 +162,7 @@ class Funnel:
                 found[document]["source"] = "an earlier output"
                 continue
             name = index.sources[int(index.source[document])]
-            table = outcomes.read(self.units[name][int(index.unit[document])], ["place", "excerpt"])
-            found[document] |= {"source": name, **table.slice(int(index.row[document]), 1).to_pylist()[0]}
+            unit = int(index.unit[document])
+            table = outcomes.read(self.units[name][unit], ["place", "excerpt"]).slice(int(index.row[document]), 1)
+            found[document] |= {"source": name, **outcomes.at_lines(table, index.lines[name][unit]).to_pylist()[0]}
         return found

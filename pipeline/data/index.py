@@ -1,5 +1,6 @@
 """The documents of all units that passed the filters, one entry each, in arrays on disk."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Index:
     signature: Any  # uint32 [D, bands * rows]
     rows: dict[str, list[int]]  # how many rows of each unit count; `limit` may end in the middle of one
     begins: dict[str, list[int]]  # the first document of each unit
+    lines: dict[str, list[int]]  # lines of its file before each unit, if it begins within one
     ends: dict[str, int]  # the document after the last one of each source
     fate: Any  # uint8: TRAIN ... EMPTIED
     original: Any  # int64: the document that is kept for it
@@ -64,6 +66,7 @@ def build(
     files = {name: open(scratch / name, "wb") for name in (*COLUMNS, "signature")}
     rows: dict[str, list[int]] = {name: [] for name in names}
     begins: dict[str, list[int]] = {name: [] for name in names}
+    lines: dict[str, list[int]] = {name: [] for name in names}
     ends: dict[str, int] = {}
     number = 0
 
@@ -89,7 +92,7 @@ def build(
         return len(at)
 
     for place, (name, paths) in enumerate(units.items()):
-        left = sources[name].limit
+        left, before = sources[name].limit, 0
         for unit, path in enumerate(paths):
             outcome = outcomes.read(
                 path,
@@ -104,6 +107,9 @@ def build(
                     *(["statistics"] if score is not None else []),
                 ],
             )
+            continued, lines_here = json.loads(outcome.schema.metadata[b"lines"])
+            lines[name].append(before if continued else 0)
+            before = lines[name][-1] + lines_here
             if left is not None:
                 counted = np.cumsum(outcome["counted"].to_numpy())
                 outcome = outcome.slice(0, int(np.searchsorted(counted, left)) + 1 if left else 0)
@@ -131,7 +137,9 @@ def build(
         for name, dtype in (("fate", np.uint8), ("original", np.int64), ("cluster", np.int32))
     }
     signature = opened("signature", np.uint32, (number, width))
-    return Index(sources=names, **columns, signature=signature, rows=rows, begins=begins, ends=ends, **fates)
+    return Index(
+        sources=names, **columns, signature=signature, rows=rows, begins=begins, lines=lines, ends=ends, **fates
+    )
 
 
 def _joined(column, width: int) -> bytes:

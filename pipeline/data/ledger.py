@@ -57,8 +57,10 @@ def account(
         )
         ledger = folder / "work" / f"{name}.jsonl.zst"
         with open(ledger, "wb") as handle, zstandard.ZstdCompressor().stream_writer(handle) as packed:
-            for path, rows, at in zip(paths, index.rows[name], index.begins[name], strict=True):
-                outcome = outcomes.read(path, ACCOUNTED).slice(0, rows)
+            for path, rows, at, before in zip(
+                paths, index.rows[name], index.begins[name], index.lines[name], strict=True
+            ):
+                outcome = outcomes.at_lines(outcomes.read(path, ACCOUNTED).slice(0, rows), before)
                 rejections.add(name, outcome)
                 for evaluation, items in map(json.loads, filter(None, outcome["matched"].to_pylist())):
                     entry = matched.setdefault(evaluation, {"documents": 0, "items_found": set()})

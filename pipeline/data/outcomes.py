@@ -57,7 +57,7 @@ def write(table, path: Path, **options) -> None:
 
 
 def read(path: Path, columns: list[str]):
-    """Columns of a file that `write` wrote, as pyarrow.Table. Raises Torn."""
+    """Columns of a file that `write` wrote, as pyarrow.Table with its metadata. Raises Torn."""
     import pyarrow
     import pyarrow.parquet
 
@@ -67,7 +67,20 @@ def read(path: Path, columns: list[str]):
         raise Torn(path, "is missing") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise Torn(path, f"is damaged ({str(error).splitlines()[0][:120]})") from None
-    found = (table.schema.metadata or {}).get(MARK, b"")
+    kept = dict(table.schema.metadata or {})
+    found = kept.pop(MARK, b"")
     if found != _mark(path):
         raise Torn(path, f"belongs to another run or place ({found.decode(errors='replace') or 'no mark'})")
-    return table.replace_schema_metadata(None)
+    return table.replace_schema_metadata(kept or None)
+
+
+def at_lines(outcome, before: int):
+    """The outcome of a unit with the numbers of lines in its places counted from the beginning of the file, of which
+    `before` lines are in the units before it."""
+    import pyarrow
+
+    if not before:
+        return outcome
+    parted = (place.rpartition(":") for place in outcome["place"].to_pylist())
+    places = pyarrow.array([f"{file}:{int(line) + before}" for file, _, line in parted], pyarrow.string())
+    return outcome.set_column(outcome.schema.get_field_index("place"), "place", places)

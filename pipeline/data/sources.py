@@ -421,24 +421,29 @@ def chunks(source: Source, name: str, size: int = CHUNK_BYTES, key: str = "sourc
         yield from _dataset_chunks(source, f"{key}.{name}", size)
         return
     for relative, path in files(source, name, key):
-        kind = format_of(source, path, f"{key}.{name}")
-        if kind == "parquet":
-            yield from parquet_chunks(relative, path, size)
-        elif kind == "json":
-            yield from json_chunks(source.records, relative, path, size, source.encoding)
-        elif kind == "warc":
-            from pipeline.data.web import warc_chunks
+        yield from file_chunks(source, f"{key}.{name}", relative, path, size)
 
-            yield from warc_chunks(relative, path, source.extract, size)
-        elif kind == "html":
-            yield from document_chunk(relative, path, f"html {source.extract}")
-        elif kind in ("csv", "tsv"):
-            yield from csv_chunks(source.columns, relative, path, kind, size, source.encoding)
-        elif kind == "txt" and source.sample_by == "document":
-            yield from document_chunk(relative, path, encoding=source.encoding)
-        else:
-            by = "jsonl" if kind == "jsonl" else source.sample_by
-            yield from line_chunks(relative, path, by, size, source.encoding)
+
+def file_chunks(source: Source, where: str, relative: str, path: Path, size: int) -> Iterator[Chunk]:
+    """One file of a source that the recipe has at `where`."""
+    kind = format_of(source, path, where)
+    if kind == "parquet":
+        yield from parquet_chunks(relative, path, size)
+    elif kind == "json":
+        yield from json_chunks(source.records, relative, path, size, source.encoding)
+    elif kind == "warc":
+        from pipeline.data.web import warc_chunks
+
+        yield from warc_chunks(relative, path, source.extract, size)
+    elif kind == "html":
+        yield from document_chunk(relative, path, f"html {source.extract}")
+    elif kind in ("csv", "tsv"):
+        yield from csv_chunks(source.columns, relative, path, kind, size, source.encoding)
+    elif kind == "txt" and source.sample_by == "document":
+        yield from document_chunk(relative, path, encoding=source.encoding)
+    else:
+        by = "jsonl" if kind == "jsonl" else source.sample_by
+        yield from line_chunks(relative, path, by, size, source.encoding)
 
 
 def _dataset_chunks(source: Source, where: str, size: int) -> Iterator[Chunk]:

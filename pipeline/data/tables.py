@@ -109,26 +109,87 @@ def _encodes(text: str) -> bool:
         return False
 
 
+# ---- parquet ---------------------------------------------------------------------------------------------------------
+
+# A row group can only be read from its beginning. Up to so many times the size of a piece it is read as a whole by
+# whoever wants a part of it; larger ones are read by one process, a few rows at a time.
+WHOLE = 4
+
+
 def parquet_chunks(relative: str, path: Path, size: int) -> Iterator[Chunk]:
+    for piece in parquet_pieces(relative, path, size):
+        yield from [piece] if isinstance(piece, Chunk) else parquet_rows(relative, path, *piece[:2])
+
+
+def parquet_pieces(relative: str, path: Path, size: int) -> Iterator[Chunk | tuple[int, int, int]]:
+    """Consecutive pieces of a file: (first row, row behind the last, bytes) for `parquet_rows`; chunks where row groups
+    are large."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         opened = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        yield _bad(relative, 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+        yield _damaged(relative, 0, error)
         return
     with opened:
         meta = opened.metadata
-        weight = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-        several = max(1, min(1 << 16, meta.num_rows * size // max(1, weight)))
-        begins = 1
-        for group in range(meta.num_row_groups):  # one by one, so that damage in one costs no other
-            row = begins
+        sizes = [meta.row_group(group).total_byte_size for group in range(meta.num_row_groups)]
+        several = max(1, min(1 << 16, meta.num_rows * size // max(1, sum(sizes))))
+        first = row = weight = 0  # of row groups that are waiting, and where the next one begins
+        for group, bytes_here in enumerate(sizes):
+            if row > first and weight + bytes_here > size:
+                yield first, row, weight
+                first, weight = row, 0
+            rows = meta.row_group(group).num_rows
+            if bytes_here > WHOLE * size:
+                yield from _streamed(opened, relative, group, row, several)
+                first = row + rows
+            elif bytes_here > size:
+                number = -(-bytes_here // size)
+                cuts = [row + rows * part // number for part in range(number + 1)]
+                yield from ((a, b, bytes_here // number) for a, b in zip(cuts, cuts[1:], strict=False) if b > a)
+                first = row + rows
+            else:
+                weight += bytes_here
+            row += rows
+        if row > first:
+            yield first, row, weight
+
+
+def _streamed(opened, relative: str, group: int, row: int, several: int) -> Iterator[Chunk]:
+    import pyarrow
+
+    try:
+        for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
+            yield Chunk(relative, "table", row + 1, pyarrow.Table.from_batches([batch]), batch.nbytes)
+            row += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _damaged(relative, row, error)
+
+
+def parquet_rows(relative: str, path: Path, begin: int, end: int) -> Iterator[Chunk]:
+    """Rows [begin, end). Damage costs the row group that it is in, and no other, and is told by whoever has the first
+    row of it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as opened:
+        after = 0
+        for group in range(opened.metadata.num_row_groups):
+            row, after = after, after + opened.metadata.row_group(group).num_rows
+            if after <= begin or row >= end:
+                continue
             try:
-                for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
-                    yield Chunk(relative, "table", row, pyarrow.Table.from_batches([batch]), batch.nbytes)
-                    row += batch.num_rows
+                table = opened.read_row_group(group, use_threads=False)
             except (pyarrow.ArrowException, OSError) as error:
-                yield _bad(relative, row, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
-            begins += meta.row_group(group).num_rows
+                if row >= begin:
+                    yield _damaged(relative, row, error)
+                continue
+            first = max(row, begin)
+            table = table.slice(first - row, min(end, after) - first)
+            yield Chunk(relative, "table", first + 1, table, table.nbytes)
+
+
+def _damaged(relative: str, row: int, error: Exception) -> Chunk:
+    return _bad(relative, row + 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])

@@ -14,6 +14,7 @@ from pipeline import faults
 from pipeline.data import outcomes
 from pipeline.data import sources as reading
 from pipeline.data.dedup import Dedup
+from pipeline.data.ranges import Range, load, pieces
 from pipeline.data.sources import Bad, Chunk, MissingField, Passed, Source
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
@@ -26,7 +27,8 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
 # `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that could be
 # read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see
 # data/steps.py), `changed` (what was done to its text: JSON) and `matched` (the evaluation set that it has text of, and
-# its items: JSON).
+# its items: JSON). Where the unit is a part of a file, lines in `place` count from its beginning; the metadata
+# `lines` has whether that is so, and how many lines end in the unit (see outcomes.at_lines).
 OUTCOME = (
     "place",
     "id",
@@ -51,28 +53,32 @@ OUTCOME = (
 BATCH_CHARACTERS = 1 << 18
 
 
-def cut(source: Source, name: str, size: int) -> Iterator[list[Chunk]]:
-    """Chunks together up to `size` bytes: big files are cut, small ones joined."""
+def cut(source: Source, name: str, size: int) -> Iterator[list[Range | Chunk]]:
+    """Pieces together up to `size` bytes: big files are cut, small ones joined. A part of a file that is not its first
+    is a unit of its own, so that all its lines are counted from one place."""
     unit, weight = [], 0
-    for chunk in reading.chunks(source, name, size):
-        if unit and weight + chunk.weight > size:
+    for piece in pieces(source, name, size):
+        if unit and (weight + piece.weight > size or unit[-1].continued):
             yield unit
             unit, weight = [], 0
-        unit.append(chunk)
-        weight += chunk.weight
+        unit.append(piece)
+        weight += piece.weight
     if unit:
         yield unit
 
 
-def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) -> int:
+def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Steps", path: Path) -> int:
     """Clean one unit and publish its outcome, a row for each record in order. Returns how many records count towards
     `limit`."""
     import pyarrow
 
     from pipeline.data.steps import excerpt, judge
 
-    rows, raw = [], []
-    for item in (item for chunk in unit for item in reading.parse(chunk)):
+    rows, raw, chunks, lines = [], [], [], 0
+    for piece in unit:
+        found, number = load(piece, source, name)
+        chunks, lines = chunks + found, lines + number
+    for item in (item for chunk in chunks for item in reading.parse(chunk)):
         row: dict[str, Any] = dict.fromkeys(OUTCOME)
         row.update(place=_valid(item.place), status="ok", bytes=0, counted=0)
         rows.append(row)
@@ -122,7 +128,7 @@ def clean_unit(unit: list[Chunk], source: Source, steps: "Steps", path: Path) ->
     compression = {key: "none" if key in ("hash", "address", "signature", "text") else "lz4" for key in OUTCOME}
     faults.point("save")
     outcomes.write(
-        pyarrow.table(columns),
+        pyarrow.table(columns).replace_schema_metadata({"lines": json.dumps([unit[0].continued, lines])}),
         path,
         compression=compression,
         use_dictionary=["status", "reason", "language"],
