@@ -153,13 +153,13 @@ def test_damage_of_every_source_is_counted_with_its_place(tmp_path):
     assert code == 2 and "4 of 16 records are bad" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("suffix, rows_in_group", [("jsonl", 0), ("jsonl.zst", 0), ("parquet", 700), ("parquet", 60)])
-def test_one_big_file_is_many_units_that_survive_a_kill(tmp_path, suffix, rows_in_group):
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst", "parquet"])
+def test_one_big_file_is_many_units_that_survive_a_kill(tmp_path, suffix):
     rng = random.Random(1)
     rows = [{"text": text(rng, number % 3 == 0)} for number in range(1500)]
     path = tmp_path / f"big.{suffix}"
     if suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=rows_in_group)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=150)
     else:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         path.write_bytes(zstandard.compress(data) if suffix.endswith("zst") else data)
