@@ -219,12 +219,16 @@ def inspect_tokens(
     as_json: Annotated[
         bool, typer.Option("--json", help="A line a row: inputs, labels, positions, documents.")
     ] = False,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Tokens of a row where a stage of kind pack is shown (512).")
+    ] = None,
 ) -> None:
-    """Packed tokens by source, and rows as the model of a pretraining stage reads them."""
+    """Packed tokens by source, and rows as the model of a pretraining stage reads them; of a recipe without one, or
+    where a stage of kind pack is named, rows of --length tokens in proportion to the sources."""
     from pipeline.data.view import show
 
     stages, overrides = _split(words)
-    show(load(recipe, overrides), _one(stages), row, rows, as_json, ids)
+    show(load(recipe, overrides), _one(stages), row, rows, as_json, ids, length)
 
 
 @inspect_app.command("data")

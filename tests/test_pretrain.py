@@ -400,6 +400,7 @@ def test_rows_are_shown_as_the_model_reads_them(filled, monkeypatch, capsys):
     for word, wanted in (
         ("pretrain.mixture={one: 0}", "no source has a weight above 0"),
         ("wrong", "no stage of kind pretrain"),
+        ("--length=64", "those of pretrain have its sequence_length"),
         ("pretrain.inputs.tokens=./none", "is not a folder"),
     ):
         code, text = said(word)

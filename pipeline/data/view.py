@@ -1,39 +1,60 @@
-"""`alma inspect tokens`: the packed tokens by source, and rows of a pretraining stage as its model reads them."""
+"""`alma inspect tokens`: the packed tokens by source, and rows of a pretraining stage as its model reads them, or of a
+stage `pack` as a pretraining stage with nothing but a length would."""
 
 import json
 from pathlib import Path
 
 from pipeline import artifact
 from pipeline.chain import nodes
-from pipeline.data.sampler import Row, documents_of, positions_of
+from pipeline.data.sampler import Row, RowSampler, documents_of, positions_of
 from pipeline.data.tokens import TokenStore, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
+LENGTH = 512  # of the rows of a stage `pack`, unless another one is asked for
 MARKS = ("⟦", "⟧")  # around text whose labels do not count, where there are no colours
 
 
-def show(recipe: Recipe, stage: str | None, first: int, rows: int, as_json: bool = False, ids: bool = False) -> None:
-    """Print a table of the sources and `rows` rows from number `first` on. Raises UserError where there are no
-    tokens yet."""
+def show(
+    recipe: Recipe,
+    stage: str | None,
+    first: int,
+    rows: int,
+    as_json: bool = False,
+    ids: bool = False,
+    length: int | None = None,
+) -> None:
+    """Print a table of the sources and `rows` rows from number `first` on, of `length` labels where the stage is
+    `pack`. Raises UserError where there are no tokens yet."""
     from pipeline.pretrain import sampler_of
 
-    stage, config, tokens, tokenizer_folder = _stage(recipe, stage)
+    node, tokens, tokenizer_folder = _stage(recipe, stage)
     store, tokenizer = TokenStore(tokens), load_tokenizer(tokenizer_folder)
     if len(tokenizer) != store.vocab_size:
         raise UserError(
             f"{tokenizer_folder} has {len(tokenizer)} tokens, {tokens} was packed with {store.vocab_size}; give the"
             " tokenizer that packed them"
         )
-    sampler = sampler_of(config, store, tokenizer)
+    if node.config.kind == "pack":
+        most = max(map(store.num_tokens, store.sources)) - 1
+        if (length or 1) > most:
+            raise UserError(f"--length {length}: no source of {tokens} has so many tokens; give at most {most}")
+        sampler, document_mask = RowSampler(store, length or min(LENGTH, most), None, node.config.seed), False
+    elif length is not None:
+        raise UserError(
+            f"--length is for rows of a stage of kind pack; those of {node.name} have its sequence_length, which"
+            f" {node.name}.sequence_length={length} changes"
+        )
+    else:
+        sampler, document_mask = sampler_of(node.config, store, tokenizer), node.config.document_mask
     found = [(index, sampler.row(index)) for index in range(first, first + rows)]
     if as_json:
         for index, row in found:
-            print(json.dumps(as_numbers(index, row, store, config.document_mask), ensure_ascii=False))
+            print(json.dumps(as_numbers(index, row, store, document_mask), ensure_ascii=False))
         return
-    _table(sampler, store, stage, config)
+    _table(sampler, store, node)
     for index, row in found:
-        _print(index, row, store, sampler, tokenizer, config.document_mask, ids)
+        _print(index, row, store, sampler, tokenizer, document_mask, ids)
 
 
 def as_numbers(index: int, row: Row, store: TokenStore, document_mask: bool) -> dict:
@@ -55,19 +76,24 @@ def as_numbers(index: int, row: Row, store: TokenStore, document_mask: bool) -> 
 
 
 def _stage(recipe: Recipe, name: str | None):
-    """A stage of kind pretrain, its config, and the folders of its tokens and tokenizer."""
-    same = [stage for stage, config in recipe.stages.items() if config.kind == "pretrain"]
-    if not same:
+    """A stage of kind pretrain, or of kind pack where there is none or it is named, and the folders of its tokens and
+    tokenizer."""
+    able = [stage for kind in ("pretrain", "pack") for stage, of in recipe.stages.items() if of.kind == kind]
+    if not able:
         raise UserError(
-            f"recipe {recipe.name}: has no stage of kind pretrain, whose rows could be shown; it has"
+            f"recipe {recipe.name}: has no stage of kind pretrain or pack, whose rows could be shown; it has"
             f" {', '.join(recipe.stages)}"
         )
-    if name is not None and name not in same:
-        raise UserError(f"recipe {recipe.name}: {name!r} is no stage of kind pretrain; these are: {', '.join(same)}")
-    node = nodes(recipe)[name or same[0]]
+    if name is not None and name not in able:
+        raise UserError(
+            f"recipe {recipe.name}: {name!r} is no stage of kind pretrain or pack; these are: {', '.join(able)}"
+        )
+    graph = nodes(recipe)
+    node = graph[name or able[0]]
+    wanted = {"tokens": node.name if node.config.kind == "pack" else node.parents["tokens"]}
+    wanted["tokenizer"] = node.parents["tokenizer"]
     folders = []
-    for key in ("tokens", "tokenizer"):
-        source = node.parents[key]
+    for key, source in wanted.items():
         found = (
             artifact.current(recipe.root / source) if source in recipe.stages else artifact.external(key, Path(source))
         )
@@ -77,15 +103,16 @@ def _stage(recipe: Recipe, name: str | None):
                 f" {source}"
             )
         folders.append(found.path)
-    return node.name, node.config, *folders
+    return node, *folders
 
 
-def _table(sampler, store: TokenStore, stage: str, config) -> None:
+def _table(sampler: RowSampler, store: TokenStore, node) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{store.folder}, as stage {stage} reads it in rows of {config.sequence_length} ({config.packing})"
+    reader = "a stage of kind pretrain" if node.config.kind == "pack" else f"stage {node.name}"
+    title = f"{store.folder}, as {reader} reads it in rows of {sampler.sequence_length} ({sampler.packing})"
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for title in (
         "source",
@@ -113,7 +140,9 @@ def _table(sampler, store: TokenStore, stage: str, config) -> None:
     Console(width=160).print(shown)
 
 
-def _print(index: int, row: Row, store: TokenStore, sampler, tokenizer, document_mask: bool, ids: bool) -> None:
+def _print(
+    index: int, row: Row, store: TokenStore, sampler: RowSampler, tokenizer, document_mask: bool, ids: bool
+) -> None:
     from rich.console import Console
     from rich.text import Text
 
