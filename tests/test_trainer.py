@@ -106,8 +106,8 @@ def test_classes_are_unicodes():
     assert np.bincount(kinds, minlength=6)[3:6].tolist() == [2, 1, 22]
 
 
-def slow(texts, digits, size, split):
-    """Count all pairs, join the best, from the beginning each time: no shared code."""
+def slow(texts, size, split, longest=128):
+    """Count all pairs, join the best of at most `longest` bytes, from the beginning each time: no shared code."""
     from pipeline.data.encode import alphabet
 
     order = {byte: index for index, (_, byte) in enumerate(sorted(alphabet().items()))}
@@ -118,7 +118,8 @@ def slow(texts, digits, size, split):
         pairs = Counter()
         for word, number in words:
             for pair in zip(word, word[1:]):
-                pairs[pair] += number
+                if len(tokens[pair[0]] + tokens[pair[1]]) <= longest:
+                    pairs[pair] += number
         if not pairs:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -144,28 +145,35 @@ def test_merges_are_those_of_a_slow_reference(engines, seed, floor):
     from pipeline.data.merges import train
 
     texts = corpus(seed)
-    assert train(*count(texts, True), 500, floor)[0] == slow(texts, True, 500, engines[True, True])
+    assert train(*count(texts, True), 500, floor)[0] == slow(texts, 500, engines[True, True])
 
 
 @thorough
-@given(st.lists(st.text(st.sampled_from("aab床 \n"), max_size=80), max_size=5), st.sampled_from([None, 1, 2, 5]))
-def test_merges_of_any_text(texts, floor):
+@given(
+    st.lists(st.text(st.sampled_from("aab床 \n"), max_size=80), max_size=5),
+    st.sampled_from([None, 1, 2, 5]),
+    st.sampled_from([128, 2, 3, 4, 7, 12]),
+)
+def test_merges_of_any_text(texts, floor, longest):
     from tokenizers import Regex, pre_tokenizers
 
     from pipeline.data.merges import train
 
-    tokens, _ = train(*count(texts, False), 300, floor)
-    assert tokens == slow(texts, False, 300, pre_tokenizers.Split(Regex(pattern(False)), "isolated"))
+    tokens, _ = train(*count(texts, False), 300, floor, longest=longest)
+    assert tokens == slow(texts, 300, pre_tokenizers.Split(Regex(pattern(False)), "isolated"), longest)
+    assert max(map(len, tokens)) <= longest
     assert len(set(tokens)) == len(tokens) and len(set(tokens[:256])) == 256
 
 
-def test_merges_are_those_of_tokenizers():
+@pytest.mark.parametrize("longest", [3, 6, 128])
+def test_merges_are_those_of_tokenizers(longest):
+    """Its max_token_length counts the bytes of byte-level symbols, too, and is the first length that is too long."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     from pipeline.data.encode import alphabet
     from pipeline.data.merges import train
 
-    texts = corpus(5) + corpus(6)
+    texts = [*corpus(5), *corpus(6), "a" * 1000 + " " + "床" * 300]
     peer = Tokenizer(models.BPE())
     peer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -175,14 +183,33 @@ def test_merges_are_those_of_tokenizers():
     )
     peer.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=700,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+            max_token_length=longest + 1,
+        ),
     )
     bytes_of = alphabet()
     wanted = [
         bytes(map(bytes_of.__getitem__, token))
         for token, _ in sorted(peer.get_vocab().items(), key=lambda item: item[1])
     ]
-    assert train(*count(texts, False), 700)[0] == wanted
+    assert train(*count(texts, False), 700, longest=longest)[0] == wanted
+
+
+def test_junk_buys_no_long_tokens():
+    """A run of one letter, base64 without a line end, and a line of Chinese, each repeated: without a bound they are
+    tokens of 40,000, 4,000 and 14,000 bytes."""
+    from pipeline.data.merges import LONGEST, train
+
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    line = "".join(random.Random(0).choices(letters, k=500))
+    junk = ["=" * 40_000, line * 8, "白日依山尽黄河入海流欲穷千里目更上一层楼" * 240]
+    unbounded = train(*count(junk, False), 2000, longest=10**6)[0]
+    assert {len(token) for token in unbounded} > {40_000, 4_000, 14_400}
+    bounded = train(*count(junk + corpus(3), False), 900)[0]
+    assert max(map(len, bounded)) == LONGEST
 
 
 def test_counts_are_wider_than_32_bits():

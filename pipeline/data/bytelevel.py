@@ -6,16 +6,22 @@ import heapq
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.data import merges
 from pipeline.data.encode import alphabet
 from pipeline.errors import UserError
 
 
 def train(
-    texts: Iterable[str], size: int, split_digits: bool, merge_whitespace: bool, total: int
+    texts: Iterable[str],
+    size: int,
+    split_digits: bool,
+    merge_whitespace: bool,
+    total: int,
+    longest: int = merges.LONGEST,
 ) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
-    """At most `size` tokens, the 256 bytes first, and the pairs that the others are joined from, learned from texts
-    of `total` bytes. Asserts that every byte was counted. Shows progress."""
-    from pipeline.data import merges, presplit
+    """At most `size` tokens of at most `longest` bytes, the 256 bytes first, and the pairs that the others are joined
+    from, learned from texts of `total` bytes. Asserts that every byte was counted. Shows progress."""
+    from pipeline.data import presplit
     from pipeline.tracking import Progress
 
     with Progress("tokenizer: words", total, unit="bytes") as bar:
@@ -23,7 +29,7 @@ def train(
     read = int(counts @ merges.sizes(words))
     assert read == total, f"the trainer counted {read} of {total} bytes"
     with Progress("tokenizer: merges", size - 256, unit="merges") as bar:
-        tokens, pairs = merges.train(words, counts, size, advance=bar.update)
+        tokens, pairs = merges.train(words, counts, size, advance=bar.update, longest=longest)
     return tokens, [(tokens[left], tokens[right]) for left, right in pairs]
 
 
@@ -117,6 +123,8 @@ def load(path: Path) -> dict[bytes, int]:
                 " the file is damaged"
             )
         tokens[token] = index
+    if not tokens:
+        raise UserError(f"{path}: holds no tokens ({path.stat().st_size} bytes); give a complete tiktoken file")
     missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
     if missing:
         raise UserError(

@@ -23,6 +23,9 @@ import numpy as np
 
 from pipeline.data.encode import alphabet
 
+# Bytes of the longest token, as in cl100k (a run of spaces): without a bound a line of junk that is repeated becomes a
+# token of kilobytes. What it costs ordinary text: docs/tokenizer.md.
+LONGEST = 128
 ZERO = np.zeros(1, np.int64)
 CHUNK = 1 << 20  # places sorted together
 
@@ -33,13 +36,19 @@ def byte_order() -> list[bytes]:
 
 
 def train(
-    words, counts: np.ndarray, size: int, floor: int | None = None, advance: Callable[[int], None] = lambda merges: None
+    words,
+    counts: np.ndarray,
+    size: int,
+    floor: int | None = None,
+    advance: Callable[[int], None] = lambda merges: None,
+    longest: int = LONGEST,
 ) -> tuple[list[bytes], list[tuple[int, int]]]:
     """Tokens in the order of their ids, at most `size`, at least the 256 bytes; fewer than `size` if no pair is left.
 
     words: a pyarrow BinaryArray without repetitions; counts: int64, how often each stands in the text. `floor` as
-    above, for tests. `advance` is called every 256 merges with 256. Memory: about 10 bytes for each byte of all
-    different words.
+    above, for tests. `advance` is called every 256 merges with 256. A pair that would make a token of more than
+    `longest` bytes is not joined (`tokenizers`' max_token_length is this + 1). Memory: about 10 bytes for each byte of
+    all different words.
     """
     tokens, pairs = byte_order(), []
     text, weight = _layout(words, counts, tokens, size)
@@ -48,14 +57,14 @@ def train(
     if floor is None:
         floor = max(1, int(counts @ sizes(words)) // (size * 40) if len(words) else 1)
     heap: list[tuple[int, int, int, list[np.ndarray]]] = _pairs(
-        text, weight, lengths, gone, separator, floor, len(tokens)
+        text, weight, lengths, gone, separator, floor, len(tokens), longest
     )
     while len(tokens) < size:
         if not heap:
             if floor == 1:
                 break
             floor = max(1, floor // 8)
-            heap = _pairs(text, weight, lengths, gone, separator, floor, len(tokens))
+            heap = _pairs(text, weight, lengths, gone, separator, floor, len(tokens), longest)
             continue
         bound, left, right, parts = heapq.heappop(heap)
         places = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -79,10 +88,10 @@ def train(
             text[places + width] = gone
         text[places] = new
         text[places + (whole - 1)] = new
-        near = weight.take(places)
-        _found(heap, text.take(places + whole), near, places, floor, lambda other: (new, other), (separator,))
-        before = text.take(places - 1)
-        _found(heap, before, near, places, floor, lambda other: (other, new), (separator, new), lengths)
+        near, room = weight.take(places), longest - whole
+        after, before = text.take(places + whole), text.take(places - 1)
+        _found(heap, after, near, places, floor, lambda other: (new, other), (separator,), lengths, room, False)
+        _found(heap, before, near, places, floor, lambda other: (other, new), (separator, new), lengths, room, True)
         if new % 256 == 0:
             advance(256)
     return tokens, pairs
@@ -96,11 +105,13 @@ def _found(
     floor: int,
     pair,
     without: tuple,
-    lengths: np.ndarray | None = None,
+    lengths: np.ndarray,
+    room: int,
+    left: bool,
 ) -> None:
-    """Push the new pairs of the token at `places` with its neighbours `others`; with `lengths` these stand to its
-    left, and the pair begins where they begin."""
-    if not len(others):
+    """Push the new pairs of the token at `places` with its neighbours `others` of at most `room` bytes; where these
+    stand to its `left` the pair begins where they begin."""
+    if room < 1 or not len(others):
         return
     order = others.argsort(kind="stable")  # by radix: 16 bits
     others = others.take(order)
@@ -109,10 +120,10 @@ def _found(
     ends = np.concatenate((begins[1:], [len(others)]))
     for number in (sums >= floor).nonzero()[0].tolist():
         other = int(others[begins[number]])
-        if other in without:
+        if other in without or lengths.item(other) > room:
             continue
         at = places[order[begins[number] : ends[number]]]
-        heapq.heappush(heap, (-int(sums[number]), *pair(other), [at if lengths is None else at - lengths.item(other)]))
+        heapq.heappush(heap, (-int(sums[number]), *pair(other), [at - lengths.item(other) if left else at]))
 
 
 def _apart(places: np.ndarray, width: int) -> np.ndarray:
@@ -159,10 +170,17 @@ def _layout(words, counts: np.ndarray, tokens: list[bytes], size: int) -> tuple[
 
 
 def _pairs(
-    text: np.ndarray, weight: np.ndarray, lengths: np.ndarray, gone: int, separator: int, floor: int, size: int
+    text: np.ndarray,
+    weight: np.ndarray,
+    lengths: np.ndarray,
+    gone: int,
+    separator: int,
+    floor: int,
+    size: int,
+    longest: int,
 ) -> list:
-    """A heap of all pairs of neighbours in the text whose count is at least `floor`: (-count, left, right,
-    [places])."""
+    """A heap of all pairs of neighbours in the text whose count is at least `floor` and which have at most `longest`
+    bytes: (-count, left, right, [places])."""
     at = _tokens(text, lengths, gone)
     found: dict[int, list] = {}
     for begin in range(0, max(0, len(at) - 1), CHUNK):
@@ -186,7 +204,11 @@ def _pairs(
             entry = found.setdefault(key, [0, []])
             entry[0] += count
             entry[1].append(places[low:high])
-    heap = [(-count, key // size, key % size, parts) for key, (count, parts) in found.items() if count >= floor]
+    heap = [
+        (-count, key // size, key % size, parts)
+        for key, (count, parts) in found.items()
+        if count >= floor and lengths.item(key // size) + lengths.item(key % size) <= longest
+    ]
     heapq.heapify(heap)
     return heap
 
