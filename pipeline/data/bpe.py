@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pipeline.data.trainer_log import follow
 from pipeline.errors import UserError
 
 BOS, EOS, PAD, TURN, END_OF_TURN = "<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -15,21 +16,36 @@ UNKNOWN = "<unk>"  # sentencepiece insists on one; with byte fallback nothing be
 
 SPACE = "\u2581"  # what sentencepiece writes for a space inside a piece
 NEVER = -1e6  # a score below that of any path through a word
+# Characters without a space between that unigram is trained on together: what an iteration costs grows with the square
+# of a run's length (docs/log.md, 22). Bytes of a run and pieces are those of any other length; only the pieces across
+# a cut are not counted.
+LONGEST_RUN = 1000
 RESERVED = "\u2585"  # sentencepiece's trainer drops every sentence that contains it
 
 
-def sentences(texts: Iterable[str]) -> Iterator[str]:
+def sentences(texts: Iterable[str], longest: int | None = None) -> Iterator[str]:
     """Documents in the form in which sentencepiece's trainer reads all of them.
 
     A sentence is a whole document with its newlines, so that "\\n\\n" and the like can become pieces. The Python
     iterator of sentencepiece 0.2.3 cuts newlines off the end of a sentence (put in front here), and its trainer drops a
-    sentence with U+2585 (cut there; that one character is left to byte fallback).
+    sentence with U+2585 (cut there; that one character is left to byte fallback). Runs without a space of more than
+    `longest` characters are cut into such of `longest`.
     """
     for text in texts:
-        for part in text.split(RESERVED):
-            body = part.rstrip("\r\n")
-            if body:
-                yield part[len(body) :] + body
+        for whole in text.split(RESERVED):
+            for part in _cut(whole, longest) if longest and len(whole) > longest else [whole]:
+                body = part.rstrip("\r\n")
+                if body:
+                    yield part[len(body) :] + body
+
+
+def _cut(text: str, longest: int) -> Iterator[str]:
+    begin = 0
+    for run in re.finditer("[^ ]+", text):
+        for at in range(run.start() + longest, run.end(), longest):
+            yield text[begin:at]
+            begin = at
+    yield text[begin:]
 
 
 def train_sentencepiece(
@@ -56,7 +72,7 @@ def train_sentencepiece(
 
     def counted():
         nonlocal characters
-        for sentence in sentences(texts):
+        for sentence in sentences(texts, LONGEST_RUN if kind == "unigram" else None):
             # no parts of pieces: NUL, and spelled special tokens, for which a mark is counted
             characters += (
                 len(sentence) - sentence.count("\0") - sum(len(spelled) - 1 for spelled in meta.findall(sentence))
@@ -66,7 +82,7 @@ def train_sentencepiece(
     model = _Buffer()
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _stderr_to(log):
+        with _stderr_to(log), follow(log, vocab_size):
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=counted(),
                 model_writer=model,
@@ -158,16 +174,32 @@ def too_large(vocab_size: int, most: int) -> UserError:
     )
 
 
-def inexact(model: bytes) -> str | None:
-    """Why a sentencepiece model would lose or change text, in words; None if it keeps every byte."""
+def damaged(model: bytes) -> str | None:
+    """Why bytes are no whole sentencepiece model, in words; None if they are one."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
+    if not model:
+        return "is empty (0 bytes)"
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(model)
     except DecodeError:
-        return "is no sentencepiece model"
+        return f"is no sentencepiece model, or is cut off ({len(model):,} bytes that do not end where a record ends)"
+    # written in this order, so a file that was cut between two records lacks what comes last
+    missing = [part for part in ("trainer_spec", "normalizer_spec") if not proto.HasField(part)]
+    if missing or not proto.pieces:
+        lacks = missing[0] if missing else "pieces"
+        return f"is no sentencepiece model, or is cut off ({len(proto.pieces):,} pieces, but no {lacks})"
+    return None
+
+
+def inexact(model: bytes) -> str | None:
+    """Why a whole sentencepiece model (see `damaged`) would lose or change text, in words; None if it keeps every
+    byte."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     rule, trainer = proto.normalizer_spec, proto.trainer_spec
     if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
         return "is neither a BPE nor a unigram model"
