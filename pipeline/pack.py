@@ -74,6 +74,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             " tokenizer_config.json"
         )
     sizes = token_bytes(tokenizer)
+    if len(sizes) != len(tokenizer):
+        raise UserError(
+            f"{folder}: has {len(tokenizer):,} tokens with ids up to {len(sizes) - 1:,}, so that some ids have none and"
+            f" a model would be built too small; take it over with a stage `tokenizer: {{adopt: {folder}}}`, which"
+            " gives each id a token"
+        )
     dtype = np.dtype(np.uint16 if len(sizes) <= 2**16 else np.uint32)
     units = list(
         plan(inputs["data"].path if "data" in inputs else None, config, output.path / "work", tokenizer.eos_token_id)

@@ -10,6 +10,7 @@ choices: docs/tokenizer.md.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,12 +20,16 @@ from pydantic import Field, model_validator
 from pipeline import faults
 from pipeline.artifact import Artifact, Output
 from pipeline.chain import say
+from pipeline.data.merges import LONGEST
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.plural import many
 from pipeline.recipe import StageConfig
+from pipeline.tracking import Progress
 
-VERSION = 2  # 2: byte-bpe has its own trainer and its special tokens at the end
+# 2: byte-bpe has its own trainer and its special tokens at the end; 3: its tokens are bounded, and so are the runs that
+# unigram is trained on
+VERSION = 3
 INPUTS = {"data": ("clean",)}
 
 # ChatML. What the model is taught to say stands between the generation marks: the answer and the end of its turn, not
@@ -69,6 +74,9 @@ class Config(StageConfig):
     merge_whitespace: bool = True
     """Runs of white space may become tokens (indentation, blank lines); false: each space stands alone or at the
     beginning of a word (sentencepiece: newlines may still join)."""
+    max_token_bytes: int = Field(LONGEST, ge=4, le=2**20)
+    """byte-bpe: bytes of the longest token, so that a document of junk cannot take the vocabulary for its long runs;
+    measured in docs/tokenizer.md. sentencepiece's bound is 16 characters."""
     character_coverage: float | None = Field(None, ge=0.98, le=1)
     """sentencepiece: share of the text whose characters get a token each, the rest is bytes; by default what leaves
     60% of the vocabulary for longer pieces."""
@@ -97,6 +105,13 @@ class Config(StageConfig):
                 "pattern belongs to adopt; what a trained tokenizer splits at is said by split_digits and"
                 " merge_whitespace"
             )
+        others = {"character_coverage": ["sentencepiece-bpe", "sentencepiece-unigram"], "max_token_bytes": ["byte-bpe"]}
+        for key, algorithms in others.items():
+            changed = getattr(self, key) != type(self).model_fields[key].default
+            if changed and (self.adopt or self.algorithm not in algorithms):
+                raise ValueError(
+                    f"{key} would do nothing here: it belongs to algorithm {' and '.join(algorithms)}; leave it out"
+                )
         names = self.extra_tokens()
         if len(set(names)) != len(names) or any(name.strip() != name for name in names):
             raise ValueError(
@@ -212,7 +227,12 @@ def train(config: Config, sample: Path, total: int, folder: Path) -> float | Non
                 f" to {256 + len(special)} or more"
             )
         learned, pairs = bytelevel.train(
-            texts(sample), config.vocab_size - len(special), config.split_digits, config.merge_whitespace, total
+            texts(sample),
+            config.vocab_size - len(special),
+            config.split_digits,
+            config.merge_whitespace,
+            total,
+            config.max_token_bytes,
         )
         if len(learned) + len(special) < config.vocab_size:
             raise bpe.too_large(config.vocab_size, len(learned) + len(special))
@@ -226,19 +246,22 @@ def train(config: Config, sample: Path, total: int, folder: Path) -> float | Non
         return None
     coverage = config.character_coverage or covering(texts(sample), config.vocab_size)
     log = folder / "logs" / "sentencepiece.log"
-    (
-        say(f"tokenizer: the trainer's progress stands in {log}")
-        if total > 50_000_000 or config.algorithm == "sentencepiece-unigram"
-        else None
-    )
     kind = config.algorithm.removeprefix("sentencepiece-")
-    model = bpe.train_sentencepiece(
-        texts(sample), config.vocab_size, config.split_digits, coverage, log, kind, extra, config.merge_whitespace
-    )
+    with closing(_read(texts(sample), total)) as read:
+        model = bpe.train_sentencepiece(
+            read, config.vocab_size, config.split_digits, coverage, log, kind, extra, config.merge_whitespace
+        )
     names = {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD, "unk_token": bpe.UNKNOWN}
     publish(bpe.from_sentencepiece(model), folder, names, extra)
     write_atomic(folder / "tokenizer.model", model)
     return coverage
+
+
+def _read(texts: Iterator[str], total: int) -> Iterator[str]:
+    with Progress("tokenizer: text", total, unit="bytes") as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text.encode()))
 
 
 def adopt(config: Config, folder: Path) -> str:
@@ -249,13 +272,6 @@ def adopt(config: Config, folder: Path) -> str:
     from pipeline.data import adopt, bpe, bytelevel
 
     found = adopt.load(config.adopt, config.pattern)
-    ids = set(found.backend.get_vocab().values())
-    missing = sorted(set(range(max(ids) + 1)) - ids)
-    if missing:  # `tokenizers` numbers an added token by how many there are, so it would take the id of an existing one
-        raise UserError(
-            f"adopt: {config.adopt} has no token with id {missing[0]} ({len(missing)} ids below {max(ids)} are not"
-            " used), so that added tokens would share ids with others; give each id a token"
-        )
     names = dict(found.names)
     if "eos_token" not in names and found.algorithm != "adopted tiktoken":
         raise UserError(

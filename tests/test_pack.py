@@ -205,6 +205,14 @@ def test_mistakes_end_in_a_sentence(home, tmp_path):
     assert "has the columns {'content': 'string'}" in refused()
     write(tmp_path / "data/train/part-00000.parquet", [])
     assert "nothing to pack" in refused()
+    spec = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+    token = max(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    spec["model"]["vocab"][token] += 7
+    spec["model"]["merges"] = []
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(spec))
+    assert "some ids have none" in refused() and "adopt:" in refused()
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(spec)[:5000])
+    assert "tokenizer.json: cannot be read" in refused()
     (tmp_path / "tokenizer/tokenizer.json").unlink()
     assert "no tokenizer.json" in refused()
 
@@ -302,3 +310,36 @@ def test_document_starts_of_a_row(home):
         row = made.row(index)
         begins = packed.documents(row.source)[:, 0] - row.index * 64
         assert row.starts.tolist() == [begin for begin in begins if 0 < begin <= 64]
+
+
+# ---- rows without a pretraining stage --------------------------------------------------------------------------------
+
+
+def test_rows_of_a_recipe_that_ends_with_pack_are_shown(home, monkeypatch, capsys):
+    from pipeline import cli
+    from pipeline.data.sampler import RowSampler
+
+    monkeypatch.chdir(home)
+
+    def said(*words):
+        monkeypatch.setattr("sys.argv", ["alma", "inspect", "tokens", "r.yaml", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return ended.value.code, out.out + out.err
+
+    packed = store(home)
+    rows = RowSampler(packed, 40, None, 0)
+    code, text = said("--json", "--length", "40", "--row", "3")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert code == 0 and [line["row"] for line in lines] == [3, 4, 5]
+    for line in lines:
+        tokens = rows.row(line["row"]).tokens.tolist()
+        assert line["inputs"] == tokens[:-1] and line["labels"] == tokens[1:]
+    code, text = said()
+    assert code == 0 and "rows of 512 (concat)" in text and text.count("512 of 512 labels count") == 3
+    code, text = said("pack", "--length", "100000000")
+    assert code == 2 and "give at most" in text
+    code, text = said("clean")
+    assert code == 2 and "no stage of kind pretrain or pack; these are: pack" in text

@@ -260,6 +260,14 @@ def test_the_folder_loads_alike_beside_a_model_config(trained, tmp_path):
     assert encode_text(load_tokenizer(tmp_path / "model"), texts) == wanted
 
 
+def test_the_longest_token_is_bounded(data, tmp_path):
+    """The corpus has a word of 30,000 equal letters."""
+    for longest, keys in ((128, {}), (6, {"max_token_bytes": 6})):
+        succeed("tokenizer", recipe(tmp_path, data, algorithm="byte-bpe", **keys), cwd=tmp_path)
+        vocabulary = loaded(tmp_path / "runs/t/tokenizer/current").get_vocab()
+        assert max(len(token) for token in vocabulary if not token.startswith("<|")) == longest
+
+
 def test_killed_anywhere_it_ends_in_the_same_files(trained, data, tmp_path):
     algorithm = json.loads((trained / "report.json").read_text())["algorithm"]
     wanted = files_of(trained)
@@ -288,6 +296,8 @@ def test_mistakes_end_in_a_sentence(data, tmp_path):
         succeed("tokenizer", recipe(tmp_path, data, algorithm=algorithm, vocab_size=most), "--restart", cwd=tmp_path)
     assert "no source 'fr'" in refused(weights={"fr": 1})
     assert "algoritm" in refused(algoritm="bpe")
+    assert "belongs to algorithm byte-bpe" in refused(max_token_bytes=64)
+    assert "character_coverage would do nothing" in refused(algorithm="byte-bpe", character_coverage=0.99)
     corpus(tmp_path / "empty", {"train": [], "heldout": []})
     assert "no text" in refused(source=tmp_path / "empty")
     corpus(tmp_path / "one", {"train": [("a", "en")], "heldout": []})
@@ -360,6 +370,56 @@ def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path)
     assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in got] == texts and not set(
         tokenizer.all_special_ids
     ) & {token for ids in got for token in ids}
+
+
+@quick
+@given(st.lists(ANY_TEXT, max_size=4), st.integers(1, 9))
+def test_runs_are_cut_without_losing_a_character(texts, longest):
+    from pipeline.data.bpe import sentences
+
+    whole, cut = "".join(sentences(texts)), list(sentences(texts, longest))
+    assert sorted("".join(cut)) == sorted(whole) or set(whole) - set("".join(cut)) <= {"\r", "\n"}
+    assert all(len(run.lstrip("\r\n")) <= longest for sentence in cut for run in sentence.split(" ")), cut
+
+
+def test_unigram_on_a_long_run_costs_as_much_as_on_lines(tmp_path):
+    """A document of one run without a space, of random letters and of one letter: CPU seconds beside those of the same
+    text with spaces. Uncut they take 5 and 47 times as long."""
+    import time
+
+    from pipeline.data import bpe
+
+    generator = random.Random(5)
+    letters = "".join(generator.choices("abcdefghij", k=30_000))
+    common = [english(generator, 100) for _ in range(20)]
+
+    def seconds(name, text):
+        begun = time.process_time()
+        bpe.train_sentencepiece([*common, text], 420, True, 1.0, tmp_path / name, "unigram")
+        return time.process_time() - begun
+
+    spaced = seconds("spaced", " ".join(letters[at : at + 8] for at in range(0, len(letters), 8)))
+    assert max(seconds("letters", letters), seconds("one", "a" * 30_000)) < 2 * spaced + 0.5
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_what_sentencepiece_is_at_is_shown(kind, tmp_path, monkeypatch, capsys):
+    from pipeline import tracking
+    from pipeline.data import bpe, trainer_log
+
+    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0)
+    monkeypatch.setattr(trainer_log, "LOOK_SECONDS", 0.001)
+    generator = random.Random(6)
+    texts = [english(generator, 100) for _ in range(300)]
+    bpe.train_sentencepiece(texts, 500, True, 1.0, tmp_path / "log", kind)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.startswith("tokenizer: ") for line in lines), lines
+    unit = "merges" if kind == "bpe" else "iterations"
+    shares = [int(found[1]) for line in lines if (found := regex.match(rf"tokenizer: {unit}: (\d+)%", line))]
+    assert shares and shares == sorted(shares) and max(shares) <= 100, lines
+    assert any("so far" in line for line in lines)
+    if kind == "unigram":
+        assert any("pieces" in line for line in lines)
 
 
 @pytest.mark.parametrize("algorithm", ["sentencepiece-bpe", "byte-bpe"])
@@ -579,16 +639,124 @@ def test_the_report_of_inspect(plain, small, monkeypatch):
     )
 
 
-def test_a_tiktoken_file_with_an_unused_id_is_refused_before_an_added_token_takes_another_ones(tmp_path):
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+def test_ids_without_a_token_are_filled_in_a_tiktoken_file(small, tmp_path):
+    """As in p50k_base.tiktoken, which lacks 50256. The oracle is tiktoken with the same ranks."""
+    import tiktoken
+
+    from pipeline.data import bytelevel
+    from pipeline.data.presplit import pattern
+    from pipeline.data.tokens import encode_text
+
+    tokens = BYTES | {b"th": 256, b"er": 258, b"the": 259, "月".encode(): 263}
+    (tmp_path / "holes.tiktoken").write_bytes(bytelevel.dump(tokens))
+    (code, said), folder = adopted(tmp_path / "run", small, tmp_path / "holes.tiktoken")
+    assert code == 0 and "4 ids below 263 have no token (257, 260, 261, ...)" in said, said
+    tokenizer = loaded(folder)
+    ids = tokenizer.get_vocab()
+    assert sorted(ids.values()) == list(range(len(tokenizer))) and tokenizer.convert_tokens_to_ids("<|eos|>") >= 264
+    assert {ids[f"<|unused {index}|>"] for index in (257, 260, 261, 262)} == {257, 260, 261, 262}
+    peer = tiktoken.Encoding("peer", pat_str=pattern(False), mergeable_ranks=tokens, special_tokens={})
+    texts = ["the other there 床前明月光", "<|unused 257|> and <|unused_257|>", " <|unused", *map(chr, range(300))]
+    got = encode_text(tokenizer, texts)
+    assert got == [peer.encode_ordinary(text) for text in texts]
+    assert not set(tokenizer.all_special_ids) & {index for found in got for index in found}
+    assert [tokenizer.decode(found) for found in got] == texts
+
+
+def holed(folder, last):
+    """A byte-level folder whose end-of-text token has an id behind a gap, as cl100k's has, which `tokenizers` itself
+    reads as the next free one."""
+    from pipeline.data import bytelevel
+
+    folder.mkdir()
+    bytelevel.build(BYTES | {b"th": 256}, [(b"t", b"h")], r"\s+|\S+", []).save(str(folder / "tokenizer.json"))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] = [{"id": last, "content": "<|end|>", **plain}]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "added_tokens_decoder": {str(last): {"content": "<|end|>", **plain}}})
+    )
+    return folder
+
+
+def test_ids_without_a_token_are_filled_in_a_folder_and_declared_ids_are_kept(small, tmp_path):
+    from pipeline.data.tokens import encode_text, token_bytes
+
+    source = holed(tmp_path / "source", 260)
+    (code, said), folder = adopted(tmp_path / "run", small, source)
+    assert code == 0 and "3 ids below 260 have no token (257, 258, 259)" in said, said
+    tokenizer = loaded(folder)
+    assert tokenizer.convert_tokens_to_ids("<|end|>") == tokenizer.eos_token_id == 260
+    assert len(tokenizer) == len(token_bytes(tokenizer)) == max(tokenizer.get_vocab().values()) + 1
+    assert encode_text(tokenizer, ["the <|end|> <|unused 258|>"])[0][:1] == [256]
+    assert not {257, 258, 259, 260} & set(encode_text(tokenizer, ["the <|end|> <|unused 258|>"])[0])
+
+
+def test_vocabularies_that_are_mostly_holes_are_refused(tmp_path):
     from pipeline.data import bytelevel
     from pipeline.errors import UserError
     from pipeline.tokenizer import Config, adopt
 
-    tokens = {bytes([byte]): byte for byte in range(256)}
-    for name, last, said in (("hole", 257, "id 256"), ("huge", 2**40, "31 bits")):
-        (tmp_path / f"{name}.tiktoken").write_bytes(bytelevel.dump(tokens | {b"ab": last}))
+    for last, said in ((2**31 - 1, "2,147,483,391 of the ids below"), (2**40, "31 bits")):
+        (tmp_path / "huge.tiktoken").write_bytes(bytelevel.dump(BYTES | {b"ab": last}))
         with pytest.raises(UserError, match=said):
-            adopt(Config(adopt=str(tmp_path / f"{name}.tiktoken")), tmp_path / "out")
+            adopt(Config(adopt=str(tmp_path / "huge.tiktoken")), tmp_path / "out")
+    with pytest.raises(UserError, match="are filled"):
+        adopt(Config(adopt=str(holed(tmp_path / "far", 20_000))), tmp_path / "out")
+    with pytest.raises(UserError, match="gives id 116 to '<|end|>' and to 't'|id 116 is 't'"):
+        adopt(Config(adopt=str(holed(tmp_path / "twice", 116))), tmp_path / "out")
+
+
+def test_damaged_files_end_in_a_sentence(plain, small, tmp_path):
+    def refused(place):
+        (code, said), _ = adopted(tmp_path / f"run{len(list(tmp_path.iterdir()))}", small, place)
+        assert code == 2 and "Traceback" not in said, said
+        return said
+
+    whole = (plain / "tokenizer.json").read_bytes()
+    for number, left in enumerate((b"", whole[: len(whole) // 2], b"[]", b"null")):
+        folder = tmp_path / f"cut{number}"
+        shutil.copytree(plain, folder)
+        (folder / "manifest.json").unlink()
+        (folder / "tokenizer.json").write_bytes(left)
+        said = refused(folder)
+        assert "tokenizer.json cannot be read" in said and "take the folder again" in said, said
+    assert "give the folder that it stands in" in refused(plain / "tokenizer.json")
+    form = next(path for name in ("tokenizer.model", "tokenizer.tiktoken") if (path := plain / name).exists())
+    empty = tmp_path / f"empty{form.suffix}"
+    empty.write_bytes(b"")
+    assert "(0 bytes)" in refused(empty)
+    if form.suffix == ".model":
+        (tmp_path / "cut.model").write_bytes(form.read_bytes()[:3000])
+        assert "is no sentencepiece model, or is cut off" in refused(tmp_path / "cut.model")
+        shutil.copytree(plain, tmp_path / "zero")
+        (tmp_path / "zero/manifest.json").unlink()
+        (tmp_path / "zero/tokenizer.model").write_bytes(b"")
+        assert "tokenizer.model is empty (0 bytes)" in refused(tmp_path / "zero")
+
+
+def test_a_sentencepiece_model_is_whole_or_said_to_be_cut(plain):
+    from sentencepiece import sentencepiece_model_pb2
+
+    from pipeline.data.bpe import damaged
+
+    if not (plain / "tokenizer.model").exists():
+        pytest.skip("byte-bpe has no sentencepiece model")
+    model = (plain / "tokenizer.model").read_bytes()
+    read = sentencepiece_model_pb2.ModelProto.FromString
+    assert damaged(model) is None
+    for cut in (*range(0, len(model), 97), *range(len(model) - 300, len(model))):
+        if damaged(model[:cut]) is None:  # nothing that decides an id is lost
+            left, all_of_it = read(model[:cut]), read(model)
+            assert (left.pieces, left.trainer_spec, left.normalizer_spec) == (
+                all_of_it.pieces,
+                all_of_it.trainer_spec,
+                all_of_it.normalizer_spec,
+            ), cut
 
 
 def test_a_byte_level_folder_without_eos_and_one_whose_config_is_no_object_are_refused(tmp_path):
@@ -596,7 +764,7 @@ def test_a_byte_level_folder_without_eos_and_one_whose_config_is_no_object_are_r
     from pipeline.errors import UserError
     from pipeline.tokenizer import Config, adopt
 
-    bytelevel.build({bytes([byte]): byte for byte in range(256)}, [], "a", []).save(str(tmp_path / "tokenizer.json"))
+    bytelevel.build(BYTES, [], "a", []).save(str(tmp_path / "tokenizer.json"))
     for config, said in (("{}", "has no eos token"), ("[]", "expected a JSON object")):
         (tmp_path / "tokenizer_config.json").write_text(config)
         with pytest.raises(UserError, match=said):

@@ -9,10 +9,12 @@ from pipeline.data import bpe, bytelevel, encode
 from pipeline.data.tokens import load_tokenizer
 from pipeline.errors import UserError
 
+MOST_UNUSED = 10_000  # ids without a token that are filled; more are a damaged file
+
 
 class Adopted(NamedTuple):
     backend: object
-    """tokenizers.Tokenizer."""
+    """tokenizers.Tokenizer, in which each id has a token."""
     names: dict[str, str]
     """bos_token, eos_token, pad_token, unk_token, as far as there are any."""
     model: bytes | None = None
@@ -63,6 +65,8 @@ def load(path: str, pattern: str | None) -> Adopted:
                 " file itself"
             )
         place = models[0]
+    if place.suffix == ".json":
+        raise UserError(f"adopt: {path} is one file of a tokenizer; give the folder that it stands in, {place.parent}")
     return _tiktoken(place, pattern) if place.suffix == ".tiktoken" else _sentencepiece(place)
 
 
@@ -71,7 +75,8 @@ def _folder(folder: Path) -> Adopted:
     if wrong:
         raise UserError(f"adopt: {wrong}; take the folder again from where it was published, whole")
     fast = load_tokenizer(folder)
-    backend = fast.backend_tokenizer
+    declared = _declared(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    backend, remarks = filled(fast.backend_tokenizer, declared, folder)
     spec = json.loads(backend.to_str())
     names = {
         key: str(getattr(fast, key))
@@ -86,6 +91,7 @@ def _folder(folder: Path) -> Adopted:
         encode.ranks(spec),
         fast.chat_template,
         f"adopted {spec['model']['type']}",
+        remarks,
     )
 
 
@@ -93,6 +99,11 @@ def _sentencepiece(file: Path) -> Adopted:
     from sentencepiece import sentencepiece_model_pb2
 
     model = file.read_bytes()
+    if wrong := bpe.damaged(model):
+        raise UserError(
+            f"adopt: {file} {wrong}; take it again from where it was published, or give a folder with tokenizer.json or"
+            " a .tiktoken file"
+        )
     wrong = bpe.inexact(model)
     if wrong:
         raise UserError(f"adopt: {file} {wrong}, so that text would be lost; adopt another tokenizer, or train one")
@@ -125,24 +136,67 @@ def _tiktoken(file: Path, pattern: str | None) -> Adopted:
         backend = bytelevel.build(tokens, bytelevel.merges_of(tokens), pattern or presplit.pattern(False), [])
     except Exception as error:  # tokenizers raises a bare Exception for an expression that it cannot read
         raise UserError(f"pattern: {pattern!r} is no expression that tokenizers reads ({error})") from None
-    return Adopted(
-        backend,
-        {},
-        None,
-        tokens,
-        None,
-        "adopted tiktoken",
-        (
-            ()
-            if pattern
-            else (
-                (
-                    "a tiktoken file does not say how it splits text into words: cl100k's split is taken; another one"
-                    " is given as `pattern`"
-                ),
-            )
-        ),
-    )
+    backend, remarks = filled(backend, {}, file)
+    if not pattern:
+        remarks += (
+            "a tiktoken file does not say how it splits text into words: cl100k's split is taken; another one is given"
+            " as `pattern`",
+        )
+    return Adopted(backend, {}, None, tokens, None, "adopted tiktoken", remarks)
+
+
+def filled(backend, declared: dict[str, int], place: Path):
+    """(tokenizer, remarks): the tokenizer with the same ids, in which a special token <|unused ID|> stands for each id
+    below the largest that had no token, and `declared` tokens have the ids that they are declared with.
+
+    cl100k has no 100256, p50k no 50256. `tokenizers` numbers an added token by how many there are, so that it would
+    take the id of another one, and reads the ids of added tokens in a tokenizer.json without following them; and a
+    vocabulary in which each id has a token has as many tokens as a model needs rows. The space in the name keeps text
+    from spelling one in a model that looks whole words up. Raises UserError for more than MOST_UNUSED such ids.
+    """
+    from tokenizers import Tokenizer
+
+    wanted = backend.get_vocab() | declared
+    ids = set(wanted.values())
+    most = max(ids)
+    if most + 1 == len(ids) and backend.get_vocab() == wanted:
+        return backend, ()
+    if len(ids) < len(wanted):
+        twice = next(token for token, index in declared.items() if backend.id_to_token(index) not in (token, None))
+        raise UserError(
+            f"adopt: {place} gives id {declared[twice]} to {twice!r} and to {backend.id_to_token(declared[twice])!r};"
+            " take it again from where it was published, whole"
+        )
+    if most + 1 - len(ids) > MOST_UNUSED:
+        raise UserError(
+            f"adopt: {place} has no token for {most + 1 - len(ids):,} of the ids below its largest, {most:,}; a model"
+            f" would need a row for each, and at most {MOST_UNUSED:,} are filled. Number its tokens from 0 on, one"
+            " after another"
+        )
+    unused = {f"<|unused {index}|>": index for index in sorted(set(range(most)) - ids)}
+    spec = json.loads(backend.to_str())
+    names = {token["content"] for token in spec["added_tokens"]}
+    model = spec["model"]["vocab"]
+    if not isinstance(model, dict):  # unigram: a list, whose places are the ids
+        raise UserError(
+            f"adopt: {place} has no token with id {min(unused.values(), default=most)}, and in a unigram vocabulary"
+            " none can be put there; give each id a token"
+        )
+    model |= {token: index for token, index in wanted.items() if token in names} | unused
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] += [{"id": index, "content": token, **plain} for token, index in unused.items()]
+    for token in spec["added_tokens"]:
+        token["id"] = model[token["content"]]
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+    made = Tokenizer.from_str(json.dumps(spec))
+    assert made.get_vocab() == wanted | unused
+    some = ", ".join(map(str, list(unused.values())[:3]))
+    said = f"{len(unused)} ids below {most} have no token ({some}{', ...' if len(unused) > 3 else ''}) and are filled"
+    return made, (f"{said} with special tokens <|unused ID|>",) if unused else ()
+
+
+def _declared(spec: dict) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
 
 
 def disagreement(folder: Path) -> str | None:
@@ -154,13 +208,14 @@ def disagreement(folder: Path) -> str | None:
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # a bare Exception for a file that tokenizers cannot read
         return f"{folder / 'tokenizer.json'} cannot be read ({str(error)[:200]})"
+    backend, _ = filled(backend, _declared(spec), folder)
     vocabulary = spec["model"].get("vocab") or {}
     vocabulary = (
         vocabulary if isinstance(vocabulary, dict) else {entry[0]: index for index, entry in enumerate(vocabulary)}
     )
     if len(set(vocabulary.values())) != len(vocabulary):
         return f"{folder / 'tokenizer.json'}: two tokens have the same id"
-    for token in spec["added_tokens"]:
+    for token in spec.get("added_tokens") or ():
         other = next((name for name, index in vocabulary.items() if index == token["id"]), token["content"])
         if other != token["content"]:
             return (
@@ -201,13 +256,16 @@ def disagreement(folder: Path) -> str | None:
         known
         and known != {token: index for token, index in vocabulary.items() if token in known}
         or known
-        and len(vocabulary) > len(known) + len(spec["added_tokens"])
+        and len(vocabulary) > len(known) + len(spec.get("added_tokens") or ())
     ):
         return f"{folder}: vocab.json and tokenizer.json number tokens differently"
     if (folder / "tokenizer.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
-        pieces = SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
+        model = (folder / "tokenizer.model").read_bytes()
+        if wrong := bpe.damaged(model):
+            return f"{folder / 'tokenizer.model'} {wrong}"
+        pieces = SentencePieceProcessor(model_proto=model)
         for index in range(len(pieces)):
             here, there = pieces.id_to_piece(index), backend.id_to_token(index)
             if there is None or here.replace(bpe.SPACE, " ") != there.replace(bpe.SPACE, " "):

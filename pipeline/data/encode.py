@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.tokens import encode_text, readable
 from pipeline.errors import UserError
 
 # the split of ByteLevel(use_regex=True)
@@ -52,12 +53,7 @@ def encoder(folder: Path | str) -> Encoder:
     from tokenizers import Tokenizer
 
     folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{folder}: has no tokenizer.json; give the output of stage tokenizer, or the folder of a fast Hugging Face"
-            " tokenizer"
-        )
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend = readable(folder, lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
     spec = json.loads(backend.to_str())
     fast = _tiktoken(backend, spec) or _sentencepiece(backend, spec, folder) or _tokenizers(backend)
 
@@ -78,8 +74,6 @@ def encoder(folder: Path | str) -> Encoder:
 
 def _tokenizers(backend) -> Encoder:
     def tokenizers(texts: list[str]) -> list[np.ndarray]:
-        from pipeline.data.tokens import encode_text
-
         return [np.array(ids, np.int32) for ids in encode_text(backend, texts)]
 
     return tokenizers
@@ -206,7 +200,11 @@ def _sentencepiece(backend, spec: dict, folder: Path) -> Encoder | None:
     from pipeline.data import bpe
 
     model = (folder / "tokenizer.model").read_bytes()
-    if bpe.inexact(model) or json.loads(bpe.from_sentencepiece(model).to_str())["model"] != spec["model"]:
+    if (
+        bpe.damaged(model)
+        or bpe.inexact(model)
+        or json.loads(bpe.from_sentencepiece(model).to_str())["model"] != spec["model"]
+    ):
         return None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     slow = _tokenizers(backend)

@@ -18,6 +18,7 @@ A packed folder:
 
 import bisect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,19 +28,38 @@ from pipeline.errors import UserError
 
 
 def load_tokenizer(folder: Path | str):
-    """The fast tokenizer of a folder, exactly as its tokenizer.json says. Raises UserError if there is none.
+    """The fast tokenizer of a folder, exactly as its tokenizer.json says. Raises UserError if there is none, or none
+    that can be read.
 
     AutoTokenizer does the same unless a config.json beside it names a family whose tokenizer class transformers forces
     (qwen2, phi3, internlm3 and some others in 5.23): qwen2's class then rebuilds the pre-tokeniser and the ids change.
     """
-    if not (Path(folder) / "tokenizer.json").is_file():
+    from transformers import PreTrainedTokenizerFast
+
+    return readable(Path(folder), lambda: PreTrainedTokenizerFast.from_pretrained(folder))
+
+
+def readable(folder: Path, read: Callable):
+    """What `read` makes of the folder of a fast tokenizer. Raises UserError with the file that is missing or that
+    cannot be read, as one that was cut off."""
+    if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"{folder}: has no tokenizer.json; give the output of stage tokenizer, or the folder of a fast Hugging Face"
             " tokenizer"
         )
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        return read()
+    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot read
+        place, why = folder / "tokenizer.json", str(error)[:200]
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            try:
+                json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+            except ValueError as wrong:
+                place, why = folder / name, str(wrong)[:200]
+                break
+        raise UserError(
+            f"{place}: cannot be read ({why}); take the folder again from where it was published, whole"
+        ) from error
 
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -212,7 +232,7 @@ class TokenStore:
         starts = self._starts[source]
         if not 0 <= start <= start + length <= starts[-1]:
             raise IndexError(f"{source}: tokens {start} to {start + length} asked of {starts[-1]}")
-        first = bisect.bisect_right(starts, start, 1, len(starts) - 1) - 1
+        first = bisect.bisect_right(starts, start, 1, len(starts) - 1) - 1 if len(starts) > 2 else 0
         offset = start - starts[first]
         tokens = self._shards[source][first][0]
         if offset + length <= len(tokens):

@@ -49,7 +49,7 @@ def report(folder: Path, data: Artifact | None, limit: int, compare: Iterable[st
     tokenizer = load_tokenizer(folder)
     backend, encode = tokenizer.backend_tokenizer, encoder(folder)
     others, missing = references(compare)
-    used = np.zeros(len(tokenizer), np.int64)
+    used = np.zeros(max(backend.get_vocab().values()) + 1, np.int64)
     by_source, by_language = _table(), _table()
     checked, lost, curve_texts, curve_bytes = 0, [], [], 0
     for split in ("train", "heldout") if data else ():
