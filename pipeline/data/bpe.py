@@ -17,7 +17,7 @@ UNKNOWN = "<unk>"  # sentencepiece insists on one; with byte fallback nothing be
 SPACE = "\u2581"  # what sentencepiece writes for a space inside a piece
 NEVER = -1e6  # a score below that of any path through a word
 # Characters without a space between that unigram is trained on together: what an iteration costs grows with the square
-# of a run's length (docs/log.md, 22). Bytes of a run and pieces are those of any other length; only the pieces across
+# of a run's length (docs/log.md, 24). Bytes of a run and pieces are those of any other length; only the pieces across
 # a cut are not counted.
 LONGEST_RUN = 1000
 RESERVED = "\u2585"  # sentencepiece's trainer drops every sentence that contains it
