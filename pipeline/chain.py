@@ -1,4 +1,4 @@
-"""The chain: which stages of a recipe are out of date and why, and running them in order.
+"""The chain: running the stages of a recipe in order (pipeline/graph.py says which are out of date).
 
 A stage script ends in `chain.main("pretrain")`; `alma run` starts the same scripts one after another, so that a stage
 run by hand, by a launcher or by the chain goes through the same few lines (`run_stage`).
@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -23,8 +22,8 @@ from pipeline import artifact
 from pipeline.artifact import Artifact, Output
 from pipeline.errors import Stopped, UserError
 from pipeline.files import write_atomic
-from pipeline.lock import describe_holder, lock_holder
-from pipeline.recipe import Recipe, StageConfig, dump, identity, load, module_of
+from pipeline.graph import Node, accepts, ancestors, check, examine_one, identity_of, nodes, source_identity
+from pipeline.recipe import Recipe, dump, load, module_of
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 # What a machine can refuse, and what its user can do.
@@ -39,274 +38,6 @@ MACHINE = {
 }
 
 
-@dataclass
-class Node:
-    """A stage in its chain. `state` is one of: up to date, stale, interrupted, missing, damaged, waits, running."""
-
-    name: str
-    config: StageConfig
-    parents: dict[str, str]  # input -> stage name, or path of an outside folder
-    folder: Path
-    inputs: dict[str, Artifact] = field(default_factory=dict)
-    identity: dict | None = None
-    output: Artifact | None = None
-    state: str = "missing"
-    reason: str = ""
-
-
-# ---- the graph -------------------------------------------------------------------------------------------------------
-
-
-def nodes(recipe: Recipe) -> dict[str, Node]:
-    """Stages in an order in which parents come first. Raises UserError for an input that cannot be had."""
-    found: dict[str, Node] = {}
-    for name, config in recipe.stages.items():
-        found[name] = Node(name, config, _parents(recipe, name, config), recipe.root / name)
-    ordered: dict[str, Node] = {}
-    trail: list[str] = []
-
-    def visit(name: str) -> None:
-        if name in ordered:
-            return
-        if name in trail:
-            raise UserError(f"inputs go round in a circle: {' -> '.join([*trail[trail.index(name) :], name])}")
-        trail.append(name)
-        for parent in found[name].parents.values():
-            if parent in found:
-                visit(parent)
-        trail.pop()
-        ordered[name] = found[name]
-
-    for name in found:
-        visit(name)
-    return ordered
-
-
-def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
-    """Input -> stage. `INPUTS` of a kind: name -> kinds it accepts; `name?` may be absent; `*` takes any number, by
-    default all earlier ones."""
-    wanted = dict(module_of(config.kind).INPUTS)
-    anything = wanted.pop("*", ())
-    optional = {key.removesuffix("?") for key in wanted if key.endswith("?")}
-    wanted = {key.removesuffix("?"): kinds for key, kinds in wanted.items()}
-    earlier = list(recipe.stages)[: list(recipe.stages).index(name)]
-    parents: dict[str, str] = {}
-    for key, source in config.inputs.items():
-        kinds = wanted.get(key, anything)
-        if not kinds:
-            raise UserError(
-                f"stages.{name}.inputs: {config.kind} has no input {key!r}; it takes {', '.join(wanted) or 'none'}"
-            )
-        if source.startswith((".", "/")):
-            parents[key] = source
-            continue
-        if source not in recipe.stages or source == name:
-            raise UserError(
-                f"stages.{name}.inputs.{key}: {source!r} is no other stage of this recipe; it has"
-                f" {', '.join(s for s in recipe.stages if s != name)} (the path of a folder begins with . or /)"
-            )
-        if recipe.stages[source].kind not in kinds:
-            raise UserError(
-                f"stages.{name}.inputs.{key}: stage {source!r} is of kind {recipe.stages[source].kind}, expected"
-                f" {' or '.join(kinds)}"
-            )
-        parents[key] = source
-    for key, kinds in wanted.items():
-        if key in parents or key in optional:
-            continue
-        nearest = [stage for stage in earlier if recipe.stages[stage].kind in kinds]
-        if not nearest and key in config.optional():
-            continue
-        if not nearest:
-            raise UserError(
-                f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands before"
-                f" it; add one or give inputs.{key}"
-            )
-        parents[key] = nearest[-1]
-    if anything and not set(parents) - set(wanted):
-        parents.update(
-            {stage: stage for stage in earlier if recipe.stages[stage].kind in anything and stage not in parents}
-        )
-    return parents
-
-
-def check(node: Node, graph: dict[str, Node]) -> None:
-    """What can be told of a stage from its recipe alone. Raises UserError."""
-    node.config.check(node.config.run.processes * node.config.run.nodes)
-    known = _packed_sources(node, graph)
-    mixtures = [
-        ("mixture", getattr(node.config, "mixture", None) or {}),
-        *(("mixture_changes", change.mixture) for change in getattr(node.config, "mixture_changes", [])),
-    ]
-    for key, source in [(key, source) for key, mixture in mixtures for source in mixture] if known else []:
-        if source not in known:
-            raise UserError(
-                f"stages.{node.name}.{key}: its text has no source {source!r}; it has {', '.join(sorted(known))}"
-            )
-    for key, source in node.parents.items():
-        if source not in graph:
-            if not Path(source).is_dir() or not any(Path(source).iterdir()):
-                raise UserError(f"stages.{node.name}.inputs.{key}: {source} is not a folder with files in it")
-            continue
-        parent = graph[source].config
-        longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
-        if (
-            key in ("model", "policy")
-            and longest
-            and wanted
-            and wanted > longest
-            and not _lengthened(node.config, parent)
-        ):
-            raise UserError(
-                f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that"
-                f" {source} gives its model; use {longest} or fewer, or pretrain with more"
-                + " (or scale positions, model_changes: {rope_parameters: ...})"
-                * (node.config.kind == "pretrain")
-            )
-
-
-def _lengthened(config, parent) -> bool:
-    """Pretraining may go on with rows longer than before: where the recipe says how positions are scaled, or the
-    family has none."""
-    from pipeline.models.build import UNLIMITED
-
-    return config.kind == "pretrain" and (
-        "rope_parameters" in config.model_changes or (getattr(parent, "model", None) or {}).get("family") in UNLIMITED
-    )
-
-
-def _packed_sources(node: Node, graph: dict[str, Node]) -> list[str]:
-    """Names of the sources in the tokens that a stage reads, as far as they can be told before they are made."""
-    tokens = node.parents.get("tokens")
-    if tokens in graph:
-        data, shards = graph[tokens].parents.get("data"), list(getattr(graph[tokens].config, "shards", {}))
-        return [*graph[data].config.sources, *shards] if data in graph else shards if data is None else []
-    try:
-        return list(json.loads((Path(tokens or "") / "index.json").read_text())["splits"]["train"])
-    except (OSError, ValueError, KeyError):  # the stage itself says what is wrong with it
-        return []
-
-
-def examine(recipe: Recipe) -> dict[str, Node]:
-    """Every stage with its state and, in words, the reason."""
-    graph = nodes(recipe)
-    for node in graph.values():
-        _examine(node, graph)
-    return graph
-
-
-def _accepts(node: Node, key: str) -> tuple[str, ...]:
-    wanted = module_of(node.config.kind).INPUTS
-    return wanted.get(key) or wanted.get(f"{key}?") or wanted.get("*", ())
-
-
-def _examine(node: Node, graph: dict[str, Node], running: bool = True) -> None:
-    """Fill in inputs, identity, state and reason; parents have been examined. Without `running` a stage that is
-    being written is judged by what it has published."""
-    holder = lock_holder(node.folder) if running else None
-    writer = holder if holder and not holder["dead"] else None
-    for key, source in node.parents.items():
-        if source not in graph:
-            node.inputs[key] = artifact.external(key, Path(source), _accepts(node, key))
-            continue
-        parent = graph[source]
-        if parent.state != "up to date":
-            present = artifact.current(node.folder)
-            node.state = "stale" if present else "waits"
-            node.reason = f"{source} {'waits too' if parent.state == 'waits' else f'is {parent.state}'}"
-            node.output = present
-            break
-        node.inputs[key] = parent.output
-    else:
-        node.identity = identity_of(node)
-        _compare(node)
-    if writer:
-        node.state, node.reason = "running", describe_holder(writer)
-
-
-def _compare(node: Node) -> None:
-    """State of a stage whose parents are all up to date."""
-    fingerprint = artifact.fingerprint_of(node.identity)
-    published = artifact.current(node.folder)
-    if (published is None or published.fingerprint != fingerprint) and not artifact.restarting(
-        node.folder / f"{fingerprint[:12]}.partial"
-    ):
-        same = artifact.read(node.folder / fingerprint[:12])  # an earlier recipe's output is kept, and serves again
-        if same and same.fingerprint == fingerprint and not same.damage():
-            node.state, node.output, node.reason = "up to date", same, "kept from an earlier run"
-            return
-    partial = node.folder / f"{fingerprint[:12]}.partial"
-    again = artifact.restarting(partial)
-    if published and published.fingerprint == fingerprint and not again:
-        node.output = published
-        damage = published.damage()
-        node.state, node.reason = ("damaged", damage) if damage else ("up to date", "")
-    elif (partial / "run.json").exists():
-        steps = sorted(path.parent.name for path in partial.glob("checkpoints/step-*/complete.json"))
-        node.state = "interrupted"
-        node.reason = f"at step {int(steps[-1].removeprefix('step-'))}" if steps else "before its first checkpoint"
-    elif published:
-        node.output = published
-        node.state, node.reason = (
-            "stale",
-            "; ".join(artifact.differences(published.manifest["identity"], node.identity)) or "made by another version",
-        )
-
-
-def identity_of(node: Node) -> dict:
-    """What decides the result of a stage: its identity keys, its kind's version, its sources' contents, its parents'
-    contents."""
-    module = module_of(node.config.kind)
-    config = identity(node.config)
-    config.pop("inputs", None)  # parents count by what they hold, not by what they are called
-    value = {
-        "kind": node.config.kind,
-        "version": module.VERSION,
-        "config": config,
-        "parents": {key: parent.digest for key, parent in node.inputs.items()},
-    }
-    sources = _source_identity(node)
-    if sources:
-        value["sources"] = sources
-        config.pop("sources", None)
-        config.pop("shards", None)
-        config.pop("adopt", None)
-    return value
-
-
-def _source_identity(node: Node) -> dict | None:
-    """What the sources of a stage hold. Raises UserError if one is not there."""
-    from pipeline.files import sha256_file
-
-    if hasattr(node.config, "outside"):  # files that a stage takes over, such as a tokenizer
-        return (
-            {"@outside": [[path.name, sha256_file(path)] for path in node.config.outside()]}
-            if node.config.outside()
-            else None
-        )
-    if shards := getattr(node.config, "shards", None):
-        from pipeline.data.foreign import identify as identify_shards
-
-        return identify_shards(shards, cache=node.folder.parent / ".hashes.json")
-    if not getattr(node.config, "sources", None):
-        return None
-    from pipeline.data.sources import identify
-
-    cache = node.folder.parent / ".hashes.json"
-    found = identify(node.config.sources, cache)
-    if getattr(node.config, "decontaminate", None):
-        sets = identify(node.config.decontaminate.sets, cache, "decontaminate.sets")
-        found |= {f"decontaminate.{name}": value for name, value in sets.items()}
-    if examples := getattr(node.config, "examples", {}):
-        found["@examples"] = identify(examples, cache, "examples")
-    lists = getattr(node.config, "lists", [])  # block lists and the like: they count by what they hold
-    return (
-        {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]}
-        if lists
-        else found
-    )
-
-
 # ---- running one stage -----------------------------------------------------------------------------------------------
 
 
@@ -318,11 +49,11 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
     graph = nodes(recipe)
     node = graph[name]
     node.config.check(world)
-    for ancestor in [graph[other] for other in graph if other in _ancestors(graph, [name]) - {name}]:
-        _examine(ancestor, graph, running=False)
+    for ancestor in [graph[other] for other in graph if other in ancestors(graph, [name]) - {name}]:
+        examine_one(ancestor, graph, running=False)
     for key, source in node.parents.items():
         if source not in graph:
-            node.inputs[key] = artifact.external(key, Path(source), _accepts(node, key))
+            node.inputs[key] = artifact.external(key, Path(source), accepts(node, key))
             continue
         parent = graph[source]
         if parent.state == "missing" or parent.state == "waits":
@@ -497,7 +228,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     for name in only:
         if name not in graph:
             raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; there is {', '.join(graph)}")
-    wanted = _ancestors(graph, only) if only else set(graph)
+    wanted = ancestors(graph, only) if only else set(graph)
     _writable(recipe)
     for node in [graph[name] for name in graph if name in wanted]:
         if node.config.run.device == "cuda" and node.config.run.nodes == 1 and hasattr(node.config, "parallel"):
@@ -507,7 +238,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     # everything that can be refused is refused before the first hour is spent
     for node in [graph[name] for name in graph if name in wanted]:
         check(node, graph)
-        _source_identity(node)
+        source_identity(node)
         if node.config.run.nodes > 1:
             raise UserError(
                 f"stage {node.name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine:"
@@ -518,7 +249,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
         if name not in wanted:
             continue
         node.inputs = {}
-        _examine(node, graph)
+        examine_one(node, graph)
         if node.state == "running":
             raise UserError(f"{node.folder}: another run is writing here: {node.reason}; wait for it, or end it")
         again = restart and name in forced and (node.state != "up to date" or bool(only))
@@ -529,7 +260,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
         say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
         _launch(node, recipe, restart=again, fork=fork and node.state != "interrupted" and _can_fork(node))
         node.inputs = {}
-        _examine(node, graph)
+        examine_one(node, graph)
         if node.state != "up to date":
             raise AssertionError(f"stage {name} ended well and is {node.state}: {node.reason}")
     return graph
@@ -543,17 +274,6 @@ def _can_fork(node: Node) -> bool:
         return True
     except UserError:
         return False
-
-
-def _ancestors(graph: dict[str, Node], names: list[str]) -> set[str]:
-    found: set[str] = set()
-    todo = list(names)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += [parent for parent in graph[name].parents.values() if parent in graph]
-    return found
 
 
 def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:

@@ -12,6 +12,7 @@ from pipeline import artifact, chain
 from pipeline.chain import EXIT_USER, StageFailed
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
+from pipeline.graph import Node, check, examine, nodes
 from pipeline.plural import many
 from pipeline.recipe import load, schema
 
@@ -69,7 +70,7 @@ def run_command(
 def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = False) -> None:
     """A line a stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where."""
     stages, overrides = _split(words)
-    graph = chain.examine(load(recipe, overrides))
+    graph = examine(load(recipe, overrides))
     _known(stages, graph, recipe)
     chosen = {name: node for name, node in graph.items() if not stages or name in stages}
     if as_json:
@@ -98,7 +99,7 @@ def verify_artifacts(recipe: RecipeFile, words: Words = None) -> None:
     """Hash every file of every published output again and compare it with its manifest, and each parent with what it
     was."""
     stages, overrides = _split(words)
-    graph = chain.nodes(load(recipe, overrides))
+    graph = nodes(load(recipe, overrides))
     _known(stages, graph, recipe)
     bad = 0
     for name, node in graph.items():
@@ -252,16 +253,14 @@ def inspect_data(
     from pipeline.inspection import data
 
     stages, overrides = _split(words)
-    graph = chain.nodes(load(recipe, overrides))
+    graph = nodes(load(recipe, overrides))
     _known(stages, graph, recipe)
     data.show(
         _published(graph, _one(stages), ("clean", *data.TUNING), recipe), source=source, reason=reason, samples=samples
     )
 
 
-def _published(
-    graph: dict[str, chain.Node], name: str | None, kinds: tuple[str, ...], recipe: str
-) -> artifact.Artifact:
+def _published(graph: dict[str, Node], name: str | None, kinds: tuple[str, ...], recipe: str) -> artifact.Artifact:
     """The published output of a stage of one of these kinds: the one named, or the first of kinds[0]."""
     able = [node for node in graph.values() if node.config.kind in kinds]
     chosen = [node for node in able if (node.name == name if name else node.config.kind == kinds[0])]
@@ -299,7 +298,7 @@ def inspect_tokenizer(
     folder = Path(place)
     if not folder.is_dir():
         stages, overrides = _split(words)
-        graph = chain.examine(load(place, overrides))
+        graph = examine(load(place, overrides))
         _known(stages, graph, place)
         wanted = [
             node for name, node in graph.items() if node.config.kind == "tokenizer" and (not stages or name in stages)
@@ -362,14 +361,14 @@ def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
     is read."""
     stages, overrides = _split(words)
     parsed = load(recipe, overrides)
-    graph = chain.nodes(parsed)
+    graph = nodes(parsed)
     _known(stages, graph, recipe)
     for node in graph.values():
-        chain.check(node, graph)
+        check(node, graph)
     if parsed.model is not None:
-        from pipeline.models.build import check
+        from pipeline.models.build import check as check_model
 
-        check(parsed.model)
+        check_model(parsed.model)
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
         print(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
@@ -397,7 +396,7 @@ def _known(stages: list[str], graph: dict, recipe: str) -> None:
             raise UserError(f"{recipe}: no stage is called {name!r}; there is {', '.join(graph)}")
 
 
-def _table(graph: dict[str, chain.Node]) -> None:
+def _table(graph: dict[str, Node]) -> None:
     """The story of the chain: a line a stage. What went in, what came out, its metric before and after, time."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

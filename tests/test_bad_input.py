@@ -9,6 +9,7 @@ from harness import stage, succeed
 
 from pipeline import chain
 from pipeline.errors import UserError
+from pipeline.graph import check, nodes
 from pipeline.recipe import load
 
 LONG = (
@@ -106,9 +107,9 @@ def test_the_chain_knows_the_sources_before_anything_is_made(tmp_path):
         " {vocab_size: 300}\n  pack: {}\n  pretrain: {sequence_length: 32, batch_size: 8, steps: 1, mixture: {web: 1,"
         " cod: 1}}\n"
     )
-    graph = chain.nodes(load(tmp_path / "r.yaml"))
+    graph = nodes(load(tmp_path / "r.yaml"))
     with pytest.raises(UserError, match="stages.pretrain.mixture: its text has no source 'cod'; it has code, web"):
-        chain.check(graph["pretrain"], graph)
+        check(graph["pretrain"], graph)
     with pytest.raises(UserError, match="run.device: cuda"):
         chain.run(
             load(

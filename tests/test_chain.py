@@ -16,7 +16,8 @@ import tiny
 import tuned
 from harness import files_of, stage, succeed
 
-from pipeline import artifact, chain
+from pipeline import artifact
+from pipeline.graph import examine
 from pipeline.recipe import load
 
 ALMA = [sys.executable, "-m", "pipeline.cli"]
@@ -75,7 +76,7 @@ def alma(*words, cwd, code=0, env=None) -> str:
 
 
 def states(folder: Path, *words) -> dict[str, str]:
-    graph = chain.examine(load(folder / "r.yaml", [f"output={folder / 'runs'}", *words]))
+    graph = examine(load(folder / "r.yaml", [f"output={folder / 'runs'}", *words]))
     return {name: node.state for name, node in graph.items()}
 
 

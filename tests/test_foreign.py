@@ -10,11 +10,12 @@ from harness import files_of, stage, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import chain, recipe
+from pipeline import recipe
 from pipeline.data import foreign
 from pipeline.data.foreign import Shards
 from pipeline.data.tokens import TokenStore
 from pipeline.errors import UserError
+from pipeline.graph import _packed_sources, check, examine, nodes
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 CODES = {"uint16": 8, "int32": 4, "int64": 5}
@@ -190,7 +191,7 @@ def test_the_same_bytes_for_any_number_of_workers_after_kills_and_in_another_fol
     monkeypatch.chdir(folder)
     moved = json.loads(json.dumps(SHARDS).replace("shards/", "elsewhere/"))
     nodes = [
-        chain.examine(recipe.load(recipe_of(folder, shards, name=f"{i}.yaml"), ["output=whole"]))["pack"]
+        examine(recipe.load(recipe_of(folder, shards, name=f"{i}.yaml"), ["output=whole"]))["pack"]
         for i, shards in enumerate((moved, {**moved, "raw": SHARDS["raw"] | {"holdout": 0.3}}))
     ]
     assert [node.state for node in nodes] == ["up to date", "stale"], (
@@ -316,6 +317,6 @@ def test_pretraining_on_shards_alone(home):
     (folder / "chain.yaml").write_text(text.replace("{one: 2, two: 1}", "{mine: 1}"))
     succeed("pack", "chain.yaml", "pack.workers=1", "output=shards-only", cwd=folder)
     assert "6 steps" in succeed("pretrain", "chain.yaml", "output=shards-only", cwd=folder)
-    graph = chain.nodes(recipe.load(folder / "chain.yaml", ["pretrain.mixture={other: 1}"]))
+    graph = nodes(recipe.load(folder / "chain.yaml", ["pretrain.mixture={other: 1}"]))
     with pytest.raises(UserError, match="its text has no source 'other'; it has mine"):
-        chain._packed_sources(graph["pretrain"], graph) and chain.check(graph["pretrain"], graph)
+        _packed_sources(graph["pretrain"], graph) and check(graph["pretrain"], graph)

@@ -12,9 +12,10 @@ import torch
 from harness import files_of, stage, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import chain, recipe
+from pipeline import recipe
 from pipeline.data.tokens import TokenStore
 from pipeline.errors import UserError
+from pipeline.graph import check, nodes
 from pipeline.models import build
 
 
@@ -237,11 +238,11 @@ def test_longer_rows_without_positions_are_refused_before_anything_runs(world, m
     )
     (folder / "anneal.yaml").write_text(tiny.RECIPE + anneal)
     monkeypatch.chdir(folder)
-    graph = chain.nodes(recipe.load("anneal.yaml"))
+    graph = nodes(recipe.load("anneal.yaml"))
     with pytest.raises(UserError, match="64 tokens are more than the 32 positions"):
-        chain.check(graph["anneal"], graph)
-    graph = chain.nodes(recipe.load("anneal.yaml", [f"anneal.model_changes={{rope_parameters: {json.dumps(LONGER)}}}"]))
-    chain.check(graph["anneal"], graph)
+        check(graph["anneal"], graph)
+    graph = nodes(recipe.load("anneal.yaml", [f"anneal.model_changes={{rope_parameters: {json.dumps(LONGER)}}}"]))
+    check(graph["anneal"], graph)
 
 
 def test_a_model_with_other_tokens_is_refused(world):
@@ -355,9 +356,9 @@ def test_rows_that_cannot_be_had_are_refused_before_a_model_is_built(filled, wor
     code, text = stage("pretrain", "recipe.yaml", "output=wrong", word, cwd=folder)
     if "three" in word and "mixture" in word:
         monkeypatch.chdir(folder)
-        graph = chain.nodes(recipe.load("recipe.yaml", [word]))
+        graph = nodes(recipe.load("recipe.yaml", [word]))
         with pytest.raises(UserError, match=said):  # so says `alma run` before anything is run
-            chain.check(graph["pretrain"], graph)
+            check(graph["pretrain"], graph)
         said = "has no source 'three'"
     assert code == 2 and said in text and "Traceback" not in text and "model  " not in text, text
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import recipe as recipes
-from pipeline.chain import nodes
 from pipeline.errors import UserError
+from pipeline.graph import nodes
 from pipeline.recipe import KINDS, dump, identity, load, module_of
 
 ROOT = Path(__file__).parents[1]

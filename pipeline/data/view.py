@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 from pipeline import artifact
-from pipeline.chain import nodes
 from pipeline.data.sampler import Row, RowSampler, documents_of, positions_of
 from pipeline.data.tokens import TokenStore, load_tokenizer
 from pipeline.errors import UserError
+from pipeline.graph import nodes
 from pipeline.recipe import Recipe
 
 LENGTH = 512  # of the rows of a stage `pack`, unless another one is asked for

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import artifact
-from pipeline.chain import nodes
 from pipeline.errors import UserError
+from pipeline.graph import nodes
 from pipeline.recipe import Recipe, RunConfig
 from pipeline.verify import synthetic
 
