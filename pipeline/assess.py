@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from pipeline import faults
 from pipeline.artifact import Artifact, Output
-from pipeline.data.conversations import PromptSource
+from pipeline.data.tuning_sources import PromptSource
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.plural import many

@@ -12,8 +12,8 @@ import functools
 from pydantic import Field
 
 from pipeline.artifact import Artifact, Output
-from pipeline.data.conversations import PreferenceSource
 from pipeline.data.decontaminate import Decontaminate
+from pipeline.data.tuning_sources import PreferenceSource
 from pipeline.plural import many
 from pipeline.train.config import Optimizer, TrainConfig
 

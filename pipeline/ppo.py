@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 
 from pipeline import faults
 from pipeline.artifact import Artifact, Output
-from pipeline.data.conversations import PromptSource
 from pipeline.data.decontaminate import Decontaminate
+from pipeline.data.tuning_sources import PromptSource
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from pipeline.plural import many
@@ -319,7 +319,8 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
     """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused
     here."""
     from pipeline.data.chat import Chat
-    from pipeline.data.conversations import PLACES, load_prompts
+    from pipeline.data.conversations import load_prompts
+    from pipeline.data.tuning_ledger import PLACES
     from pipeline.models import build
     from pipeline.rl.experience import Models, Task
     from pipeline.rl.iteration import policy_loss_fn, value_loss_fn

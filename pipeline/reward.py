@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.artifact import Artifact, Output
-from pipeline.data.conversations import PreferenceSource
 from pipeline.data.decontaminate import Decontaminate
+from pipeline.data.tuning_sources import PreferenceSource
 from pipeline.files import write_json
 from pipeline.plural import many
 from pipeline.train.config import Optimizer, TrainConfig

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.artifact import Artifact, Output
-from pipeline.data.conversations import ChatSource
 from pipeline.data.decontaminate import Decontaminate
+from pipeline.data.tuning_sources import ChatSource
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.plural import many

@@ -542,8 +542,9 @@ def test_decontamination_in_cleaning_is_counted_by_set(tmp_path):
 
 
 def test_decontamination_of_conversations(tmp_path):
-    from pipeline.data.conversations import ChatSource, load_conversations
+    from pipeline.data.conversations import load_conversations
     from pipeline.data.decontaminate import Decontaminate
+    from pipeline.data.tuning_sources import ChatSource
 
     rng = random.Random(6)
     rows = [{"q": " ".join(words(rng, 30)), "a": " ".join(words(rng, 5))} for _ in range(200)]

@@ -27,7 +27,8 @@ def answers():
     from transformers import AutoTokenizer
 
     from pipeline.data.chat import Chat
-    from pipeline.data.conversations import PreferenceSource, load_pairs
+    from pipeline.data.conversations import load_pairs
+    from pipeline.data.tuning_sources import PreferenceSource
     from pipeline.train.tuning import encode_pairs
 
     source = PreferenceSource(

@@ -9,7 +9,8 @@ import torch
 import tuned
 
 from pipeline.data.chat import Chat
-from pipeline.data.conversations import Ledger, Pair
+from pipeline.data.conversations import Pair
+from pipeline.data.tuning_ledger import Ledger
 from pipeline.models import build
 from pipeline.train.loss import token_logprobs
 from pipeline.train.loss_preference import bradley_terry, dpo

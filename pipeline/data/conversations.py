@@ -17,79 +17,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-from pydantic import model_validator
 
 from pipeline.data.decontaminate import Decontaminate, contaminated
 from pipeline.data.messages import Rejected, clean_text, messages_of, normal, normalised, pair_of, prompt_of
-from pipeline.data.sources import Bad, MissingField, Source, fraction, other_encoding, read, render
+from pipeline.data.sources import Bad, MissingField, fraction, other_encoding, read, render
+from pipeline.data.tuning_ledger import Ledger
+from pipeline.data.tuning_sources import ChatSource, Message, PreferenceSource, PromptSource
 from pipeline.errors import UserError
 from pipeline.plural import many
-from pipeline.recipe import Strict
-
-PLACES = 20  # of each reason are named in report.json
-
-
-class Message(Strict):
-    """One message of a template."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    """Who speaks."""
-    content: str
-    """What is said: a template such as `{instruction}`."""
-
-
-class ChatSource(Source):
-    """Conversations. Without `messages`, records must hold messages, conversations (ShareGPT), prompt + completion,
-    or instruction + output (Alpaca)."""
-
-    messages: list[Message] | None = None
-    """Templates of a conversation, in turns."""
-    answer: str | None = None
-    """Template of the known answer: greedy answers to held-out prompts are then also scored by `rule`."""
-    rule: Literal["exact", "contains", "prefix"] = "prefix"
-    """How a greedy answer is compared with `answer`."""
-
-    @model_validator(mode="after")
-    def _assistant_speaks(self):
-        if self.messages is not None and all(message.role != "assistant" for message in self.messages):
-            raise ValueError("messages has none with role: assistant, so there is nothing to learn")
-        return self
-
-
-class PreferenceSource(Source):
-    """Pairs of answers. Without templates, records must hold prompt, chosen and rejected, as texts or messages (the
-    prompt may be implicit in messages)."""
-
-    prompt: str | list[Message] | None = None
-    """Template of the user's message, or of several messages."""
-    chosen: str | None = None
-    """Template of the better answer."""
-    rejected: str | None = None
-    """Template of the worse answer."""
-    margin: str | None = None
-    """Template of a number that says how much better."""
-
-    @model_validator(mode="after")
-    def _all_or_none(self):
-        missing = [key for key in ("prompt", "chosen", "rejected") if getattr(self, key) is None]
-        if 0 < len(missing) < 3:
-            raise ValueError(
-                f"{' and '.join(missing)} is missing: give templates for all of prompt, chosen and rejected, or none"
-                " for records that hold these fields"
-            )
-        return self
-
-
-class PromptSource(Source):
-    """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation
-    that begins with the user."""
-
-    prompt: str | None = None
-    """Template of the user's message."""
-    answer: str | None = None
-    """Template of the known answer, for scores by rule."""
 
 
 @dataclass(frozen=True)
@@ -130,71 +65,6 @@ class Prompt:
     answer: str | None
     place: str = ""
     content: str = ""
-
-
-class Ledger:
-    """What became of each record of each source, and what was found of evaluation sets."""
-
-    def __init__(self):
-        self.sources: dict[str, dict] = {}
-        self.evaluation: dict[str, dict] = {}
-
-    def report(self) -> dict:
-        """JSON: `sources`, and with evaluation sets `decontamination`, as in the report of clean."""
-        return {"sources": self.sources, **({"decontamination": self.evaluation} if self.evaluation else {})}
-
-    def count(self, source: str, key: str) -> None:
-        entry = self.sources.setdefault(source, {"records": 0, "rejected": {}, "train": 0, "heldout": 0})
-        entry[key] += 1
-
-    def reject(self, source: str, place: str, reason: str) -> None:
-        entry = self.sources[source]["rejected"].setdefault(reason, {"count": 0, "first": []})
-        entry["count"] += 1
-        if len(entry["first"]) < PLACES:
-            entry["first"].append(place)
-
-    def why(self, source: str) -> str:
-        """The reasons, most frequent first, with a place each."""
-        rejected = self.sources[source]["rejected"]
-        return "; ".join(
-            f"{entry['count']} x {reason} (first: {entry['first'][0]})"
-            for reason, entry in sorted(rejected.items(), key=lambda item: -item[1]["count"])[:3]
-        )
-
-    def keep(self, rows: list, split: str, reasons: list[str | None]) -> list:
-        """Rows whose reason is None; the others are rejected, and each source must have something left in the end
-        (`check`)."""
-        kept = []
-        for row, reason in zip(rows, reasons, strict=True):
-            if reason is None:
-                kept.append(row)
-                self.count(row.source, split)
-            else:
-                self.reject(row.source, row.place, reason)
-        return kept
-
-    def check(self, holdout: float) -> None:
-        """Raise UserError if a source gives nothing, or if nothing is held out or left."""
-        for name, entry in self.sources.items():
-            assert entry["records"] == entry["train"] + entry["heldout"] + sum(
-                reason["count"] for reason in entry["rejected"].values()
-            ), f"{name}: a record is not accounted for"
-            if not entry["train"] + entry["heldout"]:
-                raise UserError(
-                    f"sources.{name}: none of its {many(entry['records'], 'record')} can be used: {self.why(name)}"
-                )
-        train, heldout = self.total("train"), self.total("heldout")
-        if not heldout or not train:
-            raise UserError(
-                f"sources: holdout: {holdout} leaves {train} rows to train on and {heldout} to measure on; give more"
-                " records or another holdout"
-            )
-
-    def total(self, key: str) -> int:
-        return sum(entry[key] for entry in self.sources.values())
-
-    def rejected(self) -> int:
-        return sum(reason["count"] for entry in self.sources.values() for reason in entry["rejected"].values())
 
 
 def load_conversations(
