@@ -6,8 +6,9 @@ all names.
                                                        # out of `stats`
     line = meters.line(step)                           # each `log.every_steps`. Collective
 
-What is counted over the run (tokens of each source) lives in `state`, which goes into checkpoints, so that a resumed
-run's counts are exact.
+What is counted over the run (tokens of each source) and since the last line (nats and tokens of each source) lives in
+`state`, which goes into checkpoints, so that a resumed run writes the lines of one that was not killed. Times and
+rates are of this process alone.
 """
 
 import math
@@ -51,6 +52,7 @@ class Meters:
         self.config, self.state, self.unit, self.text = config, state, unit, text or Text()
         self.device = device or distributed.device()
         self.state.setdefault("sources", {})
+        self.state.setdefault("since", {})  # source -> [nats, tokens] since the last line
         self.busy, self.done = 0.0, 0.0  # seconds and weight of all steps of this process
         self.settled_steps, self.settled_seconds, self.steps = 0, 0.0, 0
         self.begun = time.perf_counter()
@@ -59,8 +61,6 @@ class Meters:
 
     def _clear(self) -> None:
         self.weight, self.count = 0.0, 0
-        self.nats: dict[str, float] = {}
-        self.tokens: dict[str, float] = {}
 
     def step(self, stats: dict, seconds: float) -> dict:
         """Count one step of `seconds`. Returns `stats` without the sums by source and with bits_per_byte."""
@@ -69,10 +69,10 @@ class Meters:
         for key, value in stats.items():
             kind, _, source = key.partition("/")
             if kind == "nats":
-                self.nats[source] = self.nats.get(source, 0.0) + value * weight
+                self.state["since"].setdefault(source, [0.0, 0])[0] += value * weight
             elif kind == "tokens":
                 number = round(value * weight)
-                self.tokens[source] = self.tokens.get(source, 0) + number
+                self.state["since"].setdefault(source, [0.0, 0])[1] += number
                 self.state["sources"][source] = self.state["sources"].get(source, 0) + number
             elif key == "bytes":
                 # both are divided by the weight
@@ -123,9 +123,10 @@ class Meters:
             found["mfu"], found["mfu_causal"] = (
                 round(rate * flops / self.text.peak, 4) for flops in (self.text.flops.full, self.text.flops.causal)
             )
-        for source, tokens in self.tokens.items():
+        for source, (nats, tokens) in self.state["since"].items():
             if tokens:
-                found[f"loss/{source}"] = self.nats[source] / tokens
+                found[f"loss/{source}"] = nats / tokens
+        self.state["since"] = {}
         for source, tokens in self.state["sources"].items():
             found[f"tokens/{source}"] = tokens
             if source in self.text.epoch_tokens:
