@@ -430,13 +430,13 @@ def to_batch(rows: list, store, document_mask: bool) -> dict:
 
 def heldout_batches(rows: list, store, config: Config, trainer) -> list[dict]:
     """This data rank's share of the fixed rows, in micro-batches of one shape (a pipeline wants that), the last one
-    filled up with rows that do not count."""
+    filled up with rows that do not count. Documents are kept apart where training keeps them apart."""
     mine = rows[trainer.data_rank :: trainer.data_world]
     micro = min(config.micro_batch or config.batch_size // trainer.data_world, -(-len(rows) // trainer.data_world))
     batches = []
     for start in range(0, len(mine), micro):
         part = mine[start : start + micro]
-        batch = to_batch(part + part[:1] * (micro - len(part)), store, False)
+        batch = to_batch(part + part[:1] * (micro - len(part)), store, config.document_mask)
         batch["labels"][len(part) :] = -100
         batches.append({**batch, "weight": float(len(part) * config.sequence_length)})
     return batches

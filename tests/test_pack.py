@@ -274,6 +274,12 @@ def test_heldout_rows_count_each_label_and_its_bytes_once(home):
             assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(mine, mine[1:], strict=False)), (
                 "the context of a row's first label is the label before"
             )
+            begun = {int(end) for end in packed.documents(source)[:, 0]} | {0}
+            assert all(  # slot s of row k holds token k * length + s - 1
+                {number * length + slot - 1 for slot in row.starts.tolist()}
+                == {place for place in begun if number * length <= place < (number + 1) * length}
+                for number, row in enumerate(mine)
+            ), "a document begins where one has ended"
             spelled = re.sub(
                 "\ufffd+$", "", tokenizer.decode([i for i in labels if i != packed.eos_id], skip_special_tokens=False)
             )

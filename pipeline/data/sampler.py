@@ -59,6 +59,8 @@ class HeldoutRow(NamedTuple):
 
     tokens: np.ndarray
     """int64 [sequence_length + 1]."""
+    starts: np.ndarray
+    """Slots, above 0, at which a new document begins."""
     bytes: int
     """Bytes of text that the labels `tokens[1:]` stand for."""
     source: str
@@ -152,7 +154,7 @@ class RowSampler:
         tokens = self.store.read(source, start, length + 1).astype(np.int64)
         return Row(
             tokens,
-            (tokens[:-1] == self.store.eos_id).nonzero()[0] + 1,
+            _starts(tokens, self.store.eos_id),
             source,
             epoch,
             window,
@@ -328,7 +330,12 @@ def documents_of(row: Row, store: TokenStore) -> list[dict]:
     return found
 
 
-def positions_of(row: Row) -> np.ndarray:
+def _starts(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """Slots, above 0, of a row cut out of a stream at which a new document begins."""
+    return (tokens[:-1] == eos_id).nonzero()[0] + 1
+
+
+def positions_of(row: Row | HeldoutRow) -> np.ndarray:
     """int64 [sequence_length]: the place of each input in its document, from 0 where a document begins or the row
     does."""
     positions = np.arange(len(row.tokens) - 1)
@@ -373,7 +380,6 @@ def heldout_rows(store: TokenStore | Path, sequence_length: int, max_rows: int) 
         stream = np.concatenate([[store.eos_id], tokens[:length].astype(np.int64)])
         for number in range(count):
             at = number * sequence_length
-            rows.append(
-                HeldoutRow(stream[at : at + sequence_length + 1], int(size[at + sequence_length] - size[at]), source)
-            )
+            part, text = stream[at : at + sequence_length + 1], int(size[at + sequence_length] - size[at])
+            rows.append(HeldoutRow(part, _starts(part, store.eos_id), text, source))
     return rows
