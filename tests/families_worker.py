@@ -27,15 +27,19 @@ FAMILIES = {families.load(name).model["family"]: name for name in families.PUBLI
 LAYOUTS = {"ddp": {}, "zero 1": {"zero": 1}, "zero 3": {"zero": 3}, "pipeline": {"pipeline": 2}}
 
 
-def train(name: str, layout: str) -> dict:
-    """Three steps of 2 micro-batches on each data rank; for one process too, which is the reference."""
+def train(name: str, layout: str, forget: bool = False) -> dict:
+    """Three steps of 2 micro-batches on each data rank; for one process too, which is the reference. forget: all
+    parameters learn at one rate."""
     from test_engine import config
 
     from pipeline.train import engine
     from pipeline.train.loop import share
 
     settings = config(sequence_length=LENGTH, batch_size=ROWS, micro_batch=1, parallel=LAYOUTS.get(layout, {}))
-    trainer = engine.build(fresh(name), loss_fn, settings)
+    model = fresh(name)
+    for parameter in model.parameters() if forget else ():
+        parameter.lr_scale = 1.0
+    trainer = engine.build(model, loss_fn, settings)
     steps = []
     for step in range(3):
         parts = [range(part.start % ROWS, part.start % ROWS + len(part)) for part in share(settings, trainer, step)]

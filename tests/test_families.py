@@ -33,8 +33,13 @@ def batch_of(rows: range, seed: int = 0) -> dict:
     return {"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:], "weight": float(len(ids) * LENGTH)}
 
 
+MUP = " mu-P"
+
+
 def fresh(name: str, seed: int = 1, **options):
-    return build.new(families.shrunken(name), families.Sized(VOCABULARY), LENGTH, seed, **options)
+    """The tiny copy of a recipe's model; of `llama-7b mu-P` at four times the base width."""
+    block = families.shrunken(name.removesuffix(MUP)) | ({"mup": {"base_width": 8}} if name.endswith(MUP) else {})
+    return build.new(block, families.Sized(VOCABULARY), LENGTH, seed, **options)
 
 
 def steps_of(name: str, count: int = 3, **changes) -> list[dict]:
@@ -263,7 +268,7 @@ def test_a_router_that_was_not_checked_is_refused():
 @pytest.mark.parametrize(
     "names, layouts",
     [
-        pytest.param("gpt2-124m,qwen3-30b-a3b", "ddp,zero 3,pipeline", id="some"),
+        pytest.param(f"gpt2-124m,qwen3-30b-a3b,llama-7b{MUP}", "ddp,zero 1,zero 3,pipeline", id="some"),
         pytest.param("all", "zero 1,zero 3,pipeline", marks=pytest.mark.slow, id="all"),
     ],
 )
@@ -304,6 +309,9 @@ def test_two_processes_train_a_family_as_one_does(names, layouts, tmp_path):
             if key in expected["weights"]:
                 assert torch.allclose(value, expected["weights"][key], atol=1e-4), (name, layout, key)
         assert set(expected["weights"]) >= set(found["weights"]) - {"lm_head.weight"}
+        if name.endswith(MUP):  # a layout that forgets the rates of matrices would be found
+            plain = families_worker.train(name, "one", forget=True)["steps"][2]["loss"]
+            assert abs(plain / expected["steps"][2]["loss"] - 1) > 1e-4
         if layout == "pipeline":
             assert (
                 0 < found["measured"]["bubble"] < 1

@@ -49,6 +49,20 @@ class Stage(torch.nn.Module):
         return (hidden, *positions) if positions else hidden
 
 
+def even_groups(optimizer) -> None:
+    """Give all stages equally many parameter groups, by cutting some into groups of equal settings. Collective.
+
+    DeepSpeed adds up the gradient norm of one group after the other over the stages. With mu-P the embedding's rate
+    makes a group that the first stage alone has, and the stages waited for each other for ever.
+    """
+    most = int(distributed.all_reduce_max([len(optimizer.param_groups)])[0])
+    while len(optimizer.param_groups) < most:
+        group = max(optimizer.param_groups, key=lambda group: len(group["params"]))
+        half = len(group["params"]) // 2
+        group["params"], rest = group["params"][:half], group["params"][half:]
+        optimizer.add_param_group({**group, "params": rest})
+
+
 class Pipelined(Engine):
     """Process p holds stage p // data_world of data rank p % data_world. Every process of a pipeline is given the same
     micro-batches.
@@ -104,6 +118,7 @@ class Pipelined(Engine):
                     parameter.ds_pipe_replicated = parameter is self.part.table.weight
             self.head = head.installed(self.part.model) if self.part.last else None
             self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
+            even_groups(self.optimizer)
             self.engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self.optimizer,
