@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.conversations import ChatSource, load_conversations
+from pipeline.data.conversations import load_conversations
 from pipeline.data.sources import Bad, Record, Source, chunks, identify, parse
+from pipeline.data.tuning_sources import ChatSource
 from pipeline.errors import UserError
 
 ENCODINGS = ["gb18030", "gbk", "big5", "utf-16", "utf-16-be", "utf-32", "shift_jis", "euc_jp", "iso2022_jp", "hz"]
