@@ -260,11 +260,13 @@ def test_the_folder_loads_alike_beside_a_model_config(trained, tmp_path):
     assert encode_text(load_tokenizer(tmp_path / "model"), texts) == wanted
 
 
-def test_the_longest_token_is_bounded(data, tmp_path):
-    """The corpus has a word of 30,000 equal letters."""
-    for longest, keys in ((128, {}), (6, {"max_token_bytes": 6})):
-        succeed("tokenizer", recipe(tmp_path, data, algorithm="byte-bpe", **keys), cwd=tmp_path)
-        vocabulary = loaded(tmp_path / "runs/t/tokenizer/current").get_vocab()
+def test_the_longest_token_is_bounded(trained, data, tmp_path):
+    """The corpus has words of 30,000 equal letters."""
+    if (trained / "tokenizer.model").exists():
+        pytest.skip("sentencepiece bounds characters")
+    succeed("tokenizer", recipe(tmp_path, data, algorithm="byte-bpe", max_token_bytes=6), cwd=tmp_path)
+    for folder, longest in ((trained, 128), (tmp_path / "runs/t/tokenizer/current", 6)):
+        vocabulary = loaded(folder).get_vocab()
         assert max(len(token) for token in vocabulary if not token.startswith("<|")) == longest
 
 
