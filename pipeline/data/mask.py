@@ -132,8 +132,8 @@ _EMAIL = re.compile(
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}(?:[A-Za-z]{2,24}|xn--[A-Za-z0-9-]{2,59})(?![A-Za-z0-9-])"
 )
 # The same at domains with Chinese characters (RFC 6531). Text goes on behind them without a space, so a top-level
-# domain is one that exists (the 61 Chinese ones of the Public Suffix List of 2026, longest first); and it stands before them without
-# one, so of a Chinese name before the @ at most four characters go, as long as names of persons are.
+# domain is one that exists (the 61 Chinese ones of the Public Suffix List of 2026, longest first); and it stands before
+# them without one, so of a Chinese name before the @ at most four characters go, as long as names of persons are.
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 _TOP_ZH = (
     "嘉里大酒店|组织机构|電訊盈科|香格里拉|中文网|亚马逊|天主教|我爱你|新加坡|淡马锡|飞利浦"
