@@ -105,13 +105,12 @@ class Config(StageConfig):
                 "pattern belongs to adopt; what a trained tokenizer splits at is said by split_digits and"
                 " merge_whitespace"
             )
-        others = {"character_coverage": ["sentencepiece-bpe", "sentencepiece-unigram"], "max_token_bytes": ["byte-bpe"]}
-        for key, algorithms in others.items():
-            changed = getattr(self, key) != type(self).model_fields[key].default
-            if changed and (self.adopt or self.algorithm not in algorithms):
-                raise ValueError(
-                    f"{key} would do nothing here: it belongs to algorithm {' and '.join(algorithms)}; leave it out"
-                )
+        fields = type(self).model_fields
+        for key in ("algorithm", "split_digits", "merge_whitespace", "character_coverage", "max_token_bytes"):
+            of = {"character_coverage": "sentencepiece", "max_token_bytes": "byte-bpe"}.get(key, self.algorithm)
+            if getattr(self, key) != fields[key].default and (self.adopt or not self.algorithm.startswith(of)):
+                reason = "adopt takes a tokenizer as it is" if self.adopt else f"it belongs to algorithm {of}"
+                raise ValueError(f"{key} would do nothing here: {reason}; leave it out")
         names = self.extra_tokens()
         if len(set(names)) != len(names) or any(name.strip() != name for name in names):
             raise ValueError(

@@ -299,6 +299,7 @@ def test_mistakes_end_in_a_sentence(data, tmp_path):
     assert "no source 'fr'" in refused(weights={"fr": 1})
     assert "algoritm" in refused(algoritm="bpe")
     assert "belongs to algorithm byte-bpe" in refused(max_token_bytes=64)
+    assert "split_digits would do nothing here: adopt" in refused(adopt="x", vocab_size=None, split_digits=False)
     assert "character_coverage would do nothing" in refused(algorithm="byte-bpe", character_coverage=0.99)
     corpus(tmp_path / "empty", {"train": [], "heldout": []})
     assert "no text" in refused(source=tmp_path / "empty")
