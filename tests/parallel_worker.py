@@ -2,7 +2,7 @@
 to the file named on the command line.
 
 A launch costs ten seconds and a layout a tenth of one, so test_parallel.py starts this once and asserts on what it
-wrote.
+wrote. With `compiled` as second word: COMPILED, for test_compile.py.
 """
 
 import sys
@@ -26,6 +26,19 @@ LAYOUTS = {
     "pipeline tied chunks full": {"pipeline": 2},
     "pipeline chunks selective": {"pipeline": 2},
 }  # chunks: the output layer computes its losses; full, selective: activation checkpointing
+COMPILED = {
+    "ddp compiled": {},
+    "ddp compiled chunks selective": {},
+    "ddp compiled chunks full": {},
+    "zero 0 compiled": {"zero": 0},
+    "zero 1 compiled chunks selective": {"zero": 1},
+    "zero 1 offload compiled full": {"zero": 1, "offload": True},
+    "zero 2 compiled chunks": {"zero": 2},
+    "zero 2 compiled full": {"zero": 2},
+    "pipeline compiled chunks": {"pipeline": 2},
+    "pipeline compiled selective": {"pipeline": 2},
+    "pipeline tied compiled chunks full": {"pipeline": 2},
+}
 PLAIN = [name for name in LAYOUTS if "chunks" not in name]
 STEPS = 6
 
@@ -63,15 +76,20 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
     save in the middle, resume and compare."""
     from test_engine import config, spoiled
 
-    from pipeline.train import distributed, engine, head
+    from pipeline.train import distributed, engine, head, layers
+    from pipeline.verify.worker import fresh_compiler
 
     kept = name.split()[-1] if name.endswith(("full", "selective")) else "none"
-    settings = config(parallel=LAYOUTS.get(name, {}), micro_batch=micro, activation_checkpointing=kept)
+    settings = config(parallel=(LAYOUTS | COMPILED).get(name, {}), micro_batch=micro, activation_checkpointing=kept)
+    compiled = "compiled" in name
 
     def fresh():
         made = model("tied" in name)
         if "chunks" in name:
-            head.install(made, chunk=20)
+            head.install(made, chunk=20, compiled=compiled)
+        if compiled:
+            fresh_compiler()
+            layers.compile(made)
         return engine.build(made, spoiled, settings)
 
     trainer = fresh()
@@ -86,6 +104,7 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
             distributed.barrier()
     found["after"] = trainer.evaluate(micro_batches(settings, trainer, 91))["loss"]
     found["weights"] = trainer.consolidated()
+    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
     if folder:
         resumed = fresh()
         found["said"] = resumed.load(folder)
@@ -171,22 +190,25 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     distributed.setup()
     scratch = Path(sys.argv[1]).parent / "checkpoints"  # where one process has left its own
-    MUON = muon(scratch / "ddp muon")
-    results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}}
-    # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
-    results["generated"] = generate()
-    for layout in LAYOUTS:
-        results[layout] = train(layout, 2, scratch / layout)
-        # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
-        if layout == "zero 0":
-            trainer = ENGINES.pop(layout)
-            results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}
-    for target, trainer in ENGINES.items():
-        for source in [
-            f"one{' tied' * ('tied' in target)}",
-            *(other for other in PLAIN if other != target and ("tied" in other) == ("tied" in target)),
-        ]:
-            results["elastic"][source, target] = go_on(trainer, scratch / source)
+    if sys.argv[2:] == ["compiled"]:
+        results = {layout: train(layout, 2, scratch / layout) for layout in COMPILED}
+    else:
+        MUON = muon(scratch / "ddp muon")
+        results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}}
+        # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
+        results["generated"] = generate()
+        for layout in LAYOUTS:
+            results[layout] = train(layout, 2, scratch / layout)
+            # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
+            if layout == "zero 0":
+                trainer = ENGINES.pop(layout)
+                results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}
+        for target, trainer in ENGINES.items():
+            for source in [
+                f"one{' tied' * ('tied' in target)}",
+                *(other for other in PLAIN if other != target and ("tied" in other) == ("tied" in target)),
+            ]:
+                results["elastic"][source, target] = go_on(trainer, scratch / source)
     if distributed.is_main():
         torch.save(results, sys.argv[1])
     distributed.barrier()

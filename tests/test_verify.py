@@ -9,7 +9,7 @@ import tiny
 
 from pipeline import cli
 from pipeline.recipe import load
-from pipeline.verify import parallel, resume
+from pipeline.verify import layouts, parallel, resume
 from pipeline.verify.shrink import prepare
 
 TESTS = Path(__file__).parent
@@ -43,14 +43,14 @@ def test_all_layouts_agree(tmp_path, monkeypatch, capsys):
     said, found = capsys.readouterr().out, report(tmp_path, "parallel")
     assert "synthetic" in said and "all layouts agree" in said
     assert {(row["layout"], row["precision"]) for row in found["layouts"]} == {
-        (name, precision) for name, *_ in parallel.LAYOUTS for precision in ("fp32",)
+        (name, precision) for name, *_ in layouts.LAYOUTS for precision in ("fp32",)
     }
     for trial in found["trials"]:
         assert len(trial["steps"]) == 12 and trial["steps"][0]["loss"] > trial["steps"][9]["loss"] + 0.1, (
             "it learns, so that weights matter"
         )
         assert [step["applied"] for step in trial["steps"]] == [True] * 10 + [False, True]
-    assert sum(row["passed"] for row in found["layouts"]) == len(parallel.LAYOUTS)
+    assert sum(row["passed"] for row in found["layouts"]) == len(layouts.LAYOUTS)
     assert [path.name for path in (tmp_path / "runs" / "tiny" / "verify").iterdir()] == ["parallel.json"]
 
 
@@ -60,11 +60,11 @@ def test_faults_are_found(tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(parallel, "WORKER", "mutant_worker")
     monkeypatch.setattr(
-        parallel,
+        layouts,
         "LAYOUTS",
         [
             layout
-            for layout in parallel.LAYOUTS
+            for layout in layouts.LAYOUTS
             if layout[0] in ("one process", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "pipeline of 2")
         ],
     )
@@ -116,6 +116,59 @@ def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys)
     )
     assert alma(monkeypatch, tmp_path, "verify", "resume", recipe) == 0, capsys.readouterr().out
     assert capsys.readouterr().out.count("passed") == 2
+
+
+@pytest.mark.parametrize(
+    "words, own",
+    [
+        ([], "one process"),
+        (["run.processes=4"], "DDP"),
+        (["parallel.zero=3"], "ZeRO-3"),
+        (["parallel.pipeline=2"], "pipeline of 2"),
+        (["parallel.zero=2", "parallel.offload=true"], ("ZeRO-2, offload", 2, {"zero": 2, "offload": True})),
+        (["compile=true"], ("one process, compiled", 1, {})),
+        (["compile=true", "run.nodes=2"], ("DDP, compiled", 2, {})),
+        (["parallel.zero=1", "parallel.pipeline=8"], ("pipeline of 4", 4, {"zero": 1, "pipeline": 4})),
+        (
+            ["parallel={pipeline: 2, layers: [3, 1]}"],
+            ("pipeline of 2, layers [3, 1]", 2, {"pipeline": 2, "layers": [3, 1]}),
+        ),
+        (["parallel={pipeline: 2, layers: [9, 3]}"], "pipeline of 2"),
+    ],
+)
+def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
+    """For a model that was shrunk to 4 layers."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    config = load(tmp_path / "recipe.yaml", [f"pretrain.{word}" for word in words]).stages["pretrain"]
+    chosen, said = layouts.with_own(config, 4)
+    if isinstance(own, str):
+        assert len(chosen) == len(layouts.LAYOUTS) and f"among them the recipe's own: {own}" in said
+    else:
+        name, processes, parallel = own
+        ((*found, changes),) = [layout for layout in chosen if layout[0].startswith("the recipe's own")]
+        assert found == [f"the recipe's own: {name}", processes, {"pipeline": 1, **parallel}]
+        assert changes == ({"compile": True} if config.compile else {}) and found[0] in said
+        depths = [layout[2].get("pipeline", 1) > 1 for layout in chosen]
+        assert len(chosen) == len(layouts.LAYOUTS) + 1 and depths == sorted(depths), "pipelines last"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["parallel={zero: 1, offload: true}", "compile=true", "activation_checkpointing=selective", "precision=bf16"],
+        ["parallel={zero: 3, offload: true}", "activation_checkpointing=full"],
+        ["parallel.pipeline=2", "compile=true", "activation_checkpointing=full", "attention=blocks", "precision=bf16"],
+    ],
+    ids=["zero1", "zero3", "pipeline"],
+)
+def test_a_compiled_or_offloaded_recipe_is_proven_as_it_is(tmp_path, monkeypatch, capsys, words):
+    """Against a reference that is neither, and recomputes nothing: 1e-5 in fp32, 1% in bf16."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    words = [f"pretrain.{word}" for word in words]
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml", *words) == 0, capsys.readouterr().out
+    rows = [row for row in report(tmp_path, "parallel")["layouts"] if row["layout"].startswith("the recipe's own")]
+    assert rows and all(row["passed"] for row in rows)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """`alma verify parallel`: the layouts of a recipe's pretraining compute the same thing, shown on this machine.
 
 From one seed checkpoint, the loss and the gradient norm of every step in every layout are compared with those of one
-process that takes all rows at once. Every step is clipped. A NaN in one gradient of the last process (the last stage of
-a pipeline) must reach the weights of none.
+process that takes all rows at once, compiles nothing and recomputes no activations. The layout that the recipe asks for
+is among them. Every step is clipped. A NaN in one gradient of the last process (the last stage of a pipeline) must
+reach the weights of none.
 """
 
 import json
@@ -18,6 +19,7 @@ from pipeline.files import write_json
 from pipeline.plural import many
 from pipeline.recipe import Recipe, dump
 from pipeline.verify import launch
+from pipeline.verify.layouts import REFERENCE, trials, with_own
 from pipeline.verify.shrink import ROWS, prepare, stage_of, workplace
 
 STEPS = 10
@@ -25,50 +27,15 @@ MAX_GRAD_NORM = 0.1  # at most: low enough that every step is clipped
 # Relative, for losses and gradient norms. In fp32 layouts differ by the order of sums. In bf16 a micro-batch's
 # gradients are rounded (2^-9 = 0.2% a number) before they are added up, so that accumulation alone moves them.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-REFERENCE = "one process"
-# name, processes, `parallel` of the recipe. Pipelines last: in a process that has had one, DeepSpeed cannot build a
-# plain engine any more.
-LAYOUTS = (
-    (REFERENCE, 1, {}),
-    ("one process, 4 micro-batches", 1, {}),
-    ("DDP", 2, {}),
-    ("ZeRO-0", 2, {"zero": 0}),
-    ("ZeRO-1", 2, {"zero": 1}),
-    ("ZeRO-2", 2, {"zero": 2}),
-    ("ZeRO-3", 2, {"zero": 3}),
-    ("pipeline of 2", 2, {"pipeline": 2}),
-    ("pipeline of 2 x 2 data ranks, ZeRO-1", 4, {"pipeline": 2, "zero": 1}),
-)
 WORKER = "pipeline.verify.worker"
-
-
-def trials(precisions: list[str]) -> list[dict]:
-    """What is trained: each layout with tied embeddings in 4 micro-batches and with untied ones in a single one; the
-    reference always in a single one."""
-    found = []
-    for name, processes, parallel in LAYOUTS:
-        for precision in precisions:
-            rows = ROWS // (processes // parallel.get("pipeline", 1))
-            for embeddings in ("tied", "untied"):
-                cut = 1 if name == REFERENCE else 4 if processes == 1 or embeddings == "tied" else 1
-                found.append(
-                    {
-                        "layout": name,
-                        "processes": processes,
-                        "parallel": parallel,
-                        "embeddings": embeddings,
-                        "micro_batches": cut,
-                        "micro_batch": rows // cut,
-                        "precision": precision,
-                    }
-                )
-    return found
 
 
 def prove(
     recipe: Recipe, stage: str | None, *, full: bool = False, width: int = 64, layers: int = 4, keep: bool = False
 ) -> bool:
     """Train every layout, print a table, write runs/NAME/verify/parallel.json. Returns whether all agree."""
+    from pipeline.models import build
+
     stage = stage_of(recipe, stage)
     began = time.time()
     with workplace(recipe, "parallel", keep) as work:
@@ -78,6 +45,8 @@ def prove(
             update={"max_grad_norm": min(MAX_GRAD_NORM, ready.config.optimizer.max_grad_norm)}
         )
         config = ready.config.model_copy(update={"optimizer": optimizer})
+        layouts, chosen_line = with_own(recipe.stages[stage], build.shape(config.model).num_hidden_layers)
+        worlds = sorted({processes for _, processes, *_ in layouts})
         gpus = launch.gpus()
         if not gpus:
             # DeepSpeed, which transformers imports, would warn that it found none
@@ -89,14 +58,17 @@ def prove(
                 f" {config.optimizer.lr:g} from the first, clipped at {optimizer.max_grad_norm:g};"
                 f" {', '.join(precisions)}"
             ),
-            f"processes  on {f'{gpus} GPUs' if gpus else 'the CPU'}: {', '.join(str(count) for count in _worlds())}",
+            chosen_line,
+            f"processes  on {f'{gpus} GPUs' if gpus else 'the CPU'}: {', '.join(map(str, worlds))}",
         ):
             say(line)
         seeds = _seeds(config, ready, work)
         found = []
-        for world in _worlds():
+        for world in worlds:
             chosen = [
-                trial for trial in trials(precisions) if trial["processes"] == world and trial["embeddings"] in seeds
+                trial
+                for trial in trials(precisions, layouts)
+                if trial["processes"] == world and trial["embeddings"] in seeds
             ]
             if gpus and world > gpus:
                 found += [{**trial, "refused": f"needs {world} GPUs, this machine has {gpus}"} for trial in chosen]
@@ -178,6 +150,8 @@ def judge(found: list[dict], max_grad_norm: float) -> list[dict]:
         taken = [step for step in trial["steps"] if step["grad_norm"] is not None]
         if not all(step["applied"] and step["grad_norm"] > max_grad_norm for step in taken):
             reasons.append("a step was not clipped or not applied")
+        if trial["changes"].get("compile") and not trial["compiled_graphs"]:
+            reasons.append("nothing was compiled")
         if not trial["from_seed"]:
             reasons.append("it did not begin from the seed checkpoint")
         if not trial["nan_kept_out"]:
@@ -202,10 +176,6 @@ def _difference(found: list[dict], expected: list[dict], key: str) -> float:
         (abs(one - other) / abs(other) if one is not None and math.isfinite(one) else math.inf for one, other in pairs),
         default=math.inf,
     )
-
-
-def _worlds() -> list[int]:
-    return sorted({processes for _, processes, _ in LAYOUTS})
 
 
 def _seeds(config, ready, work: Path) -> dict[str, str]:

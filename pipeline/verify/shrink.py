@@ -117,6 +117,10 @@ def prepare(
     block.update(dict.fromkeys(dropped, 0.0))
     if config.optimizer.kind == "muon":
         lines.append("optimizer  AdamW in Muon's place, which needs whole matrices and so has no ZeRO and no pipeline")
+    attention = config.attention
+    if attention in ("flash_attention_2", "blocks"):  # these need bf16, which not every layout of a proof has
+        attention = "auto"
+        lines.append(f"attention  auto in place of {config.attention}, which fp32 does not have")
     # Changes of the mixture come inside the few steps, evenly, in their order.
     total = steps * ROWS * length
     changes = [
@@ -145,6 +149,7 @@ def prepare(
             "micro_batch": None,
             "optimizer": config.optimizer.model_copy(update={"kind": "adamw"}),
             "parallel": type(config.parallel)(),
+            "attention": attention,
             "compile": False,
             "run": RunConfig(),
             "log": type(config.log)(every_steps=1),

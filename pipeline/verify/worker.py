@@ -26,8 +26,10 @@ def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     distributed.setup()
     for trial in job["trials"]:
-        changes = {"parallel": trial["parallel"], "micro_batch": trial["micro_batch"], "precision": trial["precision"]}
+        changes = {key: trial[key] for key in ("parallel", "micro_batch", "precision")} | trial["changes"]
         config = pretrain.Config.model_validate(job["config"] | changes)
+        if config.compile:
+            fresh_compiler()
         try:
             config.check(distributed.world())
             found = train(config, job, Path(job["seeds"][trial["embeddings"]]))
@@ -87,11 +89,21 @@ def train(config, job: dict, seed: Path) -> dict:
     after = step()
     kept_out = not harmed["applied"] and unharmed and after["applied"]
     return {
+        "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if config.compile else 0,
         "steps": [*steps, {**harmed, "grad_norm": None}, after],
         "from_seed": from_seed,
         "nan_kept_out": kept_out,
         "weights": before,
     }
+
+
+def fresh_compiler() -> None:
+    """Forget what earlier trials compiled. Of one function torch keeps eight variants and runs the ninth without
+    compiling it, and says nothing: here each trial has its own."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def last_vector(trainer):
