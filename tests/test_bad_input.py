@@ -136,3 +136,14 @@ def test_a_checkpoint_of_another_model(world):
         and "is of another model: model.embed_tokens.weight is [290, 32] there and [290, 48] here" in text
         and "Traceback" not in text
     ), text
+
+
+def test_a_run_without_a_valid_checkpoint_says_that_it_begins_anew(world):
+    """Both checkpoints of a killed run torn, one in its data and one in its marker."""
+    words = ["output=torn", "pretrain.save.asynchronous=false"]
+    assert stage("pretrain", "recipe.yaml", *words, cwd=world, fault="work:5")[0] == -9
+    (folder,) = (world / "torn/tiny/pretrain").glob("*.partial/checkpoints")
+    for path in (folder / "step-000004/model-00000.safetensors", folder / "step-000002/complete.json"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = succeed("pretrain", "recipe.yaml", *words, cwd=world)
+    assert said.count("is damaged") == 2 and "no valid checkpoint is left" in said and "begins anew" in said

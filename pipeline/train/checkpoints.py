@@ -261,7 +261,8 @@ def newest(output: Output) -> tuple[Path, dict] | None:
     if output.is_main:
         for left in folder.glob(".step-*.tmp"):  # of a run that was killed while saving
             shutil.rmtree(left)
-    for path in reversed(distributed.from_main(complete(folder))):
+    there = distributed.from_main(complete(folder))
+    for path in reversed(there):
         found = damage(path)
         if found is None:
             return path, state_of(path)
@@ -270,6 +271,8 @@ def newest(output: Output) -> tuple[Path, dict] | None:
             print(f"checkpoint {path} is damaged ({found}) and passed over; it is kept as {aside.name}", flush=True)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+    if there and output.is_main:
+        print(f"{output.stage}: no valid checkpoint is left in {folder}, so it begins anew", flush=True)
     return None
 
 
