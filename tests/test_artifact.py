@@ -229,13 +229,13 @@ def test_holder_on_another_host_is_dead_only_without_heartbeat(tmp_path):
     held.release()
 
 
-def _grab(folder, gate, results):
+def _grab(folder, gate, results, over):
     held = Lock(Path(folder))
     gate.wait()
     try:
         held.acquire()
         results.put(1)
-        time.sleep(2)  # longer than all the others' tries
+        over.wait(120)  # a holder that ended would rightly be followed by another
     except UserError:
         results.put(0)
 
@@ -246,12 +246,13 @@ def test_many_takers_of_a_dead_lock_one_winner(tmp_path):
         tmp_path / "lock.json",
         {"host": socket.gethostname(), "pid": 1, "born": -1, "job": None, "token": "dead", "since": "then"},
     )
-    gate, results = context.Event(), context.Queue()
-    takers = [context.Process(target=_grab, args=(str(tmp_path), gate, results)) for _ in range(6)]
+    gate, results, over = context.Event(), context.Queue(), context.Event()
+    takers = [context.Process(target=_grab, args=(str(tmp_path), gate, results, over)) for _ in range(6)]
     for taker in takers:
         taker.start()
     gate.set()
-    assert sum(results.get(timeout=30) for _ in takers) == 1
+    assert sum(results.get(timeout=100) for _ in takers) == 1
+    over.set()
     for taker in takers:
         taker.join()
 

@@ -83,7 +83,7 @@ P"""
         env=settings,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
