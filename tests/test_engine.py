@@ -271,6 +271,27 @@ def test_a_run_in_parts_is_the_run_in_one(tmp_path):
     )
 
 
+def test_a_rollback_without_a_whole_checkpoint_ends_in_a_sentence(tmp_path):
+    settings = config(
+        schedule={"kind": "constant"},
+        spikes={"policy": "rollback", "sigma": 1000, "window": 4},
+        save={"every_steps": 2, "asynchronous": False},
+    )
+    output = output_in(tmp_path)
+    trainer = engine.build(tiny(), loss_fn, settings)
+
+    def batches(step):
+        if step == 3:
+            trainer.model.lm_head.register_forward_hook(lambda *a: a[2] * 1e4)
+            for file in (output.path / "checkpoints").glob("step-*/*.safetensors"):
+                file.write_bytes(b"")
+        return [batch_of(step, range(ROWS))]
+
+    with pytest.raises(UserError, match=r"step 4 is to be rolled back, and no checkpoint in .* is whole; start again"):
+        fit(trainer, settings, output, batches)
+    output.close()
+
+
 def test_dropout_is_another_in_each_step(tmp_path):
     """The same rows again and again, and no learning to speak of: only the dropout's draws are left to move the
     loss."""

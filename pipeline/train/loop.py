@@ -110,7 +110,14 @@ def fit(
         phases.enter("load")  # may take long: all files are read, and hashed before
         saver.finish()
         faults.point("rollback")
-        path, saved = checkpoints.newest(output)
+        newest = checkpoints.newest(output)
+        if newest is None:
+            raise UserError(
+                f"stage {output.stage}: step {step} is to be rolled back, and no checkpoint in"
+                f" {output.path / 'checkpoints'} is whole; start again with --restart, on a disk that keeps what it is"
+                " given"
+            )
+        path, saved = newest
         engine.load(path)
         rolled = guard.rolled_back(saved, engine.step_count, step - 1, config.batch_size)
         state.clear()
