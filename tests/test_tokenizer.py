@@ -714,6 +714,25 @@ def test_vocabularies_that_are_mostly_holes_are_refused(tmp_path):
         adopt(Config(adopt=str(holed(tmp_path / "twice", 116))), tmp_path / "out")
 
 
+def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path):
+    """A model has its rows where one of the two readings says, and nobody can tell which."""
+    from pipeline.errors import UserError
+    from pipeline.tokenizer import Config, adopt
+
+    def written(name, last, **vocabulary):
+        folder = holed(tmp_path / name, last)
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        spec["model"]["vocab"] |= {key.replace("end", "<|end|>"): value for key, value in vocabulary.items()}
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+        return Config(adopt=str(folder))
+
+    with pytest.raises(UserError, match=r"'<\|end\|>' has id 257 in its vocabulary and 300 among its added tokens"):
+        adopt(written("elsewhere", 300, end=257), tmp_path / "out")
+    for last in (257, 300):
+        with pytest.raises(UserError, match="two tokens have the same id; take the folder again"):
+            adopt(written(f"twice{last}", last, aa=5), tmp_path / "out")
+
+
 def test_damaged_files_end_in_a_sentence(plain, small, tmp_path):
     def refused(place):
         (code, said), _ = adopted(tmp_path / f"run{len(list(tmp_path.iterdir()))}", small, place)

@@ -162,10 +162,13 @@ def filled(backend, declared: dict[str, int], place: Path):
     if most + 1 == len(ids) and backend.get_vocab() == wanted:
         return backend, ()
     if len(ids) < len(wanted):
-        twice = next(token for token, index in declared.items() if backend.id_to_token(index) not in (token, None))
+        first: dict[int, str] = {}
+        one, other, index = next(
+            (first[index], token, index) for token, index in wanted.items() if first.setdefault(index, token) != token
+        )
         raise UserError(
-            f"adopt: {place} gives id {declared[twice]} to {twice!r} and to {backend.id_to_token(declared[twice])!r};"
-            " take it again from where it was published, whole"
+            f"adopt: {place} gives id {index} to {one!r} and to {other!r}; take it again from where it was published,"
+            " whole"
         )
     if most + 1 - len(ids) > MOST_UNUSED:
         raise UserError(
@@ -208,20 +211,26 @@ def disagreement(folder: Path) -> str | None:
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # a bare Exception for a file that tokenizers cannot read
         return f"{folder / 'tokenizer.json'} cannot be read ({str(error)[:200]})"
-    backend, _ = filled(backend, _declared(spec), folder)
     vocabulary = spec["model"].get("vocab") or {}
     vocabulary = (
         vocabulary if isinstance(vocabulary, dict) else {entry[0]: index for index, entry in enumerate(vocabulary)}
     )
     if len(set(vocabulary.values())) != len(vocabulary):
         return f"{folder / 'tokenizer.json'}: two tokens have the same id"
+    named = {index: name for name, index in vocabulary.items()}
     for token in spec.get("added_tokens") or ():
-        other = next((name for name, index in vocabulary.items() if index == token["id"]), token["content"])
-        if other != token["content"]:
+        name, index = token["content"], token["id"]
+        if named.get(index, name) != name:
             return (
-                f"{folder / 'tokenizer.json'}: id {token['id']} is {other!r} in its vocabulary and {token['content']!r}"
-                " among its added tokens"
+                f"{folder / 'tokenizer.json'}: id {index} is {named[index]!r} in its vocabulary and {name!r} among its"
+                " added tokens"
             )
+        if vocabulary.get(name, index) != index:  # `tokenizers` takes the first, a reader of the file the second
+            return (
+                f"{folder / 'tokenizer.json'}: {name!r} has id {vocabulary[name]} in its vocabulary and {index} among"
+                " its added tokens"
+            )
+    backend, _ = filled(backend, _declared(spec), folder)
 
     def read(name: str) -> dict:
         try:
