@@ -51,7 +51,7 @@ from pipeline.tracking import Progress
 if TYPE_CHECKING:
     from pipeline.data.steps import Steps
 
-VERSION = 11
+VERSION = 12
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 

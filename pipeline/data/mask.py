@@ -78,10 +78,6 @@ def _phone(found: str) -> bool:
     return 7 <= len(digits) <= 15 and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", found)
 
 
-def _chinese(found: str) -> bool:
-    return re.search(f"[{_HAN}]", found[found.index("@") :]) is not None
-
-
 def _always(_: str) -> bool:
     return True
 
@@ -131,9 +127,14 @@ _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@"
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}(?:[A-Za-z]{2,24}|xn--[A-Za-z0-9-]{2,59})(?![A-Za-z0-9-])"
 )
-# The same at domains with Chinese characters (RFC 6531). Text goes on behind them without a space, so a top-level
-# domain is one that exists (the 61 Chinese ones of the Public Suffix List of 2026, longest first); and it stands before
-# them without one, so of a Chinese name before the @ at most four characters go, as long as names of persons are.
+# The same at domains with Chinese characters (RFC 6531). Chinese text goes on behind an address without a space, and
+# its sentences may end in a dot, so an address that is odd is rather missed than prose taken for it:
+# * a part of a domain is of ASCII alone, or of Chinese characters and digits alone, at most 20 (the limit of .cn);
+# * a top-level domain is one that exists (the 61 Chinese ones of the Public Suffix List of 2026, longest first; of the
+#   others those that sell Chinese names most), and the first one ends the address;
+# * behind .com and the like no Chinese part follows; behind a part of ASCII, and behind a Chinese name before the @, no
+#   Chinese text follows the top-level domain (`info@example.com.在线客服`, `转发@张三.中国队`);
+# * nothing says where a Chinese name before the @ begins: at most four characters go, as long as names of persons are.
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 _TOP_ZH = (
     "嘉里大酒店|组织机构|電訊盈科|香格里拉|中文网|亚马逊|天主教|我爱你|新加坡|淡马锡|飞利浦"
@@ -142,13 +143,20 @@ _TOP_ZH = (
     "|游戏|澳門|澳门|点看|移动|网址|网店|网站|网络|联通|臺灣|谷歌|购物|通販|集团|食品"
     "|餐厅|香港"
 )
+_PART = rf"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?|[0-9{_HAN}](?:[0-9{_HAN}-]{{0,18}}[0-9{_HAN}])?)\."
+_REGION = r"(?:cn|hk|tw)(?![A-Za-z0-9-])"
+_DOMAIN_ZH = (
+    rf"{_PART}(?:(?!(?i:com|net|org|edu|gov|info|biz|[a-z]{{2}})\.[0-9]*[{_HAN}]){_PART}){{0,7}}?"
+    rf"(?:(?<=[A-Za-z0-9]\.)(?:{_TOP_ZH})(?![{_HAN}])|(?<=[{_HAN}]\.)(?:{_TOP_ZH}"
+    rf"|(?i:(?:com|net|org|edu|gov)\.{_REGION}|(?:com|net|org|info|biz|asia|top|vip|xyz|cc|tv|cn|hk|tw|sg|mo"
+    rf"|xn--[a-z0-9-]{{2,59}})(?![A-Za-z0-9-])))(?!\.{_REGION}))"
+)
 _EMAIL_ZH = re.compile(
-    rf"(?:(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{{0,63}}|[{_HAN}]{{1,4}})@"
-    rf"(?:[A-Za-z0-9{_HAN}](?:[A-Za-z0-9{_HAN}-]{{0,61}}[A-Za-z0-9{_HAN}])?\.){{1,8}}"
-    rf"(?:{_TOP_ZH}|(?:[A-Za-z]{{2,24}}|xn--[A-Za-z0-9-]{{2,59}})(?![A-Za-z0-9-]))"
+    rf"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{{0,63}}@{_DOMAIN_ZH}"
+    rf"|[{_HAN}]{{2,4}}@{_DOMAIN_ZH}(?![{_HAN}])"
 )
 # What must stand in a text before that is worth running: a Chinese character in what may be a domain of two parts.
-_AT_ZH = re.compile(rf"@[A-Za-z0-9.-]{{0,255}}(?:\.[{_HAN}]|[{_HAN}][A-Za-z0-9{_HAN}-]{{0,62}}\.)")
+_AT_ZH = re.compile(rf"@[A-Za-z0-9.-]{{0,255}}(?:\.[{_HAN}]|[{_HAN}][0-9{_HAN}-]{{0,62}}\.)")
 # The digit comes before what must not stand before it: an expression that begins with a class of characters is tried
 # only there.
 _IP4 = re.compile(r"\d(?<![\d.vV].)(?<!ersion .)(?<!版本.)(?<!版本 .)\d{0,2}(?:\.\d{1,3}){3}(?![\d.]*\d)")
@@ -178,7 +186,7 @@ _PHONE = re.compile(
 )
 _RULES: dict[str, list[tuple[re.Pattern, Callable[[str], bool]]]] = {
     "secret": [(_SECRET, _always)],
-    "email": [(_EMAIL_ZH, _chinese), (_EMAIL, _always)],  # a@b.com.中国 is more than its beginning
+    "email": [(_EMAIL_ZH, _always), (_EMAIL, _always)],  # a@mail.shop.例子.中国 is more than its beginning
     "ip": [(_IP4, _address), (_IP6, _address)],
     "card": [(_CARD, _card), (_CARD_BESIDE, _card)],
     "id_zh": [(_ID, _identity)],
