@@ -42,6 +42,7 @@ from pipeline.data.pool import Pool
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
 from pipeline.data.sources import Bad, MissingField, Passed, Record, Source
+from pipeline.data.tables import REPEATED
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.plural import many
@@ -86,8 +87,8 @@ class Config(StageConfig):
     """Share of documents held out for evaluation, chosen by hash after deduplication, so that no held-out text has a
     duplicate in training."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
-    """Largest share of unreadable records that a source may have; more of them end the stage, for then the source is
-    not what the recipe says."""
+    """Largest share of unreadable records that a source may have (of its pages, not counting the requests and images of
+    a web archive); more of them end the stage, for then the source is not what the recipe says."""
     workers: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Processes; by default the cores of this machine, or of the Ray cluster."""
     executor: Annotated[Literal["local", "slurm", "ray"], EXECUTION] = "local"
@@ -212,13 +213,22 @@ def _refuse(config: Config, report: dict, output: Output) -> None:
                     f"WARNING sources.{name}: {number} file{'s end' if number > 1 else ' ends'} early ({reason}); what"
                     f" follows is lost: fetch again (places: {output.path / 'rejected' / name}.jsonl.zst)"
                 )
+            if reason == REPEATED:  # one bad record, too, for a file of any size
+                say(
+                    f"WARNING sources.{name}: {many(number, 'file')} {'has' if number == 1 else 'have'} a header with"
+                    " two columns of one name, so that no row of it is read: rename one of them (places:"
+                    f" {output.path / 'rejected' / name}.jsonl.zst)"
+                )
     for name, counts in report["sources"].items():
         bad = sum(counts["bad"].values())
-        if bad > config.max_bad * counts["read"]:
+        # What is passed over by its kind, as two thirds of a web archive are, makes damaged pages no fewer.
+        passed = sum(number for why, number in counts["not selected"].items() if why not in ("where", "part"))
+        records = counts["read"] - passed
+        if bad > config.max_bad * records:
             most = max(counts["bad"], key=counts["bad"].get)
             raise UserError(
-                f"sources.{name}: {bad} of {many(counts['read'], 'record')} {'is' if bad == 1 else 'are'} bad"
-                f" ({bad / counts['read']:.1%}, most often:"
+                f"sources.{name}: {bad} of {many(records, 'record')} {'is' if bad == 1 else 'are'} bad"
+                f" ({bad / records:.1%}, most often:"
                 f" {most}), more than max_bad {config.max_bad:g}; look into"
                 f" {output.path / 'rejected' / name}.jsonl.zst, then mend the source or raise max_bad"
                 f"{reading.other_encoding(config.sources[name], most)}"

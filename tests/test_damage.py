@@ -4,6 +4,7 @@ place; and one big file is many units, made in parallel and not made again."""
 import gzip
 import json
 import random
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness import files_of, stage, succeed
 
 from pipeline import clean
 from pipeline.data import outcomes
+from pipeline.data.tables import REPEATED
 from pipeline.errors import UserError
 
 
@@ -151,6 +153,54 @@ def test_damage_of_every_source_is_counted_with_its_place(tmp_path):
         assert Counter(entry["reason"] for entry in map(json.loads, rejected) if entry["status"] == "bad") == bad[name]
     code, said = run(tmp_path, {"warc": "a.warc"}, "clean.max_bad=0.1")
     assert code == 2 and "4 of 16 records are bad" in said and "Traceback" not in said
+
+
+def test_bad_pages_are_a_share_of_the_pages(tmp_path):
+    """Requests, metadata and images of an archive do not make its damaged pages fewer."""
+    rng = random.Random(2)
+
+    def record(kind: str, body: bytes) -> bytes:
+        return warc(body).replace(b"conversion", kind.encode())
+
+    def response(body: bytes, more: str = "") -> bytes:
+        return record("response", f"HTTP/1.1 200 OK\r\n{more}\r\n".encode() + body)
+
+    plain, packed = "Content-Type: text/plain\r\n", "Content-Type: text/plain\r\nContent-Encoding: gzip\r\n"
+    pages = [response(text(rng).encode(), plain) for _ in range(45)] + [response(b"\x1f\x8bj\xff", packed)] * 5
+    other = record("request", b"GET / HTTP/1.1\r\n\r\n") + record("metadata", b"a: b")
+    other += response(b"\x89PNG", "Content-Type: image/png\r\n")
+    (tmp_path / "a.warc").write_bytes(b"".join(page + other for page in pages))
+    code, said = run(tmp_path, {"a": "a.warc"}, "clean.max_bad=0.09")
+    assert code == 2 and "sources.a: 5 of 50 records are bad (10.0%" in said, said
+    code, said = run(tmp_path, {"a": "a.warc"}, "clean.max_bad=0.11")
+    assert code == 0, said
+
+
+def test_a_table_with_a_repeated_column_costs_itself_and_no_other(tmp_path):
+    """Wherever it stands among the files: one record that names the column, and a word that a file is lost."""
+    rng = random.Random(3)
+    for number in range(4):
+        rows = "".join(f'{n},"{text(rng)}"\n' for n in range(20))
+        (tmp_path / f"{number}.csv").write_text(("n,text\n" if number != 2 else "text,text\n") + rows)
+    code, said = run(tmp_path, {"a": "*.csv"})
+    assert code == 0 and "WARNING sources.a: 1 file has a header with two columns of one name" in said, said
+    output = tmp_path / "runs/t/clean/current"
+    counts = json.loads((output / "report.json").read_text())["sources"]["a"]
+    assert counts["bad"] == {REPEATED: 1} and counts["read"] == 61
+    with zstandard.open(output / "rejected/a.jsonl.zst") as rejected:
+        entry = next(e for e in map(json.loads, rejected.read().splitlines()) if e["status"] == "bad")
+    assert entry["place"] == "2.csv:1" and entry["excerpt"].startswith("'text': text,text"), entry
+    whole = files_of(output)
+    shutil.rmtree(tmp_path / "runs")
+    code, said = run(tmp_path, {"a": "*.csv"}, "clean.unit_bytes=1024")
+    assert code == 0 and whole == files_of(output), said
+    code, said = run(tmp_path, {"a": "2.csv"})
+    assert code == 2 and f"none of its 1 record is good; the first: 2.csv:1: {REPEATED}" in said, said
+    assert "'text': text,text" in said and "Traceback" not in said
+    (tmp_path / "clean.csv").write_text(f'n,text\n1,"{text(rng)}"\n')
+    sets = json.dumps({"e": {"path": ["clean.csv", "2.csv"]}})  # nothing must be missing from what is looked for
+    code, said = run(tmp_path, {"a": "[013].csv"}, f"clean.decontaminate={{sets: {sets}}}")
+    assert code == 2 and f"decontaminate.sets.e: 2.csv:1: {REPEATED}" in said, said
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst", "parquet"])

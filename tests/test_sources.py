@@ -32,6 +32,7 @@ from pipeline.data.sources import (
     render,
     text_of,
 )
+from pipeline.data.tables import REPEATED
 from pipeline.errors import UserError
 
 ROWS = [
@@ -342,18 +343,11 @@ def test_identity_is_content_not_place(tmp_path):
         ({"path": "empty.jsonl"}, "empty.jsonl is empty; give a file with records"),
         ({"path": "a.bin"}, "the format of a.bin is not known"),
         ({"path": "a.parquet.gz"}, "compressed parquet"),
-        ({"path": "two.csv"}, "two.csv: two columns are called 'text'; rename one of them"),
     ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
     monkeypatch.chdir(tmp_path)
-    for name, data in (
-        ("empty.jsonl", b""),
-        ("a.bin", b"1"),
-        ("two.csv", b"text,n,text\na,1,b\n"),
-        ("a.parquet.gz", b"1"),
-        ("folder/a.jsonl", b"{}"),
-    ):
+    for name, data in (("empty.jsonl", b""), ("a.bin", b"1"), ("a.parquet.gz", b"1"), ("folder/a.jsonl", b"{}")):
         write(tmp_path / name, data)
     with pytest.raises(UserError, match=message):
         records(**keys)
@@ -363,6 +357,8 @@ def test_columns_without_a_name_may_be_several_and_named_ones_not(tmp_path):
     """A spreadsheet's empty columns are nothing that a recipe could ask for."""
     path = write(tmp_path / "a.csv", b"text,,n,\na,,1,\n")
     assert [text_of(Source(path=path), item) for item in records(path=path)] == ["a"]
+    path = write(tmp_path / "two.csv", b"\ntext,n,text\na,1,b\n")
+    assert records(path=path) == [Bad("two.csv:2", REPEATED, "'text': text,n,text")]
     with pytest.raises(ValueError, match="columns: 'a' stands here twice; a field has one column"):
         Source(path=path, columns=["a", "b", "a"])
 

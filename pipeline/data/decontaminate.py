@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pipeline.data.sources import Bad, MissingField, Source, read, text_of
+from pipeline.data.tables import REPEATED
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from pipeline.plural import many
@@ -61,6 +62,10 @@ def build(wanted: Decontaminate) -> tuple[Runs, dict[str, dict[str, int]]]:
     for number, (name, source) in enumerate(wanted.sets.items()):
         texts, bad = [], 0
         for record in read(source, name, "decontaminate.sets"):
+            if (
+                isinstance(record, Bad) and record.reason == REPEATED
+            ):  # a whole file that nothing would be compared with
+                raise UserError(f"decontaminate.sets.{name}: {record.place}: {record.reason} ({record.raw})")
             try:
                 texts.append(normalise(text_of(source, record)) if not isinstance(record, Bad) else "")
             except MissingField:

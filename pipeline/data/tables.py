@@ -7,7 +7,10 @@ from pathlib import Path
 
 from pipeline.data.charset import shown
 from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, _bad, line_chunks
-from pipeline.errors import UserError
+
+# A file whose header has a name twice is one bad record, like a json file that is malformed: a record has one value
+# under a name, and nothing says which column is meant.
+REPEATED = "two columns of one name; rename one in the header line"
 
 
 def csv_chunks(
@@ -52,10 +55,9 @@ def csv_chunks(
         if header is None:
             header = cells
             if twice := repeated(header):
-                raise UserError(
-                    f"{path}: two columns are called {twice!r}; rename one of them in the header line, for a record has"
-                    " one value under a name"
-                )
+                begun = f"{twice!r}: {','.join(header)}"[:EXCERPT].encode(errors="surrogateescape")
+                yield _bad(relative, begins, REPEATED, shown(begun, encoding))
+                return
             continue
         rows.append((begins, _row(header, cells, f"{relative}:{begins}", encoding)))
         weight += sum(map(len, cells))
