@@ -1,7 +1,12 @@
 """Pieces of files that workers open themselves hold the same records, at the same places, as reading from the first
 byte to the last."""
 
+import errno
+import gzip
+import io
 import json
+import os
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -20,6 +25,9 @@ PIECES = [
     b'{"text": "' + b"x" * 60 + b'"}',
     "中".encode(),
     "中".encode("gbk"),
+    b"\xb46",  # half of four bytes of gb18030
+    b"\x8f\xb0",  # two thirds of three bytes of euc_jp
+    b"\xa4\xd4",  # a quarter of eight bytes of euc_kr
     b"\n",
     b"\r\n",
     b"\n\n",
@@ -60,14 +68,15 @@ def ranged(source: Source, size: int) -> list:
     data=st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join),
     size=st.integers(1, 80),
     kind=st.sampled_from([("a.jsonl", {}), ("a.txt", {"sample_by": "line"}), ("a.txt", {"sample_by": "paragraph"})]),
-    encoding=st.sampled_from([None, "gbk", "latin-1"]),
+    encoding=st.sampled_from([None, "gbk", "latin-1", "gb18030", "euc_jp", "euc_kr"]),
+    start=st.sampled_from([b"", b"\xef\xbb\xbf"]),
 )
-def test_ranges_hold_what_reading_in_one_go_finds(tmp_path, monkeypatch, data, size, kind, encoding):
+def test_ranges_hold_what_reading_in_one_go_finds(tmp_path, monkeypatch, data, size, kind, encoding, start):
     name, keys = kind
     # so that many lines are too long; white space around a paragraph is not counted alike by all
     monkeypatch.setattr(formats, "MAX_RECORD_BYTES", 1 << 26 if keys.get("sample_by") == "paragraph" else 64)
     monkeypatch.setattr(formats, "EXCERPT", 20)
-    (tmp_path / name).write_bytes(b"h" + data)
+    (tmp_path / name).write_bytes(start + (data or b"h"))  # an empty file is refused
     source = Source(path=str(tmp_path / name), encoding=encoding, **keys)
     whole = serial(source)
     assert serial(source, size) == whole
@@ -109,20 +118,31 @@ def test_a_record_that_is_too_long_costs_itself_and_no_range_reads_on_behind_it(
     rows=st.integers(1, 120),
     group=st.integers(1, 60),
     size=st.integers(1000, 30_000),
+    page=st.sampled_from([300, 1 << 20]),
     damage=st.booleans(),
+    last=st.booleans(),
     seed=st.randoms(),
 )
-def test_rows_of_parquet(tmp_path, rows, group, size, damage, seed):
+def test_rows_of_parquet(tmp_path, rows, group, size, page, damage, last, seed):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": [f"{number} " + "字" * seed.randrange(200) for number in range(rows)]})
     pyarrow.parquet.write_table(
-        table, path, row_group_size=group, write_page_checksum=True, compression="none", use_dictionary=False
+        table,
+        path,
+        row_group_size=group,
+        compression="none",
+        use_dictionary=False,
+        write_batch_size=8,  # a page holds one batch at least, 1,024 rows by default
+        data_page_size=page,
     )
     meta = pyarrow.parquet.read_metadata(path)
     lost = meta.num_row_groups // 2 if damage else -1
     if damage:
         raw = bytearray(path.read_bytes())
-        at = meta.row_group(lost).column(0).data_page_offset
+        column = meta.row_group(lost).column(0)
+        at = column.data_page_offset
+        if last:  # the header of the last page, behind rows that are whole
+            at = raw.rindex(b"\x15\x00\x15", at, at + column.total_compressed_size)  # type: a data page; then its size
         raw[at : at + 30] = b"\xff" * 30
         path.write_bytes(raw)
     expected = []
@@ -130,25 +150,41 @@ def test_rows_of_parquet(tmp_path, rows, group, size, damage, seed):
         if number // group != lost:
             expected.append((f"a.parquet:{number + 1}", table["text"][number].as_py()))
         elif number % group == 0:
-            expected.append((f"a.parquet:{number + 1}", "damaged parquet data"))
+            lost_rows = f"rows {number + 1} to {min(number + group, rows)}"
+            expected.append((f"a.parquet:{number + 1}", f"damaged parquet data: {lost_rows}"))
     source = Source(path=str(path))
     largest = max(meta.row_group(at).total_byte_size for at in range(meta.num_row_groups))
+    whole = serial(source)
     for read in (serial, *([ranged] if largest <= 4 * size else [])):
         found = read(source, size)
+        assert found == whole, read
         assert [
-            (item.place, item.fields["text"] if isinstance(item, Record) else item.reason) for item in found
+            (item.place, item.fields["text"] if isinstance(item, Record) else f"{item.reason}: {item.raw}")
+            for item in found
         ] == expected, read
     if largest <= 4 * size and not damage:
         assert all(piece.weight <= 1.1 * size + 1000 for piece in pieces(source, "x", size))
 
 
-def test_large_row_groups_and_packed_files_are_read_once(tmp_path):
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a" * 100] * 5000}), tmp_path / "a.parquet", use_dictionary=False
+def test_large_row_groups_and_packed_files_are_read_by_who_cuts_them(tmp_path, monkeypatch):
+    lines = [{"text": f"{number} " + "a" * 100} for number in range(5000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / "a.parquet", use_dictionary=False)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    opened, decoded, opens = [], [], io.open
+    iterate = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr("builtins.open", lambda path, *rest: (opened.append(Path(path).name), opens(path, *rest))[1])
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile,
+        "iter_batches",
+        lambda self, *rest, **keys: (decoded.append(keys["row_groups"]), iterate(self, *rest, **keys))[1],
     )
-    source = Source(path=str(tmp_path / "a.parquet"))
-    assert not any(isinstance(piece, Range) for piece in pieces(source, "x", 10_000))
-    assert len(serial(source, 10_000)) == 5000
+    source = Source(path=str(tmp_path / "*"))
+    cut = list(pieces(source, "x", 10_000))
+    found = [item.fields for piece in cut for chunk in load(piece, source, "x")[0] for item in parse(chunk)]
+    assert found == lines * 2 and len(cut) > 50
+    assert not any(isinstance(piece, Range) for piece in cut)
+    assert opened == ["b.jsonl.gz"]
+    assert decoded == [[0], [0]]  # once to see that it is whole
 
 
 def test_small_files_are_opened_by_who_parses_them(tmp_path):
@@ -181,4 +217,48 @@ def test_a_file_that_a_worker_does_not_find_is_named(tmp_path):
     (piece,) = pieces(source, "x", 1 << 20)
     path.unlink()
     with pytest.raises(UserError, match=r"sources.x: .*a.jsonl is not there on .* all machines see"):
+        load(piece, source, "x")
+
+
+CHANGES = {
+    "shorter": lambda path, raw: path.write_bytes(raw[: len(raw) // 3]),
+    "longer": lambda path, raw: path.write_bytes(raw * 2),
+    "as long": lambda path, raw: path.write_bytes(raw[::-1]),
+    "junk": lambda path, raw: path.write_bytes(b"junk"),
+    "empty": lambda path, raw: path.write_bytes(b""),
+    "a folder": lambda path, raw: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.json", "a.jsonl.gz"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, name, change):
+    path = tmp_path / name
+    lines = b"".join(b'{"text": "%d %s"}\n' % (number, os.urandom(30).hex().encode()) for number in range(1000))
+    if name == "a.parquet":
+        table = pyarrow.table({"text": [line.decode() for line in lines.splitlines()]})
+        pyarrow.parquet.write_table(table, path, row_group_size=100, use_dictionary=False)
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else b"[{}]" if name == "a.json" else lines)
+    os.utime(path, ns=(0, 0))  # the clock of a file system may be coarse
+    source = Source(path=str(path), sample_by="line" if name == "a.txt" else "document")
+    left = pieces(source, "x", 8192)
+    begun = [next(left)] if name == "a.jsonl.gz" else [*left]  # packed files are not opened again
+    CHANGES[change](path, path.read_bytes())
+    with pytest.raises(UserError, match=rf"^sources.x: {path} changed while the stage ran; .*run the same command"):
+        for piece in [*begun, *left]:
+            load(piece, source, "x")
+
+
+def test_a_source_that_a_worker_may_not_read_is_told_apart_from_the_output(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "d"}\n' * 9)
+    source = Source(path=str(path))
+    (piece,) = pieces(source, "x", 1 << 20)
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))  # root, whom tests may run as, may read all
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(UserError, match=r"sources.x: .*a.jsonl cannot be read on .*: Permission denied; "):
         load(piece, source, "x")

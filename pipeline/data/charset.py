@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 # Codecs of Python that no text file is in.
 _NO_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"}
+# Behind half a character a decoder waits for the rest; where none comes, all that it waited for is an error, newlines
+# and lines behind them, too. So the end of a text would be read otherwise than its middle. Behind seven more newlines
+# no character is open: the longest, a composed one of euc_kr, has eight bytes.
+_CLOSED = b"\n" * 7
 _KEPT = re.compile(rb"\xed([\xb0-\xb3])([\x80-\xbf])")
 
 
@@ -38,12 +42,17 @@ def transcoded(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder(encoding)("alma.keep")
     for block in blocks:
         yield decoder.decode(block).encode(errors="surrogatepass")
-    yield decoder.decode(b"", True).encode(errors="surrogatepass")
+    closed = _CLOSED if ends_lines_with_newlines(encoding) else b""
+    yield _without(decoder.decode(closed, True), closed)
 
 
 def utf8(raw: bytes, encoding: str | None) -> bytes:
-    """A piece of a file, which begins and ends with whole characters, in UTF-8."""
-    return raw.decode(encoding, "alma.keep").encode(errors="surrogatepass") if encoding else raw
+    """Whole lines of a file in an encoding that ends them with newlines, in UTF-8."""
+    return _without((raw + _CLOSED).decode(encoding, "alma.keep"), _CLOSED) if encoding else raw
+
+
+def _without(text: str, closed: bytes) -> bytes:
+    return text[: len(text) - len(closed)].encode(errors="surrogatepass")
 
 
 def ends_lines_with_newlines(encoding: str | None) -> bool:

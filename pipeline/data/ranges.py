@@ -11,6 +11,7 @@ it have adds them (outcomes.at_lines).
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Range:
     begin: int
     end: int
     weight: int  # bytes, about
+    state: tuple[int, int]  # of the file when it was cut: bytes, and when it was changed, in nanoseconds
 
     @property
     def continued(self) -> bool:
@@ -43,43 +45,90 @@ class Range:
 
 def pieces(source: Source, name: str, size: int) -> Iterator[Range | Chunk]:
     """A source in pieces of about `size` bytes: chunks of what has to be read from the beginning (packed files, large
-    tables and archives, encodings whose newlines are no newline bytes), ranges of all else."""
+    tables and archives, encodings whose newlines are no newline bytes), ranges of all else. Raises UserError where a
+    file is not there, or has changed."""
     if source.dataset:
         yield from chunks(source, name, size)
         return
-    for relative, path in files(source, name):
-        kind, length = format_of(source, path, f"sources.{name}"), path.stat().st_size
+    for relative, path, state in [(relative, path, _state(path)) for relative, path in files(source, name)]:
+        kind, length = format_of(source, path, f"sources.{name}"), state[0]
         by = kind if kind == "jsonl" else source.sample_by if kind == "txt" else ""
         if path.suffix in (".gz", ".zst"):
-            yield from file_chunks(source, f"sources.{name}", relative, path, size)
+            yield from _watched(file_chunks(source, f"sources.{name}", relative, path, size), name, path, state)
         elif kind == "parquet":
-            for piece in parquet_pieces(relative, path, size):
-                yield piece if isinstance(piece, Chunk) else Range(relative, path, kind, *piece)
+            for piece in _watched(parquet_pieces(relative, path, size), name, path, state):
+                yield piece if isinstance(piece, Chunk) else Range(relative, path, kind, *piece, state)
         elif by in LINES and ends_lines_with_newlines(source.encoding):
+            size = max(size, len(BOM) + 1)  # so that the first record begins in the first range
             for begin in range(0, length, size):
                 end = min(length, begin + size)
-                yield Range(relative, path, by, begin, end, end - begin)
+                yield Range(relative, path, by, begin, end, end - begin, state)
         elif length <= size or kind == "html" or by == "document":
-            yield Range(relative, path, "file", 0, length, length)
+            yield Range(relative, path, "file", 0, length, length, state)
         else:
-            yield from file_chunks(source, f"sources.{name}", relative, path, size)
+            yield from _watched(file_chunks(source, f"sources.{name}", relative, path, size), name, path, state)
 
 
 def load(piece: Range | Chunk, source: Source, name: str) -> tuple[list[Chunk], int]:
-    """What a piece holds, and for a range of lines how many lines end in it. Raises UserError where the file is not."""
+    """What a piece holds, and for a range of lines how many lines end in it. Raises UserError where the file is not
+    there, or is not the one that was cut."""
     if isinstance(piece, Chunk):
         return [piece], 0
-    try:
+    with _unchanged(name, piece.path, piece.state):
         if piece.kind in LINES:
             return _lines(piece, source.encoding)
         if piece.kind == "parquet":
             return list(parquet_rows(piece.file, piece.path, piece.begin, piece.end)), 0
         return list(file_chunks(source, f"sources.{name}", piece.file, piece.path, CHUNK_BYTES)), 0
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _unchanged(name: str, path: Path, state: tuple[int, int]) -> Iterator[None]:
+    """What was read while this was open is of the file that was cut, or UserError is raised. Asked afterwards, so that
+    a change in between is seen, too, and is the reason given for what it broke."""
+    import pyarrow
+
+    try:
+        try:
+            yield
+        except Exception:
+            _refuse_changed(name, path, state)
+            raise
+        _refuse_changed(name, path, state)
     except FileNotFoundError:
         raise UserError(
-            f"sources.{name}: {piece.path} is not there on {socket.gethostname()}; leave sources where they are while"
+            f"sources.{name}: {path} is not there on {socket.gethostname()}; leave sources where they are while"
             " the stage runs, and with executor: slurm or ray on a file system that all machines see"
         ) from None
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:EXCERPT]
+        raise UserError(
+            f"sources.{name}: {path} cannot be read on {socket.gethostname()}: {reason}; mend that, and run the same"
+            " command again"
+        ) from None
+
+
+def _refuse_changed(name: str, path: Path, state: tuple[int, int]) -> None:
+    if _state(path) != state:
+        raise UserError(
+            f"sources.{name}: {path} changed while the stage ran; leave sources as they are until it is done, and run"
+            " the same command again"
+        ) from None
+
+
+def _watched(items: Iterator, name: str, path: Path, state: tuple[int, int]) -> Iterator:
+    """What is read from a file in this process, piece by piece."""
+    while True:
+        with _unchanged(name, path, state):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
 
 
 def _lines(piece: Range, encoding: str | None) -> tuple[list[Chunk], int]:

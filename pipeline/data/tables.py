@@ -132,7 +132,7 @@ def parquet_pieces(relative: str, path: Path, size: int) -> Iterator[Chunk | tup
     try:
         opened = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        yield _damaged(relative, 0, error)
+        yield _bad(relative, 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
         return
     with opened:
         meta = opened.metadata
@@ -160,14 +160,19 @@ def parquet_pieces(relative: str, path: Path, size: int) -> Iterator[Chunk | tup
 
 
 def _streamed(opened, relative: str, group: int, row: int, several: int) -> Iterator[Chunk]:
+    """A row group that is too large to be held, a few rows at a time. It is decoded twice: whether its last page is
+    damaged has to be known before its first row is handed out, for smaller groups are lost as a whole."""
     import pyarrow
 
     try:
-        for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
-            yield Chunk(relative, "table", row + 1, pyarrow.Table.from_batches([batch]), batch.nbytes)
-            row += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        yield _damaged(relative, row, error)
+        for _ in opened.iter_batches(batch_size=several, row_groups=[group]):
+            pass
+    except (pyarrow.ArrowException, OSError):
+        yield _damaged(relative, row, row + opened.metadata.row_group(group).num_rows)
+        return
+    for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
+        yield Chunk(relative, "table", row + 1, pyarrow.Table.from_batches([batch]), batch.nbytes)
+        row += batch.num_rows
 
 
 def parquet_rows(relative: str, path: Path, begin: int, end: int) -> Iterator[Chunk]:
@@ -184,14 +189,16 @@ def parquet_rows(relative: str, path: Path, begin: int, end: int) -> Iterator[Ch
                 continue
             try:
                 table = opened.read_row_group(group, use_threads=False)
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError):
                 if row >= begin:
-                    yield _damaged(relative, row, error)
+                    yield _damaged(relative, row, after)
                 continue
             first = max(row, begin)
             table = table.slice(first - row, min(end, after) - first)
             yield Chunk(relative, "table", first + 1, table, table.nbytes)
 
 
-def _damaged(relative: str, row: int, error: Exception) -> Chunk:
-    return _bad(relative, row + 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+def _damaged(relative: str, row: int, after: int) -> Chunk:
+    """A row group that is lost. With the rows and not with what Arrow says: of several errors it tells another one when
+    it reads the group in another way."""
+    return _bad(relative, row + 1, "damaged parquet data", f"rows {row + 1} to {after}")
