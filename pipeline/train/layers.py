@@ -6,6 +6,7 @@ same modules, so both work there too.
 """
 
 import functools
+import types
 
 import torch
 
@@ -23,6 +24,8 @@ ATTENTION = (
     "_efficient_attention_forward",
     "_cudnn_attention_forward",
 )
+# A cache of keys and values would be filled a second time.
+NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
 
 
 def prepare(model, config) -> None:
@@ -50,13 +53,28 @@ def of(model) -> list[torch.nn.Module]:
 def checkpoint(model, how: str) -> None:
     """Keep less of each layer's activations for the backward pass and compute the rest again. how: "full" keeps the
     layer's input alone (Chen et al., 2016), "selective" also the results of matrix products and attention. Results
-    stay the same to the bit where operations are deterministic."""
+    stay the same to the bit where operations are deterministic.
+
+    Done here and not by transformers, which before 5.23 recomputes around `__call__`, outside of what is compiled:
+    torch then finds what "selective" kept changed by the compiled code, and ends with an error."""
     options: dict = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, _policy)
-    # renamed in transformers 5.23
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options)
+    for layer in of(model):
+        layer.forward = types.MethodType(_recomputed(type(layer).forward, options), layer)
+
+
+def _recomputed(forward, options: dict):
+    """A layer's `forward` that keeps less while it trains."""
+
+    @functools.wraps(forward)
+    def keeping_less(self, *args, **kwargs):
+        if not self.training:
+            return forward(self, *args, **kwargs)
+        kwargs |= {name: empty for name, empty in NO_CACHE.items() if name in kwargs}
+        return torch.utils.checkpoint.checkpoint(functools.partial(forward, self, **kwargs), *args, **options)
+
+    return keeping_less
 
 
 def _policy(context, operator, *args, **kwargs):
