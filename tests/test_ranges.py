@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import random
 from pathlib import Path
 
 import pyarrow
@@ -185,6 +186,21 @@ def test_large_row_groups_and_packed_files_are_read_by_who_cuts_them(tmp_path, m
     assert not any(isinstance(piece, Range) for piece in cut)
     assert opened == ["b.jsonl.gz"]
     assert decoded == [[0], [0]]  # once to see that it is whole
+
+
+@pytest.mark.parametrize("fill", [b"\xff", b"\x0a"])
+def test_what_is_left_of_a_damaged_packed_file_does_not_depend_on_the_unit(tmp_path, fill):
+    draw = random.Random(0)
+    text = b"".join(b"%d %s\n" % (number, bytes(draw.choices(b"abcdefghijklmnop", k=200))) for number in range(3000))
+    packed = bytearray(gzip.compress(text))
+    at = len(packed) * 3 // 4
+    packed[at : at + 4000] = fill * 4000
+    (tmp_path / "a.txt.gz").write_bytes(packed)
+    source = Source(path=str(tmp_path / "a.txt.gz"), sample_by="line")
+    whole = serial(source)
+    assert len(whole) > 1000 and whole[-1].reason == "damaged .gz data"
+    for size in (1024, 8192, 1 << 16, 1 << 18):
+        assert serial(source, size) == whole, size
 
 
 def test_small_files_are_opened_by_who_parses_them(tmp_path):

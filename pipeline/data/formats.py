@@ -140,8 +140,8 @@ class _Torn(Exception):
 
 
 def _blocks(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes]:
-    """Bytes of a file in blocks of at most `size` on disk, unpacked by suffix and in UTF-8. Raises _Torn where the rest
-    cannot be unpacked."""
+    """Bytes of a file in blocks, unpacked by suffix and in UTF-8; of at most `size` where nothing is unpacked. Raises
+    _Torn where the rest cannot be unpacked."""
     return transcoded(_unpacked(path, size), encoding) if encoding else _unpacked(path, size)
 
 
@@ -160,7 +160,8 @@ def _unpacked(path: Path, size: int) -> Iterator[bytes]:
         # The streaming readers of zstandard end without a word where a file is cut; decompressobj knows whether its
         # frame was complete.
         unpack = None
-        while packed := handle.read(min(size, 1 << 16)):
+        # Of a block with damage in it nothing is unpacked, so how long blocks are must not depend on `size`.
+        while packed := handle.read(1 << 16):
             while packed:
                 unpack = unpack or make()
                 try:
