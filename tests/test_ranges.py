@@ -27,7 +27,7 @@ PIECES = [
     "中".encode(),
     "中".encode("gbk"),
     b"\xb46",  # half of four bytes of gb18030
-    b"\x8f\xb0",  # two thirds of three bytes of euc_jp
+    b"\x8f",  # the first of three bytes of euc_jp
     b"\xa4\xd4",  # a quarter of eight bytes of euc_kr
     b"\n",
     b"\r\n",
@@ -82,6 +82,21 @@ def test_ranges_hold_what_reading_in_one_go_finds(tmp_path, monkeypatch, data, s
     whole = serial(source)
     assert serial(source, size) == whole
     assert ranged(source, size) == whole
+
+
+@pytest.mark.parametrize("by", ["line", "paragraph"])
+@pytest.mark.parametrize(
+    "encoding, half", [("gb18030", b"\xb46"), ("euc_jp", b"\x8f"), ("euc_jis_2004", b"\x8f"), ("euc_kr", b"\xa4\xd4")]
+)
+def test_half_a_character_costs_its_record_alone_wherever_a_range_ends(tmp_path, encoding, half, by):
+    path = tmp_path / "a.txt"
+    between = b"\n" if by == "line" else b"\n\n"
+    path.write_bytes(between.join([b"ab" + half, b"ok", b"cd" + half, b"fine"]) + between)
+    source = Source(path=str(path), sample_by=by, encoding=encoding)
+    whole = serial(source)
+    assert [isinstance(item, Bad) for item in whole] == [True, False, True, False]
+    for size in range(1, 24):
+        assert ranged(source, size) == serial(source, size) == whole, size
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
