@@ -161,6 +161,58 @@ def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_r
     assert not (world / "runs/tiny/pretrain/requeue.json").exists()
 
 
+RANK_0 = """
+import sys, time
+from pathlib import Path
+from pipeline.artifact import Output
+from pipeline.train import phases
+from pipeline.train.config import Watchdog
+from pipeline.train.watch import Watch
+
+output = Output(Path(sys.argv[1]), "pretrain", "pretrain", {})
+output.path.mkdir(parents=True)
+phases.enter("data", at=6)
+with Watch(output, Watchdog(hang=3, lost=50)):
+    phases.enter("data", at=7)
+    phases.enter("reduce")
+    time.sleep(60)
+"""
+
+
+def test_of_two_in_the_same_phase_the_silent_one_is_named(tmp_path):
+    """Rank 0 waits in place 1 of step 7. Rank 1 was last seen there too, or before, or after (gloo lets one rank out of
+    a collective before the other has all it needs), and shows no more heartbeats; or it beats on."""
+    cases = {"before": (0, False), "same": (1, False), "after": (2, False), "alive": (1, True)}
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "two"}
+    ranks, states = {}, {}
+    for case in cases:
+        (tmp_path / case).mkdir()
+        with open(tmp_path / case / "rank-0.log", "w") as log:
+            ranks[case] = subprocess.Popen(
+                [sys.executable, "-c", RANK_0, str(tmp_path / case / "run")], env=environment, cwd=ROOT, stderr=log
+            )
+    for beats in range(100):
+        for case, (place, alive) in cases.items():
+            first = next((tmp_path / case).glob("run/*.partial/logs/heartbeat/rank-00000.json"), None)
+            if first and (alive or case not in states):
+                states.setdefault(case, json.loads(first.read_text()))
+                state = {"rank": 1, "step": 7, "place": place, "phase": "reduce", "patience": "hang", "beats": beats}
+                (tmp_path / case / "next").write_text(json.dumps({**states[case], **state}))
+                (tmp_path / case / "next").rename(first.with_name("rank-00001.json"))
+        time.sleep(0.3)
+        if all(rank.poll() is not None for rank in ranks.values()):
+            break
+    assert {case: rank.wait() for case, rank in ranks.items()} == dict.fromkeys(cases, 76)
+    for case, (_, alive) in cases.items():
+        found = json.loads((tmp_path / case / "run/requeue.json").read_text())
+        text = found["message"]
+        if alive:
+            assert found["rank"] == 0 and "ranks 0-1 have been in phase reduce of step 7 for" in text, text
+        else:
+            assert found["rank"] == 1 and "it gives no sign of life" in text and "rank 0 waits in reduce" in text, text
+            assert text in said(tmp_path / case, 0)
+
+
 @pytest.mark.slow
 def test_a_mistake_that_one_rank_makes_is_told_by_the_other(world):
     ranks = start(world, "output=mistake", second=("pretrain.heldout_rows=1",))

@@ -10,8 +10,8 @@ of ranks and not with its square. Time is counted on the reader's own clock from
 change: clocks of hosts differ, and a shared file system shows changes late. A reader that was suspended itself
 (SIGSTOP, `scontrol suspend`), or could not write, does not count that time.
 
-* no rank has entered a phase for `watch.hang` seconds: the ranks at the lowest (step, place) are those that the others
-  wait for. All dump stacks and leave;
+* no rank has entered a phase for `watch.hang` seconds: the others wait for those that give no sign of life, or, if all
+  live, for the ranks at the lowest (step, place). All dump stacks and leave;
 * a rank gives no sign of life for `watch.lost` seconds, or its process is gone from this host: the others say so and
   leave;
 * a rank ends with an exception or was asked to stop: the others give their own main thread ten seconds to end by
@@ -270,8 +270,13 @@ class Watch:
         here = {rank: self.moved[rank] for rank, state in self.seen.items() if not state["word"]}
         missing = [rank for rank in range(self.world) if rank not in self.seen]
         still = self.clock - max(at for _, _, at in self.moved.values())
-        lowest = min((step, place) for step, place, _ in here.values())
-        behind = missing or sorted(rank for rank, (step, place, _) in here.items() if (step, place) == lowest)
+        # A rank that is suspended was last seen at a place that it may have left since, so it is blamed before those
+        # that live, wherever they are; of several, or of none, those at the lowest place.
+        patience = max(3 * self.interval, still / 2)
+        silent = {rank for rank in here if rank != self.rank and self.clock - self.changed[rank] > patience}
+        places = {rank: (step, place) for rank, (step, place, _) in here.items() if rank in silent or not silent}
+        lowest = min(places.values())
+        behind = missing or sorted(rank for rank, place in places.items() if place == lowest)
         limits = {"hang": self.config.hang, "start": self.config.start, "none": math.inf}
         limit = self.config.start if missing else max(limits[self.seen[rank]["patience"]] for rank in behind)
         if still <= limit or any(state["patience"] == "none" for state in self.seen.values()):
@@ -290,8 +295,9 @@ class Watch:
                 else f"ranks {_ranges(behind)} have"
             )
             text = f"{who} been in phase {first['phase']} of step {first['step']} for {seconds:.0f} s"
-            if behind[0] != self.rank and self.clock - self.changed[behind[0]] > max(3 * self.interval, still / 2):
-                text += " (as far as it said; it gives no sign of life: suspended, or its interpreter is blocked)"
+            if silent:
+                who, whose = ("it gives", "its interpreter is") if len(behind) == 1 else ("they give", "Python is")
+                text += f" (as far as {who.split()[0]} said; {who} no sign of life: suspended, or {whose} blocked)"
         waiting: dict[str, list[int]] = {}
         for rank, state in sorted(self.seen.items()):
             if rank not in behind and not state["word"]:
