@@ -170,8 +170,8 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     signals; a window begins half way between two saves, so that it holds what a save costs while it is written
     beside the steps, and nothing of it falls into the others' turns."""
     from pipeline import pretrain
-    from pipeline.artifact import Output
     from pipeline.models import cost
+    from pipeline.output import Output
     from pipeline.train import distributed, engine, layers, phases
     from pipeline.train.loop import fit, share
     from pipeline.train.meters import Text

@@ -19,11 +19,13 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline import artifact
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.errors import Stopped, UserError
 from pipeline.files import write_atomic
 from pipeline.graph import Node, accepts, ancestors, check, examine_one, identity_of, nodes, source_identity
+from pipeline.output import Output, link
 from pipeline.recipe import Recipe, dump, load, module_of
+from pipeline.unfinished import fork_source
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 # What a machine can refuse, and what its user can do.
@@ -254,7 +256,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
             raise UserError(f"{node.folder}: another run is writing here: {node.reason}; wait for it, or end it")
         again = restart and name in forced and (node.state != "up to date" or bool(only))
         if node.state == "up to date" and not again:
-            artifact.link(node.folder, node.output.path) if node.reason else None
+            link(node.folder, node.output.path) if node.reason else None
             say(f"{name}: up to date")
             continue
         say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
@@ -270,7 +272,7 @@ def _can_fork(node: Node) -> bool:
     """A stage whose inputs changed with the fork of an earlier one has nothing to go on from: it is run from its
     start."""
     try:
-        artifact.fork_source(node.folder, node.identity, dump(node.config), node.name)
+        fork_source(node.folder, node.identity, dump(node.config), node.name)
         return True
     except UserError:
         return False

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.chain import say
 from pipeline.data import decontaminate, ledger, outcomes, units
 from pipeline.data import sources as reading
@@ -45,6 +45,7 @@ from pipeline.data.sources import Bad, MissingField, Passed, Record, Source
 from pipeline.data.tables import REPEATED
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.tracking import Progress

@@ -11,9 +11,10 @@ import functools
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PreferenceSource
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.train.config import Optimizer, TrainConfig
 

@@ -14,8 +14,9 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline import artifact, faults
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.files import write_atomic
+from pipeline.output import Output
 from pipeline.recipe import StageConfig
 from pipeline.seeds import derive
 

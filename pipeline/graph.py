@@ -11,8 +11,10 @@ from pathlib import Path
 from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError
+from pipeline.fingerprint import differences, fingerprint_of
 from pipeline.lock import describe_holder, lock_holder
 from pipeline.recipe import Recipe, StageConfig, identity, module_of
+from pipeline.unfinished import restarting
 
 
 @dataclass
@@ -199,17 +201,15 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
 
 def _compare(node: Node) -> None:
     """State of a stage whose parents are all up to date."""
-    fingerprint = artifact.fingerprint_of(node.identity)
+    fingerprint = fingerprint_of(node.identity)
     published = artifact.current(node.folder)
-    if (published is None or published.fingerprint != fingerprint) and not artifact.restarting(
-        node.folder / f"{fingerprint[:12]}.partial"
-    ):
+    partial = node.folder / f"{fingerprint[:12]}.partial"
+    again = restarting(partial)
+    if (published is None or published.fingerprint != fingerprint) and not again:
         same = artifact.read(node.folder / fingerprint[:12])  # an earlier recipe's output is kept, and serves again
         if same and same.fingerprint == fingerprint and not same.damage():
             node.state, node.output, node.reason = "up to date", same, "kept from an earlier run"
             return
-    partial = node.folder / f"{fingerprint[:12]}.partial"
-    again = artifact.restarting(partial)
     if published and published.fingerprint == fingerprint and not again:
         node.output = published
         damage = published.damage()
@@ -222,7 +222,7 @@ def _compare(node: Node) -> None:
         node.output = published
         node.state, node.reason = (
             "stale",
-            "; ".join(artifact.differences(published.manifest["identity"], node.identity)) or "made by another version",
+            "; ".join(differences(published.manifest["identity"], node.identity)) or "made by another version",
         )
 
 

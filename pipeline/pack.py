@@ -27,12 +27,13 @@ from urllib.parse import quote
 from pydantic import Field
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.chain import say
 from pipeline.data.foreign import Shards
 from pipeline.data.parts import Unit
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.seeds import derive

@@ -16,11 +16,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PromptSource
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict
 from pipeline.rl.rules import Rule

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.chain import say
 from pipeline.data.fim import Fim
 from pipeline.errors import UserError
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict
 from pipeline.train import horizon

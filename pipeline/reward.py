@@ -13,10 +13,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PreferenceSource
 from pipeline.files import write_json
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.train.config import Optimizer, TrainConfig
 

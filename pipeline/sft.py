@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import ChatSource
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION
 from pipeline.train.config import Optimizer, TrainConfig

@@ -18,11 +18,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.chain import say
 from pipeline.data.merges import LONGEST
 from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
+from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import StageConfig
 from pipeline.tracking import Progress

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import artifact, files, lock
-from pipeline.artifact import Output
 from pipeline.errors import UserError
+from pipeline.fingerprint import differences, fingerprint_of
 from pipeline.lock import Lock
+from pipeline.output import Output
 
 IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
 MARKER = b'{"files": {}}'
@@ -50,7 +51,7 @@ def test_published_output_is_complete_linked_and_read_back(tmp_path):
         found.manifest["files"]["data/one.bin"]["sha256"]
         == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
     )
-    assert found.path.name == artifact.fingerprint_of(IDENTITY)[:12]
+    assert found.path.name == fingerprint_of(IDENTITY)[:12]
     assert not (tmp_path / "pack/lock.json").exists()
 
 
@@ -268,12 +269,12 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_fingerprint_does_not_depend_on_key_order(value):
     backwards = json.loads(json.dumps(dict(reversed(list(value.items())))))
-    assert artifact.fingerprint_of(value) == artifact.fingerprint_of(backwards)
+    assert fingerprint_of(value) == fingerprint_of(backwards)
 
 
 @given(json_values, json_values)
 def test_differences_are_empty_only_for_equal_values(before, after):
-    assert (artifact.differences({"k": before}, {"k": after}) == []) == (before == after)
+    assert (differences({"k": before}, {"k": after}) == []) == (before == after)
 
 
 def _open_and_die(folder, identity, how, fault):

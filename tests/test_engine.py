@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tuned import tokenizer as make_tokenizer
 
-from pipeline.artifact import Output
 from pipeline.errors import UserError
 from pipeline.models import build, stages
+from pipeline.output import Output
 from pipeline.train import checkpoints, engine
 from pipeline.train.config import Parallel, Schedule, TrainConfig
 from pipeline.train.head import TokenLosses

@@ -164,7 +164,7 @@ def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_r
 RANK_0 = """
 import sys, time
 from pathlib import Path
-from pipeline.artifact import Output
+from pipeline.output import Output
 from pipeline.train import phases
 from pipeline.train.config import Watchdog
 from pipeline.train.watch import Watch

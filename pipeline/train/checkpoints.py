@@ -18,9 +18,9 @@ import threading
 from pathlib import Path
 
 from pipeline import faults
-from pipeline.artifact import Output
 from pipeline.errors import UserError
 from pipeline.files import damage_of, sha256_file, sync_folder, write_json
+from pipeline.output import Output
 from pipeline.train import distributed, state
 from pipeline.train.config import Save
 

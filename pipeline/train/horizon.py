@@ -8,9 +8,9 @@ ended. Learning rates of the steps before do not depend on it.
 import json
 import re
 
-from pipeline.artifact import Output
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.output import Output
 from pipeline.train.config import Schedule
 
 FILE = "horizon.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pipeline import faults
-from pipeline.artifact import Output
 from pipeline.errors import UserError
+from pipeline.output import Output
 from pipeline.seeds import derive
 from pipeline.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases

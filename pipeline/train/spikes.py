@@ -20,8 +20,8 @@ import json
 import math
 import statistics
 
-from pipeline.artifact import Output
 from pipeline.files import write_atomic
+from pipeline.output import Output
 from pipeline.tracking import plain
 from pipeline.train.config import Spikes
 

@@ -18,9 +18,9 @@ import os
 import re
 import signal
 
-from pipeline.artifact import Output
 from pipeline.errors import Stopped
 from pipeline.files import write_json
+from pipeline.output import Output
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

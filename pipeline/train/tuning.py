@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import faults
-from pipeline.artifact import Artifact, Output
+from pipeline.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.files import sync_tree, write_json
+from pipeline.output import Output
 from pipeline.seeds import derive
 from pipeline.train import distributed, phases
 from pipeline.train.watch import wait_for

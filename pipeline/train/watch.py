@@ -32,9 +32,9 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.artifact import Output
 from pipeline.errors import Stopped, UserError
 from pipeline.lock import _born as born
+from pipeline.output import Output
 from pipeline.train import distributed, phases
 from pipeline.train.stop import leave_word
 

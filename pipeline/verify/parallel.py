@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.plural import many
 from pipeline.recipe import Recipe, dump
+from pipeline.software import software
 from pipeline.verify import launch
 from pipeline.verify.layouts import REFERENCE, trials, with_own
 from pipeline.verify.shrink import ROWS, prepare, stage_of, workplace
@@ -105,7 +106,8 @@ def prove(
     }
     path = recipe.root / "verify" / "parallel.json"
     write_json(
-        path, report | _software() | {"layouts": rows, "trials": found, "seconds": round(time.time() - began, 1)}
+        path,
+        report | {"software": software(), "layouts": rows, "trials": found, "seconds": round(time.time() - began, 1)},
     )
     table(rows)
     say(
@@ -225,12 +227,6 @@ def _launch(job: dict, world: int, work: Path, *, on_gpu: bool) -> list[dict]:
             )
         found += [{**trial, "died": f"{last.strip()} (parallel-{world}.log)"} for trial in job["trials"][len(found) :]]
     return found
-
-
-def _software() -> dict:
-    from pipeline.artifact import software
-
-    return {"software": software()}
 
 
 def table(rows: list[dict]) -> None:

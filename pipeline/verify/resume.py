@@ -23,6 +23,7 @@ from pipeline.chain import say
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.recipe import Recipe, dump
+from pipeline.software import software
 from pipeline.train.witness import read as rows_of
 from pipeline.verify import launch
 from pipeline.verify.shrink import prepare, stage_of, workplace
@@ -112,7 +113,7 @@ def prove(
         "config": dump(config),
         "kills": [first, second],
         "seed": seed,
-        "software": artifact.software(),
+        "software": software(),
     }
     write_json(path, conditions | {"passed": passed, "runs": results, "seconds": round(time.time() - began, 1)})
     table(results)

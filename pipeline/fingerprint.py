@@ -1,0 +1,36 @@
+"""The name of a result: a hash of all that decides it, and in words what differs between two."""
+
+import hashlib
+import json
+from typing import Any
+
+
+def fingerprint_of(identity: dict) -> str:
+    """sha256 of what decides a stage's result, as canonical JSON."""
+    return hashlib.sha256(
+        json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """What changed between two identities, a phrase each: `optimizer.lr: 0.001 -> 0.0003`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found = []
+        for name in sorted({*before, *after}):
+            shown = name if name in ("parents", "config") and not key else f"{key}.{name}" if key else name
+            shown = shown.removeprefix("config.")
+            if name not in before:
+                found.append(f"{shown}: default -> {_short(after[name])}")
+            elif name not in after:
+                found.append(f"{shown}: {_short(before[name])} -> default")
+            else:
+                found += differences(before[name], after[name], shown)
+        return found
+    return [] if before == after else [f"{key}: {_short(before)} -> {_short(after)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        return text[:12] + "…"
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,223 @@
+"""The folder that a stage writes: unfinished under one name, published under another, all or nothing.
+
+pipeline/artifact.py says where the folders are, and reads them.
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from pipeline import faults
+from pipeline.artifact import SCHEMA_VERSION, Artifact, content_files, digest_of, read
+from pipeline.errors import UserError
+from pipeline.files import hash_files, now, sync_folder, sync_tree, write_json
+from pipeline.fingerprint import differences, fingerprint_of
+from pipeline.lock import Lock
+from pipeline.software import software
+from pipeline.unfinished import fork_source, has_work, partials, restarting
+
+
+class Output:
+    """The folder that a stage writes: `path` is under a temporary name until `publish`. Only the main process writes
+    outside checkpoints."""
+
+    def __init__(self, folder: Path, stage: str, kind: str, identity: dict, is_main: bool = True):
+        self.folder, self.stage, self.kind, self.identity, self.is_main = folder, stage, kind, identity, is_main
+        self.fingerprint = fingerprint_of(identity)
+        self.final = folder / self.fingerprint[:12]
+        self.path = folder / f"{self.fingerprint[:12]}.partial"
+        self.lock = Lock(folder)
+        self.info: dict = {}
+        self.published: Artifact | None = None
+
+    def open(self, *, config: dict, parents: dict, restart: bool = False, fork: bool = False) -> "Output":
+        """Take the lock; go on in the unfinished folder of the same fingerprint, or make a new one. Refuses another
+        unfinished run."""
+        # the main process may be renaming it at this moment, hence the second look at its last place
+        if not self.is_main:
+            for path in () if restart or restarting(self.path) else (self.final, self.path, self.final):
+                found = read(path)
+                if found and not found.damage():
+                    self.published = found
+            return self
+        self.lock.acquire()
+        try:
+            self._open(config, parents, restart, fork)
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def _open(self, config: dict, parents: dict, restart: bool, fork: bool) -> None:
+        (self.folder / "requeue.json").unlink(missing_ok=True)  # the word that an earlier run left for its job script
+        begun = restarting(self.path)  # a killed --restart is gone on with, by the same command and by the plain one
+        self.published = None if restart or begun else self._finish_publishing()
+        if self.published:
+            return
+        for path in partials(self.folder):
+            if path != self.path and not has_work(path):  # ended by a mistake in the recipe, or killed at its start
+                shutil.rmtree(path)
+        others = [path for path in partials(self.folder) if path != self.path]
+        if restart:
+            for path in others if begun else partials(self.folder):
+                _set_aside(path)
+        elif others and not fork:
+            before = json.loads((others[-1] / "run.json").read_text())["identity"]
+            raise UserError(
+                f"{others[-1]}: an unfinished run of stage {self.stage} was made by another recipe. Changed since:"
+                f" {'; '.join(differences(before, self.identity))}. Put the recipe back to finish it, or give --restart"
+                " to begin anew, or --fork to go on from its last checkpoint under the new recipe"
+            )
+        known = self.path / "run.json"
+        if known.exists():
+            self.info = json.loads(known.read_text())
+            self.info["resumed"] = self.info.get("resumed", 0) + 1
+        else:
+            self.info = {
+                "fingerprint": self.fingerprint,
+                "identity": self.identity,
+                "started": now(),
+                "resumed": 0,
+                "seconds": 0.0,
+                "restart": restart,
+            }
+            if fork:
+                self.info["forked_from"] = (
+                    fork_source(self.folder, self.identity, config, self.stage)
+                    .relative_to(self.folder.resolve())
+                    .as_posix()
+                )
+        self.config, self.parents = config, parents
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(known, {**self.info, "config": config, "parents": parents, "stage": self.stage, "kind": self.kind})
+        # The word of the fork stands before the copy and the old run is set aside after it, so that a kill in between
+        # is gone on from.
+        if self.info.get("forked_from") and not list(self.path.glob("checkpoints/step-*/complete.json")):
+            self._copy_checkpoint(self.folder / self.info["forked_from"])
+        faults.point("fork")
+        if fork:
+            for path in others:
+                _set_aside(path)
+        self._clock = time.time()
+
+    def _finish_publishing(self) -> Artifact | None:
+        """The output of this fingerprint if it is complete, also when an earlier run died between its manifest and
+        its link."""
+        for path in (self.path, self.final):
+            artifact = read(path)
+            if artifact is None:
+                continue
+            if artifact.damage():
+                _set_aside(path, "damaged")
+                continue
+            if path == self.path:
+                self._rename()
+            link(self.folder, self.final)
+            self._sweep()
+            return read(self.final)
+        if self.final.exists():
+            _set_aside(self.final, "damaged")
+        return None
+
+    def _rename(self) -> None:
+        if self.final.exists():  # made again with --restart: readers have the old one until here
+            _set_aside(self.final, "replaced")
+        os.rename(self.path, self.final)
+        sync_folder(self.folder)
+
+    def _sweep(self) -> None:
+        """Intermediates go last: until the link is swapped they are what a killed run goes on from."""
+        if (self.final / "work").exists():
+            shutil.rmtree(self.final / "work")
+
+    def _copy_checkpoint(self, source: Path) -> None:
+        target = self.path / "checkpoints" / source.name
+        temporary = target.with_name(f".{target.name}.tmp")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        shutil.copytree(source, temporary)
+        sync_tree(temporary)
+        os.rename(temporary, target)
+
+    def publish(self, metrics: dict) -> Artifact:
+        """Hash, sync, manifest, rename, link; in that order, so that a reader sees all or nothing."""
+        sync_tree(self.path)
+        files = hash_files(self.path, content_files(self.path))
+        if not files:
+            raise AssertionError(f"stage {self.stage} wrote no content")
+        faults.point("publish")
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "parents": self.parents,
+            "config": self.config,
+            "files": files,
+            "digest": digest_of(files),
+            "metrics": metrics,
+            "software": software(),
+            "started": self.info["started"],
+            "finished": now(),
+            "seconds": round(self.spent(), 3),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "resumed": self.info.get("resumed", 0),
+            "forked_from": self.info.get("forked_from"),
+        }
+        write_json(self.path / "manifest.json", manifest)
+        if self.final.exists():  # made again, with --restart
+            _set_aside(self.final, "replaced")
+        os.rename(self.path, self.final)
+        sync_folder(self.folder)
+        faults.point("publish")
+        link(self.folder, self.final)
+        self._sweep()
+        self.path = self.final
+        return read(self.final)
+
+    def drop_if_empty(self) -> None:
+        """Leave no folder behind for a mistake that was found before any work was done."""
+        if self.is_main and self.path.exists() and not has_work(self.path):
+            shutil.rmtree(self.path)
+
+    def note_time(self) -> None:
+        """Keep the seconds spent so far, so that a killed run's time is counted; called when something was saved."""
+        if self.is_main:
+            self.info["seconds"] = self.spent()
+            self._clock = time.time()
+            write_json(
+                self.path / "run.json",
+                {**self.info, "config": self.config, "parents": self.parents, "stage": self.stage, "kind": self.kind},
+            )
+
+    def spent(self) -> float:
+        """Seconds that this output has been worked on, by killed runs too. Main process only."""
+        return self.info.get("seconds", 0.0) + time.time() - self._clock
+
+    def close(self) -> None:
+        if self.is_main:
+            self.lock.release()
+
+
+def link(folder: Path, target: Path) -> None:
+    """Swap `current`, atomically."""
+    temporary = folder / f".current.{os.getpid()}.tmp"
+    if temporary.is_symlink():
+        temporary.unlink()
+    os.symlink(target.name, temporary)
+    os.replace(temporary, folder / "current")
+    sync_folder(folder)
+
+
+def _set_aside(path: Path, why: str = "abandoned") -> None:
+    """An abandoned or damaged run keeps its files under another name: nothing is deleted by a run."""
+    os.rename(
+        path,
+        path.with_name(
+            f"{path.name.removesuffix('.partial')}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+        ),
+    )
