@@ -123,8 +123,9 @@ class Engine:
         mine, common = self._held()
         fragments = mine + state.share(common, self.data_rank, self.data_world)
         names = {fragment.name for fragment in fragments if fragment.kind == "weight"}
+        updates = self._updates()
         parameters = {
-            name: {"shape": shape, "updates": self._updates(name)}
+            name: {"shape": shape, "updates": updates if isinstance(updates, int) else updates[name]}
             for name, shape in self.shapes.items()
             if name in names
         }
@@ -184,8 +185,8 @@ class Engine:
         """Pieces that this process needs and another one writes."""
         return []
 
-    def _updates(self, name: str) -> int:
-        """Updates that a parameter's moments have seen."""
+    def _updates(self) -> int | dict[str, int]:
+        """Updates that the moments have seen, of all parameters alike or by name."""
         raise AssertionError("an engine implements this")
 
     def _begin_moments(self, saved: dict[str, dict]) -> None:

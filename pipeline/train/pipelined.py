@@ -256,7 +256,7 @@ class Pipelined(Engine):
     def _copies(self):
         return shards.split(self.copied, self.engine.optimizer)
 
-    def _updates(self, name):
+    def _updates(self):
         return shards.updates_flat(self.engine.optimizer)
 
     def _begin_moments(self, saved):

@@ -77,8 +77,8 @@ class Replicated(Engine):
     def _held(self):
         return [], shards.whole(self.named, self.optimizers) + shards.buffers(self.model)
 
-    def _updates(self, name):
-        return shards.updates_whole(self.named, self.optimizers, name)
+    def _updates(self):
+        return shards.updates_whole(self.named, self.optimizers)
 
     def _begin_moments(self, saved):
         shards.begin_whole(self.named, self.optimizers, saved)

@@ -223,9 +223,9 @@ class Sharded(Engine):
             return shards.scattered(self.named, self.engine.optimizer), common
         return shards.split(self.named, self.engine.optimizer), shards.whole(self.frozen, []) + common
 
-    def _updates(self, name):
+    def _updates(self):
         return (
-            shards.updates_whole(self.named, [self.optimizer], name)
+            shards.updates_whole(self.named, [self.optimizer])
             if self.stage == 0
             else shards.updates_flat(self.engine.optimizer)
         )

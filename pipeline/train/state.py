@@ -81,7 +81,7 @@ class Copier:
         self.places: list[torch.Tensor] = []
 
     def copy(self, fragments: list[Fragment]) -> list[Fragment]:
-        layout = [(fragment.key, fragment.values.dtype, fragment.values.numel()) for fragment in fragments]
+        layout = [(*fragment[:3], fragment.values.dtype, fragment.values.numel()) for fragment in fragments]
         if layout != self.layout:
             on_gpu = any(fragment.values.is_cuda for fragment in fragments)
             memory = torch.empty(
