@@ -35,14 +35,16 @@ from pipeline.data.block import Block
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.dedup import Dedup
 from pipeline.data.filters import Filters
+from pipeline.data.formats import Bad, Passed
 from pipeline.data.language import Language
 from pipeline.data.mask import Mask
 from pipeline.data.models import Perplexity, Quality
 from pipeline.data.pool import Pool
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
-from pipeline.data.sources import Bad, MissingField, Passed, Record, Source
+from pipeline.data.sources import Record, Source
 from pipeline.data.tables import REPEATED
+from pipeline.data.templates import MissingField
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.output import Output

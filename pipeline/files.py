@@ -5,6 +5,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def sync_tree(folder: Path) -> None:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def hashes(cache: Path):
+    """A function sha256(path) that remembers in the file `cache`, by path, size and mtime."""
+    try:
+        known = json.loads(cache.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        known = {}
+    fresh = dict(known)
+
+    def sha256(path: Path) -> str:
+        status = path.stat()
+        key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        fresh[key] = known.get(key) or sha256_file(path)
+        return fresh[key]
+
+    yield sha256
+    if fresh != known:
+        write_json(cache, fresh)
 
 
 def damage_of(path: Path, entry: dict) -> str | None:

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.conversations import load_conversations
-from pipeline.data.sources import Bad, Record, Source, chunks, identify, parse
+from pipeline.data.formats import Bad
+from pipeline.data.sources import Record, Source, chunks, identify, parse
 from pipeline.data.tuning_sources import ChatSource
 from pipeline.errors import UserError
 

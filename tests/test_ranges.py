@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import formats, outcomes, units
+from pipeline.data.formats import Bad
 from pipeline.data.ranges import Range, load, pieces
-from pipeline.data.sources import Bad, Record, Source, chunks, parse
+from pipeline.data.sources import Record, Source, chunks, parse
 from pipeline.errors import UserError
 
 SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}

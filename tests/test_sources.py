@@ -18,21 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.decontaminate import Decontaminate, build
+from pipeline.data.formats import Bad
 from pipeline.data.models import Perplexity, Quality, train
-from pipeline.data.sources import (
-    Bad,
-    MissingField,
-    Record,
-    Source,
-    chunks,
-    fraction,
-    identify,
-    parse,
-    read,
-    render,
-    text_of,
-)
+from pipeline.data.sources import Record, Source, chunks, fraction, identify, parse, read, text_of
 from pipeline.data.tables import REPEATED
+from pipeline.data.templates import MissingField, render
 from pipeline.errors import UserError
 
 ROWS = [

@@ -15,7 +15,8 @@ from harness import stage, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sources import Bad, Passed, Record, Source, chunks, parse, read
+from pipeline.data.formats import Bad, Passed
+from pipeline.data.sources import Record, Source, chunks, parse, read
 from pipeline.errors import UserError
 
 pytest.importorskip("resiliparse")

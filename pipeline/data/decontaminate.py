@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from pipeline.data.sources import Bad, MissingField, Source, read, text_of
+from pipeline.data.formats import Bad
+from pipeline.data.sources import Source, read, text_of
 from pipeline.data.tables import REPEATED
+from pipeline.data.templates import MissingField
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from pipeline.plural import many

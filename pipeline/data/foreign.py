@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.errors import UserError
+from pipeline.files import hashes
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict, identity
 
@@ -90,8 +91,6 @@ def companions(path: Path, source: Shards) -> list[Path]:
 def identify(shards: dict[str, Shards], cache: Path) -> dict:
     """What decides the content of shards, as JSON: what the files hold, their order and their names, which
     documents' ids have; not where they stand."""
-    from pipeline.data.sources import hashes
-
     value = {}
     with hashes(cache) as sha256:
         for name, source in sorted(shards.items()):

@@ -114,7 +114,9 @@ def train(examples: "dict[str, Source]", quality: Quality, perplexity: Perplexit
 
 
 def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: str) -> list[str]:
-    from pipeline.data.sources import Bad, MissingField, read, text_of
+    from pipeline.data.formats import Bad
+    from pipeline.data.sources import read, text_of
+    from pipeline.data.templates import MissingField
     from pipeline.data.text import normalise
 
     found = []

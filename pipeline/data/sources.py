@@ -8,7 +8,6 @@ txt, csv, WARC, WET, HTML.
 A source is read in chunks whose borders do not change what is read, so that cleaning can spread them over processes.
 """
 
-import functools
 import glob
 import hashlib
 import itertools
@@ -16,7 +15,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,8 +36,9 @@ from pipeline.data.formats import (
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
 from pipeline.data.tables import csv_chunks, parquet_chunks, repeated
+from pipeline.data.templates import look_up, pieces_of, render
 from pipeline.errors import UserError
-from pipeline.files import sha256_file, write_json
+from pipeline.files import hashes
 from pipeline.recipe import EXECUTION, Strict, identity
 
 CHUNK_BYTES = 4 << 20
@@ -140,7 +139,7 @@ class Source(Strict):
         if twice := repeated(self.columns):
             raise ValueError(f"columns: {twice!r} stands here twice; a field has one column")
         try:
-            _pieces(self.text)
+            pieces_of(self.text)
         except UserError as error:
             raise ValueError(f"text: {error}") from None
         return self
@@ -158,10 +157,6 @@ class Record:
     id: str
     fields: dict
     place: str
-
-
-class MissingField(UserError):
-    """A template names a field that this record does not have."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -186,7 +181,7 @@ def deselected(source: Source, record: Record) -> str | None:
     """`where` or `part` if that key leaves the record out."""
     for field, wanted in source.where.items():
         try:
-            value = _look_up(record.fields, field)
+            value = look_up(record.fields, field)
         except KeyError:
             return "where"
         if value not in (wanted if isinstance(wanted, list) else [wanted]):
@@ -214,6 +209,12 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
             yield Record(_id(fields), fields, place)
 
 
+def text_of(source: Source, record: Record) -> str:
+    """The text of a record by the source's `text` key. Raises MissingField, or UserError if the field holds no text."""
+    template = source.text if "{" in source.text else "{" + source.text + "}"
+    return render(template, record.fields, record.place)
+
+
 def other_encoding(source: Source, reason: str) -> str:
     """What to do, to be put behind a sentence, where text is not in the encoding that it was read in."""
     if source.encoding and reason == f"invalid {source.encoding}":
@@ -234,76 +235,6 @@ _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str
 
 def _id(fields: dict) -> str:
     return hashlib.blake2b(_canonical(fields).encode(), digest_size=16).hexdigest()
-
-
-# ---- templates -------------------------------------------------------------------------------------------------------
-
-
-def text_of(source: Source, record: Record) -> str:
-    """The text of a record by the source's `text` key. Raises MissingField, or UserError if the field holds no text."""
-    template = source.text if "{" in source.text else "{" + source.text + "}"
-    return render(template, record.fields, record.place)
-
-
-def render(template: str, fields: dict, place: str = "") -> str:
-    """Fill a template. `{name}` and `{name.sub}` look up fields (digits: items of a list), `{{` and `}}` are braces,
-    and nothing is evaluated.
-
-    Numbers are written as in JSON; a list of strings is written one after the other, as it stands. Raises MissingField,
-    or UserError for a broken template.
-    """
-    pieces = []
-    for literal, field in _pieces(template):
-        if field is None:
-            pieces.append(literal)
-            continue
-        try:
-            value = _look_up(fields, field)
-        except KeyError:
-            present = ", ".join(map(str, fields)) or "none"
-            raise MissingField(
-                f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has"
-                f" {present}"
-            ) from None
-        if isinstance(value, str):
-            pieces.append(value)
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            pieces.extend(value)
-        elif isinstance(value, (bool, int, float)):
-            pieces.append(json.dumps(value))
-        else:
-            raise MissingField(
-                f"{place or 'record'}: field {field!r} holds {'nothing' if value is None else type(value).__name__},"
-                " expected text"
-            )
-    return "".join(pieces)
-
-
-@functools.lru_cache(256)
-def _pieces(template: str) -> list[tuple[str, str | None]]:
-    pieces = []
-    for token in re.findall(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+", template):
-        if token in ("{", "}", "{}"):
-            raise UserError(
-                f"the template {template!r} has a lone {token!r}; fields are written {{name}}, braces {{{{ and }}}}"
-            )
-        pieces.append(
-            ({"{{": "{", "}}": "}"}.get(token, token), token[1:-1] if token[0] == "{" and token != "{{" else None)
-        )
-    return pieces
-
-
-def _look_up(fields: Any, dotted: str) -> Any:
-    if isinstance(fields, dict) and dotted in fields:
-        return fields[dotted]
-    for key in dotted.split("."):
-        if isinstance(fields, dict) and key in fields:
-            fields = fields[key]
-        elif isinstance(fields, list) and key.isdigit() and int(key) < len(fields):
-            fields = fields[int(key)]
-        else:
-            raise KeyError(dotted)
-    return fields
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -390,26 +321,6 @@ def identify(sources: dict[str, Source], cache: Path, key: str = "sources") -> d
             elif source.path is not None:
                 value[name]["files"] = [[relative, sha256(path)] for relative, path in files(source, name, key)]
     return value
-
-
-@contextmanager
-def hashes(cache: Path):
-    """A function sha256(path) that remembers in the file `cache`, by path, size and mtime."""
-    try:
-        known = json.loads(cache.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        known = {}
-    fresh = dict(known)
-
-    def sha256(path: Path) -> str:
-        status = path.stat()
-        key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-        fresh[key] = known.get(key) or sha256_file(path)
-        return fresh[key]
-
-    yield sha256
-    if fresh != known:
-        write_json(cache, fresh)
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from pipeline.data.block import Block, blocked, phrases
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.dedup import Dedup, Near, signatures, signed
 from pipeline.data.filters import BASIC, Filters, measure
+from pipeline.data.formats import EXCERPT
 from pipeline.data.language import Language, detect, kinds, kinds_by_script
 from pipeline.data.mask import Mask, masked
 from pipeline.data.models import Perplexity, Quality, perplexities, scores
 from pipeline.data.repair import Repair, repaired
 from pipeline.data.rules import Rule, Rules, active
-from pipeline.data.sources import EXCERPT
 from pipeline.data.text import SHINGLE, looks, normalise, shingles, tokens
 
 

@@ -14,8 +14,10 @@ from pipeline import faults
 from pipeline.data import outcomes
 from pipeline.data import sources as reading
 from pipeline.data.dedup import Dedup
+from pipeline.data.formats import Bad, Chunk, Passed
 from pipeline.data.ranges import Range, load, pieces
-from pipeline.data.sources import Bad, Chunk, MissingField, Passed, Source
+from pipeline.data.sources import Source
+from pipeline.data.templates import MissingField
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 

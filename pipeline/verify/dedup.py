@@ -82,7 +82,9 @@ def _sampled(config, number: int, near) -> dict[str, list[str]]:
     """Normalised texts by language (zh where most tokens are Han characters), evenly from all sources, long enough
     to be edited, no two nearly alike."""
     from pipeline.data.dedup import near_duplicates
-    from pipeline.data.sources import Bad, MissingField, read, text_of
+    from pipeline.data.formats import Bad
+    from pipeline.data.sources import read, text_of
+    from pipeline.data.templates import MissingField
     from pipeline.data.text import normalise
 
     by_language: dict[str, list[str]] = defaultdict(list)
