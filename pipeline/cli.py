@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from pipeline.graph import Node, check, examine, nodes
 from pipeline.plural import many
-from pipeline.recipe import load, schema
+from pipeline.recipe import load
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -382,6 +382,8 @@ def recipe_schema(
     ] = None,
 ) -> None:
     """The JSON schema of recipes, for completion and checks in an editor."""
+    from pipeline.recipe_schema import schema
+
     text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
     if output:
         write_atomic(output, text)

@@ -31,11 +31,9 @@ EXECUTION = Field(json_schema_extra={"execution": True})
 
 class Strict(BaseModel):
     """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON
-    schema."""
+    schema (recipe_schema.py)."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -211,50 +209,6 @@ def identity(value: Any) -> Any:
 def dump(config: BaseModel) -> dict:
     """A config as plain JSON types, everything written out."""
     return config.model_dump(mode="json")
-
-
-def schema() -> dict:
-    """JSON schema of a recipe, for editors (`# yaml-language-server: $schema=...`) and for documentation."""
-    base = Recipe.model_json_schema()
-    definitions = base.setdefault("$defs", {})
-    choices = {}
-    for kind in KINDS:
-        part = module_of(kind).Config.model_json_schema()
-        definitions.update(part.pop("$defs", {}))
-        definitions[f"stage-{kind}"] = part
-        choices[kind] = {"anyOf": [{"$ref": f"#/$defs/stage-{kind}"}, {"type": "null"}]}
-    base["properties"]["extends"] = {
-        "type": "string",
-        "description": "Another recipe, relative to this file, that this one changes.",
-    }
-    base["properties"]["stages"] = {
-        "type": "object",
-        "description": Recipe.model_fields["stages"].description,
-        "properties": choices,
-        "additionalProperties": {
-            "type": "object",
-            "required": ["kind"],
-            "allOf": [
-                {"if": {"properties": {"kind": {"const": kind}}}, "then": {"$ref": f"#/$defs/stage-{kind}"}}
-                for kind in KINDS
-            ],
-        },
-    }
-    base["title"] = "alma recipe"
-    base["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return _in_one_line(base)
-
-
-def _in_one_line(node):
-    """Descriptions without the line ends of the source file, which editors would show."""
-    if isinstance(node, list):
-        return [_in_one_line(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _in_one_line(value)
-        for key, value in node.items()
-    }
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

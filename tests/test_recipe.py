@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import recipe as recipes
+from pipeline import recipe_schema
 from pipeline.errors import UserError
 from pipeline.graph import nodes
 from pipeline.recipe import KINDS, dump, identity, load, module_of
@@ -267,7 +267,7 @@ def test_shipped_recipes_are_accepted_and_name_their_schema(capsys):
 
 
 def test_schema_accepts_the_shipped_recipes_and_refuses_a_wrong_key():
-    schema = recipes.schema()
+    schema = recipe_schema.schema()
     assert {f"stage-{kind}" for kind in KINDS} <= set(schema["$defs"])
     committed = json.loads((ROOT / "recipes" / "schema.json").read_text())
     assert committed == json.loads(json.dumps(schema)), (
@@ -281,7 +281,7 @@ def test_every_key_of_every_stage_is_documented():
             if "description" not in value:
                 yield f"{where}.{key}"
 
-    schema = recipes.schema()
+    schema = recipe_schema.schema()
     missing = [name for where, definition in schema["$defs"].items() for name in undocumented(definition, where)]
     assert not missing, missing
 

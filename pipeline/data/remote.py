@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import urllib.request
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -48,6 +47,8 @@ def _name(path: str) -> str:
 
 def _download(address: str, where: str) -> Path:
     """https, by the standard library (fsspec's needs aiohttp)."""
+    import urllib.request
+
     mark = {}
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=60) as answer:

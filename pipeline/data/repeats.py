@@ -49,7 +49,8 @@ def texts_of(piece: Piece) -> list[str]:
     if piece.published:
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(piece.path, columns=["text"], use_threads=False)["text"].to_pylist()
+        with pyarrow.parquet.ParquetFile(piece.path) as opened:
+            return opened.read(["text"], use_threads=False)["text"].to_pylist()
     texts = outcomes.read(piece.path, ["text"]).take(piece.rows)["text"].to_pylist()
     if piece.edits:
         changed = outcomes.read(piece.edits, ["row", "text"])
