@@ -8,19 +8,15 @@ The models of the stages stand beside the code that uses them (`pipeline/STAGE.p
 share.
 """
 
-import difflib
 import importlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError
 
 from pipeline.errors import UserError
+from pipeline.recipe_file import nearest, override, place_of, read
 
 KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "ppo", "assess", "export")
 
@@ -119,9 +115,9 @@ def module_of(kind: str):
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe, apply `extends` and `key=value` overrides, check every key. Raises UserError."""
     places: dict[tuple, str] = {}
-    tree = _read(Path(path), places, ())
+    tree = read(Path(path), places)
     for word in overrides:
-        _override(tree, word, places)
+        override(tree, word, places, list(Recipe.model_fields))
     top = {key: value for key, value in tree.items() if key != "stages"}
     recipe = _validated(Recipe, {**top, "stages": {}}, (), places, str(path))
     stages = tree.get("stages")
@@ -134,21 +130,21 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
             continue
         if not isinstance(block, dict):
             raise UserError(
-                f"{_place(where, places, path)}: stages.{name} must be a block of keys, found {block!r}; an empty stage"
-                " is written {}"
+                f"{place_of(where, places, path)}: stages.{name} must be a block of keys, found {block!r}; an empty"
+                " stage is written {}"
             )
         if name in Recipe.model_fields:
             raise UserError(
-                f"{_place(where, places, path)}: no stage may be called {name}, because that is a top-level key; choose"
-                " another name and give `kind`"
+                f"{place_of(where, places, path)}: no stage may be called {name}, because that is a top-level key;"
+                " choose another name and give `kind`"
             )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
-            raise UserError(f"{_place(where, places, path)}: stage name {name!r} must be letters, digits, - and _")
+            raise UserError(f"{place_of(where, places, path)}: stage name {name!r} must be letters, digits, - and _")
         kind = block.get("kind", name)
         if kind not in KINDS:
             raise UserError(
-                f"{_place(where, places, path)}: stages.{name} has the unknown kind {kind!r};"
-                f" {_nearest(str(kind), KINDS)}"
+                f"{place_of(where, places, path)}: stages.{name} has the unknown kind {kind!r};"
+                f" {nearest(str(kind), KINDS)}"
             )
         model = module_of(kind).Config
         filled = {**block, "kind": kind}
@@ -177,8 +173,8 @@ def _from(source: Any, where: tuple, shared: dict, places: dict, path: Any) -> A
     name = source["from"]
     if name not in shared:
         raise UserError(
-            f"{_place((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no"
-            f" {name!r}; {_nearest(str(name), shared) if shared else 'there are none'}"
+            f"{place_of((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no"
+            f" {name!r}; {nearest(str(name), shared) if shared else 'there are none'}"
         )
     for key in list(places):
         if key[:2] == ("sources", name):
@@ -211,128 +207,6 @@ def dump(config: BaseModel) -> dict:
     return config.model_dump(mode="json")
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path, places: dict, seen: tuple) -> dict:
-    """One file and, first, the file that it extends. `places` maps each key path to `file:line` for messages."""
-    if path.resolve() in seen:
-        raise UserError(
-            f"{path}: `extends` goes round in a circle: {' -> '.join(str(p) for p in (*seen, path.resolve()))}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(
-            f"{path}: no such recipe; {'this folder has ' + ', '.join(near) if near else 'its folder has no recipes'}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
-    try:
-        loaded = YAML(typ="rt", pure=True).load(text)
-    except DuplicateKeyError as error:
-        key = re.search(r'found duplicate key "?([^"\n]+?)"? with', str(error.problem or ""))
-        raise UserError(
-            f"{path}:{error.problem_mark.line + 1}: the key {key.group(1) if key else ''!r} stands here for the second"
-            " time; keep one of the two"
-        ) from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(
-            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}"
-        ) from None
-    except Exception as error:  # ruamel raises bare ReaderErrors for control characters
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(
-            f"{path}:1: a recipe is a block of `key: value` lines, found"
-            f" {'an empty file' if loaded is None else type(loaded).__name__}"
-        )
-    _remember(loaded, (), path, places)
-    tree = _plain(loaded)
-    parent = tree.pop("extends", None)
-    if parent is None:
-        return tree
-    if not isinstance(parent, str):
-        raise UserError(
-            f"{_place(('extends',), places, path)}: `extends` takes the path of one recipe, found {parent!r}"
-        )
-    inherited: dict = {}
-    base = _read(path.parent / parent, inherited, (*seen, path.resolve()))
-    for key, place in inherited.items():
-        places.setdefault(key, place)
-    return _merge(base, tree)
-
-
-def _remember(node: Any, key: tuple, path: Path, places: dict) -> None:
-    if isinstance(node, CommentedMap):
-        for name, child in node.items():
-            if name in (node.lc.data or {}):  # a key that came with `<<: *anchor` has no line of its own
-                places[(*key, name)] = f"{path}:{node.lc.key(name)[0] + 1}"
-            _remember(child, (*key, name), path, places)
-    elif isinstance(node, CommentedSeq):
-        for index, child in enumerate(node):
-            places[(*key, index)] = f"{path}:{node.lc.item(index)[0] + 1}"
-            _remember(child, (*key, index), path, places)
-
-
-def _plain(node: Any) -> Any:
-    """ruamel's commented types -> dict, list and scalars, so that nothing of the parser leaks into a config."""
-    if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    if isinstance(node, bool) or node is None:
-        return node
-    for kind in (int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return str(node)  # dates: a recipe has none
-
-
-def _merge(base: Any, change: Any) -> Any:
-    """Blocks are merged key by key; lists and scalars are replaced."""
-    if isinstance(base, dict) and isinstance(change, dict):
-        merged = dict(base)
-        for key, value in change.items():
-            merged[key] = _merge(base[key], value) if key in base else value
-        return merged
-    return change
-
-
-def _override(tree: dict, word: str, places: dict) -> None:
-    """Apply one `a.b.c=value` word of the command line; the value is read as YAML."""
-    dotted, found, text = word.partition("=")
-    keys = dotted.split(".")
-    if not found or not all(keys):
-        raise UserError(f"{word!r} is no override: expected key=value, such as pretrain.optimizer.lr=3e-4")
-    if keys[0] in (tree.get("stages") or {}):
-        keys = ["stages", *keys]
-    elif keys[0] not in Recipe.model_fields:
-        known = [*(tree.get("stages") or {}), *Recipe.model_fields]
-        raise UserError(
-            f"{word!r}: {keys[0]!r} is neither a stage nor a top-level key of this recipe; {_nearest(keys[0], known)}"
-        )
-    try:
-        value = _plain(YAML(typ="safe", pure=True).load(text)) if text else None
-    except Exception:
-        raise UserError(f"{word!r}: {text!r} is not a YAML value; quote it, as in '{dotted}=\"{text}\"'") from None
-    node = tree
-    for depth, key in enumerate(keys[:-1]):
-        if node.get(key) is None:
-            node[key] = {}
-        node = node[key]
-        if not isinstance(node, dict):
-            raise UserError(
-                f"{word!r}: {'.'.join(keys[: depth + 1])} is {node!r}, not a block that could hold {keys[depth + 1]!r}"
-            )
-    node[keys[-1]] = value
-    for depth in range(1, len(keys) + 1):
-        places.setdefault(tuple(keys[:depth]), f"command line, {word}")
-    places[tuple(keys)] = f"command line, {word}"
-
-
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
@@ -349,11 +223,11 @@ def _sentence(item: dict, model: type[BaseModel], prefix: tuple, places: dict, p
     location = [part for part in item["loc"]]
     key = (*prefix, *location)
     shown = ".".join(str(part) for part in key)
-    place = _place(key, places, path)
+    place = place_of(key, places, path)
     found = item.get("input")
     if item["type"] == "extra_forbidden":
         owner = _fields_at(model, location[:-1])
-        return f"{place}: unknown key {shown}; {_nearest(str(location[-1]), owner)}"
+        return f"{place}: unknown key {shown}; {nearest(str(location[-1]), owner)}"
     if item["type"] == "missing":
         return f"{place}: the key {shown} is missing"
     message = item["msg"].removeprefix("Value error, ")
@@ -382,16 +256,3 @@ def _inner_model(annotation: Any, fallback: Any) -> Any:
         if found is not None:
             return found
     return fallback
-
-
-def _place(key: tuple, places: dict, path: Any) -> str:
-    """`file:line` of a key, or of the nearest block around it."""
-    while key and key not in places:
-        key = key[:-1]
-    return places.get(key, str(path))
-
-
-def _nearest(word: str, known: Any) -> str:
-    known = [str(name) for name in known]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
