@@ -852,7 +852,7 @@ def test_prompts_are_drawn_once_a_pass():
 
 def test_defaults():
     """23, 31."""
-    from pipeline.ppo import Algorithm, PolicyOptimizer, ValueOptimizer
+    from pipeline.rl.config import Algorithm, PolicyOptimizer, ValueOptimizer
 
     assert (
         PolicyOptimizer().eps == ValueOptimizer().eps == 1e-5

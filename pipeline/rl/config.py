@@ -1,0 +1,103 @@
+"""What a recipe may say of PPO: the algorithm, its sampling, and the two optimizers. The rest is pipeline/ppo.py's."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.recipe import EXECUTION, Strict
+from pipeline.train.config import Optimizer, Schedule
+
+
+class PolicyOptimizer(Optimizer):
+    """AdamW as PPO on language models uses it."""
+
+    lr: float = Field(3e-6, gt=0)
+    """Peak learning rate; 3e-6 suits models of 1B to 7B (Huang et al., 2024), small ones take 1e-5 to 1e-4."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = Field(1e-5, gt=0)
+    """Added to the denominator; 1e-5 as in the original, where it matters in the first steps (Huang et al., 2024,
+    detail 7)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices."""
+
+
+class ValueOptimizer(PolicyOptimizer):
+    """AdamW of the value model."""
+
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate; the value model may learn faster than the policy."""
+
+
+class LinearSchedule(Schedule):
+    """Learning rates over iterations, the same shape for policy and value model."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "linear"
+    """Annealed linearly, as in the original."""
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+
+
+class Rollout(Strict):
+    """Sampling of responses: the whole distribution, without top-k or top-p, whose truncated probabilities are not
+    those that are trained."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens of a response at most; one that has not ended by then is cut off and pays `missing_eos_penalty`."""
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by this in sampling and in every log-probability."""
+    batch: Annotated[int, EXECUTION] = Field(64, ge=1)
+    """Rows sampled or measured at a time on one process."""
+
+
+class Algorithm(Strict):
+    """PPO itself."""
+
+    epochs: int = Field(4, ge=1)
+    """Passes over an iteration's samples, each in a fresh order."""
+    minibatches: int = Field(1, ge=1)
+    """Updates in a pass."""
+    clip: float = Field(0.2, gt=0)
+    """The ratio of new to old probability counts within 1 - clip and 1 + clip."""
+    clip_high: float | None = Field(None, gt=0)
+    """Another upper side of the clip range; none: the same."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound of the loss, in ratios, where the advantage is negative; none: no bound."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """The value may move this far from the old one before the larger loss counts; none: no clip. In standard
+    deviations of the reward."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount of a token; a response's score is worth the same however long it is."""
+    lambda_: float = Field(0.95, ge=0, le=1)
+    """GAE's trade of bias (0) against variance (1)."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of the KL penalty in each token's reward, in standard deviations of the reward a nat."""
+    kl_target: float | None = Field(None, gt=0)
+    """Steer `kl_coef` so that the KL of a response comes to this many nats; none: it stays."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Samples over which the steering takes effect."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """Of the KL in the reward: k1 = log ratio (unbiased), k3 = never negative."""
+    reward_clip: float | None = Field(10.0, gt=0)
+    """Scores are clipped to this many standard deviations, before the KL; none: no clip."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """Subtracted from the score of a response that was cut off."""
+    whiten_rewards: bool = False
+    """Divide token rewards by their standard deviation over the batch; their mean is kept. Advantages are always
+    whitened."""
+    rule_coef: float = Field(0.0, ge=0)
+    """Weight of the task's `rule` in the score, beside the reward model; 0: the rule only measures."""
+    target_kl: float | None = Field(None, gt=0)
+    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats a
+    token; none: never."""
+    critic_warmup: int = Field(0, ge=0)
+    """First iterations, in which only the value model is trained."""
+    ratio_limit: float = Field(10.0, gt=1)
+    """A response whose mean ratio is above this has gone wrong and carries no policy loss; counted as
+    skipped_fraction."""
+    importance_cap: float | None = Field(None, ge=1)
+    """Weigh tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no
+    weights."""
+    calibrate: int = Field(256, ge=0)
+    """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores are taken as they
+    come."""
