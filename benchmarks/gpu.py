@@ -62,6 +62,7 @@ def main() -> None:
     from pipeline import pretrain
     from pipeline.models import build, cost
     from pipeline.train import distributed, engine, layers
+    from pipeline.train.batches import loss_of
 
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu --tiny shows whether the code runs")
@@ -100,7 +101,7 @@ def main() -> None:
     data = [torch.randint(3, vocabulary, (rows, length + 1), generator=draw) for _ in range(micro_batches)]
 
     layers.prepare(model, config)
-    trainer = engine.build(model, pretrain.loss_of(["a"]), config)
+    trainer = engine.build(model, loss_of(["a"]), config)
 
     def ours() -> None:
         batches = [

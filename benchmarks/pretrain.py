@@ -173,6 +173,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     from pipeline.models import cost
     from pipeline.output import Output
     from pipeline.train import distributed, engine, layers, phases
+    from pipeline.train.batches import loss_of, to_batch
     from pipeline.train.loop import fit, share
     from pipeline.train.meters import Text
 
@@ -197,7 +198,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     flops = cost.training_flops(model, cost.count(model), size["length"])
     layers.prepare(model, config)
     store, sampler = sampler_of(folder, size)
-    trainer = engine.build(model, pretrain.loss_of(store.sources), config)
+    trainer = engine.build(model, loss_of(store.sources), config)
     output = Output(folder / "alma", "pretrain", "pretrain", {}).open(config={}, parents={})
     memory: list = []
 
@@ -226,10 +227,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
             turns.end(lines=lambda: lines(step), copy=copy_seconds)
             turns.begin()
             phases.enter("data", step + 1)
-        return [
-            pretrain.to_batch([sampler.row(index) for index in rows], store, False)
-            for rows in share(config, trainer, step)
-        ]
+        return [to_batch([sampler.row(index) for index in rows], store, False) for rows in share(config, trainer, step)]
 
     fit(trainer, config, output, batches, text=Text({"a": store.num_tokens("a")}, flops))
 
@@ -445,6 +443,7 @@ def parallel_worker(folder: Path, quick: bool) -> None:
 
     from pipeline import pretrain
     from pipeline.train import distributed, engine, layers
+    from pipeline.train.batches import loss_of, to_batch
     from pipeline.train.loop import share
 
     size, found, engines = sizes(quick), {}, {}
@@ -466,7 +465,7 @@ def parallel_worker(folder: Path, quick: bool) -> None:
         model = new_model(size)
         torch.set_num_threads(1)
         layers.prepare(model, config)
-        engines[name] = engine.build(model, pretrain.loss_of(store.sources), config), config
+        engines[name] = engine.build(model, loss_of(store.sources), config), config
         found[name] = []
     steps = 2 if quick else 4
     for turn in range(size["rounds"] + 1):
@@ -476,7 +475,7 @@ def parallel_worker(folder: Path, quick: bool) -> None:
             for step in range(turn * steps, (turn + 1) * steps):
                 trainer.step(
                     [
-                        pretrain.to_batch([sampler.row(index) for index in rows], store, False)
+                        to_batch([sampler.row(index) for index in rows], store, False)
                         for rows in share(config, trainer, step)
                     ],
                     lr=LR,

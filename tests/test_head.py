@@ -8,8 +8,8 @@ from tuned import tokenizer as make_tokenizer
 
 from pipeline.errors import UserError
 from pipeline.models import attention, build
-from pipeline.pretrain import loss_of
 from pipeline.train import engine, head, layers
+from pipeline.train.batches import loss_of
 from pipeline.train.loop import share
 
 Z = 1e-2

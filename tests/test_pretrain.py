@@ -281,7 +281,8 @@ def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(fi
     """The first step by hand: each piece of each row alone, through an untrained model, gives the loss that the
     stage logged; so nothing sees its neighbours and every label counts that should."""
     from pipeline.data.sampler import RowSampler
-    from pipeline.pretrain import Config, sampler_of
+    from pipeline.pretrain import Config
+    from pipeline.train.batches import sampler_of
 
     folder, said = filled
     assert "packing    best fit: one" in said and "mixture    from row 22 (704 tokens) on: one 25%, two 75%" in said
@@ -389,7 +390,7 @@ def test_rows_are_shown_as_the_model_reads_them(filled, monkeypatch, capsys):
     """`alma inspect tokens`: as JSON exactly what the model is given; as text the documents' words, in their order,
     with what has no label marked."""
     from pipeline import cli
-    from pipeline.pretrain import sampler_of, to_batch
+    from pipeline.train.batches import sampler_of, to_batch
 
     folder, _ = filled
     monkeypatch.chdir(folder)

@@ -26,7 +26,7 @@ def show(
 ) -> None:
     """Print a table of the sources and `rows` rows from number `first` on, of `length` labels where the stage is
     `pack`. Raises UserError where there are no tokens yet."""
-    from pipeline.pretrain import sampler_of
+    from pipeline.train.batches import sampler_of
 
     node, tokens, tokenizer_folder = _stage(recipe, stage)
     store, tokenizer = TokenStore(tokens), load_tokenizer(tokenizer_folder)

@@ -50,8 +50,8 @@ def train(config, job: dict, seed: Path) -> dict:
 
     from pipeline.data.tokens import TokenStore, load_tokenizer
     from pipeline.models import build, scaling
-    from pipeline.pretrain import loss_of, sampler_of, to_batch
     from pipeline.train import distributed, engine, layers
+    from pipeline.train.batches import loss_of, sampler_of, to_batch
     from pipeline.train.loop import seed_step, share
 
     store = TokenStore(job["tokens"])
