@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -150,6 +151,16 @@ def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
         assert changes == ({"compile": True} if config.compile else {}) and found[0] in said
         depths = [layout[2].get("pipeline", 1) > 1 for layout in chosen]
         assert len(chosen) == len(layouts.LAYOUTS) + 1 and depths == sorted(depths), "pipelines last"
+    shape = SimpleNamespace(model_type="llama", num_hidden_layers=4)
+    way, _ = layouts.road(config, shape)
+    assert [layout[0] for layout in way[:4]] == ["one process", "DDP", "ZeRO-3", "pipeline of 2"]
+    if isinstance(own, str):
+        assert way[4][0] == (own if own not in layouts.ROAD else "one process")
+    else:
+        assert way[4] in chosen and way[4][0].startswith("the recipe's own")
+    if config.parallel.pipeline == 1:
+        shape.model_type = "gemma"
+        assert layouts.road(config, shape)[0] == [layout for layout in way if layout[0] != "pipeline of 2"]
 
 
 @pytest.mark.slow

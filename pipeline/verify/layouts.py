@@ -1,5 +1,5 @@
-"""Which layouts `alma verify parallel` compares: those of LAYOUTS, and the one that the recipe's stage is configured
-with."""
+"""Which layouts `alma verify` proves: those of LAYOUTS or some of them, and the one that the recipe's stage is
+configured with."""
 
 from pipeline.verify.shrink import ROWS
 
@@ -19,9 +19,13 @@ LAYOUTS = (
 )
 
 
-def own_layout(config, num_layers: int) -> tuple[str, int, dict] | str:
+# Those that `alma verify resume` moves a run through, before it ends in the recipe's own.
+ROAD = (REFERENCE, "DDP", "ZeRO-3", "pipeline of 2")
+
+
+def own_layout(config, num_layers: int) -> tuple[str, int, dict, dict]:
     """The layout that a stage is configured with, for a model of `num_layers` layers, on as few processes as have it;
-    or the name of the one in LAYOUTS that it is."""
+    it may be one of LAYOUTS. Last, other keys of the stage that belong to it: `compile`."""
     depth, launched = min(config.parallel.pipeline, num_layers), config.run.nodes * config.run.processes
     parallel = {**config.parallel.model_dump(exclude_defaults=True), "pipeline": depth}
     if parallel.get("layers") and (len(parallel["layers"]) != depth or sum(parallel["layers"]) != num_layers):
@@ -34,27 +38,38 @@ def own_layout(config, num_layers: int) -> tuple[str, int, dict] | str:
     if not config.compile:
         for name, count, known in LAYOUTS:
             if meant(known) == meant(parallel) and (count > 1) == (processes > 1):
-                return name
+                return name, count, known, {}
     kind = f"pipeline of {depth}" if depth > 1 else f"ZeRO-{parallel['zero']}" if "zero" in parallel else "DDP"
     words = [kind if processes > 1 else REFERENCE]
     words += ["offload"] * config.parallel.offload + ["compiled"] * config.compile
     words += [f"{key} {parallel[key]}" for key in ("partition", "layers") if key in parallel]
-    return f"the recipe's own: {', '.join(words)}", processes, parallel
+    return f"the recipe's own: {', '.join(words)}", processes, parallel, {"compile": True} if config.compile else {}
 
 
 def with_own(config, num_layers: int) -> tuple[list[tuple], str]:
-    """LAYOUTS and the recipe's own, and a line that says so. `compile` belongs to the recipe's own alone."""
-    own = own_layout(config, num_layers)
-    if isinstance(own, str):
-        return [(*layout, {}) for layout in LAYOUTS], f"layouts    {len(LAYOUTS)}, among them the recipe's own: {own}"
-    changes = {"compile": True} if config.compile else {}
-    plain = [layout for layout in LAYOUTS if layout[2].get("pipeline", 1) == 1]
-    pipelines = LAYOUTS[len(plain) :]
-    layouts = (*plain, own, *pipelines) if own[2]["pipeline"] == 1 else (*LAYOUTS, own)
+    """LAYOUTS and the recipe's own, and a line that says so."""
+    known, own = [(*layout, {}) for layout in LAYOUTS], own_layout(config, num_layers)
+    if own in known:
+        return known, f"layouts    {len(known)}, among them the recipe's own: {own[0]}"
+    plain = [layout for layout in known if layout[2].get("pipeline", 1) == 1]
+    layouts = [*plain, own, *known[len(plain) :]] if own[2]["pipeline"] == 1 else [*known, own]
     depth = config.parallel.pipeline
     fewer = f"; {depth} stages need as many layers, {num_layers} are here" if depth > num_layers else ""
-    said = f"layouts    {len(LAYOUTS)}, and {own[0]} ({own[1]} process{'es' * (own[1] > 1)}){fewer}"
-    return [(*layout, changes if layout is own else {}) for layout in layouts], said
+    return layouts, f"layouts    {len(known)}, and {own[0]} ({own[1]} process{'es' * (own[1] > 1)}){fewer}"
+
+
+def road(config, shape) -> tuple[list[tuple], str]:
+    """The layouts that a run is moved through, and a line that says so: ROAD, without a pipeline where the model's
+    `shape` cannot be cut, and then the recipe's own, or one process if that was on the way."""
+    from pipeline.models import stages
+
+    known = {name: (name, *layout, {}) for name, *layout in LAYOUTS}
+    own = own_layout(config, shape.num_hidden_layers)
+    cut = shape.model_type in stages.FAMILIES and shape.num_hidden_layers > 1
+    way = [known[name] for name in ROAD if cut or known[name][2].get("pipeline", 1) == 1]
+    way.append(own if own[0] not in ROAD else known[REFERENCE])
+    why = "" if cut else "; no pipeline, since this model cannot be cut into stages"
+    return way, f"moved      {' -> '.join(name for name, *_ in way)}{why}"
 
 
 def trials(precisions: list[str], layouts: list[tuple]) -> list[dict]:

@@ -26,6 +26,7 @@ from pipeline.recipe import Recipe, dump
 from pipeline.software import software
 from pipeline.train.witness import read as rows_of
 from pipeline.verify import launch
+from pipeline.verify.layouts import road
 from pipeline.verify.shrink import prepare, stage_of, workplace
 
 STEPS, SAVE_EVERY = 12, 2
@@ -34,14 +35,6 @@ STEPS, SAVE_EVERY = 12, 2
 SETTLED = 2 * SAVE_EVERY + 1
 TOLERANCE = 1e-5  # relative, of losses and gradient norms on other layouts, in fp32
 SCRIPT = Path(__file__).parents[1] / "pretrain.py"
-# The layouts that one run goes through: name, processes, `parallel` of the recipe.
-ROAD = (
-    ("one process", 1, {}),
-    ("DDP", 2, {}),
-    ("ZeRO-3", 2, {"zero": 3}),
-    ("pipeline of 2", 2, {"pipeline": 2}),
-    ("one process", 1, {}),
-)
 
 
 def prove(
@@ -56,6 +49,8 @@ def prove(
     keep: bool = False,
 ) -> bool:
     """Make the runs, compare them, write runs/NAME/verify/resume.json. Returns whether all is as promised."""
+    from pipeline.models import build
+
     stage = stage_of(recipe, stage)
     began = time.time()
     with workplace(recipe, "resume", keep) as work:
@@ -68,12 +63,14 @@ def prove(
         if not gpus:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         first, second = kills(seed)
+        way, moves = road(recipe.stages[stage], build.shape(config.model))
         for line in (
             *ready.lines,
             (
                 f"steps      {STEPS}, a checkpoint after every {SAVE_EVERY}; killed at {first} and {second} (seed"
                 f" {seed}); fp32; on {'GPUs' if gpus else 'the CPU'}"
             ),
+            *([moves] if elastic else ()),
         ):
             say(line)
         write_recipe(work / "recipe.yaml", stage, config)
@@ -99,10 +96,10 @@ def prove(
                 }
             )
         if elastic:
-            moved = [Start(processes, parallel, fault=f"work:{SETTLED}") for _, processes, parallel in ROAD]
+            moved = [Start(count, parallel, f"work:{SETTLED}", changes) for _, count, parallel, changes in way]
             moved[-1].fault = None
             results.append(
-                compare(" -> ".join(name for name, *_ in ROAD), Run(work, "moved", gpus > 0), moved, whole, TOLERANCE)
+                compare(" -> ".join(name for name, *_ in way), Run(work, "moved", gpus > 0), moved, whole, TOLERANCE)
             )
     passed = all(row["passed"] is not False for row in results)
     path = recipe.root / "verify" / "resume.json"
@@ -142,9 +139,10 @@ class Start:
     processes: int = 1
     parallel: dict = field(default_factory=dict)
     fault: str | None = None
+    changes: dict = field(default_factory=dict)  # other keys of the stage that are its layout's
 
     def __str__(self) -> str:
-        layout = ", ".join(f"{key}: {value}" for key, value in self.parallel.items())
+        layout = ", ".join(f"{key}: {value}" for key, value in (self.parallel | self.changes).items())
         processes = f"{self.processes} process{'es' * (self.processes > 1)}"
         return processes + f", {layout}" * bool(layout) + (f", killed at {self.fault}" if self.fault else "")
 
@@ -166,6 +164,7 @@ class Run:
                 str(self.work / "recipe.yaml"),
                 f"output={self.folder}",
                 f"pretrain.parallel={json.dumps(start.parallel)}",
+                *(f"pretrain.{key}={json.dumps(value)}" for key, value in start.changes.items()),
             ]
             settings = {"ALMA_WITNESS": str(self.rows)} | ({"ALMA_FAULT": start.fault} if start.fault else {})
             code, text = launch.run(words, start.processes, on_gpu=self.on_gpu, environment=settings)
