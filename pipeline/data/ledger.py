@@ -5,27 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data import outcomes
+from pipeline.data.units import OUTCOME
 from pipeline.files import write_json
 
 if TYPE_CHECKING:
     from pipeline.data.index import Index
     from pipeline.data.steps import Steps
 
-ACCOUNTED = [
-    "place",
-    "id",
-    "status",
-    "reason",
-    "excerpt",
-    "bytes",
-    "counted",
-    "language",
-    "kind",
-    "statistics",
-    "failed",
-    "changed",
-    "matched",
-]
+ACCOUNTED = [key for key in OUTCOME if key not in ("text", "size", "hash", "address", "signature")]
 
 
 def account(
