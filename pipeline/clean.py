@@ -30,7 +30,6 @@ from pipeline import faults
 from pipeline.artifact import Artifact
 from pipeline.chain import say
 from pipeline.data import decontaminate, ledger, outcomes, refusals, units
-from pipeline.data import sources as reading
 from pipeline.data.block import Block
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.dedup import Dedup
@@ -41,7 +40,7 @@ from pipeline.data.models import Perplexity, Quality
 from pipeline.data.pool import Pool
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
-from pipeline.data.sources import Source
+from pipeline.data.sources import Source, files
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.output import Output
@@ -292,7 +291,7 @@ def _prefix(records: dict[int, int]) -> int:
 
 def _size(source: Source, name: str) -> int:
     """Bytes of a source's files, for the progress bar."""
-    return 0 if source.dataset else sum(path.stat().st_size for _, path in reading.files(source, name))
+    return 0 if source.dataset else sum(path.stat().st_size for _, path in files(source, name))
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------

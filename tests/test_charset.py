@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.conversations import load_conversations
 from pipeline.data.formats import Bad
-from pipeline.data.sources import Record, Source, chunks, identify, parse
+from pipeline.data.records import Record, parse
+from pipeline.data.sources import Source, chunks, identify
 from pipeline.data.tuning_sources import ChatSource
 from pipeline.errors import UserError
 

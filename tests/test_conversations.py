@@ -10,7 +10,7 @@ import tuned
 
 from pipeline.data.chat import Chat
 from pipeline.data.conversations import load_conversations, load_pairs, load_prompts, prompt_ids
-from pipeline.data.sources import fraction, read
+from pipeline.data.records import fraction, read
 from pipeline.data.tuning_sources import ChatSource, PreferenceSource, PromptSource
 from pipeline.errors import UserError
 from pipeline.train.tuning import best_fit, permutation, row_at

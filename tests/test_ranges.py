@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pipeline.data import formats, outcomes, units
 from pipeline.data.formats import Bad
 from pipeline.data.ranges import Range, load, pieces
-from pipeline.data.sources import Record, Source, chunks, parse
+from pipeline.data.records import Record, parse
+from pipeline.data.sources import Source, chunks
 from pipeline.errors import UserError
 
 SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}

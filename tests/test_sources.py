@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from pipeline.data.decontaminate import Decontaminate, build
 from pipeline.data.formats import Bad
 from pipeline.data.models import Perplexity, Quality, train
-from pipeline.data.sources import Record, Source, chunks, fraction, identify, parse, read, text_of
+from pipeline.data.records import Record, fraction, parse, read, text_of
+from pipeline.data.sources import Source, chunks, identify
 from pipeline.data.tables import REPEATED
 from pipeline.data.templates import MissingField, render
 from pipeline.errors import UserError

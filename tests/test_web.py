@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.formats import Bad, Passed
-from pipeline.data.sources import Record, Source, chunks, parse, read
+from pipeline.data.records import Record, parse, read
+from pipeline.data.sources import Source, chunks
 from pipeline.errors import UserError
 
 pytest.importorskip("resiliparse")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pipeline.data.decontaminate import Decontaminate, contaminated
 from pipeline.data.formats import Bad
 from pipeline.data.messages import Rejected, clean_text, messages_of, normal, normalised, pair_of, prompt_of
-from pipeline.data.sources import fraction, other_encoding, read
+from pipeline.data.records import fraction, other_encoding, read
 from pipeline.data.templates import MissingField, render
 from pipeline.data.tuning_ledger import Ledger
 from pipeline.data.tuning_sources import ChatSource, Message, PreferenceSource, PromptSource

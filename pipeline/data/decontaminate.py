@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pipeline.data.formats import Bad
-from pipeline.data.sources import Source, read, text_of
+from pipeline.data.records import read, text_of
+from pipeline.data.sources import Source
 from pipeline.data.tables import REPEATED
 from pipeline.data.templates import MissingField
 from pipeline.errors import UserError

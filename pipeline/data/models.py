@@ -115,7 +115,7 @@ def train(examples: "dict[str, Source]", quality: Quality, perplexity: Perplexit
 
 def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: str) -> list[str]:
     from pipeline.data.formats import Bad
-    from pipeline.data.sources import read, text_of
+    from pipeline.data.records import read, text_of
     from pipeline.data.templates import MissingField
     from pipeline.data.text import normalise
 

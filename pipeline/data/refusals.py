@@ -4,19 +4,19 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.chain import say
-from pipeline.data import sources as reading
+from pipeline.data import records as reading
 from pipeline.data.formats import Bad, Passed
-from pipeline.data.sources import Record, Source
+from pipeline.data.sources import Source, chunks
 from pipeline.data.tables import REPEATED
 from pipeline.data.templates import MissingField
 from pipeline.errors import UserError
 from pipeline.plural import many
 
 
-def first_record(source: Source, name: str) -> Record:
+def first_record(source: Source, name: str) -> reading.Record:
     """The first good record of a source. Refuses one that has none, before any work is done."""
     first, bad, left_out = None, 0, Counter()
-    for item in (item for chunk in reading.chunks(source, name) for item in reading.parse(chunk)):
+    for item in (item for chunk in chunks(source, name) for item in reading.parse(chunk)):
         if isinstance(item, Passed):
             left_out[item.reason] += 1
             continue

@@ -1,42 +1,26 @@
-"""Named sources of records: files, globs, addresses, members of packages, Hugging Face data sets; jsonl, json, parquet,
-txt, csv, WARC, WET, HTML.
-
-    for item in read(source, "wiki"):
-        item is a Record (id, fields, place), or a Bad (place, reason, raw): what could not be read, never fatal and
-        never silent
+"""Named sources: what a recipe may say of one, the files that this means, and their cut into chunks. Files, globs,
+addresses, members of packages, Hugging Face data sets; jsonl, json, parquet, txt, csv, WARC, WET, HTML.
 
 A source is read in chunks whose borders do not change what is read, so that cleaning can spread them over processes.
+pipeline/data/records.py reads the records.
 """
 
 import glob
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.data.charset import known_encoding
-from pipeline.data.formats import (
-    EXCERPT,
-    Bad,
-    Chunk,
-    Passed,
-    document_chunk,
-    json_chunks,
-    line_chunks,
-    steps_of,
-    values,
-)
+from pipeline.data.formats import Chunk, document_chunk, json_chunks, line_chunks, steps_of
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
 from pipeline.data.tables import csv_chunks, parquet_chunks, repeated
-from pipeline.data.templates import look_up, pieces_of, render
+from pipeline.data.templates import pieces_of
 from pipeline.errors import UserError
 from pipeline.files import hashes
 from pipeline.recipe import EXECUTION, Strict, identity
@@ -150,96 +134,6 @@ class Source(Strict):
         return self.member if isinstance(self.member, dict) else {self.member: self.sha256}
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record: `id` hashes all raw fields, `place` says where it stands (file:line)."""
-
-    id: str
-    fields: dict
-    place: str
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read(source: Source, name: str, key: str = "sources") -> Iterator[Record | Bad]:
-    """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. Raises
-    UserError, which names `key.name`, if it is not there."""
-    found = 0
-    for chunk in chunks(source, name, key=key):
-        for item in parse(chunk):
-            if isinstance(item, Bad):
-                yield item
-            elif not isinstance(item, Passed) and not deselected(source, item):
-                yield item
-                found += 1
-                if found == source.limit:
-                    return
-
-
-def deselected(source: Source, record: Record) -> str | None:
-    """`where` or `part` if that key leaves the record out."""
-    for field, wanted in source.where.items():
-        try:
-            value = look_up(record.fields, field)
-        except KeyError:
-            return "where"
-        if value not in (wanted if isinstance(wanted, list) else [wanted]):
-            return "where"
-    if source.part != (0.0, 1.0) and not source.part[0] <= fraction(record.id) < source.part[1]:
-        return "part"
-    return None
-
-
-def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
-    """The records of one chunk."""
-    for position, value in values(chunk):
-        if isinstance(value, (Bad, Passed)):
-            yield value
-            continue
-        fields = value if isinstance(value, dict) else None
-        if isinstance(value, str):
-            fields = {"text": value}
-        elif isinstance(value, list):
-            fields = {str(index): item for index, item in enumerate(value)}
-        place = f"{chunk.file}:{position}" if position else chunk.file
-        if fields is None:
-            yield Bad(place, "not a record", str(value)[:EXCERPT])
-        else:
-            yield Record(_id(fields), fields, place)
-
-
-def text_of(source: Source, record: Record) -> str:
-    """The text of a record by the source's `text` key. Raises MissingField, or UserError if the field holds no text."""
-    template = source.text if "{" in source.text else "{" + source.text + "}"
-    return render(template, record.fields, record.place)
-
-
-def other_encoding(source: Source, reason: str) -> str:
-    """What to do, to be put behind a sentence, where text is not in the encoding that it was read in."""
-    if source.encoding and reason == f"invalid {source.encoding}":
-        return f"; the source says encoding: {source.encoding}, and its files are in another one, or damaged"
-    if reason == "invalid UTF-8":
-        return "; text that is not UTF-8 needs to say what it is, such as encoding: gb18030 (or big5, utf-16, latin-1)"
-    return ""
-
-
-def fraction(id: str) -> float:
-    """A record's number in [0, 1), uniform and the same in every stage. Tuning stages hold out what has fraction(id)
-    >= 1 - holdout."""
-    return int(id[:13], 16) / 16**13
-
-
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode
-
-
-def _id(fields: dict) -> str:
-    return hashlib.blake2b(_canonical(fields).encode(), digest_size=16).hexdigest()
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def files(source: Source, name: str, key: str = "sources") -> list[tuple[str, Path]]:
     """(name in places and identity, local path) of each file of a `path` or `package` source, which stands in the
     block `key` of the recipe. Raises UserError if one is missing."""
@@ -321,9 +215,6 @@ def identify(sources: dict[str, Source], cache: Path, key: str = "sources") -> d
             elif source.path is not None:
                 value[name]["files"] = [[relative, sha256(path)] for relative, path in files(source, name, key)]
     return value
-
-
-# ---- chunks ----------------------------------------------------------------------------------------------------------
 
 
 def chunks(source: Source, name: str, size: int = CHUNK_BYTES, key: str = "sources") -> Iterator[Chunk]:

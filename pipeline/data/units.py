@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import faults
 from pipeline.data import outcomes
-from pipeline.data import sources as reading
+from pipeline.data import records as reading
 from pipeline.data.dedup import Dedup
 from pipeline.data.formats import Bad, Chunk, Passed
 from pipeline.data.ranges import Range, load, pieces
 from pipeline.data.sources import Source
-from pipeline.data.templates import MissingField
+from pipeline.data.templates import MissingField, render
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 
@@ -146,7 +146,7 @@ def _valid(text: str) -> str:
 def url_of(template: str, record: reading.Record) -> str | None:
     """A record's address by a field or template; None where it has none."""
     try:
-        return reading.render(template if "{" in template else "{" + template + "}", record.fields, record.place)
+        return render(template if "{" in template else "{" + template + "}", record.fields, record.place)
     except MissingField:
         return None
 
@@ -157,9 +157,7 @@ def address_of(template: str | None, record: reading.Record) -> bytes | None:
     if not template:
         return None
     try:
-        address = reading.render(
-            template if "{" in template else "{" + template + "}", record.fields, record.place
-        ).strip()
+        address = render(template if "{" in template else "{" + template + "}", record.fields, record.place).strip()
     except MissingField:
         return None
     address = re.sub(r"^[a-zA-Z][a-zA-Z0-9+.-]*://", "", address.partition("#")[0])

@@ -83,7 +83,7 @@ def _sampled(config, number: int, near) -> dict[str, list[str]]:
     to be edited, no two nearly alike."""
     from pipeline.data.dedup import near_duplicates
     from pipeline.data.formats import Bad
-    from pipeline.data.sources import read, text_of
+    from pipeline.data.records import read, text_of
     from pipeline.data.templates import MissingField
     from pipeline.data.text import normalise
 
