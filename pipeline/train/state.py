@@ -95,7 +95,7 @@ class Copier:
             torch._foreach_copy_(self.places, [fragment.values for fragment in fragments], non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return [fragment._replace(values=place) for fragment, place in zip(fragments, self.places, strict=True)]
+        return [Fragment(*fragment[:3], place) for fragment, place in zip(fragments, self.places, strict=True)]
 
 
 def write(path: Path, part: Part, cancelled: Callable[[], bool] = lambda: False) -> dict:
