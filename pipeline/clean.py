@@ -37,7 +37,7 @@ from pipeline.data.filters import Filters
 from pipeline.data.language import Language
 from pipeline.data.mask import Mask
 from pipeline.data.models import Perplexity, Quality
-from pipeline.data.pool import Pool
+from pipeline.data.pool import Pool, keep_arrays
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
 from pipeline.data.sources import Source, files
@@ -357,4 +357,5 @@ if __name__ == "__main__":
     from pipeline.chain import main
 
     outcomes.without_pandas()
+    keep_arrays()
     main("clean")

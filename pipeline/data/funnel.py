@@ -34,27 +34,13 @@ class Funnel:
     def add(self, source: str, outcome, status: np.ndarray, reason: np.ndarray, document: np.ndarray) -> None:
         """Rows of a unit: pyarrow.Table with place, id, excerpt, bytes, language and kind; the fate of each (kept
         counts as status `kept` with its split as the reason); and its number in the index where it has one."""
-        import pyarrow
-
         kept, copy = status == "kept", status == "duplicates"
         published = np.zeros(len(status), np.int64)
         published[kept] = self.index.size[document[kept]]
-        table = pyarrow.table(
-            {
-                "language": self._languages(outcome),
-                "status": status.tolist(),
-                "reason": reason.tolist(),
-                "bytes": outcome["bytes"],
-                "published": published,
-            }
-        )
-        sums = table.group_by(["language", "status", "reason"]).aggregate(
-            [("bytes", "count"), ("bytes", "sum"), ("published", "sum")]
-        )
-        for row in sums.to_pylist():
-            cell = self.cells.setdefault((source, row["language"], row["status"], row["reason"]), [0, 0, 0])
-            for i, key in enumerate(("bytes_count", "bytes_sum", "published_sum")):
-                cell[i] += row[key]
+        keys = zip(self._languages(outcome), status.tolist(), reason.tolist(), strict=True)
+        for key, size, out in zip(keys, outcome["bytes"].to_pylist(), published.tolist(), strict=True):
+            cell = self.cells.setdefault((source, *key), [0, 0, 0])
+            cell[0], cell[1], cell[2] = cell[0] + 1, cell[1] + size, cell[2] + out
         for why in np.unique(reason[status == "bad"]).tolist():
             found = self.first.setdefault(source, {}).setdefault(why, [])
             rows = np.flatnonzero((status == "bad") & (reason == why))[: SAMPLES - len(found)]

@@ -1,7 +1,6 @@
 """Files of intermediate results that are whole and of this run, or refused: a torn or foreign one is never read as
 "nothing there"."""
 
-import io
 import sys
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def write(table, path: Path, **options) -> None:
     """A pyarrow.Table as parquet, with checksums of its pages and its own name; whole or not at all."""
     import pyarrow.parquet
 
-    buffer = io.BytesIO()
+    buffer = pyarrow.BufferOutputStream()
     marked = table.replace_schema_metadata({**(table.schema.metadata or {}), MARK: _mark(path)})
     pyarrow.parquet.write_table(marked, buffer, write_page_checksum=True, data_page_size=4 << 20, **options)
     write_atomic(path, buffer.getvalue())

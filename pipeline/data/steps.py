@@ -23,7 +23,7 @@ from pipeline.data.mask import Mask, masked
 from pipeline.data.models import Perplexity, Quality, perplexities, scores
 from pipeline.data.repair import Repair, repaired
 from pipeline.data.rules import Rule, Rules, active
-from pipeline.data.text import SHINGLE, looks, normalise, shingles, tokens
+from pipeline.data.text import SHINGLE, code_points, looks, normalise, shingles, tokens
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,10 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
         for index, text in enumerate(before):
             before[index], done = repaired(text, steps.repair)
             changed[index].update(dict.fromkeys(done, 1))
-    look = looks(before)
+    points = code_points(before)
+    look = looks(before, points)
     texts = list(map(normalise, before, look))
-    hashed = tokens(texts)
+    hashed = tokens(texts, points if texts == before else None)
     shingled = shingles(hashed)
 
     codes, kind = None, kinds_by_script(hashed.counts)

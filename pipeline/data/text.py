@@ -56,11 +56,12 @@ def normalise(text: str, look: int = RARE | LOOSE | TRAILING | BLANK) -> str:
     return text.strip(" \t\n\u00a0")
 
 
-def looks(texts: list[str]) -> list[int]:
-    """RARE, LOOSE, TRAILING, SUSPECT and BLANK of each text, of which a clean one has none."""
+def looks(texts: list[str], codes: np.ndarray) -> list[int]:
+    """RARE, LOOSE, TRAILING, SUSPECT and BLANK of each text, of which a clean one has none. `codes` are their
+    code_points."""
     if not texts:
         return []
-    codes, table = _codes(texts), _marks()
+    table = _marks()
     ends = np.cumsum([len(text) + 1 for text in texts])
     found = np.zeros(len(texts), np.uint8)
     # what lies between has no mark, so that most characters of most texts are passed over
@@ -85,34 +86,38 @@ def looks(texts: list[str]) -> list[int]:
 _NEWLINE = 128  # the mark of \n, which is nothing else
 
 
+def _characters(points: np.ndarray) -> str:
+    return points.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+
+
 @functools.cache
 def _marks() -> np.ndarray:
     """The bits above for each code point, uint8 [0x110000]."""
     from pipeline.data.filters import _CONTINUATION as CONTINUATION
     from pipeline.data.filters import _GARBAGE
 
-    characters = [chr(point) for point in range(0x10000) if not 0xD800 <= point < 0xE000]
-    every = "".join(characters)
+    # Han and Hangul syllables, two thirds of all, have no mark but the three below.
+    every = _characters(np.concatenate((np.arange(0x3400), np.arange(0xA000, 0xAC00), np.arange(0xE000, 0x10000))))
     table = np.zeros(0x110000, np.uint8)
     for pattern, bit in (
         (_RARE, RARE),
         (_GARBAGE, SUSPECT),
-        (re.compile("[锟烫屯]"), SUSPECT),
         (re.compile("[\u00c2-\u00f4]"), _LEAD),
         (re.compile(CONTINUATION), _CONTINUATION),
     ):
         table[[ord(character) for character in pattern.findall(every)]] |= np.uint8(bit)
+    table[[ord(character) for character in "锟烫屯"]] |= np.uint8(SUSPECT)
     table[[ord(character) for character in " \t\u00a0\u3000"]] |= np.uint8(_BLANKS)
     # NFC may change what decomposes, what combines with the character before it (a class of its own, or second in a
     # composition), and jamo (UAX 15).
     second = [
         decomposed.split()[1]
-        for decomposed in map(unicodedata.decomposition, characters)
+        for decomposed in map(unicodedata.decomposition, every)
         if decomposed and decomposed[0] != "<" and " " in decomposed
     ]
     table[[int(point, 16) for point in second if int(point, 16) < 0x10000]] |= np.uint8(LOOSE)
-    table[[ord(c) for c in characters if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c)]] |= (
-        np.uint8(LOOSE)
+    table[[ord(c) for c in every if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c)]] |= np.uint8(
+        LOOSE
     )
     table[0x1100:0x1200] |= np.uint8(LOOSE)
     table[0x10000:] |= np.uint8(LOOSE)
@@ -139,9 +144,11 @@ def _classes() -> np.ndarray:
     # what lies between is Han (planes 2 and 3) or unassigned
     points = np.concatenate((np.arange(0x20000), np.arange(0xE0100, 0xE01F0)))
     # the first letter of Lu, Nd, Zs, ...
-    category = np.frombuffer("".join(map(unicodedata.category, map(chr, points.tolist()))).encode(), np.uint8)[::2]
+    category = np.frombuffer("".join(map(unicodedata.category, _characters(points))).encode(), np.uint8)[::2]
+    kinds = np.full(256, SYMBOL, np.uint8)
     for letters, kind in ((b"LM", LETTER), (b"N", DIGIT), (b"Z", SPACE)):
-        table[points[np.isin(category, list(letters))]] = kind
+        kinds[list(letters)] = kind
+    table[points] = kinds.take(category)
     table[[9, 10]] = SPACE
     # Han with extensions and compatibility forms, kana, bopomofo. Hangul is written with spaces, so its words are runs.
     small = ((0x3005, 0x3008), (0x3041, 0x3100), (0x3105, 0x3130), (0x31A0, 0x31C0), (0x31F0, 0x3200))
@@ -169,35 +176,39 @@ def mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def tokens(texts: list[str]) -> Tokens:
-    """Token hashes and character counts of normalised texts."""
-    codes = _codes(list(map(_lowered, texts)))
+def tokens(texts: list[str], points: np.ndarray | None = None) -> Tokens:
+    """Token hashes and character counts of normalised texts. `points` are their code_points, if they are known."""
+    lowered = list(map(_lowered, texts))
+    codes = code_points(lowered) if points is None or lowered != texts else points
     ends = np.flatnonzero(codes == 0)
     begins = np.concatenate(([0], ends[:-1] + 1))
     lower, kinds = _lower_and_kinds(codes)
-    cjk, word = kinds == CJK, (kinds == LETTER) | (kinds == DIGIT)
-    starts, stops = word.copy(), word.copy()
-    starts[1:] &= ~word[:-1]
-    stops[:-1] &= ~word[1:]
-    starts |= cjk
-    stops |= cjk
-    first, last = np.flatnonzero(starts), np.flatnonzero(stops) + 1
+    cjk, word = kinds == CJK, kinds - np.uint8(LETTER) < 2  # LETTER and DIGIT
+    token = cjk | word
+    edge = np.empty(len(codes), bool)  # where a token, or what stands between two, begins
+    edge[0] = True
+    np.not_equal(word[1:], word[:-1], out=edge[1:])
+    edge |= cjk
+    edge[1:] |= cjk[:-1]
+    first, last = np.flatnonzero(edge & token), np.flatnonzero(edge[1:] & token[:-1]) + 1
     bounds = np.concatenate((np.searchsorted(first, begins), [len(first)]))
-    character = cjk.take(first)
     counts = np.zeros((len(texts), 5), np.int64)
-    counts[:, CJK] = _sums(character, bounds)
-    for kind in (DIGIT, SYMBOL):  # few, so that finding their places is faster than any sum over all characters
+    for kind in (DIGIT, CJK, SYMBOL):  # few, so that finding their places is faster than any sum over all characters
         places = np.flatnonzero(kinds == kind)
         counts[:, kind] = np.searchsorted(places, ends) - np.searchsorted(places, begins)
     inside = _sums(last - first, bounds)
     counts[:, LETTER] = inside - counts[:, CJK] - counts[:, DIGIT]
     counts[:, SPACE] = ends - begins - inside - counts[:, SYMBOL]
+    character = cjk.take(first)
     return Tokens(_hashed(lower, first, last - first), bounds, counts, np.diff(bounds) - counts[:, CJK], character)
 
 
 def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Sum of values[bounds[i] : bounds[i + 1]] of each i, exact for whole numbers."""
-    return np.diff(np.concatenate((np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)))[bounds])
+    sums, filled = np.zeros(len(bounds) - 1, np.int64), np.flatnonzero(np.diff(bounds))
+    if len(filled):
+        sums[filled] = np.add.reduceat(values, bounds[filled])
+    return sums
 
 
 def _hashed(codes: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -210,7 +221,7 @@ def _hashed(codes: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndar
 
     def upto_four(at: np.ndarray, left: np.ndarray) -> np.ndarray:
         if narrow:
-            return four[at] & _LOW.take(np.minimum(left, 4))
+            return four[at] & _LOW.take(left, mode="clip")
         part = np.zeros(len(at), np.uint64)
         for step in range(4):
             part += np.where(left > step, padded.take(at + step), 0).astype(np.uint64) << np.uint64(16 * step)
@@ -230,7 +241,7 @@ def _hashed(codes: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndar
     return hashes
 
 
-def _codes(texts: list[str]) -> np.ndarray:
+def code_points(texts: list[str]) -> np.ndarray:
     """Code points of texts, each with a 0 behind it: uint16, or uint32 if some lie beyond the first plane."""
     joined = "\0".join(texts) + "\0"
     codes = np.frombuffer(joined.encode("utf-16-le"), np.uint16)
@@ -263,7 +274,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     lower = np.arange(0x110000, dtype=np.uint32)
     # U+0130 becomes two characters, surrogates are none
     points = np.concatenate((np.arange(0x130), np.arange(0x131, 0xD800), np.arange(0xE000, 0x20000)))
-    lower[points] = np.frombuffer("".join(map(chr, points.tolist())).lower().encode("utf-32-le"), np.uint32)
+    lower[points] = np.frombuffer(_characters(points).lower().encode("utf-32-le"), np.uint32)
     return lower, _classes()[lower]
 
 
@@ -278,9 +289,10 @@ def shingles(batch: Tokens, size: int = SHINGLE) -> tuple[np.ndarray, np.ndarray
     for step in range(size):
         rolled *= np.uint64(_ODD)
         rolled += padded[step : step + len(rolled)]
-    # tokens from here to the end of the text
-    left = np.repeat(batch.starts[1:], lengths) - np.arange(len(batch.hashes))
-    keep = left >= size
+    keep = np.ones(len(batch.hashes), bool)
+    filled = np.flatnonzero(lengths)
+    for step in range(1, size):  # fewer tokens than `size` are left from there
+        keep[np.maximum(batch.starts[filled + 1] - step, batch.starts[filled])] = False
     for text in np.flatnonzero((lengths > 0) & (lengths < size)):
         begin, end = batch.starts[text], batch.starts[text + 1]
         keep[begin] = True
@@ -300,7 +312,7 @@ def span_tokens(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     if not texts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint64)
     batch = tokens(texts)
-    kinds = _tables()[1].take(_codes(texts))
+    kinds = _tables()[1].take(code_points(texts))
     cjk, word = kinds == CJK, (kinds == LETTER) | (kinds == DIGIT)
     first = np.flatnonzero(cjk | (word & ~np.concatenate(([False], word[:-1]))))
     last = np.flatnonzero(cjk | (word & ~np.concatenate((word[1:], [False])))) + 1
@@ -325,7 +337,7 @@ def line_tokens(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     owner = np.repeat(np.arange(len(texts)), np.diff(bounds))
     line = np.zeros(len(starts), np.int64)
     for at, text in enumerate(texts):
-        breaks = np.flatnonzero(_codes([text]) == 10) if "\n" in text else np.zeros(0, np.int64)
+        breaks = np.flatnonzero(code_points([text]) == 10) if "\n" in text else np.zeros(0, np.int64)
         line[bounds[at] : bounds[at + 1]] = np.searchsorted(breaks, starts[bounds[at] : bounds[at + 1]])
     fresh = np.flatnonzero(np.concatenate(([True], (np.diff(owner) != 0) | (np.diff(line) != 0)))[: len(starts)])
     ends = np.concatenate((fresh[1:], [len(starts)]))

@@ -2,7 +2,6 @@
 file."""
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -254,7 +253,7 @@ def write_shard(pieces: list[Rows], path: Path, addresses: bool) -> None:
         }
         columns |= {"address": table["address"]} if addresses else {}
         tables.append(pyarrow.table(columns).take(again) if len(again) > len(piece.rows) else pyarrow.table(columns))
-    buffer = io.BytesIO()
+    buffer = pyarrow.BufferOutputStream()
     shard = pyarrow.concat_tables(tables).combine_chunks()
     pyarrow.parquet.write_table(
         shard, buffer, compression="zstd", row_group_size=1 << 14, use_dictionary=["source"], write_statistics=False
