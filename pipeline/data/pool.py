@@ -87,7 +87,7 @@ class Pool:
 
 def keep_arrays() -> None:
     """Have glibc keep arrays of a few megabytes that were freed for the next ones. Going back to the system and coming
-    again page by page, they cost 0.2 of 6.5 CPU-s (docs/log.md, 31)."""
+    again page by page, they cost 0.2 of 6.5 CPU-s (docs/log.md, 29)."""
     if sys.platform == "linux" and hasattr(LIBC, "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         LIBC.mallopt(m_mmap_threshold, 32 << 20)
