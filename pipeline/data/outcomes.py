@@ -61,7 +61,7 @@ def read(path: Path, columns: list[str]):
     import pyarrow.parquet
 
     try:
-        # not read_table, which imports pyarrow.dataset: 0.1 to 0.2 CPU-s a process
+        # not read_table, which imports pyarrow.dataset (docs/log.md, 29)
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as opened:
             table = opened.read(columns, use_threads=False)
     except FileNotFoundError:
