@@ -232,6 +232,22 @@ def test_one_big_file_is_many_units_that_survive_a_kill(tmp_path, suffix):
     )
 
 
+def test_a_changed_byte_of_an_outcome_is_refused_or_changes_nothing(tmp_path):
+    """Parquet has checksums of pages, not of its footer and headers, where names and numbers of rows stand."""
+    path = tmp_path / "run.partial" / "work" / "unit.parquet"
+    path.parent.mkdir(parents=True)
+    outcomes.write(pyarrow.table({"a": [1, 2], "b": [3, 4]}), path)
+    whole, refused = path.read_bytes(), Counter()
+    for mask in (0x55, 0xFF):
+        for at, byte in enumerate(whole):
+            path.write_bytes(whole[:at] + bytes([byte ^ mask]) + whole[at + 1 :])
+            try:
+                assert outcomes.read(path, ["a", "b"]).to_pydict() == {"a": [1, 2], "b": [3, 4]}, (at, mask)
+            except outcomes.Torn as torn:
+                refused[torn.why.split(" (")[0]] += 1
+    assert refused["is damaged"] > len(whole)
+
+
 def test_only_one_file_that_is_torn_three_times_ends_the_stage(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     config = clean.Config.model_validate({"kind": "clean", "sources": {"a": {"path": str(tmp_path / "a.jsonl")}}})

@@ -64,9 +64,12 @@ def read(path: Path, columns: list[str]):
         # not read_table, which imports pyarrow.dataset (docs/log.md, 29)
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as opened:
             table = opened.read(columns, use_threads=False)
+            # what a changed byte outside the pages' checksums can hide without a word
+            if set(table.column_names) != set(columns) or table.num_rows != opened.metadata.num_rows:
+                raise Torn(path, "is damaged (columns or rows are missing)")
     except FileNotFoundError:
         raise Torn(path, "is missing") from None
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise Torn(path, f"is damaged ({str(error).splitlines()[0][:120]})") from None
     kept = dict(table.schema.metadata or {})
     found = kept.pop(MARK, b"")
