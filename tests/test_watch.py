@@ -213,6 +213,54 @@ def test_of_two_in_the_same_phase_the_silent_one_is_named(tmp_path):
             assert text in said(tmp_path / case, 0)
 
 
+SUSPENDED = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from pipeline.lock import _born as born
+from pipeline.output import Output
+from pipeline.train import phases
+from pipeline.train.config import Watchdog
+from pipeline.train.watch import Watch
+
+other = subprocess.Popen(["sleep", "60"])
+output = Output(Path(sys.argv[1]), "pretrain", "pretrain", {})
+(output.path / "logs/heartbeat").mkdir(parents=True)
+
+def beat(watch, beats, word):
+    path = output.path / "logs/heartbeat/rank-00001.json"
+    state = {"rank": 1, "pid": other.pid, "born": watch.born, "step": 7, "place": 1, "phase": "reduce"}
+    path.with_suffix(".new").write_text(json.dumps(
+        {**watch.me, **state, "patience": "hang", "beats": beats, "word": word, "seconds": 0}
+    ))
+    path.with_suffix(".new").rename(path)
+
+class Suspended(Watch):
+    looked, born = 0, born(other.pid)
+
+    def _look_at_all(self):
+        super()._look_at_all()
+        self.looked += 1
+        if self.looked == 2:  # SIGSTOP comes here, and SIGCONT when the other has said why it ends, and is gone
+            beat(self, 2, {"why": "hang", "rank": 0, "phase": "data", "step": 7, "message": "hang: of rank 0", "code": 76})
+            other.kill()
+            other.wait()
+
+with Suspended(output, Watchdog(hang=30, lost=50)) as watch:
+    beat(watch, 1, None)
+    time.sleep(60)
+"""
+
+
+def test_who_was_suspended_while_another_ended_obeys_its_word(tmp_path):
+    """Found by a run of the test above in which rank 1 was stopped between a look at rank 0's heartbeat and one at its
+    process: it then told of a loss."""
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "two"}
+    rank = subprocess.run([sys.executable, "-c", SUSPENDED, str(tmp_path / "run")], env=environment, cwd=ROOT)
+    assert rank.returncode == 76
+    found = json.loads((tmp_path / "run/requeue.json").read_text())
+    assert (found["reason"], found["message"]) == ("hang", "hang: of rank 0")
+
+
 @pytest.mark.slow
 def test_a_mistake_that_one_rank_makes_is_told_by_the_other(world):
     ranks = start(world, "output=mistake", second=("pretrain.heldout_rows=1",))

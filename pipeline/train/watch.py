@@ -136,7 +136,7 @@ class Watch:
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             self._look_at_all()
-            word = self._others_word() or self._lost(min(self.config.lost, GRACE / 2))
+            word = self._others_word() or self._lost_or_ended(min(self.config.lost, GRACE / 2))
             if word:
                 return word
             time.sleep(self.interval / 2)
@@ -156,7 +156,7 @@ class Watch:
             self._look_at_all()
             word = (
                 self._others_word()
-                or self._lost(self.config.lost)
+                or self._lost_or_ended(self.config.lost)
                 or (self._hang() if self.rank in self.lookouts else None)
             )
             if word is None:
@@ -233,6 +233,15 @@ class Watch:
                 )
                 return {**word, "rank": rank, "message": who}
             return word
+        return None
+
+    def _lost_or_ended(self, limit: float) -> dict | None:
+        """Who is gone may have ended with a word, which it writes before: it shows in a second look, which matters to
+        a rank that was suspended between the first one and the finding."""
+        lost = self._lost(limit)
+        if lost:
+            self._look_at_all()
+            return self._others_word() or self._lost(limit)
         return None
 
     def _lost(self, limit: float) -> dict | None:
