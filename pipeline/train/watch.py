@@ -309,7 +309,7 @@ class Watch:
                 text += f" (as far as {who.split()[0]} said; {who} no sign of life: suspended, or {whose} blocked)"
         waiting: dict[str, list[int]] = {}
         for rank, state in sorted(self.seen.items()):
-            if rank not in behind and not state["word"]:
+            if rank not in behind and rank not in silent and not state["word"]:
                 waiting.setdefault(state["phase"], []).append(rank)
         others = ", ".join(
             f"rank{'s' * (len(ranks) > 1)} {_ranges(ranks)} wait{'s' * (len(ranks) == 1)} in {phase}"

@@ -27,7 +27,8 @@ def own_layout(config, num_layers: int) -> tuple[str, int, dict, dict]:
     """The layout that a stage is configured with, for a model of `num_layers` layers, on as few processes as have it;
     it may be one of LAYOUTS. Last, other keys of the stage that belong to it: `compile`."""
     depth, launched = min(config.parallel.pipeline, num_layers), config.run.nodes * config.run.processes
-    parallel = {**config.parallel.model_dump(exclude_defaults=True), "pipeline": depth}
+    parallel = config.parallel.model_dump(exclude_defaults=True, exclude={"pipeline"})
+    parallel |= {"pipeline": depth} if depth > 1 else {}
     if parallel.get("layers") and (len(parallel["layers"]) != depth or sum(parallel["layers"]) != num_layers):
         del parallel["layers"]  # it counts those of the whole model
 
@@ -52,7 +53,7 @@ def with_own(config, num_layers: int) -> tuple[list[tuple], str]:
     if own in known:
         return known, f"layouts    {len(known)}, among them the recipe's own: {own[0]}"
     plain = [layout for layout in known if layout[2].get("pipeline", 1) == 1]
-    layouts = [*plain, own, *known[len(plain) :]] if own[2]["pipeline"] == 1 else [*known, own]
+    layouts = [*plain, own, *known[len(plain) :]] if "pipeline" not in own[2] else [*known, own]
     depth = config.parallel.pipeline
     fewer = f"; {depth} stages need as many layers, {num_layers} are here" if depth > num_layers else ""
     return layouts, f"layouts    {len(known)}, and {own[0]} ({own[1]} process{'es' * (own[1] > 1)}){fewer}"
