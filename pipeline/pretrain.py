@@ -320,7 +320,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     # What it was for
     weights = trainer.consolidated()
     if output.is_main:
-        build.publish(weights, model_config, tokenizer_folder, output.path / "model")
+        parent = model_folder(inputs["model"]) if "model" in inputs else None
+        build.publish(weights, model_config, tokenizer_folder, output.path / "model", parent)
     before, after, tokens = result["before"], result["after"], int(result["weight"])
     return {
         "bits_per_byte_before": before["bits_per_byte"],

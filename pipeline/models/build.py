@@ -42,6 +42,7 @@ DOCUMENTS = (
 )
 # families without positions: max_position_embeddings only says what they were trained with
 UNLIMITED = ("bloom", "mamba", "mamba2", "rwkv")
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -281,49 +282,91 @@ def changed(folder: Path | str, changes: dict, sequence_length: int):
     return after
 
 
-def publish(
-    state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, generation: dict | None = None
-) -> None:
+def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, parent: Path | None = None) -> None:
     """Write weights, configuration, generation configuration and tokenizer files in the Hugging Face layout. Equal
     input, equal bytes.
 
-    `model_config.architectures` names the class. Generation ends at the document's end or at the end of a chat turn
-    (<|im_end|>), whichever comes.
+    `model_config.architectures` names the class. `parent` is the folder that training started from, by default that of
+    the tokenizer: its generation_config.json is kept, with the end of a chat turn added to the ends (`stop_ids`).
     """
     import torch
     import transformers
-    from transformers import AutoTokenizer
+
+    from pipeline.data.tokens import load_tokenizer
 
     kind = getattr(transformers, model_config.architectures[0])
     with torch.device("meta"):
         skeleton = kind._from_config(model_config)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    if skeleton.can_generate():
-        turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        ends = [
-            tokenizer.eos_token_id,
-            *([turn] if turn not in (None, tokenizer.unk_token_id, tokenizer.eos_token_id) else []),
-        ]
-        settings = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": ends,
-            "pad_token_id": tokenizer.pad_token_id,
-            **(generation or {}),
-        }
-        skeleton.generation_config = transformers.GenerationConfig(**settings)
     if folder.exists():  # left half-written by a killed run
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if model_config.tie_word_embeddings else set()
+    generates = skeleton.can_generate()
+    if generates:  # what transformers derives from config.json may be more than it agrees to save
+        skeleton.generation_config = transformers.GenerationConfig()
     with quiet():
         skeleton.save_pretrained(
             folder,
             state_dict={key: value.contiguous() for key, value in state_dict.items() if key not in tied},
             max_shard_size="5GB",
         )
+    if generates:
+        settings = generation_settings(Path(parent or tokenizer_folder), load_tokenizer(tokenizer_folder))
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / GENERATION).write_text(text, encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_folder) / name).is_file():
             shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
+
+
+def generation_settings(folder: Path, tokenizer) -> dict:
+    """generation_config.json of a model that was trained from the one in `folder`: its own settings, unchanged, and
+    what they lack of ends (`stop_ids`), beginning and padding."""
+    import transformers
+
+    before = _read_json(folder / GENERATION)
+    # "_from_model_config" tells transformers to make the settings again from config.json, which has other ends
+    kept = {key: value for key, value in before.items() if key != "_from_model_config"}
+    ends = stop_ids(folder, tokenizer)
+    if ends and ends != _listed(kept.get("eos_token_id")):
+        kept["eos_token_id"] = ends
+    own = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    for key, value in own.items():
+        if value is not None and kept.get(key) is None:
+            kept[key] = value
+    kept.setdefault("transformers_version", transformers.__version__)
+    return dict(sorted(kept.items()))
+
+
+def stop_ids(folder: Path, tokenizer) -> list[int]:
+    """Ids at which generation with the model in `folder` ends, each once: those of its generation_config.json, or else
+    of its config.json, or else the tokenizer's end of text; and the end of turn that the chat template teaches. May
+    be empty."""
+    from pipeline.data.turns import end_of_turn
+
+    named = [_read_json(folder / name).get("eos_token_id") for name in (GENERATION, "config.json")]
+    first = next((value for value in [*named, tokenizer.eos_token_id] if value is not None), None)
+    turn = end_of_turn(tokenizer)
+    return list(dict.fromkeys([*_listed(first), *([] if turn is None else [turn])]))
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object, or an empty one where there is no file. Raises UserError for a damaged file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); copy the model again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds {type(found).__name__}, expected a JSON object; copy the model again")
+    return found
 
 
 def describe(folder: Path) -> dict[str, Any]:
