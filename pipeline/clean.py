@@ -51,7 +51,7 @@ from pipeline.tracking import Progress
 if TYPE_CHECKING:
     from pipeline.data.steps import Steps
 
-VERSION = 12
+VERSION = 13
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
@@ -120,7 +120,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
     work, firsts = output.path / "work", []
     for name, source in config.sources.items():
         if not any(work.glob(f"*/{name}/*")):  # a resumed run has seen that there is something to read
-            firsts.append(refusals.first_record(source, name))
+            firsts.append(refusals.first_record(source, name, units.asked(source, config.dedup, config.block)))
     for key, template in (
         ("dedup.url", config.dedup.url),
         ("block.url", config.block.url if config.block.urls else None),
@@ -263,7 +263,8 @@ def _clean_source(
             noted[0] = time.time()
         faults.point("work")
 
-    for number, unit in enumerate(units.cut(source, name, config.unit_bytes)):
+    asked = units.asked(source, config.dedup, config.block)
+    for number, unit in enumerate(units.cut(source, name, config.unit_bytes, asked)):
         if source.limit and _prefix(records) >= source.limit:
             break
         path, weight = folder / f"{number:08d}.parquet", sum(piece.weight for piece in unit)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from pipeline.data.formats import Bad
 from pipeline.data.records import read, text_of
-from pipeline.data.sources import Source
+from pipeline.data.sources import Source, asked_of
 from pipeline.data.tables import REPEATED
 from pipeline.data.templates import MissingField
 from pipeline.errors import UserError
@@ -64,7 +64,7 @@ def build(wanted: Decontaminate) -> tuple[Runs, dict[str, dict[str, int]]]:
     hashes, places, report, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], {}, set()
     for number, (name, source) in enumerate(wanted.sets.items()):
         texts, bad = [], 0
-        for record in read(source, name, "decontaminate.sets"):
+        for record in read(source, name, "decontaminate.sets", asked_of(source)):
             if (
                 isinstance(record, Bad) and record.reason == REPEATED
             ):  # a whole file that nothing would be compared with

@@ -19,6 +19,9 @@ EXCERPT = 200
 BLANK = 256  # bytes of the longest blank line that parts paragraphs of two chunks
 BOM = b"\xef\xbb\xbf"
 
+# Names of the fields, such as `text` or `meta.url`, that are looked up in the records of a source; None: any may be.
+Asked = frozenset[str] | None
+
 
 @dataclass(frozen=True, slots=True)
 class Bad:
@@ -49,6 +52,7 @@ class Chunk:
     data: Any
     weight: int  # bytes, about
     encoding: str | None = None  # of the file, if it was not UTF-8; `data` is
+    asked: Asked = None  # table: a record of which one of these fields cannot be read is bad
     continued: ClassVar[bool] = False  # as ranges.Range
 
 
@@ -59,7 +63,9 @@ def values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
     if chunk.kind == "values":
         yield from chunk.data
     elif chunk.kind == "table":
-        yield from _rows(chunk)
+        from pipeline.data.arrow import rows
+
+        yield from rows(chunk)
     elif chunk.kind.startswith("warc"):
         from pipeline.data.web import pages
 
@@ -115,21 +121,6 @@ def _json(raw: bytes, place: str, encoding: str | None) -> Any:
     except (ValueError, RecursionError):
         return Bad(place, "malformed JSON", text[:EXCERPT])
     return value if isinstance(value, (dict, str)) else Bad(place, "not a JSON object", text[:EXCERPT])
-
-
-def _rows(chunk: Chunk) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from enumerate(chunk.data.to_pylist(), chunk.first)
-    except UnicodeDecodeError:  # one bad cell must not cost its neighbours
-        for index in range(chunk.data.num_rows):
-            place = f"{chunk.file}:{chunk.first + index}"
-            try:
-                yield chunk.first + index, chunk.data.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield (
-                    chunk.first + index,
-                    Bad(place, "invalid UTF-8", error.object[:EXCERPT].decode(errors="backslashreplace")),
-                )
 
 
 # ---- file -> chunks --------------------------------------------------------------------------------------------------

@@ -116,13 +116,17 @@ def train(examples: "dict[str, Source]", quality: Quality, perplexity: Perplexit
 def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: str) -> list[str]:
     from pipeline.data.formats import Bad
     from pipeline.data.records import read, text_of
+    from pipeline.data.sources import asked_of
+    from pipeline.data.tables import REPEATED
     from pipeline.data.templates import MissingField
     from pipeline.data.text import normalise
 
     found = []
     for name in names:
-        for item in read(examples[name], name, "examples"):
+        for item in read(examples[name], name, "examples", asked_of(examples[name])):
             if isinstance(item, Bad):
+                if item.reason == REPEATED:  # a whole file
+                    raise UserError(f"examples.{name}: {item.place}: {item.reason} ({item.raw})")
                 continue
             try:
                 text = normalise(text_of(examples[name], item).encode(errors="replace").decode())

@@ -28,7 +28,8 @@ class _NoPandas:
 
 def without_pandas() -> None:
     """Keep pyarrow from importing pandas, which it does at its first conversion if it can (0.45 CPU-s a process),
-    and asks for only once. For processes that are a stage's own: Table.to_pandas fails in them from now on."""
+    and asks for only once. For processes that are a stage's own: Table.to_pandas fails in them from now on. Records are
+    the same with and without pandas (see arrow.py)."""
     import pyarrow
 
     sys.meta_path.insert(0, _NoPandas)

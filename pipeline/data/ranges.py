@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pipeline.data import formats
 from pipeline.data.charset import ends_lines_with_newlines, utf8
-from pipeline.data.formats import BLANK, BOM, EXCERPT, Chunk, border, last_border, too_long
-from pipeline.data.sources import CHUNK_BYTES, Source, chunks, file_chunks, files, format_of
+from pipeline.data.formats import BLANK, BOM, EXCERPT, Asked, Chunk, border, last_border, too_long
+from pipeline.data.sources import CHUNK_BYTES, Source, chunks, file_chunks, files, format_of, read_whole
 from pipeline.data.tables import parquet_pieces, parquet_rows
 from pipeline.errors import UserError
 
@@ -43,12 +43,12 @@ class Range:
         return self.kind in LINES and self.begin > 0
 
 
-def pieces(source: Source, name: str, size: int) -> Iterator[Range | Chunk]:
+def pieces(source: Source, name: str, size: int, asked: Asked = None) -> Iterator[Range | Chunk]:
     """A source in pieces of about `size` bytes: chunks of what has to be read from the beginning (packed files, large
     tables and archives, encodings whose newlines are no newline bytes), ranges of all else. Raises UserError where a
-    file is not there, or has changed."""
+    file is not there, or has changed. `asked` as for sources.chunks."""
     if source.dataset:
-        yield from chunks(source, name, size)
+        yield from chunks(source, name, size, asked=asked)
         return
     for relative, path, state in [(relative, path, _state(path)) for relative, path in files(source, name)]:
         kind, length = format_of(source, path, f"sources.{name}"), state[0]
@@ -56,7 +56,8 @@ def pieces(source: Source, name: str, size: int) -> Iterator[Range | Chunk]:
         if path.suffix in (".gz", ".zst"):
             yield from _watched(file_chunks(source, f"sources.{name}", relative, path, size), name, path, state)
         elif kind == "parquet":
-            for piece in _watched(parquet_pieces(relative, path, size), name, path, state):
+            whole = read_whole(source, asked)
+            for piece in _watched(parquet_pieces(relative, path, size, asked, whole), name, path, state):
                 yield piece if isinstance(piece, Chunk) else Range(relative, path, kind, *piece, state)
         elif by in LINES and ends_lines_with_newlines(source.encoding):
             size = max(size, len(BOM) + 1)  # so that the first record begins in the first range
@@ -69,16 +70,17 @@ def pieces(source: Source, name: str, size: int) -> Iterator[Range | Chunk]:
             yield from _watched(file_chunks(source, f"sources.{name}", relative, path, size), name, path, state)
 
 
-def load(piece: Range | Chunk, source: Source, name: str) -> tuple[list[Chunk], int]:
-    """What a piece holds, and for a range of lines how many lines end in it. Raises UserError where the file is not
-    there, or is not the one that was cut."""
+def load(piece: Range | Chunk, source: Source, name: str, asked: Asked = None) -> tuple[list[Chunk], int]:
+    """What a piece holds, and for a range of lines how many lines end in it. `asked` as for `pieces`. Raises UserError
+    where the file is not there, or is not the one that was cut."""
     if isinstance(piece, Chunk):
         return [piece], 0
     with _unchanged(name, piece.path, piece.state):
         if piece.kind in LINES:
             return _lines(piece, source.encoding)
         if piece.kind == "parquet":
-            return list(parquet_rows(piece.file, piece.path, piece.begin, piece.end)), 0
+            whole = read_whole(source, asked)
+            return list(parquet_rows(piece.file, piece.path, piece.begin, piece.end, asked, whole)), 0
         return list(file_chunks(source, f"sources.{name}", piece.file, piece.path, CHUNK_BYTES)), 0
 
 

@@ -10,25 +10,25 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.data.formats import EXCERPT, Bad, Chunk, Passed, values
+from pipeline.data.formats import EXCERPT, Asked, Bad, Chunk, Passed, values
 from pipeline.data.sources import Source, chunks
 from pipeline.data.templates import look_up, render
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: `id` hashes all raw fields, `place` says where it stands (file:line)."""
+    """One record: `id` hashes all fields that were read, `place` says where it stands (file:line)."""
 
     id: str
     fields: dict
     place: str
 
 
-def read(source: Source, name: str, key: str = "sources") -> Iterator[Record | Bad]:
-    """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. Raises
-    UserError, which names `key.name`, if it is not there."""
+def read(source: Source, name: str, key: str = "sources", asked: Asked = None) -> Iterator[Record | Bad]:
+    """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. `asked`
+    as for sources.chunks. Raises UserError, which names `key.name`, if it is not there."""
     found = 0
-    for chunk in chunks(source, name, key=key):
+    for chunk in chunks(source, name, key=key, asked=asked):
         for item in parse(chunk):
             if isinstance(item, Bad):
                 yield item

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.chain import say
 from pipeline.data import records as reading
-from pipeline.data.formats import Bad, Passed
+from pipeline.data.formats import Asked, Bad, Passed
 from pipeline.data.sources import Source, chunks
 from pipeline.data.tables import REPEATED
 from pipeline.data.templates import MissingField
@@ -13,10 +13,10 @@ from pipeline.errors import UserError
 from pipeline.plural import many
 
 
-def first_record(source: Source, name: str) -> reading.Record:
+def first_record(source: Source, name: str, asked: Asked) -> reading.Record:
     """The first good record of a source. Refuses one that has none, before any work is done."""
     first, bad, left_out = None, 0, Counter()
-    for item in (item for chunk in chunks(source, name) for item in reading.parse(chunk)):
+    for item in (item for chunk in chunks(source, name, asked=asked) for item in reading.parse(chunk)):
         if isinstance(item, Passed):
             left_out[item.reason] += 1
             continue
@@ -61,7 +61,7 @@ def refuse(report: dict, sources: dict[str, Source], max_bad: float, holdout: fl
                 )
             if reason == REPEATED:  # one bad record, too, for a file of any size
                 say(
-                    f"WARNING sources.{name}: {many(number, 'file')} {'has' if number == 1 else 'have'} a header with"
+                    f"WARNING sources.{name}: {many(number, 'file')} {'has' if number == 1 else 'have'}"
                     " two columns of one name, so that no row of it is read: rename one of them (places:"
                     f" {folder / 'rejected' / name}.jsonl.zst)"
                 )

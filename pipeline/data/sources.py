@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.data.arrow import repeated
 from pipeline.data.charset import known_encoding
-from pipeline.data.formats import Chunk, document_chunk, json_chunks, line_chunks, steps_of
+from pipeline.data.formats import Asked, Chunk, document_chunk, json_chunks, line_chunks, steps_of
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
-from pipeline.data.tables import csv_chunks, parquet_chunks, repeated
-from pipeline.data.templates import pieces_of
+from pipeline.data.tables import csv_chunks, parquet_chunks, wanted_columns
+from pipeline.data.templates import fields_of, pieces_of
 from pipeline.errors import UserError
 from pipeline.files import hashes
 from pipeline.recipe import EXECUTION, PACKAGE, Strict, identity
@@ -217,20 +218,41 @@ def identify(sources: dict[str, Source], cache: Path, key: str = "sources") -> d
     return value
 
 
-def chunks(source: Source, name: str, size: int = CHUNK_BYTES, key: str = "sources") -> Iterator[Chunk]:
-    """A source cut into chunks of about `size` bytes at record borders. What is read does not depend on `size`."""
+def asked_of(source: Source, *templates: str | None) -> frozenset[str]:
+    """Fields that are looked up in a source's records by its `text` and `where`, and by other templates or names of
+    fields."""
+    named = set(source.where)
+    for template in filter(None, (source.text, *templates)):
+        named |= fields_of(template)
+    return frozenset(named)
+
+
+def read_whole(source: Source, asked: Asked) -> bool:
+    """Whether all columns are read. A record's id is of all that is read of it: with `part`, and where records are
+    held out, it must be the same in every stage, whatever each of them asks for."""
+    return asked is None or source.part != (0.0, 1.0)
+
+
+def chunks(
+    source: Source, name: str, size: int = CHUNK_BYTES, key: str = "sources", asked: Asked = None
+) -> Iterator[Chunk]:
+    """A source cut into chunks of about `size` bytes at record borders. What is read does not depend on `size`. Of
+    tables the columns are read that hold fields of `asked`; None: all of them."""
     if source.dataset:
-        yield from _dataset_chunks(source, f"{key}.{name}", size)
+        yield from _dataset_chunks(source, f"{key}.{name}", size, asked)
         return
     for relative, path in files(source, name, key):
-        yield from file_chunks(source, f"{key}.{name}", relative, path, size)
+        yield from file_chunks(source, f"{key}.{name}", relative, path, size, asked)
 
 
-def file_chunks(source: Source, where: str, relative: str, path: Path, size: int) -> Iterator[Chunk]:
+def file_chunks(
+    source: Source, where: str, relative: str, path: Path, size: int, asked: Asked = None
+) -> Iterator[Chunk]:
     """One file of a source that the recipe has at `where`."""
     kind = format_of(source, path, where)
     if kind == "parquet":
-        yield from parquet_chunks(relative, path, size)
+        needed = frozenset(source.where) if asked is None else asked
+        yield from parquet_chunks(relative, path, size, needed, read_whole(source, asked))
     elif kind == "json":
         yield from json_chunks(source.records, relative, path, size, source.encoding)
     elif kind == "warc":
@@ -248,7 +270,7 @@ def file_chunks(source: Source, where: str, relative: str, path: Path, size: int
         yield from line_chunks(relative, path, by, size, source.encoding)
 
 
-def _dataset_chunks(source: Source, where: str, size: int) -> Iterator[Chunk]:
+def _dataset_chunks(source: Source, where: str, size: int, asked: Asked) -> Iterator[Chunk]:
     import datasets
 
     try:
@@ -258,9 +280,13 @@ def _dataset_chunks(source: Source, where: str, size: int) -> Iterator[Chunk]:
         reason = " ".join(str(error).split())[:300]
         which = f"{source.dataset} (config {source.config}, split {source.split}, revision {source.revision})"
         raise UserError(f"{where}: the data set {which} cannot be loaded: {reason}") from None
+    columns = wanted_columns(loaded.column_names, asked, read_whole(source, asked))
+    if columns is not None:
+        loaded = loaded.select_columns(columns)
+    needed = frozenset(source.where) if asked is None else asked
     weight = max(1, (loaded.data.nbytes or 1) // max(1, len(loaded)))
     several = max(1, size // weight)
     loaded = loaded.with_format("arrow")
     for first in range(0, len(loaded), several):
         table = loaded[first : first + several]
-        yield Chunk(source.dataset, "table", first + 1, table, table.nbytes)
+        yield Chunk(source.dataset, "table", first + 1, table, table.nbytes, asked=needed)

@@ -5,12 +5,13 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.data.arrow import damage, first_line, repeated
 from pipeline.data.charset import shown
-from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, _bad, line_chunks
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Asked, Bad, Chunk, _bad, line_chunks
 
-# A file whose header has a name twice is one bad record, like a json file that is malformed: a record has one value
-# under a name, and nothing says which column is meant.
-REPEATED = "two columns of one name; rename one in the header line"
+# A file that has a column name twice is one bad record, like a json file that is malformed: a record has one value
+# under a name, and nothing says which column is meant. Names that differ in case are different names.
+REPEATED = "two columns of one name; rename one"
 
 
 def csv_chunks(
@@ -68,11 +69,6 @@ def csv_chunks(
         yield Chunk(relative, "values", begins, rows + torn, weight)
 
 
-def repeated(names: list[str]) -> str | None:
-    """The first name that stands there twice. Columns without a name may be many: nothing can ask for them."""
-    return next((name for place, name in enumerate(names) if name.strip() and name in names[:place]), None)
-
-
 class _Lines:
     """Lines for the csv reader, which can be told to read those of a broken record again. Each is read at most about
     twice: where a second quote stands, the first is not open any more."""
@@ -118,25 +114,33 @@ def _encodes(text: str) -> bool:
 WHOLE = 4
 
 
-def parquet_chunks(relative: str, path: Path, size: int) -> Iterator[Chunk]:
-    for piece in parquet_pieces(relative, path, size):
-        yield from [piece] if isinstance(piece, Chunk) else parquet_rows(relative, path, *piece[:2])
+def parquet_chunks(relative: str, path: Path, size: int, asked: Asked = None, whole: bool = True) -> Iterator[Chunk]:
+    """Rows of a file. `asked`: the fields that are looked up in its records; `whole`: read the columns that nobody asks
+    for, too."""
+    for piece in parquet_pieces(relative, path, size, asked, whole):
+        yield from [piece] if isinstance(piece, Chunk) else parquet_rows(relative, path, *piece[:2], asked, whole)
 
 
-def parquet_pieces(relative: str, path: Path, size: int) -> Iterator[Chunk | tuple[int, int, int]]:
+def parquet_pieces(
+    relative: str, path: Path, size: int, asked: Asked = None, whole: bool = True
+) -> Iterator[Chunk | tuple[int, int, int]]:
     """Consecutive pieces of a file: (first row, row behind the last, bytes) for `parquet_rows`; chunks where row groups
     are large."""
-    import pyarrow
     import pyarrow.parquet
 
     try:
         opened = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield _bad(relative, 1, "damaged parquet data", str(error).splitlines()[0][:EXCERPT])
+        names = opened.schema_arrow.names
+    except damage() as error:
+        yield _bad(relative, 1, "damaged parquet data", first_line(error))
         return
     with opened:
+        if twice := repeated(names):
+            yield _bad(relative, 1, REPEATED, f"{twice!r}: {', '.join(names)}"[:EXCERPT])
+            return
+        columns = wanted_columns(names, asked, whole)
         meta = opened.metadata
-        sizes = [meta.row_group(group).total_byte_size for group in range(meta.num_row_groups)]
+        sizes = [_bytes(meta.row_group(group), columns) for group in range(meta.num_row_groups)]
         several = max(1, min(1 << 16, meta.num_rows * size // max(1, sum(sizes))))
         first = row = weight = 0  # of row groups that are waiting, and where the next one begins
         for group, bytes_here in enumerate(sizes):
@@ -145,7 +149,7 @@ def parquet_pieces(relative: str, path: Path, size: int) -> Iterator[Chunk | tup
                 first, weight = row, 0
             rows = meta.row_group(group).num_rows
             if bytes_here > WHOLE * size:
-                yield from _streamed(opened, relative, group, row, several)
+                yield from _streamed(opened, relative, group, row, several, columns, asked)
                 first = row + rows
             elif bytes_here > size:
                 number = -(-bytes_here // size)
@@ -159,43 +163,73 @@ def parquet_pieces(relative: str, path: Path, size: int) -> Iterator[Chunk | tup
             yield first, row, weight
 
 
-def _streamed(opened, relative: str, group: int, row: int, several: int) -> Iterator[Chunk]:
+def wanted_columns(names: list[str], asked: Asked, whole: bool) -> list[str] | None:
+    """The columns that hold the fields asked for; None: all of them. All are read, too, where a field asked for has no
+    column, so that a message can name those that are there."""
+    if whole or asked is None:
+        return None
+    found = {field if field in names else field.partition(".")[0] for field in asked}
+    return [name for name in names if name in found] if found <= set(names) else None
+
+
+def _bytes(group, columns: list[str] | None) -> int:
+    """Bytes of a row group, unpacked."""
+    if columns is None:
+        return group.total_byte_size
+    parts = [group.column(at) for at in range(group.num_columns)]
+    return sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema in columns or part.path_in_schema.partition(".")[0] in columns
+    )
+
+
+def _streamed(
+    opened, relative: str, group: int, row: int, several: int, columns: list[str] | None, asked: Asked
+) -> Iterator[Chunk]:
     """A row group that is too large to be held, a few rows at a time. It is decoded twice: whether its last page is
     damaged has to be known before its first row is handed out, for smaller groups are lost as a whole."""
     import pyarrow
 
     try:
-        for _ in opened.iter_batches(batch_size=several, row_groups=[group]):
+        for _ in opened.iter_batches(batch_size=several, row_groups=[group], columns=columns):
             pass
-    except (pyarrow.ArrowException, OSError):
+    except damage():
         yield _damaged(relative, row, row + opened.metadata.row_group(group).num_rows)
         return
-    for batch in opened.iter_batches(batch_size=several, row_groups=[group]):
-        yield Chunk(relative, "table", row + 1, pyarrow.Table.from_batches([batch]), batch.nbytes)
+    for batch in opened.iter_batches(batch_size=several, row_groups=[group], columns=columns):
+        table = pyarrow.Table.from_batches([batch])
+        yield Chunk(relative, "table", row + 1, _selected(table, columns), batch.nbytes, asked=asked)
         row += batch.num_rows
 
 
-def parquet_rows(relative: str, path: Path, begin: int, end: int) -> Iterator[Chunk]:
+def parquet_rows(
+    relative: str, path: Path, begin: int, end: int, asked: Asked = None, whole: bool = True
+) -> Iterator[Chunk]:
     """Rows [begin, end). Damage costs the row group that it is in, and no other, and is told by whoever has the first
     row of it."""
-    import pyarrow
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as opened:
-        after = 0
+        columns, after = wanted_columns(opened.schema_arrow.names, asked, whole), 0
         for group in range(opened.metadata.num_row_groups):
             row, after = after, after + opened.metadata.row_group(group).num_rows
             if after <= begin or row >= end:
                 continue
             try:
-                table = opened.read_row_group(group, use_threads=False)
-            except (pyarrow.ArrowException, OSError):
+                table = opened.read_row_group(group, columns, use_threads=False)
+            except damage():
                 if row >= begin:
                     yield _damaged(relative, row, after)
                 continue
             first = max(row, begin)
-            table = table.slice(first - row, min(end, after) - first)
-            yield Chunk(relative, "table", first + 1, table, table.nbytes)
+            table = _selected(table.slice(first - row, min(end, after) - first), columns)
+            yield Chunk(relative, "table", first + 1, table, table.nbytes, asked=asked)
+
+
+def _selected(table, columns: list[str] | None):
+    """Arrow takes the name `a.b` for the part b of a column a as well as for a column of that name."""
+    return table if columns is None else table.select(columns)
 
 
 def _damaged(relative: str, row: int, after: int) -> Chunk:

@@ -60,6 +60,11 @@ def pieces_of(template: str) -> list[tuple[str, str | None]]:
     return pieces
 
 
+def fields_of(template: str) -> set[str]:
+    """The fields that a template, or the bare name of a field, looks up."""
+    return {field for _, field in pieces_of(template) if field is not None} if "{" in template else {template}
+
+
 def look_up(fields: Any, dotted: str) -> Any:
     if isinstance(fields, dict) and dotted in fields:
         return fields[dotted]

@@ -13,14 +13,15 @@ from pipeline import faults
 from pipeline.data import outcomes
 from pipeline.data import records as reading
 from pipeline.data.dedup import Dedup
-from pipeline.data.formats import Bad, Chunk, Passed
+from pipeline.data.formats import Asked, Bad, Chunk, Passed
 from pipeline.data.ranges import Range, load, pieces
-from pipeline.data.sources import Source
+from pipeline.data.sources import Source, asked_of
 from pipeline.data.templates import MissingField, render
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
+    from pipeline.data.block import Block
     from pipeline.data.steps import Steps
 
 # A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and
@@ -54,11 +55,16 @@ OUTCOME = (
 BATCH_CHARACTERS = 1 << 18
 
 
-def cut(source: Source, name: str, size: int) -> Iterator[list[Range | Chunk]]:
+def asked(source: Source, dedup: Dedup, block: "Block") -> frozenset[str]:
+    """Fields that cleaning looks up in the records of a source."""
+    return asked_of(source, dedup.url, block.url if block.urls else None)
+
+
+def cut(source: Source, name: str, size: int, asked: Asked = None) -> Iterator[list[Range | Chunk]]:
     """Pieces together up to `size` bytes: big files are cut, small ones joined. A part of a file that is not its first
     is a unit of its own, so that all its lines are counted from one place."""
     unit, weight = [], 0
-    for piece in pieces(source, name, size):
+    for piece in pieces(source, name, size, asked):
         if unit and (weight + piece.weight > size or unit[-1].continued):
             yield unit
             unit, weight = [], 0
@@ -77,7 +83,7 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
 
     rows, raw, chunks, lines = [], [], [], 0
     for piece in unit:
-        found, number = load(piece, source, name)
+        found, number = load(piece, source, name, asked(source, steps.dedup, steps.block))
         chunks, lines = chunks + found, lines + number
     for item in (item for chunk in chunks for item in reading.parse(chunk)):
         row: dict[str, Any] = dict.fromkeys(OUTCOME)
