@@ -111,7 +111,7 @@ def test_layouts(tmp_path):
         {"key": "Cha", "text": "same"},
     ]
     nested = write(tmp_path / "nested.json", json.dumps([{"context": [["Tea", ["A drink.", " Hot."]]]}]).encode())
-    source = Source(path=nested, records="[*].context[*]", text="{0}\n\n{1}")
+    source = Source(path=nested, records="[*].context[*]", text="{0}\n\n{1}", join="")
     assert [text_of(source, item) for item in read(source, "x")] == ["Tea\n\nA drink. Hot."]
     text = write(tmp_path / "a.txt", "一\n二\n\n\n  三\r\n".encode())
     assert [item.fields["text"] for item in records(path=text, sample_by="line")] == ["一", "二", "  三"]
@@ -295,7 +295,7 @@ def test_parts_are_disjoint_and_whole(tmp_path):
 
 def test_templates():
     fields = {"a": 1.5, "b": {"c": "é"}, "d.e": "dotted", "list": ["p", "q"], "none": None, "{": "never"}
-    assert render("{a}-{b.c}-{d.e}-{{x}}-{list}-{list.1}", fields) == "1.5-é-dotted-{x}-pq-q"
+    assert render("{a}-{b.c}-{d.e}-{{x}}-{list}-{list.1}", fields) == "1.5-é-dotted-{x}-p\nq-q"
     with pytest.raises(MissingField, match=r"^f:3: no field 'bb'.*the record has a, b"):
         render("{bb}", fields, "f:3")
     with pytest.raises(MissingField, match="'none' holds nothing"):
@@ -305,6 +305,18 @@ def test_templates():
             render(broken, fields)
     with pytest.raises(MissingField):
         render("{a.__class__}", fields)
+
+
+@pytest.mark.parametrize("keys, text", [({}, "a.\nb"), ({"join": ""}, "a.b"), ({"join": "\n\n"}, "a.\n\nb")])
+def test_lists_of_paragraphs_have_a_separator(tmp_path, keys, text):
+    """correctness 12: in every format that has lists, and wherever a text is made of a record."""
+    row = {"text": ["a.", "b"], "one": ["only"], "none": []}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    for path in (write(tmp_path / "a.jsonl", lines([row])), str(tmp_path / "a.parquet")):
+        source = Source(path=path, **keys)
+        assert [text_of(source, item) for item in read(source, "x")] == [text]
+        source = Source(path=path, text="<{text}|{one}|{none}>", **keys)
+        assert [text_of(source, item) for item in read(source, "x")] == [f"<{text}|only|>"]
 
 
 @given(st.text(), st.text())

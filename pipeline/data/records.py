@@ -74,7 +74,7 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
 def text_of(source: Source, record: Record) -> str:
     """The text of a record by the source's `text` key. Raises MissingField, or UserError if the field holds no text."""
     template = source.text if "{" in source.text else "{" + source.text + "}"
-    return render(template, record.fields, record.place)
+    return render(template, record.fields, record.place, source.join)
 
 
 def other_encoding(source: Source, reason: str) -> str:

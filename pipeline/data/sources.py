@@ -87,6 +87,9 @@ class Source(Strict):
     """csv, tsv: names of the columns of a file that has no header line."""
     text: str = "text"
     """The field that holds the text, or a template such as `{title}\\n\\n{body}`."""
+    join: str = "\n"
+    """What is put between the items of a field that is a list of texts. Paragraphs need the newline; sentences that
+    bring their own spaces need ""."""
     where: dict[str, Any] = {}
     """Keep records whose field has this value, or one of these values."""
     part: tuple[float, float] = (0.0, 1.0)

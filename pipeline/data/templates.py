@@ -12,12 +12,12 @@ class MissingField(UserError):
     """A template names a field that this record does not have."""
 
 
-def render(template: str, fields: dict, place: str = "") -> str:
+def render(template: str, fields: dict, place: str = "", join: str = "\n") -> str:
     """Fill a template. `{name}` and `{name.sub}` look up fields (digits: items of a list), `{{` and `}}` are braces,
     and nothing is evaluated.
 
-    Numbers are written as in JSON; a list of strings is written one after the other, as it stands. Raises MissingField,
-    or UserError for a broken template.
+    Numbers are written as in JSON; a list of strings is written with `join` between them. Raises MissingField, or
+    UserError for a broken template.
     """
     pieces = []
     for literal, field in pieces_of(template):
@@ -35,7 +35,7 @@ def render(template: str, fields: dict, place: str = "") -> str:
         if isinstance(value, str):
             pieces.append(value)
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            pieces.extend(value)
+            pieces.append(join.join(value))
         elif isinstance(value, (bool, int, float)):
             pieces.append(json.dumps(value))
         else:
