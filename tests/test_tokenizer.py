@@ -246,18 +246,35 @@ def test_the_chat_template_marks_answers_and_their_end(trained):
     assert tokenizer.decode(trained_ids) == " yo\n<|im_end|><|im_end|>"
 
 
-def test_the_folder_loads_alike_beside_a_model_config(trained, tmp_path):
-    from pipeline.data.tokens import encode_text, load_tokenizer
+# Texts on which another class of transformers gives other ids: not NFC, full width, digits, leading space, and marks.
+TELLING = ["the cafe\u0301 \u00e9 1984 12345", " \uff26\uff35 床前明月光\n\n", "<|im_end|> it's <unk>", "가각 ﬁ  ther"]
 
-    texts = ["the  ther 1984\n\n床前明月光"]
-    wanted = encode_text(loaded(trained), texts)
-    shutil.copytree(trained, tmp_path / "model")
-    for family in ("llama", "mistral", "qwen3", "gpt2"):
-        (tmp_path / "model/config.json").write_text(json.dumps({"model_type": family}))
-        assert encode_text(loaded(tmp_path / "model"), texts) == wanted, family
-    # AutoTokenizer forces another class here
-    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    assert encode_text(load_tokenizer(tmp_path / "model"), texts) == wanted
+
+def test_every_stage_reads_the_same_ids_whatever_family_the_model_is_of(trained, tmp_path):
+    """correctness 1: pack (encoder), pretrain, assess and export (load_tokenizer), and the tuning stages
+    (tokenizer_of) beside the config.json of every family that recipes or document masks name."""
+    same_ids_in_every_family(trained, tmp_path / "model")
+
+
+def same_ids_in_every_family(folder, copy):
+    from families import PUBLISHED, load
+
+    from pipeline.data.encode import encoder
+    from pipeline.data.tokens import encode_text, load_tokenizer
+    from pipeline.models.build import DOCUMENTS
+    from pipeline.train.tuning import tokenizer_of
+
+    wanted = [ids.tolist() for ids in encoder(folder)(TELLING)]
+    assert wanted == encode_text(load_tokenizer(folder), TELLING)
+    shutil.copytree(folder, copy)
+    families = sorted({*DOCUMENTS, *(load(name).model["family"] for name in PUBLISHED)})
+    assert "qwen2" in families and len(families) > 20
+    for family in families:
+        (copy / "config.json").write_text(json.dumps({"model_type": family}))
+        for read in (load_tokenizer, lambda place: tokenizer_of(place, 16)):
+            tokenizer = read(copy)
+            assert encode_text(tokenizer, TELLING) == wanted, family
+            assert tokenizer.get_vocab() == load_tokenizer(folder).get_vocab(), family
 
 
 def test_the_longest_token_is_bounded(trained, data, tmp_path):
@@ -373,6 +390,7 @@ def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path)
     assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in got] == texts and not set(
         tokenizer.all_special_ids
     ) & {token for ids in got for token in ids}
+    same_ids_in_every_family(folder, tmp_path / "model")
 
 
 @quick

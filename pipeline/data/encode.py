@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.tokens import encode_text, readable
+from pipeline.data.tokenizer_folder import read_backend
+from pipeline.data.tokens import encode_text
 from pipeline.errors import UserError
 
 # the split of ByteLevel(use_regex=True)
@@ -50,10 +51,8 @@ def encoder(folder: Path | str) -> Encoder:
     It raises UserError for a text that is not Unicode (a lone surrogate), with its place. It keeps to one thread:
     processes are the parallelism here.
     """
-    from tokenizers import Tokenizer
-
     folder = Path(folder)
-    backend = readable(folder, lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+    backend = read_backend(folder)
     spec = json.loads(backend.to_str())
     fast = _tiktoken(backend, spec) or _sentencepiece(backend, spec, folder) or _tokenizers(backend)
 

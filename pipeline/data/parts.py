@@ -44,13 +44,12 @@ _worker: dict = {}
 
 def prepare(tokenizer: str, eos_id: int, dtype: str) -> None:
     """Once in a process. Processes are the parallelism here, so the library's own threads stay off."""
-    from tokenizers import Tokenizer
-
     from pipeline.data.encode import encoder
+    from pipeline.data.tokenizer_folder import read_backend
     from pipeline.data.tokens import token_bytes
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    sizes = token_bytes(Tokenizer.from_file(f"{tokenizer}/tokenizer.json"))
+    sizes = token_bytes(read_backend(tokenizer))
     _worker.update(encode=encoder(tokenizer), eos_id=eos_id, dtype=np.dtype(dtype), sizes=sizes)
 
 

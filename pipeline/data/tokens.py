@@ -18,48 +18,46 @@ A packed folder:
 
 import bisect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.data.tokenizer_folder import CONFIG, check_config, read_backend, readable, recoverable
 from pipeline.errors import UserError
 
 
 def load_tokenizer(folder: Path | str):
-    """The fast tokenizer of a folder, exactly as its tokenizer.json says. Raises UserError if there is none, or none
-    that can be read.
+    """The fast tokenizer (transformers) of a folder, exactly as its tokenizer.json says. Every stage uses this loader.
+    Raises UserError if there is none, or none that can be read.
 
-    AutoTokenizer does the same unless a config.json beside it names a family whose tokenizer class transformers forces
-    (qwen2, phi3, internlm3 and some others in 5.23): qwen2's class then rebuilds the pre-tokeniser and the ids change.
+    AutoTokenizer does the same unless a config.json in the folder names a family whose tokenizer class transformers
+    forces (qwen2 in 5.23): that class rebuilds the pre-tokenizer and adds a normalizer, and the ids change.
     """
     from transformers import PreTrainedTokenizerFast
 
-    return readable(Path(folder), lambda: PreTrainedTokenizerFast.from_pretrained(folder))
+    folder = Path(folder)
+    backend = read_backend(folder)
+    check_config(folder)
+    fast = readable(folder, lambda: PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+    for part in ("normalizer", "pre_tokenizer"):
+        if _state(getattr(fast.backend_tokenizer, part)) != _state(getattr(backend, part)):
+            raise UserError(
+                f"{folder}: transformers loads another {part} than tokenizer.json has, so that ids would depend on the"
+                f" reader; remove what changes it from {CONFIG} (fix_mistral_regex), or save the tokenizer again"
+            )
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in fast.added_tokens_decoder.values():
+        if not token.special and token.content not in known:
+            raise UserError(
+                f"{folder}: {CONFIG} adds the token {token.content!r}, which tokenizer.json does not have, so that ids"
+                " of ordinary text would depend on the reader; save the tokenizer again, with both files"
+            )
+    return fast
 
 
-def readable(folder: Path, read: Callable):
-    """What `read` makes of the folder of a fast tokenizer. Raises UserError with the file that is missing or that
-    cannot be read, as one that was cut off."""
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{folder}: has no tokenizer.json; give the output of stage tokenizer, or the folder of a fast Hugging Face"
-            " tokenizer"
-        )
-    try:
-        return read()
-    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot read
-        place, why = folder / "tokenizer.json", str(error)[:200]
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            try:
-                json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-            except ValueError as wrong:
-                place, why = folder / name, str(wrong)[:200]
-                break
-        raise UserError(
-            f"{place}: cannot be read ({why}); take the folder again from where it was published, whole"
-        ) from error
+def _state(part) -> bytes | None:
+    return None if part is None else part.__getstate__()
 
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -75,6 +73,13 @@ def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
     backend.encode_special_tokens = True  # "encode the characters of special tokens": do not recognise them
     try:
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except BaseException as error:
+        if not recoverable(error):
+            raise
+        raise UserError(
+            f"the tokenizer cannot encode text ({type(error).__name__}: {str(error)[:200]}); its tokenizer.json is"
+            " damaged or lacks a part, such as an unknown token; take it again from where it was published"
+        ) from error
     finally:
         backend.encode_special_tokens = before
 

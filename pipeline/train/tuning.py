@@ -27,7 +27,9 @@ def model_folder(artifact: Artifact) -> Path:
 
 def tokenizer_of(folder: Path, sequence_length: int):
     """The tokenizer beside a model. Raises UserError if the model cannot take rows of `sequence_length` tokens."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
+
+    from pipeline.data.tokens import load_tokenizer
 
     if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         raise UserError(
@@ -40,7 +42,7 @@ def tokenizer_of(folder: Path, sequence_length: int):
             f"sequence_length: {sequence_length} is more than the {most} positions of the model"
             f" (max_position_embeddings); use at most {most}"
         )
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_tokenizer(folder)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
