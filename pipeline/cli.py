@@ -13,9 +13,10 @@ from pipeline.arguments import Json, RecipeFile, Words, known, split
 from pipeline.chain import EXIT_USER, StageFailed
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
-from pipeline.graph import Node, check, examine, nodes
+from pipeline.graph import Node, examine
 from pipeline.inspection import commands as inspection
 from pipeline.plural import many
+from pipeline.precheck import checked
 from pipeline.recipe import load
 from pipeline.verify import commands as verify
 
@@ -87,15 +88,8 @@ def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
     """Read a recipe and check every key, every input, and that the layout can be had; nothing is run and no source
     is read."""
     stages, overrides = split(words)
-    parsed = load(recipe, overrides)
-    graph = nodes(parsed)
+    _, graph = checked(recipe, overrides)
     known(stages, graph, recipe)
-    for node in graph.values():
-        check(node, graph)
-    if parsed.model is not None:
-        from pipeline.models.build import check as check_model
-
-        check_model(parsed.model)
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
         print(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())

@@ -1,4 +1,7 @@
-"""The two exceptions that are messages to the person at the keyboard."""
+"""The exceptions that are messages to the person at the keyboard, and a list of them that is reported in one go."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -14,3 +17,41 @@ class Stopped(BaseException):
 
     The run was asked to stop (SIGTERM, SIGUSR1), has saved, and can be continued with the same command. Exit code 75
     (EX_TEMPFAIL)."""
+
+
+class UserErrors(UserError):
+    """Several mistakes in one message, a line each."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class Problems:
+    """Mistakes that are collected, so that all of a recipe's are reported at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.append(line)
+
+    @contextmanager
+    def gather(self, located: Callable[[str], str] = str):
+        """Collect what is raised inside as a UserError; `located` puts file and line before a message."""
+        try:
+            yield
+        except UserError as error:
+            self.take(error, located)
+
+    def take(self, error: UserError, located: Callable[[str], str] = str) -> None:
+        for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
+            self.add(located(line))
+
+    def refuse(self) -> None:
+        """Raise what was collected, if anything was."""
+        if len(self.lines) == 1:
+            raise UserError(self.lines[0])
+        if self.lines:
+            raise UserErrors(self.lines)

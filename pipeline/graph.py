@@ -5,15 +5,17 @@ is published. Running them is pipeline/chain.py's.
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
-from pipeline.errors import UserError
+from pipeline.errors import Problems, UserError
 from pipeline.fingerprint import differences, fingerprint_of
 from pipeline.lock import describe_holder, lock_holder
 from pipeline.recipe import Recipe, StageConfig, identity, module_of
+from pipeline.recipe_file import shown
 from pipeline.unfinished import restarting
 
 
@@ -32,11 +34,15 @@ class Node:
     reason: str = ""
 
 
-def nodes(recipe: Recipe) -> dict[str, Node]:
-    """Stages in an order in which parents come first. Raises UserError for an input that cannot be had."""
+def nodes(recipe: Recipe, problems: Problems | None = None) -> dict[str, Node]:
+    """Stages in an order in which parents come first. Raises UserError for inputs that cannot be had; with `problems`
+    they are added there instead."""
+    gathered = Problems() if problems is None else problems
     found: dict[str, Node] = {}
     for name, config in recipe.stages.items():
-        found[name] = Node(name, config, _parents(recipe, name, config), recipe.root / name)
+        found[name] = Node(name, config, _parents(recipe, name, config, gathered), recipe.root / name)
+    if problems is None:
+        gathered.refuse()
     ordered: dict[str, Node] = {}
     trail: list[str] = []
 
@@ -44,7 +50,8 @@ def nodes(recipe: Recipe) -> dict[str, Node]:
         if name in ordered:
             return
         if name in trail:
-            raise UserError(f"inputs go round in a circle: {' -> '.join([*trail[trail.index(name) :], name])}")
+            circle = " -> ".join([*trail[trail.index(name) :], name])
+            raise UserError(recipe.located(name, f"stages.{name}.inputs: inputs go round in a circle: {circle}"))
         trail.append(name)
         for parent in found[name].parents.values():
             if parent in found:
@@ -57,7 +64,7 @@ def nodes(recipe: Recipe) -> dict[str, Node]:
     return ordered
 
 
-def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
+def _parents(recipe: Recipe, name: str, config: StageConfig, problems: Problems) -> dict[str, str]:
     """Input -> stage. `INPUTS` of a kind: name -> kinds it accepts; `name?` may be absent; `*` takes any number, by
     default all earlier ones."""
     wanted = dict(module_of(config.kind).INPUTS)
@@ -68,36 +75,25 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
     parents: dict[str, str] = {}
     for key, source in config.inputs.items():
         kinds = wanted.get(key, anything)
-        if not kinds:
-            raise UserError(
-                f"stages.{name}.inputs: {config.kind} has no input {key!r}; it takes {', '.join(wanted) or 'none'}"
-            )
-        if source.startswith((".", "/")):
+        wrong = _wrong_input(recipe, name, key, source, kinds, list(wanted))
+        if wrong:
+            problems.add(recipe.located(name, wrong))
+        elif source not in recipe.broken:
             parents[key] = source
-            continue
-        if source not in recipe.stages or source == name:
-            raise UserError(
-                f"stages.{name}.inputs.{key}: {source!r} is no other stage of this recipe; it has"
-                f" {', '.join(s for s in recipe.stages if s != name)} (the path of a folder begins with . or /)"
-            )
-        if recipe.stages[source].kind not in kinds:
-            raise UserError(
-                f"stages.{name}.inputs.{key}: stage {source!r} is of kind {recipe.stages[source].kind}, expected"
-                f" {' or '.join(kinds)}"
-            )
-        parents[key] = source
     for key, kinds in wanted.items():
-        if key in parents or key in optional:
+        if key in parents or key in optional or key in config.inputs:
             continue
         nearest = [stage for stage in earlier if recipe.stages[stage].kind in kinds]
-        if not nearest and key in config.optional():
-            continue
-        if not nearest:
-            raise UserError(
-                f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands before"
-                f" it; add one or give inputs.{key}"
+        if nearest:
+            parents[key] = nearest[-1]
+        elif key not in config.optional() and not recipe.broken:  # a stage whose keys are wrong may be the one
+            problems.add(
+                recipe.located(
+                    name,
+                    f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands"
+                    f" before it; add one or give inputs.{key}",
+                )
             )
-        parents[key] = nearest[-1]
     if anything and not set(parents) - set(wanted):
         parents.update(
             {stage: stage for stage in earlier if recipe.stages[stage].kind in anything and stage not in parents}
@@ -105,9 +101,33 @@ def _parents(recipe: Recipe, name: str, config: StageConfig) -> dict[str, str]:
     return parents
 
 
+def _wrong_input(
+    recipe: Recipe, name: str, key: str, source: str, kinds: tuple[str, ...], takes: list[str]
+) -> str | None:
+    """What is wrong with an input that the recipe names, or None."""
+    if not kinds:
+        kind = recipe.stages[name].kind
+        return f"stages.{name}.inputs: {kind} has no input {key!r}; it takes {', '.join(takes) or 'none'}"
+    if source.startswith((".", "/")) or source in recipe.broken:
+        return None
+    if source not in recipe.stages or source == name:
+        return (
+            f"stages.{name}.inputs.{key}: {shown(source)} is no other stage of this recipe; it has"
+            f" {', '.join(s for s in recipe.stages if s != name)} (the path of a folder begins with . or /)"
+        )
+    if recipe.stages[source].kind not in kinds:
+        return (
+            f"stages.{name}.inputs.{key}: stage {source!r} is of kind {recipe.stages[source].kind}, expected"
+            f" {' or '.join(kinds)}"
+        )
+    return None
+
+
 def check(node: Node, graph: dict[str, Node]) -> None:
-    """What can be told of a stage from its recipe alone. Raises UserError."""
-    node.config.check(node.config.run.processes * node.config.run.nodes)
+    """What can be told of a stage from its recipe alone. Raises UserError with all that is wrong."""
+    problems = Problems()
+    with problems.gather():
+        node.config.check(node.config.run.processes * node.config.run.nodes)
     known = _packed_sources(node, graph)
     mixtures = [
         ("mixture", getattr(node.config, "mixture", None) or {}),
@@ -115,29 +135,29 @@ def check(node: Node, graph: dict[str, Node]) -> None:
     ]
     for key, source in [(key, source) for key, mixture in mixtures for source in mixture] if known else []:
         if source not in known:
-            raise UserError(
+            problems.add(
                 f"stages.{node.name}.{key}: its text has no source {source!r}; it has {', '.join(sorted(known))}"
             )
     for key, source in node.parents.items():
-        if source not in graph:
-            if not Path(source).is_dir() or not any(Path(source).iterdir()):
-                raise UserError(f"stages.{node.name}.inputs.{key}: {source} is not a folder with files in it")
-            continue
-        parent = graph[source].config
-        longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
-        if (
-            key in ("model", "policy")
-            and longest
-            and wanted
-            and wanted > longest
-            and not _lengthened(node.config, parent)
-        ):
-            raise UserError(
-                f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that"
-                f" {source} gives its model; use {longest} or fewer, or pretrain with more"
-                + " (or scale positions, model_changes: {rope_parameters: ...})"
-                * (node.config.kind == "pretrain")
-            )
+        with problems.gather():
+            _check_parent(node, key, source, graph)
+    problems.refuse()
+
+
+def _check_parent(node: Node, key: str, source: str, graph: dict[str, Node]) -> None:
+    if source not in graph:
+        if not os.path.isdir(source) or not os.listdir(source):
+            raise UserError(f"stages.{node.name}.inputs.{key}: {shown(source)} is not a folder with files in it")
+        return
+    parent = graph[source].config
+    longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
+    if key in ("model", "policy") and longest and wanted and wanted > longest and not _lengthened(node.config, parent):
+        raise UserError(
+            f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that {source}"
+            f" gives its model; use {longest} or fewer, or pretrain with more"
+            + " (or scale positions, model_changes: {rope_parameters: ...})"
+            * (node.config.kind == "pretrain")
+        )
 
 
 def _lengthened(config, parent) -> bool:

@@ -9,14 +9,15 @@ share.
 """
 
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
-from pipeline.errors import UserError
-from pipeline.recipe_file import nearest, override, place_of, read
+from pipeline.errors import Problems, UserError
+from pipeline.recipe_file import nearest, override, place_of, read, shown
 
 KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "ppo", "assess", "export")
 
@@ -30,14 +31,17 @@ PATTERNS = {
     NAME: "Latin letters, digits, '.', '_' and '-', of which the first is a letter or a digit: files are called so",
     PACKAGE: "NAME==VERSION",
 }
-Name = Annotated[str, Field(pattern=NAME)]
+LONGEST_NAME = 100  # of a recipe, stage or source, in characters: folders and files are called so
+Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)]
 
 
 class Strict(BaseModel):
     """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON
     schema (recipe_schema.py)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -53,9 +57,9 @@ class RunConfig(Strict):
     """Where a stage runs. `alma run` starts the processes; under `accelerate launch`, torchrun or srun the
     launcher's count is taken."""
 
-    processes: int = Field(1, ge=1)
+    processes: int = Field(1, ge=1, le=1024)
     """Processes on each node: one per GPU, or one per group of CPU cores."""
-    nodes: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, le=100_000)
     """Nodes; more than one needs a launcher that spans them (see launch/slurm)."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of one process; by default the cores of the machine divided by `processes`."""
@@ -109,9 +113,37 @@ class Recipe(Strict):
     stages: dict[str, Any]
     """Stages in order; each key is a name, and its kind unless `kind` says otherwise."""
 
+    _places: dict[tuple, str] = PrivateAttr(default_factory=dict)
+    _path: str = PrivateAttr("")
+    _broken: frozenset[str] = PrivateAttr(frozenset())
+
+    @field_validator("output")
+    @classmethod
+    def _can_be_a_path(cls, value: Path) -> Path:
+        if any(len(os.fsencode(part)) > 255 for part in value.parts) or len(os.fsencode(value)) > 3000:
+            raise ValueError(f"is too long for a path ({len(str(value)):,} characters)")
+        return value
+
     @property
     def root(self) -> Path:
         return self.output / self.name
+
+    @property
+    def broken(self) -> frozenset[str]:
+        """Stages whose keys are wrong and that `stages` therefore lacks (`load` with `problems`)."""
+        return self._broken
+
+    def located(self, stage: str, message: str) -> str:
+        """A message about a stage with file and line before it: of the first key that the message names, else of the
+        stage's block."""
+        if not self._path:
+            return message
+        for word in re.findall(r"[A-Za-z_][\w.-]*", message):
+            key = tuple(word.rstrip(".").split("."))
+            for candidate in ((*key,) if key[0] == "stages" else ("stages", stage, *key), key):
+                if candidate in self._places and candidate != ("stages", stage):
+                    return f"{self._places[candidate]}: {message}"
+        return f"{place_of(('stages', stage), self._places, self._path)}: {message}"
 
 
 def module_of(kind: str):
@@ -120,57 +152,95 @@ def module_of(kind: str):
     return importlib.import_module(f"pipeline.{kind}")
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe, apply `extends` and `key=value` overrides, check every key. Raises UserError."""
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), problems: Problems | None = None) -> Recipe:
+    """Read a recipe, apply `extends` and `key=value` overrides, check every key.
+
+    Raises UserError with all mistakes. With `problems` they are added there instead, and the recipe has the stages
+    that are right; what leaves no recipe at all is raised all the same.
+    """
+    found = Problems()
     places: dict[tuple, str] = {}
     tree = read(Path(path), places)
     for word in overrides:
-        override(tree, word, places, list(Recipe.model_fields))
+        with found.gather():
+            override(tree, word, places, list(Recipe.model_fields))
     top = {key: value for key, value in tree.items() if key != "stages"}
-    recipe = _validated(Recipe, {**top, "stages": {}}, (), places, str(path))
+    recipe = None
+    with found.gather():
+        recipe = _validated(Recipe, {**top, "stages": {}}, (), places, str(path))
     stages = tree.get("stages")
     if not isinstance(stages, dict) or not stages:
-        raise UserError(f"{path}: `stages` must name at least one stage; the kinds are {', '.join(KINDS)}")
+        found.add(
+            f"{place_of(('stages',), places, path)}: `stages` must name at least one stage; the kinds are"
+            f" {', '.join(KINDS)}"
+        )
+        stages = {}
+    # With a mistake at the top, the stages are checked against a recipe that has none of it.
+    shared = recipe or Recipe(name="unnamed", stages={}, sources=_blocks(top.get("sources")))
     parsed: dict[str, StageConfig] = {}
+    broken: set[str] = set()
     for name, block in stages.items():
-        where = ("stages", name)
         if block is None:  # `dpo: ~` in a recipe that extends another takes the stage out
             continue
-        if not isinstance(block, dict):
-            raise UserError(
-                f"{place_of(where, places, path)}: stages.{name} must be a block of keys, found {block!r}; an empty"
-                " stage is written {}"
-            )
-        if name in Recipe.model_fields:
-            raise UserError(
-                f"{place_of(where, places, path)}: no stage may be called {name}, because that is a top-level key;"
-                " choose another name and give `kind`"
-            )
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
-            raise UserError(f"{place_of(where, places, path)}: stage name {name!r} must be letters, digits, - and _")
-        kind = block.get("kind", name)
-        if kind not in KINDS:
-            raise UserError(
-                f"{place_of(where, places, path)}: stages.{name} has the unknown kind {kind!r};"
-                f" {nearest(str(kind), KINDS)}"
-            )
-        model = module_of(kind).Config
-        filled = {**block, "kind": kind}
-        filled.setdefault("seed", recipe.seed)
-        if isinstance(block.get("sources"), dict):
-            filled["sources"] = {
-                key: _from(source, (*where, "sources", key), recipe.sources, places, path)
-                for key, source in block["sources"].items()
-            }
-        if "model" in model.model_fields and recipe.model is not None:
-            own = filled.get("model", {})
-            # a few keys, as in pretrain.model.hidden_size=64, and not a model of its own
-            if isinstance(own, dict) and not {"family", "from"} & own.keys():
-                filled["model"] = {**recipe.model, **own}
-        parsed[name] = _validated(model, filled, where, places, str(path))
-    if not parsed:
-        raise UserError(f"{path}: every stage was taken out; keep at least one")
-    return recipe.model_copy(update={"stages": parsed})
+        try:
+            parsed[name] = _stage(name, block, shared, places, path)
+        except UserError as error:
+            found.take(error)
+            broken.add(name)
+    if stages and not parsed and not broken:
+        found.add(f"{path}: every stage was taken out; keep at least one")
+    if problems is None or recipe is None:
+        found.refuse()
+    else:
+        for line in found.lines:
+            problems.add(line)
+    recipe = recipe.model_copy(update={"stages": parsed})
+    recipe._places, recipe._path, recipe._broken = places, str(path), frozenset(broken)
+    return recipe
+
+
+def _blocks(value: Any) -> dict:
+    """The blocks of a block, where some of it may be anything."""
+    return {key: block for key, block in value.items() if isinstance(block, dict)} if isinstance(value, dict) else {}
+
+
+def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> StageConfig:
+    """One stage of a recipe, with what it takes over from the top. Raises UserError."""
+    where = ("stages", name)
+    place = place_of(where, places, path)
+    if not isinstance(block, dict):
+        raise UserError(
+            f"{place}: stages.{name} must be a block of keys, found {shown(block)}; an empty stage is written {{}}"
+        )
+    if name in Recipe.model_fields:
+        raise UserError(
+            f"{place}: no stage may be called {name}, because that is a top-level key; choose another name and give"
+            " `kind`"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > LONGEST_NAME:
+        raise UserError(f"{place}: stage name {shown(name)} must be letters, digits, - and _, at most {LONGEST_NAME}")
+    kind = block.get("kind", name)
+    if kind not in KINDS:
+        raise UserError(f"{place}: stages.{name} has the unknown kind {shown(kind)}; {nearest(str(kind), KINDS)}")
+    model = module_of(kind).Config
+    filled = {**block, "kind": kind}
+    filled.setdefault("seed", recipe.seed)
+    problems = Problems()
+    if isinstance(block.get("sources"), dict):
+        filled["sources"] = {}
+        for key, source in block["sources"].items():
+            with problems.gather():
+                filled["sources"][key] = _from(source, (*where, "sources", key), recipe.sources, places, path)
+    if "model" in model.model_fields and recipe.model is not None:
+        own = filled.get("model", {})
+        # a few keys, as in pretrain.model.hidden_size=64, and not a model of its own
+        if isinstance(own, dict) and not {"family", "from"} & own.keys():
+            filled["model"] = {**recipe.model, **own}
+    config = None
+    with problems.gather():
+        config = _validated(model, filled, where, places, str(path))
+    problems.refuse()
+    return config
 
 
 def _from(source: Any, where: tuple, shared: dict, places: dict, path: Any) -> Any:
@@ -179,10 +249,10 @@ def _from(source: Any, where: tuple, shared: dict, places: dict, path: Any) -> A
     if not isinstance(source, dict) or "from" not in source:
         return source
     name = source["from"]
-    if name not in shared:
+    if not isinstance(name, str) or name not in shared:
         raise UserError(
             f"{place_of((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no"
-            f" {name!r}; {nearest(str(name), shared) if shared else 'there are none'}"
+            f" {shown(name)}; {nearest(str(name), shared) if shared else 'there are none'}"
         )
     for key in list(places):
         if key[:2] == ("sources", name):
@@ -222,32 +292,34 @@ def _validated(model: type[BaseModel], tree: dict, prefix: tuple, places: dict, 
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_sentence(item, model, prefix, places, path) for item in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        problems = Problems()
+        for item in error.errors():
+            problems.add(_sentence(item, model, prefix, places, path))
+    problems.refuse()
 
 
 def _sentence(item: dict, model: type[BaseModel], prefix: tuple, places: dict, path: str) -> str:
     # pydantic's location holds names of union members too; only what stands in the file is a key
-    location = [part for part in item["loc"]]
+    location = list(item["loc"])
     key = (*prefix, *location)
-    shown = ".".join(str(part) for part in key)
+    dotted = ".".join(str(part) for part in key)
     place = place_of(key, places, path)
     found = item.get("input")
     if item["type"] == "extra_forbidden":
         owner = _fields_at(model, location[:-1])
-        return f"{place}: unknown key {shown}; {nearest(str(location[-1]), owner)}"
+        return f"{place}: unknown key {dotted[:300]}; {nearest(str(location[-1])[:300], owner)}"
     if item["type"] == "missing":
-        return f"{place}: the key {shown} is missing"
+        return f"{place}: the key {dotted} is missing"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{place}: {shown + ': ' if location else ''}{message}"
+        return f"{place}: {dotted + ': ' if location else ''}{message}"
     wanted = PATTERNS.get(item.get("ctx", {}).get("pattern")) or {"path_type": "a path"}.get(
         item["type"],
         message.removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("a valid ", "a "),
     )
     if location[-1:] == ["[key]"]:
-        return f"{place}: {shown.removesuffix(f'.{found}.[key]')} has the name {found!r}, expected {wanted}"
-    return f"{place}: {shown} is {found!r}, expected {wanted}"
+        return f"{place}: {dotted.removesuffix(f'.{found}.[key]')} has the name {shown(found)}, expected {wanted}"
+    return f"{place}: {dotted} is {shown(found)}, expected {wanted}"
 
 
 def _fields_at(model: Any, location: list) -> list[str]:

@@ -38,7 +38,7 @@ def refused(folder, *words, recipe="recipe.yaml", **options) -> str:
     [
         (["pretrain.mixture={one: 0.6, two: 0.35}"], "its shares add up to 0.95, expected 1"),
         (["pretrain.mixture={one: -1, two: 2}"], "one has the weight -1"),
-        (["pretrain.mixture={one: .nan, two: 2}"], "one has the weight nan"),
+        (["pretrain.mixture={one: .nan, two: 2}"], "mixture.one is nan, expected a finite number"),
         (["pretrain.mixture={one: 0, two: 0}"], "no source has a weight above 0"),
         (["pretrain.mixture={one: 1, tow: 1}"], "no source 'tow'; it has one, two"),
         (["pretrain.run.device=cuda"], "run.device: cuda asks for a GPU, and torch"),

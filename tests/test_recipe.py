@@ -1,17 +1,21 @@
 """Recipes: YAML 1.2, strict keys, helpful sentences, overrides, inheritance, and what is identity."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import recipe_fuzzer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import recipe_schema
 from pipeline.errors import UserError
 from pipeline.graph import nodes
+from pipeline.precheck import checked
 from pipeline.recipe import KINDS, dump, identity, load, module_of
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +124,117 @@ def test_file_mistakes(write, tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(UserError, match="cannot be read as a UTF-8 text file"):
         load(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{}" + BASE, "aliases stand for more than 100,000 values"),
+        ("seed: " + "[" * 60 + "]" * 60 + "\n" + BASE.replace("seed: 7\n", ""), "blocks inside one another"),
+        ("seed: " + "[" * 5000 + "]" * 5000 + "\n" + BASE.replace("seed: 7\n", ""), "blocks inside one another"),
+        ("# " + "x" * 300_000 + "\n" + BASE, "has more than 256,000 bytes"),
+        (BASE.replace("web: {path: data/*.jsonl}", "web: {from: [a, b]}"), "have no ['a', 'b']"),
+        (BASE.replace("name: small", "name: " + "x" * 300), "at most 100"),
+        (BASE.replace("name: small", "extends: " + "x" * 5000), "which is not there"),
+        (BASE.replace("name: small", "name: small\noutput: " + "x" * 300), "too long for a path"),
+        (BASE.replace("    steps: 10", "    steps: 99999999999999999999"), "is beyond 9,223,372,036,854,775,807"),
+        (BASE.replace("{lr: 3e-4}", "{lr: .inf}"), "lr is inf, expected a finite number"),
+        (BASE.replace("name: small", 'name: "a\\0b"'), "a character that is not text"),
+        (BASE.replace("name: small", "name: !word small"), "has a YAML tag"),
+        (BASE.replace("seed: 7", "seed: 7\n1: a\n'1': b"), "the key '1' stands here for the second time"),
+        (BASE[: BASE.index("stages:")] + "stages:\n", "`stages` must name at least one stage"),
+        (BASE[: BASE.index("stages:")] + "stages: 3\n", "`stages` must name at least one stage"),
+        (BASE[: BASE.index("stages:")] + "stages: {clean: [], pack: ~}\n", "must be a block of keys, found []"),
+    ],
+)
+def test_what_no_recipe_holds_ends_in_one_sentence_at_once(write, text, said):
+    """correctness 32: bombs of aliases, deep nesting, long names, lists for names, empty documents."""
+    bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+    before = time.process_time()
+    with pytest.raises(UserError) as caught:
+        load(write(text.replace("{}", bomb, 1) if text.startswith("a0") else text))
+    assert said in str(caught.value) and len(str(caught.value)) < 5000
+    assert time.process_time() - before < 10
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("seed=&a [*a]", "command line, 'seed=&a [*a]': more than 50 blocks inside one another"),
+        ("pretrain.model.family=[llama]", "model.family: ['llama'] is unknown"),
+        ("pretrain.model.num_attention_heads=0", "model.num_attention_heads is 0, expected 1 to"),
+        ("pretrain.model.num_hidden_layers=2000000000", "model.num_hidden_layers is 2000000000, expected 1 to"),
+        ("pretrain.inputs={model: ./" + "x" * 400 + "}", "is not a folder with files in it"),
+        ("pretrain.run.processes=1000000007", "run.processes is 1000000007, expected less than or equal to 1024"),
+        ("pretrain.run={processes: 1021, nodes: 99991}", "use 3 or"),
+        ("pretrain.micro_batch=1000000007", "not divisible by micro_batch 1000000007; use 2 or 4"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused_at_once(write, word, said):
+    """correctness 32: what passes as a key and has no meaning as a model, an input or a layout."""
+    before = time.process_time()
+    words = ["pretrain.batch_size=4", word]
+    if "nodes" in word:
+        words, said = [word], "is not divisible by 102090811 data-parallel ranks"
+    with pytest.raises(UserError) as caught:
+        checked(write(BASE), words)
+    assert said in str(caught.value)
+    assert time.process_time() - before < 20
+
+
+def test_all_mistakes_of_a_recipe_are_told_at_once_with_file_and_line(write):
+    """correctness 44: across stages, and across keys, words, inputs, layouts and models."""
+    path = write(
+        BASE.replace("{path: data/*.jsonl}", "{pth: data/*.jsonl}")
+        .replace("vocab_size: 512", "vocab_size: none")
+        .replace("hidden_size: 64", "hiden_size: 64")
+        .replace("batch_size: 4", "batch_size: 5\n    run: {processes: 2}")
+        + "  anneal: {kind: pretrain, steps: 1, batch_size: 1, sequence_length: 16, inputs: {modle: pretrain}}\n"
+        + "  sft: {steps: 1, batch_size: 1, sequence_length: 16, sources: {a: {from: nowhere}}}\n"
+        + "  speak: {kind: speech}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        checked(path, ["sede=3"])
+    lines = str(caught.value).splitlines()
+    for line, said in [
+        (3, "model.hiden_size: llama has no such key; did you mean hidden_size?"),
+        (7, "unknown key stages.clean.sources.web.pth; did you mean 'path'?"),
+        (8, "stages.tokenizer.vocab_size is 'none', expected"),
+        (12, "batch_size 5 is not divisible by 2 data-parallel ranks"),
+        (16, "stages.anneal.inputs: pretrain has no input 'modle'"),
+        (17, "the recipe's `sources` have no 'nowhere'"),
+        (18, "stages.speak has the unknown kind 'speech'"),
+    ]:
+        assert any(text.startswith(f"{path}:{line}: ") and said in text for text in lines), (line, said, lines)
+    assert any("'sede' is neither a stage nor a top-level key" in text for text in lines)
+    assert len(lines) == 8, "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        range(60),
+        pytest.param(range(60, 1060), marks=pytest.mark.slow),
+        pytest.param(range(1060, 2260), marks=pytest.mark.slow),
+    ],
+)
+def test_changed_recipes_are_accepted_or_refused_with_a_sentence(seeds, tmp_path, monkeypatch):
+    """correctness 32: shipped recipes with anything changed in file or words: UserError or accepted, and in time."""
+    shutil.copytree(ROOT / "recipes", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    refused = 0
+    for seed in seeds:
+        path, words = recipe_fuzzer.made(seed, tmp_path)
+        before = time.process_time()
+        try:
+            checked(path, words)
+        except UserError as error:
+            refused += 1
+            assert 0 < len(str(error)) < 20_000 and str(error).encode(), seed
+        except Exception as error:
+            raise AssertionError(f"seed {seed} ({path.name} {words}): {type(error).__name__}: {error}") from error
+        assert time.process_time() - before < 20, f"seed {seed} took more than 20 s"
+    assert len(seeds) / 2 < refused < len(seeds)  # both happen, so the changes are neither idle nor all alike
 
 
 def test_overrides(write):

@@ -9,13 +9,15 @@ import contextlib
 import difflib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import UserError
+from pipeline.errors import Problems, UserError
 from pipeline.models import scaling
+from pipeline.recipe_file import shown
 from pipeline.seeds import derive
 
 # Keys of a model block that a recipe leaves to others: the tokenizer, the stage, and this module.
@@ -30,6 +32,12 @@ TAKEN = {
     "dtype": "weights are fp32 and `precision` says how they are used",
     "torch_dtype": "weights are fp32 and `precision` says how they are used",
 }
+# Keys that say how large something is, of which a model has at least one; and what no model has yet.
+SIZES = re.compile(
+    r"(hidden_size|n_embd|d_model|intermediate_size|n_inner|head_dim|n_head|n_layer|num_layers|num_hidden_layers"
+    r"|num_heads|num_attention_heads|num_key_value_heads)"
+)
+LARGEST_SIZE, MOST_LAYERS = 10_000_000, 10_000
 OWN = ("family", "pad_vocab_to", "init", "mup")
 # Keys that a family's code reads (qwen3_moe), or train/balance.py does (DeepSeek-V3), and that its configuration class
 # does not list.
@@ -75,23 +83,24 @@ def check(block: dict | None) -> None:
             else "model: the key family is missing; it is the model_type of a transformers causal LM, such as llama"
         )
     family = block["family"]
-    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(family, str) or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(str(family), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
         hint = (
             f"did you mean {near[0]}?"
             if near
             else "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"
         )
-        raise UserError(f"model.family: {family!r} is unknown; {hint}")
+        raise UserError(f"model.family: {shown(family)} is unknown; {hint}")
     bare = _config(family, {})
     known = {*bare.to_dict(), *bare.attribute_map, *OWN, *UNLISTED.get(family, ())}
     length = bare.attribute_map.get("max_position_embeddings")  # GPT's n_positions, RWKV's context_length
-    for key in block:
+    problems = Problems()
+    for key, value in block.items():
         if key in TAKEN or key == length:
-            raise UserError(f"model.{key}: leave it out: {TAKEN.get(key, TAKEN['max_position_embeddings'])}")
-        if key not in known:
+            problems.add(f"model.{key}: leave it out: {TAKEN.get(key, TAKEN['max_position_embeddings'])}")
+        elif key not in known:
             near = difflib.get_close_matches(key, known - set(TAKEN), 1)
-            raise UserError(
+            problems.add(
                 f"model.{key}: {family} has no such key; "
                 + (
                     f"did you mean {near[0]}?"
@@ -99,6 +108,11 @@ def check(block: dict | None) -> None:
                     else f"it has {', '.join(sorted(k for k in known if not k.startswith('_')))}"
                 )
             )
+        elif type(value) is int and SIZES.fullmatch(key) and not 0 < value <= LARGEST_SIZE:
+            problems.add(f"model.{key} is {value}, expected 1 to {LARGEST_SIZE:,}")
+        elif type(value) is int and "layer" in key and value > MOST_LAYERS:
+            problems.add(f"model.{key} is {value}, expected at most {MOST_LAYERS:,}")
+    problems.refuse()
     config = _config(family, _keys(block))
     balance.coefficient(config)
     scaling.check(block, config)
@@ -375,7 +389,6 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _config(family: str, keys: dict):
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -386,10 +399,11 @@ def _config(family: str, keys: dict):
                 for key, value in keys.items()
             }
         return AutoConfig.for_model(family, **keys)
-    except (ValueError, TypeError, StrictDataclassError) as error:  # transformers' own checks of values
-        raise UserError(
-            f"model: {family} cannot be built from these values: {str(error).strip().splitlines()[-1].strip()}"
-        ) from None
+    except Exception as error:  # transformers checks some values, and divides by others or looks them up
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        if not isinstance(error, (ValueError, TypeError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"model: {family} cannot be built from these values: {reason[:300]}") from None
 
 
 def _keys(block: dict) -> dict:

@@ -13,6 +13,12 @@ def _either(numbers: list[int]) -> str:
     return " or ".join(map(str, numbers))
 
 
+def divisors(number: int) -> list[int]:
+    """All of them, ascending; in time of the square root, since recipes may have any numbers."""
+    low = [factor for factor in range(1, math.isqrt(number) + 1) if number % factor == 0]
+    return sorted({*low, *(number // factor for factor in low)})
+
+
 def _idle(block: Strict, key: str, why: str) -> None:
     """Refuse a key that would change a run's identity and not its result. At its default it may stand: a recipe that
     is written out has all keys."""
@@ -169,7 +175,7 @@ class TrainConfig(StageConfig):
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=1_000_000_000)
     """Rows (sequences, packed rows, pairs or prompts) of one step, summed over all processes."""
     sequence_length: int = Field(ge=8)
     """Tokens of one row."""
@@ -216,11 +222,10 @@ class TrainConfig(StageConfig):
             raise UserError(f"stage {self.kind}: pipeline: {depth} is for pretraining; use zero: 0, 1, 2 or 3 here")
         if world % depth:
             near = sorted({max(1, world // depth) * depth, (world // depth + 1) * depth})
-            fits = [number for number in range(1, world + 1) if world % number == 0]
+            fits = sorted(sorted(divisors(world), key=lambda number: abs(number - depth))[:2])
             raise UserError(
                 f"stage {self.kind}: {world} process{'es' * (world > 1)} cannot be divided into pipeline: {depth}"
-                f" stages; launch {_either(near)}, or give"
-                f" parallel.pipeline={_either(sorted(sorted(fits, key=lambda number: abs(number - depth))[:2]))}"
+                f" stages; launch {_either(near)}, or give parallel.pipeline={_either(fits)}"
             )
         if self.save.keep_best and (
             self.evaluate_every is None
@@ -237,7 +242,7 @@ class TrainConfig(StageConfig):
         ranks = world // depth
         if self.batch_size % ranks:
             below = self.batch_size // ranks * ranks
-            fits = [number for number in range(1, ranks) if self.batch_size % number == 0]
+            fits = [number for number in divisors(self.batch_size) if number < ranks]
             raise UserError(
                 f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use"
                 f" {_either([below, below + ranks] if below else [ranks])}, or"
@@ -245,12 +250,7 @@ class TrainConfig(StageConfig):
             )
         rows = self.batch_size // ranks
         if self.micro_batch and rows % self.micro_batch:
-            fits = sorted(
-                sorted(
-                    (number for number in range(1, rows + 1) if rows % number == 0),
-                    key=lambda number: abs(number - self.micro_batch),
-                )[:2]
-            )
+            fits = sorted(sorted(divisors(rows), key=lambda number: abs(number - self.micro_batch))[:2])
             raise UserError(
                 f"stage {self.kind}: a rank's share of {rows} rows is not divisible by micro_batch {self.micro_batch};"
                 f" use {_either(fits)}"
