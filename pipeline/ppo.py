@@ -14,7 +14,6 @@ import json
 
 from pydantic import Field, model_validator
 
-from pipeline import faults
 from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PromptSource
@@ -24,7 +23,6 @@ from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollout, ValueOptimizer
 from pipeline.rl.rules import Rule
-from pipeline.seeds import derive
 from pipeline.train.config import TrainConfig
 
 VERSION = 3
@@ -88,107 +86,22 @@ class Config(TrainConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.models import build
-    from pipeline.rl.experience import collect, draw, evaluate
-    from pipeline.rl.iteration import iterate
-    from pipeline.rl.rewards import calibration
-    from pipeline.tracking import Progress, Tracker
-    from pipeline.train import checkpoints, distributed, phases
-    from pipeline.train.loop import seed_step
-    from pipeline.train.stop import StopSignal, stop
+    from pipeline.rl.experience import evaluate
+    from pipeline.rl.iteration import Iterations
+    from pipeline.train import distributed, loop
     from pipeline.train.tuning import model_folder
 
     distributed.setup(config)
     models, pool, heldout, report = _prepare(config, inputs)
-    tracker = Tracker(
-        output.path,
-        output.is_main,
-        config.log.wandb,
-        output.stage,
-        {"stage": output.stage, **config.model_dump(mode="json")},
-    )
-    if output.is_main:
-        (output.folder / "requeue.json").unlink(missing_ok=True)
+    iterations = Iterations(models, pool)
 
-    state = {
-        "step": 0,
-        "kl_coef": config.ppo.kl_coef,
-        "calibration": None,
-        "before": None,
-        "after": None,
-        "shown": {},
-        "skipped": 0,
-        "last": None,
-    }
-    saver = checkpoints.Saver(output, [models.policy, models.value], config.save)
-    found = checkpoints.newest(output)
-    if found:
-        path, saved = found
-        changed = models.policy.load(path)
-        models.value.load(path)
-        state.update(saved)
-        if output.is_main:
-            print(
-                f"{output.stage}: goes on from {path.name}"
-                + (f", {changed}: the last bits are others" if changed else ""),
-                flush=True,
-            )
-    saver.check_room(config.steps)
-    tracker.rewind(state["step"] if found else -1)
-    if state["calibration"] is None:
-        # 1 until measured: the value model and the rewards have the same units at any time.
-        state["calibration"] = (0.0, 1.0)
-        if count := config.ppo.calibrate:
-            tasks = [pool[draw(config.seed or 0, index, len(pool))] for index in range(count)]
-            seeds = [derive(config.seed or 0, "calibrate", index) for index in range(count)]
-            made = collect(
-                models,
-                tasks,
-                list(range(count)),
-                seeds,
-                temperature=config.rollout.temperature,
-                clock=lambda _: None,
-                measure="score",
-            )
-            state["calibration"] = calibration([sample.score for sample in made])
-    models.value.model.mean, models.value.model.deviation = state["calibration"]
-    if state["before"] is None:
-        state["before"], state["shown"]["before"] = evaluate(models, heldout)
-        tracker.log(0, **{f"heldout_{key}": value for key, value in state["before"].items()})
+    def measured() -> dict:
+        numbers, rows = evaluate(models, heldout)
+        when = "before" if iterations.step_count == 0 else "after"
+        iterations.state["shown"][when] = rows
+        return numbers
 
-    try:
-        with (
-            StopSignal() as signals,
-            Progress(output.stage, config.steps, "step", state["step"], output.is_main) as bar,
-            saver,
-        ):
-            while state["step"] < config.steps:
-                phases.enter("rollout", at=state["step"] + 1)
-                seed_step(config, state["step"], distributed.rank())
-                stats = iterate(models, pool, state)
-                state["step"] += 1
-                step, last = state["step"], state["step"] == config.steps
-                state["last"] = stats
-                if step == 1 or last or step % config.log.every_steps == 0:
-                    tracker.log(step, **stats)
-                if stats["rollout_difference"] > 0.1 and output.is_main:
-                    text = (
-                        f"log-probabilities of sampler and trainer differ by {stats['rollout_difference']:.2g} a token;"
-                        " give ppo.importance_cap, or precision: fp32"
-                    )
-                    print(f"{output.stage}: step {step}: {text}", flush=True)
-                bar.update(1, reward=stats["reward"], kl=stats["kl"])
-                faults.point("work")
-                number, *flags = distributed.all_reduce_max([signals.number, *saver.flags()])
-                saver.settle(*flags)
-                if last or (config.evaluate_every and step % config.evaluate_every == 0):
-                    state["after"], state["shown"]["after"] = evaluate(models, heldout)
-                    tracker.log(step, **{f"heldout_{key}": value for key, value in state["after"].items()})
-                if last or number or step % config.save.every_steps == 0:
-                    saver.save(step, state, wait=bool(number))
-                if number and not last:
-                    stop(output, step, int(number))
-    finally:
-        tracker.close()
+    state = loop.run(iterations, config, output, loop.Hooks(evaluate=measured))
 
     weights = models.policy.consolidated()
     if output.is_main:
@@ -210,7 +123,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         **{f"{key}_after": value for key, value in after.items()},
         "kl": after["kl"],
         "kl_coef": state["kl_coef"],
-        "skipped_updates": state["skipped"],
+        "skipped_updates": state["skipped_updates"],
         **report["counts"],
         "summary": {
             "input": many(report["counts"]["train_prompts"], "prompt"),

@@ -368,7 +368,7 @@ def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path):
     code, said = stage("pretrain", "r.yaml", "--stage", "more", "pretrain.steps=8", cwd=tmp_path)
     assert code == 2 and "needs the output of pretrain, which is stale: steps: 6 -> 8" in said
     said = alma("run", "r.yaml", "pretrain.steps=8", "--fork", cwd=tmp_path)
-    assert "goes on from step-000006" in said and said.count("goes on from") == 1
+    assert "resuming from step-000006" in said and said.count("resuming from") == 1
     assert artifact.current(tmp_path / "runs/tiny/pretrain").manifest["forked_from"].endswith("step-000006")
     assert artifact.current(tmp_path / "runs/tiny/more").manifest["forked_from"] is None
     forked = files_of(tmp_path / "runs/tiny/more/current")

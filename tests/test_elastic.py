@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_stay
 
     monkeypatch.setattr(state, "write", full)
     with pytest.raises(
-        UserError, match=r"step 4 could not be written by process 0: No space left.*goes on from step-000002"
+        UserError, match=r"step 4 could not be written by process 0: No space left.*resuming from step-000002"
     ):
         run(tmp_path / "full", save={"every_steps": 2, "asynchronous": beside})
     folder = next((tmp_path / "full").rglob("checkpoints"))
@@ -307,7 +307,7 @@ def test_a_branch_from_a_step_goes_on_as_the_run_itself_did(world):
     """Same schedule, same data: the branch ends with the bytes of its parent, so weights, moments, step count and
     place in the data came along."""
     said = succeed("pretrain", "recipe.yaml", "--stage", "decay", cwd=world)
-    assert "goes on from" in said and "step-000004" in said
+    assert "resuming from" in said and "step-000004" in said
     parent, child = (files_of(world / "runs/tiny" / name / "current") for name in ("pretrain", "decay"))
     assert child["model/model.safetensors"] == parent["model/model.safetensors"]
     metrics = json.loads((world / "runs/tiny/decay/current/manifest.json").read_text())["metrics"]

@@ -64,7 +64,7 @@ def test_time_becomes_steps_once_and_is_kept_over_kills(world):
     code, _ = stage("pretrain", "recipe.yaml", "output=timed", *words, cwd=world, fault="work:9")
     assert code == -9
     code, said = stage("pretrain", "recipe.yaml", "output=timed", *words, cwd=world, fault="work:15")
-    assert code == -9 and "goes on from step-000007" in said
+    assert code == -9 and "resuming from step-000007" in said
     (partial,) = (world / "timed/tiny/pretrain").glob("*.partial")
     kept = json.loads((partial / "horizon.json").read_text())
     assert (
@@ -76,7 +76,7 @@ def test_time_becomes_steps_once_and_is_kept_over_kills(world):
     kept["steps"] = 30
     (partial / "horizon.json").write_text(json.dumps(kept))
     said = succeed("pretrain", "recipe.yaml", "output=timed", *words, cwd=world)
-    assert "goes on from step-000021" in said
+    assert "resuming from step-000021" in said
     found = lines(world, "timed")
     assert found[-1]["step"] == kept["steps"]
     assert [line["lr"] for line in found[:20]] == pytest.approx([5e-4] + [1e-3] * 19), (

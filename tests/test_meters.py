@@ -114,7 +114,7 @@ def test_a_killed_run_writes_the_lines_of_one_that_was_not(world):
     for fault, begun in (("work:3", None), ("work:5", 2), ("save:1", 6), (None, 6)):
         code, said = stage("pretrain", "recipe.yaml", *words, "output=killed", cwd=world, fault=fault)
         assert code == (-9 if fault else 0), said
-        assert begun is None or f"goes on from step-{begun:06d}" in said
+        assert begun is None or f"resuming from step-{begun:06d}" in said
     found = timeless(world, "killed")
     assert found == timeless(world, "whole")
     trained = [dict(line) for line in found if "grad_norm" in dict(line)]

@@ -254,7 +254,7 @@ def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path
     assert [path.name for path in folder.glob("*.partial/checkpoints/*")] == [f"step-{word['step']:06d}"]
     child = launch(tmp_path)
     said = child.communicate(timeout=600)[0]
-    assert child.returncode == 0 and f"goes on from step-{word['step']:06d}" in said, said
+    assert child.returncode == 0 and f"resuming from step-{word['step']:06d}" in said, said
     assert not (folder / "requeue.json").exists() and "terminate called" not in said
     succeed("pretrain", "recipe.yaml", "output=alone", "pretrain.parallel={}", cwd=tmp_path)
     one, two = (

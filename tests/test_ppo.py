@@ -554,9 +554,12 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
         assert code == -9, text
     found, metrics, _ = ppo(world, output="faults")
     assert files_of(found) == files_of(plain[0])
-    timed = {"time", "seconds_rollout", "seconds_measure", "seconds_score", "seconds_update", "tok_per_second"}
+    timed = {"time", "tok_per_second", "peak_memory_gb", "data_wait_share"}
     curves = [
-        [{key: value for key, value in line.items() if key not in timed} for line in logged(run)]
+        [
+            {key: value for key, value in line.items() if key not in timed and not key.startswith("seconds")}
+            for line in logged(run)
+        ]
         for run in (found, plain[0])
     ]
     assert curves[0] == curves[1]
@@ -594,7 +597,7 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(world, plain):
         and (world / "stopped/t/ppo/requeue.json").exists()
     )
     found, _, text = ppo(world, "ppo.save.every_steps=100", output="stopped")
-    assert "goes on from step-" in text and files_of(found) == files_of(plain[0])
+    assert "resuming from step-" in text and files_of(found) == files_of(plain[0])
 
 
 def close(found, other, **tolerance):
@@ -735,6 +738,35 @@ def test_what_cannot_be_done_is_refused(world, words, message):
     assert code == 2 and message in text, text
 
 
+SPIKES = ("ppo.spikes.sigma=0.5", "ppo.spikes.window=4", "ppo.steps=5")
+
+
+def test_spikes_are_refused_update_by_update(world):
+    """One loop for all stages: PPO's updates are judged as pretraining's are, the best checkpoint stays, and a killed
+    run ends as one that was not."""
+    words = (*SPIKES, "ppo.spikes.policy=skip", "ppo.save.keep=1", "ppo.save.keep_best=true", "ppo.evaluate_every=1")
+    found, metrics, said = ppo(world, *words, output="spiky")
+    lines = [line for line in logged(found) if "policy_loss" in line]
+    refused = [line["step"] for line in lines if line.get("refused")]
+    assert refused and all(not line["applied"] for line in lines if line["step"] in refused)
+    assert "deviations above the median" in said and metrics["skipped_updates"] >= len(refused)
+    rewards_by_step = {line["step"]: line["heldout_reward"] for line in logged(found) if "heldout_reward" in line}
+    best = max((step for step in rewards_by_step if step > 0), key=lambda step: rewards_by_step[step])
+    losses = json.loads((found / "checkpoints" / "losses.json").read_text())
+    assert losses[str(best)] == -rewards_by_step[best] == min(losses.values())
+    assert {path.name for path in (found / "checkpoints").glob("step-*")} == {f"step-{best:06d}", "step-000005"}
+    code, text = stage("ppo", "recipe.yaml", "output=spiky-killed", *words, cwd=world, fault="work:3")
+    assert code == -9, text
+    assert files_of(ppo(world, *words, output="spiky-killed")[0]) == files_of(found)
+
+
+def test_a_spike_rolls_back_and_the_next_one_stops(world):
+    words = (*SPIKES, "ppo.spikes.policy=rollback", "ppo.spikes.rollbacks=1", "output=rolled")
+    code, text = stage("ppo", "recipe.yaml", *words, cwd=world)
+    assert code == 2 and "Traceback" not in text, text
+    assert "back to step" in text and "rows" in text and "The newest checkpoint is from before it" in text
+
+
 # ---- inside one process ----------------------------------------------------------------------------------------------
 
 
@@ -751,7 +783,7 @@ def inside(world, monkeypatch):
     models, pool, heldout, _ = module._prepare(
         config, {key: artifact.external(key, world / key) for key in ("policy", "reward")}
     )
-    return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped": 0}
+    return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped_updates": 0}
 
 
 def test_the_reference_and_the_reward_model_stay(inside):
@@ -819,7 +851,7 @@ def test_an_update_that_is_no_number_is_skipped_and_counted(inside, monkeypatch)
     start = {key: value.clone() for key, value in models.policy.model.state_dict().items()}
     monkeypatch.setattr(module, "whiten", lambda values, mask, shift_mean=True: values * math.nan)
     stats = iterate(models, pool, state)
-    assert state["skipped"] == stats["skipped_updates"] == stats["policy_updates"] == 4
+    assert state["skipped_updates"] == stats["skipped_updates"] == stats["policy_updates"] == 4
     assert all(torch.equal(value, start[key]) for key, value in models.policy.model.state_dict().items())
 
 

@@ -113,7 +113,7 @@ def test_killed_and_started_again_it_ends_the_same(world, faults):
         if "grad_norm" in line
     ]
     assert steps == [1, 2, 3, 4, 5, 6], "the curve runs once"
-    assert ("goes on from step-" in said) == (faults[-1] not in ("work:1", "publish:2") and faults != ["save:1"])
+    assert ("resuming from step-" in said) == (faults[-1] not in ("work:1", "publish:2") and faults != ["save:1"])
 
 
 def test_killed_at_random_moments_it_ends_the_same(world):
@@ -132,7 +132,7 @@ def test_a_fork_to_a_longer_horizon_goes_on_from_the_last_checkpoint(world):
     folder, _ = world
     succeed("pretrain", "recipe.yaml", "output=fork", cwd=folder)
     said = succeed("pretrain", "recipe.yaml", "output=fork", "pretrain.steps=8", "--fork", cwd=folder)
-    assert "goes on from step-000006" in said and metrics(folder, "fork")["tokens"] == 8 * 8 * 32
+    assert "resuming from step-000006" in said and metrics(folder, "fork")["tokens"] == 8 * 8 * 32
 
 
 def test_it_goes_on_from_another_pretraining_stage_and_other_layouts_of_memory_change_nothing(world):

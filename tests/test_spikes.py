@@ -133,7 +133,7 @@ def test_stop_keeps_the_state_before_the_spike_and_says_where_to_look(world, ski
         assert max(path.name for path in (folder / "checkpoints").glob("step-*")) == f"step-{step - 1:06d}"
         assert not (world / "stop/tiny/pretrain/requeue.json").exists()
     code, said = train(world, "skip", "--fork", runs="stop")
-    assert code == 0 and f"goes on from step-{step - 1:06d}" in said, said
+    assert code == 0 and f"resuming from step-{step - 1:06d}" in said, said
 
 
 def test_rollback_goes_back_and_past_the_rows_and_kills_around_it_change_nothing(world, skipped):

@@ -25,7 +25,7 @@ from pipeline.train.derivation import duration
 from pipeline.train.peak import peak
 
 # phases that every step has; their times are shown a step
-OF_A_STEP = ("data", "forward", "backward", "pipeline", "reduce", "update", "log")
+OF_A_STEP = ("data", "rollout", "forward", "backward", "pipeline", "reduce", "update", "log")
 BESIDE = ("evaluate", "sample", "save")  # and those that come now and then, whose times are shown whole
 CALIBRATED = 20  # steps of a process after which the time of a step is told
 SETTLED = 3  # first steps of a process that say nothing about the others: kernels are loaded, buffers made

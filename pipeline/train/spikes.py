@@ -62,14 +62,18 @@ class Guard:
             f" steps, {shown(median):.4g}"
         )
 
-    def after(self, stats: dict) -> str | None:
-        """Count a step that was made. Returns why it was not applied, in words, or None."""
+    def after(self, stats: dict, updates: list[tuple[float, float]] | None = None) -> str | None:
+        """Count a step that was made; updates: (loss, gradient norm) of each of its updates, by default one. Returns
+        why it was not applied, in words, or None."""
         self.reason = self.reason if stats.get("refused") else None
         if stats["applied"]:
             self.state["in_a_row"] = 0
             if self.admit:
-                for name, value in (("loss", stats["loss"]), ("log_norm", math.log(max(stats["grad_norm"], 1e-30)))):
-                    self.state[name] = [*self.state[name], value][-self.config.window :]
+                for loss, norm in updates or [(stats["loss"], stats["grad_norm"])]:
+                    self.state["loss"] = [*self.state["loss"], loss][-self.config.window :]
+                    self.state["log_norm"] = [*self.state["log_norm"], math.log(max(norm, 1e-30))][
+                        -self.config.window :
+                    ]
             return None
         if stats["weight"] == 0:
             return "it had no labels"
@@ -78,6 +82,9 @@ class Guard:
             return "its loss or gradient norm is not finite"
         self.state["count"] += 1
         return self.reason or "another rank refused it"
+
+    def _remember(self, name: str, value: float) -> None:
+        self.state[name] = [*self.state[name], value][-self.config.window :]
 
     @property
     def worth_telling(self) -> bool:
@@ -127,7 +134,7 @@ class Guard:
         self.state["in_a_row"] -= 1
         self.state["count"] -= self.reason is not None
 
-    def farewell(self, output: Output, step: int, reason: str) -> str:
+    def farewell(self, output: Output, step: int, reason: str, saved: bool = True) -> str:
         told = (
             ""
             if self.reason is None
@@ -139,10 +146,11 @@ class Guard:
             if self.state["in_a_row"] + 1 >= self.config.in_a_row > 1
             else ""
         )
+        kept = "The state before it is saved" if saved else "The newest checkpoint is from before it"
+        rows = f"; its rows are in {output.path}/logs/spikes. Look at them, then" if saved else "; "
         return (
-            f"stage {output.stage}: step {step} was not applied{row}: {reason}{told}. The state before it is saved; its"
-            f" rows are in {output.path}/logs/spikes. Look at them, then change the recipe (spikes, optimizer.lr, the"
-            " data) and go on with --fork"
+            f"stage {output.stage}: step {step} was not applied{row}: {reason}{told}. {kept}{rows}"
+            " change the recipe (spikes, optimizer.lr, the data) and go on with --fork"
         )
 
 

@@ -177,7 +177,7 @@ class Run:
                     f"exit code {code}{f', to be killed at {start.fault}' if start.fault else ''}",
                 )
                 raise RunFailed(f"{wrong.removeprefix('error: ')} ({os.path.relpath(log)})")
-            found = re.search(r"goes on from step-0*(\d+)", text)
+            found = re.search(r"resuming from step-0*(\d+)", text)
             if start is not starts[0] and not found:  # else nothing would have been resumed, and all would be equal
                 raise RunFailed(f"start {starts.index(start) + 1} began anew, where it was to go on from a checkpoint")
             say(f"{self.name:<7} {start}{f', from step {found[1]}' if found else ''}: {time.time() - begun:.0f} s")
