@@ -148,10 +148,7 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
 
     folders = {key: model_folder(inputs[key]) for key in ("policy", "reward")}
     chats = {key: Chat(tokenizer_of(folder, config.sequence_length)) for key, folder in folders.items()}
-    same = all(
-        _text(folders["policy"] / name) == _text(folders["reward"] / name)
-        for name in ("tokenizer.json", "chat_template.jinja")
-    )
+    same = chats["policy"].reads_like(chats["reward"])
 
     train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
@@ -200,8 +197,8 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
 
     policy, reference = build.load(folders["policy"]), build.load(folders["policy"])
     value, reward = (
-        ValueModel(build.load(folders["reward"], head="reward")),
-        build.load(folders["reward"], head="reward"),
+        ValueModel(build.load(folders["reward"], head="judge")),
+        build.load(folders["reward"], head="judge"),
     )
     for model in (policy, reference, value, reward):
         disable_dropout(model)
@@ -224,10 +221,6 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
     )
     reference.to(models.policy.device), reward.to(models.policy.device)
     return models, tasks["train"], tasks["heldout"], report
-
-
-def _text(path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 if __name__ == "__main__":

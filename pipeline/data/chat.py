@@ -16,6 +16,8 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass
 
+from pipeline.data.tokens import encode_text
+from pipeline.data.turns import end_of_turn
 from pipeline.errors import UserError
 
 # Stand-ins for special tokens, from a private-use plane of Unicode: two characters for each token, so that a string
@@ -43,9 +45,10 @@ class Encoded:
 
 class Chat:
     """The chat template of a tokenizer, checked once: it must mark what the assistant says, the end of its turn
-    included."""
+    included. With trained=False for questions and answers that nothing is learned from: any template will do, and
+    `end_id` is None where it writes no end of a turn."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, trained: bool = True):
         self.tokenizer = tokenizer
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not tokenizer.is_fast:
@@ -69,7 +72,10 @@ class Chat:
         self._text_of = re.compile("|".join(self._texts))
         self._private = re.compile(f"[{chr(PRIVATE)}-{chr(PRIVATE + 2 * len(special) + 1)}]")
         self._renamed = _renamed(tokenizer, self._named)
-        self._probe(name)
+        if trained:
+            self._probe(name)
+        else:
+            self._cuttable, self.end_id = False, end_of_turn(tokenizer)
 
     def encode(self, conversations: list[list[dict]]) -> list[Encoded | str]:
         """Ids and mask of each conversation, or the reason why it cannot be trained on."""
@@ -99,6 +105,29 @@ class Chat:
             return self._ids(self._renamed.encode(text, add_special_tokens=False), text, spans)[0]
         except _Unusable as error:
             raise ValueError(str(error)) from None
+
+    def answered(self, question: str, answer: str, ended: bool) -> list[int]:
+        """Ids of a question and its answer, as a reward model reads them. An answer that was cut off (`ended` false)
+        stays open; one that ended is followed by the end of its turn or, where the template has no generation marks, by
+        all that the template writes. Raises ValueError if the template cannot write it."""
+        asked = [{"role": "user", "content": question}]
+        try:
+            text, spans = self._render([*asked, {"role": "assistant", "content": answer}])
+        except _Unusable as error:
+            raise ValueError(str(error)) from None
+        if ended and not spans:
+            return self._renamed.encode(text, add_special_tokens=False).ids
+        ids = encode_text(self.tokenizer, [answer])[0]
+        return [*self.prompt(asked), *ids, *([self.end_id] if ended and self.end_id is not None else [])]
+
+    def reads_like(self, other: "Chat") -> bool:
+        """Do both read every conversation as the same ids?"""
+        return self._reading() == other._reading()
+
+    def _reading(self) -> tuple:
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        rules = {key: value for key, value in spec.items() if key not in ("truncation", "padding")}
+        return rules, self.tokenizer.chat_template, self.tokenizer.special_tokens_map
 
     def _ids(self, encoding, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """A token carries loss if it lies in a span. None may reach over the edge of one (a newline of the template

@@ -163,7 +163,7 @@ def prompt_ids(tokenizer, text: str) -> list[int]:
 def _chat(tokenizer):
     from pipeline.data.chat import Chat
 
-    return Chat(tokenizer)
+    return Chat(tokenizer, trained=False)
 
 
 # ---- from records to rows --------------------------------------------------------------------------------------------

@@ -209,14 +209,22 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
     assert not empty, f"{model.config.model_type}: no initial values for {', '.join(empty[:3])}"
 
 
-def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed: int = 0, config=None):
-    """The model in a folder, fp32, on the CPU. head="reward" gives one score a sequence; a score layer that the folder
-    lacks is drawn from `seed`.
+def positions(config) -> int | None:
+    """Most tokens of a row that a model of this configuration has positions for; None for any number."""
+    if config.model_type in UNLIMITED:
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causal", seed: int = 0, config=None):
+    """The model in a folder, fp32, on the CPU. head="reward" and head="judge" give one score a sequence. A score layer
+    that the folder lacks is drawn from `seed` for "reward", a model to be trained, and refused for "judge", one whose
+    scores count.
 
     `config` replaces the folder's own (see `changed`).
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: holds no model (no config.json); expected a folder in the Hugging Face layout")
@@ -224,13 +232,23 @@ def load(folder: Path | str, head: Literal["causal", "reward"] = "causal", seed:
     extra: dict = {} if head == "causal" else {"num_labels": 1}
     if config is not None:
         extra["config"] = config
+    if head == "judge":
+        made = AutoConfig.from_pretrained(folder, local_files_only=True)
+        classifies = any("SequenceClassification" in name for name in made.architectures or [])
+        if classifies and made.num_labels != 1:
+            raise UserError(
+                f"{folder}: gives {made.num_labels} scores a sequence, expected a reward model, which gives one"
+            )
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(derive(seed, "initial", "score"))
         model, info = kind.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **extra
         )
     expected = {"score.weight"} if head == "reward" else set()
-    if lacking := set(info["missing_keys"]) - expected:
+    lacking = set(info["missing_keys"]) - expected
+    if head == "judge" and "score.weight" in lacking:
+        raise UserError(f"{folder}: is no reward model, it has no score layer; give the output of a stage reward")
+    if lacking:
         raise UserError(
             f"{folder}: the weights of {', '.join(sorted(lacking)[:3])} are missing for a {type(model).__name__};"
             " publish the model again, or name another folder"

@@ -53,7 +53,7 @@ class Models:
 
     @property
     def stop_ids(self) -> list[int]:
-        return sorted({self.chat.end_id, self.chat.tokenizer.eos_token_id})
+        return sorted({self.chat.end_id, self.chat.tokenizer.eos_token_id} - {None})
 
     def text(self, sample: Sample) -> str:
         return self.chat.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
@@ -132,8 +132,7 @@ def _row(models: Models, sample: Sample, task: Task) -> list[int]:
     chat = models.reward_chat
     if chat is None:
         return sample.prompt_ids + sample.response_ids
-    ids = chat.tokenizer(models.text(sample), add_special_tokens=False, split_special_tokens=True).input_ids
-    return [*chat.prompt([{"role": "user", "content": task.text}]), *ids, *([chat.end_id] if sample.stopped else [])]
+    return chat.answered(task.text, models.text(sample), sample.stopped)
 
 
 def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[float], list[float]]]:

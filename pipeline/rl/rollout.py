@@ -43,6 +43,7 @@ def generate(
     batch: int = 64,
 ) -> list[Completion]:
     """Sample one completion for each prompt, in the order of `prompts`; temperature 0 takes the likeliest token.
+    Without `stop_ids` each has `max_new_tokens`.
 
     `model` is a transformers causal LM; it is put into evaluation mode (no dropout) and back. `batch` rows are sampled
     at a time, prompts of like length together, so that little is padded.
@@ -95,7 +96,7 @@ def _batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, unifor
     input_ids, mask, positions = left_pad(prompts, pad_id, device)
     width = input_ids.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
-    stops = torch.tensor(sorted(set(stop_ids)), device=device)
+    stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
     draws = torch.from_numpy(uniforms).to(device)
     active = torch.arange(len(prompts), device=device)  # rows that are still in the batch
     tokens_BT = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
