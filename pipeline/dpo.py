@@ -58,8 +58,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.reward import rows_of, wilson
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
-    from pipeline.train.loss import token_logprobs
-    from pipeline.train.loss_preference import dpo
+    from pipeline.train.loss_preference import answer_logprobs, dpo
     from pipeline.train.tuning import heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
 
     folder = model_folder(inputs["model"])
@@ -69,11 +68,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     count, heldout = len(arrays["train.start"]), len(arrays["heldout.start"])
 
     def loss(logits, batch: dict):
-        logps = token_logprobs(logits, batch["labels"]).sum(-1)
-        if "kept" in batch:  # the reference is asked
-            batch["kept"].append(logps.cpu())
-            return logps.sum(), {}
-        return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
+        return dpo(answer_logprobs(logits, batch), batch["reference"], config.beta, config.label_smoothing)
 
     engine = build(load(folder), loss, config)
     say(
@@ -156,6 +151,7 @@ def reference(
     from pipeline.files import write_atomic
     from pipeline.tracking import Progress
     from pipeline.train import distributed
+    from pipeline.train.loss_preference import answer_logprobs
     from pipeline.train.tuning import pair_batch
 
     folder = output.path / "work" / f"reference-{made_from}"
@@ -169,12 +165,10 @@ def reference(
             mine = missing[first : first + engine.data_world][engine.data_rank :][:1]
             rows = units[mine[0] if mine else missing[first]]
             batches = [
-                {**pair_batch(arrays, split, rows[start : start + micro], pad_id), "kept": []}
-                for start in range(0, len(rows), micro)
+                pair_batch(arrays, split, rows[start : start + micro], pad_id) for start in range(0, len(rows), micro)
             ]
-            engine.evaluate(batches)
+            logps = engine.forward(batches, answer_logprobs)
             if mine:
-                logps = [batch["kept"][0] for batch in batches]
                 table = torch.cat([torch.stack(both.chunk(2), 1) for both in logps])
                 buffer = io.BytesIO()
                 np.save(buffer, table.numpy())

@@ -73,10 +73,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds a row's last token by it
 
     def loss(logits, batch: dict):
-        scores = logits.squeeze(-1)
-        if "kept" in batch:
-            batch["kept"].append(scores.detach().float().cpu())
-        return bradley_terry(scores, batch["margin"], config.centering)
+        return bradley_terry(logits.squeeze(-1), batch["margin"], config.centering)
 
     engine = build(model, loss, config)
     measured = [
@@ -168,12 +165,8 @@ def moments(engine, arrays: dict, pad_id: int, config: Config) -> tuple[float, f
     else:
         counted = 1.0
     micro = config.micro_batch or config.batch_size // engine.data_world
-    batches = [
-        {**pair_batch(arrays, "train", mine[start : start + micro], pad_id), "kept": []}
-        for start in range(0, len(mine), micro)
-    ]
-    engine.evaluate(batches)
-    scores = torch.cat([batch["kept"][0] for batch in batches]).double()
+    batches = [pair_batch(arrays, "train", mine[start : start + micro], pad_id) for start in range(0, len(mine), micro)]
+    scores = torch.cat(engine.forward(batches, lambda logits, _: logits.squeeze(-1))).double()
     total, squares, number = all_reduce_sum(
         [counted * float(scores.sum()), counted * float((scores**2).sum()), counted * len(scores)]
     )

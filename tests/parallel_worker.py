@@ -103,6 +103,9 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
             trainer.save(folder)
             distributed.barrier()
     found["after"] = trainer.evaluate(micro_batches(settings, trainer, 91))["loss"]
+    if "chunks" not in name:  # there the outputs are losses, not logits
+        first_logits = trainer.forward(micro_batches(settings, trainer, 92), lambda logits, _: logits[:, -1, :4])
+        found["forward"] = torch.cat(first_logits)
     found["weights"] = trainer.consolidated()
     found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
     if folder:

@@ -119,6 +119,18 @@ def test_evaluation_is_the_mean_over_labels_and_leaves_no_trace():
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
+def test_forward_gives_what_is_read_of_each_micro_batch():
+    trainer = engine.build(tiny(), loss_fn, config())
+    ids, _ = rows(0)
+    with torch.no_grad():
+        expected = tiny()(ids).logits[:, -1]
+    batches = [batch_of(0, range(0, 3)), batch_of(0, range(3, 8))]
+    found = trainer.forward(batches, lambda logits, batch: logits[:, -1])
+    assert [len(rows) for rows in found] == [3, 5]
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-6, atol=1e-6)
+    assert trainer.step(batches)["loss"] == pytest.approx(engine.build(tiny(), loss_fn, config()).step(batches)["loss"])
+
+
 INFINITE = "infinite loss, finite gradient"
 
 

@@ -82,6 +82,10 @@ def test_a_layout_trains_as_one_process_does(results, alone, name):
         for key in ("loss", "grad_norm", "weight", "lr", *(["accuracy"] if "chunks" not in name else [])):
             assert other[key] == pytest.approx(one[key], rel=1e-5), key
     assert found["after"] == pytest.approx(expected["after"], rel=1e-5)
+    if "forward" in found:  # the main process's share: the first data rank's rows
+        rows = len(found["forward"])
+        assert 0 < rows <= len(expected["forward"])
+        torch.testing.assert_close(found["forward"], expected["forward"][:rows], rtol=1e-3, atol=1e-4)
     for key, value in expected["weights"].items():
         if key in found["weights"]:
             assert torch.allclose(found["weights"][key], value, atol=1e-4), key

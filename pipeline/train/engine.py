@@ -90,11 +90,7 @@ class Engine:
         Data ranks may have different numbers of micro-batches, at least one each: who has fewer repeats its first with
         weight 0, because forward passes of ZeRO-3 and of a pipeline are collective.
         """
-        assert micro_batches, "every data rank needs at least one micro-batch to evaluate"
-        most = int(distributed.all_reduce_max([len(micro_batches)])[0])
-        batches = [self._to_device(batch) for batch in micro_batches]
-        counted = [True] * len(batches) + [False] * (most - len(batches))
-        batches += batches[:1] * (most - len(batches))
+        batches, counted = self._padded(micro_batches)
         with torch.no_grad():
             sums = self._forward_sums(batches, counted)
         keys = sorted(sums)
@@ -102,6 +98,38 @@ class Engine:
             [float(sum(batch["weight"] for batch in micro_batches)), *(sums[key] for key in keys)]
         )
         return {**{key: value / max(weight, 1e-9) for key, value in zip(keys, values, strict=True)}, "weight": weight}
+
+    def forward(
+        self, micro_batches: list[dict], read: Callable[[torch.Tensor, dict], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """read(outputs, batch) of each of this process's micro-batches, fp32 on the CPU. No gradient, dropout off.
+        Collective, with unequal numbers of micro-batches as in `evaluate`."""
+        batches, counted = self._padded(micro_batches)
+        results: list[torch.Tensor] = []
+
+        def keep(outputs, batch):
+            results.append(read(outputs, batch).detach().float().cpu())
+            return torch.zeros((), device=self.device), {}
+
+        loss_fn, self.loss_fn = self.loss_fn, keep
+        try:
+            with torch.no_grad():
+                self._forward_sums(batches, counted)
+        finally:
+            self.loss_fn = loss_fn
+        return self._results(results)[: len(micro_batches)]
+
+    def _results(self, results: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What `forward` returns here; a process that does not compute outputs gets those of one that does."""
+        return results
+
+    def _padded(self, micro_batches: list[dict]) -> tuple[list[dict], list[bool]]:
+        """Micro-batches on the device, as many on every data rank, and which of them count. Collective."""
+        assert micro_batches, "every data rank needs at least one micro-batch"
+        most = int(distributed.all_reduce_max([len(micro_batches)])[0])
+        batches = [self._to_device(batch) for batch in micro_batches]
+        missing = most - len(batches)
+        return batches + batches[:1] * missing, [True] * len(batches) + [False] * missing
 
     def measured(self) -> dict[str, float]:
         """What the layout has to say of its speed since the last call, for the log. Collective."""

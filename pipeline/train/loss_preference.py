@@ -8,6 +8,13 @@ of the global batch.
 import torch
 import torch.nn.functional as F
 
+from pipeline.train.loss import token_logprobs
+
+
+def answer_logprobs(logits_BTV: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Log-probability of each answer, summed over its tokens: the positions whose label is not -100. Shape: [B]."""
+    return token_logprobs(logits_BTV, batch["labels"]).sum(-1)
+
 
 def bradley_terry(
     scores: torch.Tensor, margin: torch.Tensor | None = None, centering: float = 0.0
