@@ -10,6 +10,7 @@ _NO_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-esc
 # and lines behind them, too. So the end of a text would be read otherwise than its middle. Behind seven more newlines
 # no character is open: the longest, a composed one of euc_kr, has eight bytes.
 _CLOSED = b"\n" * 7
+KEPT_BYTES = re.compile("[\udc00-\udcff]")  # how text shows bytes that stand for no character: see _keep
 _KEPT = re.compile(rb"\xed([\xb0-\xb3])([\x80-\xbf])")
 
 
@@ -31,7 +32,12 @@ def _keep(error: UnicodeError) -> tuple[str, int]:
     """Bytes that stand for no character become half surrogate pairs, which UTF-8 does not have: the record that they
     are in, and no other, is then found to be invalid. (surrogateescape would leave bytes below 128 an error.)"""
     assert isinstance(error, UnicodeDecodeError)
-    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+    return spelled(error.object[error.start : error.end]), error.end
+
+
+def spelled(raw: bytes) -> str:
+    """Bytes as KEPT_BYTES."""
+    return "".join(chr(0xDC00 + byte) for byte in raw)
 
 
 codecs.register_error("alma.keep", _keep)

@@ -107,6 +107,8 @@ def garbled(text: str) -> float:
     bad = sum(map(len, _GARBAGE.findall(text)))
     if not text.isascii():
         bad += sum(map(len, _MOJIBAKE.findall(text)))
+    if bad == 1:  # one stray sign, such as a page's only damaged byte, is let pass in a short text too
+        return 0.0
     return min(1.0, bad / max(1, len(text)))  # controls within mojibake are found by both expressions
 
 

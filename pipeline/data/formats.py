@@ -41,6 +41,14 @@ class Passed:
 
 
 @dataclass(frozen=True, slots=True)
+class Repaired:
+    """A record that was read although it is damaged; `changed` counts what was done to it, by kind."""
+
+    fields: dict
+    changed: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive records of one file, not parsed yet, cheap to send to another process."""
 
@@ -71,9 +79,9 @@ def values(chunk: Chunk) -> Iterator[tuple[int, Any]]:
 
         yield from pages(chunk)
     elif chunk.kind.startswith("html"):
-        from pipeline.data.web import text_of_html
+        from pipeline.data.web import page
 
-        yield 0, {"text": text_of_html(chunk.data, "", chunk.kind.partition(" ")[2])}
+        yield 0, page(chunk.data, "text/html", chunk.kind.partition(" ")[2], chunk.file, {})
     elif chunk.kind == "jsonl":
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
             if len(line) > MAX_RECORD_BYTES:

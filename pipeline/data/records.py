@@ -8,20 +8,22 @@ for item in read(source, "wiki"):
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pipeline.data.formats import EXCERPT, Asked, Bad, Chunk, Passed, values
+from pipeline.data.formats import EXCERPT, Asked, Bad, Chunk, Passed, Repaired, values
 from pipeline.data.sources import Source, chunks
 from pipeline.data.templates import look_up, render
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: `id` hashes all fields that were read, `place` says where it stands (file:line)."""
+    """One record: `id` hashes all fields that were read, `place` says where it stands (file:line), `changed` counts
+    what was done to read it."""
 
     id: str
     fields: dict
     place: str
+    changed: dict[str, int] = field(default_factory=dict)
 
 
 def read(source: Source, name: str, key: str = "sources", asked: Asked = None) -> Iterator[Record | Bad]:
@@ -41,9 +43,9 @@ def read(source: Source, name: str, key: str = "sources", asked: Asked = None) -
 
 def deselected(source: Source, record: Record) -> str | None:
     """`where` or `part` if that key leaves the record out."""
-    for field, wanted in source.where.items():
+    for name, wanted in source.where.items():
         try:
-            value = look_up(record.fields, field)
+            value = look_up(record.fields, name)
         except KeyError:
             return "where"
         if value not in (wanted if isinstance(wanted, list) else [wanted]):
@@ -59,6 +61,9 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
         if isinstance(value, (Bad, Passed)):
             yield value
             continue
+        changed: dict[str, int] = {}
+        if isinstance(value, Repaired):
+            value, changed = value.fields, value.changed
         fields = value if isinstance(value, dict) else None
         if isinstance(value, str):
             fields = {"text": value}
@@ -68,7 +73,7 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
         if fields is None:
             yield Bad(place, "not a record", str(value)[:EXCERPT])
         else:
-            yield Record(_id(fields), fields, place)
+            yield Record(_id(fields), fields, place, changed)
 
 
 def text_of(source: Source, record: Record) -> str:

@@ -113,8 +113,9 @@ def reasons(steps: Steps) -> list[tuple[str, Rule | None]]:
 
 def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
     """Fill in the rows of a batch of texts: text, hash and signature, or why it is left out; statistics, all rules
-    that it fails, and what was changed in it."""
-    before, changed = [text for _, text in raw], [{} for _ in raw]
+    that it fails, and what was changed in it: `changed` comes with what was done to read it (a dict), and leaves as
+    JSON."""
+    before, changed = [text for _, text in raw], [dict(row.get("changed") or {}) for row, _ in raw]
     if steps.repair != Repair():
         for index, text in enumerate(before):
             before[index], done = repaired(text, steps.repair)

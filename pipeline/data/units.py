@@ -114,6 +114,7 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
         else:
             row["address"] = address_of(steps.dedup.url, item)
             row["url"] = url_of(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
+            row["changed"] = item.changed
             raw.append((row, text))
     while raw:
         size = number = 0

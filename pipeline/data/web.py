@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, _blocks, _Torn
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, Repaired, _blocks, _Torn
+from pipeline.data.page_charset import decoded, label_of
 from pipeline.errors import UserError
 
 _START = re.compile(rb"(?:\A|\n)(WARC/[01]\.\d+\r?\n)")
@@ -148,7 +149,7 @@ def _record(head: bytes, body: bytes) -> dict | str:
         "type": fields.get("content-type", ""),
     }
     if kind == "conversion":
-        return {**found, "body": body, "plain": True}
+        return {**found, "body": body, "plain": True, "utf8": True}  # WET files are in UTF-8, whatever the page was in
     if kind == "resource":
         media = _media(found["type"])
         return {**found, "body": body, "plain": media == "text/plain"} if _texts(media) else _other(media)
@@ -197,7 +198,7 @@ def _headers(raw: bytes) -> dict[str, str]:
 # ---- record -> text --------------------------------------------------------------------------------------------------
 
 
-def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Bad | Passed]]:
+def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Repaired | Bad | Passed]]:
     """The texts of a chunk of warc_chunks: {text, url, date}."""
     extract = chunk.kind.partition(" ")[2]
     for position, item in chunk.data:
@@ -208,8 +209,10 @@ def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Bad | Passed]]:
         if body is None:
             yield position, Bad(f"{chunk.file}:{position}", "damaged HTTP body", item["url"][:EXCERPT])
             continue
-        text = _decoded(body, item["type"]) if item["plain"] else text_of_html(body, item["type"], extract)
-        yield position, {"text": text, "url": item["url"], "date": item["date"]}
+        media = "text/plain" if item["plain"] else "text/html"
+        header = label_of(item["type"]) if not item.get("utf8") else "utf-8"
+        fields = {"url": item["url"], "date": item["date"]}
+        yield position, page(body, media, extract, f"{chunk.file}:{position}", fields, header)
 
 
 def _plain_body(item: dict) -> bytes | None:
@@ -239,41 +242,30 @@ def _unchunked(body: bytes) -> bytes:
     return bytes(found) if found else body
 
 
-def _decoded(raw: bytes, media: str) -> str:
-    """By the charset that the server gave, else as UTF-8 if it is that, else as what its bytes look like."""
-    given = re.search(r"charset=[\"']?([\w.:-]+)", media, re.I)
-    for name in ([given[1]] if given else []) + ["utf-8"]:
-        try:
-            return raw.decode({"gb2312": "gb18030", "gbk": "gb18030"}.get(name.lower(), name))
-        except (UnicodeDecodeError, LookupError):
-            continue
-    return _library()[1](raw)
+def page(
+    raw: bytes, media: str, extract: str, place: str, fields: dict[str, str], label: str = ""
+) -> dict | Repaired | Bad:
+    """A page or plain text as the record {text, **fields}; `label` is the character set that its server declared."""
+    found = decoded(raw, label, media != "text/plain")
+    if found is None:
+        return Bad(place, "in no known character set", _shown(raw))
+    text = found.text.replace("\0", "")
+    record = {"text": text if media == "text/plain" else text_of_html(text, extract), **fields}
+    return Repaired(record, {"replaced_bytes": found.replaced}) if found.replaced else record
 
 
-def text_of_html(raw: bytes, media: str, extract: str) -> str:
+def text_of_html(page: str, extract: str) -> str:
     """The text of a page; `extract` main leaves out menus, headers and footers, all keeps them."""
-    plain, decode = _library()
-    given = re.search(r"charset=[\"']?([\w.:-]+)", media, re.I)
-    if not given and (meta := re.search(rb"<meta[^>]{0,200}?charset=[\"']?([\w.:-]+)", raw[:4096], re.I)):
-        given = re.match(r"([\w.:-]+)", meta[1].decode("ascii", "replace"))
-    page = _decoded(raw, f"charset={given[1]}") if given else decode(raw)
-    return plain(
-        page.replace("\0", ""),
+    try:
+        from resiliparse.extract.html2text import extract_plain_text
+    except ImportError:
+        raise UserError("reading HTML needs resiliparse, which is not installed; run pip install 'alma[web]'") from None
+    return extract_plain_text(
+        page,
         preserve_formatting=True,
         main_content=extract == "main",
         list_bullets=True,
         alt_texts=False,
         links=False,
         noscript=False,
-    )
-
-
-def _library():
-    try:
-        from resiliparse.extract.html2text import extract_plain_text
-        from resiliparse.parse.encoding import bytes_to_str, detect_encoding
-    except ImportError:
-        raise UserError("reading HTML needs resiliparse, which is not installed; run pip install 'alma[web]'") from None
-    return extract_plain_text, lambda raw: bytes_to_str(
-        raw, detect_encoding(raw), fallback_encodings=("utf-8", "gb18030", "windows-1252")
     )
