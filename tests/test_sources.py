@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.decontaminate import Decontaminate, build
 from pipeline.data.formats import Bad
+from pipeline.data.json_files import BROKEN
 from pipeline.data.models import Perplexity, Quality, train
 from pipeline.data.records import Record, fraction, parse, read, text_of
 from pipeline.data.sources import Source, chunks, identify
@@ -237,7 +238,11 @@ def test_damaged_json_and_parquet_are_bad_records(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     assert [item.reason for item in records(path=str(tmp_path / "b.parquet"))] == ["damaged parquet data"]
-    assert [item.reason for item in records(path=write(tmp_path / "a.json", b'[{"a": 1}, {"a"'))] == ["malformed JSON"]
+    found = records(path=write(tmp_path / "a.json", b'[{"a": 1}, {"a"'))
+    assert [item.fields if isinstance(item, Record) else (item.place, item.reason, item.raw) for item in found] == [
+        {"a": 1},
+        ("a.json:2", BROKEN, '[{"a": 1}, {"a"'),
+    ]
 
 
 PIECES = [

@@ -64,6 +64,20 @@ class Chunk:
     continued: ClassVar[bool] = False  # as ranges.Range
 
 
+class RepeatedKey(ValueError):
+    """An object of JSON that has a key twice: which value is meant, nothing says (RFC 8259, 4)."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RepeatedKey("a key stands twice in a JSON object")
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_once)
+
+
 # ---- chunk -> records ------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +139,9 @@ def _json(raw: bytes, place: str, encoding: str | None) -> Any:
     if isinstance(text, Bad):
         return text
     try:
-        value = json.loads(text)
+        value = JSON.decode(text)
+    except RepeatedKey as error:
+        return Bad(place, str(error), text[:EXCERPT])
     except (ValueError, RecursionError):
         return Bad(place, "malformed JSON", text[:EXCERPT])
     return value if isinstance(value, (dict, str)) else Bad(place, "not a JSON object", text[:EXCERPT])
@@ -134,13 +150,13 @@ def _json(raw: bytes, place: str, encoding: str | None) -> Any:
 # ---- file -> chunks --------------------------------------------------------------------------------------------------
 
 
-class _Torn(Exception):
+class TornFile(Exception):
     """A compressed file that ends too early or is damaged."""
 
 
-def _blocks(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes]:
+def blocks_of(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes]:
     """Bytes of a file in blocks, unpacked by suffix and in UTF-8; of at most `size` where nothing is unpacked. Raises
-    _Torn where the rest cannot be unpacked."""
+    TornFile where the rest cannot be unpacked."""
     return transcoded(_unpacked(path, size), encoding) if encoding else _unpacked(path, size)
 
 
@@ -167,14 +183,14 @@ def _unpacked(path: Path, size: int) -> Iterator[bytes]:
                     yield unpack.decompress(packed)
                 except Exception as error:
                     if isinstance(error, zlib.error) or type(error).__name__ == "ZstdError":
-                        raise _Torn(f"damaged {path.suffix} data") from None
+                        raise TornFile(f"damaged {path.suffix} data") from None
                     raise
                 packed = b""
                 if unpack.eof:
                     # several members, or zero padding (gzip -t allows it)
                     packed, unpack = unpack.unused_data.lstrip(b"\0"), None
         if unpack is not None:
-            raise _Torn(f"truncated {path.suffix} data")
+            raise TornFile(f"truncated {path.suffix} data")
 
 
 def border(data: bytearray, at: int, kind: str) -> int:
@@ -204,18 +220,18 @@ def too_long(relative: str, number: int, data: bytearray, kind: str, encoding: s
         text = data.lstrip()
         number, data = number + data.count(b"\n", 0, len(data) - len(text)), text
     bad = _long(data, f"{relative}:{number}", encoding)
-    return _bad(relative, number, bad.reason, bad.raw)
+    return bad_chunk(relative, number, bad.reason, bad.raw)
 
 
 def line_chunks(relative: str, path: Path, kind: str, size: int, encoding: str | None = None) -> Iterator[Chunk]:
     """Whole lines, or whole paragraphs."""
     buffer, number, torn, skipping = bytearray(), 1, None, False
-    blocks = _blocks(path, min(size, 1 << 20), encoding)
+    blocks = blocks_of(path, min(size, 1 << 20), encoding)
     start, seen = True, 0
     while True:
         try:
             block = next(blocks, None)
-        except _Torn as error:
+        except TornFile as error:
             block, torn = None, error
         if block is None:
             break
@@ -255,10 +271,11 @@ def line_chunks(relative: str, path: Path, kind: str, size: int, encoding: str |
     if cut:
         yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut, encoding)
     if torn:
-        yield _bad(relative, number + buffer.count(b"\n", 0, cut), str(torn), shown(buffer[cut:][:EXCERPT], encoding))
+        number += buffer.count(b"\n", 0, cut)
+        yield bad_chunk(relative, number, str(torn), shown(buffer[cut:][:EXCERPT], encoding))
 
 
-def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
+def bad_chunk(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
     return Chunk(
         relative,
         "values",
@@ -271,82 +288,14 @@ def _bad(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
 def document_chunk(relative: str, path: Path, kind: str = "document", encoding: str | None = None) -> Iterator[Chunk]:
     data = bytearray()
     try:
-        for block in _blocks(path, encoding=encoding):
+        for block in blocks_of(path, encoding=encoding):
             data += block
             if len(data) > MAX_RECORD_BYTES:
-                yield _bad(relative, 0, f"longer than {MAX_RECORD_BYTES >> 20} MiB", shown(data[:EXCERPT], encoding))
+                reason = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
+                yield bad_chunk(relative, 0, reason, shown(data[:EXCERPT], encoding))
                 return
-    except _Torn as error:
-        yield _bad(relative, 0, str(error), shown(data[:EXCERPT], encoding))
+    except TornFile as error:
+        yield bad_chunk(relative, 0, str(error), shown(data[:EXCERPT], encoding))
         return
     if data.strip():
         yield Chunk(relative, kind, 1, bytes(data.removeprefix(BOM)), len(data), encoding)
-
-
-def json_chunks(records: str, relative: str, path: Path, size: int, encoding: str | None = None) -> Iterator[Chunk]:
-    """One JSON value a file, in memory as a whole; big data belongs into jsonl."""
-    try:
-        raw = b"".join(_blocks(path, encoding=encoding))
-    except _Torn as error:
-        yield _bad(relative, 0, str(error))
-        return
-    try:
-        value = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        yield _bad(
-            relative, 0, f"invalid {encoding or 'UTF-8'}", shown(raw[max(0, error.start - 40) :][:EXCERPT], encoding)
-        )
-        return
-    except (ValueError, RecursionError) as error:
-        at = getattr(error, "pos", 0)
-        yield _bad(relative, 0, "malformed JSON", raw.decode("utf-8-sig")[max(0, at - 40) :][:EXCERPT])
-        return
-    items = list(_walk(value, steps_of(records), relative))
-    several = max(1, len(items) * size // max(1, len(raw)))
-    number = 1  # of records that are there: a branch that lacks them has a place of its own
-    for first in range(0, len(items), several):
-        part = []
-        for item in items[first : first + several]:
-            part.append((number, item))
-            number += not isinstance(item, Bad)
-        yield Chunk(relative, "values", part[0][0], part, len(raw) * len(part) // len(items))
-
-
-def steps_of(path: str) -> list[str]:
-    """`data[*].context[*]` -> data, *, context, *."""
-    if path and not re.fullmatch(r"(\[\*\]|[^\[\].*]+)(\[\*\]|\.[^\[\].*]+)*", path):
-        raise ValueError(
-            f"records: {path!r} is no path; write names joined by dots and [*] for every item, such as"
-            " data[*].context[*]"
-        )
-    return [step if step != "[*]" else "*" for step in re.findall(r"\[\*\]|[^\[\].]+", path)] or ["*"]
-
-
-def _walk(node: Any, steps: list[str], file: str, at: str = "") -> Iterator[Any]:
-    """What lies at a path, in order; Bad, with its place, for each branch that lacks a step of it."""
-    if not steps:
-        yield node
-    elif steps[0] == "*" and isinstance(node, (dict, list)):
-        for key, item in _items(node):
-            yield from _walk(item, steps[1:], file, f"{at}[{str(key)[:EXCERPT]}]" if steps[1:] else at)
-    elif steps[0] != "*" and isinstance(node, dict) and steps[0] in node:
-        yield from _walk(node[steps[0]], steps[1:], file, f"{at}.{steps[0]}" if at else steps[0])
-    else:
-        reason = (
-            "neither list nor block at [*] of records" if steps[0] == "*" else f"nothing at {steps[0]!r} of records"
-        )
-        holds = f"a block with the keys {', '.join(list(node)[:8])}" if isinstance(node, dict) else "a list"
-        holds = json.dumps(node, ensure_ascii=False) if not isinstance(node, (dict, list)) else holds
-        yield Bad(f"{file}:{at}" if at else file, reason, holds[:EXCERPT])
-
-
-def _items(node: dict | list) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, list):
-        yield from enumerate(node)
-        return
-    for key, item in node.items():
-        if isinstance(item, dict):
-            item = {"key": key, **item}
-        elif isinstance(item, str):
-            item = {"key": key, "text": item}
-        yield key, item

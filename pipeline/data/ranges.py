@@ -18,6 +18,7 @@ from pathlib import Path
 from pipeline.data import formats
 from pipeline.data.charset import ends_lines_with_newlines, utf8
 from pipeline.data.formats import BLANK, BOM, EXCERPT, Asked, Chunk, border, last_border, too_long
+from pipeline.data.json_files import holds_lines
 from pipeline.data.sources import CHUNK_BYTES, Source, chunks, file_chunks, files, format_of, read_whole
 from pipeline.data.tables import parquet_pieces, parquet_rows
 from pipeline.errors import UserError
@@ -52,6 +53,8 @@ def pieces(source: Source, name: str, size: int, asked: Asked = None) -> Iterato
         return
     for relative, path, state in [(relative, path, _state(path)) for relative, path in files(source, name)]:
         kind, length = format_of(source, path, f"sources.{name}"), state[0]
+        if kind == "json" and length > size and not source.records and holds_lines(path, source.encoding):
+            kind = "jsonl"
         by = kind if kind == "jsonl" else source.sample_by if kind == "txt" else ""
         if path.suffix in (".gz", ".zst"):
             yield from _watched(file_chunks(source, f"sources.{name}", relative, path, size), name, path, state)

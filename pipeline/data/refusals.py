@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.chain import say
 from pipeline.data import records as reading
 from pipeline.data.formats import Asked, Bad, Passed
+from pipeline.data.json_files import BROKEN
 from pipeline.data.sources import Source, chunks
 from pipeline.data.tables import REPEATED
 from pipeline.data.templates import MissingField
@@ -58,6 +59,11 @@ def refuse(report: dict, sources: dict[str, Source], max_bad: float, holdout: fl
                 say(
                     f"WARNING sources.{name}: {number} file{'s end' if number > 1 else ' ends'} early ({reason}); what"
                     f" follows is lost: fetch again (places: {folder / 'rejected' / name}.jsonl.zst)"
+                )
+            if reason == BROKEN:
+                say(
+                    f"WARNING sources.{name}: {many(number, 'json file')} {'is' if number == 1 else 'are'} malformed;"
+                    f" what follows the fault is lost (places: {folder / 'rejected' / name}.jsonl.zst)"
                 )
             if reason == REPEATED:  # one bad record, too, for a file of any size
                 say(

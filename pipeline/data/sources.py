@@ -17,11 +17,12 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.data.arrow import repeated
 from pipeline.data.charset import known_encoding
-from pipeline.data.formats import Asked, Chunk, document_chunk, json_chunks, line_chunks, steps_of
+from pipeline.data.formats import Asked, Chunk, document_chunk, line_chunks
+from pipeline.data.json_files import json_chunks, steps_of
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
 from pipeline.data.tables import csv_chunks, parquet_chunks, wanted_columns
-from pipeline.data.templates import fields_of, pieces_of
+from pipeline.data.templates import fields_of, look_up, pieces_of
 from pipeline.errors import UserError
 from pipeline.files import hashes
 from pipeline.recipe import EXECUTION, PACKAGE, Strict, identity
@@ -74,8 +75,9 @@ class Source(Strict):
     """txt, jsonl, json, csv, tsv: how the files spell characters, by Python's names: gb18030 (GBK and GB2312 are parts
     of it), big5, utf-16, latin-1; by default UTF-8."""
     records: str = ""
-    """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block.
-    Items of a block get their key as field `key`, items of an inner list become fields `0`, `1`, ..., and a bare
+    """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block, or
+    the outermost object itself if it has the fields of `text`. JSON lines under this name are read as such. Items of a
+    block get their key as field `key`, items of an inner list become fields `0`, `1`, ..., and a bare
     string becomes the field `text`."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging
@@ -131,6 +133,14 @@ class Source(Strict):
         except UserError as error:
             raise ValueError(f"text: {error}") from None
         return self
+
+    def is_record(self, value: dict) -> bool:
+        """Whether an object that is alone in a json file is a record, and not a block of them: it has every field of
+        `text`."""
+        try:
+            return all(isinstance(look_up(value, field), (str, list)) for field in fields_of(self.text))
+        except KeyError:
+            return False
 
     @property
     def members(self) -> dict[str, str]:
@@ -257,7 +267,7 @@ def file_chunks(
         needed = frozenset(source.where) if asked is None else asked
         yield from parquet_chunks(relative, path, size, needed, read_whole(source, asked))
     elif kind == "json":
-        yield from json_chunks(source.records, relative, path, size, source.encoding)
+        yield from json_chunks(source.records, relative, path, size, source.encoding, source.is_record)
     elif kind == "warc":
         from pipeline.data.web import warc_chunks
 

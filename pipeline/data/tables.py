@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.data.arrow import damage, first_line, repeated
 from pipeline.data.charset import shown
-from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Asked, Bad, Chunk, _bad, line_chunks
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Asked, Bad, Chunk, bad_chunk, line_chunks
 
 # A file that has a column name twice is one bad record, like a json file that is malformed: a record has one value
 # under a name, and nothing says which column is meant. Names that differ in case are different names.
@@ -57,7 +57,7 @@ def csv_chunks(
             header = cells
             if twice := repeated(header):
                 begun = f"{twice!r}: {','.join(header)}"[:EXCERPT].encode(errors="surrogateescape")
-                yield _bad(relative, begins, REPEATED, shown(begun, encoding))
+                yield bad_chunk(relative, begins, REPEATED, shown(begun, encoding))
                 return
             continue
         rows.append((begins, _row(header, cells, f"{relative}:{begins}", encoding)))
@@ -132,11 +132,11 @@ def parquet_pieces(
         opened = pyarrow.parquet.ParquetFile(path)
         names = opened.schema_arrow.names
     except damage() as error:
-        yield _bad(relative, 1, "damaged parquet data", first_line(error))
+        yield bad_chunk(relative, 1, "damaged parquet data", first_line(error))
         return
     with opened:
         if twice := repeated(names):
-            yield _bad(relative, 1, REPEATED, f"{twice!r}: {', '.join(names)}"[:EXCERPT])
+            yield bad_chunk(relative, 1, REPEATED, f"{twice!r}: {', '.join(names)}"[:EXCERPT])
             return
         columns = wanted_columns(names, asked, whole)
         meta = opened.metadata
@@ -235,4 +235,4 @@ def _selected(table, columns: list[str] | None):
 def _damaged(relative: str, row: int, after: int) -> Chunk:
     """A row group that is lost. With the rows and not with what Arrow says: of several errors it tells another one when
     it reads the group in another way."""
-    return _bad(relative, row + 1, "damaged parquet data", f"rows {row + 1} to {after}")
+    return bad_chunk(relative, row + 1, "damaged parquet data", f"rows {row + 1} to {after}")

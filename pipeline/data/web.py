@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, Repaired, _blocks, _Torn
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, Repaired, TornFile, blocks_of
 from pipeline.data.page_charset import decoded, label_of
 from pipeline.errors import UserError
 
@@ -55,14 +55,14 @@ def warc_chunks(relative: str, path: Path, extract: str, size: int) -> Iterator[
 
 def _records(path: Path) -> Iterator[dict | str | tuple[str, str]]:
     """Each record in order: its fields, why it holds no text, or (why it is bad, how it begins)."""
-    buffer, blocks, torn = bytearray(), _blocks(path), None
+    buffer, blocks, torn = bytearray(), blocks_of(path), None
 
     def fill(wanted: int) -> bool:
         nonlocal torn
         while len(buffer) < wanted and torn is None:
             try:
                 block = next(blocks, None)
-            except _Torn as error:
+            except TornFile as error:
                 torn = str(error)
                 break
             if block is None:
