@@ -26,7 +26,7 @@ from pipeline.train import horizon
 from pipeline.train.config import Schedule, TrainConfig
 from pipeline.train.samples import Sampler, Samples
 
-VERSION = 2
+VERSION = 3  # 3: experts multiply in the type of `precision`, ends of generation are the parent's
 INPUTS = {"tokens": ("pack",), "tokenizer": ("tokenizer",), "model?": ("pretrain",)}
 
 

@@ -167,9 +167,12 @@ def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bo
     import torch
     from transformers import AutoModelForCausalLM
 
+    from pipeline.models import experts
+
     config = configure(block, tokenizer, sequence_length)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    experts.install(model)
     model.config.architectures = [type(model).__name__]
     model.generation_config.max_length = sequence_length
     if materialise:
@@ -226,6 +229,8 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from pipeline.models import experts
+
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: holds no model (no config.json); expected a folder in the Hugging Face layout")
     kind = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
@@ -253,6 +258,7 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
             f"{folder}: the weights of {', '.join(sorted(lacking)[:3])} are missing for a {type(model).__name__};"
             " publish the model again, or name another folder"
         )
+    experts.install(model)
     model.config.architectures = [type(model).__name__]
     return model
 
