@@ -21,11 +21,18 @@ LAYOUTS = {
     "ddp chunks": {},
     "zero 1 chunks selective": {"zero": 1},
     "zero 3 chunks full": {"zero": 3},
+    "ddp frozen": {},
+    "zero 0 frozen": {"zero": 0},
+    "zero 1 frozen": {"zero": 1},
+    "zero 2 frozen": {"zero": 2},
+    "zero 3 frozen": {"zero": 3},
     "pipeline": {"pipeline": 2},
     "pipeline tied": {"pipeline": 2},
     "pipeline tied chunks full": {"pipeline": 2},
     "pipeline chunks selective": {"pipeline": 2},
-}  # chunks: the output layer computes its losses; full, selective: activation checkpointing
+    "pipeline frozen": {"pipeline": 2},
+}  # chunks: the output layer computes its losses; full, selective: activation checkpointing;
+# frozen: every second parameter has no gradient
 COMPILED = {
     "ddp compiled": {},
     "ddp compiled chunks selective": {},
@@ -39,14 +46,26 @@ COMPILED = {
     "pipeline compiled selective": {"pipeline": 2},
     "pipeline tied compiled chunks full": {"pipeline": 2},
 }
-PLAIN = [name for name in LAYOUTS if "chunks" not in name]
+PLAIN = [name for name in LAYOUTS if "chunks" not in name and "frozen" not in name]
 STEPS = 6
 
 
-def model(tied: bool):
+def kind_of(layout: str) -> str:
+    """Which model a layout trains."""
+    for kind in ("tied", "frozen"):
+        if kind in layout:
+            return kind
+    return "plain"
+
+
+def model(kind: str = "plain"):
     from test_engine import tiny
 
-    return tiny(tie_word_embeddings=tied, pad_token_id=0)
+    made = tiny(tie_word_embeddings=kind == "tied", pad_token_id=0)
+    if kind == "frozen":
+        for parameter in list(made.parameters())[::2]:
+            parameter.requires_grad_(False)
+    return made
 
 
 def micro_batches(settings, engine, step: int, spoil: str | None = None) -> list[dict]:
@@ -84,7 +103,7 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
     compiled = "compiled" in name
 
     def fresh():
-        made = model("tied" in name)
+        made = model(kind_of(name))
         if "chunks" in name:
             head.install(made, chunk=20, compiled=compiled)
         if compiled:
@@ -150,7 +169,7 @@ def muon(folder: Path | None = None):
     from pipeline.train import distributed, engine
 
     settings = config(optimizer={"kind": "muon", "lr": 3e-3, "max_grad_norm": 0.5}, micro_batch=2)
-    trainer = engine.build(model(False), spoiled, settings)
+    trainer = engine.build(model(), spoiled, settings)
     for step in range(3):
         trainer.step(micro_batches(settings, trainer, step))
     if folder:
@@ -176,7 +195,7 @@ def generate() -> list:
     from pipeline.train import engine
 
     settings = config(parallel={"zero": 3})
-    trainer = engine.build(model(False), loss_fn, settings)
+    trainer = engine.build(model(), loss_fn, settings)
     trainer.step(micro_batches(settings, trainer, 0))
     with trainer.gathered():
         ids = trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_worker import COMPILED, STEPS, train
+from parallel_worker import COMPILED, STEPS, kind_of, train
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -40,14 +40,14 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {tied: train("one tied" if tied else "one", None) for tied in (False, True)}
+    return {kind: train(name, None) for kind, name in (("plain", "one"), ("tied", "one tied"))}
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_it_trains_as_one_process_without(results, alone, name):
     """Losses and gradient norms of 6 clipped steps, and an evaluation after them, to 1e-5 relative; weights to 1e-4
     after updates of 3e-3. Something was compiled."""
-    expected, found = alone["tied" in name], results[name]
+    expected, found = alone[kind_of(name)], results[name]
     assert found["graphs"] >= 2, "a layer in training and in evaluation"
     assert len(found["steps"]) == STEPS and found["after"] == pytest.approx(expected["after"], rel=1e-5)
     for one, other in zip(expected["steps"], found["steps"], strict=True):

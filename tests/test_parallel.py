@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from harness import files_of, succeed
-from parallel_worker import LAYOUTS, PLAIN, STEPS, go_on, micro_batches, model, muon, train
+from parallel_worker import LAYOUTS, PLAIN, STEPS, go_on, kind_of, micro_batches, model, muon, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -62,8 +62,8 @@ def alone(saved):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found = {
-        tied: train("one tied" if tied else "one", None, saved / ("one tied" if tied else "one"))
-        for tied in (False, True)
+        kind: train(name, None, saved / name)
+        for kind, name in (("plain", "one"), ("tied", "one tied"), ("frozen", "one frozen"))
     }
     muon(saved / "one muon")
     torch.set_num_threads(threads)
@@ -74,7 +74,7 @@ def alone(saved):
 def test_a_layout_trains_as_one_process_does(results, alone, name):
     """Losses and gradient norms of 6 steps, all of them clipped, to 1e-5 relative; weights to 1e-4 absolute after
     updates of 3e-3. A rank's whole share at once, four processes and faults that must be found are test_verify.py's."""
-    expected, found = alone["tied" in name], results[name]
+    expected, found = alone[kind_of(name)], results[name]
     assert found["before"] == pytest.approx(expected["before"], rel=1e-6)
     assert len(found["steps"]) == STEPS
     for one, other in zip(expected["steps"], found["steps"], strict=True):
@@ -91,6 +91,26 @@ def test_a_layout_trains_as_one_process_does(results, alone, name):
             assert torch.allclose(found["weights"][key], value, atol=1e-4), key
         else:
             assert "tied" in name
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "frozen" in name])
+def test_what_has_no_gradient_stays_and_costs_nothing_in_a_checkpoint(results, saved, name):
+    """Every second parameter is frozen: it keeps its bits, is in no file, and the disk estimate knows it."""
+    from test_engine import config, spoiled
+
+    from pipeline.train import engine, state
+
+    start = model("frozen")
+    frozen = {key for key, parameter in start.named_parameters() if not parameter.requires_grad}
+    trained = {key for key, parameter in start.named_parameters() if parameter.requires_grad}
+    for key, value in start.state_dict().items():
+        assert torch.equal(results[name]["weights"][key], value) == (key in frozen), key
+    reader = state.Reader(saved / name, "model")
+    assert set(reader.parameters) == trained and {key for _, key in reader.pieces} == trained
+    numel = sum(parameter.numel() for parameter in start.parameters() if parameter.requires_grad)
+    stored = sum(stop - first for pieces in reader.pieces.values() for first, stop, *_ in pieces)
+    assert stored == 3 * numel
+    assert engine.build(start, spoiled, config()).state_bytes() == 12 * numel
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -116,7 +136,7 @@ def test_any_layout_goes_on_from_any_other(results, alone, target):
 
     for (source, into), (said, found) in results["elastic"].items():
         if into == target:
-            the_same_course(found, alone["tied" in target]["steps"][3:])
+            the_same_course(found, alone[kind_of(target)]["steps"][3:])
             parallel = config(parallel=LAYOUTS[target]).parallel
             words = (
                 [f"pipeline {parallel.pipeline}"] * (parallel.pipeline > 1)
@@ -141,9 +161,9 @@ def test_one_process_goes_on_from_what_two_saved(results, alone, saved, source, 
 
     from pipeline.train import engine
 
-    trainer = engine.build(model("tied" in source), spoiled, config(micro_batch=2, parallel={"zero": zero}))
+    trainer = engine.build(model(kind_of(source)), spoiled, config(micro_batch=2, parallel={"zero": zero}))
     said, found = go_on(trainer, saved / source)
-    the_same_course(found, alone["tied" in source]["steps"][3:])
+    the_same_course(found, alone[kind_of(source)]["steps"][3:])
     assert said.startswith("saved by 2 processes") and "goes on with 1 process" in said
     assert go_on(trainer, saved / source) == (said, found)
 
@@ -176,7 +196,7 @@ def test_generation_from_shards(results):
     from pipeline.train import engine
 
     settings = config()
-    trainer = engine.build(model(False), loss_fn, settings)
+    trainer = engine.build(model(), loss_fn, settings)
     trainer.step(micro_batches(settings, trainer, 0))
     ids, loss = results["generated"]
     assert (

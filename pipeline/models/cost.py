@@ -29,6 +29,8 @@ class Size:
     """Routed experts of a mixture of experts, all of them."""
     active: int
     """Parameters that one token passes through: of the routed experts only those that the router picks."""
+    frozen: int = 0
+    """Parameters without gradients: no gradient, no moments, no place in a checkpoint."""
 
     @property
     def body(self) -> int:
@@ -49,7 +51,9 @@ def count(model) -> Size:
     }
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if EXPERTS.search(name))
     picked, of = routed(model.config)
-    return Size(total, sum(tables.values()), sum(lookups.values()), experts, total - experts + experts * picked // of)
+    active = total - experts + experts * picked // of
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    return Size(total, sum(tables.values()), sum(lookups.values()), experts, active, frozen)
 
 
 def routed(config) -> tuple[int, int]:
@@ -138,10 +142,11 @@ def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str
     # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of
     # the rank's share beside fp32 weights.
     moments = 4.0 if layout.optimizer == "muon" else 8.0
+    trained = (size.total - size.frozen) / layout.depth
     parts = {
         "weights": 4.0 * share / split[0],
-        "gradients": 4.0 * share / split[1],
-        "optimizer": (moments + (4.0 if zero else 0.0)) * share / split[2],
+        "gradients": 4.0 * trained / split[1],
+        "optimizer": (moments + (4.0 if zero else 0.0)) * trained / split[2],
     }
     if layout.offload:
         parts["optimizer"] = 0.0
@@ -210,5 +215,5 @@ def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, fl
 
 
 def checkpoint_bytes(size: Size, optimizer: str = "adamw") -> float:
-    """Of one training checkpoint: fp32 weights and moments, whatever the layout."""
-    return size.total * (8.0 if optimizer == "muon" else 12.0)
+    """Of one training checkpoint: fp32 weights and moments of what is trained, whatever the layout."""
+    return (size.total - size.frozen) * (8.0 if optimizer == "muon" else 12.0)

@@ -32,7 +32,8 @@ class Engine:
     model: the transformers model, for forward and generation (None where a pipeline holds only a part).
     data_rank, data_world: which share of a step's rows this process reads, and how many shares there are.
     step_count: calls of `step` so far, skipped updates included.
-    shapes: of all parameters of the whole model, by name.
+    shapes: of all parameters of the whole model, by name. fixed: names of those without gradients: no moments, and not
+    in checkpoints, since the model that a run starts from has them.
     """
 
     layout: str
@@ -44,9 +45,7 @@ class Engine:
         self.step_count = 0
         self.data_rank, self.data_world = distributed.rank(), distributed.world()
         self.balance = balance.attach(model, config) if model is not None else None  # before an engine wraps the model
-        self.shapes = (
-            {} if model is None else {key: list(parameter.shape) for key, parameter in model.named_parameters()}
-        )
+        self.shapes, self.fixed = ({}, set()) if model is None else shapes_of(model)
 
     def step(
         self, micro_batches: list[dict], lr: float | None = None, admit: Callable[[float, float], bool] | None = None
@@ -148,7 +147,7 @@ class Engine:
     def pieces(self) -> state.Part:
         """What this process writes of the run's state: views of live memory, whose every element some process writes
         once. Collective only in that all must save."""
-        mine, common = self._held()
+        mine, common = self._saved()
         fragments = mine + state.share(common, self.data_rank, self.data_world)
         names = {fragment.name for fragment in fragments if fragment.kind == "weight"}
         updates = self._updates()
@@ -176,8 +175,8 @@ class Engine:
             write_json(folder / f"{self.name}.json", part.summary)
 
     def state_bytes(self) -> int:
-        """Bytes that a checkpoint takes, all processes together: fp32 weights and two moments."""
-        return 12 * sum(math.prod(shape) for shape in self.shapes.values())
+        """Bytes that a checkpoint takes, all processes together: fp32 weights and two moments of what is trained."""
+        return 12 * sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.fixed)
 
     def load(self, folder: Path) -> str:
         """Go on from a folder that `save` wrote; in the same layout, bit for bit. Returns what changed in the layout,
@@ -186,9 +185,10 @@ class Engine:
         Raises UserError if the folder holds another model, another optimizer's moments, or not all of the state.
         """
         reader = state.Reader(folder, self.name)
-        reader.compare(self.shapes, self.config.optimizer.kind)
+        trained = {name: shape for name, shape in self.shapes.items() if name not in self.fixed}
+        reader.compare(trained, self.config.optimizer.kind)
         self._begin_moments(reader.parameters)
-        mine, common = self._held()
+        mine, common = self._saved()
         for fragment in mine + common + self._copies():
             reader.fill(fragment)
         self._loaded()
@@ -203,6 +203,16 @@ class Engine:
             "pipeline": parallel.pipeline,
             "offload": parallel.offload,
         }
+
+    def _saved(self) -> tuple[list[state.Fragment], list[state.Fragment]]:
+        """The pieces of `_held` that belong into a checkpoint."""
+        mine, common = self._held()
+        if not self.fixed:
+            return mine, common
+        return (
+            [fragment for fragment in mine if fragment.name not in self.fixed],
+            [fragment for fragment in common if fragment.name not in self.fixed],
+        )
 
     def _held(self) -> tuple[list[state.Fragment], list[state.Fragment]]:
         """(pieces that this process alone answers for, pieces that all of its data ranks hold), as views of live
@@ -289,6 +299,13 @@ class Sums:
         device = self.tensors["loss"].device
         values = torch.stack([value.to(device) for value in self.tensors.values()]).tolist()
         return dict(zip(self.tensors, values, strict=True))
+
+
+def shapes_of(model) -> tuple[dict[str, list[int]], set[str]]:
+    """(shape of each parameter, names of those that are not trained)."""
+    parameters = dict(model.named_parameters())
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    return shapes, {name for name, parameter in parameters.items() if not parameter.requires_grad}
 
 
 def decayed(parameter: torch.Tensor) -> bool:

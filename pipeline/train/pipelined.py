@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pipeline.models import stages
 from pipeline.train import balance, distributed, head, phases, shards
 from pipeline.train.bubble import Bubble
-from pipeline.train.engine import Engine, Sums, adamw, finite, set_learning_rate
+from pipeline.train.engine import Engine, Sums, adamw, finite, set_learning_rate, shapes_of
 from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
 
 
@@ -85,7 +85,7 @@ class Pipelined(Engine):
         self.data_rank, self.index = distributed.rank() % self.data_world, distributed.rank() // self.data_world
         self.tied = bool(model.config.tie_word_embeddings)
         # before the model is cut
-        self.shapes = {key: list(parameter.shape) for key, parameter in model.named_parameters()}
+        self.shapes, self.fixed = shapes_of(model)
         table_name = next(
             key for key, parameter in model.named_parameters() if parameter is model.get_input_embeddings().weight
         )
