@@ -6,19 +6,22 @@ HTML with resiliparse (Apache-2.0; `pip install 'alma[web]'`): 1,326 MB of HTML 
 """
 
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, Repaired, TornFile, blocks_of
 from pipeline.data.page_charset import decoded, label_of
+from pipeline.data.unpack import CODINGS, GZIP_MAGIC, ZSTD_MAGIC, TooLong, Unreadable, unpacked
 from pipeline.errors import UserError
 
 _START = re.compile(rb"(?:\A|\n)(WARC/[01]\.\d+\r?\n)")
 _LENGTH = re.compile(rb"^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$", re.I | re.M)
 _HTML = ("text/html", "application/xhtml+xml")
 MAX_HEAD = 1 << 16
+MAX_CODINGS = 4  # of one body: each may take the time of 64 MiB
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # not ESC, which ISO-2022-JP has
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[^\r\n]{0,200}\r\n")
 # Reasons why a record is passed over must be few, whatever servers call their files: these types are named, others by
 # what stands before the slash.
 _KINDS = ("warcinfo", "response", "resource", "request", "metadata", "revisit", "continuation")  # ISO 28500, 5.5
@@ -170,8 +173,8 @@ def _record(head: bytes, body: bytes) -> dict | str:
         **found,
         "body": payload,
         "plain": media == "text/plain",
-        "chunked": "chunked" in http.get("transfer-encoding", "").lower(),
-        "packed": http.get("content-encoding", "").lower(),
+        "codings": f"{http.get('content-encoding', '')},{http.get('transfer-encoding', '')}",
+        "cut": bool(fields.get("warc-truncated")),
     }
 
 
@@ -189,10 +192,16 @@ def _other(media: str) -> str:
 
 
 def _headers(raw: bytes) -> dict[str, str]:
-    lines = raw.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")[1:]
-    return {
-        name.strip().lower(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon
-    }
+    """Names in lower case. Codings that stand in several headers are one list, as in HTTP; else the last counts."""
+    found: dict[str, str] = {}
+    for line in raw.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")[1:]:
+        name, colon, value = line.partition(":")
+        name, value = name.strip().lower(), value.strip()
+        if name in found and name in ("content-encoding", "transfer-encoding"):
+            value = f"{found[name]}, {value}"
+        if colon:
+            found[name] = value
+    return found
 
 
 # ---- record -> text --------------------------------------------------------------------------------------------------
@@ -205,9 +214,9 @@ def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Repaired | Bad | Passed]]:
         if not isinstance(item, dict):
             yield position, item if isinstance(item, Bad) else Passed(f"{chunk.file}:{position}", item)
             continue
-        body = _plain_body(item)
-        if body is None:
-            yield position, Bad(f"{chunk.file}:{position}", "damaged HTTP body", item["url"][:EXCERPT])
+        body = _body(item) if "codings" in item else item["body"]
+        if isinstance(body, str):
+            yield position, Bad(f"{chunk.file}:{position}", body, item["url"][:EXCERPT])
             continue
         media = "text/plain" if item["plain"] else "text/html"
         header = label_of(item["type"]) if not item.get("utf8") else "utf-8"
@@ -215,31 +224,63 @@ def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Repaired | Bad | Passed]]:
         yield position, page(body, media, extract, f"{chunk.file}:{position}", fields, header)
 
 
-def _plain_body(item: dict) -> bytes | None:
+def _body(item: dict) -> bytes | str:
+    """The body of a response without its transfer and content codings, or why it cannot be read. Many crawlers undo
+    codings and leave the headers, so what cannot be undone and looks like text is taken for text."""
     body = item["body"]
-    if item.get("chunked"):
-        body = _unchunked(body)
-    packed = item.get("packed", "")
-    if packed in ("gzip", "x-gzip", "deflate") and body[:1] != b"<":  # crawlers unpack the body and leave the header
-        try:
-            unpack = zlib.decompressobj(47 if packed != "deflate" else 15)
-            body = unpack.decompress(body, MAX_RECORD_BYTES)
-        except zlib.error:
-            return None
+    codings = [coding.partition(";")[0].strip() for coding in item["codings"].lower().split(",")]
+    codings = [coding for coding in codings if coding not in ("", "identity")][::-1]
+    if len(codings) > MAX_CODINGS:
+        return "HTTP body in an unknown coding"
+    for coding in codings if body else []:
+        found = _undone(body, coding, item["cut"])
+        if isinstance(found, str):
+            return found
+        body = found
+    for magic, coding in ((GZIP_MAGIC, "gzip"), (ZSTD_MAGIC, "zstd")):
+        if body.startswith(magic):  # no text begins so: the server did not say it, or did it twice
+            return _undone(body, coding, item["cut"])
     return body
 
 
-def _unchunked(body: bytes) -> bytes:
-    """HTTP's chunked transfer coding (RFC 9112, 7.1); a body that is not so coded, because the crawler undid it,
-    comes back as it is."""
+def _undone(body: bytes, coding: str, cut: bool) -> bytes | str:
+    """A body without one of its codings, or why it cannot be read."""
+    if coding == "chunked":
+        found = _unchunked(body, cut)
+        return "truncated HTTP body" if found is None else found
+    if coding not in CODINGS:
+        return body if _looks_like_text(body) else "HTTP body in an unknown coding"
+    try:
+        return unpacked(body, coding, MAX_RECORD_BYTES, cut)
+    except TooLong:
+        return f"longer than {MAX_RECORD_BYTES >> 20} MiB"
+    except Unreadable as error:
+        return body if _looks_like_text(body) else f"{error} HTTP body"
+
+
+def _looks_like_text(body: bytes) -> bool:
+    """Whether it has no control characters but those of text, or is UTF-16."""
+    return not _CONTROL.search(body, 0, 1024) or body.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<"))
+
+
+def _unchunked(body: bytes, cut: bool) -> bytes | None:
+    """HTTP's chunked transfer coding (RFC 9112, 7.1); None where it ends too early, unless it is known to be `cut`. A
+    body that is not so coded, because the crawler undid it, comes back as it is."""
     found, at = bytearray(), 0
-    while match := re.compile(rb"([0-9A-Fa-f]{1,8})[^\r\n]{0,200}\r\n").match(body, at):
+    while match := _CHUNK.match(body, at):
         length = int(match[1], 16)
         if not length:
             return bytes(found)
-        found += body[match.end() : match.end() + length]
         at = match.end() + length + 2
-    return bytes(found) if found else body
+        if body[at - 2 : at] != b"\r\n":
+            if not found and not body[match.end() :].lstrip().startswith(b"<"):
+                return body  # text that begins with something like a length
+            found += body[match.end() : match.end() + length]
+            break
+        found += body[match.end() : at - 2]
+    if not found:
+        return body
+    return bytes(found) if cut else None
 
 
 def page(
