@@ -4,8 +4,8 @@ and numbers.
     python pipeline/export.py recipes/quickstart.yaml
     python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained("runs/quickstart/export/current")'
 
-The folder holds what vLLM, lm-eval and TRL read as well: safetensors, config, generation config, tokenizer with chat
-template.
+The folder holds what vLLM, lm-eval, TRL, transformers 4.57 and llama.cpp's converter read as well: safetensors, config,
+generation config, tokenizer with chat template. The card says where one of them would read other ids.
 """
 
 import json
@@ -20,7 +20,8 @@ from pipeline.output import Output
 from pipeline.recipe import StageConfig
 from pipeline.seeds import derive
 
-VERSION = 1
+# 2: also in the form that transformers 4.57 and llama.cpp's converter read
+VERSION = 2
 INPUTS = {"model": ("ppo", "dpo", "sft", "pretrain")}
 
 # Largest difference of a logit that is taken for the same model. fp32 is the same arithmetic on the same numbers, so
@@ -43,9 +44,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from pipeline.chain import say
+    from pipeline.data import handover
     from pipeline.data.tokens import load_tokenizer
     from pipeline.models import cost
     from pipeline.models.build import load, quiet
+    from pipeline.models.older import add_older_keys
     from pipeline.train import distributed
 
     distributed.setup()
@@ -58,7 +62,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     with quiet():
         AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True).save_pretrained(output.path)
-    tokenizer.save_pretrained(output.path)
+    add_older_keys(output.path)
+    handover.write(tokenizer, source, output.path, trained.get_input_embeddings().num_embeddings)
     faults.point("save")
 
     # The proof reads what was written, as a user will.
@@ -83,9 +88,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             f" expected {BF16_AGREEMENT:.0%}"
         )
 
+    loader, remarks = handover.readers(output.path)
+    for remark in remarks:
+        say(f"export: {remark}")
     lineage = ancestry(inputs["model"])
     parameters = cost.count(trained).total
-    card = model_card(inputs["model"], lineage, parameters, config.dtype, difference, agreement, ids.numel())
+    measured = (
+        f"Weights are {config.dtype}. Compared with the training model on {ids.numel()} random tokens: largest"
+        f" difference of a logit {difference:.3g}, same likeliest token {agreement:.2%}."
+    )
+    card = model_card(inputs["model"], lineage, parameters, loader, [measured, *remarks])
     write_atomic(output.path / "README.md", card)
     return {
         "logit_difference": difference,
@@ -117,11 +129,9 @@ def ancestry(found: Artifact) -> list[dict]:
     return list(ordered.values())
 
 
-def model_card(
-    found: Artifact, lineage: list[dict], parameters: int, dtype: str, difference: float, agreement: float, tokens: int
-) -> str:
-    """Markdown with the front matter that model hubs read. No times and no paths: the same model gives the same
-    card."""
+def model_card(found: Artifact, lineage: list[dict], parameters: int, loader: str, notes: list[str]) -> str:
+    """Markdown with the front matter that model hubs read. `loader`: the class that reads the tokenizer; `notes`:
+    paragraphs below the example. No times and no paths: the same model gives the same card."""
     lines = [
         "---",
         "library_name: transformers",
@@ -132,15 +142,11 @@ def model_card(
         f"# {found.manifest.get('config', {}).get('kind', found.kind)} model, {parameters / 1e6:.1f} M parameters",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)",
+        f"from transformers import AutoModelForCausalLM, {loader}",
+        f"model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), {loader}.from_pretrained(FOLDER)",
         "```",
         "",
-        (
-            f"Weights are {dtype}. Compared with the training model on {tokens} random tokens: largest difference of a"
-            f" logit {difference:.3g}, same likeliest token {agreement:.2%}."
-        ),
-        "",
+        *(line for note in notes for line in (note[0].upper() + note[1:], "")),
         "## Lineage",
         "",
         "| stage | kind | fingerprint | content digest | in | out | measured |",

@@ -29,8 +29,9 @@ from pipeline.recipe import StageConfig
 from pipeline.tracking import Progress
 
 # 2: byte-bpe has its own trainer and its special tokens at the end; 3: its tokens are bounded, and so are the runs that
-# unigram is trained on
-VERSION = 3
+# unigram is trained on; 4: tokenizer_config.json is one that transformers 4.57 reads as well, and adopting adds no pad
+# token
+VERSION = 4
 INPUTS = {"data": ("clean",)}
 
 # ChatML. What the model is taught to say stands between the generation marks: the answer and the end of its turn, not
@@ -252,8 +253,7 @@ def train(config: Config, sample: Path, total: int, folder: Path) -> float | Non
             read, config.vocab_size, config.split_digits, coverage, log, kind, extra, config.merge_whitespace
         )
     names = {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD, "unk_token": bpe.UNKNOWN}
-    publish(bpe.from_sentencepiece(model), folder, names, extra)
-    write_atomic(folder / "tokenizer.model", model)
+    publish(bpe.from_sentencepiece(model), folder, names, extra, model=model)
     return coverage
 
 
@@ -291,10 +291,8 @@ def adopt(config: Config, folder: Path) -> str:
     ]
     added = [name for name in wanted if found.backend.token_to_id(name) is None]
     found.backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in wanted])
-    publish(found.backend, folder, names, config.extra_tokens(), found.template or CHAT_TEMPLATE)
-    if found.model is not None:
-        write_atomic(folder / "tokenizer.model", found.model)
-    elif found.tokens is not None:
+    publish(found.backend, folder, names, config.extra_tokens(), found.template or CHAT_TEMPLATE, found.model)
+    if found.model is None and found.tokens is not None:
         write_atomic(folder / "tokenizer.tiktoken", bytelevel.dump(found.tokens))
     if added:
         say(
@@ -333,13 +331,19 @@ def covering(texts: Iterator[str], vocab_size: int) -> float:
 
 
 def publish(
-    backend, folder: Path, names: dict[str, str] | None = None, extra: list[str] = (), template: str = CHAT_TEMPLATE
+    backend,
+    folder: Path,
+    names: dict[str, str] | None = None,
+    extra: list[str] = (),
+    template: str = CHAT_TEMPLATE,
+    model: bytes | None = None,
 ) -> None:
     """Write the folder that transformers, vLLM and the later stages read. `names`: bos_token and the like, by
-    default ours; `extra`: special tokens beside these and the marks of a turn."""
+    default ours; `extra`: special tokens beside these and the marks of a turn; `model`: the sentencepiece model."""
     from transformers import PreTrainedTokenizerFast
 
     from pipeline.data import bpe
+    from pipeline.data.tokenizer_folder import save
 
     names = names or {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD}
     marks = [mark for mark in (bpe.TURN, bpe.END_OF_TURN) if backend.token_to_id(mark) is not None]
@@ -347,7 +351,7 @@ def publish(
         tokenizer_object=backend, extra_special_tokens=[*marks, *extra], clean_up_tokenization_spaces=False, **names
     )
     fast.chat_template = template
-    fast.save_pretrained(folder)
+    save(fast, folder, model)
 
 
 def vocabulary_size(folder: Path) -> int:

@@ -194,6 +194,20 @@ def damaged(model: bytes) -> str | None:
     return None
 
 
+def pieces_of(model: bytes) -> list[str]:
+    """The pieces of a whole sentencepiece model (see `damaged`) in the order of their ids."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return [piece.piece for piece in sentencepiece_model_pb2.ModelProto.FromString(model).pieces]
+
+
+def is_unigram(model: bytes) -> bool:
+    from sentencepiece import sentencepiece_model_pb2
+
+    trainer = sentencepiece_model_pb2.ModelProto.FromString(model).trainer_spec
+    return trainer.model_type == trainer.UNIGRAM
+
+
 def inexact(model: bytes) -> str | None:
     """Why a whole sentencepiece model (see `damaged`) would lose or change text, in words; None if it keeps every
     byte."""

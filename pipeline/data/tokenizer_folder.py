@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import write_atomic, write_json
 
 CONFIG = "tokenizer_config.json"
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -107,13 +107,30 @@ def added_tokens(folder: Path) -> dict[int, str]:
     return found
 
 
-def save(fast, folder: Path) -> None:
+def adds_space(backend) -> bool:
+    """Does this tokenizers.Tokenizer put a space in front of a text (sentencepiece's dummy prefix, ByteLevel's
+    add_prefix_space)?"""
+    spec = json.loads(backend.to_str())
+    parts = [spec["normalizer"] or {}, spec["pre_tokenizer"] or {}]
+    parts += parts[0].get("normalizers", []) + parts[1].get("pretokenizers", [])
+    return any(
+        part.get("type") == "Prepend"
+        or part.get("type") == "ByteLevel"
+        and part["add_prefix_space"]
+        or part.get("type") == "Metaspace"
+        and part["prepend_scheme"] != "never"
+        for part in parts
+    )
+
+
+def save(fast, folder: Path, model: bytes | None = None) -> None:
     """Write a fast tokenizer (transformers) into `folder` in the form that transformers 4.57 and 5 and llama.cpp's
-    converter read alike.
+    converter read alike. `model`: the sentencepiece model with the same ids.
 
     transformers 5 writes `tokenizer_class: TokenizersBackend` and a list `extra_special_tokens`, which 4.57 refuses,
     and leaves `added_tokens_decoder` out, without which llama.cpp's converter has no names for tokens that
-    tokenizer.model lacks. The tokenizer.json is the same.
+    tokenizer.model lacks. `add_prefix_space` is what 4.57 gives a byte-level tokenizer and what llama.cpp does to a
+    text; without it they take False and True. tokenizer.json is the same in all versions.
     """
     fast.save_pretrained(folder)
     config = read_object(folder / CONFIG)
@@ -122,6 +139,7 @@ def save(fast, folder: Path) -> None:
     if (extra := config.pop("extra_special_tokens", None)) is not None:
         config["additional_special_tokens"] = extra
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["add_prefix_space"] = adds_space(fast.backend_tokenizer)
     config["added_tokens_decoder"] = {
         str(index): {
             "content": token.content,
@@ -131,8 +149,8 @@ def save(fast, folder: Path) -> None:
             "single_word": token.single_word,
             "special": token.special,
         }
-        for index, token in sorted(fast.added_tokens_decoder.items())
+        for index, token in fast.added_tokens_decoder.items()
     }
-    if (folder / "tokenizer.model").is_file():
-        config["add_prefix_space"] = False
-    write_json(folder / CONFIG, dict(sorted(config.items())))
+    write_json(folder / CONFIG, config)
+    if model is not None:
+        write_atomic(folder / "tokenizer.model", model)

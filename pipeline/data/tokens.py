@@ -56,6 +56,18 @@ def load_tokenizer(folder: Path | str):
     return fast
 
 
+def use_known_padding(tokenizer, rows: int) -> None:
+    """Let the tokenizer pad with a token that a model with `rows` embeddings knows: its own pad token, else its end of
+    text, else token 0.
+
+    Padding is masked by position, never by id, so any token will do. A pad token that was added without resizing the
+    embedding has an id beyond it.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        end = tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end if end is not None and end < rows else 0)
+
+
 def _state(part) -> bytes | None:
     return None if part is None else part.__getstate__()
 

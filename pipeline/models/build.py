@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pipeline.errors import Problems, UserError
 from pipeline.models import scaling
+from pipeline.models.older import add_older_keys
 from pipeline.recipe_file import shown
 from pipeline.seeds import derive
 
@@ -348,6 +349,7 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
             state_dict={key: value.contiguous() for key, value in state_dict.items() if key not in tied},
             max_shard_size="5GB",
         )
+    add_older_keys(folder)
     if generates:
         settings = generation_settings(Path(parent or tokenizer_folder), load_tokenizer(tokenizer_folder))
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"

