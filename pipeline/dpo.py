@@ -8,8 +8,9 @@ model in memory. Out: model/ (Hugging Face layout), report.json (what became of 
 """
 
 import functools
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
@@ -41,12 +42,21 @@ class Config(TrainConfig):
     """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO (Rafailov et al., 2023); ipo: a squared distance that stops pulling at a margin of 1 / (2 beta)
+    (Azar et al., 2024), with log-probabilities averaged over the answer's tokens."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the reference (Rafailov et al., 2023)."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Probability that a pair's label is wrong (cDPO: Mitchell, 2023)."""
     optimizer: DpoOptimizer = DpoOptimizer()
     """AdamW."""
+
+    @model_validator(mode="after")
+    def smoothing_has_an_effect(self):
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing applies only to loss: sigmoid; remove it")
+        return self
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
@@ -58,7 +68,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.reward import rows_of, wilson
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
-    from pipeline.train.loss_preference import answer_logprobs, dpo
+    from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
     from pipeline.train.tuning import heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
 
     folder = model_folder(inputs["model"])
@@ -68,7 +78,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     count, heldout = len(arrays["train.start"]), len(arrays["heldout.start"])
 
     def loss(logits, batch: dict):
-        return dpo(answer_logprobs(logits, batch), batch["reference"], config.beta, config.label_smoothing)
+        logps = answer_logprobs(logits, batch)
+        if config.loss == "ipo":
+            return ipo(logps, batch["reference"], answer_lengths(batch), config.beta)
+        return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
 
     engine = build(load(folder), loss, config)
     say(

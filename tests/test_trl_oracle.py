@@ -13,7 +13,7 @@ from pipeline.data.conversations import Pair
 from pipeline.data.tuning_ledger import Ledger
 from pipeline.models import build
 from pipeline.train.loss import token_logprobs
-from pipeline.train.loss_preference import bradley_terry, dpo
+from pipeline.train.loss_preference import answer_lengths, answer_logprobs, bradley_terry, dpo, ipo
 from pipeline.train.tuning import Ragged, encode_pairs, pair_batch
 
 TOLERANCE = 1e-5  # absolute, fp32
@@ -173,7 +173,8 @@ def test_reward(tiny, tmp_path, centering):
     assert abs(float(metrics["accuracy"]) / 6 - trainer._metrics["train"]["accuracy"][-1]) < 1e-6
 
 
-def test_dpo(tiny, tmp_path):
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_dpo(tiny, tmp_path, kind):
     from datasets import Dataset
     from trl import DPOTrainer
 
@@ -200,15 +201,21 @@ def test_dpo(tiny, tmp_path):
     trainer = DPOTrainer(
         theirs,
         ref_model=copy.deepcopy(reference),
-        args=options(tmp_path, "DPOConfig", beta=0.3),
+        args=options(tmp_path, "DPOConfig", beta=0.3, loss_type=[kind]),
         train_dataset=words,
         processing_class=tokenizer,
     )
     batch = pair_batch(arrays, "train", range(6), tokenizer.pad_token_id)
     with torch.no_grad():
         frozen = token_logprobs(reference(**batch["inputs"]).logits, batch["labels"]).sum(-1)
-    loss, metrics = dpo(token_logprobs(ours(**batch["inputs"]).logits, batch["labels"]).sum(-1), frozen, beta=0.3)
+    logps = answer_logprobs(ours(**batch["inputs"]).logits, batch)
+    if kind == "ipo":
+        loss, metrics = ipo(logps, frozen, answer_lengths(batch), beta=0.3)
+    else:
+        loss, metrics = dpo(logps, frozen, beta=0.3)
     compare(ours, loss / 6, theirs, trainer.compute_loss(theirs, trainer.data_collator(examples)))
+    if kind == "ipo":  # TRL's margins are of sums, ours of the averages that the loss reads
+        return
     for key, name in (
         ("rewards/margins", "margin"),
         ("rewards/chosen", "reward_chosen"),

@@ -8,12 +8,18 @@ of the global batch.
 import torch
 import torch.nn.functional as F
 
+from pipeline.train.head import IGNORE
 from pipeline.train.loss import token_logprobs
 
 
 def answer_logprobs(logits_BTV: torch.Tensor, batch: dict) -> torch.Tensor:
     """Log-probability of each answer, summed over its tokens: the positions whose label is not -100. Shape: [B]."""
     return token_logprobs(logits_BTV, batch["labels"]).sum(-1)
+
+
+def answer_lengths(batch: dict) -> torch.Tensor:
+    """Number of tokens of each answer, its end of turn among them. Shape: [B]."""
+    return (batch["labels"] != IGNORE).sum(-1)
 
 
 def bradley_terry(
@@ -60,6 +66,22 @@ def dpo(
             "logp_chosen": policy_chosen.sum(),
             "logp_rejected": policy_rejected.sum(),
         }
+    return losses.sum(), metrics
+
+
+def ipo(logps: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, beta: float) -> tuple[torch.Tensor, dict]:
+    """Identity preference optimisation (Azar et al., 2024, eq. 17): the log ratio of chosen to rejected is drawn to
+    1 / (2 beta) instead of as far as it goes, so that pairs that are always won do not overrule the reference.
+
+    logps, reference: [2B] as in `dpo`. lengths: [2B], answer tokens; log-probabilities are averaged over them, as in
+    TRL, because sums of long answers would need another beta.
+    """
+    ratios = (logps.float() - reference.float()) / lengths
+    chosen, rejected = ratios.chunk(2)
+    difference = chosen - rejected
+    losses = (difference - 1 / (2 * beta)) ** 2
+    with torch.no_grad():
+        metrics = {"accuracy": _wins(difference), "margin": beta * difference.sum()}
     return losses.sum(), metrics
 
 
