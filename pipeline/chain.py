@@ -178,6 +178,8 @@ def _main(kind: str, args: argparse.Namespace) -> None:
 
 def guarded(action) -> int:
     """Run `action`; a UserError becomes one sentence on stderr and exit code 2, a stop by signal its own code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
     rank = int(os.environ.get("RANK", 0))
     try:
         action()

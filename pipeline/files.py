@@ -28,7 +28,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    """File names that are not UTF-8 are half surrogate pairs in Python; JSON has escapes for them."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def sync_folder(path: Path) -> None:
@@ -65,7 +67,7 @@ def sha256_file(path: Path) -> str:
 def hashes(cache: Path):
     """A function sha256(path) that remembers in the file `cache`, by path, size and mtime."""
     try:
-        known = json.loads(cache.read_text())
+        known = json.loads(cache.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         known = {}
     fresh = dict(known)

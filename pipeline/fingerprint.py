@@ -6,10 +6,9 @@ from typing import Any
 
 
 def fingerprint_of(identity: dict) -> str:
-    """sha256 of what decides a stage's result, as canonical JSON."""
-    return hashlib.sha256(
-        json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    ).hexdigest()
+    """sha256 of what decides a stage's result, as canonical JSON. Names of files in it need not be UTF-8."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:

@@ -9,6 +9,8 @@ A document is what the index says, and a file without one is cut after each end-
 an indexed document cuts it, too: our form has it at the end alone.
 """
 
+import glob
+import os
 import struct
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -16,6 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from pipeline.data.globs import find
 from pipeline.errors import UserError
 from pipeline.files import hashes
 from pipeline.plural import many
@@ -24,6 +27,7 @@ from pipeline.recipe import EXECUTION, Strict, identity
 # megatron/core/datasets/indexed_dataset.py, DType
 MEGATRON = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 SUFFIXES = {"megatron": ".bin", "datatrove": ".ds", "numpy": ".npy"}
+BESIDE = (".idx", ".index", ".metadata", ".loss")  # what stands beside token files and is none
 UNIT_TOKENS = 2**23  # of a unit of work
 
 
@@ -52,32 +56,20 @@ class Shard(NamedTuple):
 
 def files(source: Shards, name: str) -> list[Path]:
     """The files of a source in order, without their indexes. Raises UserError if there is none."""
-    found: list[Path] = []
+    where, found = f"shards.{name}.path", []
     for path in [source.path] if isinstance(source.path, str) else source.path:
         place = Path(path).expanduser()
         suffixes = [SUFFIXES[source.format]] if source.format else list(SUFFIXES.values())
         if place.is_dir():
-            here = sorted(file for file in place.iterdir() if file.suffix in suffixes)
-        elif any(sign in path for sign in "*?["):
-            root = Path(place.anchor) if place.is_absolute() else Path()
-            pattern = str(place.relative_to(place.anchor) if place.is_absolute() else place)
-            here = sorted(
-                file
-                for file in root.glob(pattern)
-                if file.is_file() and file.suffix not in (".idx", ".index", ".metadata", ".loss")
-            )
+            here = [file for _, file in find(f"{glob.escape(str(place))}/*", where) if file.suffix in suffixes]
         else:
-            here = [place] if place.is_file() else []
+            here = [file for _, file in find(path, where) if file.suffix not in BESIDE]
         if not here:
-            raise UserError(
-                f"shards.{name}.path: {path}: there is no such file, or nothing in it that ends in"
-                f" {', '.join(suffixes)}"
-            )
+            raise UserError(f"{where}: {path}: has no file that ends in {', '.join(suffixes)}")
         found += here
-    if len(set(found)) < len(found):
-        raise UserError(
-            f"shards.{name}.path: names {many(len(found) - len(set(found)), 'file')} twice; each is read once"
-        )
+    twice = len(found) - len(set(map(os.path.realpath, found)))
+    if twice:
+        raise UserError(f"{where}: names {many(twice, 'file')} twice; each is read once")
     return found
 
 

@@ -158,7 +158,7 @@ def adopted(unit: Unit) -> tuple[dict[str, Part], dict]:
         ids = tokens[begin - first : end - first]
         part.tokens.append(ids)
         part.bytes.append(int(sizes[ids].sum()))
-        part.names.append(f"{unit.path.name}@{begin}".encode())
+        part.names.append(f"{unit.path.name}@{begin}".encode(errors="backslashreplace"))
     bad = [
         {"split": unit.split, "source": unit.source, "file": unit.path.name, "token": int(place), "reason": "no tokens"}
         for place in begins[mine & empty]

