@@ -110,7 +110,7 @@ class Config(TrainConfig):
     """Fill-in-the-middle for a share of the documents; needs best_fit and three special tokens."""
     document_mask: bool = False
     """Tokens see their own document only, and positions begin anew with each (Llama 3, section 3.1). Slower, since
-    attention then needs a mask."""
+    attention then needs a mask. FlashAttention-2 can do it with one row in a micro-batch alone."""
     heldout_rows: Annotated[int, EXECUTION] = Field(256, ge=1)
     """Fixed rows of held-out text on which bits per byte are measured."""
     z_loss: float = Field(0.0, ge=0)
@@ -120,8 +120,9 @@ class Config(TrainConfig):
     """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it
     (pipeline/train/head.py)."""
     attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "blocks", "eager"], EXECUTION] = "auto"
-    """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU; `blocks`
-    (pipeline/models/causal.py) on a CPU in bf16 with `compile`; else torch's scaled_dot_product_attention."""
+    """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU, but not with `document_mask` and
+    more than one row in a micro-batch; `blocks` (pipeline/models/causal.py) on a CPU in bf16 with `compile`; else
+    torch's scaled_dot_product_attention."""
     samples: Annotated[Samples | None, EXECUTION] = None
     """Texts that the model continues from time to time, to logs/samples.jsonl and the terminal; none: no samples."""
     compile: Annotated[bool, EXECUTION] = False
@@ -178,6 +179,11 @@ class Config(TrainConfig):
                 f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, counted"
                 " from the beginning of the other run"
             )
+        if self.document_mask:
+            from pipeline.models import attention
+
+            where = f"stage {self.kind}: document_mask: with attention: {self.attention} it"
+            attention.check_packed(self.attention, self.micro_rows(world), where)
         if self.compile and self.parallel.zero == 3:
             raise UserError(
                 f"stage {self.kind}: compile: true does not go with zero: 3, which gathers weights module by module"

@@ -235,20 +235,22 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: holds no model (no config.json); expected a folder in the Hugging Face layout")
     kind = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
-    extra: dict = {} if head == "causal" else {"num_labels": 1}
-    if config is not None:
-        extra["config"] = config
-    if head == "judge":
-        made = AutoConfig.from_pretrained(folder, local_files_only=True)
-        classifies = any("SequenceClassification" in name for name in made.architectures or [])
-        if classifies and made.num_labels != 1:
+    made = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if head == "judge" and made.num_labels != 1:
+        if any("SequenceClassification" in name for name in made.architectures or []):
             raise UserError(
                 f"{folder}: gives {made.num_labels} scores a sequence, expected a reward model, which gives one"
             )
+    if config is not None:
+        made = config
+    elif head != "causal":
+        made = AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=1)
+    # Stages choose how a model computes. A folder that names a kernel may be read where there is none.
+    made._attn_implementation = made._experts_implementation = None
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(derive(seed, "initial", "score"))
         model, info = kind.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **extra
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, config=made
         )
     expected = {"score.weight"} if head == "reward" else set()
     lacking = set(info["missing_keys"]) - expected

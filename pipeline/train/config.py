@@ -256,6 +256,10 @@ class TrainConfig(StageConfig):
                 f" use {_either(fits)}"
             )
 
+    def micro_rows(self, world: int) -> int:
+        """Rows of a micro-batch in `world` processes."""
+        return self.micro_batch or self.batch_size // (world // self.parallel.pipeline)
+
     @classmethod
     def supports_pipeline(cls) -> bool:
         return False

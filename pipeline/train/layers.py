@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models import attention
-from pipeline.train import head
+from pipeline.train import distributed, head
 
 # Results that selective checkpointing keeps: matrix products and attention. What lies between them (norms, rotations,
 # activations) is cheap to compute again and makes up most of the bytes (Korthikanti et al., 2022, section 4). Names,
@@ -31,7 +31,8 @@ NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
 def prepare(model, config) -> None:
     """Attention, output layer and compilation as a pretraining stage's config says. Raises UserError for what this
     model cannot have."""
-    attention.choose(model, config.attention, config.precision, config.compile)
+    rows = config.micro_rows(distributed.world()) if config.document_mask else 1
+    attention.choose(model, config.attention, config.precision, config.compile, rows)
     if isinstance(config.loss_chunk, int) and not head.supports(model.config):
         raise UserError(
             f"stage {config.kind}: loss_chunk: {config.loss_chunk} does not go with the family"
