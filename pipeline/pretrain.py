@@ -218,6 +218,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, samples, witness
     from pipeline.train.batches import heldout_batches, loss_of, sampler_of, to_batch
     from pipeline.train.loop import fit, share
+    from pipeline.train.loss import Tally
     from pipeline.train.tuning import model_folder
 
     # What is there
@@ -305,7 +306,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     def evaluate() -> dict:
         found = trainer.evaluate(fixed)
-        nats = {source: found[f"nats/{source}"] * found["weight"] for source in sources}
+        nats = {source: found[Tally("nats", source)] * found["weight"] for source in sources}
         per_source = {f"bits_per_byte/{source}": nats[source] / math.log(2) / bytes_of[source] for source in sources}
         return {
             "loss": found["loss"],

@@ -74,9 +74,9 @@ class Iterations:
         )
         return rewards.calibration([sample.score for sample in samples])
 
-    def step(self, batch: int, lr: float | None, admit: Admit | None) -> dict:
+    def step(self, batch: int, lr: float, admit: Admit | None) -> dict:
         """One iteration over the prompts of global batch `batch`. `admit` is asked before each update of the
-        policy."""
+        policy. lr: the policy's; the value model has its own, of the same schedule."""
         stats = iterate(self.models, self.pool, self.state, batch, admit)
         self.accepted = stats.pop("accepted")
         self.state["step"] += 1

@@ -39,24 +39,22 @@ def loss_of(sources: list[str], z_loss: float = 0.0):
     text that the labels stand for."""
     import torch
 
-    from pipeline.train.loss import IGNORE, next_token
+    from pipeline.train.loss import IGNORE, Tally, next_token
 
     def loss_fn(outputs, batch):
         loss, nll, sums = next_token(outputs, batch["labels"], z_loss)
         counts = (batch["labels"] != IGNORE).sum(dim=1)
         of_row = torch.stack([nll.sum(dim=1), counts.to(nll.dtype)])
         of_source = of_row.new_zeros(2, len(sources)).index_add_(1, batch["source"], of_row)
-        sums |= {
-            f"{kind}/{source}": value
-            for kind, values in zip(("nats", "tokens"), of_source, strict=True)
-            for source, value in zip(sources, values, strict=True)
-        }
+        for source, nats, tokens in zip(sources, *of_source, strict=True):
+            sums[Tally("nats", source)] = nats
+            sums[Tally("tokens", source)] = tokens
         if "row" in batch:  # each row's own, for train/forensics.py
-            sums |= {
-                f"row/{number}": value
-                for number, value in enumerate(of_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], of_row[0]))
-            }
-        return loss, {**sums, "bytes": batch["bytes"].sum()}
+            nats_of_row = of_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], of_row[0])
+            for number, nats in enumerate(nats_of_row):
+                sums[Tally("nats", number)] = nats
+        sums[Tally("bytes")] = batch["bytes"].sum()
+        return loss, sums
 
     return loss_fn
 

@@ -92,7 +92,7 @@ class Engine:
         batches, counted = self._padded(micro_batches)
         with torch.no_grad():
             sums = self._forward_sums(batches, counted)
-        keys = sorted(sums)
+        keys = sorted(sums, key=str)
         weight, *values = self._data_sum(
             [float(sum(batch["weight"] for batch in micro_batches)), *(sums[key] for key in keys)]
         )

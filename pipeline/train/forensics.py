@@ -6,6 +6,7 @@ import torch
 
 from pipeline.data.sampler import documents_of
 from pipeline.train import distributed, phases
+from pipeline.train.loss import Tally
 
 LONGEST = 4000  # characters of a row's text that are written
 
@@ -29,7 +30,7 @@ def describer(
             mine.append({**micro, "row": torch.arange(at, at + count), "rows": config.batch_size})
             at += count
         found = trainer.evaluate(mine)
-        return [found[f"row/{number}"] * found["weight"] for number in range(config.batch_size)]
+        return [found[Tally("nats", number)] * found["weight"] for number in range(config.batch_size)]
 
     def describe(batch: int) -> list[dict]:
         phases.enter("evaluate")

@@ -65,12 +65,10 @@ class Horizon:
                 " steps; give a longer one, or --restart to begin anew"
             )
 
-    def learning_rate(self, step: int) -> float | None:
-        """None: as the engine's config says."""
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of step `step` (from 0)."""
         from pipeline.train.schedule import learning_rate
 
-        if self.seconds is None:
-            return None
         # An unknown end is never reached while `hold` lasts.
         return learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.steps or 2**62, self.hold)
 

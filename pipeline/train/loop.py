@@ -64,7 +64,7 @@ class Updates:
     def begin(self, state: dict) -> None:
         """Called once, when `state` is that of the checkpoint or new, before the first evaluation and step."""
 
-    def step(self, batch: int, lr: float | None, admit: Callable[[float, float], bool] | None) -> dict:
+    def step(self, batch: int, lr: float, admit: Callable[[float, float], bool] | None) -> dict:
         """Make the next step from global batch number `batch`. Returns its numbers, with `loss`, `grad_norm`,
         `applied` and `weight` among them. Collective."""
         return self.engine.step(self.batches(batch), lr, admit)

@@ -1,10 +1,23 @@
 """Next-token losses, in fp32 whatever the model computed in. Logits are already shifted by the caller's labels:
 logits_BTV[b, t] predicts labels_BT[b, t]."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from pipeline.train.head import IGNORE, TokenLosses
+
+
+class Tally(NamedTuple):
+    """Key of a sum that a loss function returns for counting, not for the log: the meters and the spike report read
+    it. A plain string as key is a metric that is divided by the step's weight and logged.
+
+    quantity: nats, tokens or bytes. group: name of a source, number of a row in the global batch, or None for all.
+    """
+
+    quantity: str
+    group: str | int | None = None
 
 
 def cross_entropy_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ import torch
 from pipeline.models.cost import Flops
 from pipeline.train import distributed, phases
 from pipeline.train.derivation import duration
+from pipeline.train.loss import Tally
 from pipeline.train.peak import peak
 
 # phases that every step has; their times are shown a step
@@ -67,18 +68,17 @@ class Meters:
         weight = stats["weight"]
         shown = {}
         for key, value in stats.items():
-            kind, _, source = key.partition("/")
-            if kind == "nats":
-                self.state["since"].setdefault(source, [0.0, 0])[0] += value * weight
-            elif kind == "tokens":
+            if not isinstance(key, Tally):
+                shown[key] = value
+            elif key.quantity == "nats":
+                self.state["since"].setdefault(key.group, [0.0, 0])[0] += value * weight
+            elif key.quantity == "tokens":
                 number = round(value * weight)
-                self.state["since"].setdefault(source, [0.0, 0])[1] += number
-                self.state["sources"][source] = self.state["sources"].get(source, 0) + number
-            elif key == "bytes":
+                self.state["since"].setdefault(key.group, [0.0, 0])[1] += number
+                self.state["sources"][key.group] = self.state["sources"].get(key.group, 0) + number
+            elif key.quantity == "bytes":
                 # both are divided by the weight
                 shown["bits_per_byte"] = stats["loss"] / math.log(2) / value if value else None
-            else:
-                shown[key] = value
         self.busy, self.done, self.steps = self.busy + seconds, self.done + weight, self.steps + 1
         if self.steps > SETTLED:
             self.settled_seconds, self.settled_steps = self.settled_seconds + seconds, self.settled_steps + 1

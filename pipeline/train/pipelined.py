@@ -214,7 +214,7 @@ class Pipelined(Engine):
 
     def _from_last(self, found: dict) -> dict:
         """The last stage knows the sums; the others learn their names."""
-        keys = distributed.gathered_object(sorted(found))
+        keys = distributed.gathered_object(sorted(found, key=str))
         names = max(keys, key=len)
         return {key: found.get(key, 0.0) for key in names}
 

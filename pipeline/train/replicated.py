@@ -51,7 +51,7 @@ class Replicated(Engine):
         phases.enter("reduce")
         norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm)
         found = sums.read()
-        keys = sorted(found)
+        keys = sorted(found, key=str)
         total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
         norm, loss = float(norm), total.pop("loss")
         applied = finite(loss, norm) and self._admitted(loss, norm)

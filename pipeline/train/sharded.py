@@ -138,7 +138,7 @@ class Sharded(Engine):
             self.engine.backward(loss * (self.data_world / weight), scale_wrt_gas=False)
         phases.enter("reduce")
         found = sums.read()
-        keys = sorted(found)
+        keys = sorted(found, key=str)
         total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
         loss = total.pop("loss")
         norm = None
