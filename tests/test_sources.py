@@ -347,7 +347,7 @@ def test_identity_is_content_not_place(tmp_path):
     [
         ({"path": "nosuch.jsonl"}, "sources.x: nosuch.jsonl does not exist"),
         ({"path": "*.nosuch"}, r"sources.x: no file matches \*.nosuch"),
-        ({"path": "folder"}, "sources.x: folder is a folder; give a file or a glob"),
+        ({"path": "folder"}, "sources.x: folder is a folder; give a file or a pattern such as"),
         ({"path": "empty.jsonl"}, "empty.jsonl is empty; give a file with records"),
         ({"path": "a.bin"}, "the format of a.bin is not known"),
         ({"path": "a.parquet.gz"}, "compressed parquet"),
