@@ -27,6 +27,7 @@ from pipeline.plural import many
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.seeds import derive
 from pipeline.tracking import Progress
+from pipeline.train.config import Date
 
 VERSION = 2  # 2: ends of answers as generation_config.json says, rewards of foreign tokenizers, prompts that fit
 INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "ppo")}
@@ -43,6 +44,8 @@ class Config(StageConfig):
     """Prompts, with `answer` where a rule can check one."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of the prompts that no tuning stage was trained on; must be what these stages say."""
+    date: Date = None
+    """What a chat template writes that asks for today's date, as YYYY-MM-DD; give what the tuning stages have."""
     max_prompts: int = Field(200, ge=1)
     """Held-out prompts answered by each model."""
     max_new_tokens: int = Field(64, ge=1)
@@ -93,7 +96,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     subjects = {name: Subject.of(name, found, config) for name, found in models.items()}
     judge = None
     if "reward" in inputs and config.sources:
-        judge = Chat(load_tokenizer(model_folder(inputs["reward"])), trained=False)
+        judge = Chat(load_tokenizer(model_folder(inputs["reward"])), trained=False, date=config.date)
     rows = None
     if "tokens" in inputs and config.max_rows:
         rows = held_out_rows(config, inputs["tokens"], list(subjects.values()))
@@ -193,7 +196,7 @@ class Subject:
             raise UserError(f"inputs.{name}: {folder} holds no model (no config.json)")
         tokenizer = load_tokenizer(folder)
         made = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-        chat = Chat(tokenizer, trained=False) if config.sources else None
+        chat = Chat(tokenizer, trained=False, date=config.date) if config.sources else None
         return cls(name, folder, tokenizer, chat, made.vocab_size, positions(made))
 
 
@@ -282,17 +285,16 @@ def held_out_prompts(config: Config, subjects: list[Subject], judge) -> tuple[li
 
 
 def _unusable(prompt, config: Config, subjects: list[Subject], judge) -> str | None:
-    asked = [{"role": "user", "content": prompt.text}]
     for subject in subjects:
         try:
-            size = len(subject.chat.prompt(asked)) + config.max_new_tokens
+            size = len(subject.chat.prompt(prompt.messages)) + config.max_new_tokens
         except ValueError as error:
             return f"{subject.name}: {error}"
         if subject.positions and size > subject.positions:
             return f"{subject.name}: longer with its answer than the model's {subject.positions} positions"
     try:
         if judge is not None:
-            judge.prompt(asked)
+            judge.prompt(prompt.messages)
     except ValueError as error:
         return f"reward: {error}"
     return None
@@ -312,7 +314,7 @@ def measure(
     if not prompts:
         return {**result, "texts": [], "rewards": [], "rules": []}
     tokenizer = subject.tokenizer
-    ids = [subject.chat.prompt([{"role": "user", "content": prompt.text}]) for prompt in prompts]
+    ids = [subject.chat.prompt(prompt.messages) for prompt in prompts]
     stops = stop_ids(subject.folder, tokenizer)
     completions = generate(
         model,
@@ -339,7 +341,7 @@ def measure(
         read = [prompt + completion.ids for prompt, completion in zip(ids, completions, strict=True)]
         if not judge.reads_like(subject.chat):
             read = [
-                judge.answered(prompt.text, text, completion.stopped)
+                judge.answered(prompt.messages, text, completion.stopped)
                 for prompt, text, completion in zip(prompts, texts, completions, strict=True)
             ]
         rewards = judged(read, inputs["reward"], judge, config)

@@ -17,9 +17,9 @@ from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PreferenceSource
 from pipeline.output import Output
 from pipeline.plural import many
-from pipeline.train.config import Optimizer, TrainConfig
+from pipeline.train.config import Optimizer, TuningConfig
 
-VERSION = 3
+VERSION = 4
 INPUTS = {"model": ("sft", "pretrain")}
 UNIT = 64  # pairs whose reference log-probabilities are kept at a time
 
@@ -33,7 +33,7 @@ class DpoOptimizer(Optimizer):
     """Decoupled decay of matrices."""
 
 
-class Config(TrainConfig):
+class Config(TuningConfig):
     """Direct preference optimisation."""
 
     sources: dict[str, PreferenceSource]
@@ -63,17 +63,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
 
     from pipeline.chain import say
-    from pipeline.data.chat import Chat
     from pipeline.models.build import load, publish
     from pipeline.reward import rows_of, wilson
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
     from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
-    from pipeline.train.tuning import heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
+    from pipeline.train.tuning import chat_of, heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
-    chat = Chat(tokenizer)
+    chat = chat_of(tokenizer, config, output.stage)
     arrays, extra = shared(output, config, functools.partial(rows_of, config, chat, output))
     count, heldout = len(arrays["train.start"]), len(arrays["heldout.start"])
 

@@ -23,13 +23,13 @@ from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollout, ValueOptimizer
 from pipeline.rl.rules import Rule
-from pipeline.train.config import TrainConfig
+from pipeline.train.config import TuningConfig
 
-VERSION = 3
+VERSION = 4
 INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
 
 
-class Config(TrainConfig):
+class Config(TuningConfig):
     """Keys of stage `ppo`. steps: iterations. batch_size: prompts of an iteration. sequence_length: tokens of a
     prompt with its response."""
 
@@ -136,18 +136,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def _prepare(config: Config, inputs: dict[str, Artifact]):
     """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused
     here."""
-    from pipeline.data.chat import Chat
     from pipeline.data.conversations import load_prompts
-    from pipeline.data.tuning_ledger import PLACES
     from pipeline.models import build
     from pipeline.rl.experience import Models, Task
     from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout
     from pipeline.train import engine
-    from pipeline.train.tuning import model_folder, tokenizer_of
+    from pipeline.train.tuning import chat_of, model_folder, tokenizer_of
 
     folders = {key: model_folder(inputs[key]) for key in ("policy", "reward")}
-    chats = {key: Chat(tokenizer_of(folder, config.sequence_length)) for key, folder in folders.items()}
+    chats = {
+        key: chat_of(tokenizer_of(folder, config.sequence_length), config, f"{config.kind}, {key} model")
+        for key, folder in folders.items()
+    }
     same = chats["policy"].reads_like(chats["reward"])
 
     train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
@@ -166,26 +167,23 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
                     f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but {where}"
                 )
             try:
-                ids = chats["policy"].prompt([{"role": "user", "content": prompt.text}])
-                reason = (
-                    None
-                    if len(ids) <= limit
-                    else f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
-                )
-                too_long += reason is not None
-            except ValueError as error:  # text that the chat template cannot carry
+                ids = chats["policy"].prompt(prompt.messages)
+                if not same:
+                    chats["reward"].prompt(prompt.messages)
+                reason = None
+            except ValueError as error:  # text that a chat template cannot carry
                 reason = str(error)
+            if reason is None and len(ids) > limit:
+                reason = f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
+                too_long += 1
             if reason is None:
-                tasks[split].append(Task(ids, prompt.text, prompt.answer))
-                continue
-            entry = ledger.sources[prompt.source]
-            entry[split] -= 1
-            kept_aside = entry["rejected"].setdefault(reason, {"count": 0, "first": []})
-            kept_aside["count"] += 1
-            kept_aside["first"] += [prompt.place] if len(kept_aside["first"]) < PLACES else []
+                tasks[split].append(Task(ids, prompt.messages, prompt.text, prompt.answer))
+            else:
+                ledger.withdraw(prompt, split, reason)
         if not tasks[split]:
             reasons = "; ".join(sorted({reason for entry in ledger.sources.values() for reason in entry["rejected"]}))
             raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {reasons}")
+    ledger.judge(config.max_bad)
     report = {
         **ledger.report(),
         "counts": {

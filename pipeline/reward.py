@@ -19,9 +19,9 @@ from pipeline.data.tuning_sources import PreferenceSource
 from pipeline.files import write_json
 from pipeline.output import Output
 from pipeline.plural import many
-from pipeline.train.config import Optimizer, TrainConfig
+from pipeline.train.config import Optimizer, TuningConfig
 
-VERSION = 3
+VERSION = 4
 INPUTS = {"model": ("sft", "pretrain")}
 
 
@@ -34,7 +34,7 @@ class RewardOptimizer(Optimizer):
     """Decoupled decay of matrices."""
 
 
-class Config(TrainConfig):
+class Config(TuningConfig):
     """Reward model."""
 
     sources: dict[str, PreferenceSource]
@@ -55,16 +55,15 @@ class Config(TrainConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.chain import say
-    from pipeline.data.chat import Chat
     from pipeline.models.build import load, publish
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
     from pipeline.train.loss_preference import bradley_terry
-    from pipeline.train.tuning import heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
+    from pipeline.train.tuning import chat_of, heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
-    chat = Chat(tokenizer)
+    chat = chat_of(tokenizer, config, output.stage)
     arrays, extra = shared(output, config, functools.partial(rows_of, config, chat, output))
     count, heldout = len(arrays["train.start"]), len(arrays["heldout.start"])
 
@@ -135,7 +134,9 @@ def rows_of(config, chat, output: Output) -> tuple[dict, dict]:
         heldout, "heldout", chat, config.sequence_length, ledger
     )
     ledger.check(config.holdout)
-    write_json(output.path / "report.json", ledger.report())
+    report = output.path / "report.json"
+    write_json(report, ledger.report())
+    ledger.judge(config.max_bad, report)
     return arrays, {"rejected": ledger.rejected()}
 
 

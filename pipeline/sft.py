@@ -20,9 +20,9 @@ from pipeline.files import write_json
 from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION
-from pipeline.train.config import Optimizer, TrainConfig
+from pipeline.train.config import Optimizer, TuningConfig
 
-VERSION = 3
+VERSION = 4
 INPUTS = {"model": ("pretrain", "sft")}
 
 
@@ -35,7 +35,7 @@ class SftOptimizer(Optimizer):
     """Decoupled decay of matrices."""
 
 
-class Config(TrainConfig):
+class Config(TuningConfig):
     """Supervised fine-tuning."""
 
     sources: dict[str, ChatSource]
@@ -58,16 +58,15 @@ class Config(TrainConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.chain import say
-    from pipeline.data.chat import Chat
     from pipeline.models.build import load, publish
     from pipeline.seeds import derive
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
-    from pipeline.train.tuning import best_fit, heldout_share, model_folder, permutation, shared, tokenizer_of
+    from pipeline.train.tuning import best_fit, chat_of, heldout_share, model_folder, permutation, shared, tokenizer_of
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
-    chat = Chat(tokenizer)
+    chat = chat_of(tokenizer, config, output.stage)
     arrays, extra = shared(output, config, functools.partial(rows_of, config, chat, output))
     train, heldout = ({key: arrays[f"{split}.{key}"] for key in ("ids", "trained")} for split in ("train", "heldout"))
 
@@ -193,9 +192,9 @@ def rows_of(config: Config, chat, output: Output) -> tuple[dict, dict]:
             extra["starts"] = [found.start for found in encoded]
             extra["answers"] = [[row.rule, row.answer] for row in kept]
     ledger.check(config.holdout)
-    write_json(
-        output.path / "report.json", {**ledger.report(), **{key: extra[key] for key in ("tokens", "trained_tokens")}}
-    )
+    report = output.path / "report.json"
+    write_json(report, {**ledger.report(), **{key: extra[key] for key in ("tokens", "trained_tokens")}})
+    ledger.judge(config.max_bad, report)
     return arrays, extra | {"rejected": ledger.rejected()}
 
 

@@ -238,6 +238,38 @@ def test_mistakes_are_sentences(tmp_path_factory, words, message):
     assert code == 2 and re.search(message, text) and "Traceback" not in text, text
 
 
+def test_a_source_that_loses_half_of_its_records_ends_the_stage(tmp_path):
+    """correctness 2, 45: the bad answers of a KTO set are not learned, and the stage says how many they are."""
+    tuned.copy_until("sft", tmp_path)
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"What is a {row['words']} {row['noun']}?"}, {"role": "assistant", "content": row["kind" if good else "wrong"]}],
+            "label": good,
+        }
+        for row in tuned.rows()[:200]
+        for good in (True, False)
+    ]  # fmt: skip
+    (tmp_path / "kto.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["sft.sources={kto: {path: kto.jsonl}}", "sft.steps=1", "sft.max_prompts=0"]
+    code, text = stage("sft", "tiny.yaml", *words, cwd=tmp_path)
+    assert code == 2 and "Traceback" not in text, text
+    assert re.search(
+        r"sources.kto: 200 of 400 records cannot be used \(50.0%\), more than max_bad 0.05: 200 x `label` is false",
+        text,
+    )
+    code, text = stage("sft", "tiny.yaml", *words, "sft.max_bad=0.5", cwd=tmp_path)
+    assert code == 0, text
+    assert (
+        "WARNING sources.kto: 200 of 400 records (50%) left out: `label` is false: a bad answer (first: kto.jsonl:2)"
+        in text
+    )
+    report = json.loads((tmp_path / "runs/tiny/sft/current/report.json").read_text())["sources"]["kto"]
+    assert (
+        report["train"] + report["heldout"] == 200
+        and report["rejected"]["`label` is false: a bad answer"]["count"] == 200
+    )
+
+
 def wrong_world(factory):
     folder = factory.getbasetemp() / "sft-mistakes"
     if not folder.exists():

@@ -5,33 +5,41 @@ else.
     holdout=0.1)
 
 A source says with templates how a record becomes messages; a record that holds a conversation already needs none
-(messages, ShareGPT conversations, prompt + completion, Alpaca's instruction + input + output). Text is normalised as in
-cleaning. Exact duplicates are dropped. A record is held out if its own hash says so, and so in every stage; what is
+(messages, ShareGPT conversations, prompt + completion, Alpaca's instruction + input + output). Text is kept as it was
+written. Exact duplicates are dropped. A record is held out if its own hash says so, and so in every stage; what is
 like a held-out record is then dropped from training. Nothing is dropped silently: the ledger counts each reason and
 names the first places.
 """
 
-import functools
 import hashlib
+import itertools
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.data.decontaminate import Decontaminate, contaminated
 from pipeline.data.formats import Bad
-from pipeline.data.messages import Rejected, clean_text, messages_of, normal, normalised, pair_of, prompt_of
-from pipeline.data.records import fraction, other_encoding, read
-from pipeline.data.templates import MissingField, render
+from pipeline.data.messages import (
+    Rejected,
+    checked_text,
+    conversation_of,
+    normal,
+    normalised,
+    number,
+    pair_of,
+    prompt_of,
+)
+from pipeline.data.records import Record, fraction, other_encoding, read
+from pipeline.data.templates import MissingField, pieces_of, render
 from pipeline.data.tuning_ledger import Ledger
-from pipeline.data.tuning_sources import ChatSource, Message, PreferenceSource, PromptSource
+from pipeline.data.tuning_sources import ChatSource, Message, PreferenceSource, PromptSource, TuningSource
 from pipeline.errors import UserError
 from pipeline.plural import many
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages up to the last one of the assistant."""
+    """Messages up to the last answer that is trained on. An answer with `train: False` carries no loss."""
 
     id: str
     source: str
@@ -59,131 +67,196 @@ class Pair:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One message of the user."""
+    """Messages that wait for an answer."""
 
     id: str
     source: str
-    text: str
+    place: str
+    messages: list[dict]
     answer: str | None
-    place: str = ""
-    content: str = ""
+    content: str
+
+    @property
+    def text(self) -> str:
+        """The messages for a person to read."""
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
 
 def load_conversations(
     sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Conversation], list[Conversation], Ledger]:
     """Conversations to train on and held out."""
-
-    def make(source: ChatSource, name: str, record) -> Conversation:
-        if source.messages is None:
-            messages = normalised(messages_of(record.fields))
-            content = _said(messages)
-        else:
-            messages = normalised(_filled(source.messages, record.fields))
-            content = _brought([message.content for message in source.messages], record.fields)
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        if not messages:
-            raise Rejected("no message of the assistant")
-        answer = (
-            None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
-        )
-        return Conversation(record.id, name, record.place, messages, content, answer, source.rule)
-
-    rows, ledger = _gathered(sources, make, lambda row: _key(row.messages), decontaminate)
-    return _split(rows, ledger, holdout, lambda row: _key(row.messages[:-1]))
+    rows, ledger = _gathered(sources, lambda row: _key(row.messages), decontaminate)
+    return _split(rows, ledger, holdout, lambda row: _asked(row.messages[:-1]))
 
 
 def load_pairs(
     sources: dict[str, PreferenceSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Pair], list[Pair], Ledger]:
     """Pairs of answers to train on and held out."""
-
-    def make(source: PreferenceSource, name: str, record) -> Pair:
-        templates = (source.prompt, source.chosen, source.rejected)
-        if all(template is None for template in templates):
-            prompt, chosen, rejected = pair_of(record.fields)
-            prompt = normalised(prompt)
-            content = f"{_said(prompt)}\n{chosen}\n{rejected}"
-        else:
-            turns = source.prompt if isinstance(source.prompt, list) else [Message(role="user", content=source.prompt)]
-            prompt = normalised(_filled(turns, record.fields))
-            chosen, rejected = (
-                render(template, record.fields, "the record") for template in (source.chosen, source.rejected)
-            )
-            content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], record.fields)
-        chosen, rejected = clean_text(chosen, "chosen"), clean_text(rejected, "rejected")
-        if not prompt or prompt[-1]["role"] == "assistant":
-            raise Rejected("the prompt does not end with the user")
-        if chosen == rejected:
-            raise Rejected("chosen equals rejected")
-        return Pair(
-            record.id, name, record.place, prompt, chosen, rejected, content, _number(source.margin, record.fields)
-        )
-
-    rows, ledger = _gathered(sources, make, lambda row: _key([row.prompt, row.chosen, row.rejected]), decontaminate)
-    return _split(rows, ledger, holdout, lambda row: _key(row.prompt))
+    rows, ledger = _gathered(sources, lambda row: _key([row.prompt, row.chosen, row.rejected]), decontaminate)
+    return _split(rows, ledger, holdout, lambda row: _asked(row.prompt))
 
 
 def load_prompts(
     sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Prompt], list[Prompt], Ledger]:
     """Prompts to train on and held out, each prompt once."""
-
-    def make(source: PromptSource, name: str, record) -> Prompt:
-        if source.prompt is None:
-            messages = normalised(prompt_of(record.fields))
-            if [message["role"] for message in messages[:2]] not in (["user"], ["user", "assistant"]) or sum(
-                m["role"] == "user" for m in messages
-            ) > 1:
-                raise Rejected("the prompt is not one message of the user")
-            text = content = messages[0]["content"]
-        else:
-            text = clean_text(render(source.prompt, record.fields, "the record"), "prompt")
-            content = _brought([source.prompt], record.fields)
-        answer = (
-            None if source.answer is None else clean_text(render(source.answer, record.fields, "the record"), "answer")
-        )
-        return Prompt(record.id, name, text, answer, record.place, content)
-
-    rows, ledger = _gathered(sources, make, lambda row: _key(row.text), decontaminate)
-    train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _key(row.text))
+    rows, ledger = _gathered(sources, lambda row: _key(row.messages), decontaminate)
+    train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _asked(row.messages))
     for rows, split in ((train, "train"), (heldout, "heldout")):
         ledger.keep(rows, split, [None] * len(rows))
     ledger.check(holdout)
     return train, heldout, ledger
 
 
-def prompt_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of one message of the user, up to where the assistant begins."""
-    return _chat(tokenizer).prompt([{"role": "user", "content": text}])
+def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Callable | None = None):
+    """The first row that a tuning source gives, looking at no more than `most` records: a Conversation, Pair or Prompt.
+    `encode(row)` may say why a row cannot be written with a chat template, or return None. Raises UserError if the
+    source has no records, or none of these can be used."""
+    ledger = Ledger()
+    for item in itertools.islice(read(source, name), most):
+        row = _row(source, name, item, ledger)
+        reason = None if row is None or encode is None else encode(row)
+        if reason is not None:
+            ledger.reject(name, row.place, reason)
+        elif row is not None:
+            return row
+    _refuse_empty(source, name, ledger)
 
 
-@functools.lru_cache(4)
-def _chat(tokenizer):
-    from pipeline.data.chat import Chat
+# ---- from a record to a row ------------------------------------------------------------------------------------------
 
-    return Chat(tokenizer, trained=False)
+
+def _conversation(source: ChatSource, name: str, record: Record, fields: dict) -> Conversation:
+    if source.messages is None:
+        messages = conversation_of(fields, _named(source))
+        content = normal(_said(messages))
+    else:
+        messages = normalised(_filled(source.messages, fields))
+        content = _brought([message.content for message in source.messages], fields)
+    if all(message["role"] != "assistant" for message in messages):
+        raise Rejected("no message of the assistant")
+    while messages and (messages[-1]["role"] != "assistant" or "train" in messages[-1]):
+        messages.pop()  # nothing that is learned can see it
+    if not messages:
+        raise Rejected("all messages of the assistant are marked not to be trained on")
+    return Conversation(record.id, name, record.place, messages, content, _known_answer(source, fields), source.rule)
+
+
+def _pair(source: PreferenceSource, name: str, record: Record, fields: dict) -> Pair:
+    margin = 0.0
+    if source.prompt is None:
+        prompt, chosen, rejected, given = pair_of(fields, _named(source))
+        content = normal(f"{_said(prompt)}\n{chosen}\n{rejected}")
+        margin = given or 0.0
+    else:
+        turns = _turns(source.prompt)
+        prompt = normalised(_filled(turns, fields))
+        chosen, rejected = (
+            checked_text(render(template, fields, "the record"), which)
+            for template, which in ((source.chosen, "chosen"), (source.rejected, "rejected"))
+        )
+        content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], fields)
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise Rejected("the prompt does not end with the user")
+    if chosen == rejected:
+        raise Rejected("chosen equals rejected")
+    if source.margin is not None:
+        margin = number(render(source.margin, fields, "the record"))
+    return Pair(record.id, name, record.place, prompt, chosen, rejected, content, margin)
+
+
+def _prompt(source: PromptSource, name: str, record: Record, fields: dict) -> Prompt:
+    if source.prompt is None:
+        messages = prompt_of(fields, _named(source))
+        content = normal(_said(messages))
+    else:
+        turns = _turns(source.prompt)
+        messages = normalised(_filled(turns, fields))
+        content = _brought([turn.content for turn in turns], fields)
+    if messages[-1]["role"] == "assistant":
+        raise Rejected("the prompt does not end with the user")
+    return Prompt(record.id, name, record.place, messages, _known_answer(source, fields), content)
+
+
+def _turns(prompt: str | list[Message]) -> list[Message]:
+    return prompt if isinstance(prompt, list) else [Message(role="user", content=prompt)]
+
+
+def _known_answer(source: ChatSource | PromptSource, fields: dict) -> str | None:
+    if source.answer is None:
+        return None
+    return checked_text(render(source.answer, fields, "the record"), "answer")
+
+
+def _named(source: TuningSource) -> set[str]:
+    """Fields of records that the source gives a meaning: it selects by them, or reads `answer` or `margin` from
+    them."""
+    fields = list(source.where)
+    for template in source.templates():
+        fields += [field for _, field in pieces_of(template) if field is not None]
+    return {field.partition(".")[0] for field in fields}
+
+
+MAKERS = {ChatSource: _conversation, PreferenceSource: _pair, PromptSource: _prompt}
+
+
+def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):
+    """The row that an item of a source becomes; None, and counted, if it becomes none."""
+    ledger.count(name, "records")
+    if isinstance(item, Bad):
+        ledger.reject(name, item.place, item.reason)
+        return None
+    try:
+        fields = _without(item.fields, set(source.ignore)) if source.ignore else item.fields
+        return MAKERS[type(source)](source, name, item, fields)
+    except Rejected as error:
+        ledger.reject(name, item.place, str(error), error.advice)
+    except MissingField as error:
+        ledger.reject(name, item.place, str(error).removeprefix("the record: "))
+    return None
+
+
+def _without(value, names: set[str]):
+    """A value without the fields `names` at any depth."""
+    if isinstance(value, dict):
+        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
+    if isinstance(value, list):
+        return [_without(inner, names) for inner in value]
+    return value
+
+
+def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:
+    """Raise UserError for a source none of whose records could be used."""
+    if name not in ledger.sources:
+        selected = source.where or source.part != (0.0, 1.0)
+        raise UserError(f"sources.{name}: has no records{' after where, part and limit' if selected else ''}")
+    entry = ledger.sources[name]
+    if entry["records"] > sum(reason["count"] for reason in entry["rejected"].values()):
+        return
+    todo = {ledger.advice[reason] for reason in entry["rejected"] if reason in ledger.advice}
+    raise UserError(
+        f"sources.{name}: none of its {many(entry['records'], 'record')} can be used: {ledger.why(name)}"
+        f"{''.join(other_encoding(source, reason) for reason in entry['rejected'])}"
+        f"{''.join(f'; {advice}' for advice in sorted(todo)[:3])}"
+    )
 
 
 # ---- from records to rows --------------------------------------------------------------------------------------------
 
 
-def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
+def _gathered(sources: dict, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
     """Rows of all sources, in order, each text once, and none that has text of an evaluation set."""
     if not sources:
         raise UserError("sources: name at least one source")
     ledger, rows, seen = Ledger(), [], set()
     for name, source in sources.items():
         for item in read(source, name):
-            ledger.count(name, "records")
-            if isinstance(item, Bad):
-                ledger.reject(name, item.place, item.reason)
-                continue
-            try:
-                row = make(source, name, item)
-            except (Rejected, MissingField) as error:
-                ledger.reject(name, item.place, str(error).removeprefix("the record: "))
+            row = _row(source, name, item, ledger)
+            if row is None:
                 continue
             digest = key(row)
             if digest in seen:
@@ -191,19 +264,7 @@ def _gathered(sources: dict, make: Callable, key: Callable, decontaminate: Decon
             else:
                 seen.add(digest)
                 rows.append(row)
-        if name not in ledger.sources:
-            raise UserError(
-                f"sources.{name}: has no"
-                f" records{' after where, part and limit' if source.where or source.part != (0.0, 1.0) else ''}"
-            )
-        if ledger.sources[name]["records"] == sum(
-            reason["count"] for reason in ledger.sources[name]["rejected"].values()
-        ):
-            raise UserError(
-                f"sources.{name}: none of its {many(ledger.sources[name]['records'], 'record')} can be used:"
-                f" {ledger.why(name)}"
-                f"{''.join(other_encoding(source, reason) for reason in ledger.sources[name]['rejected'])}"
-            )
+        _refuse_empty(source, name, ledger)
     if decontaminate:
         found, ledger.evaluation = contaminated(map(_read, rows), decontaminate)
         for row, match in zip(rows, found, strict=True):
@@ -245,11 +306,7 @@ def _filled(messages: list[Message], fields: dict) -> list[dict]:
 def _brought(templates: list[str], fields: dict) -> str:
     """The values that templates take from a record. Their own words, the same in every row, would make short rows
     look like copies of each other."""
-    names = [
-        name
-        for template in templates
-        for name in re.findall(r"\{([^{}]+)\}", template.replace("{{", "").replace("}}", ""))
-    ]
+    names = [field for template in templates for _, field in pieces_of(template) if field is not None]
     return normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
 
 
@@ -260,19 +317,15 @@ def _said(messages: list[dict]) -> str:
 
 def _read(row) -> str:
     """All that a model is trained on in a row, or reads before it: for evaluation sets also the system's message."""
-    messages = row.messages if isinstance(row, Conversation) else row.prompt if isinstance(row, Pair) else []
-    return "\n".join([*(message["content"] for message in messages if message["role"] == "system"), row.content])
+    messages = row.prompt if isinstance(row, Pair) else row.messages
+    system = [normal(message["content"]) for message in messages if message["role"] == "system"]
+    return "\n".join([*system, row.content])
+
+
+def _asked(messages: list[dict]) -> bytes:
+    """A prompt's key. White space alone does not make it another prompt."""
+    return _key([[message["role"], normal(message["content"])] for message in messages])
 
 
 def _key(value) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def _number(template: str | None, fields: dict) -> float:
-    if template is None:
-        return 0.0
-    text = render(template, fields, "the record")
-    try:
-        return float(text)
-    except ValueError:
-        raise Rejected("margin is no number") from None

@@ -5,6 +5,7 @@ import json
 import re
 from typing import Any
 
+from pipeline.data.fields import shown
 from pipeline.errors import UserError
 
 
@@ -27,7 +28,7 @@ def render(template: str, fields: dict, place: str = "", join: str = "\n") -> st
         try:
             value = look_up(fields, field)
         except KeyError:
-            present = ", ".join(map(str, fields)) or "none"
+            present = ", ".join(shown(name) for name in list(fields)[:20]) or "none"
             raise MissingField(
                 f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has"
                 f" {present}"
@@ -71,7 +72,7 @@ def look_up(fields: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         if isinstance(fields, dict) and key in fields:
             fields = fields[key]
-        elif isinstance(fields, list) and key.isdigit() and int(key) < len(fields):
+        elif isinstance(fields, list) and key.isdecimal() and int(key) < len(fields):
             fields = fields[int(key)]
         else:
             raise KeyError(dotted)

@@ -3,7 +3,7 @@ make them of a record. They are read in pipeline/data/conversations.py."""
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.data.sources import Source
 from pipeline.recipe import Strict
@@ -18,7 +18,26 @@ class Message(Strict):
     """What is said: a template such as `{instruction}`."""
 
 
-class ChatSource(Source):
+class TuningSource(Source):
+    """What sources of all tuning stages have."""
+
+    ignore: list[str] = []
+    """Fields of records, messages and content parts that are read as though they were not there, because they say
+    nothing about what should be learned (docs/sft.md says which fields need no such word)."""
+
+    @field_validator("ignore")
+    @classmethod
+    def _whole_names(cls, value: list[str]) -> list[str]:
+        if carriers := {"role", "content", "from", "value"} & set(value):
+            raise ValueError(f"ignore: {min(carriers)!r} carries the conversation itself")
+        return value
+
+    def templates(self) -> list[str]:
+        """Templates of what is read from a record beside its messages."""
+        return []
+
+
+class ChatSource(TuningSource):
     """Conversations. Without `messages`, records must hold messages, conversations (ShareGPT), prompt + completion,
     or instruction + output (Alpaca)."""
 
@@ -29,6 +48,9 @@ class ChatSource(Source):
     rule: Literal["exact", "contains", "prefix"] = "prefix"
     """How a greedy answer is compared with `answer`."""
 
+    def templates(self) -> list[str]:
+        return [] if self.answer is None else [self.answer]
+
     @model_validator(mode="after")
     def _assistant_speaks(self):
         if self.messages is not None and all(message.role != "assistant" for message in self.messages):
@@ -36,9 +58,9 @@ class ChatSource(Source):
         return self
 
 
-class PreferenceSource(Source):
+class PreferenceSource(TuningSource):
     """Pairs of answers. Without templates, records must hold prompt, chosen and rejected, as texts or messages (the
-    prompt may be implicit in messages)."""
+    prompt may be implicit in messages), and may hold `margin`."""
 
     prompt: str | list[Message] | None = None
     """Template of the user's message, or of several messages."""
@@ -47,7 +69,11 @@ class PreferenceSource(Source):
     rejected: str | None = None
     """Template of the worse answer."""
     margin: str | None = None
-    """Template of a number that says how much better."""
+    """Template of a number that says how much better; by default the record's `margin`, where it has one and no
+    templates are given."""
+
+    def templates(self) -> list[str]:
+        return [] if self.margin is None else [self.margin]
 
     @model_validator(mode="after")
     def _all_or_none(self):
@@ -60,11 +86,14 @@ class PreferenceSource(Source):
         return self
 
 
-class PromptSource(Source):
-    """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation
-    that begins with the user."""
+class PromptSource(TuningSource):
+    """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation,
+    of which all before its last answer is the prompt."""
 
-    prompt: str | None = None
-    """Template of the user's message."""
+    prompt: str | list[Message] | None = None
+    """Template of the user's message, or of several messages."""
     answer: str | None = None
     """Template of the known answer, for scores by rule."""
+
+    def templates(self) -> list[str]:
+        return [] if self.answer is None else [self.answer]

@@ -28,7 +28,9 @@ class Task:
     """A prompt as the policy reads it."""
 
     ids: list[int]
+    messages: list[dict]
     text: str
+    """The messages for a person to read."""
     answer: str | None
 
 
@@ -132,7 +134,7 @@ def _row(models: Models, sample: Sample, task: Task) -> list[int]:
     chat = models.reward_chat
     if chat is None:
         return sample.prompt_ids + sample.response_ids
-    return chat.answered(task.text, models.text(sample), sample.stopped)
+    return chat.answered(task.messages, models.text(sample), sample.stopped)
 
 
 def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[float], list[float]]]:

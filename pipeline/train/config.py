@@ -1,9 +1,10 @@
 """Keys that every training stage has. What a stage adds stands in its own script."""
 
+import datetime
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.errors import UserError
 from pipeline.recipe import EXECUTION, StageConfig, Strict
@@ -17,6 +18,16 @@ def divisors(number: int) -> list[int]:
     """All of them, ascending; in time of the square root, since recipes may have any numbers."""
     low = [factor for factor in range(1, math.isqrt(number) + 1) if number % factor == 0]
     return sorted({*low, *(number // factor for factor in low)})
+
+
+def _iso_date(value: str) -> str:
+    try:
+        return datetime.date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError(f"{value!r} is no date; expected YYYY-MM-DD, such as 2024-07-26") from None
+
+
+Date = Annotated[str, AfterValidator(_iso_date)] | None
 
 
 def _idle(block: Strict, key: str, why: str) -> None:
@@ -263,3 +274,14 @@ class TrainConfig(StageConfig):
     @classmethod
     def supports_pipeline(cls) -> bool:
         return False
+
+
+class TuningConfig(TrainConfig):
+    """A stage that learns from records with a chat template: sft, reward, dpo, ppo."""
+
+    max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
+    """Largest share of a source's records that may be unusable (copies, rows like a held-out one, and rows that are
+    too long do not count); more of them end the stage, for then the source is not what the recipe says."""
+    date: Date = None
+    """What a chat template writes that asks for today's date, as YYYY-MM-DD; by default 2024-07-26, which Llama 3.2's
+    own template falls back on."""

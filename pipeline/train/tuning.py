@@ -45,6 +45,17 @@ def tokenizer_of(folder: Path, sequence_length: int):
     return load_tokenizer(folder)
 
 
+def chat_of(tokenizer, config, stage: str):
+    """The tokenizer's chat template, with the date of the stage's config. Says so if the template asks for it."""
+    from pipeline.chain import say
+    from pipeline.data.chat import Chat
+
+    chat = Chat(tokenizer, date=config.date)
+    if chat.writes_date and config.date is None:
+        say(f"{stage}: the chat template writes today's date; {chat.date} is written in every row (key `date`)")
+    return chat
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +204,8 @@ def encode_pairs(pairs: list, split: str, chat, sequence_length: int, ledger) ->
         reason = next((found for found in (chosen, rejected) if isinstance(found, str)), None)
         if reason is None and max(len(chosen.ids), len(rejected.ids)) > sequence_length:
             reason = "longer than sequence_length"
+        if reason is None and chosen.ids == rejected.ids:
+            reason = "chosen and rejected are the same tokens"
         if reason is None and chosen.ids[: chosen.start] != rejected.ids[: rejected.start]:
             reason = "the chat template writes its prompt in two ways"
         reasons.append(reason)
