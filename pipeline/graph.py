@@ -145,29 +145,59 @@ def check(node: Node, graph: dict[str, Node]) -> None:
 
 
 def _check_parent(node: Node, key: str, source: str, graph: dict[str, Node]) -> None:
-    if source not in graph:
-        if not os.path.isdir(source) or not os.listdir(source):
-            raise UserError(f"stages.{node.name}.inputs.{key}: {shown(source)} is not a folder with files in it")
+    if source not in graph and (not os.path.isdir(source) or not os.listdir(source)):
+        raise UserError(f"stages.{node.name}.inputs.{key}: {shown(source)} is not a folder with files in it")
+    wanted = getattr(node.config, "sequence_length", None)
+    if not wanted or not _reads_rows(node, key):
         return
-    parent = graph[source].config
-    longest, wanted = getattr(parent, "sequence_length", None), getattr(node.config, "sequence_length", None)
-    if key in ("model", "policy") and longest and wanted and wanted > longest and not _lengthened(node.config, parent):
+    longest = model_positions(source, graph)
+    pretrains = node.config.kind == "pretrain"
+    if longest and wanted > longest and not (pretrains and "rope_parameters" in node.config.model_changes):
+        if source in graph:
+            found = f"{wanted} tokens are more than the {longest} positions that {source} gives its model"
+        else:
+            found = f"{wanted} is more than the {longest} positions of the model in {shown(source)}"
         raise UserError(
-            f"stages.{node.name}.sequence_length: {wanted} tokens are more than the {longest} positions that {source}"
-            f" gives its model; use {longest} or fewer, or pretrain with more"
-            + " (or scale positions, model_changes: {rope_parameters: ...})"
-            * (node.config.kind == "pretrain")
+            f"stages.{node.name}.sequence_length: {found}; use {longest} or fewer, or a model that was pretrained with"
+            " more" + " (or scale positions, model_changes: {rope_parameters: ...})" * pretrains
         )
 
 
-def _lengthened(config, parent) -> bool:
-    """Pretraining may go on with rows longer than before: where the recipe says how positions are scaled, or the
-    family has none."""
+def _reads_rows(node: Node, key: str) -> bool:
+    """Does this stage give rows of its sequence_length to the model behind this input?"""
+    if node.config.kind == "assess":
+        return key not in ("tokens", "reward") and "tokens" in node.parents and node.config.max_rows > 0
+    return key in ("model", "policy", "reward")
+
+
+def model_positions(source: str, graph: dict[str, Node]) -> int | None:
+    """Most tokens of a row that the model of a stage, or of an outside folder, has positions for; None for any number,
+    or if it cannot be told. Pretraining decides it (its sequence_length), and what comes after keeps it."""
     from pipeline.models.build import UNLIMITED
 
-    return config.kind == "pretrain" and (
-        "rope_parameters" in config.model_changes or (getattr(parent, "model", None) or {}).get("family") in UNLIMITED
-    )
+    if source not in graph:
+        return _folder_positions(Path(source))
+    config, parents = graph[source].config, graph[source].parents
+    above = parents.get("model") or parents.get("policy")
+    if config.kind != "pretrain":
+        return model_positions(above, graph) if above else None
+    if above is None:
+        return None if (config.model or {}).get("family") in UNLIMITED else config.sequence_length
+    before = model_positions(above, graph)
+    return max(before, config.sequence_length) if before else None
+
+
+def _folder_positions(path: Path) -> int | None:
+    from transformers import AutoConfig
+
+    from pipeline.models.build import positions
+
+    folder = path / "model" if (path / "model").is_dir() else path
+    try:
+        made = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # the stage itself says what is wrong with it
+        return None
+    return positions(made.get_text_config())
 
 
 def _packed_sources(node: Node, graph: dict[str, Node]) -> list[str]:

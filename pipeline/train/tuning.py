@@ -30,13 +30,14 @@ def tokenizer_of(folder: Path, sequence_length: int):
     from transformers import AutoConfig
 
     from pipeline.data.tokens import load_tokenizer
+    from pipeline.models.build import positions
 
     if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         raise UserError(
             f"{folder}: holds no model with its tokenizer (config.json, tokenizer_config.json); expected a folder in"
             " the Hugging Face layout"
         )
-    most = getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "max_position_embeddings", None)
+    most = positions(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
     if most and sequence_length > most:
         raise UserError(
             f"sequence_length: {sequence_length} is more than the {most} positions of the model"
