@@ -10,7 +10,7 @@ model in memory. Out: model/ (Hugging Face layout), report.json (what became of 
 import functools
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
@@ -52,6 +52,13 @@ class Config(TuningConfig):
     optimizer: DpoOptimizer = DpoOptimizer()
     """AdamW."""
 
+    @field_validator("sources")
+    @classmethod
+    def _no_margins(cls, value: dict[str, PreferenceSource]) -> dict[str, PreferenceSource]:
+        if name := next((name for name, source in value.items() if source.margin is not None), None):
+            raise ValueError(f"{name}.margin is for reward models; the loss of DPO has no margin, so leave it out")
+        return value
+
     @model_validator(mode="after")
     def smoothing_has_an_effect(self):
         if self.loss == "ipo" and self.label_smoothing:
@@ -73,7 +80,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
     chat = chat_of(tokenizer, config, output.stage)
-    arrays, extra = shared(output, config, functools.partial(rows_of, config, chat, output))
+    arrays, extra = shared(output, config, functools.partial(rows_of, config, chat, output, margins=False))
     count, heldout = len(arrays["train.start"]), len(arrays["heldout.start"])
 
     def loss(logits, batch: dict):

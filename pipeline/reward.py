@@ -124,15 +124,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     }
 
 
-def rows_of(config, chat, output: Output) -> tuple[dict, dict]:
-    """Token rows of both splits; report.json. Runs on the main process. DPO reads its pairs with it too."""
+def rows_of(config, chat, output: Output, margins: bool = True) -> tuple[dict, dict]:
+    """Token rows of both splits; report.json. Runs on the main process. DPO reads its pairs with it too, without
+    margins."""
     from pipeline.data.conversations import load_pairs
     from pipeline.train.tuning import encode_pairs
 
     train, heldout, ledger = load_pairs(config.sources, config.holdout, config.decontaminate)
-    arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger) | encode_pairs(
-        heldout, "heldout", chat, config.sequence_length, ledger
-    )
+    arrays = {}
+    for split, pairs in (("train", train), ("heldout", heldout)):
+        arrays |= encode_pairs(pairs, split, chat, config.sequence_length, ledger, margins)
     ledger.check(config.holdout)
     report = output.path / "report.json"
     write_json(report, ledger.report())

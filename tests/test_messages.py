@@ -399,6 +399,26 @@ def test_pairs(tmp_path):
         assert found[f"a.jsonl:{place}"].startswith(reason), (place, found[f"a.jsonl:{place}"])
 
 
+def test_a_margin_that_the_loss_does_not_know_is_refused(tmp_path):
+    """correctness 2: reward models learn margins; in DPO the key is refused and such pairs are left out."""
+    from pipeline.dpo import Config
+    from pipeline.train.tuning import encode_pairs
+
+    records = [
+        {"prompt": "q1 is this", "chosen": "good", "rejected": "bad", "margin": 2},
+        {"prompt": "another one", "chosen": "x", "rejected": "y", "margin": 0},
+    ]
+    chat = Chat(tuned.tokenizer(tmp_path))
+    for margins, places in ((True, [1, 2]), (False, [2])):
+        rows, ledger = loaded(tmp_path / "a.jsonl", records, load_pairs, PreferenceSource)
+        arrays = encode_pairs([rows[1], rows[2]], "train", chat, 512, ledger, margins)
+        assert arrays["train.margin"].tolist() == [records[place - 1]["margin"] for place in places]
+        assert any("has a margin" in reason for reason in ledger.sources["s"]["rejected"]) != margins
+    keys = {"steps": 1, "batch_size": 1, "sequence_length": 64}
+    with pytest.raises(ValueError, match="s.margin is for reward models"):
+        Config(sources={"s": {"path": "x", "margin": "{m}"}}, **keys)
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 CODE = "    if x:\n\treturn 1\n\n\n\n    return 2  \n\n"

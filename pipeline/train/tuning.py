@@ -186,12 +186,14 @@ def heldout_share(count: int, config, engine) -> list[np.ndarray]:
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def encode_pairs(pairs: list, split: str, chat, sequence_length: int, ledger) -> dict[str, "Ragged | np.ndarray"]:
+def encode_pairs(
+    pairs: list, split: str, chat, sequence_length: int, ledger, margins: bool = True
+) -> dict[str, "Ragged | np.ndarray"]:
     """Token rows of pairs: `chosen` and `rejected` (prompt and answer, up to the end of the turn), `start` (where the
     answer begins), `margin`.
 
     A pair that is longer than sequence_length is left out whole: a cut answer is another answer than the one that was
-    preferred.
+    preferred. With `margins` false a pair that has a margin is left out, because the loss could not keep it.
     """
     both = chat.encode(
         [
@@ -201,8 +203,10 @@ def encode_pairs(pairs: list, split: str, chat, sequence_length: int, ledger) ->
         ]
     )
     rows, reasons = [], []
-    for chosen, rejected in zip(both[::2], both[1::2], strict=True):
+    for pair, chosen, rejected in zip(pairs, both[::2], both[1::2], strict=True):
         reason = next((found for found in (chosen, rejected) if isinstance(found, str)), None)
+        if reason is None and pair.margin and not margins:
+            reason = "has a margin, which this loss does not know; give the source `ignore: [margin]`"
         if reason is None and max(len(chosen.ids), len(rejected.ids)) > sequence_length:
             reason = "longer than sequence_length"
         if reason is None and chosen.ids == rejected.ids:
