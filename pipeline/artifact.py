@@ -9,12 +9,15 @@ The content digest covers the files that later stages read. Logs and training ch
 content: they differ between two runs whose results are equal. Reading is here; pipeline/output.py writes.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import Absent, UserError
 from pipeline.files import hash_files, sha256_file
 
 SCHEMA_VERSION = 1
@@ -123,11 +126,24 @@ def current(folder: Path) -> Artifact | None:
     return read(link.resolve()) if link.is_symlink() else None
 
 
+def published(folder: Path) -> list[Artifact]:
+    """All published outputs of a stage folder, the one in use first. One that cannot be read is left out, unless it is
+    in use."""
+    first = current(folder)
+    found = [first] if first else []
+    for path in sorted(folder.glob("*/manifest.json")):
+        if not re.fullmatch("[0-9a-f]{12}", path.parent.name) or first and path.parent.resolve() == first.path:
+            continue
+        with contextlib.suppress(UserError):
+            found.append(read(path.parent))
+    return found
+
+
 def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
     """A folder made elsewhere, as an artifact: hashed at each start. If a stage published it, it must be whole and
     of one of `kinds`."""
-    if not path.is_dir():
-        raise UserError(f"inputs.{name}: {path} is not a folder; give the name of a stage or an existing folder")
+    if not os.path.isdir(path):
+        raise Absent(f"inputs.{name}: {path} is not a folder; give the name of a stage or an existing folder")
     published = read(path)
     if published:
         if kinds and published.kind not in kinds:

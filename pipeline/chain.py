@@ -18,11 +18,10 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline import artifact
 from pipeline.artifact import Artifact
-from pipeline.errors import Stopped, UserError
+from pipeline.errors import Problems, Stopped, UserError
 from pipeline.files import write_atomic
-from pipeline.graph import Node, accepts, ancestors, check, examine_one, identity_of, nodes, source_identity
+from pipeline.graph import Node, ancestors, check, examine_one, find_inputs, mark_absent, nodes, source_identity
 from pipeline.output import Output, link
 from pipeline.recipe import Recipe, dump, load, module_of
 from pipeline.unfinished import fork_source
@@ -53,23 +52,28 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
     node.config.check(world)
     for ancestor in [graph[other] for other in graph if other in ancestors(graph, [name]) - {name}]:
         examine_one(ancestor, graph, running=False)
-    for key, source in node.parents.items():
-        if source not in graph:
-            node.inputs[key] = artifact.external(key, Path(source), accepts(node, key))
+    for source in node.parents.values():
+        parent = graph.get(source)
+        if parent is None or parent.state == "up to date" or parent.unavailable:
             continue
-        parent = graph[source]
-        if parent.state == "missing" or parent.state == "waits":
+        if parent.state in ("missing", "waits"):
             raise UserError(
                 f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run"
                 " that stage first, or the chain: alma run"
             )
-        if parent.state != "up to date":
+        raise UserError(
+            f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
+            " first, or the chain: alma run"
+        )
+    find_inputs(node, graph)
+    if node.absent:  # what is published stands for them; nothing can be made again
+        examine_one(node, graph, running=False)
+        if restart or node.state != "up to date":
             raise UserError(
-                f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
-                " first, or the chain: alma run"
+                f"stage {name} cannot be run again: not on this machine: {', '.join(node.absent)}; {node.reason}"
             )
-        node.inputs[key] = parent.output
-    node.identity = identity_of(node)
+        say(f"{name}: up to date ({node.reason})", rank)
+        return node.output
     output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
     parents = {
         key: {
@@ -234,40 +238,70 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
             raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; there is {', '.join(graph)}")
     wanted = ancestors(graph, only) if only else set(graph)
     _writable(recipe)
-    for node in [graph[name] for name in graph if name in wanted]:
-        if node.config.run.device == "cuda" and node.config.run.nodes == 1 and hasattr(node.config, "parallel"):
-            from pipeline.train.distributed import choose_device
-
-            choose_device(node.config, node.config.run.processes)
-    # everything that can be refused is refused before the first hour is spent
-    for node in [graph[name] for name in graph if name in wanted]:
-        check(node, graph)
-        source_identity(node)
-        if node.config.run.nodes > 1:
-            raise UserError(
-                f"stage {node.name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine:"
-                f" submit launch/slurm/alma.sbatch, or give {node.name}.run.nodes=1"
-            )
     forced = set(only) if only else set(graph)
+    absent = _refuse_early(recipe, graph, wanted, forced if restart else set(), set(only))
     for name, node in graph.items():
         if name not in wanted:
             continue
-        node.inputs = {}
+        if name in absent:
+            say(f"{name}: {node.state} ({node.reason}); no stage needs it")
+            continue
         examine_one(node, graph)
         if node.state == "running":
             raise UserError(f"{node.folder}: another run is writing here: {node.reason}; wait for it, or end it")
         again = restart and name in forced and (node.state != "up to date" or bool(only))
         if node.state == "up to date" and not again:
-            link(node.folder, node.output.path) if node.reason else None
-            say(f"{name}: up to date")
+            if node.reason:
+                link(node.folder, node.output.path)
+            say(f"{name}: up to date{f' ({node.reason})' if node.absent else ''}")
             continue
         say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
         _launch(node, recipe, restart=again, fork=fork and node.state != "interrupted" and _can_fork(node))
-        node.inputs = {}
         examine_one(node, graph)
         if node.state != "up to date":
             raise AssertionError(f"stage {name} ended well and is {node.state}: {node.reason}")
     return graph
+
+
+def _refuse_early(
+    recipe: Recipe, graph: dict[str, Node], wanted: set[str], again: set[str], named: set[str]
+) -> set[str]:
+    """Refuse before the first hour is spent what can be refused, of all stages that must run, in one UserError.
+    Returns the stages that need not run although they have no output here. `again`: stages that are run again even if
+    they are up to date; `named`: stages that the command line names."""
+    problems = Problems()
+    for name in graph:
+        if name in wanted:
+            examine_one(graph[name], graph)
+    absent = mark_absent({name: node for name, node in graph.items() if name in wanted}) - named
+    for name, node in graph.items():
+        if name not in wanted or name in absent or node.state == "up to date" and name not in again:
+            continue
+        with problems.gather(lambda message, name=name: recipe.located(name, message)):
+            check(node, graph)
+        with problems.gather(lambda message, name=name: recipe.located(name, message)):
+            if node.config.run.nodes > 1:
+                raise UserError(
+                    f"stage {name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine:"
+                    f" submit launch/slurm/alma.sbatch, or give {name}.run.nodes=1"
+                )
+            if node.config.run.device == "cuda" and hasattr(node.config, "parallel"):
+                from pipeline.train.distributed import choose_device
+
+                choose_device(node.config, node.config.run.processes)
+        with problems.gather(lambda message, name=name: recipe.located(name, message)):
+            source_identity(node)
+        for key, source in node.parents.items():
+            if source in absent:
+                problems.add(
+                    recipe.located(
+                        name,
+                        f"stages.{name}.inputs.{key}: {source} has no output on this machine and cannot be run:"
+                        f" {graph[source].reason}",
+                    )
+                )
+    problems.refuse()
+    return absent
 
 
 def _can_fork(node: Node) -> bool:

@@ -41,7 +41,7 @@ from pipeline.data.pool import Pool, keep_arrays
 from pipeline.data.repair import Repair
 from pipeline.data.rules import Rules
 from pipeline.data.sources import Source, files
-from pipeline.errors import UserError
+from pipeline.errors import Absent, UserError
 from pipeline.files import write_json
 from pipeline.output import Output
 from pipeline.plural import many
@@ -102,7 +102,7 @@ class Config(StageConfig):
         found = [path for path in (*self.block.words, *self.block.urls) if path != "spam"]
         for path in found:
             if not Path(path).expanduser().is_file():
-                raise UserError(
+                raise Absent(
                     f"block: {path} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam"
                 )
         return found

@@ -27,6 +27,13 @@ class UserErrors(UserError):
         self.lines = lines
 
 
+class Absent(UserErrors):
+    """Files or folders that are not on this machine, a line each. A stage that was published needs them no more."""
+
+    def __init__(self, *lines: str):
+        super().__init__(list(lines))
+
+
 class Problems:
     """Mistakes that are collected, so that all of a recipe's are reported at once."""
 

@@ -6,13 +6,15 @@ is published. Running them is pipeline/chain.py's.
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
-from pipeline.errors import Problems, UserError
-from pipeline.fingerprint import differences, fingerprint_of
+from pipeline.errors import Absent, Problems, UserError
+from pipeline.files import sha256_file
+from pipeline.fingerprint import Recorded, differences, fingerprint_of
 from pipeline.lock import describe_holder, lock_holder
 from pipeline.recipe import Recipe, StageConfig, identity, module_of
 from pipeline.recipe_file import shown
@@ -21,7 +23,8 @@ from pipeline.unfinished import restarting
 
 @dataclass
 class Node:
-    """A stage in its chain. `state` is one of: up to date, stale, interrupted, missing, damaged, waits, running."""
+    """A stage in its chain. `state` is one of: up to date, stale, interrupted, missing, damaged, waits, running, and
+    absent: without output and sources on this machine, which nothing needs."""
 
     name: str
     config: StageConfig
@@ -32,6 +35,13 @@ class Node:
     output: Artifact | None = None
     state: str = "missing"
     reason: str = ""
+    absent: list[str] = field(default_factory=list)
+    """Sources and inputs that are not on this machine: the stage cannot be run here."""
+
+    @property
+    def unavailable(self) -> bool:
+        """Whether the stage has no output here and cannot be given one."""
+        return bool(self.absent) and self.output is None
 
 
 def nodes(recipe: Recipe, problems: Problems | None = None) -> dict[str, Node]:
@@ -217,7 +227,20 @@ def examine(recipe: Recipe) -> dict[str, Node]:
     graph = nodes(recipe)
     for node in graph.values():
         examine_one(node, graph)
+    mark_absent(graph)
     return graph
+
+
+def mark_absent(graph: dict[str, Node]) -> set[str]:
+    """Give the state `absent` to stages that have no output here, cannot be given one, and need none, since what was
+    made from them is up to date as of its run. Returns their names."""
+    absent: set[str] = set()
+    for name, node in reversed(graph.items()):
+        children = [child for child in graph.values() if name in child.parents.values()]
+        if node.unavailable and any(child.state == "up to date" or child.name in absent for child in children):
+            absent.add(name)
+            node.state = "absent"
+    return absent
 
 
 def accepts(node: Node, key: str) -> tuple[str, ...]:
@@ -230,23 +253,61 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
     being written is judged by what it has published."""
     holder = lock_holder(node.folder) if running else None
     writer = holder if holder and not holder["dead"] else None
-    for key, source in node.parents.items():
-        if source not in graph:
-            node.inputs[key] = artifact.external(key, Path(source), accepts(node, key))
-            continue
-        parent = graph[source]
-        if parent.state != "up to date":
+    node.inputs, node.absent, node.output, node.state, node.reason = {}, [], None, "missing", ""
+    for source in node.parents.values():
+        if source in graph and graph[source].state != "up to date" and not graph[source].unavailable:
+            parent = graph[source]
             present = artifact.current(node.folder)
             node.state = "stale" if present else "waits"
             node.reason = f"{source} {'waits too' if parent.state == 'waits' else f'is {parent.state}'}"
             node.output = present
             break
-        node.inputs[key] = parent.output
     else:
-        node.identity = identity_of(node)
-        _compare(node)
+        try:
+            find_inputs(node, graph)
+        except Absent as error:
+            node.output = artifact.current(node.folder)
+            node.state, node.reason = "stale" if node.output else "missing", "; ".join(error.lines)
+        else:
+            _compare(node)
     if writer:
         node.state, node.reason = "running", describe_holder(writer)
+
+
+def find_inputs(node: Node, graph: dict[str, Node]) -> None:
+    """Fill in inputs and identity of a stage whose parents are up to date.
+
+    Where sources, folders or parents are not on this machine, a published output of which all else is as the recipe
+    has it stands for them, and `absent` names them. Raises Absent where there is none.
+    """
+    lacking: dict[str, Absent] = {}
+    for key, source in node.parents.items():
+        if source in graph and graph[source].unavailable:
+            lacking[key] = Absent(f"inputs.{key}: {source} is not on this machine: {graph[source].reason}")
+        elif source in graph:
+            node.inputs[key] = graph[source].output
+        else:
+            try:
+                node.inputs[key] = artifact.external(key, Path(source), accepts(node, key))
+            except Absent as error:
+                lacking[key] = error
+    try:
+        if lacking:
+            raise next(iter(lacking.values()))
+        node.identity = identity_of(node)
+        return
+    except Absent as error:
+        reason = error
+    for published in artifact.published(node.folder):
+        node.absent = []
+        try:
+            node.identity = identity_of(node, published.manifest["identity"])
+        except Absent:
+            continue
+        if fingerprint_of(node.identity) == published.fingerprint:
+            return
+    node.identity, node.absent = None, reason.lines
+    raise reason
 
 
 def _compare(node: Node) -> None:
@@ -259,11 +320,13 @@ def _compare(node: Node) -> None:
         same = artifact.read(node.folder / fingerprint[:12])  # an earlier recipe's output is kept, and serves again
         if same and same.fingerprint == fingerprint and not same.damage():
             node.state, node.output, node.reason = "up to date", same, "kept from an earlier run"
+            _say_what_is_absent(node)
             return
     if published and published.fingerprint == fingerprint and not again:
         node.output = published
         damage = published.damage()
         node.state, node.reason = ("damaged", damage) if damage else ("up to date", "")
+        _say_what_is_absent(node)
     elif (partial / "run.json").exists():
         steps = sorted(path.parent.name for path in partial.glob("checkpoints/step-*/complete.json"))
         node.state = "interrupted"
@@ -276,19 +339,28 @@ def _compare(node: Node) -> None:
         )
 
 
-def identity_of(node: Node) -> dict:
+def _say_what_is_absent(node: Node) -> None:
+    if node.absent and node.state == "up to date":
+        kept = f"{node.reason}, " if node.reason else ""
+        node.reason = f"{kept}as of its run; not on this machine: {', '.join(node.absent)}"
+
+
+def identity_of(node: Node, recorded: dict | None = None) -> dict:
     """What decides the result of a stage: its identity keys, its kind's version, its sources' contents, its parents'
-    contents."""
+    contents. What is not on this machine counts as `recorded` has it, the identity of an earlier run, or raises
+    Absent."""
     module = module_of(node.config.kind)
     config = identity(node.config)
     config.pop("inputs", None)  # parents count by what they hold, not by what they are called
-    value = {
-        "kind": node.config.kind,
-        "version": module.VERSION,
-        "config": config,
-        "parents": {key: parent.digest for key, parent in node.inputs.items()},
-    }
-    sources = source_identity(node)
+    parents = {key: parent.digest for key, parent in node.inputs.items()}
+    for key in node.parents:
+        if key not in parents:
+            if recorded is None or key not in recorded["parents"]:
+                raise Absent(f"inputs.{key}: {node.parents[key]} is not on this machine")
+            parents[key] = recorded["parents"][key]
+            node.absent.append(f"inputs.{key}")
+    value = {"kind": node.config.kind, "version": module.VERSION, "config": config, "parents": parents}
+    sources = source_identity(node, recorded and recorded.get("sources", {}))
     if sources:
         value["sources"] = sources
         config.pop("sources", None)
@@ -297,37 +369,46 @@ def identity_of(node: Node) -> dict:
     return value
 
 
-def source_identity(node: Node) -> dict | None:
-    """What the sources of a stage hold. Raises UserError if one is not there."""
-    from pipeline.files import sha256_file
+def source_identity(node: Node, recorded: dict | None = None) -> dict | None:
+    """What the sources of a stage hold. One that is not on this machine counts as `recorded` has it, the `sources` of
+    an earlier identity, and is noted in node.absent; without, Absent is raised."""
+    from pipeline.data.sources import identify
 
+    def earlier(entries: dict) -> Recorded | None:
+        return None if recorded is None else Recorded(entries, node.absent)
+
+    known, cache = recorded or {}, node.folder.parent / ".hashes.json"
     if hasattr(node.config, "outside"):  # files that a stage takes over, such as a tokenizer
-        return (
-            {"@outside": [[path.name, sha256_file(path)] for path in node.config.outside()]}
-            if node.config.outside()
-            else None
-        )
+        return _hashed("@outside", "adopt", node.config.outside, known, node.absent)
     if shards := getattr(node.config, "shards", None):
         from pipeline.data.foreign import identify as identify_shards
 
-        return identify_shards(shards, cache=node.folder.parent / ".hashes.json")
+        return identify_shards(shards, cache, earlier(known))
     if not getattr(node.config, "sources", None):
         return None
-    from pipeline.data.sources import identify
-
-    cache = node.folder.parent / ".hashes.json"
-    found = identify(node.config.sources, cache)
+    found = identify(node.config.sources, cache, recorded=earlier(known))
     if getattr(node.config, "decontaminate", None):
-        sets = identify(node.config.decontaminate.sets, cache, "decontaminate.sets")
-        found |= {f"decontaminate.{name}": value for name, value in sets.items()}
+        prefix = "decontaminate."
+        before = {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
+        sets = identify(node.config.decontaminate.sets, cache, "decontaminate.sets", earlier(before))
+        found |= {f"{prefix}{name}": value for name, value in sets.items()}
     if examples := getattr(node.config, "examples", {}):
-        found["@examples"] = identify(examples, cache, "examples")
-    lists = getattr(node.config, "lists", [])  # block lists and the like: they count by what they hold
-    return (
-        {**found, "@lists": [[Path(path).name, sha256_file(Path(path).expanduser())] for path in lists]}
-        if lists
-        else found
-    )
+        found["@examples"] = identify(examples, cache, "examples", earlier(known.get("@examples", {})))
+    if hasattr(node.config, "lists"):  # block lists and the like: they count by what they hold
+        found |= _hashed("@lists", "block", lambda: node.config.lists, known, node.absent) or {}
+    return found
+
+
+def _hashed(key: str, shown: str, paths: Callable[[], list], recorded: dict, absent: list[str]) -> dict | None:
+    """{key: [[name, sha256], ...]} of the files that `paths` gives, or None if there are none."""
+    try:
+        listed = [[Path(path).name, sha256_file(Path(path).expanduser())] for path in paths()]
+    except Absent:
+        if key not in recorded:
+            raise
+        listed = recorded[key]
+        absent.append(shown)
+    return {key: listed} if listed else None
 
 
 def ancestors(graph: dict[str, Node], names: list[str]) -> set[str]:

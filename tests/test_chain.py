@@ -16,7 +16,8 @@ import tiny
 import tuned
 from harness import files_of, stage, succeed
 
-from pipeline import artifact
+from pipeline import artifact, chain
+from pipeline.errors import UserError
 from pipeline.graph import examine
 from pipeline.recipe import load
 
@@ -271,6 +272,49 @@ def test_a_source_that_changed_makes_its_readers_stale(whole):
     finally:
         path.write_text(before)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_without_the_raw_text_later_stages_show_their_state_and_run(whole, tmp_path, monkeypatch, capfd):
+    """correctness 47: clean on one machine, train on another."""
+    here = tmp_path / "here"
+    shutil.copytree(whole, here, symlinks=True)
+    (here / "animals.txt").unlink()
+    (here / "rows.jsonl").unlink()
+    monkeypatch.chdir(here)
+
+    def refused(*words, only=(), **options) -> str:
+        with pytest.raises(UserError) as caught:
+            chain.run(load("r.yaml", words), only, **options)
+        return str(caught.value)
+
+    found = examine(load("r.yaml"))
+    assert {node.state for node in found.values()} == {"up to date"}
+    assert found["clean"].reason == "as of its run; not on this machine: sources.animals, sources.nouns"
+    assert "sources.nouns" in found["sft"].reason and not found["pretrain"].reason
+    # what needs none of it runs; what needs it is refused with every reason, before anything else runs
+    assert "export: stale" in alma("run", "r.yaml", "export", "export.dtype=bf16", cwd=here)
+    said = refused("clean.holdout=0.2", "sft.steps=5")
+    for line in (
+        "r.yaml:9: sources.animals: animals.txt does not exist",
+        "r.yaml:10: sources.nouns: rows.jsonl does not exist",
+    ):
+        assert line in said
+    assert capfd.readouterr().out == ""
+    assert "sources.nouns: rows.jsonl does not exist" in refused(only=["clean"], restart=True)
+    chain.run_stage(load("r.yaml"), "clean")
+    assert "clean: up to date (as of its run; not on this machine" in capfd.readouterr().out
+    # another option of a source is another result, which cannot be made here
+    assert "animals.txt does not exist" in refused("clean.sources.animals.limit=3")
+    # of clean and pack nothing was copied
+    shutil.rmtree(here / "runs" / "whole" / "clean")
+    shutil.rmtree(here / "runs" / "whole" / "pack")
+    found = examine(load("r.yaml"))
+    assert {found[name].state for name in ("clean", "pack")} == {"absent"}
+    assert {node.state for name, node in found.items() if name not in ("clean", "pack")} == {"up to date"}
+    chain.run(load("r.yaml"))
+    assert "clean: absent (" in capfd.readouterr().out
+    assert "stages.pack.inputs.data: clean has no output on this machine" in refused("pretrain.steps=7")
+    assert "animals.txt does not exist" in refused(only=["clean"])
 
 
 def test_alma_run_is_killed_and_goes_on_and_its_stage_dies_with_it(tmp_path):

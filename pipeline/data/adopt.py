@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeline.data import bpe, bytelevel, encode
 from pipeline.data.tokens import load_tokenizer
-from pipeline.errors import UserError
+from pipeline.errors import Absent, UserError
 
 MOST_UNUSED = 10_000  # ids without a token that are filled; more are a damaged file
 
@@ -42,6 +42,8 @@ def files(path: str) -> list[Path]:
         if place.is_dir()
         else []
     )
+    if not place.exists():
+        raise Absent(f"adopt: {path} does not exist (in {Path.cwd() if not place.is_absolute() else place.parent})")
     if not found:
         raise UserError(
             f"adopt: {path} is no tokenizer; give a folder with tokenizer.json, a sentencepiece model (.model) or a"

@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.data.globs import find
-from pipeline.errors import UserError
+from pipeline.errors import Absent, UserError
 from pipeline.files import hashes
+from pipeline.fingerprint import Recorded
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict, identity
 
@@ -80,16 +81,22 @@ def companions(path: Path, source: Shards) -> list[Path]:
     return [path, beside] if beside else [path]
 
 
-def identify(shards: dict[str, Shards], cache: Path) -> dict:
+def identify(shards: dict[str, Shards], cache: Path, recorded: Recorded | None = None) -> dict:
     """What decides the content of shards, as JSON: what the files hold, their order and their names, which
-    documents' ids have; not where they stand."""
+    documents' ids have; not where they stand. Shards that are not on this machine count as `recorded` has them, or
+    raise Absent."""
     value = {}
     with hashes(cache) as sha256:
         for name, source in sorted(shards.items()):
-            listed = [
-                [path.name, *(sha256(part) for part in companions(path, source) if part.is_file())]
-                for path in files(source, name)
-            ]
+            try:
+                listed = [
+                    [path.name, *(sha256(part) for part in companions(path, source) if part.is_file())]
+                    for path in files(source, name)
+                ]
+            except Absent:
+                if recorded is None or not recorded.has(name):
+                    raise
+                listed = recorded.take(name, f"shards.{name}")
             value[name] = {**identity(source), "files": listed}
     return value
 

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import Absent, UserError
 
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -21,7 +21,7 @@ def find(pattern: str, where: str, example: str = "*.jsonl") -> list[tuple[str, 
     if mode is None and glob.has_magic(str(path)):
         return _matches(pattern, path, where)
     if mode is None:
-        raise UserError(f"{where}: {pattern} does not exist (in {path.parent if path.is_absolute() else Path.cwd()})")
+        raise Absent(f"{where}: {pattern} does not exist (in {path.parent if path.is_absolute() else Path.cwd()})")
     if stat.S_ISDIR(mode):
         advice = f"give a file or a pattern such as {pattern.rstrip('/')}/**/{example}"
         raise UserError(f"{where}: {pattern} is a folder; {advice}")
@@ -50,7 +50,7 @@ def _matches(pattern: str, path: Path, where: str) -> list[tuple[str, Path]]:
                 f" {folder}/* too, or a pattern that leaves it out"
             )
     if not found:
-        raise UserError(f"{where}: no file matches {pattern} (in {'/' if path.is_absolute() else Path.cwd()})")
+        raise Absent(f"{where}: no file matches {pattern} (in {'/' if path.is_absolute() else Path.cwd()})")
     real = {name: os.path.realpath(match) for name, match in found.items()}
     first: dict[str, str] = {}
     for name in sorted(found, key=lambda name: (real[name] != os.path.abspath(found[name]), name)):

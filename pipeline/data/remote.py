@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import Absent, UserError
 from pipeline.files import write_json
 
 
@@ -27,7 +27,7 @@ def fetch_address(address: str, where: str) -> list[tuple[str, Path]]:
         if any(sign in address for sign in "*?["):
             paths = sorted(system.glob(address))
             if not paths:
-                raise UserError(f"{where}: no file matches {address}")
+                raise Absent(f"{where}: no file matches {address}")
         return [(_name(path), _fetch(system, path, where, address)) for path in paths]
     except UserError:
         raise
@@ -38,7 +38,7 @@ def fetch_address(address: str, where: str) -> list[tuple[str, Path]]:
         ) from None
     except Exception as error:  # each file system raises its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{where}: {address} cannot be read: {reason}") from None
+        raise Absent(f"{where}: {address} cannot be read: {reason}") from None
 
 
 def _name(path: str) -> str:
@@ -61,7 +61,7 @@ def _download(address: str, where: str) -> Path:
                 _copy(answer, target, answer.headers["Content-Length"], where, address, mark)
         return target
     except OSError as error:  # urllib's and the network's errors are all of this kind
-        raise UserError(f"{where}: {address} cannot be read: {error}") from None
+        raise Absent(f"{where}: {address} cannot be read: {error}") from None
 
 
 def _fetch(system, path: str, where: str, address: str) -> Path:

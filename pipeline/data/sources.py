@@ -22,8 +22,9 @@ from pipeline.data.packages import fetch
 from pipeline.data.remote import fetch_address, is_address
 from pipeline.data.tables import csv_chunks, parquet_chunks, wanted_columns
 from pipeline.data.templates import fields_of, look_up, pieces_of
-from pipeline.errors import UserError
+from pipeline.errors import Absent, UserError
 from pipeline.files import hashes
+from pipeline.fingerprint import Recorded
 from pipeline.recipe import EXECUTION, PACKAGE, Strict, identity
 
 CHUNK_BYTES = 4 << 20
@@ -191,17 +192,27 @@ def format_of(source: Source, path: Path, where: str) -> str:
     return kind
 
 
-def identify(sources: dict[str, Source], cache: Path, key: str = "sources") -> dict:
+def identify(sources: dict[str, Source], cache: Path, key: str = "sources", recorded: Recorded | None = None) -> dict:
     """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in
-    the file `cache` by path, size and mtime. `key` is their block in the recipe, for messages."""
-    value = {}
+    the file `cache` by path, size and mtime. `key` is their block in the recipe, for messages. A source that is not on
+    this machine counts as `recorded` has it, or raises Absent."""
+    value, lacking = {}, []
     with hashes(cache) as sha256:
         for name, source in sorted(sources.items()):
             value[name] = identity(source)
             if source.package:  # pinned: known without the network
                 value[name]["files"] = [[member, digest] for member, digest in source.members.items()]
             elif source.path is not None:
-                value[name]["files"] = [[relative, sha256(path)] for relative, path in files(source, name, key)]
+                try:
+                    listed = [[relative, sha256(path)] for relative, path in files(source, name, key)]
+                except Absent as error:
+                    if recorded is None or not recorded.has(name):
+                        lacking += error.lines
+                        continue
+                    listed = recorded.take(name, f"{key}.{name}")
+                value[name]["files"] = listed
+    if lacking:
+        raise Absent(*lacking)
     return value
 
 
