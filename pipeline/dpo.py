@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PreferenceSource
+from pipeline.intervals import warn, wilson
 from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.train.config import Optimizer, TuningConfig
@@ -71,7 +72,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     from pipeline.chain import say
     from pipeline.models.build import load, publish
-    from pipeline.reward import rows_of, wilson
+    from pipeline.reward import rows_of
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
     from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
@@ -127,6 +128,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         publish(weights, engine.model.config, folder, output.path / "model")
     before, after = result["before"], result["after"]
     low, high = wilson(after["accuracy"], heldout)
+    margins = f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}"
+    ranked = f"pairs ranked right {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%}, n={heldout})"
+    nothing = [margins] if after["margin"] <= before["margin"] else []
+    nothing += [f"{ranked}, which guessing could give"] if low <= 0.5 else []
     return {
         **{
             f"heldout_{key}_{when}": value
@@ -135,6 +140,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             if key != "weight"
         },
         "heldout_accuracy_interval": [low, high],
+        "warnings": warn(output.stage, nothing),
         "train_loss": result["last"]["loss"],
         "train_pairs": count,
         "heldout_pairs": heldout,
@@ -144,10 +150,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": f"{many(len(config.sources), 'source')}, {many(count + heldout, 'pair')}",
             "output": f"model/, {many(config.steps, 'step')}",
-            "measure": (
-                f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}, pairs ranked right"
-                f" {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%})"
-            ),
+            "measure": f"{margins}, {ranked}",
         },
     }
 

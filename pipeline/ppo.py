@@ -11,6 +11,7 @@ Sources: Schulman et al., 2017 (PPO); Ziegler et al., 2019 and Stiennon et al., 
 
 import functools
 import json
+import math
 
 from pydantic import Field, model_validator
 
@@ -19,6 +20,7 @@ from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PromptSource
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
+from pipeline.intervals import shares, warn
 from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollout, ValueOptimizer
@@ -117,10 +119,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         )
     distributed.barrier()
     before, after = state["before"], state["after"]
-    rule = f", {config.rule} {before['rule']:.2f} -> {after['rule']:.2f}" if config.rule else ""
+    measure, nothing = headline(config, before, after, min(config.evaluate_prompts, len(heldout)))
     return {
         **{f"{key}_before": value for key, value in before.items()},
         **{f"{key}_after": value for key, value in after.items()},
+        "warnings": warn(output.stage, nothing),
         "kl": after["kl"],
         "kl_coef": state["kl_coef"],
         "skipped_updates": state["skipped_updates"],
@@ -128,9 +131,24 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": many(report["counts"]["train_prompts"], "prompt"),
             "output": f"{config.steps} x {config.batch_size} responses",
-            "measure": f"held-out reward {before['reward']:.2f} -> {after['reward']:.2f}{rule}, KL {after['kl']:.2f}",
+            "measure": measure,
         },
     }
+
+
+def headline(config: Config, before: dict, after: dict, prompts: int) -> tuple[str, list[str]]:
+    """(the closing line, what of it shows nothing learned): the reward's rise is held to the 95% interval of a
+    difference of two means."""
+
+    def mean(found: dict) -> str:
+        return f"{found['reward']:.2f} ± {found['reward_half']:.2f}" if prompts > 1 else f"{found['reward']:.2f}"
+
+    reward = f"held-out reward {mean(before)} -> {mean(after)} (95%, n={prompts})"
+    rise = after["reward"] - before["reward"]
+    shown = prompts > 1 and rise > math.hypot(before["reward_half"], after["reward_half"])
+    nothing = [] if shown else [reward]
+    rule = f", {config.rule} {shares(before['rule'], after['rule'], prompts)}" if config.rule else ""
+    return f"{reward}{rule}, KL {after['kl']:.2f}", nothing
 
 
 def _prepare(config: Config, inputs: dict[str, Artifact]):

@@ -19,6 +19,7 @@ from pipeline.artifact import Artifact
 from pipeline.chain import say
 from pipeline.data.fim import Fim
 from pipeline.errors import UserError
+from pipeline.intervals import warn
 from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION, Strict
@@ -330,6 +331,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         parent = model_folder(inputs["model"]) if "model" in inputs else None
         build.publish(weights, model_config, tokenizer_folder, output.path / "model", parent)
     before, after, tokens = result["before"], result["after"], int(result["weight"])
+    bits = f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}"
+    measure = f"{bits} (n={many(len(heldout), 'row')})"
     return {
         "bits_per_byte_before": before["bits_per_byte"],
         "bits_per_byte_after": after["bits_per_byte"],
@@ -339,6 +342,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         ),
         "loss_before": before["loss"],
         "loss_after": after["loss"],
+        "warnings": warn(output.stage, [measure] if after["bits_per_byte"] >= before["bits_per_byte"] else []),
         "train_loss": result["last"]["loss"],
         "steps": trainer.step_count,
         "tokens": tokens,
@@ -355,7 +359,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
                 f" {many(len(sampler.sources), 'source')}"
             ),
             "output": f"{size.total / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
-            "measure": f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}",
+            "measure": measure,
         },
     }
 

@@ -17,6 +17,7 @@ from pipeline.artifact import Artifact
 from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import PreferenceSource
 from pipeline.files import write_json
+from pipeline.intervals import shares, warn, wilson
 from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.train.config import Optimizer, TuningConfig
@@ -97,6 +98,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         publish(weights, model_config, folder, output.path / "model")
     before, after = result["before"], result["after"]
     low, high = wilson(after["accuracy"], heldout)
+    measure = f"held-out pairs ranked right {shares(before['accuracy'], after['accuracy'], heldout)}"
+    guessing = [f"{measure}, which guessing could give"] if low <= 0.5 else []
     return {
         **{
             f"heldout_{key}_{when}": value
@@ -105,6 +108,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             if key != "weight"
         },
         "heldout_accuracy_interval": [low, high],
+        "warnings": warn(output.stage, guessing),
         "train_loss": result["last"]["loss"],
         "train_pairs": count,
         "heldout_pairs": heldout,
@@ -116,10 +120,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "summary": {
             "input": f"{many(len(config.sources), 'source')}, {many(count + heldout, 'pair')}",
             "output": f"model/, {many(config.steps, 'step')}",
-            "measure": (
-                f"held-out pairs ranked right {before['accuracy']:.0%} -> {after['accuracy']:.0%} (95%: {low:.0%} to"
-                f" {high:.0%})"
-            ),
+            "measure": measure,
         },
     }
 
@@ -175,14 +176,6 @@ def moments(engine, arrays: dict, pad_id: int, config: Config) -> tuple[float, f
     mean = total / number
     deviation = max(squares / number - mean**2, 0.0) ** 0.5
     return mean, deviation if deviation > 1e-6 else 1.0  # a model that scores all answers alike keeps its scale
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson, 1927): sensible for few pairs and for shares of 0 and 1, where the usual
-    one has no width."""
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 if __name__ == "__main__":

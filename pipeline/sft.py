@@ -17,6 +17,7 @@ from pipeline.data.decontaminate import Decontaminate
 from pipeline.data.tuning_sources import ChatSource
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.intervals import shares, unchanged, warn
 from pipeline.output import Output
 from pipeline.plural import many
 from pipeline.recipe import EXECUTION
@@ -120,6 +121,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     if output.is_main:
         publish(weights, engine.model.config, folder, output.path / "model")
     before, after = result["before"], result["after"]
+    measures, nothing = headline(before, after, len(heldout["ids"]))
     return {
         **{
             f"heldout_{key}_{when}": value
@@ -127,6 +129,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             for key, value in found.items()
             if key != "weight"
         },
+        "warnings": warn(output.stage, nothing),
         "train_loss": result["last"]["loss"],
         "train_conversations": len(train["ids"]),
         "heldout_conversations": len(heldout["ids"]),
@@ -141,17 +144,21 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
                 f" {many(len(train['ids']) + len(heldout['ids']), 'conversation')}"
             ),
             "output": f"model/, {many(config.steps, 'step')}, {result['weight'] / 1e3:.0f}k answer tokens",
-            "measure": (
-                f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}"
-                + (
-                    f", ends its turn {before['eos_rate']:.0%} -> {after['eos_rate']:.0%}"
-                    if "eos_rate" in after
-                    else ""
-                )
-                + (f", right {before['rule']:.0%} -> {after['rule']:.0%}" if "rule" in after else "")
-            ),
+            "measure": ", ".join(measures),
         },
     }
+
+
+def headline(before: dict, after: dict, conversations: int) -> tuple[list[str], list[str]]:
+    """(parts of the closing line, those of them that show nothing learned)."""
+    loss = f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} (n={conversations})"
+    measures, nothing = [loss], [loss] if after["loss"] >= before["loss"] else []
+    for key, count, words in (("eos_rate", "answered", "ends its turn"), ("rule", "checked", "right")):
+        if key in after:
+            part = f"{words} {shares(before[key], after[key], int(after[count]))}"
+            measures.append(part)
+            nothing += [part] if unchanged(before[key], after[key]) else []
+    return measures, nothing
 
 
 def rows_of(config: Config, chat, output: Output) -> tuple[dict, dict]:
@@ -256,7 +263,7 @@ def check_packing(model, token: int) -> None:
 
 def answers(engine, chat, heldout: dict, extra: dict, config: Config) -> dict:
     """Greedy answers to held-out prompts: the share that end their turn, and the mean score by rule where the answer
-    is known."""
+    is known; `answered` and `checked` are the numbers of answers behind them."""
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import all_reduce_sum
@@ -288,7 +295,8 @@ def answers(engine, chat, heldout: dict, extra: dict, config: Config) -> dict:
             known += 1
             right += score(rule, chat.tokenizer.decode(completion.ids, skip_special_tokens=True), answer)
     ended, right, known, count = all_reduce_sum([float(ended), right, float(known), float(len(mine))])
-    return ({"eos_rate": ended / count} if count else {}) | ({"rule": right / known} if known else {})
+    found = {"eos_rate": ended / count, "answered": count} if count else {}
+    return found | ({"rule": right / known, "checked": known} if known else {})
 
 
 if __name__ == "__main__":

@@ -147,6 +147,20 @@ def test_exported_folder_is_a_chat_model(whole):
     assert artifact.current(whole / "runs/whole/export").metrics["logit_difference"] == 0
 
 
+def test_every_before_and_after_has_its_size(whole):
+    """Correctness 19: no number of the closing table stands without an interval or the size of its sample."""
+    measures = {}
+    for name in load(whole / "r.yaml").stages:
+        measures[name] = artifact.current(whole / "runs/whole" / name).metrics["summary"]["measure"]
+    changed = {name: text for name, text in measures.items() if "->" in text}
+    assert set(changed) == {"pretrain", "sft", "reward", "dpo", "ppo"}
+    for name, text in changed.items():
+        for part in text.split("->")[1:]:
+            assert "n=" in part or name == "dpo", (name, text)
+    assert "n=" in measures["dpo"] and "±" in measures["ppo"] and "n=8" in measures["ppo"]
+    assert all("[" in part for part in measures["assess"].split(";"))
+
+
 def test_export_in_bf16_says_how_far_it_is(whole):
     succeed(
         "export",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.data.chat import Chat
+from pipeline.intervals import mean_half
 from pipeline.rl import rules
 from pipeline.rl.responses import Sample, ValueModel, at_responses, layout, policy_inputs, rows, token_statistics
 from pipeline.rl.rollout import generate
@@ -208,6 +209,8 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
         "length": mean(len(sample.response_ids) for sample in sampled),
         "repetition": mean(repetition(sample.response_ids) for sample in sampled),
     }
+    if len(sampled) > 1:  # half of the reward's 95% interval
+        numbers["reward_half"] = mean_half([sample.score for sample in sampled])
     if config.rule:
         numbers |= {
             "rule": mean(sample.rule for sample in sampled),
