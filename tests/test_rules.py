@@ -213,6 +213,97 @@ def test_sentences_and_lines_of_c4():
     )
 
 
+ENDED = [
+    "他说：“好。”",
+    "她笑道：“真的吗？”",
+    "「行こう」と彼は言った。",
+    "「行こう」",
+    "『走れメロス』",
+    "他回答说“不去”",
+    "新华社北京五月一日电（记者 王五）",
+    "（完。）",
+    "（他停了下来。）”",
+    "他沉默了……",
+    "他沉默了…",
+    "“可是……”",
+    "彼は黙った‥‥",
+    "真好！",
+    "真好！！！」",
+    "什麼？",
+    "完了｡",
+    "以上です．",
+    '他说:"好。"',
+    "他问：‘谁？’",
+]
+OPEN = [
+    "首页",
+    "手机 电脑 相机",
+    "第一章",
+    "欢迎来到，",
+    "他说：",
+    "目录：",
+    "登录 | 注册",
+    "《红楼梦》",
+    "【公告】",
+    "价格 100 元",
+    "东京都",
+]
+
+
+def ended(line: str) -> float:
+    """FineWeb's share of lines that end as sentences do, of a text of this line alone."""
+    lines = Lines(min_words=1, min_tokens_zh=1)
+    values, _ = statistics.measure(analyse([line]), np.ones(1, bool), lines, np.full(1, 12))
+    return values[0, statistics.NAMES.index("line_punctuation")]
+
+
+def test_lines_end_in_chinese_and_japanese_as_they_do_in_english():
+    """correctness 10: a quote or a bracket behind the stop, the form of Japanese without one, ellipses."""
+    assert [line for line in ENDED if ended(line) != 1] == []
+    assert [line for line in OPEN if ended(line) != 0] == []
+    # what datatrove says of English stays: a stop, and nothing behind it
+    assert [
+        ended(line) for line in ("He left.", "Why?", 'He said "no."', "He said “no.”", "It was so…", "(see above)")
+    ] == [1, 1, 0, 0, 0, 0]
+
+
+def test_c4_and_fineweb_agree_on_where_a_chinese_line_ends():
+    """correctness 10: what FineWeb counts as ended, C4's rule of terminal punctuation keeps, but for its ellipses."""
+    lines = Lines(min_words=1, min_tokens_zh=1, terminal_punctuation=True)
+    text = "\n".join([*ENDED, *OPEN])
+    _, kept = statistics.measure(analyse([text]), np.ones(1, bool), lines, np.full(1, 12))
+    gone = [line for line, keeping in zip(text.split("\n"), kept, strict=True) if not keeping]
+    assert gone == [line for line in ENDED if line[-1] in "…‥"] + OPEN
+
+
+def test_news_and_dialogue_in_chinese_are_kept():
+    """correctness 10: a news item of one paragraph that ends in a bracket, and classical dialogue."""
+    news = "记者从市水务局了解到，这座大桥将于明年春天开始维修，工期约为六个月。其间行人可以从下游的渡口过河，渡船每半个小时一班，不收费用。"
+    item = f"{news}\n市民可以拨打热线了解详情，也可以到现场询问工作人员，他们会一直在那里等候大家的到来（记者 王五）"
+    talk = [
+        f"{who}道：“{what}”"
+        for who in ("玄德", "孔明", "关公", "张飞")
+        for what in ("此计甚妙，只是要走得快些。", "天下大事，分久必合，合久必分！", "我与你同去，如何？")
+    ]
+    rng = random.Random(4)
+    rng.shuffle(talk)
+    rules = Rules(use=["fineweb"])
+    for text in (item, "\n".join(talk)):
+        row = judged([text], rules=rules)[0]
+        assert "min_line_punctuation" not in reasons_of(row, rules), reasons_of(row, rules)
+    menu = "\n".join(["首页", "新闻中心", "产品介绍", "联系我们", "登录 | 注册", "网站地图"] * 3)
+    assert "min_line_punctuation" in reasons_of(judged([menu], rules=rules)[0], rules)
+
+
+def test_a_chinese_ellipsis_is_one():
+    """correctness 10: Gopher counts ellipses; Chinese writes one with two signs, Japanese also with two dots."""
+    texts = ["他想了很久……还是没有回答。", "他想了很久⋯⋯还是没有回答。", "彼は考えた‥‥答えなかった。"]
+    batch = analyse(texts)
+    values, _ = statistics.measure(batch, np.ones(3, bool), Lines(), np.full(3, 12))
+    ellipses = values[:, statistics.NAMES.index("ellipses")] * np.diff(batch.words)
+    np.testing.assert_allclose(ellipses, 1, rtol=1e-5)
+
+
 # ---- the rules as a stage has them -----------------------------------------------------------------------------------
 
 

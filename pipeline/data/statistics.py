@@ -85,7 +85,10 @@ def measure(
         spaced = words & ~batch.cjk  # a CJK character says nothing about the length of words; English has none of them
         found["mean_word"] = per(batch.length * spaced, batch.words) / per(spaced, batch.words)
     found["hashes"] = _occurrences(batch, "#", number) / some
-    found["ellipses"] = (_occurrences(batch, "...", number) + _occurrences(batch, "…", number)) / some
+    # Chinese writes an ellipsis with two signs
+    signs = sum(_occurrences(batch, sign, number) for sign in "…⋯‥")
+    pairs = sum(_occurrences(batch, sign * 2, number) for sign in "…⋯‥")
+    found["ellipses"] = (_occurrences(batch, "...", number) + signs - pairs * chinese) / some
     found["bullet_lines"] = per(batch.bullet, batch.lines) / lines_of
     found["ellipsis_lines"] = per(batch.ellipsis, batch.lines) / lines_of
     found["alpha_words"] = np.where(count > 0, per(batch.alpha, batch.words) / some, np.nan)
@@ -178,11 +181,7 @@ def _c4_lines(batch: Batch, chinese: np.ndarray, lines: "Lines | None") -> tuple
     kept = filled & (number >= np.where(chinese, lines.min_tokens_zh, lines.min_words))
     kept &= chinese | (batch.line_longest <= lines.max_word_length)  # Chinese has no spaces
     if lines.terminal_punctuation:
-        quoted = np.isin(
-            np.frombuffer(batch.joined.encode("utf-32-le"), np.uint32)[np.maximum(batch.line_last - 1, 0)],
-            (34, 39, 0x201D, 0x2019, 0x300D, 0x300F),
-        )
-        kept &= (batch.terminal | quoted) & ~batch.ellipsis
+        kept &= (batch.terminal | batch.quoted) & ~batch.ellipsis
     lorem = kept & having("lorem ipsum")
     if lines.javascript:
         kept &= ~having("javascript")

@@ -45,6 +45,14 @@ _SYMBOLS = "!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|
 # Unicode's Sentence_Terminal, as both libraries list it (sentences end there), and marks that end a line though no
 # sentence.
 _ENDS = "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？𐩖𐩗𑁇𑁈𑂾𑂿𑃀𑃁𑅁𑅂𑅃𑇅𑇆𑇍𑇞𑇟𑈸𑈹𑈻𑈼𑊩𑑋𑑌𑗂𑗃𑗉𑗊𑗋𑗌𑗍𑗎𑗏𑗐𑗑𑗒𑗓𑗔𑗕𑗖𑗗𑙁𑙂𑜼𑜽𑜾𑩂𑩃𑪛𑪜𑱁𑱂𖩮𖩯𖫵𖬷𖬸𖭄𛲟𝪈｡。"  # noqa: E501
+# Chinese and Japanese close a sentence with these, and with the marks above, before any quotes and brackets are closed:
+# `他说：“好。”`, `「行こう」`, `（新华社记者 王五）`, `……`.
+_STOPS_ZH, _ELLIPSES = "。！？｡．", "…⋯‥"
+_CLOSED_ZH = (
+    "」』﹂﹄｣）"  # full-width marks that end a line by themselves; 」 stands without a stop before it in Japanese
+)
+_CLOSING = "\"'”’)]}）］｝】〕》〉」』﹂﹄｣"
+_QUOTED = "\"'”’"
 # A stop after one of these belongs to the word (spaCy, lang/en/tokenizer_exceptions.py), so that it ends no sentence.
 _ABBREVIATIONS = (
     "Mt Ak Ala Apr Ariz Ark Aug Calif Colo Conn Dec Del Feb Fla Ga Ia Id Ill Ind Jan Jul Jun Kan Kans Ky La Mar Mass"
@@ -119,8 +127,12 @@ class Batch:
     line_words: np.ndarray  # int64 [L + 1]: number of words before each line
     line_runs: np.ndarray  # int64 [L]: runs without spaces in it
     line_longest: np.ndarray  # int64 [L]: length of the longest of them
-    terminal: np.ndarray  # bool [L]: ends with a mark that ends sentences
-    ellipsis: np.ndarray  # bool [L]: ends with ... or …
+    terminal: (
+        np.ndarray
+    )  # bool [L]: ends with a mark that ends sentences, in Chinese and Japanese also with what closes
+    # quotes and brackets behind it, or an ellipsis
+    quoted: np.ndarray  # bool [L]: ends with a closing quote
+    ellipsis: np.ndarray  # bool [L]: ends with ..., … or a form of it
     bullet: np.ndarray  # bool [L]: begins with • or -
     lines: np.ndarray  # int64 [N + 1]
     span_hash: "object"  # (first, last) -> uint64: hashes of stretches of characters
@@ -168,7 +180,7 @@ def analyse(texts: list[str]) -> Batch:
     if filled.any():
         longest[filled] = np.maximum.reduceat(run_last - run_first + 1, low[filled])
     tail = np.maximum(line_last - 1, 0)
-    dots = (codes[tail] == 0x2026) | (
+    dots = np.isin(codes[tail], _points(_ELLIPSES)) | (
         (codes[tail] == 46)
         & (codes[np.maximum(tail - 1, 0)] == 46)
         & (codes[np.maximum(tail - 2, 0)] == 46)
@@ -194,12 +206,38 @@ def analyse(texts: list[str]) -> Batch:
         np.concatenate((np.searchsorted(first, line_from), [len(first)])),
         high - low,
         longest,
-        filled & ((flags[tail] & TERMINAL) > 0),
+        filled & (((flags[tail] & TERMINAL) > 0) | _ended_zh(codes, flags, line_first, tail)),
+        filled & np.isin(codes[tail], _points(_QUOTED + "」』﹂﹄｣")),
         filled & dots,
         filled & np.isin(codes[line_first], (0x2022, 45)),
         lines,
         span_hash,
     )
+
+
+def _points(signs: str) -> np.ndarray:
+    return np.array([ord(sign) for sign in signs], np.uint32)
+
+
+def _ended_zh(codes: np.ndarray, flags: np.ndarray, first: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    """Whether lines end as Chinese and Japanese sentences do, bool [L]; `first` and `tail` are their first and last
+    characters that are no space. English quotes behind an English stop do not count, as FineWeb has it."""
+    found = np.isin(codes[tail], _points(_CLOSED_ZH)) & (tail > first)
+    look = np.flatnonzero(np.isin(codes[tail], _points(_CLOSING + _STOPS_ZH + _ELLIPSES)) & ~found)
+    quoted = np.isin(codes[tail[look]], _points(_QUOTED))
+    at = _before(codes, first[look], tail[look], _CLOSING)
+    stop = np.isin(codes[at], _points(_STOPS_ZH))
+    omission = np.isin(codes[at], _points(_ELLIPSES))
+    at = _before(codes, first[look], at, _ELLIPSES)
+    found[look] = stop | ((omission | quoted) & ((flags[at] & CJK) > 0))
+    return found
+
+
+def _before(codes: np.ndarray, first: np.ndarray, at: np.ndarray, signs: str) -> np.ndarray:
+    """From each place the last one before it, not before `first`, that has none of `signs`; at most four are passed."""
+    for _ in range(4):
+        at = np.where(np.isin(codes[at], _points(signs)) & (at > first), at - 1, at)
+    return at
 
 
 def _hasher(codes: np.ndarray):
