@@ -29,6 +29,8 @@ from pydantic import Field
 from pipeline import faults
 from pipeline.artifact import Artifact
 from pipeline.chain import say
+from pipeline.data.arrow import opened_table
+from pipeline.data.documents import readable
 from pipeline.data.foreign import Shards
 from pipeline.data.parts import Unit
 from pipeline.errors import UserError
@@ -160,21 +162,12 @@ def plan(data: Path | None, config: Config, work: Path, eos_id: int) -> Iterator
 
 
 def _documents(data: Path, work: Path) -> Iterator[Unit]:
-    import pyarrow.parquet
-    from pyarrow.lib import ArrowException
-
     for split in SPLITS:
         paths = sorted((data / split).glob("part-*.parquet"))
         if not paths and split == "train":
             raise UserError(f"inputs.data: {data}: has no train/part-*.parquet; expected the output of stage clean")
         for path in paths:
-            try:
-                opened = pyarrow.parquet.ParquetFile(path)
-            except (ArrowException, OSError) as error:
-                raise UserError(
-                    f"{path}: cannot be read as parquet ({error}); run stage clean again with --restart"
-                ) from None
-            with opened:
+            with readable(path), opened_table(path) as opened:
                 found = {
                     name: str(opened.schema_arrow.field(name).type).removeprefix("large_")
                     for name in opened.schema_arrow.names

@@ -2,8 +2,11 @@
 zones that this machine does not know): they cost the record only if somebody asks for them.
 """
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.data.formats import EXCERPT, Bad, Chunk
@@ -21,6 +24,16 @@ class Unreadable:
 
     def __str__(self) -> str:
         return f"{self.type} {self.raw}"
+
+
+@contextmanager
+def opened_table(path: Path) -> Iterator:
+    """A pyarrow.parquet.ParquetFile. By bytes, because pyarrow takes names that are not UTF-8 in no other way."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.OSFile(os.fsencode(path)) as raw, pyarrow.parquet.ParquetFile(raw) as opened:
+        yield opened
 
 
 def damage() -> tuple[type[Exception], ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from pipeline.data.text import Tokens, mixed, tokens
+from pipeline.data.text import Tokens, mixed, normalise, tokens
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
 
@@ -40,7 +40,7 @@ class Phrases:
     """Phrases as runs of token hashes."""
 
     def __init__(self, listed: list[str]):
-        texts = sorted({text for text in listed if text})
+        texts = sorted({text for text in map(normalise, listed) if text})  # the form of the texts that are searched
         hashed = tokens(texts) if texts else None
         self.by_length: dict[int, np.ndarray] = {}
         first = []
@@ -132,5 +132,7 @@ def _lines(files: tuple[str, ...], builtin: tuple[str, ...], where: str) -> list
                 ) from None
             except UnicodeDecodeError:
                 raise UserError(f"{where}: {name} is no UTF-8 text; give a file with one entry a line") from None
+            except OSError as error:
+                raise UserError(f"{where}: {name} cannot be read: {error.strerror}") from None
             found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return found

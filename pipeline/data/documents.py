@@ -1,16 +1,31 @@
 """Reading what `clean` published."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.artifact import Artifact
+from pipeline.data.arrow import damage, first_line, opened_table
+from pipeline.errors import UserError
 
 
 def documents(artifact: Artifact, split: str) -> Iterator[tuple[str, str, str]]:
     """(text, source, id) of each document of the split `train` or `heldout`, in the published order; one row group
-    in memory at a time."""
-    import pyarrow.parquet
-
+    in memory at a time. Raises UserError for a damaged file."""
     for path in sorted((artifact.path / split).glob("part-*.parquet")):
-        with pyarrow.parquet.ParquetFile(path) as opened:
+        with readable(path), opened_table(path) as opened:
             for batch in opened.iter_batches(batch_size=1024, columns=["text", "source", "id"], use_threads=False):
                 yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A file of stage clean is read while this is open; its damage is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except damage() as error:
+        raise UserError(
+            f"{path}: cannot be read as parquet ({first_line(error)}); run stage clean again with --restart"
+        ) from None

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.data.globs import find
+from pipeline.data.tokens import DamagedArray, mapped_array
 from pipeline.errors import Absent, UserError
 from pipeline.files import hashes
 from pipeline.fingerprint import Recorded
@@ -220,9 +221,9 @@ def _numpy(path: Path, source: Shards) -> Shard:
             )
         return Shard(path, _mapped(path, np.dtype(source.dtype).newbyteorder("<")), None)
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a numpy array ({error})") from None
+        tokens = mapped_array(path)
+    except DamagedArray as error:
+        raise UserError(f"{path}: cannot be read as a numpy array ({error}); write it again") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise UserError(
             f"{path}: holds {tokens.dtype} {list(tokens.shape)}; expected one row of token ids, such as uint16"

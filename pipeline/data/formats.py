@@ -16,6 +16,7 @@ from pipeline.data.charset import shown, transcoded
 # bound.
 MAX_RECORD_BYTES = 64 << 20
 EXCERPT = 200
+NULS = "NUL characters, as UTF-16 text has when it is read as UTF-8"
 BLANK = 256  # bytes of the longest blank line that parts paragraphs of two chunks
 BOM = b"\xef\xbb\xbf"
 
@@ -129,7 +130,9 @@ def _long(raw: bytes | bytearray, place: str, encoding: str | None) -> Bad:
 
 def _decoded(raw: bytes, place: str, encoding: str | None) -> str | Bad:
     try:
-        return raw.decode()
+        text = raw.decode()
+        many = 0 < len(text) < 8 * text.count("\0")
+        return Bad(place, NULS, shown(raw[:EXCERPT], encoding)) if many else text
     except UnicodeDecodeError as error:
         return Bad(place, f"invalid {encoding or 'UTF-8'}", shown(raw[max(0, error.start - 40) :][:EXCERPT], encoding))
 
@@ -150,6 +153,9 @@ def _json(raw: bytes, place: str, encoding: str | None) -> Any:
 # ---- file -> chunks --------------------------------------------------------------------------------------------------
 
 
+WITHOUT_MARK = "{0} without a byte order mark; say encoding: {0}-le or {0}-be"
+
+
 class TornFile(Exception):
     """A compressed file that ends too early or is damaged."""
 
@@ -157,7 +163,10 @@ class TornFile(Exception):
 def blocks_of(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes]:
     """Bytes of a file in blocks, unpacked by suffix and in UTF-8; of at most `size` where nothing is unpacked. Raises
     TornFile where the rest cannot be unpacked."""
-    return transcoded(_unpacked(path, size), encoding) if encoding else _unpacked(path, size)
+    try:
+        yield from transcoded(_unpacked(path, size), encoding) if encoding else _unpacked(path, size)
+    except UnicodeError:  # bytes that stand for nothing are kept; this is of decoders that begin with a mark
+        raise TornFile(WITHOUT_MARK.format(encoding)) from None
 
 
 def _unpacked(path: Path, size: int) -> Iterator[bytes]:

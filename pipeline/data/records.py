@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.data.formats import EXCERPT, Asked, Bad, Chunk, Passed, Repaired, values
+from pipeline.data.formats import EXCERPT, NULS, Asked, Bad, Chunk, Passed, Repaired, values
 from pipeline.data.sources import Source, chunks
 from pipeline.data.templates import look_up, render
 
@@ -86,7 +86,7 @@ def other_encoding(source: Source, reason: str) -> str:
     """What to do, to be put behind a sentence, where text is not in the encoding that it was read in."""
     if source.encoding and reason == f"invalid {source.encoding}":
         return f"; the source says encoding: {source.encoding}, and its files are in another one, or damaged"
-    if reason == "invalid UTF-8":
+    if reason in ("invalid UTF-8", NULS):
         return "; text that is not UTF-8 needs to say what it is, such as encoding: gb18030 (or big5, utf-16, latin-1)"
     return ""
 

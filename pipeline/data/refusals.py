@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.chain import say
 from pipeline.data import records as reading
-from pipeline.data.formats import Asked, Bad, Passed
+from pipeline.data.formats import WITHOUT_MARK, Asked, Bad, Passed
 from pipeline.data.json_files import BROKEN
 from pipeline.data.sources import Source, chunks
 from pipeline.data.tables import REPEATED
@@ -60,6 +60,8 @@ def refuse(report: dict, sources: dict[str, Source], max_bad: float, holdout: fl
                     f"WARNING sources.{name}: {number} file{'s end' if number > 1 else ' ends'} early ({reason}); what"
                     f" follows is lost: fetch again (places: {folder / 'rejected' / name}.jsonl.zst)"
                 )
+            if reason in (WITHOUT_MARK.format("utf-16"), WITHOUT_MARK.format("utf-32")):
+                say(f"WARNING sources.{name}: {many(number, 'file')} cannot be read: {reason}")
             if reason == BROKEN:
                 say(
                     f"WARNING sources.{name}: {many(number, 'json file')} {'is' if number == 1 else 'are'} malformed;"

@@ -1,13 +1,12 @@
 """Tables cut into chunks: csv and tsv, parquet."""
 
 import csv
-import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.data.arrow import damage, first_line, repeated
+from pipeline.data.arrow import damage, first_line, opened_table, repeated
 from pipeline.data.charset import shown
 from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Asked, Bad, Chunk, bad_chunk, line_chunks
 
@@ -130,7 +129,7 @@ def parquet_pieces(
     are large."""
     with ExitStack() as stack:
         try:
-            opened = stack.enter_context(_opened(path))
+            opened = stack.enter_context(opened_table(path))
             names = opened.schema_arrow.names
         except damage() as error:
             yield bad_chunk(relative, 1, "damaged parquet data", first_line(error))
@@ -161,16 +160,6 @@ def parquet_pieces(
             row += rows
         if row > first:
             yield first, row, weight
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator:
-    """A pyarrow.parquet.ParquetFile. By bytes, because pyarrow takes names that are not UTF-8 in no other way."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with pyarrow.OSFile(os.fsencode(path)) as raw, pyarrow.parquet.ParquetFile(raw) as opened:
-        yield opened
 
 
 def wanted_columns(names: list[str], asked: Asked, whole: bool) -> list[str] | None:
@@ -218,7 +207,7 @@ def parquet_rows(
 ) -> Iterator[Chunk]:
     """Rows [begin, end). Damage costs the row group that it is in, and no other, and is told by whoever has the first
     row of it."""
-    with _opened(path) as opened:
+    with opened_table(path) as opened:
         columns, after = wanted_columns(opened.schema_arrow.names, asked, whole), 0
         for group in range(opened.metadata.num_row_groups):
             row, after = after, after + opened.metadata.row_group(group).num_rows

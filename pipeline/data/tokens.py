@@ -121,6 +121,20 @@ def token_bytes(tokenizer) -> np.ndarray:
     return sizes
 
 
+class DamagedArray(Exception):
+    """A file that is no numpy array, or one that is cut off."""
+
+
+def mapped_array(path: Path) -> np.ndarray:
+    """A .npy file, memory-mapped and read-only. Raises DamagedArray or FileNotFoundError."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # its header is a literal of Python: SyntaxError, TokenError, OverflowError, ...
+        raise DamagedArray(f"{type(error).__name__}: {error}"[:200]) from None
+
+
 SCAN = 2**26  # tokens looked at together
 
 
@@ -143,15 +157,19 @@ class TokenStore:
     def __init__(self, folder: Path | str, split: str = "train"):
         self.folder, self.split = Path(folder), split
         try:
-            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-            shards = index["splits"][split]
-            self.vocab_size, self.eos_id, self.dtype = index["vocab_size"], index["eos_id"], np.dtype(index["dtype"])
+            self._open_index()
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no index.json, so it is not the output of stage pack") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.folder / 'index.json'}: damaged ({error!r}); run stage pack again with --restart"
-            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # no JSON, or another tree
+            why = f"damaged ({type(error).__name__}: {error})"[:200]
+            raise UserError(f"{self.folder / 'index.json'}: {why}; run stage pack again with --restart") from None
+
+    def _open_index(self) -> None:
+        index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+        shards = index["splits"][self.split]
+        self.vocab_size, self.eos_id, self.dtype = index["vocab_size"], index["eos_id"], np.dtype(index["dtype"])
         if not 0 <= self.eos_id < self.vocab_size:
             raise UserError(
                 f"{self.folder / 'index.json'}: eos_id {self.eos_id} is beyond the vocabulary of {self.vocab_size};"
@@ -192,10 +210,10 @@ class TokenStore:
     def _open(self, name: str, shape: tuple, dtype: np.dtype) -> np.ndarray:
         path = self.folder / name
         try:
-            array = np.load(path, mmap_mode="r")
+            array = mapped_array(path)
         except FileNotFoundError:
             raise UserError(f"{path}: is missing; run stage pack again with --restart") from None
-        except (ValueError, EOFError, OSError) as error:
+        except DamagedArray as error:
             raise UserError(f"{path}: damaged ({error}); run stage pack again with --restart") from None
         if array.shape != shape or array.dtype != dtype:
             raise UserError(
