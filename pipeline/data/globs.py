@@ -119,8 +119,8 @@ def _mode(path: str, where: str) -> int | None:
         raise UserError(f"{where}: {path} cannot be read: {error.strerror}") from None
 
 
-def _dangling(path: str, where: str) -> UserError:
-    return UserError(
+def _dangling(path: str, where: str) -> Absent:
+    return Absent(
         f"{where}: {path} is a link to {os.readlink(path)}, which does not exist; restore that, or remove the link"
     )
 
