@@ -11,7 +11,7 @@ shards are written:
                                                             like it, itself included), language (if it was asked for),
                                                             address (a hash of it, with dedup.url)
     rejected/SOURCE.jsonl.zst                               every record that is in neither: place, reason, how it
-                                                            begins
+                                                            begins (keep_rejected: full has its whole text)
     report.json                                             counts by source and reason; read = kept + each rejection
 
 The result depends on the content of the sources and the recipe alone, not on workers, unit size, order of completion or
@@ -85,6 +85,10 @@ class Config(StageConfig):
     holdout: float = Field(0.01, ge=0, lt=1)
     """Share of documents held out for evaluation, chosen by hash after deduplication, so that no held-out text has a
     duplicate in training."""
+    keep_rejected: Literal["excerpt", "full"] = "excerpt"
+    """What rejected/ holds of a document that is left out: its first 200 characters, or beside them its whole text,
+    normalised and masked like the text of the shards, so that a rejection can be judged. Of what could not be
+    parsed it is the beginning in both."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
     """Largest share of unreadable records that a source may have (of its pages, not counting the requests and images of
     a web archive); more of them end the stage, for then the source is not what the recipe says."""

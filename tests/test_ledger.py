@@ -215,3 +215,38 @@ def test_inspect_refuses_what_is_not_there(made):
     ):
         code, text = inspect(made, "a.yaml", *words)
         assert code == 2 and said in text and "Traceback" not in text and text.count("error:") == 1, text
+
+
+@pytest.mark.parametrize("unit_bytes", [2000, 4 << 20])
+def test_rejected_documents_are_kept_whole_where_that_is_asked_for(tmp_path, unit_bytes):
+    """correctness 24: filtered ones, duplicates, and records whose text is missing; masked, and nothing else changes."""
+    rng = random.Random(24)
+    long = prose(rng, "en", 200)
+    filtered = "\n".join(["mail me at jane.doe@mail.org"] + [prose(rng, "zh", 40)] * 30)
+    rows = [{"text": long}, {"text": long}, {"text": filtered}, {"text": prose(rng, "en", 300)}]
+    rows += [
+        {"body": "x" * 900},
+        {"text": "too short"},
+        {"text": long.replace(long[40:44], "wxyz") + " jane.doe@mail.org"},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows] + ['{"broken": ' + "y" * 900]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    made = {}
+    for keep in ("excerpt", "full"):
+        block = {"sources": {"s": {"path": "a.jsonl"}}, "mask": {"use": ["email"]}, "max_bad": 1, "holdout": 0}
+        block |= {"unit_bytes": unit_bytes, "workers": 1, "keep_rejected": keep}
+        (tmp_path / f"{keep}.yaml").write_text(json.dumps({"name": keep, "seed": 1, "stages": {"clean": block}}))
+        succeed("clean", f"{keep}.yaml", cwd=tmp_path)
+        made[keep] = tmp_path / "runs" / keep / "clean/current"
+    short, full = rejected(made["excerpt"], "s"), rejected(made["full"], "s")
+    assert [{key: value for key, value in entry.items() if key != "text"} for entry in full] == short
+    assert not any("text" in entry for entry in short)
+    texts = {(entry["status"], entry["reason"]): entry.get("text") for entry in full}
+    assert texts["filtered", "repeated_lines"] == filtered.replace("jane.doe@mail.org", "[EMAIL]")
+    assert texts["filtered", "too_short"] == "too short"
+    assert texts["duplicates", "exact"] == long
+    assert len(texts["duplicates", "near"]) >= len(long) and texts["duplicates", "near"][:40] == long[:40]
+    assert json.loads(texts["bad", "missing field"]) == {"body": "x" * 900}
+    assert texts["bad", "malformed JSON"] is None  # it is a part of no record
+    for name in ("report.json", "train/part-00000.parquet"):
+        assert (made["excerpt"] / name).read_bytes() == (made["full"] / name).read_bytes()

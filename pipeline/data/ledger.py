@@ -47,7 +47,8 @@ def account(
             for path, rows, at, before in zip(
                 paths, index.rows[name], index.begins[name], index.lines[name], strict=True
             ):
-                outcome = outcomes.at_lines(outcomes.read(path, ACCOUNTED).slice(0, rows), before)
+                columns = [*ACCOUNTED, "text"] if steps.keep_rejected == "full" else ACCOUNTED
+                outcome = outcomes.at_lines(outcomes.read(path, columns).slice(0, rows), before)
                 rejections.add(name, outcome)
                 for evaluation, items in map(json.loads, filter(None, outcome["matched"].to_pylist())):
                     entry = matched.setdefault(evaluation, {"documents": 0, "items_found": set()})
@@ -81,6 +82,8 @@ def account(
                         "value": rejections.tripped(row),
                         "excerpt": row["excerpt"],
                     }
+                    if steps.keep_rejected == "full" and (text := row["text"] if ok[i] else row["whole"]) is not None:
+                        entry["text"] = text
                     if ok[i]:
                         original = index.original[document[i]]
                         if original != document[i]:

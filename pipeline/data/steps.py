@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.data.block import Block, blocked, phrases
 from pipeline.data.decontaminate import Decontaminate
-from pipeline.data.dedup import Dedup, Near, signatures, signed
+from pipeline.data.dedup import Dedup, signatures, signed
 from pipeline.data.filters import BASIC, Filters, measure
 from pipeline.data.formats import EXCERPT
 from pipeline.data.language import Language, detect, kinds, kinds_by_script
@@ -41,6 +41,7 @@ class Steps:
     models: Path = Path()  # where the trained models are
     dedup: Dedup = Dedup()
     decontaminate: Decontaminate | None = None
+    keep_rejected: str = "excerpt"
     runs: Path | None = None  # the file of decontaminate.save
 
 
@@ -178,7 +179,7 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
             if counts:
                 final[index] = text
                 changed[index].update(counts)
-    _fill(raw, texts, final, failed, [name for name, _ in reasons(steps)], shingled, steps.dedup.near, steps.mask)
+    _fill(raw, texts, final, failed, shingled, steps)
     for index, (row, _) in enumerate(raw):
         if final[index] is not texts[index] and len(final[index].split("\n")) < len(texts[index].split("\n")):
             changed[index]["lines"] = texts[index].count("\n") - final[index].count("\n")
@@ -189,15 +190,9 @@ def judge(raw: list[tuple[dict, str]], steps: Steps) -> None:
 
 
 def _fill(
-    raw: list[tuple[dict, str]],
-    texts: list[str],
-    final: list[str],
-    failed: np.ndarray,
-    names: list[str],
-    shingled: tuple,
-    near: Near | None,
-    mask: Mask,
+    raw: list[tuple[dict, str]], texts: list[str], final: list[str], failed: np.ndarray, shingled: tuple, steps: Steps
 ) -> None:
+    names, near = [name for name, _ in reasons(steps)], steps.dedup.near
     first = np.where(failed.any(1), failed.argmax(1), -1).tolist()
     masks = (failed @ (np.int64(1) << np.arange(len(names), dtype=np.int64))).tolist()
     good = [i for i in range(len(raw)) if first[i] < 0]
@@ -210,13 +205,13 @@ def _fill(
             table.update(zip(others, map(bytes, signed([final[i] for i in others], near)), strict=True))
     for index, (row, _) in enumerate(raw):
         row["failed"] = masks[index]
-        row["excerpt"] = excerpt(texts[index], mask)
+        row["excerpt"] = excerpt(texts[index], steps.mask)
         if first[index] >= 0:
-            row.update(status="filtered", reason=names[first[index]])
+            row.update(status="filtered", reason=names[first[index]], whole=whole(texts[index], steps))
     for index, signature in sorted(table.items()):
         row, text = raw[index][0], final[index]
         if not text.strip():
-            row.update(status="filtered", reason="nothing_left")
+            row.update(status="filtered", reason="nothing_left", whole=whole(texts[index], steps))
             continue
         data = text.encode()
         row.update(text=text, size=len(data), hash=hashlib.blake2b(data, digest_size=16).digest(), signature=signature)
@@ -226,6 +221,11 @@ def excerpt(text: str, mask: Mask) -> str:
     """How a text begins, for the report and what was left out. What the recipe masks is masked here, too; more than
     an excerpt is read, so that nothing is cut in two before it is seen."""
     return masked(text[: 4 * EXCERPT], mask)[0][:EXCERPT]
+
+
+def whole(text: str, steps: Steps) -> str | None:
+    """What rejected/ keeps of a text beside its excerpt: with keep_rejected: full all of it, masked."""
+    return masked(text, steps.mask)[0] if steps.keep_rejected == "full" else None
 
 
 def _of(shingled: tuple[np.ndarray, np.ndarray], rows: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,13 +24,14 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
     from pipeline.data.block import Block
     from pipeline.data.steps import Steps
 
-# A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `bytes` of the raw and
-# `size` of the normalised text; `hash` of the latter; `address`: hash of its URL; `signature` for near duplicates;
-# `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that could be
-# read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see
-# data/steps.py), `changed` (what was done to its text: JSON) and `matched` (the evaluation set that it has text of, and
-# its items: JSON). Where the unit is a part of a file, lines in `place` count from its beginning; the metadata
-# `lines` has whether that is so, and how many lines end in the unit (see outcomes.at_lines).
+# A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `whole`: the text of a
+# document that is left out, with keep_rejected: full; `bytes` of the raw and `size` of the normalised text; `hash` of
+# the latter; `address`: hash of its URL; `signature` for near duplicates; `counted`: 1 if the record counts towards
+# `limit`; `language`, if it was asked for; of every document that could be read, `kind` (which thresholds judge it),
+# `statistics` (float32), `failed` (a bit for each rule; both see data/steps.py), `changed` (what was done to its text:
+# JSON) and `matched` (the evaluation set that it has text of, and its items: JSON).
+# Where the unit is a part of a file, lines in `place` count from its beginning; the metadata `lines` has whether that
+# is so, and how many lines end in the unit (see outcomes.at_lines).
 OUTCOME = (
     "place",
     "id",
@@ -38,6 +39,7 @@ OUTCOME = (
     "reason",
     "excerpt",
     "text",
+    "whole",
     "bytes",
     "size",
     "hash",
@@ -79,7 +81,7 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
     `limit`."""
     import pyarrow
 
-    from pipeline.data.steps import excerpt, judge
+    from pipeline.data.steps import excerpt, judge, whole
 
     rows, raw, chunks, lines = [], [], [], 0
     for piece in unit:
@@ -104,13 +106,15 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
             text = reading.text_of(source, item)
             row["bytes"] = len(text) if text.isascii() else len(text.encode())
         except MissingField:
+            shown = _valid(json.dumps(item.fields, ensure_ascii=False, default=str))
             row.update(
-                status="bad",
-                reason="missing field",
-                excerpt=excerpt(_valid(json.dumps(item.fields, ensure_ascii=False, default=str)), steps.mask),
+                status="bad", reason="missing field", excerpt=excerpt(shown, steps.mask), whole=whole(shown, steps)
             )
         except UnicodeEncodeError:  # JSON may spell half of a surrogate pair
-            row.update(status="bad", reason="lone surrogate", excerpt=excerpt(_valid(text), steps.mask))
+            shown = _valid(text)
+            row.update(
+                status="bad", reason="lone surrogate", excerpt=excerpt(shown, steps.mask), whole=whole(shown, steps)
+            )
         else:
             row["address"] = address_of(steps.dedup.url, item)
             row["url"] = url_of(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
