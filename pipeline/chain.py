@@ -5,6 +5,7 @@ run by hand, by a launcher or by the chain goes through the same few lines (`run
 """
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import io
@@ -21,10 +22,21 @@ from ruamel.yaml import YAML
 from pipeline.artifact import Artifact
 from pipeline.errors import Problems, Stopped, UserError
 from pipeline.files import write_atomic
-from pipeline.graph import Node, ancestors, check, examine_one, find_inputs, mark_absent, nodes, source_identity
+from pipeline.graph import (
+    Node,
+    ancestors,
+    as_run,
+    check,
+    examine_one,
+    find_inputs,
+    mark_absent,
+    nodes,
+    records,
+    source_identity,
+)
 from pipeline.output import Output, link
 from pipeline.recipe import Recipe, dump, load, module_of
-from pipeline.unfinished import fork_source
+from pipeline.unfinished import NothingToFork, fork_source
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 # What a machine can refuse, and what its user can do.
@@ -75,17 +87,7 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
         say(f"{name}: up to date ({node.reason})", rank)
         return node.output
     output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
-    parents = {
-        key: {
-            "stage": parent.stage,
-            "kind": parent.kind,
-            "fingerprint": parent.fingerprint,
-            "digest": parent.digest,
-            "path": os.path.relpath(parent.path, node.folder),
-        }
-        for key, parent in node.inputs.items()
-    }
-    output.open(config=dump(node.config), parents=parents, restart=restart, fork=fork)
+    output.open(config=dump(node.config), parents=records(node, graph), restart=restart, fork=fork)
     try:
         if output.published:
             say(f"{name}: up to date ({output.published.path.name})", rank)
@@ -101,8 +103,8 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
             with Watch(output, node.config.watch):
                 metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
             return output.publish(metrics) if rank == 0 else None
-    except UserError:
-        output.drop_if_empty()
+    except UserError as error:
+        output.end_with_error(str(error))
         raise
     finally:
         output.close()
@@ -240,6 +242,8 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     _writable(recipe)
     forced = set(only) if only else set(graph)
     absent = _refuse_early(recipe, graph, wanted, forced if restart else set(), set(only))
+    if fork:
+        _refuse_forks(graph, wanted - absent)
     for name, node in graph.items():
         if name not in wanted:
             continue
@@ -256,10 +260,13 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
             say(f"{name}: up to date{f' ({node.reason})' if node.absent else ''}")
             continue
         say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
-        _launch(node, recipe, restart=again, fork=fork and node.state != "interrupted" and _can_fork(node))
-        examine_one(node, graph)
+        _launch(node, recipe, restart=again, fork=fork and _can_fork(node, graph, named=name in only))
+        examine_one(node, graph, running=False)  # another run may have started here since
         if node.state != "up to date":
-            raise AssertionError(f"stage {name} ended well and is {node.state}: {node.reason}")
+            raise UserError(
+                f"stage {name} has finished, and is {node.state} since: {node.reason or 'its output is gone'}; another"
+                " run, or a change of its sources, came in between: run the same command again"
+            )
     return graph
 
 
@@ -304,14 +311,31 @@ def _refuse_early(
     return absent
 
 
-def _can_fork(node: Node) -> bool:
-    """A stage whose inputs changed with the fork of an earlier one has nothing to go on from: it is run from its
-    start."""
-    try:
-        fork_source(node.folder, node.identity, dump(node.config), node.name)
-        return True
-    except UserError:
+def _refuse_forks(graph: dict[str, Node], wanted: set[str]) -> None:
+    """Refuse a --fork whose checkpoints cannot be used before any stage runs, where that can be told already."""
+    for name, node in graph.items():
+        if name in wanted and node.identity and node.state not in ("up to date", "interrupted") and _trains(node):
+            with contextlib.suppress(NothingToFork):
+                fork_source(node.folder, as_run(node, graph), name)
+
+
+def _can_fork(node: Node, graph: dict[str, Node], named: bool) -> bool:
+    """Whether --fork gives a stage that is about to run a checkpoint to continue from. Says so if not; a stage that
+    the command line names, or one whose checkpoints cannot be used, is refused."""
+    if node.state == "interrupted" or not _trains(node):
         return False
+    try:
+        fork_source(node.folder, as_run(node, graph), node.name)
+    except NothingToFork as nothing:
+        if named:
+            raise
+        say(f"{node.name}: --fork has no checkpoint to continue from ({nothing.reason}): it starts from step 0")
+        return False
+    return True
+
+
+def _trains(node: Node) -> bool:
+    return "save" in type(node.config).model_fields
 
 
 def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:

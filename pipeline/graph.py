@@ -12,13 +12,14 @@ from pathlib import Path
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
+from pipeline.changes import explain, record
 from pipeline.errors import Absent, Problems, UserError
 from pipeline.files import sha256_file
-from pipeline.fingerprint import Recorded, differences, fingerprint_of
+from pipeline.fingerprint import Recorded, fingerprint_of
 from pipeline.lock import describe_holder, lock_holder
-from pipeline.recipe import Recipe, StageConfig, identity, module_of
+from pipeline.recipe import Recipe, StageConfig, dump, identity, module_of
 from pipeline.recipe_file import shown
-from pipeline.unfinished import restarting
+from pipeline.unfinished import partials, restarting, worth_keeping
 
 
 @dataclass
@@ -269,9 +270,19 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
             node.output = artifact.current(node.folder)
             node.state, node.reason = "stale" if node.output else "missing", "; ".join(error.lines)
         else:
-            _compare(node)
+            _compare(node, graph)
     if writer:
         node.state, node.reason = "running", describe_holder(writer)
+
+
+def as_run(node: Node, graph: dict[str, Node]) -> dict:
+    """What run.json would say of a run of this stage now."""
+    return {"identity": node.identity, "config": dump(node.config), "parents": records(node, graph)}
+
+
+def records(node: Node, graph: dict[str, Node]) -> dict[str, dict]:
+    """What a stage's manifest says of its inputs."""
+    return {key: record(found, node.folder, node.parents[key] not in graph) for key, found in node.inputs.items()}
 
 
 def find_inputs(node: Node, graph: dict[str, Node]) -> None:
@@ -310,7 +321,7 @@ def find_inputs(node: Node, graph: dict[str, Node]) -> None:
     raise reason
 
 
-def _compare(node: Node) -> None:
+def _compare(node: Node, graph: dict[str, Node]) -> None:
     """State of a stage whose parents are all up to date."""
     fingerprint = fingerprint_of(node.identity)
     published = artifact.current(node.folder)
@@ -333,10 +344,15 @@ def _compare(node: Node) -> None:
         node.reason = f"at step {int(steps[-1].removeprefix('step-'))}" if steps else "before its first checkpoint"
     elif published:
         node.output = published
-        node.state, node.reason = (
-            "stale",
-            "; ".join(differences(published.manifest["identity"], node.identity)) or "made by another version",
-        )
+        node.state, node.reason = "stale", "; ".join(_changes(node, graph, published.manifest))
+    elif others := [path for path in partials(node.folder) if worth_keeping(path)]:
+        made = json.loads((others[-1] / "run.json").read_text(encoding="utf-8"))
+        node.reason = f"{others[-1].name} was made by another recipe: {'; '.join(_changes(node, graph, made))}"
+
+
+def _changes(node: Node, graph: dict[str, Node], before: dict) -> list[str]:
+    """What changed since a run, as its manifest.json or run.json has it."""
+    return explain(node.folder, before, as_run(node, graph))
 
 
 def _say_what_is_absent(node: Node) -> None:

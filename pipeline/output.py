@@ -12,12 +12,13 @@ from pathlib import Path
 
 from pipeline import faults
 from pipeline.artifact import SCHEMA_VERSION, Artifact, content_files, digest_of, read
+from pipeline.changes import explain
 from pipeline.errors import UserError
 from pipeline.files import hash_files, now, sync_folder, sync_tree, write_json
-from pipeline.fingerprint import differences, fingerprint_of
+from pipeline.fingerprint import fingerprint_of
 from pipeline.lock import Lock
 from pipeline.software import software
-from pipeline.unfinished import fork_source, has_work, partials, restarting
+from pipeline.unfinished import can_fork, fork_source, has_work, partials, restarting, worth_keeping
 
 
 class Output:
@@ -32,6 +33,7 @@ class Output:
         self.lock = Lock(folder)
         self.info: dict = {}
         self.published: Artifact | None = None
+        self._forked: dict[Path, Path] = {}  # unfinished runs that a fork took the place of, and where they are now
 
     def open(self, *, config: dict, parents: dict, restart: bool = False, fork: bool = False) -> "Output":
         """Take the lock; go on in the unfinished folder of the same fingerprint, or make a new one. Refuses another
@@ -58,23 +60,35 @@ class Output:
         if self.published:
             return
         for path in partials(self.folder):
-            if path != self.path and not has_work(path):  # ended by a mistake in the recipe, or killed at its start
+            if path == self.path:
+                continue
+            if not has_work(path):  # ended by a mistake in the recipe, or killed at its start
                 shutil.rmtree(path)
+            elif not worth_keeping(path):
+                kept = _set_aside(path, "failed")
+                print(
+                    f"{self.stage}: an unfinished run of another recipe, from which nothing can be resumed, is now"
+                    f" {kept}; delete it when you no longer need it",
+                    flush=True,
+                )
         others = [path for path in partials(self.folder) if path != self.path]
         if restart:
             for path in others if begun else partials(self.folder):
                 _set_aside(path)
         elif others and not fork:
-            before = json.loads((others[-1] / "run.json").read_text())["identity"]
+            before = json.loads((others[-1] / "run.json").read_text(encoding="utf-8"))
+            wanted = {"identity": self.identity, "config": config, "parents": parents}
+            fork_too = ", or --fork to continue from its last checkpoint under the new recipe"
             raise UserError(
                 f"{others[-1]}: an unfinished run of stage {self.stage} was made by another recipe. Changed since:"
-                f" {'; '.join(differences(before, self.identity))}. Put the recipe back to finish it, or give --restart"
-                " to begin anew, or --fork to go on from its last checkpoint under the new recipe"
+                f" {'; '.join(explain(self.folder, before, wanted))}. Put the recipe back to finish it, or give"
+                f" --restart to start again{fork_too if can_fork(self.folder, wanted, self.stage) else ''}"
             )
         known = self.path / "run.json"
         if known.exists():
             self.info = json.loads(known.read_text())
             self.info["resumed"] = self.info.get("resumed", 0) + 1
+            self.info.pop("ended", None)
         else:
             self.info = {
                 "fingerprint": self.fingerprint,
@@ -85,22 +99,19 @@ class Output:
                 "restart": restart,
             }
             if fork:
-                self.info["forked_from"] = (
-                    fork_source(self.folder, self.identity, config, self.stage)
-                    .relative_to(self.folder.resolve())
-                    .as_posix()
-                )
+                wanted = {"identity": self.identity, "config": config, "parents": parents}
+                source = fork_source(self.folder, wanted, self.stage)
+                self.info["forked_from"] = source.relative_to(self.folder.resolve()).as_posix()
         self.config, self.parents = config, parents
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(known, {**self.info, "config": config, "parents": parents, "stage": self.stage, "kind": self.kind})
+        self._write_info()
         # The word of the fork stands before the copy and the old run is set aside after it, so that a kill in between
         # is gone on from.
         if self.info.get("forked_from") and not list(self.path.glob("checkpoints/step-*/complete.json")):
             self._copy_checkpoint(self.folder / self.info["forked_from"])
         faults.point("fork")
         if fork:
-            for path in others:
-                _set_aside(path)
+            self._forked = {path: _set_aside(path) for path in others}
         self._clock = time.time()
 
     def _finish_publishing(self) -> Artifact | None:
@@ -179,20 +190,43 @@ class Output:
         self.path = self.final
         return read(self.final)
 
-    def drop_if_empty(self) -> None:
-        """Leave no folder behind for a mistake that was found before any work was done."""
-        if self.is_main and self.path.exists() and not has_work(self.path):
+    def end_with_error(self, message: str) -> None:
+        """After a UserError: leave nothing behind that no work was done for, and note what the run ended with, so that
+        it does not keep a corrected recipe from starting."""
+        if not self.is_main or not self.path.exists():
+            return
+        if self._forked_in_vain():
+            for before, now_at in self._forked.items():
+                os.rename(now_at, before)
             shutil.rmtree(self.path)
+        elif not has_work(self.path):
+            shutil.rmtree(self.path)
+        else:
+            self.info["ended"] = message
+            self._write_info()
+
+    def _forked_in_vain(self) -> bool:
+        """Whether this run has nothing but the checkpoint that it was forked from, which is still where it was."""
+        source = self.info.get("forked_from")
+        if not source or (self.path / "logs" / "spikes").exists():  # an error message names its rows
+            return False
+        at = self.folder / source
+        there = at.exists() or any(at.is_relative_to(path) for path in self._forked)
+        made = {path.parent.name for path in self.path.glob("checkpoints/step-*/complete.json")}
+        return there and made <= {at.name}
 
     def note_time(self) -> None:
         """Keep the seconds spent so far, so that a killed run's time is counted; called when something was saved."""
         if self.is_main:
             self.info["seconds"] = self.spent()
             self._clock = time.time()
-            write_json(
-                self.path / "run.json",
-                {**self.info, "config": self.config, "parents": self.parents, "stage": self.stage, "kind": self.kind},
-            )
+            self._write_info()
+
+    def _write_info(self) -> None:
+        write_json(
+            self.path / "run.json",
+            {**self.info, "config": self.config, "parents": self.parents, "stage": self.stage, "kind": self.kind},
+        )
 
     def spent(self) -> float:
         """Seconds that this output has been worked on, by killed runs too. Main process only."""
@@ -213,11 +247,9 @@ def link(folder: Path, target: Path) -> None:
     sync_folder(folder)
 
 
-def _set_aside(path: Path, why: str = "abandoned") -> None:
-    """An abandoned or damaged run keeps its files under another name: nothing is deleted by a run."""
-    os.rename(
-        path,
-        path.with_name(
-            f"{path.name.removesuffix('.partial')}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-        ),
-    )
+def _set_aside(path: Path, why: str = "abandoned") -> Path:
+    """Rename an abandoned or damaged run; returns where it is now. Nothing is deleted by a run."""
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    target = path.with_name(f"{path.name.removesuffix('.partial')}.{why}-{stamp}")
+    os.rename(path, target)
+    return target

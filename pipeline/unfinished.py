@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from pipeline.artifact import current
+from pipeline.changes import explain
 from pipeline.errors import UserError
 from pipeline.files import damage_of
-from pipeline.fingerprint import differences
 
 
 def partials(folder: Path) -> list[Path]:
@@ -27,36 +27,63 @@ def restarting(partial: Path) -> bool:
     )
 
 
-def fork_source(folder: Path, identity: dict, config: dict, stage: str) -> Path:
-    """The checkpoint that --fork goes on from: the newest of the newest run, before the wanted last step, of a run
-    on the same inputs. Raises UserError."""
+class NothingToFork(UserError):
+    """No earlier run of a stage has a checkpoint that --fork could continue from, on the same inputs; `reason` says
+    what there is."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def fork_source(folder: Path, after: dict, stage: str) -> Path:
+    """The checkpoint that --fork continues from: the newest of the newest run, before the wanted last step, of a run
+    on the same inputs. `after` is the wanted run (changes.explain).
+
+    Raises NothingToFork; or UserError if there are such checkpoints and none of them can be used.
+    """
     published = current(folder)
-    refused = "there is none"
+    last = _last_step(after["config"])
+    reasons, unusable = [], []
     for run in [*reversed(partials(folder)), *([published.path] if published else [])]:
-        before = json.loads((run / "run.json").read_text())["identity"]
-        steps = sorted(
-            (path.parent for path in run.glob("checkpoints/step-*/complete.json")),
-            key=lambda path: int(path.name.removeprefix("step-")),
-        )
-        changed = differences(
-            {key: before.get(key) for key in ("parents", "sources")},
-            {key: identity.get(key) for key in ("parents", "sources")},
-        )
-        early = [step for step in steps if int(step.name.removeprefix("step-")) < (config.get("steps") or float("inf"))]
-        if steps and changed:
-            refused = f"{run.name} was made from other inputs ({'; '.join(changed)})"
-        elif steps and not early:
-            refused = f"{run.name} is at {steps[-1].name} already and the recipe asks for {config['steps']} steps"
-        for path in reversed(early if not changed else []):
+        steps = sorted((path.parent for path in run.glob("checkpoints/step-*/complete.json")), key=_number)
+        if not steps:
+            continue
+        before = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        changed = explain(folder, before, after, keys=("parents", "sources"))
+        if changed:
+            reasons.append(f"{run.name} was made from other inputs ({'; '.join(changed)})")
+            continue
+        early = [step for step in steps if last is None or _number(step) < last]
+        if not early:
+            unusable.append(
+                f"{run.name} is at {steps[-1].name} already and the recipe asks for {last} steps (its"
+                f" first checkpoint that is left is {steps[0].name}); ask for more steps"
+            )
+        for path in reversed(early):
             damaged = _torn(path)
             if damaged is None:
                 return folder.resolve() / run.name / "checkpoints" / path.name
             print(f"checkpoint {path} is damaged ({damaged}) and passed over", flush=True)
-            refused = f"every one of {run.name} is damaged"
-    raise UserError(
-        f"{folder}: --fork found no complete checkpoint of stage {stage} to go on from: {refused}; use --restart to"
-        " begin anew"
+        if early:
+            unusable.append(f"every one of {run.name} is damaged")
+    reason = "; ".join([*unusable, *reasons]) or "there is none"
+    message = (
+        f"{folder}: --fork found no complete checkpoint of stage {stage} to continue from: {reason}. Leave --fork out,"
+        " or give --restart, to start from step 0"
     )
+    raise UserError(message) if unusable else NothingToFork(message, reason)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _last_step(config: dict) -> int | None:
+    """The last step that a recipe asks for; None where only the stage itself can tell, which checks it again."""
+    if config.get("tokens"):
+        return -(-config["tokens"] // (config["batch_size"] * config["sequence_length"]))
+    return config.get("steps")
 
 
 def _torn(checkpoint: Path) -> str | None:
@@ -78,3 +105,25 @@ def has_work(path: Path) -> bool:
         and file.relative_to(path).parts[:2] != ("work", "tables")
         for file in path.rglob("*")
     )
+
+
+def can_fork(folder: Path, after: dict, stage: str) -> bool:
+    """Whether --fork would find a checkpoint to continue from."""
+    try:
+        fork_source(folder, after, stage)
+        return True
+    except UserError:
+        return False
+
+
+def worth_keeping(path: Path) -> bool:
+    """Whether work would be lost if another recipe took the place of an unfinished output.
+
+    Training resumes from a checkpoint, so without one there is nothing to lose. A run that ended with a user error ends
+    with it again, unless its recipe is changed.
+    """
+    if (path / "manifest.json").exists() or any(path.glob("checkpoints/step-*/complete.json")):
+        return True
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    trains = "save" in run.get("config", {})
+    return has_work(path) and not trains and "ended" not in run

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from pipeline import artifact, files, lock
 from pipeline.errors import UserError
-from pipeline.fingerprint import differences, fingerprint_of
+from pipeline.fingerprint import differences, file_differences, fingerprint_of
 from pipeline.lock import Lock
 from pipeline.output import Output
+from pipeline.unfinished import NothingToFork
 
 IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
 MARKER = b'{"files": {}}'
@@ -82,7 +83,7 @@ def test_unpublished_output_is_not_seen_and_is_continued(tmp_path):
 def test_changed_recipe_under_unfinished_run_is_refused_with_the_difference(tmp_path):
     make(tmp_path / "pack", publish=False)
     changed = {**IDENTITY, "config": {"a": 2}}
-    with pytest.raises(UserError, match=r"a: 1 -> 2.*--restart.*--fork"):
+    with pytest.raises(UserError, match=r"a: 1 -> 2.*--restart to start again$"):
         make(tmp_path / "pack", changed)
     make(tmp_path / "pack", changed, restart=True)
     assert artifact.current(tmp_path / "pack").manifest["identity"] == changed
@@ -274,7 +275,142 @@ def test_fingerprint_does_not_depend_on_key_order(value):
 
 @given(json_values, json_values)
 def test_differences_are_empty_only_for_equal_values(before, after):
-    assert (differences({"k": before}, {"k": after}) == []) == (before == after)
+    found = differences({"k": before}, {"k": after})
+    assert (found == []) == (fingerprint_of({"k": before}) == fingerprint_of({"k": after}))
+    for phrase in found:  # the two sides of a phrase are never the same: correctness 46
+        old, arrow, new = phrase.partition(": ")[2].partition(" -> ")
+        assert not arrow or old != new or " -> " in new, phrase
+
+
+FILES = [[f"{name}.jsonl", name * 64] for name in "abcdefgh"]
+
+
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        (FILES[:2], FILES[:2] + FILES[3:], ["5 files added (d.jsonl, e.jsonl, f.jsonl and 2 more)"]),
+        (FILES[:2], FILES[:1], ["1 file removed (b.jsonl)"]),
+        ([*FILES[:7], ["h.jsonl", "0"]], FILES, ["1 file changed (h.jsonl)"]),
+        (FILES[:2], [FILES[0], ["z.jsonl", "b" * 64]], ["1 file renamed (b.jsonl -> z.jsonl)"]),
+        (FILES[:2], FILES[1::-1], ["2 files in another order"]),
+        # files of one name in several folders, as shards have them; the second hash is of an index
+        (
+            [["0.npy", "a", "i"], ["0.npy", "b", "i"]],
+            [["0.npy", "a", "i"], ["0.npy", "b", "j"]],
+            ["1 file changed (0.npy)"],
+        ),
+        ([["0.npy", "a"], ["0.npy", "b"]], [["0.npy", "a"]], ["1 file removed (0.npy)"]),
+        (FILES[:1], [["a.jsonl", "1"], ["数据.jsonl", "2"]], ["1 file added (数据.jsonl)", "1 file changed (a.jsonl)"]),
+        (FILES, FILES, []),
+    ],
+)
+def test_what_happened_to_the_files_of_a_source_is_said(before, after, said):
+    """correctness 46."""
+    assert file_differences(before, after) == said
+    sources = [{"sources": {"web": {"files": files}}} for files in (before, after)]
+    assert differences(*sources) == ([f"sources.web: {', '.join(said)}"] if said else [])
+
+
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        ({}, {"optimizer": {"lr": 0.1}}, "optimizer.lr: 0.001 (default) -> 0.1"),
+        ({"optimizer": {"lr": 0.1}}, {}, "optimizer.lr: 0.1 -> 0.001 (default)"),
+        ({"limit": 3}, {}, "limit: 3 -> none (default)"),
+        ({}, {"model": {"hidden_size": 64}}, "model.hidden_size: not given -> 64"),
+        ({"template": "x" * 200 + "a"}, {"template": "x" * 200 + "b"}, "a -> …" + "x" * 40 + "b"),
+        ({"text": "1"}, {"text": 1}, 'text: "1" -> 1'),
+        (
+            {"words": [f"w{i}" for i in range(90)]},
+            {"words": [f"w{i}" for i in range(1, 92)]},
+            'words: 2 entries added ("w90", "w91"), 1 entry removed ("w0")',
+        ),
+        ({"words": ["word"] * 40 + ["x"]}, {"words": ["x"] + ["word"] * 40}, "words: its 41 entries in another order"),
+        (
+            {"phases": [{"steps": 5, "note": "n" * 90}]},
+            {"phases": [{"steps": 6, "note": "n" * 90}]},
+            "phases[0].steps: 5 -> 6",
+        ),
+    ],
+)
+def test_what_a_key_was_and_is_is_said_defaults_too(before, after, said):
+    """correctness 46: a key at its default is not in an identity."""
+    defaults = {"optimizer": {"lr": 0.001, "kind": "adamw"}, "limit": None, "model": {}}
+    full = [{**defaults, **config} for config in (before, after)]
+    (found,) = differences({"config": before}, {"config": after}, *full)
+    assert said in found
+
+
+def test_sources_that_come_and_go_and_lists_are_named():
+    """correctness 46: sources, shards, decontaminate sets, examples, block lists, adopted files."""
+    listed = [["a.txt", "1"], ["b.txt", "2"]]
+    before = {
+        "old": {"files": listed}, "decontaminate.gsm": {"files": listed}, "@lists": listed, "@outside": listed,
+        "@examples": {"good": {"files": listed}}, "tokens": {"files": listed}, "kept": {"limit": 3, "files": listed},
+    }  # fmt: skip
+    after = {
+        "new": {"files": listed}, "decontaminate.gsm": {"files": listed[:1]}, "@lists": listed[1:], "@outside": [],
+        "@examples": {"good": {"files": [["a.txt", "3"], listed[1]]}}, "tokens": {"files": listed[::-1]},
+        "kept": {"files": listed},
+    }  # fmt: skip
+    config = {"shards": {"tokens": {}}, "sources": {"kept": {"limit": None}}}
+    config_before = {**config, "sources": {"kept": {"limit": 3}}}
+    assert differences({"sources": before}, {"sources": after}, config_before, config) == [
+        "examples.good: 1 file changed (a.txt)",
+        "block: 1 file removed (a.txt)",
+        "adopt: 2 files removed (a.txt, b.txt)",
+        "decontaminate.sets.gsm: 1 file removed (b.txt)",
+        "sources.kept.limit: 3 -> none (default)",
+        "sources.new: added (2 files: a.txt, b.txt)",
+        "sources.old: removed (2 files: a.txt, b.txt)",
+        "shards.tokens: 2 files in another order",
+    ]
+
+
+@pytest.mark.parametrize("mistake", ["ended with an error", "training without a checkpoint"])
+def test_an_unfinished_run_that_cannot_be_resumed_does_not_block_a_corrected_recipe(tmp_path, mistake, capsys):
+    """correctness 48."""
+    config = {"save": {}} if mistake.startswith("training") else {"a": 1}
+    output = Output(tmp_path / "pack", "pack", "pack", IDENTITY).open(config=config, parents={})
+    files.write_atomic(output.path / "work/units/1", b"hours of work")
+    if mistake.startswith("ended"):
+        output.end_with_error("no document is left for heldout; change `holdout`")
+    output.close()
+    make(tmp_path / "pack", {**IDENTITY, "config": {"a": 2}})
+    assert artifact.current(tmp_path / "pack").manifest["identity"]["config"] == {"a": 2}
+    (kept,) = (tmp_path / "pack").glob("*.failed-*")
+    assert (kept / "work/units/1").read_bytes() == b"hours of work" and kept.name in capsys.readouterr().out
+
+
+def test_an_error_of_a_run_that_was_resumed_since_is_forgotten(tmp_path):
+    """correctness 48: killed later on, it has work that a resume needs."""
+    output = make(tmp_path / "pack", publish=False)
+    output.end_with_error("more bad records than max_bad")
+    make(tmp_path / "pack", publish=False)
+    with pytest.raises(UserError, match="made by another recipe"):
+        make(tmp_path / "pack", {**IDENTITY, "config": {"a": 2}})
+
+
+def test_a_fork_that_fails_leaves_the_run_it_came_from(tmp_path):
+    """correctness 48: such as a fork to other shapes, or to a horizon behind its checkpoint."""
+    content = (("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER))
+    before = make(tmp_path / "pack", content=content, publish=False)
+    changed = {**IDENTITY, "config": {"a": 2}}
+    output = Output(tmp_path / "pack", "pack", "pack", changed).open(config={}, parents={}, fork=True)
+    output.end_with_error("the recipe asks for other shapes")
+    output.close()
+    assert [path.name for path in (tmp_path / "pack").iterdir()] == [before.path.name]
+    make(tmp_path / "pack", content=content)  # the first recipe continues
+
+
+@pytest.mark.parametrize("horizon", [{"steps": 5}, {"tokens": 160, "batch_size": 2, "sequence_length": 16}])
+def test_a_fork_to_fewer_steps_than_any_checkpoint_is_refused(tmp_path, horizon):
+    """correctness 48."""
+    make(tmp_path / "pack", content=(("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER)))
+    output = Output(tmp_path / "pack", "pack", "pack", {**IDENTITY, "config": {"a": 3}})
+    with pytest.raises(UserError, match=r"is at step-000010 already and the recipe asks for 5 steps") as caught:
+        output.open(config=horizon, parents={}, fork=True)
+    assert not isinstance(caught.value, NothingToFork)  # which alma run would take for "start from step 0"
 
 
 def _open_and_die(folder, identity, how, fault):
@@ -302,7 +438,7 @@ def test_death_in_a_fork_keeps_its_lineage_and_the_same_command_goes_on(tmp_path
 def test_a_fork_needs_the_same_inputs_and_steps_left(tmp_path):
     content = (("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER))
     make(tmp_path / "pack", content=content)
-    with pytest.raises(UserError, match=r"made from other inputs \(parents.data: default -> aaa\)"):
+    with pytest.raises(UserError, match=r"made from other inputs \(inputs.data: none -> aaa\)"):
         make(tmp_path / "pack", {**IDENTITY, "parents": {"data": "aaa"}}, fork=True)
     output = Output(tmp_path / "pack", "pack", "pack", {**IDENTITY, "config": {"a": 3}})
     with pytest.raises(UserError, match="is at step-000010 already and the recipe asks for 10 steps"):
