@@ -264,8 +264,8 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
         examine_one(node, graph, running=False)  # another run may have started here since
         if node.state != "up to date":
             raise UserError(
-                f"stage {name} has finished, and is {node.state} since: {node.reason or 'its output is gone'}; another"
-                " run, or a change of its sources, came in between: run the same command again"
+                f"stage {name} finished, but is now {node.state}: {node.reason or 'its output is gone'}; another run"
+                " started here, or its sources changed meanwhile: run the same command again"
             )
     return graph
 

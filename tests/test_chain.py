@@ -19,6 +19,8 @@ from harness import files_of, stage, succeed
 from pipeline import artifact, chain
 from pipeline.errors import UserError
 from pipeline.graph import examine
+from pipeline.lock import Lock
+from pipeline.output import Output
 from pipeline.recipe import load
 
 ALMA = [sys.executable, "-m", "pipeline.cli"]
@@ -281,9 +283,18 @@ def test_a_source_that_changed_makes_its_readers_stale(whole):
     try:
         path.write_text(before + "one more line of text\n")
         assert states(whole)["clean"] == "stale" and states(whole)["sft"] == "stale"
+        found = examine(load("r.yaml"))  # correctness 46
+        assert found["clean"].reason == "sources.animals: 1 file changed (animals.txt)"
+        (whole / "animals2.txt").write_text("more lines\n")
+        found = examine(load("r.yaml", ["clean.sources.animals.path=animals*.txt", "clean.sources.animals.limit=9"]))
+        assert found["clean"].reason == (
+            "sources.animals.limit: none (default) -> 9; sources.animals: 1 file added (animals2.txt), 1 file changed"
+            " (animals.txt)"
+        )
         path.write_text(before)  # another mtime, the same text
         assert set(states(whole).values()) == {"up to date"}
     finally:
+        (whole / "animals2.txt").unlink(missing_ok=True)
         path.write_text(before)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -415,9 +426,9 @@ FORKED = (
 )
 
 
-def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path):
+def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path, monkeypatch):
     """Only the stage whose own keys changed goes on from its checkpoint; a stage whose input changed has nothing to
-    go on from."""
+    go on from, and says so (correctness 48)."""
     tiny.write_inputs(tmp_path)
     (tmp_path / "r.yaml").write_text(FORKED)
     for name in ("pretrain", "more"):
@@ -427,6 +438,17 @@ def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path):
     assert code == 2 and "needs the output of pretrain, which is stale: steps: 6 -> 8" in said
     said = alma("run", "r.yaml", "pretrain.steps=8", "--fork", cwd=tmp_path)
     assert "resuming from step-000006" in said and said.count("resuming from") == 1
+    line = next(line for line in said.splitlines() if line.startswith("more: --fork has no checkpoint"))
+    assert "inputs.model: another result of pretrain (" in line and ": steps: 6 -> 8)" in line
+    assert line.endswith("it starts from step 0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is at step-000008 already and the recipe asks for 2 steps"):
+        chain.run(load("r.yaml", ["pretrain.steps=2"]), fork=True)
+    with pytest.raises(UserError, match="--fork found no complete checkpoint of stage pretrain.*inputs.tokens"):
+        shutil.copytree("tokens", "tokens2")
+        (tmp_path / "tokens2/index.json").write_text(" " + (tmp_path / "tokens/index.json").read_text())
+        (tmp_path / "tokens2/manifest.json").unlink()
+        chain.run(load("r.yaml", ["pretrain.inputs.tokens=./tokens2"]), ["pretrain"], fork=True)
     assert artifact.current(tmp_path / "runs/tiny/pretrain").manifest["forked_from"].endswith("step-000006")
     assert artifact.current(tmp_path / "runs/tiny/more").manifest["forked_from"] is None
     forked = files_of(tmp_path / "runs/tiny/more/current")
@@ -444,3 +466,42 @@ def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path):
         "pretrain", "r.yaml", "--stage", "more", "output=third", "more.inputs.model=./runs/pack", cwd=tmp_path
     )
     assert code == 2 and "is not a folder" in said
+
+
+def test_a_recipe_corrected_after_its_error_runs(tmp_path):
+    """correctness 48: clean has done all its work when it finds that nothing is held out."""
+    rows_of(tmp_path)
+    code, said = stage("clean", "r.yaml", "clean.holdout=1e-9", cwd=tmp_path)
+    assert code == 2 and "change `holdout`" in said
+    said = succeed("clean", "r.yaml", cwd=tmp_path)
+    assert "from which nothing can be resumed" in said
+    assert artifact.current(tmp_path / "runs/whole/clean") is not None
+
+
+def test_another_run_between_publishing_and_checking(tmp_path, monkeypatch):
+    """correctness 48: it may hold the lock, start the stage again, or its user may change a source."""
+    rows_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    meanwhile = {}
+
+    def launch(node, recipe, *, restart, fork):
+        succeed("clean", "r.yaml", cwd=tmp_path)
+        meanwhile["do"](node)
+
+    monkeypatch.setattr(chain, "_launch", launch)
+    other = Lock(tmp_path / "runs/whole/clean")
+    meanwhile["do"] = lambda node: other.acquire()
+    assert chain.run(load("r.yaml"), ["clean"])["clean"].state == "up to date"
+    other.release()
+
+    def again(node):
+        output = Output(node.folder, "clean", "clean", node.identity)
+        output.open(config={}, parents={}, restart=True).close()
+
+    (tmp_path / "animals.txt").write_text("\n".join(tiny.texts(1, 150)) + "\n", encoding="utf-8")
+    meanwhile["do"] = again
+    with pytest.raises(UserError, match="stage clean finished, but is now interrupted.*run the same command"):
+        chain.run(load("r.yaml"), ["clean"])
+    meanwhile["do"] = lambda node: (tmp_path / "animals.txt").write_text("another text\n")
+    with pytest.raises(UserError, match=r"is now stale: sources.animals: 1 file changed \(animals.txt\)"):
+        chain.run(load("r.yaml"), ["clean"])
