@@ -145,7 +145,13 @@ def test_a_horizon_behind_the_checkpoint_is_refused(world):
     code, said = stage(
         "pretrain", "recipe.yaml", "output=behind", "pretrain.steps=~", "pretrain.tokens=512", "--fork", cwd=world
     )
-    assert code == 2 and "is at step 4" in said and "horizon is 2 steps" in said, said
+    assert code == 2 and "is at step-000004 already and the recipe asks for 2 steps" in said, said
+    # what only the stage itself can tell: the run that it was forked from is as it was (correctness 48)
+    before = sorted(path.name for path in (world / "behind/tiny/pretrain").iterdir())
+    words = ("pretrain.steps=~", "pretrain.tokens_per_parameter=0.001")
+    code, said = stage("pretrain", "recipe.yaml", "output=behind", *words, "--fork", cwd=world)
+    assert code == 2 and "is at step 4" in said and "horizon is 1 steps" in said, said
+    assert sorted(path.name for path in (world / "behind/tiny/pretrain").iterdir()) == before
 
 
 def test_keys_at_their_default_may_stand():
