@@ -18,6 +18,7 @@ from harness import files_of, stage, succeed
 
 from pipeline import clean
 from pipeline.data import outcomes
+from pipeline.data.formats import NULS
 from pipeline.data.tables import REPEATED
 from pipeline.errors import UserError
 
@@ -111,7 +112,7 @@ def test_damage_of_every_source_is_counted_with_its_place(tmp_path):
     assert {name: bad[name] for name in ("gz", "zst", "docs")} == {
         "gz": {"truncated .gz data": 1},
         "zst": {"truncated .zst data": 1},
-        "docs": {"invalid UTF-8": 1},
+        "docs": {"invalid UTF-8": 1, NULS: 1},
     }
     assert bad["warc"] == {"WARC record with a wrong length": 3, "longer than 64 MiB": 1} and bad["table"] == {
         "damaged parquet data": 1
@@ -127,12 +128,13 @@ def test_damage_of_every_source_is_counted_with_its_place(tmp_path):
         for name in bad
     }
     places["warc"].sort(key=lambda place: int(place[7:]))
+    places["docs"].sort()
     assert places == {
         "gz": [f"cut.jsonl.gz:{read['gz'] + 1}"],
         "zst": [f"cut.jsonl.zst:{read['zst'] + 1}"],
         "warc": ["a.warc:4", "a.warc:9", "a.warc:11", "a.warc:13"],
         "table": ["a.parquet:201"],
-        "docs": ["bytes.txt"],
+        "docs": ["bytes.txt", "nul.txt"],
     }, places
     kept = {
         row["text"] for split in ("train", "heldout") for row in pyarrow.parquet.read_table(output / split).to_pylist()
@@ -183,7 +185,7 @@ def test_a_table_with_a_repeated_column_costs_itself_and_no_other(tmp_path):
         rows = "".join(f'{n},"{text(rng)}"\n' for n in range(20))
         (tmp_path / f"{number}.csv").write_text(("n,text\n" if number != 2 else "text,text\n") + rows)
     code, said = run(tmp_path, {"a": "*.csv"})
-    assert code == 0 and "WARNING sources.a: 1 file has a header with two columns of one name" in said, said
+    assert code == 0 and "WARNING sources.a: 1 file has two columns of one name" in said, said
     output = tmp_path / "runs/t/clean/current"
     counts = json.loads((output / "report.json").read_text())["sources"]["a"]
     assert counts["bad"] == {REPEATED: 1} and counts["read"] == 61

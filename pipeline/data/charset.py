@@ -3,6 +3,9 @@
 import codecs
 import re
 from collections.abc import Iterator
+from typing import TypeVar
+
+Other = TypeVar("Other")
 
 # Codecs of Python that no text file is in.
 _NO_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"}
@@ -43,12 +46,16 @@ def spelled(raw: bytes) -> str:
 codecs.register_error("alma.keep", _keep)
 
 
-def transcoded(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """The same text in UTF-8, but for bytes that stand for nothing."""
+def transcoded(blocks: Iterator[bytes | Other], encoding: str) -> Iterator[bytes | Other]:
+    """The same text in UTF-8, but for bytes that stand for nothing. What is no bytes parts it, and is passed on."""
     decoder = codecs.getincrementaldecoder(encoding)("alma.keep")
-    for block in blocks:
-        yield decoder.decode(block).encode(errors="surrogatepass")
     closed = _CLOSED if ends_lines_with_newlines(encoding) else b""
+    for block in blocks:
+        if isinstance(block, bytes):
+            yield decoder.decode(block).encode(errors="surrogatepass")
+        else:
+            yield _without(decoder.decode(closed, True), closed)
+            yield block
     yield _without(decoder.decode(closed, True), closed)
 
 

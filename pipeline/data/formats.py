@@ -1,16 +1,16 @@
 """File formats: a file cut into chunks at record borders, and a chunk's records. What is read does not depend on
 where a file is cut."""
 
-import functools
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pipeline.data import unpack
 from pipeline.data.charset import shown, transcoded
+from pipeline.data.unpack import Gap
 
 # A longer record is taken for a file whose record separators are missing; reading it whole would take memory without
 # bound.
@@ -31,6 +31,7 @@ class Bad:
     place: str
     reason: str
     raw: str = ""
+    lost: int = 0  # bytes of the file that could not be unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,49 +158,34 @@ WITHOUT_MARK = "{0} without a byte order mark; say encoding: {0}-le or {0}-be"
 
 
 class TornFile(Exception):
-    """A compressed file that ends too early or is damaged."""
+    """A compressed file that ends too early or is damaged, `lost` bytes before its end."""
+
+    def __init__(self, reason: str, lost: int):
+        super().__init__(reason)
+        self.lost = lost
+
+
+def parts_of(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes | Gap]:
+    """Bytes of a file in blocks, unpacked by suffix and in UTF-8; of at most `size` where nothing is unpacked. A Gap
+    stands where some cannot be unpacked."""
+    parts = unpack.parts_of(path) if path.suffix in (".gz", ".zst") else _plain(path, size)
+    try:
+        yield from transcoded(parts, encoding) if encoding else parts
+    except UnicodeError:  # bytes that stand for nothing are kept; this is of decoders that begin with a mark
+        yield Gap(WITHOUT_MARK.format(encoding), 0, path.stat().st_size, False)
+
+
+def _plain(path: Path, size: int) -> Iterator[bytes]:
+    with open(path, "rb") as handle:
+        yield from iter(lambda: handle.read(size), b"")
 
 
 def blocks_of(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes]:
-    """Bytes of a file in blocks, unpacked by suffix and in UTF-8; of at most `size` where nothing is unpacked. Raises
-    TornFile where the rest cannot be unpacked."""
-    try:
-        yield from transcoded(_unpacked(path, size), encoding) if encoding else _unpacked(path, size)
-    except UnicodeError:  # bytes that stand for nothing are kept; this is of decoders that begin with a mark
-        raise TornFile(WITHOUT_MARK.format(encoding)) from None
-
-
-def _unpacked(path: Path, size: int) -> Iterator[bytes]:
-    make = None
-    if path.suffix == ".gz":
-        make = functools.partial(zlib.decompressobj, 31)  # 31: gzip header and checksum (zlib.h, inflateInit2)
-    elif path.suffix == ".zst":
-        import zstandard
-
-        make = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-    with open(path, "rb") as handle:
-        if make is None:
-            yield from iter(lambda: handle.read(size), b"")
-            return
-        # The streaming readers of zstandard end without a word where a file is cut; decompressobj knows whether its
-        # frame was complete.
-        unpack = None
-        # Of a block with damage in it nothing is unpacked, so how long blocks are must not depend on `size`.
-        while packed := handle.read(1 << 16):
-            while packed:
-                unpack = unpack or make()
-                try:
-                    yield unpack.decompress(packed)
-                except Exception as error:
-                    if isinstance(error, zlib.error) or type(error).__name__ == "ZstdError":
-                        raise TornFile(f"damaged {path.suffix} data") from None
-                    raise
-                packed = b""
-                if unpack.eof:
-                    # several members, or zero padding (gzip -t allows it)
-                    packed, unpack = unpack.unused_data.lstrip(b"\0"), None
-        if unpack is not None:
-            raise TornFile(f"truncated {path.suffix} data")
+    """As parts_of, for files that are of one piece. Raises TornFile where the rest cannot be used."""
+    for part in parts_of(path, size, encoding):
+        if isinstance(part, Gap):
+            raise TornFile(part.reason, path.stat().st_size - part.begin)
+        yield part
 
 
 def border(data: bytearray, at: int, kind: str) -> int:
@@ -233,18 +219,24 @@ def too_long(relative: str, number: int, data: bytearray, kind: str, encoding: s
 
 
 def line_chunks(relative: str, path: Path, kind: str, size: int, encoding: str | None = None) -> Iterator[Chunk]:
-    """Whole lines, or whole paragraphs."""
-    buffer, number, torn, skipping = bytearray(), 1, None, False
-    blocks = blocks_of(path, min(size, 1 << 20), encoding)
+    """Whole lines, or whole paragraphs. Behind a gap, whose line nobody knows, they are counted on."""
+    buffer, number, skipping = bytearray(), 1, False
     start, seen = True, 0
-    while True:
-        try:
-            block = next(blocks, None)
-        except TornFile as error:
-            block, torn = None, error
-        if block is None:
-            break
-        buffer += block
+    for part in parts_of(path, min(size, 1 << 20), encoding):
+        if isinstance(part, Gap):
+            if start and buffer.startswith(BOM):
+                del buffer[:3]
+            cut = 0 if skipping else buffer.rfind(b"\n") + 1  # what stands after the last whole line is torn
+            if cut:
+                yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut, encoding)
+            number += buffer.count(b"\n")
+            excerpt = shown(buffer[cut:][:EXCERPT], encoding) if not skipping else ""
+            yield bad_chunk(relative, number, part.reason, excerpt, part.lost)
+            buffer.clear()
+            # If nobody knows whether a line begins behind the gap, the first one there is the rest of the torn one.
+            number, skipping, start, seen = number + part.aligned, not part.aligned, False, 0
+            continue
+        buffer += part
         if start:
             if len(buffer) < 3:
                 continue
@@ -271,27 +263,13 @@ def line_chunks(relative: str, path: Path, kind: str, size: int, encoding: str |
             skipping = True
     if start and buffer.startswith(BOM):
         del buffer[:3]
-    if skipping:
-        number += buffer.count(b"\n")
-        buffer.clear()
-    cut = len(buffer)
-    if torn:  # what stands after the last whole line is the torn record
-        cut = buffer.rfind(b"\n") + 1
-    if cut:
-        yield Chunk(relative, kind, number, bytes(buffer[:cut]), cut, encoding)
-    if torn:
-        number += buffer.count(b"\n", 0, cut)
-        yield bad_chunk(relative, number, str(torn), shown(buffer[cut:][:EXCERPT], encoding))
+    if buffer and not skipping:
+        yield Chunk(relative, kind, number, bytes(buffer), len(buffer), encoding)
 
 
-def bad_chunk(relative: str, position: int, reason: str, raw: str = "") -> Chunk:
-    return Chunk(
-        relative,
-        "values",
-        position,
-        [(position, Bad(f"{relative}:{position}" if position else relative, reason, raw))],
-        len(raw),
-    )
+def bad_chunk(relative: str, position: int, reason: str, raw: str = "", lost: int = 0) -> Chunk:
+    bad = Bad(f"{relative}:{position}" if position else relative, reason, raw, lost)
+    return Chunk(relative, "values", position, [(position, bad)], len(raw))
 
 
 def document_chunk(relative: str, path: Path, kind: str = "document", encoding: str | None = None) -> Iterator[Chunk]:
@@ -304,7 +282,7 @@ def document_chunk(relative: str, path: Path, kind: str = "document", encoding: 
                 yield bad_chunk(relative, 0, reason, shown(data[:EXCERPT], encoding))
                 return
     except TornFile as error:
-        yield bad_chunk(relative, 0, str(error), shown(data[:EXCERPT], encoding))
+        yield bad_chunk(relative, 0, str(error), shown(data[:EXCERPT], encoding), error.lost)
         return
     if data.strip():
         yield Chunk(relative, kind, 1, bytes(data.removeprefix(BOM)), len(data), encoding)

@@ -46,7 +46,7 @@ def json_chunks(
     number, begun = 1, 0  # of records that are there: a branch that lacks them has a place of its own
     for item in _found(text, records, relative, is_record):
         if isinstance(item, Bad) and not item.place:
-            item = Bad(f"{relative}:{number}", item.reason, item.raw)
+            item = Bad(f"{relative}:{number}", item.reason, item.raw, item.lost)
             is_there = True
         else:
             is_there = not isinstance(item, Bad)
@@ -109,7 +109,7 @@ class _Text:
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self.held, self.at, self.begin = "", 0, 0  # `begin`: where the value begins that was taken last
         self.read = 0  # characters that were read and are done with
-        self.ended, self.torn = False, ""
+        self.ended, self.torn, self.lost = False, "", 0  # `lost`: bytes of the file, with `torn`
 
     def more(self) -> None:
         """Hold at least twice as much of what is not done with, or all that is left."""
@@ -119,7 +119,7 @@ class _Text:
             try:
                 block = next(self.blocks, None)
             except TornFile as error:
-                block, self.torn = None, str(error)
+                block, self.torn, self.lost = None, str(error), error.lost
             self.ended = block is None
             parts.append(self.decoder.decode(block or b"", self.ended))
             wanted -= len(parts[-1])
@@ -225,9 +225,9 @@ def _found(text: _Text, records: str, file: str, is_record: Callable[[dict], boo
             else:
                 yield from _object(text, file, number, is_record)
         if text.torn:
-            yield Bad("", text.torn)
+            yield Bad("", text.torn, lost=text.lost)
     except _Broken as error:
-        yield Bad("", *error.args)
+        yield Bad("", *error.args, lost=text.lost)
 
 
 def _object(text: _Text, file: str, number: int, is_record: Callable[[dict], bool]) -> Iterator[Any]:

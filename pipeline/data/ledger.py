@@ -38,7 +38,7 @@ def account(
     (folder / "rejected").mkdir(exist_ok=True)
     for name, paths in units.items():
         counts: dict[str, Any] = {"not selected": {}, "bad": {}, "filtered": {}, "duplicates": {}}
-        read = records = size = 0
+        read = records = size = lost = 0
         splits = dict.fromkeys(
             ("train_documents", "train_bytes", "train_copies", "heldout_documents", "heldout_bytes"), 0
         )
@@ -59,6 +59,7 @@ def account(
                     records + int(outcome["counted"].to_numpy().sum()),
                     size + int(outcome["bytes"].to_numpy().sum()),
                 )
+                lost += int(outcome["lost"].to_numpy().sum())
                 ok = outcome["status"].to_numpy() == "ok"
                 document = at + np.cumsum(ok) - 1
                 here = slice(at, at + int(ok.sum()))
@@ -96,6 +97,7 @@ def account(
             "read": read,
             "documents_in": records,
             "bytes_in": size,
+            "bytes_lost": lost,
             **counts,
             **splits,
             **edited[name],

@@ -54,8 +54,15 @@ def refuse(report: dict, sources: dict[str, Source], max_bad: float, holdout: fl
     """Too much of a source was unreadable, or nothing is left. The rejected records stay for reading, in the output
     `folder`. Raises UserError."""
     for name, counts in report["sources"].items():
+        damaged = sum(number for reason, number in counts["bad"].items() if reason.startswith(("damaged .", ".zst")))
+        if damaged:  # so is each of these
+            say(
+                f"WARNING sources.{name}: {counts['bytes_lost']:,} bytes of its compressed files could not be read, in"
+                f" {many(damaged, 'place')}; records are lost there: fetch again (places:"
+                f" {folder / 'rejected' / name}.jsonl.zst)"
+            )
         for reason, number in counts["bad"].items():
-            if reason.startswith("truncated"):  # one bad record, behind which any number of good ones may be lost
+            if reason.startswith("truncated ."):  # one bad record, behind which any number of good ones may be lost
                 say(
                     f"WARNING sources.{name}: {number} file{'s end' if number > 1 else ' ends'} early ({reason}); what"
                     f" follows is lost: fetch again (places: {folder / 'rejected' / name}.jsonl.zst)"

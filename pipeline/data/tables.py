@@ -19,11 +19,13 @@ def csv_chunks(
     columns: list[str], relative: str, path: Path, kind: str, size: int, encoding: str | None = None
 ) -> Iterator[Chunk]:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    torn = []
+    torn, ends_torn = [], False
 
     def lines() -> Iterator[str]:
+        nonlocal ends_torn
         for chunk in line_chunks(relative, path, "csv", min(size, 1 << 20), encoding):
-            if chunk.kind == "values":
+            ends_torn = chunk.kind == "values"
+            if ends_torn:
                 torn.extend(chunk.data)
                 continue
             for line in chunk.data.removesuffix(b"\n").decode(errors="surrogateescape").split("\n"):
@@ -44,7 +46,7 @@ def csv_chunks(
             first = feed.taken[0]
             # At a cut the open cell is the file's last; anywhere else a quote that nobody closed must not cost the rows
             # that it ran through.
-            after += feed.finish(1 if len(feed.taken) > 1 and not torn else len(feed.taken))
+            after += feed.finish(1 if len(feed.taken) > 1 and not ends_torn else len(feed.taken))
             begun = f"{error}: {first}"[:EXCERPT].encode(errors="surrogateescape")
             rows.append((begins, Bad(f"{relative}:{begins}", "malformed CSV", shown(begun, encoding))))
             weight += len(first)
@@ -55,6 +57,10 @@ def csv_chunks(
         if not cells or cells == [""]:
             continue
         if header is None:
+            if torn and torn[0][0] <= begins:  # the header line is in it, so no row can be read
+                place, bad = torn[0]
+                yield bad_chunk(relative, place, bad.reason, bad.raw, path.stat().st_size)
+                return
             header = cells
             if twice := repeated(header):
                 begun = f"{twice!r}: {','.join(header)}"[:EXCERPT].encode(errors="surrogateescape")

@@ -25,11 +25,12 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
     from pipeline.data.steps import Steps
 
 # A row for each record, in order. `status`: ok, not selected, bad or filtered, with `reason`; `whole`: the text of a
-# document that is left out, with keep_rejected: full; `bytes` of the raw and `size` of the normalised text; `hash` of
-# the latter; `address`: hash of its URL; `signature` for near duplicates; `counted`: 1 if the record counts towards
-# `limit`; `language`, if it was asked for; of every document that could be read, `kind` (which thresholds judge it),
-# `statistics` (float32), `failed` (a bit for each rule; both see data/steps.py), `changed` (what was done to its text:
-# JSON) and `matched` (the evaluation set that it has text of, and its items: JSON).
+# document that is left out, with keep_rejected: full; `bytes` of the raw and `size` of the normalised text; `lost`:
+# bytes of the file that could not be unpacked; `hash` of the text; `address`: hash of its URL; `signature` for near
+# duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that
+# could be read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see
+# data/steps.py), `changed` (what was done to its text: JSON) and `matched` (the evaluation set that it has text of, and
+# its items: JSON).
 # Where the unit is a part of a file, lines in `place` count from its beginning; the metadata `lines` has whether that
 # is so, and how many lines end in the unit (see outcomes.at_lines).
 OUTCOME = (
@@ -42,6 +43,7 @@ OUTCOME = (
     "whole",
     "bytes",
     "size",
+    "lost",
     "hash",
     "address",
     "signature",
@@ -89,10 +91,10 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
         chunks, lines = chunks + found, lines + number
     for item in (item for chunk in chunks for item in reading.parse(chunk)):
         row: dict[str, Any] = dict.fromkeys(OUTCOME)
-        row.update(place=_valid(item.place), status="ok", bytes=0, counted=0)
+        row.update(place=_valid(item.place), status="ok", bytes=0, lost=0, counted=0)
         rows.append(row)
         if isinstance(item, Bad):
-            row.update(status="bad", reason=item.reason, excerpt=excerpt(_valid(item.raw), steps.mask))
+            row.update(status="bad", reason=item.reason, excerpt=excerpt(_valid(item.raw), steps.mask), lost=item.lost)
             continue
         if isinstance(item, Passed):
             row.update(status="not selected", reason=item.reason)
@@ -132,6 +134,7 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
         "signature": pyarrow.binary(),
         "bytes": pyarrow.int64(),
         "size": pyarrow.int64(),
+        "lost": pyarrow.int64(),
         "counted": pyarrow.int8(),
     }
     binary |= {"kind": pyarrow.int8(), "statistics": pyarrow.binary(), "failed": pyarrow.int64()}

@@ -6,13 +6,13 @@ HTML with resiliparse (Apache-2.0; `pip install 'alma[web]'`): 1,326 MB of HTML 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, Repaired, TornFile, blocks_of
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, Repaired, parts_of
 from pipeline.data.page_charset import decoded, label_of
-from pipeline.data.unpack import CODINGS, GZIP_MAGIC, ZSTD_MAGIC, TooLong, Unreadable, unpacked
+from pipeline.data.unpack import CODINGS, GZIP_MAGIC, ZSTD_MAGIC, Gap, TooLong, Unreadable, unpacked
 from pipeline.errors import UserError
 
 _START = re.compile(rb"(?:\A|\n)(WARC/[01]\.\d+\r?\n)")
@@ -56,22 +56,27 @@ def warc_chunks(relative: str, path: Path, extract: str, size: int) -> Iterator[
         yield Chunk(relative, f"warc {extract}", rows[0][0], rows, weight)
 
 
-def _records(path: Path) -> Iterator[dict | str | tuple[str, str]]:
-    """Each record in order: its fields, why it holds no text, or (why it is bad, how it begins)."""
-    buffer, blocks, torn = bytearray(), blocks_of(path), None
+def _records(path: Path) -> Iterator[dict | str | tuple]:
+    """Each record in order: its fields, why it holds no text, or (why it is bad, how it begins, bytes of the file that
+    could not be unpacked)."""
+    parts, more = parts_of(path), True
+    while more:
+        more = yield from _until_gap(parts)
+
+
+def _until_gap(parts: Iterator[bytes | Gap]) -> Generator[dict | str | tuple, None, bool]:
+    """The records up to the next gap. Returns whether there is one."""
+    buffer, gap, ended = bytearray(), None, False
 
     def fill(wanted: int) -> bool:
-        nonlocal torn
-        while len(buffer) < wanted and torn is None:
-            try:
-                block = next(blocks, None)
-            except TornFile as error:
-                torn = str(error)
-                break
-            if block is None:
-                torn = ""
-                break
-            buffer.extend(block)
+        nonlocal gap, ended
+        while len(buffer) < wanted and not ended:
+            part = next(parts, None)
+            ended = not isinstance(part, bytes)
+            if ended:
+                gap = part
+            else:
+                buffer.extend(part)
         return len(buffer) >= wanted
 
     while fill(1):
@@ -86,7 +91,7 @@ def _records(path: Path) -> Iterator[dict | str | tuple[str, str]]:
         end = re.compile(rb"\r?\n\r?\n").search(buffer, 0, MAX_HEAD)
         length = _LENGTH.search(buffer, 0, end.start()) if end else None
         if length is None:
-            if torn:
+            if gap:
                 break
             shown = _shown(buffer)
             del buffer[: start.end()]
@@ -100,7 +105,7 @@ def _records(path: Path) -> Iterator[dict | str | tuple[str, str]]:
             yield f"longer than {MAX_RECORD_BYTES >> 20} MiB", _shown(head)
             continue
         if not fill(begin + number):
-            if not _START.search(buffer, begin):
+            if _next_start(buffer, begin) < 0:
                 break
             del buffer[:begin]  # it ends before its length says, and others follow
             _resync(buffer, fill)
@@ -118,8 +123,20 @@ def _records(path: Path) -> Iterator[dict | str | tuple[str, str]]:
             del buffer[:begin]
             _resync(buffer, fill)
             yield "WARC record with a wrong length", _shown(head)
-    if torn or buffer.strip():
-        yield torn or "truncated WARC record", _shown(buffer)
+    if gap:
+        yield gap.reason, _shown(buffer), gap.lost
+    elif buffer.strip():
+        yield "truncated WARC record", _shown(buffer)
+    return gap is not None
+
+
+def _next_start(buffer: bytearray, at: int) -> int:
+    """Where the next record begins behind `at`; -1 if none does. Looks for its first word first: ten times as fast."""
+    while (at := buffer.find(b"\nWARC/", at)) >= 0:
+        if _START.match(buffer, at):
+            return at + 1
+        at += 1
+    return -1
 
 
 def _resync(buffer: bytearray, fill) -> bytes:
@@ -127,10 +144,10 @@ def _resync(buffer: bytearray, fill) -> bytes:
     shown = b""
     while True:
         fill(1 << 20)
-        found = _START.search(buffer, 1) if len(buffer) > 1 else None
-        shown = shown or bytes(buffer[: found.start(1) if found else EXCERPT])
-        if found:
-            del buffer[: found.start(1)]
+        found = _next_start(buffer, 1)
+        shown = shown or bytes(buffer[: found if found > 0 else EXCERPT])
+        if found > 0:
+            del buffer[:found]
             return shown[:EXCERPT]
         if len(buffer) < 1 << 20:
             buffer.clear()
