@@ -187,7 +187,7 @@ class Subject:
         from transformers import AutoConfig
 
         from pipeline.data.chat import Chat
-        from pipeline.data.tokens import load_tokenizer
+        from pipeline.data.tokens import load_tokenizer, use_known_padding
         from pipeline.models.build import positions
         from pipeline.train.tuning import model_folder
 
@@ -196,6 +196,7 @@ class Subject:
             raise UserError(f"inputs.{name}: {folder} holds no model (no config.json)")
         tokenizer = load_tokenizer(folder)
         made = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        use_known_padding(tokenizer, made.vocab_size)
         chat = Chat(tokenizer, trained=False, date=config.date) if config.sources else None
         return cls(name, folder, tokenizer, chat, made.vocab_size, positions(made))
 
@@ -322,7 +323,7 @@ def measure(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         stop_ids=stops,
-        pad_id=_padding(tokenizer),
+        pad_id=tokenizer.pad_token_id,
         seeds=[derive(config.seed, "answer", prompt.id) for prompt in prompts],
         batch=config.batch,
     )
@@ -367,15 +368,7 @@ def judged(rows: list[list[int]], found: Artifact, judge, config: Config) -> lis
             f"inputs.reward: an answer has {longest} tokens with its prompt, the reward model in {folder} has positions"
             f" for {most}; use a smaller max_new_tokens (now {config.max_new_tokens}), or shorter prompts"
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = _padding(judge.tokenizer)
     return reward_scores(model, rows, config.batch).tolist()
-
-
-def _padding(tokenizer) -> int:
-    """An id for places that are masked: any will do."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((index for index in known if index is not None), 0)
 
 
 def text_loss(model, rows: list, config: Config) -> dict:

@@ -70,15 +70,14 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     model = load(folder, head="reward")
     initial_score(model, config.seed)
-    model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds a row's last token by it
+    pad_id = padding(tokenizer, chat.end_id, model.get_input_embeddings().num_embeddings)
+    model.config.pad_token_id = pad_id  # transformers finds a row's last token by it
 
     def loss(logits, batch: dict):
         return bradley_terry(logits.squeeze(-1), batch["margin"], config.centering)
 
     engine = build(model, loss, config)
-    measured = [
-        pair_batch(arrays, "heldout", rows, tokenizer.pad_token_id) for rows in heldout_share(heldout, config, engine)
-    ]
+    measured = [pair_batch(arrays, "heldout", rows, pad_id) for rows in heldout_share(heldout, config, engine)]
     say(
         f"{output.stage}: {many(count, 'pair')} to train on, {heldout} held out;"
         f" {many(extra['rejected'], 'record')} left out"
@@ -87,15 +86,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     def batches(step: int) -> list[dict]:
         chosen = [[row_at(config.seed, index, count) for index in indices] for indices in share(config, engine, step)]
-        return [pair_batch(arrays, "train", rows, tokenizer.pad_token_id) for rows in chosen]
+        return [pair_batch(arrays, "train", rows, pad_id) for rows in chosen]
 
     result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs")
-    mean, deviation = moments(engine, arrays, tokenizer.pad_token_id, config)
+    mean, deviation = moments(engine, arrays, pad_id, config)
     weights = engine.consolidated()
     if output.is_main:
         model_config = engine.model.config
         model_config.alma_reward_gain, model_config.alma_reward_bias = 1 / deviation, -mean / deviation
         publish(weights, model_config, folder, output.path / "model")
+        pad_with(output.path / "model", tokenizer, pad_id)
     before, after = result["before"], result["after"]
     low, high = wilson(after["accuracy"], heldout)
     measure = f"held-out pairs ranked right {shares(before['accuracy'], after['accuracy'], heldout)}"
@@ -140,6 +140,26 @@ def rows_of(config, chat, output: Output, margins: bool = True) -> tuple[dict, d
     write_json(report, ledger.report())
     ledger.judge(config.max_bad, report)
     return arrays, {"rejected": ledger.rejected()}
+
+
+def padding(tokenizer, end_id: int, rows: int) -> int:
+    """The token to pad with: the tokenizer's own, unless it is what ends an answer. transformers reads a score at a
+    row's last token that is not padding, so the two must differ; a special token is taken, for text has none. `rows`:
+    tokens that the model has an embedding for."""
+    special = [index for index, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    likely = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special, 0, 1]
+    return next(index for index in likely if index is not None and index != end_id and index < rows)
+
+
+def pad_with(folder, tokenizer, pad_id: int) -> None:
+    """Let the published tokenizer pad with the token that the published model is told of, if it is another one than
+    it had."""
+    from pipeline.data.tokenizer_folder import CONFIG, content_of, read_object
+
+    token = tokenizer.convert_ids_to_tokens(pad_id)
+    config = read_object(folder / CONFIG)
+    if pad_id in tokenizer.added_tokens_decoder and content_of(config.get("pad_token")) != token:
+        write_json(folder / CONFIG, {**config, "pad_token": token})
 
 
 def initial_score(model, seed: int) -> None:

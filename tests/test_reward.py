@@ -9,7 +9,6 @@ import pytest
 import torch
 import tuned
 
-from pipeline.errors import UserError
 from pipeline.models import build
 from pipeline.reward import wilson
 from pipeline.train.loss_preference import bradley_terry
@@ -97,13 +96,15 @@ def test_scores_do_not_depend_on_padding(model, answers):
     assert not np.allclose(reward_scores(model, changed), scores, atol=1e-3)
 
 
-def test_no_padding_token_is_refused(model):
+def test_scores_need_no_padding_token(model):
+    """correctness 40: the last token is found by length."""
     import copy
 
-    broken = copy.deepcopy(model)
-    broken.config.pad_token_id = None
-    with pytest.raises(UserError, match="no pad_token_id"):
-        reward_scores(broken, [[1, 2]])
+    rows = [[5, 6, 7], [8, 9], [7]]
+    other = copy.deepcopy(model)
+    for pad in (None, 9, 7):
+        other.config.pad_token_id = pad
+        np.testing.assert_array_equal(reward_scores(other, rows), reward_scores(model, rows))
 
 
 def test_killed_and_resumed(tmp_path):

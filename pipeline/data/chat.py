@@ -277,13 +277,6 @@ class Chat:
                 f" {self.tokenizer.convert_ids_to_tokens(self.end_id)!r}, which is no special token: the model would"
                 " never learn to end its turn. Move the end-of-turn token to before {% endgeneration %}"
             )
-        if self.end_id == self.tokenizer.pad_token_id:
-            raise UserError(
-                f"{name}: the end of a turn is also the padding token {self.tokenizer.pad_token!r}, which carries no"
-                " loss; give the tokenizer a padding token of its own"
-            )
-        if self.tokenizer.pad_token_id is None:
-            raise UserError(f"{name}: has no padding token; give it one, distinct from the end of a turn")
         if row.ids[: row.start] != self.prompt(messages[:1]):
             raise UserError(
                 f"{name}: its chat template writes a prompt that waits for an answer differently from one that has it;"

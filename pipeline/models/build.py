@@ -144,11 +144,13 @@ def configure(block: dict, tokenizer, sequence_length: int):
     check(block)
     multiple = block.get("pad_vocab_to", 1)
     vocabulary = -(-len(tokenizer) // multiple) * multiple
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     special = {
         "vocab_size": vocabulary,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        # transformers keeps the embedding of the padding token at zero, which text must not suffer
+        "pad_token_id": None if tokenizer.pad_token_id in used else tokenizer.pad_token_id,
     }
     return _config(
         block["family"],
@@ -174,6 +176,9 @@ def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bo
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     experts.install(model)
+    # torch gives the embedding of this token no gradient. Padding has none anyway, for it is masked by position; a text
+    # in which the same token is the end must be learned from.
+    model.get_input_embeddings().padding_idx = None
     model.config.architectures = [type(model).__name__]
     model.generation_config.max_length = sequence_length
     if materialise:
@@ -262,6 +267,9 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
             " publish the model again, or name another folder"
         )
     experts.install(model)
+    # torch gives the embedding of this token no gradient. Padding has none anyway, for it is masked by position; a text
+    # in which the same token is the end must be learned from.
+    model.get_input_embeddings().padding_idx = None
     model.config.architectures = [type(model).__name__]
     return model
 

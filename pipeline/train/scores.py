@@ -2,8 +2,6 @@
 
 import torch
 
-from pipeline.errors import UserError
-
 
 def calibrated(model, logits: torch.Tensor) -> torch.Tensor:
     """Raw scores on the scale on which the answers that the reward model was trained on have mean 0 and standard
@@ -21,15 +19,10 @@ def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor
     """Calibrated scores [N], fp32 on the CPU, of N conversations as token ids (prompt, answer, end of turn), without
     padding.
 
-    `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. Raises
-    UserError if it has no padding token.
+    `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. Its last
+    token is found by length, so it needs no padding token, and any token pads.
     """
-    if model.config.pad_token_id is None:
-        raise UserError(
-            "the reward model's config.json has no pad_token_id, so the last token of a padded row cannot be told;"
-            " add it"
-        )
-    device, pad_id = next(model.parameters()).device, model.config.pad_token_id
+    device, pad_id = next(model.parameters()).device, 0
     assert all(rows), "an empty row has no last token"
     training = model.training
     model.eval()

@@ -26,10 +26,11 @@ def model_folder(artifact: Artifact) -> Path:
 
 
 def tokenizer_of(folder: Path, sequence_length: int):
-    """The tokenizer beside a model. Raises UserError if the model cannot take rows of `sequence_length` tokens."""
+    """The tokenizer in a model's folder, with a padding token that the model knows. Raises UserError if the model
+    cannot take rows of `sequence_length` tokens, or has no embedding for tokens that rows would have."""
     from transformers import AutoConfig
 
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokens import load_tokenizer, use_known_padding
     from pipeline.models.build import positions
 
     if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
@@ -37,13 +38,35 @@ def tokenizer_of(folder: Path, sequence_length: int):
             f"{folder}: holds no model with its tokenizer (config.json, tokenizer_config.json); expected a folder in"
             " the Hugging Face layout"
         )
-    most = positions(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    most = positions(config)
     if most and sequence_length > most:
         raise UserError(
             f"sequence_length: {sequence_length} is more than the {most} positions of the model"
             f" (max_position_embeddings); use at most {most}"
         )
-    return load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    rows = config.vocab_size
+    _check_embedding(folder, tokenizer, rows)
+    use_known_padding(tokenizer, rows)
+    return tokenizer
+
+
+def _check_embedding(folder: Path, tokenizer, rows: int) -> None:
+    """Raise UserError for a token that rows would have and that lies beyond the `rows` of the model's embedding:
+    tokens of text, and added ones that the chat template writes."""
+    added = tokenizer.added_tokens_decoder
+    template = tokenizer.chat_template or ""
+    written = template if isinstance(template, str) else "".join(template.values())
+    own = (tokenizer.bos_token, tokenizer.eos_token)
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if index < rows or index in added and token not in own and token not in written:
+            continue
+        raise UserError(
+            f"{folder}: its tokenizer has {token!r} with id {index}, and the model's embedding has {rows} rows; a token"
+            " that was added needs a row (model.resize_token_embeddings(len(tokenizer)), then save both); otherwise the"
+            " tokenizer belongs to another model"
+        )
 
 
 def chat_of(tokenizer, config, stage: str):
