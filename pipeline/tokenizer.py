@@ -280,9 +280,9 @@ def adopt(config: Config, folder: Path) -> str:
         )
     names.setdefault("bos_token", names.get("eos_token", bpe.BOS))
     names.setdefault("eos_token", bpe.EOS)
-    # padding that is masked out must not mask the ends of documents
-    if names.get("pad_token") in (None, names["eos_token"]):
-        names["pad_token"] = bpe.PAD
+    # Padding is masked by position, so the end of text may pad: a token of its own would need a row that the model of
+    # this tokenizer does not have. A tiktoken file has no special tokens at all.
+    names.setdefault("pad_token", bpe.PAD if found.algorithm == "adopted tiktoken" else names["eos_token"])
     marks = [bpe.TURN, bpe.END_OF_TURN] if found.template is None else []
     wanted = [
         *dict.fromkeys(

@@ -2,13 +2,26 @@
 brought into the form of our own."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data import bpe, bytelevel, encode
+from pipeline.data.tokenizer_folder import (
+    AGAIN,
+    CONFIG,
+    NAMED,
+    added_tokens,
+    check_config,
+    content_of,
+    read_backend,
+    read_object,
+)
 from pipeline.data.tokens import load_tokenizer
 from pipeline.errors import Absent, UserError
 
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* +\d+\r?(\n|$)")  # base64 of a token's bytes and its rank
+SENTENCEPIECE_HEAD = re.compile(rb"\n[\x02-\x7f]\n", re.DOTALL)
 MOST_UNUSED = 10_000  # ids without a token that are filled; more are a damaged file
 
 
@@ -32,16 +45,7 @@ def files(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
-    found = (
-        sorted(
-            entry
-            for entry in place.glob("*")
-            if entry.is_file()
-            and (entry.suffix in (".json", ".model", ".tiktoken", ".txt") or entry.name.startswith("chat_template"))
-        )
-        if place.is_dir()
-        else []
-    )
+    found = sorted(entry for entry in place.glob("*") if entry.is_file() and _belongs(entry)) if place.is_dir() else []
     if not place.exists():
         raise Absent(f"adopt: {path} does not exist (in {Path.cwd() if not place.is_absolute() else place.parent})")
     if not found:
@@ -49,35 +53,69 @@ def files(path: str) -> list[Path]:
             f"adopt: {path} is no tokenizer; give a folder with tokenizer.json, a sentencepiece model (.model) or a"
             " tiktoken file (.tiktoken)"
         )
-    return [entry for entry in found if entry.name not in ("manifest.json", "report.json")]
+    return found
+
+
+def _belongs(entry: Path) -> bool:
+    if entry.name in ("manifest.json", "report.json"):
+        return False
+    named = entry.suffix in (".json", ".model", ".tiktoken", ".txt") or entry.name.startswith("chat_template")
+    # tokenizer.model.v3; the files of tiktoken's cache are named by a hash alone
+    return named or ".model." in entry.name or not entry.suffix and form_of(entry) is not None
+
+
+def form_of(file: Path) -> str | None:
+    """What a file is by its content: "sentencepiece" or "tiktoken"; None for anything else. Llama 3's tokenizer.model
+    is a tiktoken file, and tiktoken's own cache gives its files no suffix."""
+    with open(file, "rb") as handle:
+        head = handle.read(4096)
+    if TIKTOKEN_LINE.match(head.lstrip()):
+        return "tiktoken"
+    # a model begins with its first piece: field 1, of a length, with field 1 of a length (the text)
+    return "sentencepiece" if SENTENCEPIECE_HEAD.match(head) else None
 
 
 def load(path: str, pattern: str | None) -> Adopted:
     """Read it. `pattern` is the split of a tiktoken file. Raises UserError where its files disagree, or where it
     could not keep text whole by construction."""
     place = Path(path).expanduser()
-    files(path)
+    found = files(path)
     if place.is_dir():
         if (place / "tokenizer.json").is_file():
+            _no_pattern(path, pattern)
             return _folder(place)
-        models = sorted(place.glob("*.model")) + sorted(place.glob("*.tiktoken"))
+        models = [entry for entry in found if entry.suffix in (".model", ".tiktoken") or form_of(entry)]
         if len(models) != 1:
+            named = f" ({', '.join(entry.name for entry in models[:5])})" if models else ""
             raise UserError(
-                f"adopt: {path} has no tokenizer.json and {len(models) or 'no'} .model or .tiktoken files; give the"
-                " file itself"
+                f"adopt: {path} has no tokenizer.json and {len(models) or 'no'} sentencepiece or tiktoken files{named};"
+                " give the file itself"
             )
         place = models[0]
-    if place.suffix == ".json":
-        raise UserError(f"adopt: {path} is one file of a tokenizer; give the folder that it stands in, {place.parent}")
-    return _tiktoken(place, pattern) if place.suffix == ".tiktoken" else _sentencepiece(place)
+    form = form_of(place)
+    if form is None and place.suffix == ".json":
+        if "tekken" in place.name:
+            raise UserError(
+                f"adopt: {path} is a tekken file, which is not read here; give the model's folder with tokenizer.json"
+            )
+        raise UserError(f"adopt: {path} is one file of a tokenizer; give the folder that holds it, {place.parent}")
+    if form == "tiktoken" or form is None and place.suffix == ".tiktoken":
+        return _tiktoken(place, pattern)
+    _no_pattern(path, pattern)
+    return _sentencepiece(place)
+
+
+def _no_pattern(path: str, pattern: str | None) -> None:
+    if pattern:
+        raise UserError(f"pattern: {path} is no tiktoken file and says itself how it splits text; leave `pattern` out")
 
 
 def _folder(folder: Path) -> Adopted:
     wrong = disagreement(folder)
     if wrong:
-        raise UserError(f"adopt: {wrong}; take the folder again from where it was published, whole")
+        raise UserError(f"adopt: {wrong}; {AGAIN}")
     fast = load_tokenizer(folder)
-    declared = _declared(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    declared = _declared(read_object(folder / "tokenizer.json"))
     backend, remarks = filled(fast.backend_tokenizer, declared, folder)
     spec = json.loads(backend.to_str())
     names = {
@@ -89,7 +127,7 @@ def _folder(folder: Path) -> Adopted:
     return Adopted(
         backend,
         names,
-        model.read_bytes() if model.is_file() else None,
+        model.read_bytes() if model.is_file() and form_of(model) != "tiktoken" else None,
         encode.ranks(spec),
         fast.chat_template,
         f"adopted {spec['model']['type']}",
@@ -103,8 +141,8 @@ def _sentencepiece(file: Path) -> Adopted:
     model = file.read_bytes()
     if wrong := bpe.damaged(model):
         raise UserError(
-            f"adopt: {file} {wrong}; take it again from where it was published, or give a folder with tokenizer.json or"
-            " a .tiktoken file"
+            f"adopt: {file} {wrong}; copy it again from where it was published, or give a folder with tokenizer.json or"
+            " a tiktoken file"
         )
     wrong = bpe.inexact(model)
     if wrong:
@@ -117,16 +155,18 @@ def _sentencepiece(file: Path) -> Adopted:
         if getattr(spec, f"{key}_id") >= 0 and getattr(spec, f"{key}_piece") in control
     }
     names["unk_token"] = spec.unk_piece
-    remarks = (
-        (
-            (
-                "the space that sentencepiece puts in front of a text (add_dummy_prefix) is left out, so the first word"
-                " of a text may have other ids than there"
-            ),
+    remarks = ()
+    if proto.normalizer_spec.add_dummy_prefix:
+        remarks += (
+            "with this model sentencepiece puts a space in front of each text (add_dummy_prefix); so it is here, and"
+            " decoding removes it",
         )
-        if proto.normalizer_spec.add_dummy_prefix
-        else ()
-    )
+    marks = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED and bpe.is_mark(piece.piece)]
+    if marks:
+        remarks += (
+            f"{len(marks)} user-defined pieces, such as {marks[0]}, are special tokens here: text that spells one stays"
+            " text, which sentencepiece would read as the piece",
+        )
     return Adopted(bpe.from_sentencepiece(model), names, model, None, None, "adopted sentencepiece", remarks)
 
 
@@ -169,8 +209,7 @@ def filled(backend, declared: dict[str, int], place: Path):
             (first[index], token, index) for token, index in wanted.items() if first.setdefault(index, token) != token
         )
         raise UserError(
-            f"adopt: {place} gives id {index} to {one!r} and to {other!r}; take it again from where it was published,"
-            " whole"
+            f"adopt: {place} gives id {index} to {one!r} and to {other!r}; copy it again from where it was published"
         )
     if most + 1 - len(ids) > MOST_UNUSED:
         raise UserError(
@@ -205,87 +244,74 @@ def _declared(spec: dict) -> dict[str, int]:
 
 
 def disagreement(folder: Path) -> str | None:
-    """Where two files of a Hugging Face folder contradict each other, in words, or None."""
-    from tokenizers import Tokenizer
-
-    try:
-        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # a bare Exception for a file that tokenizers cannot read
-        return f"{folder / 'tokenizer.json'} cannot be read ({str(error)[:200]})"
+    """Where two files of a Hugging Face folder contradict each other, in words, or None. Raises UserError for a file
+    that cannot be read."""
+    backend = read_backend(folder)
+    check_config(folder)
+    spec = read_object(folder / "tokenizer.json")
     vocabulary = spec["model"].get("vocab") or {}
-    vocabulary = (
-        vocabulary if isinstance(vocabulary, dict) else {entry[0]: index for index, entry in enumerate(vocabulary)}
-    )
+    if not isinstance(vocabulary, dict):  # unigram: pairs of a piece and its score
+        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+    if wrong := _twice(spec, vocabulary):
+        return f"{folder / 'tokenizer.json'}: {wrong}"
+    backend, _ = filled(backend, _declared(spec), folder)
+    if wrong := _config_disagrees(folder, backend):
+        return wrong
+    known = read_object(folder / "vocab.json")
+    if known and (
+        known != {token: index for token, index in vocabulary.items() if token in known}
+        or len(vocabulary) > len(known) + len(spec.get("added_tokens") or ())
+    ):
+        return f"{folder}: vocab.json and tokenizer.json number tokens differently"
+    if wrong := _other_forms_disagree(folder, spec, backend):
+        return wrong
+    size = read_object(folder / "config.json").get("vocab_size")
+    if isinstance(size, int) and size < backend.get_vocab_size():
+        return f"{folder}: config.json gives its model {size} tokens, tokenizer.json has {backend.get_vocab_size()}"
+    return None
+
+
+def _twice(spec: dict, vocabulary: dict[str, int]) -> str | None:
+    """A token or an id that tokenizer.json gives twice."""
     if len(set(vocabulary.values())) != len(vocabulary):
-        return f"{folder / 'tokenizer.json'}: two tokens have the same id"
+        return "two tokens have the same id"
     named = {index: name for name, index in vocabulary.items()}
     for token in spec.get("added_tokens") or ():
         name, index = token["content"], token["id"]
         if named.get(index, name) != name:
-            return (
-                f"{folder / 'tokenizer.json'}: id {index} is {named[index]!r} in its vocabulary and {name!r} among its"
-                " added tokens"
-            )
+            return f"id {index} is {named[index]!r} in its vocabulary and {name!r} among its added tokens"
         if vocabulary.get(name, index) != index:  # `tokenizers` takes the first, a reader of the file the second
-            return (
-                f"{folder / 'tokenizer.json'}: {name!r} has id {vocabulary[name]} in its vocabulary and {index} among"
-                " its added tokens"
-            )
-    backend, _ = filled(backend, _declared(spec), folder)
+            return f"{name!r} has id {vocabulary[name]} in its vocabulary and {index} among its added tokens"
+    return None
 
-    def read(name: str) -> dict:
-        try:
-            value = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-            if not isinstance(value, dict):
-                raise ValueError(f"expected a JSON object, found {str(value)[:60]}")
-            return value
-        except ValueError as error:
-            raise UserError(
-                f"adopt: {folder / name} cannot be read ({error}); take the folder again from where it was published,"
-                " whole"
-            ) from None
 
-    config = read("tokenizer_config.json")
-    for index, token in (config.get("added_tokens_decoder") or {}).items():
-        if backend.id_to_token(int(index)) != token["content"]:
-            return (
-                f"{folder}: id {index} is {token['content']!r} in tokenizer_config.json and"
-                f" {backend.id_to_token(int(index))!r} in tokenizer.json"
-            )
-    for name, block in (
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", read("special_tokens_map.json")),
-    ):
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = block.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
+def _config_disagrees(folder: Path, backend) -> str | None:
+    """Tokens of tokenizer_config.json and special_tokens_map.json that tokenizer.json does not have, or elsewhere."""
+    for index, token in added_tokens(folder).items():
+        there = backend.id_to_token(index) if index < 2**32 else None
+        if there != token:
+            return f"{folder}: id {index} is {token!r} in {CONFIG} and {there!r} in tokenizer.json"
+    for name in (CONFIG, "special_tokens_map.json"):
+        block = read_object(folder / name)
+        for key in NAMED:
+            token = content_of(block.get(key))
             if token and backend.token_to_id(token) is None:
                 return f"{folder}: {name} says that {key} is {token!r}, which tokenizer.json does not know"
-    known = read("vocab.json")
-    if (
-        known
-        and known != {token: index for token, index in vocabulary.items() if token in known}
-        or known
-        and len(vocabulary) > len(known) + len(spec.get("added_tokens") or ())
-    ):
-        return f"{folder}: vocab.json and tokenizer.json number tokens differently"
-    if (folder / "tokenizer.model").is_file():
-        from sentencepiece import SentencePieceProcessor
+    return None
 
-        model = (folder / "tokenizer.model").read_bytes()
+
+def _other_forms_disagree(folder: Path, spec: dict, backend) -> str | None:
+    """tokenizer.model and tiktoken files that hold other tokens than tokenizer.json."""
+    file = folder / "tokenizer.model"
+    if file.is_file() and form_of(file) != "tiktoken":
+        model = file.read_bytes()
         if wrong := bpe.damaged(model):
-            return f"{folder / 'tokenizer.model'} {wrong}"
-        pieces = SentencePieceProcessor(model_proto=model)
-        for index in range(len(pieces)):
-            here, there = pieces.id_to_piece(index), backend.id_to_token(index)
+            return f"{file} {wrong}"
+        for index, here in enumerate(bpe.pieces_of(model)):
+            there = backend.id_to_token(index)
             if there is None or here.replace(bpe.SPACE, " ") != there.replace(bpe.SPACE, " "):
                 return f"{folder}: id {index} is {here!r} in tokenizer.model and {there!r} in tokenizer.json"
-    for file in sorted(folder.glob("*.tiktoken")):
-        tokens, ranks = bytelevel.load(file), encode.ranks(spec)
-        if tokens != ranks:
-            return f"{folder}: {file.name} and tokenizer.json do not hold the same tokens with the same ids"
-    size = read("config.json").get("vocab_size")
-    if size is not None and size < backend.get_vocab_size():
-        return f"{folder}: config.json gives its model {size} tokens, tokenizer.json has {backend.get_vocab_size()}"
+    for other in sorted(folder.glob("*.tiktoken")):
+        if bytelevel.load(other) != encode.ranks(spec):
+            return f"{folder}: {other.name} and tokenizer.json do not hold the same tokens with the same ids"
     return None

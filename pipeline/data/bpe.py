@@ -2,6 +2,7 @@
 byte. Names of the special tokens of all tokenizers made here."""
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -176,6 +177,7 @@ def too_large(vocab_size: int, most: int) -> UserError:
 
 def damaged(model: bytes) -> str | None:
     """Why bytes are no whole sentencepiece model, in words; None if they are one."""
+    import sentencepiece
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -191,6 +193,30 @@ def damaged(model: bytes) -> str | None:
     if missing or not proto.pieces:
         lacks = missing[0] if missing else "pieces"
         return f"is no sentencepiece model, or is cut off ({len(proto.pieces):,} pieces, but no {lacks})"
+    if wrong := _odd_pieces(proto):
+        return f"is a damaged sentencepiece model: {wrong}"
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, ValueError) as error:
+        return f"is a damaged sentencepiece model: {str(error)[:200]}"
+    return None
+
+
+def _odd_pieces(proto) -> str | None:
+    """What is wrong with the pieces of a model, in words: its own reader looks at some of this only when it encodes."""
+    names: dict[str, int] = {}
+    for index, piece in enumerate(proto.pieces):
+        if not piece.piece:
+            return f"piece {index} is empty"
+        if names.setdefault(piece.piece, index) != index:
+            return f"piece {piece.piece!r} has the ids {names[piece.piece]} and {index}"
+        if not math.isfinite(piece.score):
+            return f"piece {index} ({piece.piece!r}) has the score {piece.score}"
+        if piece.type == piece.BYTE and not re.fullmatch("<0x[0-9A-F]{2}>", piece.piece):
+            return f"piece {index} ({piece.piece!r}) is said to be a byte"
+    unknown = [index for index, piece in enumerate(proto.pieces) if piece.type == piece.UNKNOWN]
+    if len(unknown) != 1:
+        return f"{len(unknown)} pieces are the unknown one, expected 1"
     return None
 
 
@@ -206,6 +232,31 @@ def is_unigram(model: bytes) -> bool:
 
     trainer = sentencepiece_model_pb2.ModelProto.FromString(model).trainer_spec
     return trainer.model_type == trainer.UNIGRAM
+
+
+def adds_prefix(model: bytes) -> bool:
+    """Does a whole sentencepiece model put a space in front of each text (its default, add_dummy_prefix)?"""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(model).normalizer_spec.add_dummy_prefix
+
+
+def is_mark(piece: str) -> bool:
+    """Is a user-defined piece a mark, such as [REF] or <tool>? Marks become special tokens, which no text is encoded
+    as; sentencepiece itself reads them in any text."""
+    return len(piece) > 2 and (piece[0], piece[-1]) in (("<", ">"), ("[", "]"), ("{", "}"))
+
+
+def for_words(model: bytes) -> bytes:
+    """The model as it encodes a word inside a text: no space in front, and marks never read in the word."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto.normalizer_spec.add_dummy_prefix = False
+    for piece in proto.pieces:
+        if piece.type == piece.USER_DEFINED and is_mark(piece.piece):
+            piece.type = piece.CONTROL
+    return proto.SerializeToString()
 
 
 def inexact(model: bytes) -> str | None:
@@ -225,6 +276,8 @@ def inexact(model: bytes) -> str | None:
         return "treats spaces in a way that is not supported (treat_whitespace_as_suffix, or spaces not escaped)"
     if sum(piece.type == piece.BYTE for piece in proto.pieces) != 256:
         return "has no tokens for the 256 bytes (byte_fallback)"
+    if any(piece.type == piece.UNUSED for piece in proto.pieces):
+        return "has pieces that are not to be used (set_vocabulary)"
     known = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}
     if trainer.model_type == trainer.UNIGRAM and any(
         set(piece.piece) - known for piece in proto.pieces if piece.type in (piece.CONTROL, piece.BYTE, piece.UNKNOWN)
@@ -241,40 +294,54 @@ def from_sentencepiece(model: bytes):
     """A sentencepiece model for which `inexact` finds nothing, as a `tokenizers.Tokenizer` that gives the same ids.
 
     Pieces are stored with real spaces, not with U+2581, so that a U+2581 in a text survives as bytes: sentencepiece
-    itself turns it into a space. Everything else is encoded alike.
+    itself turns it into a space. A space in front of each text (add_dummy_prefix) is added and, in decoding, removed;
+    as in Llama's own tokenizer.json, what follows a special token gets one as well. User-defined pieces are read in
+    text as sentencepiece does, but for marks (`is_mark`). Everything else is encoded alike.
     """
-    import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     vocabulary: dict[str, int] = {}
     score: dict[str, float] = {}
-    special = []
+    added = []
     for index, piece in enumerate(proto.pieces):
         text = piece.piece
-        if piece.type in (piece.CONTROL, piece.UNKNOWN):
-            special.append(text)
+        if piece.type in (piece.CONTROL, piece.UNKNOWN) or piece.type == piece.USER_DEFINED and is_mark(text):
+            added.append(AddedToken(text, normalized=False, special=True))
+        elif piece.type == piece.USER_DEFINED:
+            text = text.replace(SPACE, " ")
+            added.append(AddedToken(text, normalized=False, special=False))
         elif piece.type != piece.BYTE:
             text = text.replace(SPACE, " ")
             score[text] = piece.score
         vocabulary[text] = index
-    unknown = pieces.id_to_piece(pieces.unk_id())
+    unknown = next(index for index, piece in enumerate(proto.pieces) if piece.type == piece.UNKNOWN)
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
         # A text that spells a special token or a byte token must not become it: their scores, 0 in the model, are such
         # that no path goes through them.
         scored = [(piece, score.get(piece, NEVER)) for piece in vocabulary]
-        tokenizer = Tokenizer(models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=True))
+        tokenizer = Tokenizer(models.Unigram(scored, unk_id=unknown, byte_fallback=True))
     else:
         tokenizer = Tokenizer(
-            models.BPE(vocab=vocabulary, merges=merges_of(score), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+            models.BPE(
+                vocab=vocabulary,
+                merges=merges_of(score),
+                unk_token=proto.pieces[unknown].piece,
+                fuse_unk=True,
+                byte_fallback=True,
+            )
         )
     # Spaces begin pieces and never follow anything else in one (inexact), so the parts are encoded as the whole is;
     # short parts hit the cache.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" *[^ ]+"), behavior="isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if proto.normalizer_spec.add_dummy_prefix:
+        tokenizer.normalizer = normalizers.Prepend(" ")
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens([token for token in added if token.special])
+    tokenizer.add_tokens([token for token in added if not token.special])
     return tokenizer
 
 

@@ -192,20 +192,22 @@ def _listed(backend, spec: dict) -> list[str] | None:
 
 def _sentencepiece(backend, spec: dict, folder: Path) -> Encoder | None:
     """For folders whose tokenizer.model stage tokenizer has turned into tokenizer.json."""
-    if not (folder / "tokenizer.model").is_file() or spec["model"]["type"] != "BPE" or spec["normalizer"]:
+    if not (folder / "tokenizer.model").is_file() or spec["model"]["type"] != "BPE":
         return None
     import sentencepiece
 
     from pipeline.data import bpe
 
     model = (folder / "tokenizer.model").read_bytes()
-    if (
-        bpe.damaged(model)
-        or bpe.inexact(model)
-        or json.loads(bpe.from_sentencepiece(model).to_str())["model"] != spec["model"]
-    ):
+    if bpe.damaged(model) or bpe.inexact(model):
         return None
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    made = json.loads(bpe.from_sentencepiece(model).to_str())
+    if any(made[part] != spec[part] for part in ("model", "normalizer", "pre_tokenizer")):
+        return None
+    if not all(token["special"] for token in spec["added_tokens"]):  # looked for in text, too
+        return None
+    prefix = " " if bpe.adds_prefix(model) else ""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=bpe.for_words(model))
     slow = _tokenizers(backend)
     known: dict[str, list[int]] = {}
 
@@ -213,7 +215,7 @@ def _sentencepiece(backend, spec: dict, folder: Path) -> Encoder | None:
         if bpe.SPACE in text:
             return slow([text])[0]
         found: list[int] = []
-        for word in WORDS.findall(text):
+        for word in WORDS.findall(prefix + text if text else ""):
             ids = known.get(word)
             if ids is None:
                 ids = pieces.encode(word)
