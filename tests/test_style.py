@@ -1,0 +1,66 @@
+"""Rules of docs/contributing.md that a program can check."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "pipeline").rglob("*.py"))
+LONGEST_FUNCTION = 100  # lines
+
+
+def functions(tree: ast.AST):
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_no_function_is_longer_than_a_screen_or_two():
+    long = []
+    for path in FILES:
+        for node in functions(ast.parse(path.read_text(encoding="utf-8"))):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > LONGEST_FUNCTION:
+                long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines")
+    assert not long, "split these: " + "; ".join(long)
+
+
+def test_no_private_name_is_imported_from_another_module():
+    private = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline"):
+                for alias in node.names:
+                    if alias.name.startswith("_"):
+                        private.append(f"{path.relative_to(ROOT)}:{node.lineno} {alias.name}")
+    assert not private, "make these public or move them: " + "; ".join(private)
+
+
+def test_no_module_beside_the_stage_scripts_hides_another_one():
+    """A script's own folder is first on sys.path, so pipeline/tokens.py would be what `import tokens` finds."""
+    from importlib.metadata import packages_distributions
+
+    taken = set(sys.stdlib_module_names) | set(packages_distributions()) - {"pipeline"}
+    # and names of packages that users have beside alma
+    taken |= {"evaluate", "datasets", "tokenizers", "transformers", "accelerate", "trl", "peft", "wandb", "ray", "vllm"}
+    names = {
+        path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert not names & taken
+
+
+@pytest.mark.parametrize("folder", ["pipeline/core"])
+def test_the_core_asks_no_config_for_what_it_may_have(folder):
+    """A stage answers through methods of StageConfig; the core has no hasattr or getattr on configs."""
+    found = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("getattr", "hasattr")
+            ):
+                subject = ast.unparse(node.args[0])
+                if "config" in subject or subject in ("parent", "stage"):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
+    assert not found, "; ".join(found)
