@@ -214,67 +214,25 @@ class Config(TrainConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.sampler import heldout_rows
-    from pipeline.data.tokens import TokenStore, load_tokenizer, misfit
-    from pipeline.models import build, cost, scaling
-    from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, samples, witness
+    from pipeline.models import build, cost
+    from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, witness
     from pipeline.train.batches import heldout_batches, loss_of, sampler_of, to_batch
     from pipeline.train.loop import fit, share
-    from pipeline.train.loss import Tally
     from pipeline.train.tuning import model_folder
 
-    # What is there
-    store = TokenStore(inputs["tokens"].path)
-    tokenizer_folder = inputs["tokenizer"].path
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if len(tokenizer) != store.vocab_size:
-        raise UserError(
-            f"inputs.tokenizer has {len(tokenizer)} tokens, inputs.tokens was packed with {store.vocab_size}; give the"
-            " tokenizer that packed them"
-        )
-    samples.encoded(config, tokenizer)
+    # Inputs
+    store, tokenizer = read_inputs(config, inputs)
     heldout = heldout_rows(store, config.sequence_length, config.heldout_rows)
-    sources = sorted({row.source for row in heldout})
-
     distributed.setup(config)
-    if len(heldout) < distributed.world() // config.parallel.pipeline:
-        raise UserError(
-            f"stage {config.kind}: {len(heldout)} held-out rows cannot be shared by"
-            f" {distributed.world() // config.parallel.pipeline} processes; hold out more text in stage clean"
-        )
-    if inputs["tokens"].kind == "external" and (
-        wrong := distributed.from_main(misfit(store.folder) if output.is_main else None)
-    ):
-        raise UserError(f"inputs.tokens: {wrong}")
+    check_rows(config, inputs, output, store, len(heldout))
     sampler = sampler_of(config, store, tokenizer, output)
 
-    # The model
-    branch = (
-        checkpoints.of_step(
-            inputs["model"].path, config.from_step, f"stage {output.stage}: from_step: {config.from_step}"
-        )
-        if config.from_step
-        else None
-    )
-    if "model" in inputs:
-        folder = model_folder(inputs["model"])
-        model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
-        scaling.learning_rates(model)
-        if config.document_mask:
-            build.check_documents(model.config.model_type)
-        if model.config.vocab_size < store.vocab_size:
-            raise UserError(
-                f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size};"
-                " they must share one tokenizer"
-            )
-        if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"inputs.tokenizer is not the tokenizer of inputs.model ({folder}): their tokens have other ids; pack"
-                f" the text with the model's, as in inputs: {{tokenizer: {folder}}}"
-            )
-    else:
-        model = build.new(
-            config.model, tokenizer, config.sequence_length, config.seed, materialise=config.parallel.pipeline == 1
-        )
+    # Model
+    branch = None
+    if config.from_step:
+        asked_by = f"stage {output.stage}: from_step: {config.from_step}"
+        branch = checkpoints.of_step(inputs["model"].path, config.from_step, asked_by)
+    model = make_model(config, inputs, store, tokenizer)
     model_config, size = model.config, cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     config = horizon.in_steps(config, size.total)
@@ -302,65 +260,144 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         return row
 
     fixed = heldout_batches(heldout, store, config, trainer)
-    num_bytes = sum(row.bytes for row in heldout)
-    bytes_of = {source: sum(row.bytes for row in heldout if row.source == source) for source in sources}
-
-    def evaluate() -> dict:
-        found = trainer.evaluate(fixed)
-        nats = {source: found[Tally("nats", source)] * found["weight"] for source in sources}
-        per_source = {f"bits_per_byte/{source}": nats[source] / math.log(2) / bytes_of[source] for source in sources}
-        return {
-            "loss": found["loss"],
-            "bits_per_byte": found["loss"] * found["weight"] / math.log(2) / num_bytes,
-            **(per_source if len(sources) > 1 else {}),
-        }
-
     text = meters.Text(sampler.epoch_tokens, flops, peak, derivation.expected_seconds(config, flops, peak))
-    sample = Sampler(config, trainer, model_config, size.total, tokenizer, output) if config.samples else None
-    describe = forensics.describer(trainer, batches, store, sampler, tokenizer, config)
     result = fit(
-        trainer, config, output, batches, evaluate=evaluate, text=text, branch=branch, sample=sample, describe=describe
+        trainer,
+        config,
+        output,
+        batches,
+        evaluate=lambda: evaluation(trainer.evaluate(fixed), heldout),
+        text=text,
+        branch=branch,
+        sample=Sampler(config, trainer, model_config, size.total, tokenizer, output) if config.samples else None,
+        describe=forensics.describer(trainer, batches, store, sampler, tokenizer, config),
     )
-
     if advice := trainer.advice():
         say(advice)
 
-    # What it was for
+    # Result
     weights = trainer.consolidated()
     if output.is_main:
         parent = model_folder(inputs["model"]) if "model" in inputs else None
-        build.publish(weights, model_config, tokenizer_folder, output.path / "model", parent)
-    before, after, tokens = result["before"], result["after"], int(result["weight"])
-    bits = f"held-out bits per byte {before['bits_per_byte']:.2f} -> {after['bits_per_byte']:.2f}"
-    measure = f"{bits} (n={many(len(heldout), 'row')})"
+        build.publish(weights, model_config, inputs["tokenizer"].path, output.path / "model", parent)
+    read_tokens = sum(store.num_tokens(source) for source in sampler.sources)
+    return {
+        **metrics_of(output, result, heldout),
+        "steps": trainer.step_count,
+        "parameters": size.total,
+        "flops": int(result["weight"]) * flops.full,
+        "summary": {
+            "input": f"{read_tokens / 1e6:.2f}M tokens, {many(len(sampler.sources), 'source')}",
+            "output": f"{size.total / 1e6:.1f}M parameters, {int(result['weight']) / 1e6:.2f}M tokens read",
+            "measure": measured(result, heldout),
+        },
+    }
+
+
+def read_inputs(config: Config, inputs: dict[str, Artifact]):
+    """(packed tokens, their tokenizer). Raises UserError if they do not belong together, or a sample's prompt does not
+    fit into a row."""
+    from pipeline.data.tokens import TokenStore, load_tokenizer
+    from pipeline.train import samples
+
+    store = TokenStore(inputs["tokens"].path)
+    tokenizer = load_tokenizer(inputs["tokenizer"].path)
+    if len(tokenizer) != store.vocab_size:
+        raise UserError(
+            f"inputs.tokenizer has {len(tokenizer)} tokens, inputs.tokens was packed with {store.vocab_size}; give the"
+            " tokenizer that packed them"
+        )
+    samples.encoded(config, tokenizer)
+    return store, tokenizer
+
+
+def check_rows(config: Config, inputs: dict[str, Artifact], output: Output, store, num_heldout: int) -> None:
+    """Raise UserError if there are fewer held-out rows than data ranks, or if tokens that were packed elsewhere are
+    damaged. Collective."""
+    from pipeline.data.tokens import misfit
+    from pipeline.train import distributed
+
+    ranks = distributed.world() // config.parallel.pipeline
+    if num_heldout < ranks:
+        raise UserError(
+            f"stage {config.kind}: {num_heldout} held-out rows cannot be shared by {ranks} processes; hold out more"
+            " text in stage clean"
+        )
+    if inputs["tokens"].kind == "external":
+        wrong = distributed.from_main(misfit(store.folder) if output.is_main else None)
+        if wrong:
+            raise UserError(f"inputs.tokens: {wrong}")
+
+
+def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
+    """The model that training starts from: new, or that of another stage or folder. Raises UserError for one that
+    does not fit the tokens."""
+    from pipeline.data.tokens import load_tokenizer
+    from pipeline.models import build, scaling
+    from pipeline.train.tuning import model_folder
+
+    if "model" not in inputs:
+        whole = config.parallel.pipeline == 1
+        return build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=whole)
+    folder = model_folder(inputs["model"])
+    model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
+    scaling.learning_rates(model)
+    if config.document_mask:
+        build.check_documents(model.config.model_type)
+    if model.config.vocab_size < store.vocab_size:
+        raise UserError(
+            f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size};"
+            " they must share one tokenizer"
+        )
+    if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"inputs.tokenizer is not the tokenizer of inputs.model ({folder}): their tokens have other ids; pack"
+            f" the text with the model's, as in inputs: {{tokenizer: {folder}}}"
+        )
+    return model
+
+
+def evaluation(sums: dict, heldout: list) -> dict:
+    """Loss and bits per byte on held-out rows, all together and, if there are several, by source.
+
+    sums: what the engine's evaluation returned. heldout: the rows, whose `bytes` are of all ranks' shares.
+    """
+    from pipeline.train.loss import Tally
+
+    weight, bits = sums["weight"], math.log(2)
+    numbers = {"loss": sums["loss"], "bits_per_byte": sums["loss"] * weight / bits / sum(row.bytes for row in heldout)}
+    sources = sorted({row.source for row in heldout})
+    for source in sources if len(sources) > 1 else []:
+        num_bytes = sum(row.bytes for row in heldout if row.source == source)
+        numbers[f"bits_per_byte/{source}"] = sums[Tally("nats", source)] * weight / bits / num_bytes
+    return numbers
+
+
+def measured(result: dict, heldout: list) -> str:
+    """Held-out bits per byte before and after, in words."""
+    before, after = result["before"]["bits_per_byte"], result["after"]["bits_per_byte"]
+    return f"held-out bits per byte {before:.2f} -> {after:.2f} (n={many(len(heldout), 'row')})"
+
+
+def metrics_of(output: Output, result: dict, heldout: list) -> dict:
+    """What the manifest keeps of a training: result is what `fit` returned."""
+    before, after = result["before"], result["after"]
+    by_source = {key.partition("/")[2]: value for key, value in after.items() if "/" in key}
+    nothing_learned = after["bits_per_byte"] >= before["bits_per_byte"]
     return {
         "bits_per_byte_before": before["bits_per_byte"],
         "bits_per_byte_after": after["bits_per_byte"],
-        "bits_per_byte_sources": (
-            {key.partition("/")[2]: value for key, value in after.items() if "/" in key}
-            or {sources[0]: after["bits_per_byte"]}
-        ),
+        "bits_per_byte_sources": by_source or {heldout[0].source: after["bits_per_byte"]},
         "loss_before": before["loss"],
         "loss_after": after["loss"],
-        "warnings": warn(output.stage, [measure] if after["bits_per_byte"] >= before["bits_per_byte"] else []),
+        "warnings": warn(output.stage, [measured(result, heldout)] if nothing_learned else []),
         "train_loss": result["last"]["loss"],
-        "steps": trainer.step_count,
-        "tokens": tokens,
+        "tokens": int(result["weight"]),
         "tokens_sources": result["sources"],
-        "parameters": size.total,
-        "flops": tokens * flops.full,
         "tokens_per_second": round(result["rate"], 1) or None,  # none: a start that had nothing left but to publish
         "skipped_steps": result["skipped"],
         "spikes": result["spikes"]["count"],
         "rollbacks": result["spikes"]["rollbacks"],
-        "summary": {
-            "input": (
-                f"{sum(store.num_tokens(source) for source in sampler.sources) / 1e6:.2f}M tokens,"
-                f" {many(len(sampler.sources), 'source')}"
-            ),
-            "output": f"{size.total / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens read",
-            "measure": measure,
-        },
     }
 
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
     from pipeline.data.text import Tokens
 
 # Characters that stand in clean text by accident only: replacement characters, controls, private use, noncharacters.
-_GARBAGE = re.compile("[\ufffd\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufffe\uffff]")
+GARBAGE = re.compile("[\ufffd\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufffe\uffff]")
 # UTF-8 read as Latin-1 or Windows-1252: a lead byte's letter before a continuation byte's sign; and UTF-8 read as GBK
 # ("锟斤拷" is U+FFFD twice).
-_CONTINUATION = (
+CONTINUATION = (
     "[\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u2039\u0152\u2018-\u201d\u2022"
     "\u2122\u203a\u0153]"
 )
-_MOJIBAKE = re.compile(f"[\u00c2-\u00f4]{_CONTINUATION}{{1,3}}|锟斤拷|烫烫烫|屯屯屯")
+MOJIBAKE = re.compile(f"[\u00c2-\u00f4]{CONTINUATION}{{1,3}}|锟斤拷|烫烫烫|屯屯屯")
 
 
 class Filters(Strict):
@@ -104,9 +104,9 @@ def garbled(text: str) -> float:
     """Share of characters that are garbage or mojibake."""
     if text.isascii() and text.isprintable():
         return 0.0
-    bad = sum(map(len, _GARBAGE.findall(text)))
+    bad = sum(map(len, GARBAGE.findall(text)))
     if not text.isascii():
-        bad += sum(map(len, _MOJIBAKE.findall(text)))
+        bad += sum(map(len, MOJIBAKE.findall(text)))
     if bad == 1:  # one stray sign, such as a page's only damaged byte, is let pass in a short text too
         return 0.0
     return min(1.0, bad / max(1, len(text)))  # controls within mojibake are found by both expressions

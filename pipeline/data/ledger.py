@@ -83,12 +83,12 @@ def account(
                         "value": rejections.tripped(row),
                         "excerpt": row["excerpt"],
                     }
-                    if steps.keep_rejected == "full" and (text := row["text"] if ok[i] else row["whole"]) is not None:
-                        entry["text"] = text
+                    if steps.keep_rejected == "full":
+                        text = row["text"] if ok[i] else row["whole"]
+                        if text is not None:
+                            entry["text"] = text
                     if ok[i]:
-                        original = index.original[document[i]]
-                        if original != document[i]:
-                            entry["of"] = "{:016x}{:016x}".format(*index.id[original].tolist())
+                        entry |= _of_duplicate(index, document[i])
                     counts[entry["status"]][entry["reason"]] = counts[entry["status"]].get(entry["reason"], 0) + 1
                     if entry["status"] != "not selected":  # the recipe asked for it; counted, and not kept aside
                         packed.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
@@ -106,18 +106,26 @@ def account(
     report["rules"], report["funnel"] = rejections.report(), funnel.report()
     assert report["rules"]["rejected"] + report["total"]["nothing_left"] == report["total"]["filtered_documents"]
     if steps.decontaminate:
-        report["decontamination"] = {
-            evaluation: {
-                **known,
-                **(
-                    {**matched[evaluation], "items_found": len(matched[evaluation]["items_found"])}
-                    if evaluation in matched
-                    else {"documents": 0, "items_found": 0}
-                ),
-            }
-            for evaluation, known in json.loads((folder / "work" / "evaluation.json").read_text()).items()
-        }
+        known = json.loads((folder / "work" / "evaluation.json").read_text())
+        report["decontamination"] = _decontamination(known, matched)
     write_json(folder / "report.json", report)
+    return report
+
+
+def _of_duplicate(index: "Index", document: int) -> dict:
+    """The id of the document that was kept in place of this one, if it is another."""
+    original = index.original[document]
+    if original == document:
+        return {}
+    return {"of": "{:016x}{:016x}".format(*index.id[original].tolist())}
+
+
+def _decontamination(known: dict[str, dict], matched: dict[str, dict]) -> dict:
+    """Evaluation set -> what is known of it, documents that were dropped for it, and how many of its items they had."""
+    report = {}
+    for name, numbers in known.items():
+        found = matched.get(name, {"documents": 0, "items_found": ()})
+        report[name] = {**numbers, **found, "items_found": len(found["items_found"])}
     return report
 
 

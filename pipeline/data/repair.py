@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.data.filters import _MOJIBAKE
+from pipeline.data.filters import MOJIBAKE
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
 
@@ -80,7 +80,7 @@ def unbroken(text: str) -> str:
         mended = _from_latin(text)
         if mended is not None:
             return mended
-    if _MOJIBAKE.search(text):
+    if MOJIBAKE.search(text):
         import ftfy
 
         return ftfy.fix_encoding(text)

@@ -93,15 +93,14 @@ def _characters(points: np.ndarray) -> str:
 @functools.cache
 def _marks() -> np.ndarray:
     """The bits above for each code point, uint8 [0x110000]."""
-    from pipeline.data.filters import _CONTINUATION as CONTINUATION
-    from pipeline.data.filters import _GARBAGE
+    from pipeline.data.filters import CONTINUATION, GARBAGE
 
     # Han and Hangul syllables, two thirds of all, have no mark but the three below.
     every = _characters(np.concatenate((np.arange(0x3400), np.arange(0xA000, 0xAC00), np.arange(0xE000, 0x10000))))
     table = np.zeros(0x110000, np.uint8)
     for pattern, bit in (
         (_RARE, RARE),
-        (_GARBAGE, SUSPECT),
+        (GARBAGE, SUSPECT),
         (re.compile("[\u00c2-\u00f4]"), _LEAD),
         (re.compile(CONTINUATION), _CONTINUATION),
     ):
@@ -138,7 +137,7 @@ class Tokens:
 
 
 @functools.cache
-def _classes() -> np.ndarray:
+def character_classes() -> np.ndarray:
     """Class of each code point, uint8 [0x110000]."""
     table = np.full(0x110000, SYMBOL, np.uint8)
     # what lies between is Han (planes 2 and 3) or unassigned
@@ -159,7 +158,7 @@ def _classes() -> np.ndarray:
 
 
 @functools.lru_cache(4)
-def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
+def hash_powers(length: int) -> tuple[np.ndarray, np.ndarray]:
     """_ODD**i and its inverse modulo 2**64, for i below `length`."""
     both = []
     for base in (_ODD, _INVERSE):
@@ -275,7 +274,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     # U+0130 becomes two characters, surrogates are none
     points = np.concatenate((np.arange(0x130), np.arange(0x131, 0xD800), np.arange(0xE000, 0x20000)))
     lower[points] = np.frombuffer(_characters(points).lower().encode("utf-32-le"), np.uint32)
-    return lower, _classes()[lower]
+    return lower, character_classes()[lower]
 
 
 def shingles(batch: Tokens, size: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
@@ -323,7 +322,7 @@ def span_tokens(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
 def windows(hashes: np.ndarray, bounds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Hash of the `size` tokens from each one on, uint64 [T], and whether that many are left in its text, bool [T]."""
     number = len(hashes)
-    powers, inverses = _powers(1 << max(16, (number + size).bit_length()))
+    powers, inverses = hash_powers(1 << max(16, (number + size).bit_length()))
     sums = np.zeros(number + size + 1, np.uint64)
     np.cumsum(hashes * powers[:number], out=sums[1 : number + 1])
     sums[number + 1 :] = sums[number]
@@ -341,6 +340,6 @@ def line_tokens(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
         line[bounds[at] : bounds[at + 1]] = np.searchsorted(breaks, starts[bounds[at] : bounds[at + 1]])
     fresh = np.flatnonzero(np.concatenate(([True], (np.diff(owner) != 0) | (np.diff(line) != 0)))[: len(starts)])
     ends = np.concatenate((fresh[1:], [len(starts)]))
-    powers, inverses = _powers(1 << max(16, len(starts).bit_length() + 1))
+    powers, inverses = hash_powers(1 << max(16, len(starts).bit_length() + 1))
     sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(hashes * powers[: len(starts)])))
     return mixed((sums[ends] - sums[fresh]) * inverses[fresh]), owner[fresh], line[fresh], ends - fresh

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.text import CJK as CJK_CLASS
-from pipeline.data.text import _classes, _powers, mixed
+from pipeline.data.text import character_classes, hash_powers, mixed
 
 (
     SPACE,
@@ -83,7 +83,7 @@ def _flags() -> np.ndarray:
         if category == "Cc" and not flag & SPACE:
             flag |= SYMBOL
         table[point] = flag
-    table[_classes() == CJK_CLASS] = ALPHA | CJK
+    table[character_classes() == CJK_CLASS] = ALPHA | CJK
     for signs, flag in (
         (_PUNCT, LEAD | TRAIL | BEFORE_STOP),
         (_QUOTES, LEAD | TRAIL | BEFORE_STOP | QUOTE),
@@ -242,7 +242,7 @@ def _before(codes: np.ndarray, first: np.ndarray, at: np.ndarray, signs: str) ->
 
 def _hasher(codes: np.ndarray):
     """Polynomial hashes of stretches of characters, taken out of one running sum (as in text.tokens)."""
-    powers, inverses = _powers(1 << max(16, (len(codes) + 1).bit_length()))
+    powers, inverses = hash_powers(1 << max(16, (len(codes) + 1).bit_length()))
     sums = np.zeros(len(codes) + 1, np.uint64)
     np.cumsum(codes * powers[: len(codes)], out=sums[1:])
     return lambda first, last: mixed((sums[last] - sums[first]) * inverses[first])
@@ -253,114 +253,155 @@ def _words(
 ) -> tuple[np.ndarray, np.ndarray]:
     """First and last character of each word. A run without spaces loses signs at both ends, one by one, and is then
     split at infixes (spaCy, tokenizer.pyx)."""
-    size = len(codes)
-    alone = (flags & CJK) > 0  # characters that are words of their own
-    opens = np.zeros(size + 1, bool)  # where a word begins beside that
+    splitter = _Splitter(codes, flags, space, run_first, run_last)
+    trail, lead, ellipsis = splitter.signs()
+    rest = splitter.strip_runs(trail, lead)
+    splitter.split_contractions(rest)
+    splitter.split_infixes()
+    return splitter.borders(ellipsis)
 
-    def at(positions: np.ndarray) -> np.ndarray:
+
+class _Splitter:
+    """Where words begin in an array of characters; each method adds one kind of border.
+
+    alone: characters that are words of their own. opens: places where a word begins besides those.
+    """
+
+    def __init__(
+        self, codes: np.ndarray, flags: np.ndarray, space: np.ndarray, run_first: np.ndarray, run_last: np.ndarray
+    ):
+        self.codes, self.flags, self.space = codes, flags, space
+        self.run_first, self.run_last, self.size = run_first, run_last, len(codes)
+        self.alone = (flags & CJK) > 0
+        self.opens = np.zeros(self.size + 1, bool)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
         # Before the first text stands what stands between two: clamping to its first sign made the A of "A." two
         # capitals, there and nowhere else.
-        return np.where(positions < 0, SPACE, flags[np.minimum(np.maximum(positions, 0), size - 1)])
+        return np.where(positions < 0, SPACE, self.flags[np.minimum(np.maximum(positions, 0), self.size - 1)])
 
-    # Stops: two and more together are one sign that is split off everywhere; a single one is split off behind small
-    # letters, digits, signs, and two capitals.
-    dots = np.flatnonzero(codes == 46)
-    left, right = (codes[np.maximum(dots - 1, 0)] == 46) & (dots > 0), codes[np.minimum(dots + 1, size - 1)] == 46
-    ellipsis = dots[left | right]
-    stops = dots[~(left | right)]
-    trail = flags & TRAIL > 0
-    lead = flags & LEAD > 0
-    trail[
-        stops[((at(stops - 1) & BEFORE_STOP) > 0) | (((at(stops - 1) & UPPER) > 0) & ((at(stops - 2) & UPPER) > 0))]
-    ] = True
-    lead[ellipsis] = trail[ellipsis] = True
-    # + % $ € £ ¥ behind a digit
-    for sign, ahead in ((43, False), (37, True), (36, True), (0x20AC, True), (0xA3, True), (0xA5, True)):
-        found = np.flatnonzero(codes == sign)
-        trail[found[(at(found - 1) & DIGIT) > 0]] = True
-        if not ahead:
-            lead[found[(at(found + 1) & DIGIT) > 0]] = False
+    def signs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(may be split off behind a run, may be split off before one, places of dots in an ellipsis)."""
+        codes, flags, size = self.codes, self.flags, self.size
+        # Stops: two and more together are one sign that is split off everywhere; a single one is split off behind small
+        # letters, digits, signs, and two capitals.
+        dots = np.flatnonzero(codes == 46)
+        left, right = (codes[np.maximum(dots - 1, 0)] == 46) & (dots > 0), codes[np.minimum(dots + 1, size - 1)] == 46
+        ellipsis = dots[left | right]
+        stops = dots[~(left | right)]
+        trail = flags & TRAIL > 0
+        lead = flags & LEAD > 0
+        back, two_back = self.at(stops - 1), self.at(stops - 2)
+        behind_capitals = ((back & UPPER) > 0) & ((two_back & UPPER) > 0)
+        trail[stops[((back & BEFORE_STOP) > 0) | behind_capitals]] = True
+        lead[ellipsis] = trail[ellipsis] = True
+        # + % $ € £ ¥ behind a digit
+        for sign, ahead in ((43, False), (37, True), (36, True), (0x20AC, True), (0xA3, True), (0xA5, True)):
+            found = np.flatnonzero(codes == sign)
+            trail[found[(self.at(found - 1) & DIGIT) > 0]] = True
+            if not ahead:
+                lead[found[(self.at(found + 1) & DIGIT) > 0]] = False
+        return trail, lead, ellipsis
 
-    # Ends of runs, walking inwards; the runs that are still in it get few at once.
-    here = run_first[lead[run_first]]
-    while len(here):
-        alone[here] = True
-        here = here[here + 1 < size] + 1
-        here = here[lead[here] & ~space[here]]
-    here = run_last
-    stopped = [here[:0]]
-    while len(here):
-        inside = trail[here] & ~alone[here]
-        stopped.append(here[~inside])
-        here = here[inside]
-        here = here[~((codes[here] == 46) & _abbreviated(codes, flags, space, here))]
-        alone[here] = True
-        here = here[here > 0] - 1
-        here = here[~space[here]]
-    rest = np.concatenate(stopped)
+    def strip_runs(self, trail: np.ndarray, lead: np.ndarray) -> np.ndarray:
+        """Split signs off both ends of each run. Returns the last character of what is left of each."""
+        codes, flags, space, alone, size = self.codes, self.flags, self.space, self.alone, self.size
+        run_first, run_last = self.run_first, self.run_last
+        # Ends of runs, walking inwards; the runs that are still in it get few at once.
+        here = run_first[lead[run_first]]
+        while len(here):
+            alone[here] = True
+            here = here[here + 1 < size] + 1
+            here = here[lead[here] & ~space[here]]
+        here = run_last
+        stopped = [here[:0]]
+        while len(here):
+            inside = trail[here] & ~alone[here]
+            stopped.append(here[~inside])
+            here = here[inside]
+            here = here[~((codes[here] == 46) & _abbreviated(codes, flags, space, here))]
+            alone[here] = True
+            here = here[here > 0] - 1
+            here = here[~space[here]]
+        return np.concatenate(stopped)
 
-    # don't -> do n't; it's, we'll -> it 's, we 'll: spaCy has them as suffixes and exceptions.
-    quote = np.flatnonzero((codes == 39) | (codes == 0x2019))
-    if len(quote):
-        is_end = np.zeros(size + 3, bool)
-        is_end[rest] = True
-        # before the first stands the last: a separator
-        one, two, back = codes[quote + 1] | 32, codes[np.minimum(quote + 2, size - 1)] | 32, codes[quote - 1] | 32
-        short = is_end[quote + 1] & ((one == 115) | (((one == 100) | (one == 109)) & ((at(quote - 1) & ALPHA) > 0)))
-        long = is_end[quote + 2] & (
-            ((one == 108) & (two == 108)) | ((one == 118) & (two == 101)) | ((one == 114) & (two == 101))
+    def split_contractions(self, rest: np.ndarray) -> None:
+        """rest: last characters of runs, as `strip_runs` returns them."""
+        codes, alone, opens, size = self.codes, self.alone, self.opens, self.size
+        # don't -> do n't; it's, we'll -> it 's, we 'll: spaCy has them as suffixes and exceptions.
+        quote = np.flatnonzero((codes == 39) | (codes == 0x2019))
+        if len(quote):
+            is_end = np.zeros(size + 3, bool)
+            is_end[rest] = True
+            # before the first stands the last: a separator
+            one, two, back = codes[quote + 1] | 32, codes[np.minimum(quote + 2, size - 1)] | 32, codes[quote - 1] | 32
+            short = is_end[quote + 1] & (
+                (one == 115) | (((one == 100) | (one == 109)) & ((self.at(quote - 1) & ALPHA) > 0))
+            )
+            long = is_end[quote + 2] & (
+                ((one == 108) & (two == 108)) | ((one == 118) & (two == 101)) | ((one == 114) & (two == 101))
+            )
+            opens[quote[short | long]] = True
+            negated = quote[is_end[quote + 1] & (one == 116) & (back == 110)]
+            opens[negated - 1] = True
+            alone[quote[(short | long) & alone[quote]]] = False
+
+    def split_infixes(self) -> None:
+        codes, flags, space, alone, opens, size = self.codes, self.flags, self.space, self.alone, self.opens, self.size
+        run_first = self.run_first
+        # Inside a run: hyphens, slashes and the like between letters; not in addresses of the web.
+        inner = np.flatnonzero(
+            (flags & (HYPHEN | INFIX) > 0) | np.isin(codes, np.frombuffer(":<>=/,.+*^".encode("utf-32-le"), np.uint32))
         )
-        opens[quote[short | long]] = True
-        negated = quote[is_end[quote + 1] & (one == 116) & (back == 110)]
-        opens[negated - 1] = True
-        alone[quote[(short | long) & alone[quote]]] = False
+        inner = inner[~alone[inner] & ~space[inner]]
+        if len(inner):
+            code, mine, back, ahead = codes[inner], flags[inner], self.at(inner - 1), self.at(inner + 1)
+            plain = (back & (ALPHA | DIGIT)) > 0
+            split = (mine & INFIX) > 0
+            double = ((mine & HYPHEN) > 0) & ((back & HYPHEN) > 0)
+            split |= (
+                ((mine & HYPHEN) > 0)
+                & (plain | (double & ((self.at(inner - 2) & (ALPHA | DIGIT)) > 0)))
+                & ((ahead & ALPHA) > 0)
+            )
+            split |= np.isin(code, (58, 60, 62, 61, 47)) & plain & ((ahead & ALPHA) > 0)
+            split |= (code == 44) & ((back & ALPHA) > 0) & ((ahead & ALPHA) > 0)
+            split |= (code == 46) & ((back & (LOWER | QUOTE)) > 0) & ((ahead & (UPPER | QUOTE)) > 0)
+            split |= (
+                np.isin(code, (43, 45, 42, 94))
+                & ((back & DIGIT) > 0)
+                & (((ahead & DIGIT) > 0) | (codes[np.minimum(inner + 1, size - 1)] == 45))
+            )
+            web = np.flatnonzero(
+                (code == 58)
+                & (codes[np.minimum(inner + 1, size - 1)] == 47)
+                & (codes[np.minimum(inner + 2, size - 1)] == 47)
+            )
+            if len(web):
+                address = np.zeros(len(run_first) + 1, bool)
+                address[np.searchsorted(run_first, inner[web], "right")] = True
+                split &= ~address[np.searchsorted(run_first, inner, "right")]
+            alone[inner[split]] = True
+            step = inner[split & double]  # a--b is a -- b; the second hyphen found it
+            alone[step - 1] = alone[step] = False
+            opens[step - 1] = opens[step + 1] = True
 
-    # Inside a run: hyphens, slashes and the like between letters; not in addresses of the web.
-    inner = np.flatnonzero(
-        (flags & (HYPHEN | INFIX) > 0) | np.isin(codes, np.frombuffer(":<>=/,.+*^".encode("utf-32-le"), np.uint32))
-    )
-    inner = inner[~alone[inner] & ~space[inner]]
-    if len(inner):
-        code, mine, back, ahead = codes[inner], flags[inner], at(inner - 1), at(inner + 1)
-        plain = (back & (ALPHA | DIGIT)) > 0
-        split = (mine & INFIX) > 0
-        double = ((mine & HYPHEN) > 0) & ((back & HYPHEN) > 0)
-        split |= (
-            ((mine & HYPHEN) > 0) & (plain | (double & ((at(inner - 2) & (ALPHA | DIGIT)) > 0))) & ((ahead & ALPHA) > 0)
-        )
-        split |= np.isin(code, (58, 60, 62, 61, 47)) & plain & ((ahead & ALPHA) > 0)
-        split |= (code == 44) & ((back & ALPHA) > 0) & ((ahead & ALPHA) > 0)
-        split |= (code == 46) & ((back & (LOWER | QUOTE)) > 0) & ((ahead & (UPPER | QUOTE)) > 0)
-        split |= (
-            np.isin(code, (43, 45, 42, 94))
-            & ((back & DIGIT) > 0)
-            & (((ahead & DIGIT) > 0) | (codes[np.minimum(inner + 1, size - 1)] == 45))
-        )
-        web = np.flatnonzero(
-            (code == 58)
-            & (codes[np.minimum(inner + 1, size - 1)] == 47)
-            & (codes[np.minimum(inner + 2, size - 1)] == 47)
-        )
-        if len(web):
-            address = np.zeros(len(run_first) + 1, bool)
-            address[np.searchsorted(run_first, inner[web], "right")] = True
-            split &= ~address[np.searchsorted(run_first, inner, "right")]
-        alone[inner[split]] = True
-        step = inner[split & double]  # a--b is a -- b; the second hyphen found it
-        alone[step - 1] = alone[step] = False
-        opens[step - 1] = opens[step + 1] = True
-    alone[ellipsis] = True
+    def borders(self, ellipsis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First and last character of each word."""
+        codes, space, alone, opens = self.codes, self.space, self.alone, self.opens
+        run_first = self.run_first
+        alone[ellipsis] = True
 
-    opens[:-1] |= alone
-    opens[1:] |= alone
-    opens[run_first] = True
-    opens[:-1] &= ~space
-    opens[-1] = False
-    joined = ellipsis[(codes[np.maximum(ellipsis - 1, 0)] == 46) & (ellipsis > 0)]
-    opens[joined] = False
-    first = np.flatnonzero(opens)
-    closes = ~space & np.concatenate((space[1:] | opens[1:-1], [True]))
-    return first, np.flatnonzero(closes)
+        opens[:-1] |= alone
+        opens[1:] |= alone
+        opens[run_first] = True
+        opens[:-1] &= ~space
+        opens[-1] = False
+        joined = ellipsis[(codes[np.maximum(ellipsis - 1, 0)] == 46) & (ellipsis > 0)]
+        opens[joined] = False
+        first = np.flatnonzero(opens)
+        closes = ~space & np.concatenate((space[1:] | opens[1:-1], [True]))
+        return first, np.flatnonzero(closes)
 
 
 def _abbreviated(codes: np.ndarray, flags: np.ndarray, space: np.ndarray, stops: np.ndarray) -> np.ndarray:
