@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.output import Output
 from pipeline.plural import many
-from pipeline.recipe import EXECUTION, StageConfig
+from pipeline.recipe import EXECUTION, StageConfig, idle
 from pipeline.seeds import derive
 from pipeline.tracking import Progress
 from pipeline.train.config import Date
@@ -73,9 +73,20 @@ class Config(StageConfig):
             raise ValueError(f"compare: {unknown[0]!r} is no model input; there is {', '.join(sorted(named))}")
         if self.compare and "reward" not in self.inputs:
             raise ValueError("compare needs a judge: give `inputs: {reward: STAGE}`")
+        if not self.sources:
+            for key in ("holdout", "max_prompts", "max_new_tokens", "temperature", "rule", "samples"):
+                idle(self, key, "is of prompts, and there are no `sources`")
+        elif all(source.answer is None for source in self.sources.values()):
+            idle(self, "rule", "says how answers are compared with `answer`, and no source has one")
+        if not self.compare:
+            idle(self, "bootstrap", "is of the intervals of comparisons, and `compare` names none")
         if not self.max_rows and not self.sources:
             raise ValueError("max_rows: 0 leaves nothing to measure without prompts; give `sources`")
         return self
+
+    @classmethod
+    def uses_device(cls) -> bool:
+        return True
 
     def optional(self) -> set[str]:
         return {"tokens"} if self.sources else set()
@@ -87,6 +98,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import distributed
     from pipeline.train.tuning import model_folder
 
+    distributed.choose_device(config, 1)
     distributed.setup()
     models = {name: found for name, found in inputs.items() if name not in ("tokens", "reward")}
     for pair in config.compare:

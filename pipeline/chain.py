@@ -61,6 +61,8 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
     _writable(recipe)
     graph = nodes(recipe)
     node = graph[name]
+    if node.config.run.threads:
+        os.environ["OMP_NUM_THREADS"] = str(node.config.run.threads)
     node.config.check(world)
     for ancestor in [graph[other] for other in graph if other in ancestors(graph, [name]) - {name}]:
         examine_one(ancestor, graph, running=False)
@@ -287,12 +289,12 @@ def _refuse_early(
         with problems.gather(lambda message, name=name: recipe.located(name, message)):
             check(node, graph)
         with problems.gather(lambda message, name=name: recipe.located(name, message)):
-            if node.config.run.nodes > 1:
+            if (node.config.run.nodes or 1) > 1:
                 raise UserError(
                     f"stage {name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine:"
-                    f" submit launch/slurm/alma.sbatch, or give {name}.run.nodes=1"
+                    f" start launch/slurm/alma.sbatch, or give {name}.run.nodes=1"
                 )
-            if node.config.run.device == "cuda" and hasattr(node.config, "parallel"):
+            if node.config.run.device == "cuda":
                 from pipeline.train.distributed import choose_device
 
                 choose_device(node.config, node.config.run.processes)

@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline import faults
 from pipeline.artifact import Artifact
@@ -99,6 +99,17 @@ class Config(StageConfig):
     'alma[ray]'). The run's folder must then be on a shared file system."""
     unit_bytes: Annotated[int, EXECUTION] = Field(4 << 20, ge=1024)
     """Raw bytes of one unit of work: what a killed run may lose, for each worker."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        used = {*self.quality.good, *self.quality.bad, *self.perplexity.like}
+        for name in self.examples:
+            if name not in used:
+                raise ValueError(
+                    f"examples.{name}: no model is trained from it; name it in quality.good, quality.bad or"
+                    " perplexity.like, or leave it out"
+                )
+        return self
 
     @property
     def lists(self) -> list[str]:

@@ -72,6 +72,8 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
                         "reason": node.reason,
                         "path": str(node.output.path) if node.output else None,
                         "folder": str(node.folder),
+                        "nodes": node.config.run.nodes,
+                        "minutes": node.config.run.minutes,
                     }
                     for name, node in chosen.items()
                 }

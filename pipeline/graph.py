@@ -138,7 +138,7 @@ def check(node: Node, graph: dict[str, Node]) -> None:
     """What can be told of a stage from its recipe alone. Raises UserError with all that is wrong."""
     problems = Problems()
     with problems.gather():
-        node.config.check(node.config.run.processes * node.config.run.nodes)
+        node.config.check(node.config.run.world)
     known = _packed_sources(node, graph)
     mixtures = [
         ("mixture", getattr(node.config, "mixture", None) or {}),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline import faults
 from pipeline.artifact import Artifact
@@ -60,6 +60,18 @@ class Config(StageConfig):
 
     def optional(self) -> set[str]:
         return {"data"} if self.shards else set()
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if not self.shards and self.seed:
+            raise ValueError(
+                f"seed: {self.seed} decides what of `shards` is held out, and there are none; leave it out"
+            )
+        return self
+
+    @classmethod
+    def uses_seed(cls, block: dict) -> bool:
+        return bool(block.get("shards"))
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.intervals import warn
 from pipeline.output import Output
 from pipeline.plural import many
-from pipeline.recipe import EXECUTION, Strict
+from pipeline.recipe import EXECUTION, Strict, seconds_of
 from pipeline.train import horizon
 from pipeline.train.config import Schedule, TrainConfig
 from pipeline.train.samples import Sampler, Samples
@@ -141,7 +141,7 @@ class Config(TrainConfig):
             )
             raise ValueError(f"stage {self.kind} {found}; give one of {', '.join(horizon.KINDS)} (key=~ takes one out)")
         if self.time is not None:
-            horizon.seconds_of(self.time)
+            seconds_of(self.time)
         return self
 
     _shares = field_validator("mixture")(shares)
@@ -166,6 +166,10 @@ class Config(TrainConfig):
 
     @classmethod
     def supports_pipeline(cls) -> bool:
+        return True
+
+    @classmethod
+    def measures_flops(cls) -> bool:
         return True
 
     def check(self, world: int) -> None:

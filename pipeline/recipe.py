@@ -9,6 +9,7 @@ share.
 """
 
 import importlib
+import math
 import os
 import re
 from pathlib import Path
@@ -53,21 +54,62 @@ class Strict(BaseModel):
         return value
 
 
+def idle(block: Strict, key: str, why: str) -> None:
+    """Refuse a key that would change a run's identity, or be read by nobody, and not its result. At its default it may
+    stand: a recipe that is written out has all keys. Raises ValueError."""
+    value = getattr(block, key)
+    if value != type(block).model_fields[key].get_default(call_default_factory=True):
+        raise ValueError(f"{key}: {shown(value, 40)} {why}; leave it out")
+
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a duration such as 2h, 90m, 1h30m or 1.5d. Raises ValueError."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+        raise ValueError(f"{shown(text)} is no length of time; write for example 2h, 90m or 1h30m (d, h, m, s)")
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if not 0 < seconds < 10 * 365 * UNITS["d"]:
+        raise ValueError(f"{shown(text)} is not between a second and ten years")
+    return seconds
+
+
 class RunConfig(Strict):
     """Where a stage runs. `alma run` starts the processes; under `accelerate launch`, torchrun or srun the
     launcher's count is taken."""
 
     processes: int = Field(1, ge=1, le=1024)
     """Processes on each node: one per GPU, or one per group of CPU cores."""
-    nodes: int = Field(1, ge=1, le=100_000)
-    """Nodes; more than one needs a launcher that spans them (see launch/slurm)."""
+    nodes: int | None = Field(None, ge=1, le=100_000)
+    """Nodes; more than one needs a launcher that spans them. The job script (launch/slurm/alma.sbatch) asks Slurm for
+    so many, uses so many of its job's, and refuses a job that has fewer; none: all nodes of the job, elsewhere one."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of one process; by default the cores of the machine divided by `processes`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What training computes on. cuda: a GPU for each process, or the stage is refused; cpu: no GPU even where there
     is one; auto: a GPU if there is one."""
     time: str | None = None
-    """Wall-clock limit handed to the cluster's scheduler, such as 48h."""
+    """Wall-clock limit of one start of the stage under Slurm, such as 48h: the job script asks for a job of this length
+    and gives it to srun, which has the stage save two minutes before. It is then queued again."""
+
+    @field_validator("time")
+    @classmethod
+    def _a_duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds_of(value)
+        return value
+
+    @property
+    def minutes(self) -> int | None:
+        """`time` as Slurm takes it."""
+        return None if self.time is None else math.ceil(seconds_of(self.time) / 60)
+
+    @property
+    def world(self) -> int:
+        """Processes on all nodes."""
+        return self.processes * (self.nodes or 1)
 
 
 class StageConfig(Strict):
@@ -86,8 +128,23 @@ class StageConfig(Strict):
         """Inputs that this stage, as its keys stand, can do without where no earlier stage has them."""
         return set()
 
+    @classmethod
+    def uses_device(cls) -> bool:
+        """Whether the stage computes on `run.device`."""
+        return False
+
+    @classmethod
+    def uses_seed(cls, block: dict) -> bool:
+        """Whether the result of a stage with these keys, as the recipe has them, depends on its seed."""
+        return True
+
     def check(self, world: int) -> None:
         """Raise UserError if this stage cannot run in `world` processes. Called before anything expensive."""
+        if self.run.device != "auto" and not self.uses_device():
+            raise UserError(
+                f"stage {self.kind}: run.device: {self.run.device} is for stages that train or assess, and this one"
+                " computes on the CPU; leave it out"
+            )
         if world != 1:
             raise UserError(
                 f"stage {self.kind} runs in one process and spreads its work over `workers`, but {world} processes were"
@@ -224,13 +281,14 @@ def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> St
         raise UserError(f"{place}: stages.{name} has the unknown kind {shown(kind)}; {nearest(str(kind), KINDS)}")
     model = module_of(kind).Config
     filled = {**block, "kind": kind}
-    filled.setdefault("seed", recipe.seed)
+    filled.setdefault("seed", recipe.seed if model.uses_seed(block) else 0)
     problems = Problems()
-    if isinstance(block.get("sources"), dict):
+    if isinstance(block.get("sources"), dict) and "sources" in model.model_fields:
+        unused = _inner_model(model.model_fields["sources"].annotation, None).UNUSED
         filled["sources"] = {}
         for key, source in block["sources"].items():
             with problems.gather():
-                filled["sources"][key] = _from(source, (*where, "sources", key), recipe.sources, places, path)
+                filled["sources"][key] = _from(source, (*where, "sources", key), recipe.sources, unused, places, path)
     if "model" in model.model_fields and recipe.model is not None:
         own = filled.get("model", {})
         # a few keys, as in pretrain.model.hidden_size=64, and not a model of its own
@@ -243,9 +301,9 @@ def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> St
     return config
 
 
-def _from(source: Any, where: tuple, shared: dict, places: dict, path: Any) -> Any:
-    """A stage's source with `from: NAME` replaced by what the top-level `sources` say of NAME; the stage's own keys
-    win."""
+def _from(source: Any, where: tuple, shared: dict, without: frozenset[str], places: dict, path: Any) -> Any:
+    """A stage's source with `from: NAME` replaced by what the top-level `sources` say of NAME, but for the keys
+    `without`, which mean nothing to this stage; the stage's own keys win."""
     if not isinstance(source, dict) or "from" not in source:
         return source
     name = source["from"]
@@ -257,7 +315,8 @@ def _from(source: Any, where: tuple, shared: dict, places: dict, path: Any) -> A
     for key in list(places):
         if key[:2] == ("sources", name):
             places.setdefault((*where, *key[2:]), places[key])
-    return {**shared[name], **{key: value for key, value in source.items() if key != "from"}}
+    taken = {key: value for key, value in shared[name].items() if key not in without}
+    return {**taken, **{key: value for key, value in source.items() if key != "from"}}
 
 
 def identity(value: Any) -> Any:

@@ -46,7 +46,9 @@ def test_job_scripts_are_valid_bash_and_can_be_executed(path):
     assert path.stat().st_mode & 0o111
 
 
-def job(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProcess:
+def job(
+    folder: Path, srun: str, says: dict | None = None, options: tuple = (), **environment: str
+) -> subprocess.CompletedProcess:
     """The job script on two stages, with Slurm's commands and `alma` replaced by ones that write down how they were
     called in folder/calls."""
     binaries = folder / "bin"
@@ -60,11 +62,12 @@ def job(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProc
         "alma": (
             f"""python3 - <<'P'
 import json, os
-print(json.dumps({{kind: {{"kind": kind, "state": "up to date" if os.path.exists(f"{folder}/{{kind}}/done") else "missing", "folder": f"{folder}/{{kind}}"}} for kind in ("clean", "pretrain")}}))
+print(json.dumps({{kind: {{"kind": kind, "state": "up to date" if os.path.exists(f"{folder}/{{kind}}/done") else "missing", "folder": f"{folder}/{{kind}}", **{says or {}}}} for kind in ("clean", "pretrain")}}))
 P"""
         ),
         "srun": f'echo "srun $@" >> {folder}/calls; for last; do :; done; cd {folder}/$last; {srun}',
         "python": 'exec python3 "$@"',
+        "sbatch": f'echo "sbatch $@" >> {folder}/calls',
     }
     for name, body in tools.items():
         (binaries / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -78,8 +81,10 @@ P"""
         "SLURM_SUBMIT_DIR": str(folder),
         **environment,
     }
+    settings = {key: value for key, value in settings.items() if value}
     return subprocess.run(
-        ["bash", ROOT / "launch" / "slurm" / "alma.sbatch", "r.yaml", "pretrain.steps=3"],
+        ["bash", ROOT / "launch" / "slurm" / "alma.sbatch", *options, "r.yaml", "pretrain.steps=3"],
+        cwd=folder,
         env=settings,
         capture_output=True,
         text=True,
@@ -100,6 +105,24 @@ def test_job_script_names_stages_in_order_and_layouts(tmp_path):
         "--nodes=2 --ntasks-per-node=8 launch/slurm/rank.sh pipeline/pretrain.py r.yaml pretrain.steps=3 --stage"
         " pretrain" in second
     )
+
+
+def test_job_script_gives_slurm_the_nodes_and_the_time_of_the_recipe(tmp_path):
+    """correctness 4: run.nodes and run.time, in a job and before there is one."""
+    answer = job(tmp_path, "touch done", {"nodes": 4}, SLURM_JOB_NUM_NODES="2")
+    assert answer.returncode == 2 and "clean" not in answer.stderr
+    assert "stage pretrain asks for 4 nodes (run.nodes) and this job has 2; submit it with --nodes=4" in answer.stderr
+    answer = job(tmp_path, "touch done", {"nodes": 2, "minutes": 90}, SLURM_JOB_NUM_NODES="3")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (
+        "--time=90 --signal=USR1@120 --relative=0 --nodes=2 --ntasks-per-node=8 launch" in calls(tmp_path, "srun")[-1]
+    )
+    (tmp_path / "pretrain" / "done").unlink()
+    answer = job(tmp_path, "", {"nodes": 4, "minutes": 2880}, ("--gpus-per-node=8", "-pbig"), SLURM_JOB_ID="")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (line,) = calls(tmp_path, "sbatch")
+    assert line.startswith("sbatch --nodes=4 --time=2880 --gpus-per-node=8 -pbig ")
+    assert line.endswith("launch/slurm/alma.sbatch r.yaml pretrain.steps=3")
 
 
 def leaves(saved: int, reason: str = "hang", code: int = 76) -> str:

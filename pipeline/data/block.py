@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.data.text import Tokens, mixed, normalise, tokens
 from pipeline.errors import UserError
-from pipeline.recipe import Strict
+from pipeline.recipe import Strict, idle
 
 BUILTIN = Path(__file__).parent / "lists"
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -31,6 +31,14 @@ class Block(Strict):
     line; `spam` stands for the words that come with the program."""
     url: str = "{url}"
     """Where a record has its address: a field or a template. Records without one pass."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if not self.words:
+            idle(self, "min_words", "counts phrases of words, and there are no words")
+        if not self.urls:
+            idle(self, "url", "is compared with urls, and there are no urls")
+        return self
 
 
 # ---- phrases ---------------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ is fetched at run time."""
 import functools
 from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe import Strict
+from pipeline.recipe import Strict, idle
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np
@@ -33,6 +33,12 @@ class Language(Strict):
     """Smallest score of the language. 0.65 was FineWeb's for English with another model, whose scores are not
     comparable; here the 5th percentile is 0.69 for English web pages, mails and manuals, and 0.91 for Chinese ones
     (docs/log.md)."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if not self.keep:
+            idle(self, "min_confidence", "is of detected languages, and without keep none is detected")
+        return self
 
     @field_validator("keep")
     @classmethod

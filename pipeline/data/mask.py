@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
-from pipeline.recipe import Strict
+from pipeline.recipe import Strict, idle
 
 # in the order in which they are looked for: an identity number may pass for a card
 KINDS = ("secret", "email", "ip", "id_zh", "card", "mobile_zh", "phone")
@@ -26,6 +26,12 @@ class Mask(Strict):
     separators. docs/clean.md has the precision of each."""
     form: str = "[{}]"
     """How a kind is written; {} is its name in capitals."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if not self.use:
+            idle(self, "form", "says how a mask is written, and use names none")
+        return self
 
     @field_validator("form")
     @classmethod

@@ -13,10 +13,10 @@ overlap and what another threshold would have done.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.data.filters import BASIC, Filters, measured
-from pipeline.recipe import Strict
+from pipeline.recipe import Strict, idle
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np
@@ -191,6 +191,21 @@ class Rules(Strict):
     """Thresholds for every other language."""
     lines: Lines = Lines()
     """What C4 takes out of a document."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        group = {key: name for name, key, _, _ in listed()} | {"short_line": "fineweb"}
+        for block in ("en", "zh", "other"):
+            thresholds = getattr(self, block)
+            for key in type(thresholds).model_fields:
+                if group[key] not in self.use:
+                    try:
+                        idle(thresholds, key, f"is of the rules {group[key]}, which use does not name")
+                    except ValueError as error:
+                        raise ValueError(f"{block}.{error}") from None
+        if "c4" not in self.use and self.lines != Lines():
+            raise ValueError("lines says what the rules c4 take out, which use does not name; leave it out")
+        return self
 
 
 def listed() -> list[tuple[str, str, str, bool]]:

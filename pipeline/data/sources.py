@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,7 +25,7 @@ from pipeline.data.templates import fields_of, look_up, pieces_of
 from pipeline.errors import Absent, UserError
 from pipeline.files import hashes
 from pipeline.fingerprint import Recorded
-from pipeline.recipe import EXECUTION, PACKAGE, Strict, identity
+from pipeline.recipe import EXECUTION, PACKAGE, Strict, identity, idle
 
 CHUNK_BYTES = 4 << 20
 SUFFIXES = {
@@ -48,6 +48,9 @@ ONLY_FOR["encoding"] = {"txt", "jsonl", "json", "csv", "tsv"}
 
 class Source(Strict):
     """Where records come from. Give exactly one of `path`, `package` and `dataset`."""
+
+    UNUSED: ClassVar[frozenset[str]] = frozenset()
+    """Keys that mean nothing to the stages that read sources of this class."""
 
     path: Annotated[str | list[str] | None, EXECUTION] = None
     """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, whatever fsspec knows; copied into
@@ -112,6 +115,9 @@ class Source(Strict):
             raise ValueError(f"give exactly one of path, package and dataset; found {' and '.join(given) or 'none'}")
         if (self.package is None) != (self.member is None):
             raise ValueError("package and member go together: the package's name==version and the file inside it")
+        if not self.dataset:
+            for key in ("config", "split", "revision"):
+                idle(self, key, "belongs to dataset")
         if not self.package and (self.sha256 or self.archive != "wheel"):
             raise ValueError("sha256 and archive belong to package; a path counts by what its files hold")
         for member, digest in self.members.items() if self.package else ():

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from pipeline.data.sources import Source
-from pipeline.recipe import Strict
+from pipeline.recipe import Strict, idle
 
 
 class Message(Strict):
@@ -19,7 +19,9 @@ class Message(Strict):
 
 
 class TuningSource(Source):
-    """What sources of all tuning stages have."""
+    """What sources of all tuning stages have. A record is no document, so it has no `text`."""
+
+    UNUSED = frozenset({"text", "join"})
 
     ignore: list[str] = []
     """Fields of records, messages and content parts that are read as though they were not there, because they say
@@ -35,6 +37,12 @@ class TuningSource(Source):
     def templates(self) -> list[str]:
         """Templates of what is read from a record beside its messages."""
         return []
+
+    @model_validator(mode="after")
+    def _no_document(self):
+        for key in self.UNUSED:
+            idle(self, key, "is of documents; here templates or the records themselves say who says what")
+        return self
 
 
 class ChatSource(TuningSource):
@@ -55,6 +63,8 @@ class ChatSource(TuningSource):
     def _assistant_speaks(self):
         if self.messages is not None and all(message.role != "assistant" for message in self.messages):
             raise ValueError("messages has none with role: assistant, so there is nothing to learn")
+        if self.answer is None:
+            idle(self, "rule", "says how answers are compared with `answer`, and there is none")
         return self
 
 

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.recipe import EXECUTION, Strict
+from pipeline.recipe import EXECUTION, Strict, idle
 from pipeline.train.config import Optimizer, Schedule
 
 
@@ -101,3 +101,9 @@ class Algorithm(Strict):
     calibrate: int = Field(256, ge=0)
     """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores are taken as they
     come."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if self.kl_target is None:
+            idle(self, "kl_horizon", "says how fast kl_coef is steered, and without kl_target it stays")
+        return self

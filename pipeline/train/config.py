@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.errors import UserError
-from pipeline.recipe import EXECUTION, StageConfig, Strict
+from pipeline.recipe import EXECUTION, StageConfig, Strict, idle
 
 
 def _either(numbers: list[int]) -> str:
@@ -28,14 +28,6 @@ def _iso_date(value: str) -> str:
 
 
 Date = Annotated[str, AfterValidator(_iso_date)] | None
-
-
-def _idle(block: Strict, key: str, why: str) -> None:
-    """Refuse a key that would change a run's identity and not its result. At its default it may stand: a recipe that
-    is written out has all keys."""
-    value = getattr(block, key)
-    if value != type(block).model_fields[key].default:
-        raise ValueError(f"{key}: {value} {why}; leave it out")
 
 
 class Optimizer(Strict):
@@ -60,7 +52,7 @@ class Optimizer(Strict):
     @model_validator(mode="after")
     def nothing_idle(self):
         if self.kind != "muon":
-            _idle(self, "momentum", "is of kind: muon alone, adamw has `betas`")
+            idle(self, "momentum", "is of kind: muon alone, adamw has `betas`")
         return self
 
 
@@ -81,12 +73,12 @@ class Schedule(Strict):
     @model_validator(mode="after")
     def nothing_idle(self):
         if self.kind != "wsd":
-            _idle(self, "decay_ratio", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
-            _idle(self, "decay_steps", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
+            idle(self, "decay_ratio", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
+            idle(self, "decay_steps", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
         elif self.decay_steps:
-            _idle(self, "decay_ratio", "and decay_steps both say how long the decay is")
+            idle(self, "decay_ratio", "and decay_steps both say how long the decay is")
         if self.kind == "constant":
-            _idle(self, "min_ratio", "has no effect with kind: constant, which never decays")
+            idle(self, "min_ratio", "has no effect with kind: constant, which never decays")
         return self
 
 
@@ -114,6 +106,11 @@ class Parallel(Strict):
             )
         if self.layers and len(self.layers) != self.pipeline:
             raise ValueError(f"layers: {self.layers} are {len(self.layers)} stages, pipeline says {self.pipeline}")
+        if self.pipeline == 1:
+            for key in ("partition", "layers"):
+                idle(self, key, "says how a pipeline's layers are shared out, and pipeline is 1")
+        elif self.layers:
+            idle(self, "partition", "and layers both say how many layers each stage has")
         if self.offload and (self.zero in (None, 0) or self.pipeline > 1):
             raise ValueError("offload needs zero: 1, 2 or 3 without a pipeline")
         return self
@@ -164,6 +161,15 @@ class Spikes(Strict):
     in_a_row: int = Field(16, ge=1)
     """Steps one after another that are not applied, spikes or not finite, after which the run stops, with every
     policy."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if self.policy == "off":
+            idle(self, "sigma", "says what a spike is, and policy: off looks for none")
+            idle(self, "window", "says what a spike is, and policy: off looks for none")
+        if self.policy != "rollback":
+            idle(self, "rollbacks", f"is of policy: rollback alone, and policy is {self.policy}")
+        return self
 
 
 class Watchdog(Strict):
@@ -217,6 +223,15 @@ class TrainConfig(StageConfig):
     """Hangs and lost ranks."""
     evaluate_every: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Steps between evaluations on held-out data; they are always made before the first and after the last step."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self):
+        if not self.measures_flops():
+            try:
+                idle(self.log, "peak", "is what MFU is measured against, and only pretraining measures it")
+            except ValueError as error:
+                raise ValueError(f"log.{error}") from None
+        return self
 
     @model_validator(mode="after")
     def whole_matrices(self):
@@ -274,6 +289,14 @@ class TrainConfig(StageConfig):
     @classmethod
     def supports_pipeline(cls) -> bool:
         return False
+
+    @classmethod
+    def measures_flops(cls) -> bool:
+        return False
+
+    @classmethod
+    def uses_device(cls) -> bool:
+        return True
 
 
 class TuningConfig(TrainConfig):

@@ -6,26 +6,17 @@ ended. Learning rates of the steps before do not depend on it.
 """
 
 import json
-import re
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.output import Output
+from pipeline.recipe import seconds_of
 from pipeline.train.config import Schedule
 
 FILE = "horizon.json"
 KINDS = ("steps", "tokens", "tokens_per_parameter", "time")
 CALIBRATION = 20  # steps after which a rate is believed
 FEWEST = 8  # of them made by this process: a resumed one has to warm up too
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-
-
-def seconds_of(text: str) -> float:
-    """Seconds of a length of time such as 2h, 90m, 1h30m or 1.5d. Raises ValueError."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
-        raise ValueError(f"{text!r} is no length of time; write for example 2h, 90m or 1h30m (d, h, m, s)")
-    return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 
 def in_steps(config, parameters: int):

@@ -26,7 +26,7 @@ ROAD = (REFERENCE, "DDP", "ZeRO-3", "pipeline of 2")
 def own_layout(config, num_layers: int) -> tuple[str, int, dict, dict]:
     """The layout that a stage is configured with, for a model of `num_layers` layers, on as few processes as have it;
     it may be one of LAYOUTS. Last, other keys of the stage that belong to it: `compile`."""
-    depth, launched = min(config.parallel.pipeline, num_layers), config.run.nodes * config.run.processes
+    depth, launched = min(config.parallel.pipeline, num_layers), config.run.world
     parallel = config.parallel.model_dump(exclude_defaults=True, exclude={"pipeline"})
     parallel |= {"pipeline": depth} if depth > 1 else {}
     if parallel.get("layers") and (len(parallel["layers"]) != depth or sum(parallel["layers"]) != num_layers):
