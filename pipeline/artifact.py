@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import Absent, UserError
+from pipeline.errors import Absent, Damaged, UserError
 from pipeline.files import hash_files, sha256_file
 
 SCHEMA_VERSION = 1
@@ -98,20 +98,22 @@ class Artifact:
 
 
 def read(path: Path) -> Artifact | None:
-    """The artifact in a folder, or None if there is none. A manifest that cannot be read is a UserError, not an
+    """The artifact in a folder, or None if there is none. A manifest that cannot be read is Damaged, not an
     absence."""
     manifest = path / "manifest.json"
     try:
         value = json.loads(manifest.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{manifest}: damaged, not JSON ({error}); run the stage again with --restart") from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{manifest}: damaged, not JSON ({error}); run the stage again with --restart") from None
+    except OSError as error:  # a folder, no permission, a disk that gives an error
+        raise Damaged(f"{manifest}: cannot be read ({error.strerror}); run the stage again with --restart") from None
     missing = {"stage", "kind", "fingerprint", "digest", "files", "metrics"} - set(
         value if isinstance(value, dict) else {}
     )
     if missing:
-        raise UserError(f"{manifest}: damaged, lacks {', '.join(sorted(missing))}; run the stage again with --restart")
+        raise Damaged(f"{manifest}: damaged, lacks {', '.join(sorted(missing))}; run the stage again with --restart")
     if value.get("schema_version", 0) > SCHEMA_VERSION:
         raise UserError(
             f"{manifest}: written by a newer alma (schema {value['schema_version']}, this one reads {SCHEMA_VERSION});"
@@ -123,7 +125,9 @@ def read(path: Path) -> Artifact | None:
 def current(folder: Path) -> Artifact | None:
     """The published output of a stage folder that is in use."""
     link = folder / "current"
-    return read(link.resolve()) if link.is_symlink() else None
+    if link.is_symlink() or link.is_dir():  # some ways of copying follow links, and make a folder of it
+        return read(Path(os.path.realpath(link)))
+    return None
 
 
 def published(folder: Path) -> list[Artifact]:
@@ -144,7 +148,10 @@ def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
     of one of `kinds`."""
     if not os.path.isdir(path):
         raise Absent(f"inputs.{name}: {path} is not a folder; give the name of a stage or an existing folder")
-    published = read(path)
+    try:
+        published = read(path)
+    except Damaged as error:
+        raise UserError(f"inputs.{name}: {error}") from None
     if published:
         if kinds and published.kind not in kinds:
             raise UserError(

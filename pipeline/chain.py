@@ -12,6 +12,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +20,13 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.errors import Problems, Stopped, UserError
 from pipeline.files import write_atomic
 from pipeline.graph import (
     Node,
+    accepts,
     ancestors,
     as_run,
     check,
@@ -36,6 +39,7 @@ from pipeline.graph import (
 )
 from pipeline.output import Output, link
 from pipeline.recipe import Recipe, dump, load, module_of
+from pipeline.streams import keep_open
 from pipeline.unfinished import NothingToFork, fork_source
 
 EXIT_USER, EXIT_STOPPED = 2, 75
@@ -146,6 +150,8 @@ def main(kind: str, argv: list[str] | None = None) -> None:
     # Before torch is loaded. Spinning threads cost a busy machine more than sleeping ones cost an idle one
     # (docs/log.md, 3).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv is None:
+        keep_open()
     parser = argparse.ArgumentParser(
         prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0]
     )
@@ -301,6 +307,9 @@ def _refuse_early(
         with problems.gather(lambda message, name=name: recipe.located(name, message)):
             source_identity(node)
         for key, source in node.parents.items():
+            if source not in graph:
+                with problems.gather(lambda message, name=name: recipe.located(name, message)):
+                    artifact.external(key, Path(source), accepts(node, key))
             if source in absent:
                 problems.add(
                     recipe.located(
@@ -347,10 +356,8 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
     It gets the recipe as it was when the chain started: an edit of the file while the chain runs concerns the next run.
     """
     script = Path(__file__).with_name(f"{node.config.kind}.py")
-    for left in recipe.root.glob(".chain-*.yaml"):  # of chains that were killed
-        if Path("/proc/self").exists() and not Path(f"/proc/{left.stem.rpartition('-')[2]}").exists():
-            left.unlink(missing_ok=True)
-    snapshot = recipe.root / f".chain-{os.getpid()}.yaml"
+    sweep_snapshots(recipe.root)
+    snapshot = recipe.root / f".chain-{socket.gethostname()}-{os.getpid()}.yaml"
     write_atomic(snapshot, _resolved(recipe))
     words = [
         str(script),
@@ -391,7 +398,7 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
         child.wait()
         raise
     finally:
-        snapshot.unlink()
+        snapshot.unlink(missing_ok=True)
         for number, handler in previous.items():
             signal.signal(number, handler)
     if code == EXIT_STOPPED or (code not in (0, EXIT_USER) and (node.folder / "requeue.json").exists()):
@@ -402,6 +409,17 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
         )
     if code:
         raise StageFailed(node.name, EXIT_USER if code == EXIT_USER else 1)
+
+
+def sweep_snapshots(folder: Path) -> None:
+    """Remove recipes that killed chains of this host left. Those of other hosts and of the last hour stay: their
+    process numbers say nothing here, in a container neither, and a stage that is starting reads its own."""
+    for left in folder.glob(f".chain-{socket.gethostname()}-*.yaml"):
+        number = left.stem.rpartition("-")[2]
+        with contextlib.suppress(FileNotFoundError):  # swept by another chain at the same time
+            old = time.time() - left.stat().st_mtime > 3600
+            if old and Path("/proc/self").exists() and not Path(f"/proc/{number}").exists():
+                left.unlink()
 
 
 class StageFailed(Exception):

@@ -18,6 +18,7 @@ from pipeline.inspection import commands as inspection
 from pipeline.plural import many
 from pipeline.precheck import checked
 from pipeline.recipe import load
+from pipeline.streams import keep_open
 from pipeline.verify import commands as verify
 
 app = typer.Typer(
@@ -139,6 +140,7 @@ def _table(graph: dict[str, Node]) -> None:
 
 
 def main() -> None:
+    keep_open()
     code = 0
 
     def action() -> None:

@@ -19,6 +19,10 @@ class Stopped(BaseException):
     (EX_TEMPFAIL)."""
 
 
+class Damaged(UserError):
+    """A published output's manifest cannot be read. The stage may be run again."""
+
+
 class UserErrors(UserError):
     """Several mistakes in one message, a line each."""
 

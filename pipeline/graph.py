@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.changes import explain, record
-from pipeline.errors import Absent, Problems, UserError
+from pipeline.errors import Absent, Damaged, Problems, UserError
 from pipeline.files import sha256_file
 from pipeline.fingerprint import Recorded, fingerprint_of
 from pipeline.lock import describe_holder, lock_holder
@@ -255,6 +255,19 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
     holder = lock_holder(node.folder) if running else None
     writer = holder if holder and not holder["dead"] else None
     node.inputs, node.absent, node.output, node.state, node.reason = {}, [], None, "missing", ""
+    try:
+        _examine(node, graph)
+    except Damaged as error:
+        node.state, node.reason, node.output = "damaged", str(error), None
+    except UserError as error:  # sources or inputs that cannot be used; who runs the stage is told so, too
+        node.output = artifact.current(node.folder)
+        node.state, node.reason = "stale" if node.output else "missing", str(error)
+    if writer:
+        node.state, node.reason = "running", describe_holder(writer)
+
+
+def _examine(node: Node, graph: dict[str, Node]) -> None:
+    """State and reason of a stage; what cannot be read or used is raised as a UserError."""
     for source in node.parents.values():
         if source in graph and graph[source].state != "up to date" and not graph[source].unavailable:
             parent = graph[source]
@@ -271,8 +284,6 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
             node.state, node.reason = "stale" if node.output else "missing", "; ".join(error.lines)
         else:
             _compare(node, graph)
-    if writer:
-        node.state, node.reason = "running", describe_holder(writer)
 
 
 def as_run(node: Node, graph: dict[str, Node]) -> dict:

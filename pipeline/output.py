@@ -3,6 +3,7 @@
 pipeline/artifact.py says where the folders are, and reads them.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from pipeline import faults
 from pipeline.artifact import SCHEMA_VERSION, Artifact, content_files, digest_of, read
 from pipeline.changes import explain
-from pipeline.errors import UserError
+from pipeline.errors import Damaged, UserError
 from pipeline.files import hash_files, now, sync_folder, sync_tree, write_json
 from pipeline.fingerprint import fingerprint_of
 from pipeline.lock import Lock
@@ -41,9 +42,10 @@ class Output:
         # the main process may be renaming it at this moment, hence the second look at its last place
         if not self.is_main:
             for path in () if restart or restarting(self.path) else (self.final, self.path, self.final):
-                found = read(path)
-                if found and not found.damage():
-                    self.published = found
+                with contextlib.suppress(Damaged):
+                    found = read(path)
+                    if found and not found.damage():
+                        self.published = found
             return self
         self.lock.acquire()
         try:
@@ -118,7 +120,11 @@ class Output:
         """The output of this fingerprint if it is complete, also when an earlier run died between its manifest and
         its link."""
         for path in (self.path, self.final):
-            artifact = read(path)
+            try:
+                artifact = read(path)
+            except Damaged:
+                _set_aside(path, "damaged")
+                continue
             if artifact is None:
                 continue
             if artifact.damage():
@@ -243,6 +249,8 @@ def link(folder: Path, target: Path) -> None:
     if temporary.is_symlink():
         temporary.unlink()
     os.symlink(target.name, temporary)
+    if (folder / "current").is_dir() and not (folder / "current").is_symlink():  # copied by a tool that follows links
+        _set_aside(folder / "current", "copied")
     os.replace(temporary, folder / "current")
     sync_folder(folder)
 
