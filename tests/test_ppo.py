@@ -901,6 +901,7 @@ LEARN = [
         "ppo.batch_size=32",
         "ppo.rollout.temperature=1",
         "ppo.ppo.kl_target=null",
+        "ppo.ppo.kl_horizon=10000",
         "ppo.ppo.epochs=4",
         "ppo.ppo.calibrate=64",
         "ppo.ppo.missing_eos_penalty=0",
