@@ -4,6 +4,7 @@
 is published. Running them is pipeline/chain.py's.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -260,7 +261,8 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
     except Damaged as error:
         node.state, node.reason, node.output = "damaged", str(error), None
     except UserError as error:  # sources or inputs that cannot be used; who runs the stage is told so, too
-        node.output = artifact.current(node.folder)
+        with contextlib.suppress(Damaged):
+            node.output = artifact.current(node.folder)
         node.state, node.reason = "stale" if node.output else "missing", str(error)
     if writer:
         node.state, node.reason = "running", describe_holder(writer)
