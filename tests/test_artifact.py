@@ -13,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import artifact, files, lock
+from pipeline.changes import explain
+from pipeline.clean import Config
 from pipeline.errors import UserError
 from pipeline.fingerprint import differences, file_differences, fingerprint_of
+from pipeline.graph import as_run, examine
 from pipeline.lock import Lock
 from pipeline.output import Output
+from pipeline.recipe import load
 from pipeline.unfinished import NothingToFork
 
 IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
@@ -460,3 +464,54 @@ def test_the_word_of_an_earlier_stop_is_taken_back(tmp_path):
     (tmp_path / "pack/requeue.json").write_text("{}")
     make(tmp_path / "pack")
     assert not (tmp_path / "pack/requeue.json").exists()
+
+
+READS = """
+name: reads
+stages:
+  clean:
+    sources: {web: {path: "web/*.txt"}}
+    decontaminate: {sets: {gsm: {path: "sets/*.jsonl", text: "{question}"}}}
+    block: {words: [words.txt]}
+"""
+PACKS = """
+name: packs
+stages:
+  pack: {shards: {web: {path: shards, dtype: uint16}}, inputs: {tokenizer: ./model}}
+"""
+
+
+def test_all_that_stages_read_is_named_when_it_changes(tmp_path, monkeypatch):
+    """correctness 46: sources, decontaminate sets, block lists, shards, inputs from outside; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "web/a.txt": "a", "web/b.txt": "b", "sets/q.jsonl": "{}", "words.txt": "spam", "shards/0.npy": "0",
+        "model/tokenizer.json": "{}", "model/config.json": "{}", "reads.yaml": READS,
+        "packs.yaml": PACKS,
+    }.items():  # fmt: skip
+        files.write_atomic(tmp_path / name, text)
+
+    def runs(*words) -> dict:
+        reads, packs = examine(load("reads.yaml", words)), examine(load("packs.yaml"))
+        return {"clean": as_run(reads["clean"], reads), "pack": as_run(packs["pack"], packs)}
+
+    before = runs()
+    for name in ("web/c.txt", "web/d.txt", "web/e.txt", "web/f.txt", "sets/q.jsonl", "words.txt", "shards/1.npy"):
+        files.write_atomic(tmp_path / name, "changed")
+    (tmp_path / "web/a.txt").unlink()
+    (tmp_path / "model/config.json").write_text("{ }")
+    after = runs("clean.block.min_words=2", "clean.holdout=0.2")
+    found = {name: explain(tmp_path / name, before[name], after[name]) for name in before}
+    default = Config.model_fields["holdout"].default
+    assert found["clean"] == [
+        "block.min_words: 3 (default) -> 2",
+        f"holdout: {default} (default) -> 0.2",
+        "block: 1 file changed (words.txt)",
+        "decontaminate.sets.gsm: 1 file changed (q.jsonl)",
+        "sources.web: 4 files added (c.txt, d.txt, e.txt and 1 more), 1 file removed (a.txt)",
+    ]
+    assert found["pack"][:-1] == ["shards.web: 1 file added (1.npy)"]
+    assert found["pack"][-1].startswith("inputs.tokenizer: another result of model (")
+    assert found["pack"][-1].endswith(": 1 file changed (config.json))")
+    back = explain(tmp_path / "clean", after["clean"], before["clean"])
+    assert back[1] == f"holdout: 0.2 -> {default} (default)"
