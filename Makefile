@@ -1,17 +1,33 @@
 # make quickstart   install into .venv, then run the whole chain on real text, on a CPU
-# make test         the tests;  make test-all adds the slow ones
+# make test         style, then the tests;  make test-all adds the slow ones
+# make test-quick   tests that start no stage, in less than a minute
+# make style        what `make test` asks of the code's form first;  make format mends most of it
 PYTHON ?= python3
 BIN := .venv/bin
+CODE := pipeline tests benchmarks
+QUICK := $(patsubst %,tests/test_%.py,charset cost encode experts globs json_files messages positions ranges recipe \
+	rollout rules sampler scaling trainer)
 
-.PHONY: quickstart test test-all
+.PHONY: quickstart style format test test-quick test-all
 
 quickstart: .venv/installed
 	$(BIN)/alma run recipes/quickstart.yaml
 
-test: .venv/installed
+style: .venv/installed
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+test-quick: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(QUICK)
+
+test: style
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
-test-all: .venv/installed
+test-all: style
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile=random
 
 # torch first: with it in place no other package pulls a build of its own choice.
