@@ -233,7 +233,12 @@ def filled(backend, declared: dict[str, int], place: Path):
         token["id"] = model[token["content"]]
     spec["added_tokens"].sort(key=lambda token: token["id"])
     made = Tokenizer.from_str(json.dumps(spec))
-    assert made.get_vocab() == wanted | unused
+    if made.get_vocab() != wanted | unused:
+        lost = sorted((wanted | unused).items() - made.get_vocab().items(), key=lambda item: item[1])
+        raise UserError(
+            f"adopt: {place} declares the token {lost[0][0]!r} with id {lost[0][1]}, which `tokenizers` does not read"
+            " so; copy it again from where it was published"
+        )
     some = ", ".join(map(str, list(unused.values())[:3]))
     said = f"{len(unused)} ids below {most} have no token ({some}{', ...' if len(unused) > 3 else ''}) and are filled"
     return made, (f"{said} with special tokens <|unused ID|>",) if unused else ()
@@ -278,6 +283,8 @@ def _twice(spec: dict, vocabulary: dict[str, int]) -> str | None:
     named = {index: name for name, index in vocabulary.items()}
     for token in spec.get("added_tokens") or ():
         name, index = token["content"], token["id"]
+        if not name:
+            return f"the added token with id {index} is empty"
         if named.get(index, name) != name:
             return f"id {index} is {named[index]!r} in its vocabulary and {name!r} among its added tokens"
         if vocabulary.get(name, index) != index:  # `tokenizers` takes the first, a reader of the file the second

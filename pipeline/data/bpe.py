@@ -206,14 +206,17 @@ def _odd_pieces(proto) -> str | None:
     """What is wrong with the pieces of a model, in words: its own reader looks at some of this only when it encodes."""
     names: dict[str, int] = {}
     for index, piece in enumerate(proto.pieces):
-        if not piece.piece:
-            return f"piece {index} is empty"
+        if not piece.piece or not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as bytes
+            return f"piece {index} is {piece.piece!r}, expected text"
         if names.setdefault(piece.piece, index) != index:
             return f"piece {piece.piece!r} has the ids {names[piece.piece]} and {index}"
         if not math.isfinite(piece.score):
             return f"piece {index} ({piece.piece!r}) has the score {piece.score}"
         if piece.type == piece.BYTE and not re.fullmatch("<0x[0-9A-F]{2}>", piece.piece):
             return f"piece {index} ({piece.piece!r}) is said to be a byte"
+    for key in ("unk_piece", "bos_piece", "eos_piece", "pad_piece"):
+        if not isinstance(getattr(proto.trainer_spec, key), str):
+            return f"{key} is {getattr(proto.trainer_spec, key)!r}, expected text"
     unknown = [index for index, piece in enumerate(proto.pieces) if piece.type == piece.UNKNOWN]
     if len(unknown) != 1:
         return f"{len(unknown)} pieces are the unknown one, expected 1"

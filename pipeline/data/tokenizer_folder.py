@@ -14,6 +14,7 @@ from pipeline.files import write_atomic, write_json
 
 CONFIG = "tokenizer_config.json"
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+MOST_GAPS = 1_000_000  # ids without a token, beyond which a vocabulary is damaged
 AGAIN = "copy the folder again from where it was published"
 
 
@@ -61,7 +62,14 @@ def read_backend(folder: Path | str):
     from tokenizers import Tokenizer
 
     folder = Path(folder)
-    return readable(folder, lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+    backend = readable(folder, lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+    size, most = backend.get_vocab_size(), max(backend.get_vocab().values(), default=0)
+    if most >= size + MOST_GAPS:  # `tokenizers` writes a vocabulary id by id: 30 s and gigabytes for an id of 2^31
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: has {size:,} tokens and gives one of them the id {most:,}, up to which a"
+            f" model would need rows. The file is damaged; {AGAIN}"
+        )
+    return backend
 
 
 def check_config(folder: Path) -> None:
