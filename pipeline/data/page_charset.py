@@ -242,7 +242,7 @@ def _western(raw: bytes) -> bool:
     """Whether the bytes beyond ASCII stand as in a Western European text in windows-1252: alone, or a few letters
     within a word."""
     runs = western = 0
-    for run in _RUN.finditer(raw):
+    for run in _RUN.finditer(raw, 0, 1 << 18):
         runs += 1
         around = raw[max(0, run.start() - 1) : run.start()] + raw[run.end() : run.end() + 1]
         western += bool(_WESTERN.fullmatch(run[0]) and (len(run[0]) == 1 or re.search(rb"[A-Za-z]", around)))
