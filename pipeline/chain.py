@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 
 from pipeline import artifact
 from pipeline.artifact import Artifact
+from pipeline.closing import result, shown_path
 from pipeline.errors import Problems, Stopped, UserError
 from pipeline.files import write_atomic
 from pipeline.graph import (
@@ -40,6 +41,7 @@ from pipeline.graph import (
 from pipeline.output import Output, link
 from pipeline.recipe import Recipe, dump, load, module_of
 from pipeline.streams import keep_open
+from pipeline.terminal import show
 from pipeline.unfinished import NothingToFork, fork_source
 
 EXIT_USER, EXIT_STOPPED = 2, 75
@@ -96,24 +98,30 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
     output.open(config=dump(node.config), parents=records(node, graph), restart=restart, fork=fork)
     try:
         if output.published:
-            say(f"{name}: up to date ({output.published.path.name})", rank)
+            say(f"{name}: up to date ({shown_path(output.published)})", rank)
             return output.published
         if rank == 0:
             write_atomic(output.path / "recipe.yaml", _resolved(recipe))
         if not hasattr(node.config, "watch"):
-            return output.publish(module_of(node.config.kind).run(node.config, node.inputs, output))
+            return _published(output, module_of(node.config.kind).run(node.config, node.inputs, output))
         from pipeline.train.stop import outside
         from pipeline.train.watch import Watch
 
         with outside(output):
             with Watch(output, node.config.watch):
                 metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
-            return output.publish(metrics) if rank == 0 else None
+            return _published(output, metrics) if rank == 0 else None
     except UserError as error:
         output.end_with_error(str(error))
         raise
     finally:
         output.close()
+
+
+def _published(output: Output, metrics: dict) -> Artifact:
+    artifact = output.publish(metrics)
+    say(result(artifact))
+    return artifact
 
 
 def _resolved(recipe: Recipe) -> str:
@@ -141,7 +149,7 @@ def _writable(recipe: Recipe) -> None:
 def say(text: str, rank: int | None = None) -> None:
     """A line for the user, from rank 0 alone."""
     if (int(os.environ.get("RANK", 0)) if rank is None else rank) == 0:
-        print(text, flush=True)
+        show(text)
 
 
 def main(kind: str, argv: list[str] | None = None) -> None:
@@ -200,18 +208,17 @@ def guarded(action) -> int:
         return 0
     except UserError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            show(f"error: {error}", sys.stderr)
         else:
             time.sleep(3)  # a launcher ends all ranks when the first one leaves: rank 0 must have spoken by then
         return EXIT_USER
     except OSError as error:
         if error.errno not in MACHINE:
             raise
-        print(
+        show(
             f"error: {error.filename or 'the output folder'}: {error.strerror}; {MACHINE[error.errno]}, then the same"
             " command goes on",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
         return EXIT_USER
     except Stopped as stop:
@@ -219,7 +226,7 @@ def guarded(action) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+            show("interrupted; the same command goes on from here", sys.stderr)
         return 130
     finally:
         if "torch.distributed" in sys.modules:

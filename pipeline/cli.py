@@ -8,17 +8,19 @@ from typing import Annotated
 
 import typer
 
-from pipeline import chain
+from pipeline import __version__, chain
 from pipeline.arguments import Json, RecipeFile, Words, known, split
 from pipeline.chain import EXIT_USER, StageFailed
+from pipeline.closing import show_chain
 from pipeline.errors import UserError
 from pipeline.files import write_atomic
-from pipeline.graph import Node, examine
+from pipeline.graph import examine
 from pipeline.inspection import commands as inspection
 from pipeline.plural import many
 from pipeline.precheck import checked
 from pipeline.recipe import load
 from pipeline.streams import keep_open
+from pipeline.terminal import show
 from pipeline.verify import commands as verify
 
 app = typer.Typer(
@@ -26,11 +28,27 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Raw text to an aligned chat model, from one recipe.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Check a recipe, or write the JSON schema for editors.")
 app.add_typer(verify.app, name="verify")
 app.add_typer(inspection.app, name="inspect")
 app.add_typer(recipe_app, name="recipe")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"alma {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `alma` itself."""
 
 
 @app.command("run")
@@ -53,7 +71,7 @@ def run_command(
         raise UserError("--restart begins anew and --fork goes on from a checkpoint: give one of the two")
     stages, overrides = split(words)
     graph = chain.run(load(recipe, overrides), stages, restart=restart, fork=fork)
-    _table(graph)
+    show_chain(graph)
 
 
 @app.command("status")
@@ -83,7 +101,7 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
         return
     for name, node in chosen.items():
         made = f"  {os.path.relpath(node.output.path)}" if node.output else ""
-        print(f"{name:<12} {node.state:<12} {node.reason}{made}".rstrip())
+        show(f"{name:<12} {node.state:<12} {node.reason}{made}".rstrip())
 
 
 @recipe_app.command("check")
@@ -95,8 +113,8 @@ def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
     known(stages, graph, recipe)
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
-        print(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
-    print(f"{recipe}: {many(len(graph), 'stage')}, every key is known (sources are not read by this check)")
+        show(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
+    show(f"{recipe}: {many(len(graph), 'stage')}, every key is known (sources are not read by this check)")
 
 
 @recipe_app.command("schema")
@@ -116,27 +134,16 @@ def recipe_schema(
         sys.stdout.write(text)
 
 
-def _table(graph: dict[str, Node]) -> None:
-    """The story of the chain: a line a stage. What went in, what came out, its metric before and after, time."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("stage", "in", "out", "measured", "time"):
-        table.add_column(title, overflow="fold", justify="right" if title == "time" else "left")
-    total = 0.0
-    for name, node in graph.items():
-        if node.state != "up to date" or node.output is None:
-            continue
-        summary, seconds = node.output.metrics.get("summary", {}), node.output.manifest["seconds"]
-        total += seconds
-        table.add_row(
-            name, summary.get("input", ""), summary.get("output", ""), summary.get("measure", ""), f"{seconds:.0f} s"
-        )
-    table.add_section()
-    table.add_row("all", "", "", "", f"{total:.0f} s")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def _commands(context) -> str:
+    """After a mistake in a command line: what there is. `context`: click's, of the command that the mistake is in."""
+    if context is None:
+        return ""
+    group = getattr(context.command, "commands", None)
+    if not group:
+        return f"; {context.command_path} -h shows its arguments"
+    width = max(map(len, group))
+    rows = [f"  {name:<{width}}  {command.get_short_help_str(100)}" for name, command in group.items()]
+    return "\n" + "\n".join([f"{context.command_path} has the commands", *rows])
 
 
 def main() -> None:
@@ -150,10 +157,10 @@ def main() -> None:
         except StageFailed as failure:
             code = failure.code
             if code != EXIT_USER:
-                print(
+                show(
                     f"{failure.stage}: did not finish; its message stands above, and the same command goes on from"
                     " where it was",
-                    file=sys.stderr,
+                    sys.stderr,
                 )
         except typer.Exit as leave:
             code = leave.exit_code
@@ -163,7 +170,7 @@ def main() -> None:
                 if not error.format_message():  # `alma` alone: the help was printed
                     code = EXIT_USER
                     return
-                raise UserError(error.format_message()) from None
+                raise UserError(f"{error.format_message().rstrip('.')}{_commands(error.ctx)}") from None
             raise
 
     stopped = chain.guarded(action)

@@ -76,7 +76,17 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
     from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
-    from pipeline.train.tuning import chat_of, heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
+    from pipeline.train.tuning import (
+        announce,
+        chat_of,
+        heldout_share,
+        model_folder,
+        pair_batch,
+        pair_work,
+        row_at,
+        shared,
+        tokenizer_of,
+    )
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
@@ -90,11 +100,13 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             return ipo(logps, batch["reference"], answer_lengths(batch), config.beta)
         return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
 
-    engine = build(load(folder), loss, config)
+    model = load(folder)
+    text = announce(config, model, pair_work(config, arrays, reference=True))
+    engine = build(model, loss, config)
     say(
         f"{output.stage}: {many(count, 'pair')} to train on, {heldout} held out;"
         f" {many(extra['rejected'], 'record')} left out"
-        f" (report.json says why); {config.steps * config.batch_size / count:.1f} epochs"
+        " (report.json says why)"
     )
     made_from = inputs["model"].digest[:12]
     used = {
@@ -122,7 +134,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             for indices in share(config, engine, step)
         ]
 
-    result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs")
+    result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs", text=text)
     weights = engine.consolidated()
     if output.is_main:
         publish(weights, engine.model.config, folder, output.path / "model")

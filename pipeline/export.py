@@ -104,6 +104,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "top1_agreement": agreement,
         "compared_tokens": ids.numel(),
         "parameters": parameters,
+        "tokenizer_class": loader,
         "summary": {
             "input": f"{inputs['model'].stage}, {parameters / 1e6:.1f} M parameters",
             "output": f"{config.dtype} safetensors, tokenizer, card",

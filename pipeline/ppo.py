@@ -148,19 +148,20 @@ def headline(config: Config, before: dict, after: dict, prompts: int) -> tuple[s
     shown = prompts > 1 and rise > math.hypot(before["reward_half"], after["reward_half"])
     nothing = [] if shown else [reward]
     rule = f", {config.rule} {shares(before['rule'], after['rule'], prompts)}" if config.rule else ""
-    return f"{reward}{rule}, KL {after['kl']:.2f}", nothing
+    return f"{reward}{rule}, KL {round(after['kl'], 2) + 0.0:.2f}", nothing
 
 
 def _prepare(config: Config, inputs: dict[str, Artifact]):
     """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused
     here."""
     from pipeline.data.conversations import load_prompts
-    from pipeline.models import build
+    from pipeline.models import build, cost
     from pipeline.rl.experience import Models, Task
     from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout
     from pipeline.train import engine
-    from pipeline.train.tuning import chat_of, model_folder, tokenizer_of
+    from pipeline.train.derivation import Work, schedule_text
+    from pipeline.train.tuning import announce, chat_of, model_folder, tokenizer_of
 
     folders = {key: model_folder(inputs[key]) for key in ("policy", "reward")}
     chats = {
@@ -220,6 +221,19 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
         disable_dropout(model)
     for model in (reference, reward):
         model.requires_grad_(False).eval()
+
+    count = len(tasks["train"])
+    data = (
+        f"{many(config.steps, 'iteration', ',')} x {many(config.batch_size, 'prompt')}, answered with at most"
+        f" {config.rollout.max_new_tokens} tokens: {config.steps * config.batch_size / count:.3g} epochs of"
+        f" {many(count, 'prompt', ',')}; {many(config.ppo.epochs, 'pass/passes')} over each iteration's answers, in"
+        f" {many(config.ppo.minibatches, 'update')} each"
+    )
+    notes = (
+        f"value      {cost.count(reward).total:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
+        "time       depends on how long the answers become; the progress line says how much is left",
+    )
+    announce(config, policy, Work(data, updates=config.ppo.minibatches, notes=notes))
 
     models = Models(
         policy=engine.build(policy, functools.partial(policy_loss_fn, config), config, name="policy"),

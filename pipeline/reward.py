@@ -60,7 +60,17 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
     from pipeline.train.loss_preference import bradley_terry
-    from pipeline.train.tuning import chat_of, heldout_share, model_folder, pair_batch, row_at, shared, tokenizer_of
+    from pipeline.train.tuning import (
+        announce,
+        chat_of,
+        heldout_share,
+        model_folder,
+        pair_batch,
+        pair_work,
+        row_at,
+        shared,
+        tokenizer_of,
+    )
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
@@ -76,19 +86,20 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     def loss(logits, batch: dict):
         return bradley_terry(logits.squeeze(-1), batch["margin"], config.centering)
 
+    text = announce(config, model, pair_work(config, arrays))
     engine = build(model, loss, config)
     measured = [pair_batch(arrays, "heldout", rows, pad_id) for rows in heldout_share(heldout, config, engine)]
     say(
         f"{output.stage}: {many(count, 'pair')} to train on, {heldout} held out;"
         f" {many(extra['rejected'], 'record')} left out"
-        f" (report.json says why); {config.steps * config.batch_size / count:.1f} epochs"
+        " (report.json says why)"
     )
 
     def batches(step: int) -> list[dict]:
         chosen = [[row_at(config.seed, index, count) for index in indices] for indices in share(config, engine, step)]
         return [pair_batch(arrays, "train", rows, pad_id) for rows in chosen]
 
-    result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs")
+    result = fit(engine, config, output, batches, evaluate=lambda: engine.evaluate(measured), unit="pairs", text=text)
     mean, deviation = moments(engine, arrays, pad_id, config)
     weights = engine.consolidated()
     if output.is_main:

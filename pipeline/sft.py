@@ -61,9 +61,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.chain import say
     from pipeline.models.build import load, publish
     from pipeline.seeds import derive
+    from pipeline.train.derivation import Work
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
-    from pipeline.train.tuning import best_fit, chat_of, heldout_share, model_folder, permutation, shared, tokenizer_of
+    from pipeline.train.tuning import (
+        announce,
+        best_fit,
+        chat_of,
+        heldout_share,
+        model_folder,
+        permutation,
+        shared,
+        tokenizer_of,
+    )
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
@@ -74,7 +84,6 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     model = load(folder)
     if config.packing:
         check_packing(model, chat.end_id)
-    engine = build(model, loss, config)
 
     @functools.lru_cache(2)
     def packed(epoch: int) -> list[list[int]]:
@@ -89,6 +98,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         return [rows[row] for row in permutation(derive(config.seed, "rows"), epoch, len(rows))]
 
     rows_per_epoch = len(packed(0))
+    epochs = config.steps * config.batch_size / rows_per_epoch
+    kind = "packed rows" if config.packing else "conversations"
+    work = Work(
+        f"{many(config.steps, 'step', ',')} x {config.batch_size} {kind} of at most {config.sequence_length} tokens:"
+        f" {epochs:.3g} epochs of {many(rows_per_epoch, 'row', ',')}",
+        tokens=epochs * len(train["ids"].values),
+    )
+    text = announce(config, model, work)
+    engine = build(model, loss, config)
     for_heldout = (
         best_fit(heldout["ids"].lengths, config.sequence_length, permutation(0, 0, len(heldout["ids"])))
         if config.packing
@@ -102,8 +120,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     say(
         f"{output.stage}: {many(len(train['ids']), 'conversation')} to train on in {many(rows_per_epoch, 'row')},"
         f" {filled:.0%} filled;"
-        f" {len(heldout['ids'])} held out; {many(extra['rejected'], 'record')} left out (report.json says why);"
-        f" {config.steps * config.batch_size / rows_per_epoch:.1f} epochs"
+        f" {len(heldout['ids'])} held out; {many(extra['rejected'], 'record')} left out (report.json says why)"
     )
 
     def batches(step: int) -> list[dict]:
@@ -116,7 +133,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     def evaluate() -> dict:
         return engine.evaluate(measured) | answers(engine, chat, heldout, extra, config)
 
-    result = fit(engine, config, output, batches, evaluate=evaluate)
+    result = fit(engine, config, output, batches, evaluate=evaluate, text=text)
     weights = engine.consolidated()
     if output.is_main:
         publish(weights, engine.model.config, folder, output.path / "model")
@@ -135,7 +152,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "heldout_conversations": len(heldout["ids"]),
         "rejected": extra["rejected"],
         "packing_fill": filled,
-        "epochs": config.steps * config.batch_size / rows_per_epoch,
+        "epochs": epochs,
         "trained_tokens": result["weight"],
         "tokens_per_second": result["rate"],
         "summary": {

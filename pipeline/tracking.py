@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 from pipeline.files import write_atomic
+from pipeline.terminal import short, show, time_left
 
 PLAIN_SECONDS = 10
+BAR_LEAST, BAR_MOST = 10, 40  # columns
 
 
 class Tracker:
@@ -90,82 +92,107 @@ def _start_wandb(folder: Path, project: str, name: str, config: dict):
             settings=settings,
         )
     except Exception as error:  # a tracker must not be the reason for a lost run
-        print(f"Weights & Biases could not start ({error}); metrics.jsonl goes on", flush=True)
+        show(f"Weights & Biases could not start ({error}); metrics.jsonl goes on")
         return None
 
 
 class Progress:
     """Progress with rate and time left. `with Progress("pretrain", total, unit="tok") as bar: bar.update(n,
-    loss=2.1)`."""
+    loss=2.1)`. One line of a terminal, as wide as it is; lines every `PLAIN_SECONDS` elsewhere."""
 
     def __init__(self, name: str, total: float, unit: str = "it", start: float = 0, is_main: bool = True):
         self.name, self.total, self.unit, self.done, self.is_main = name, total, unit, start, is_main
         self.start, self.begun, self.said = start, time.time(), time.time()
-        self.bar = None
-        if is_main and sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+        self.values: dict = {}
+        self.live = None
+        if is_main and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+            from rich.live import Live
 
-            self.bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[shown]}"),
-                TimeRemainingColumn(),
-            )
+            self.live = Live(get_renderable=self._line, refresh_per_second=4)
 
     def __enter__(self):
-        if self.bar:
-            self.bar.start()
-            self.task = self.bar.add_task(self.name, total=self.total, completed=self.done, shown="")
+        if self.live:
+            self.live.start()
         return self
 
     def update(self, amount: float, **values) -> None:
         self.done += amount
-        if not self.is_main:
+        self.values = values
+        if not self.is_main or self.live:
             return
         now = time.time()
-        if self.bar:
-            self.bar.update(self.task, completed=self.done, shown=f"{self._rate(now)} {_shown(values)}")
-        elif now - self.said >= PLAIN_SECONDS:
+        if now - self.said >= PLAIN_SECONDS:
             self.said = now
-            rate = (self.done - self.start) / max(now - self.begun, 1e-9)
-            left = (self.total - self.done) / rate if rate > 0 else 0
-            print(
-                f"{self.name}: {100 * self.done / max(self.total, 1e-9):.0f}% ({_count(self.done)} of"
-                f" {_count(self.total)} {self.unit}), {self._rate(now)}, {_time(left)} left {_shown(values)}".rstrip(),
-                flush=True,
-            )
+            parts = [f"{self._percent()} ({short(self.done)} of {short(self.total)} {self.unit})", self._rate()]
+            print(f"{self.name}: {', '.join([*parts, self._left()])} {', '.join(_shown(values))}".rstrip(), flush=True)
 
     def retarget(self, total: float) -> None:
         """Another end than was thought."""
         self.total = total
-        if self.bar:
-            self.bar.update(self.task, total=total)
-
-    def _rate(self, now: float) -> str:
-        return f"{_count((self.done - self.start) / max(now - self.begun, 1e-9))} {self.unit}/s"
 
     def __exit__(self, *_):
-        if self.bar:
-            self.bar.stop()
+        if self.live:
+            self.live.stop()
+
+    def _percent(self) -> str:
+        return f"{100 * self.done / max(self.total, 1e-9):.0f}%"
+
+    def _per_second(self) -> float:
+        return (self.done - self.start) / max(time.time() - self.begun, 1e-9)
+
+    def _rate(self) -> str:
+        return f"{short(self._per_second())} {self.unit}/s"
+
+    def _left(self) -> str:
+        rate = self._per_second()
+        if rate <= 0:
+            return "time left unknown"
+        return f"{time_left(max(0.0, self.total - self.done) / rate)} left"
+
+    def _line(self) -> "_Line":
+        time_told = f"in {time_left(time.time() - self.begun)}" if self.done >= self.total else self._left()
+        return _Line(self, [f"{self._percent():>4}", time_told, *_shown(self.values), self._rate()])
 
 
-def _shown(values: dict) -> str:
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-    )
+class _Line:
+    """A line of a terminal for rich: name, bar, and as many of `parts`, the most important first, as there is room
+    for."""
+
+    def __init__(self, progress: Progress, parts: list[str]):
+        self.progress, self.parts = progress, parts
+
+    def __rich_console__(self, console, options):
+        from rich.cells import cell_len, set_cell_size
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        name = self.progress.name
+        if cell_len(name) > options.max_width // 3:
+            name = set_cell_size(name, max(1, options.max_width // 3 - 1)) + "…"
+        bar = min(BAR_MOST, max(BAR_LEAST, options.max_width // 6))
+        room = options.max_width - cell_len(name) - bar - 2
+        told = ""
+        for part in self.parts:
+            longer = f"{told}  {part}" if told else part
+            if cell_len(longer) <= room:
+                told = longer
+        line = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            line.add_column(no_wrap=True)
+        total = max(self.progress.total, 1e-9)
+        line.add_row(Text(name), ProgressBar(total, min(self.progress.done, total), width=bar), Text(told))
+        yield line
 
 
-def _count(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+def _shown(values: dict) -> list[str]:
+    """`loss 2.1`, `11.1k tok/s`, in the order of importance: what is measured, its rates after the first of them."""
+    rates = [f"{short(value)} {key}" for key, value in values.items() if key.endswith("/s")]
+    others = [f"{key} {_number(value)}" for key, value in values.items() if not key.endswith("/s")]
+    return [*others[:1], *rates, *others[1:]]
 
 
-def _time(seconds: float) -> str:
-    seconds = int(seconds)
-    return (
-        f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
-    )
+def _number(value) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return short(value) if abs(value) >= 9999.5 else f"{value:.4g}"

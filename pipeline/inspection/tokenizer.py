@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import terminal
 from pipeline.artifact import Artifact
 from pipeline.data.documents import documents
 from pipeline.data.encode import alphabet, encoder, pattern, ranks
@@ -74,7 +75,9 @@ def report(folder: Path, data: Artifact | None, limit: int, compare: Iterable[st
                     curve_texts += texts
                     curve_bytes += sum(len(text.encode()) for text in texts)
     vocabulary = {index: token for token, index in backend.get_vocab().items()}
-    plain = [index for index in vocabulary if index not in set(tokenizer.all_special_ids)]
+    special = set(tokenizer.all_special_ids)
+    # by id: the vocabulary comes from a hash table, whose order is another in each process
+    plain = [index for index in sorted(vocabulary) if index not in special]
     unused = [index for index in plain if used[index] == 0]
     spelled = {index: _spelled(backend, vocabulary, index) for index in plain}
     longest = sorted(plain, key=lambda index: (-len(spelled[index]), index))[:20]
@@ -253,8 +256,8 @@ def show(found: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    console.print(f"{found['folder']}: {found['vocab_size']} tokens, encoded by {found['encoder']}")
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    terminal.show(f"{found['folder']}: {found['vocab_size']} tokens, encoded by {found['encoder']}")
     for title in ("by_source", "by_language"):
         if found[title]:
             table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -262,9 +265,9 @@ def show(found: dict) -> None:
                 title.removeprefix("by_"),
                 "documents",
                 "MB",
-                "bytes/token",
-                "characters/token",
-                *(f"{name}: bytes/token" for name in found["references"]),
+                "bytes per token",
+                "characters per token",
+                *(f"{name}: bytes per token" for name in found["references"]),
             ):
                 table.add_column(column, justify="left" if column == title.removeprefix("by_") else "right")
             for key, row in found[title].items():
@@ -278,25 +281,25 @@ def show(found: dict) -> None:
                 )
             console.print(table)
     for line in found["references_missing"]:
-        console.print(f"not compared with {line}")
+        terminal.show(f"not compared with {line}")
     trip = found["round_trip"]
     if trip["texts"]:
-        console.print(
+        terminal.show(
             f"round trip: {trip['exact']:,} of {trip['texts']:,} documents come back exactly"
             + (f"; not so {trip['example'][:80]!r}" if "example" in trip else "")
         )
         unused = found["unused"]
-        console.print(
+        terminal.show(
             f"never used in {found['tokens_seen']:,} tokens: {unused['tokens']:,} of {unused['of']:,}; fewer than 10"
             f" times: {found['rare']['below_10']:,}, than 100: {found['rare']['below_100']:,}"
         )
         if unused["examples"]:
-            console.print("  such as " + " ".join(repr(token) for token in unused["examples"][:12]))
+            terminal.show("  such as " + " ".join(repr(token) for token in unused["examples"][:12]))
     if found["curve"]:
-        console.print(
+        terminal.show(
             "compression by size (one training, prefixes of its merges): "
             + ", ".join(f"{row['vocab_size']:,}: {row['bytes_per_token']:.3f}" for row in found["curve"])
         )
-    console.print("longest tokens: " + " ".join(repr(token[:40]) for token in found["longest"][:12]))
+    terminal.show("longest tokens: " + " ".join(repr(token[:40]) for token in found["longest"][:12]))
     for text, parts in found["splits"].items():
-        console.print(f"  {text!r}: " + "|".join(part.replace("\n", "\\n") for part in parts))
+        terminal.show(f"  {text!r}: " + "|".join(part.replace("\n", "\\n") for part in parts))

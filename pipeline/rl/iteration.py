@@ -14,6 +14,7 @@ from pipeline.rl import advantages, kl, losses, rewards
 from pipeline.rl.experience import Models, Task, collect, draw, repetition, share, tensors_of
 from pipeline.rl.responses import Sample, at_responses, layout, policy_inputs, token_statistics
 from pipeline.seeds import derive
+from pipeline.terminal import show
 from pipeline.train import distributed, phases
 from pipeline.train.schedule import learning_rate
 
@@ -81,10 +82,9 @@ class Iterations:
         self.accepted = stats.pop("accepted")
         self.state["step"] += 1
         if stats["rollout_difference"] > 0.1 and distributed.is_main():
-            print(
+            show(
                 f"{self.models.config.kind}: step {self.step_count}: log-probabilities of sampler and trainer differ by"
-                f" {stats['rollout_difference']:.2g} per token; give ppo.importance_cap, or precision: fp32",
-                flush=True,
+                f" {stats['rollout_difference']:.2g} per token; give ppo.importance_cap, or precision: fp32"
             )
         return stats
 

@@ -21,6 +21,7 @@ from pipeline import faults
 from pipeline.errors import UserError
 from pipeline.files import damage_of, sha256_file, sync_folder, write_json
 from pipeline.output import Output
+from pipeline.terminal import show
 from pipeline.train import distributed, state
 from pipeline.train.config import Save
 
@@ -58,10 +59,9 @@ class Saver:
         """
         if self.step is not None:
             if self.output.is_main:
-                print(
+                show(
                     f"{self.output.stage}: the checkpoint of step {self.step} is still being written, that of step"
-                    f" {step} waits for it",
-                    flush=True,
+                    f" {step} waits for it"
                 )
             self.finish()
         self._room_for_one(step)
@@ -120,7 +120,7 @@ class Saver:
         try:
             self.finish()
         except (UserError, OSError) as second:
-            print(f"{self.output.stage}: {second}", flush=True)
+            show(f"{self.output.stage}: {second}")
 
     def note_loss(self, step: int, loss: float | None) -> None:
         """Remember the held-out loss after `step` steps, for save.keep_best."""
@@ -268,11 +268,11 @@ def newest(output: Output) -> tuple[Path, dict] | None:
             return path, state_of(path)
         if output.is_main:  # under a name that counts as none, so that nobody takes it for what the run goes on from
             aside = path.with_name(f"damaged-{path.name}")
-            print(f"checkpoint {path} is damaged ({found}) and passed over; it is kept as {aside.name}", flush=True)
+            show(f"checkpoint {path} is damaged ({found}) and passed over; it is kept as {aside.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
     if there and output.is_main:
-        print(f"{output.stage}: no valid checkpoint is left in {folder}, so it begins anew", flush=True)
+        show(f"{output.stage}: no valid checkpoint is left in {folder}, so it begins anew")
     return None
 
 

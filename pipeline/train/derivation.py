@@ -1,10 +1,12 @@
-"""What follows from a pretraining recipe, printed before the first step: parameters, tokens, FLOPs, time, memory,
-disk."""
+"""What follows from the recipe of a stage that trains, printed before its first step: parameters, tokens, FLOPs, time,
+and for pretraining memory and disk."""
 
 import shutil
+from dataclasses import dataclass
 
 from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
+from pipeline.plural import many
 from pipeline.train import distributed, head
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
@@ -38,14 +40,88 @@ def expected_seconds(config, flops: Flops, peak: float | None) -> float | None:
     return flops.full * config.steps * config.batch_size * config.sequence_length / (peak * ASSUMED_MFU)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a tuning stage is about to compute."""
+
+    data: str
+    """Its steps, rows and epochs, in words."""
+    tokens: float | None = None
+    """Tokens that the whole stage trains on; None where only the run can tell."""
+    forward_tokens: float = 0.0
+    """Tokens that it only runs forward, at a third of the cost of training."""
+    updates: int = 1
+    """Updates that the rows of a step are shared out to."""
+    notes: tuple[str, ...] = ()
+    """Further lines."""
+
+    def flops(self, of_a_token: Flops) -> float | None:
+        return None if self.tokens is None else of_a_token.full * (self.tokens + self.forward_tokens / 3)
+
+    def seconds(self, of_a_token: Flops, peak: float | None) -> float | None:
+        """Of the whole stage at the assumed MFU; None where no peak or no number of tokens is known."""
+        total = self.flops(of_a_token)
+        return None if peak is None or total is None else total / (peak * ASSUMED_MFU)
+
+
+def tuning_lines(config, model_config, size: Size, flops: Flops, peak: float | None, work: Work) -> list[str]:
+    """The header of a stage that learns from records. peak: FLOP/s of all devices, if known."""
+    ranks = distributed.world()
+    rows = config.batch_size // work.updates // ranks
+    micro = config.micro_batch or rows
+    layout = cost.Layout(ranks=ranks, zero=config.parallel.zero, micro=micro, accumulation=rows // micro)
+    found = [
+        model_line(model_config, size),
+        f"data       {work.data}",
+        f"schedule   {schedule_text(config.optimizer, config.schedule)}",
+        layout_line(config, layout),
+    ]
+    if work.tokens is not None:
+        estimate = guessed(work.seconds(flops, peak), peak)
+        found.append(f"compute    {work.flops(flops):.2e} FLOPs, {work.tokens:,.0f} tokens{estimate}")
+    return [*found, *work.notes]
+
+
+def model_line(model_config, size: Size) -> str:
+    picked, experts = cost.routed(model_config)
+    active = f"; {size.active:,} active for a token ({picked} of {experts} experts)" if experts > 1 else ""
+    return f"model      {size.total:,} parameters: {size.body:,} in layers, {size.embedding:,} in embeddings{active}"
+
+
+def schedule_text(optimizer, schedule) -> str:
+    """Optimizer, learning rate and warmup in words."""
+    end = "" if schedule.kind == "constant" else f" to {schedule.min_ratio * optimizer.lr:.3g}"
+    warmup = many(schedule.warmup_steps, "step", ",")
+    return f"{optimizer.kind}, {schedule.kind} from {optimizer.lr:.3g}{end}, warmup of {warmup}"
+
+
+def layout_line(config, layout: cost.Layout) -> str:
+    world = layout.ranks * layout.depth
+    if layout.depth > 1:
+        where = f"pipeline {layout.depth} x {layout.ranks} data ranks"
+    elif layout.zero is not None:
+        where = f"ZeRO-{layout.zero} over {world}"
+    else:
+        where = f"data parallel over {world}" if world > 1 else "one process"
+    return (
+        f"layout     {where}; {layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of {layout.micro}"
+        f" rows a step on each; {config.precision}"
+    )
+
+
+def guessed(seconds: float | None, peak: float | None) -> str:
+    """The end of a line: how long that will take, where it can be told."""
+    if seconds is None:
+        return ""
+    return f"; about {duration(seconds)} at {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:,.4g} TFLOP/s (an assumption)"
+
+
 def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sampler, folder) -> list[str]:
     """config: with steps, unless its horizon is a time. peak: FLOP/s of all devices, if known. folder: where
     checkpoints go."""
     layout = layout_of(config, model_config)
-    world, step = layout.ranks * layout.depth, config.batch_size * config.sequence_length
-    picked, experts = cost.routed(model_config)
-    active = f"; {size.active:,} active for a token ({picked} of {experts} experts)" if experts > 1 else ""
-    found = [f"model      {size.total:,} parameters: {size.body:,} in layers, {size.embedding:,} in embeddings{active}"]
+    step = config.batch_size * config.sequence_length
+    found = [model_line(model_config, size)]
     if config.steps is None:
         found.append(
             f"data       {step:,} tokens a step ({config.batch_size} rows x {config.sequence_length}); how many steps"
@@ -80,34 +156,13 @@ def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sa
             for source, rows in sampler.rows_per_epoch.items()
         ]
         found.append("packing    best fit: " + "; ".join(told))
-    schedule = config.schedule
-    end = "" if schedule.kind == "constant" else f" to {schedule.min_ratio * config.optimizer.lr:.3g}"
     found.append(
-        f"schedule   {config.optimizer.kind}, {schedule.kind} from {config.optimizer.lr:.3g}{end}, warmup of"
-        f" {schedule.warmup_steps:,} steps ({schedule.warmup_steps * step:,} tokens)"
+        f"schedule   {schedule_text(config.optimizer, config.schedule)}"
+        f" ({config.schedule.warmup_steps * step:,} tokens)"
     )
-    where = (
-        f"pipeline {layout.depth} x {layout.ranks} data ranks"
-        if layout.depth > 1
-        else (
-            f"ZeRO-{layout.zero} over {world}"
-            if layout.zero is not None
-            else f"data parallel over {world}"
-            if world > 1
-            else "one process"
-        )
-    )
-    found.append(
-        f"layout     {where}; {layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of {layout.micro}"
-        f" rows a step on each; {config.precision}"
-    )
+    found.append(layout_line(config, layout))
     total = f"{flops.full * config.steps * step:.2e} FLOPs, " if config.steps else ""
-    seconds = expected_seconds(config, flops, peak)
-    guess = (
-        f"; about {duration(seconds)} at {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:,.4g} TFLOP/s (an assumption)"
-        if seconds is not None
-        else ""
-    )
+    guess = guessed(expected_seconds(config, flops, peak), peak)
     found.append(f"compute    {total}{flops.full:.2e} a token, {flops.causal:.2e} with causal attention halved{guess}")
     parts = cost.memory(model_config, size, config.sequence_length, layout)
     found.append(

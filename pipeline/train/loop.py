@@ -15,6 +15,7 @@ from pipeline import faults
 from pipeline.errors import UserError
 from pipeline.output import Output
 from pipeline.seeds import derive
+from pipeline.terminal import show
 from pipeline.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
 from pipeline.train.config import TrainConfig
@@ -195,7 +196,7 @@ class Loop:
         words = f", {changed}" if changed else ""
         if changed and consequence:
             words += f": {consequence}"
-        print(f"{self.output.stage}: resuming from {path}{words}", flush=True)
+        show(f"{self.output.stage}: resuming from {path}{words}")
 
     def _begin_counting(self) -> None:
         """New meters and a new guard over the state as it is now."""
@@ -287,7 +288,7 @@ class Loop:
             bar.retarget(self.horizon.steps)
         message = settled or self.meters.calibrated(step, self.horizon.steps)
         if message and self.output.is_main:
-            print(message, flush=True)
+            show(message)
         self.state["weight"] += stats["weight"]
         self.state["skipped"] += not stats["applied"]
         self.state["first"] = self.state["first"] or stats
@@ -354,5 +355,5 @@ class Loop:
         self.note = {"rollbacks": spikes["rollbacks"], "skipped_rows": spikes["skipped_rows"]}
         if self.output.is_main:
             rows = " and ".join(f"{first} to {end - 1}" for first, end in spikes["skipped_rows"])
-            print(f"{self.output.stage}: back to step {at}; rows {rows} are skipped from here on", flush=True)
+            show(f"{self.output.stage}: back to step {at}; rows {rows} are skipped from here on")
         faults.point("rollback")

@@ -14,6 +14,7 @@ from pydantic import Field
 from pipeline.errors import UserError
 from pipeline.recipe import Strict
 from pipeline.seeds import derive
+from pipeline.terminal import show
 
 FILE = "logs/samples.jsonl"
 
@@ -85,7 +86,7 @@ class Sampler:
         ]
         self._write(step, lines)
         for prompt, text in zip(self.options.prompts, texts, strict=True):
-            print(f"step {step}: {prompt} → {text}", flush=True)
+            show(f"step {step}: {prompt} → {text}")
 
     def _write(self, step: int, lines: list[str]) -> None:
         path = self.output.path / FILE
@@ -129,10 +130,9 @@ class Sampler:
         if self.bytes < free / 2:
             return True
         if not self.begun:
-            print(
+            show(
                 f"samples are left out: the whole model takes {self.bytes / 1e9:.1f} GB, more than half of the"
-                f" {free / 1e9:.1f} GB that are free beside the main process",
-                flush=True,
+                f" {free / 1e9:.1f} GB that are free beside the main process"
             )
             self.begun = True
         return False

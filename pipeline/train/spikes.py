@@ -22,6 +22,7 @@ import statistics
 
 from pipeline.files import write_atomic
 from pipeline.output import Output
+from pipeline.terminal import show
 from pipeline.tracking import plain
 from pipeline.train.config import Spikes
 
@@ -165,7 +166,7 @@ def tell(output: Output, step: int, reason: str, stats: dict, rows: list[dict]) 
     every row of the global batch."""
     if not output.is_main:
         return
-    print(f"{output.stage}: step {step} was skipped: {reason}", flush=True)
+    show(f"{output.stage}: step {step} was skipped: {reason}")
     if rows:
         lines = [{"step": step, "reason": reason, **{key: stats[key] for key in ("loss", "grad_norm", "lr")}}, *rows]
         write_atomic(

@@ -14,10 +14,16 @@ from pipeline import faults
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.files import sync_tree, write_json
+from pipeline.models import cost
 from pipeline.output import Output
+from pipeline.plural import many
 from pipeline.seeds import derive
 from pipeline.train import distributed, phases
+from pipeline.train.derivation import Work, tuning_lines
+from pipeline.train.meters import Text, total_peak
 from pipeline.train.watch import wait_for
+
+SPLITS = ("train", "heldout")
 
 
 def model_folder(artifact: Artifact) -> Path:
@@ -78,6 +84,18 @@ def chat_of(tokenizer, config, stage: str):
     if chat.writes_date and config.date is None:
         say(f"{stage}: the chat template writes today's date; {chat.date} is written in every row (key `date`)")
     return chat
+
+
+def announce(config, model, work: Work) -> Text:
+    """Say what the stage is about to do and how long it may take. `model`: before an engine has wrapped it.
+    Collective. Returns what the meters compare their times with."""
+    from pipeline.chain import say
+
+    size, flops = cost.count(model), cost.training_flops(model, cost.count(model), config.sequence_length)
+    peak = total_peak(config)
+    for line in tuning_lines(config, model.config, size, flops, peak, work):
+        say(line)
+    return Text(expected=work.seconds(flops, peak))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -246,6 +264,21 @@ def encode_pairs(
         f"{split}.start": np.array([row[2] for row in rows], np.int64),
         f"{split}.margin": np.array([pair.margin for pair in kept], np.float32),
     }
+
+
+def pair_work(config, arrays: dict, reference: bool = False) -> Work:
+    """What a stage that learns from pairs computes. `reference`: each pair that is used is also measured once with the
+    weights that the stage starts from."""
+    lengths = {split: arrays[f"{split}.chosen"].lengths + arrays[f"{split}.rejected"].lengths for split in SPLITS}
+    count, taken = len(lengths["train"]), config.steps * config.batch_size
+    mean = float(lengths["train"].mean())
+    measured = mean * min(taken, count) + float(lengths["heldout"].sum()) if reference else 0.0
+    return Work(
+        f"{many(config.steps, 'step', ',')} x {many(config.batch_size, 'pair')} of answers of at most"
+        f" {config.sequence_length} tokens: {taken / count:.3g} epochs of {many(count, 'pair', ',')}",
+        tokens=taken * mean,
+        forward_tokens=measured,
+    )
 
 
 def pair_batch(arrays: dict, split: str, indices, pad_id: int) -> dict:

@@ -6,6 +6,7 @@ from pipeline import artifact
 from pipeline.errors import UserError
 from pipeline.graph import Node
 from pipeline.plural import many
+from pipeline.terminal import show
 
 
 def prove(graph: dict[str, Node], stages: list[str], recipe: str) -> None:
@@ -17,14 +18,14 @@ def prove(graph: dict[str, Node], stages: list[str], recipe: str) -> None:
             continue
         found = artifact.current(node.folder)
         if found is None:
-            print(f"{name:<12} missing      nothing is published")
+            show(f"{name:<12} missing      nothing is published")
             bad += 1
             continue
         problem = found.damage(full=True) or _lineage(found, node.folder)
         size = sum(entry["size"] for entry in found.manifest["files"].values())
         bad += problem is not None
         whole = f"{many(len(found.manifest['files']), 'file')}, {size / 1e6:.1f} MB, digest {found.digest[:12]}"
-        print(f"{name:<12} damaged      {problem}" if problem else f"{name:<12} whole        {whole}")
+        show(f"{name:<12} damaged      {problem}" if problem else f"{name:<12} whole        {whole}")
     if bad:
         raise UserError(
             f"{recipe}: {bad} of {many(len(stages or graph), 'output')} {'is' if bad == 1 else 'are'} missing or"

@@ -1,0 +1,89 @@
+"""Text for people: on a terminal a line wraps at words, in a file or a pipe it stays whole."""
+
+import os
+import re
+import sys
+from typing import TextIO
+
+# `schedule   adamw, ...`: further lines are set below the text and not below the label
+LABEL = re.compile(r"\s*(?:\S+ {2,})?")
+OPENING = "([{（《「『【“‘"
+CLOSING = ")]}）》」』】”’，。、；：？！…,.;:?!%"
+
+
+def columns(stream: TextIO) -> int | None:
+    """Width of the terminal that a stream writes to; None for a file or a pipe. COLUMNS overrides it."""
+    if not stream.isatty():
+        return None
+    given = os.environ.get("COLUMNS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:  # it was closed at this moment
+        return None
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print to `stream`, by default standard output."""
+    stream = sys.stdout if stream is None else stream
+    width = columns(stream)
+    print(wrap(text, width) if width else text, file=stream, flush=True)
+
+
+def wrap(text: str, width: int) -> str:
+    """Lines of at most `width` columns, broken at spaces and between Chinese characters. A path or another word that
+    is longer stays whole, so that it can be copied."""
+    return "\n".join(_wrap_line(line, width) for line in text.split("\n"))
+
+
+def _wrap_line(line: str, width: int) -> str:
+    from rich.cells import cell_len
+
+    if cell_len(line) <= width:
+        return line
+    label = LABEL.match(line).group()
+    indent = cell_len(label) if 0 < cell_len(label) <= width // 2 else 2
+    lines, current, empty = [], label, True
+    for space, unit in _units(line[len(label) :]):
+        if empty or cell_len(current + space + unit) <= width:
+            current += space + unit
+        else:
+            lines.append(current)
+            current = " " * indent + unit
+        empty = False
+    return "\n".join([*lines, current])
+
+
+def _units(text: str) -> list[tuple[str, str]]:
+    """(space before it, what must not be broken): a word, or one Chinese character with its punctuation."""
+    from rich.cells import cell_len
+
+    found: list[tuple[str, str]] = []
+    for space, word in re.findall(r"(\s*)(\S+)", text):
+        start = 0
+        for at in range(1, len(word)):
+            before, here = word[at - 1], word[at]
+            wide = cell_len(before) == 2 or cell_len(here) == 2
+            if wide and cell_len(here) and before not in OPENING and here not in CLOSING:
+                found.append((space, word[start:at]))
+                space, start = "", at
+        found.append((space, word[start:]))
+    return found
+
+
+def short(value: float) -> str:
+    """A number in at most three digits and a letter: 0.123, 11.1k, 2.5M."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:  # from where three digits round up to it
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def time_left(seconds: float) -> str:
+    """0m12s, 3h05m, 2d04h."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
