@@ -59,8 +59,8 @@ def local(pattern: str) -> list[str]:
         if not path.is_file():
             continue
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        is_html = ".htm" in path.name
-        texts.append(text_of_html(raw, "text/html", "all") if is_html else raw.decode("utf-8", "replace"))
+        text = raw.decode("utf-8", "replace")
+        texts.append(text_of_html(text, "all").text if ".htm" in path.name else text)
     return texts
 
 

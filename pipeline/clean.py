@@ -178,7 +178,7 @@ def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path
         report = ledger.account(done, index, edited, config.dedup.upsample, output.path, _steps(config, work))
         refusals.refuse(report, config.sources, config.max_bad, config.holdout, output.path)
         _write_shards(config, index, pieces, pool, output)
-    return {**report["total"], "by_source": report["sources"], "summary": _summary(config, report["total"])}
+    return {**report["total"], "by_source": report["sources"], "summary": _summary(config, report)}
 
 
 def _sign(earlier: Artifact, dedup: Dedup, folder: Path, pool: Pool) -> list[tuple[Path, Path]]:
@@ -218,7 +218,8 @@ def _compare(config: Config, done: dict[str, list[Path]], earlier: list[tuple[Pa
     return found, pieces, index.take_over(found, pieces, config.filters.min_tokens)
 
 
-def _summary(config: Config, total: dict) -> dict[str, str]:
+def _summary(config: Config, report: dict) -> dict[str, str]:
+    total = report["total"]
     kept = total["train_documents"] + total["heldout_documents"]
     return {
         "input": (
@@ -230,8 +231,22 @@ def _summary(config: Config, total: dict) -> dict[str, str]:
         "measure": (
             f"left out: {total['filtered_documents']} filtered, {total['duplicates_exact'] + total['duplicates_url']} +"
             f" {total['duplicates_near']} duplicates, {total['bad_records']} bad"
-        ),
+        )
+        + _extracted(report["sources"]),
     }
+
+
+def _extracted(sources: dict[str, dict]) -> str:
+    """How much of the text of web pages extraction kept, for the summary; by source where there are several."""
+    shares = {name: counts["extraction"] for name, counts in sources.items() if "extraction" in counts}
+    if not shares:
+        return ""
+    shown = sum(entry["characters_shown"] for entry in shares.values())
+    extracted = sum(entry["characters_extracted"] for entry in shares.values())
+    by_source = ", ".join(f"{name} {entry['share']:.0%}" for name, entry in shares.items())
+    return f"; of the text of pages {extracted / max(1, shown):.0%} extracted" + (
+        f" ({by_source})" if len(shares) > 1 else ""
+    )
 
 
 # ---- units -----------------------------------------------------------------------------------------------------------

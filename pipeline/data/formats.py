@@ -43,11 +43,22 @@ class Passed:
 
 
 @dataclass(frozen=True, slots=True)
-class Repaired:
-    """A record that was read although it is damaged; `changed` counts what was done to it, by kind."""
+class Shown:
+    """Characters of a web page without spaces and marks of structure: those that it shows, and those of its text as
+    `extract` makes it."""
+
+    page: int
+    text: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A web page, or plain text out of a web archive, as a record; `changed` counts what was done to bytes that are
+    damaged, by kind."""
 
     fields: dict
     changed: dict[str, int]
+    shown: Shown | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ def account(
     """Write rejected/ and report.json; returns the report. Every record is in exactly one of its counts. `edited`
     are those of index.take_over."""
     import numpy as np
+    import pyarrow.compute
     import zstandard
 
     from pipeline.data.funnel import Funnel
@@ -37,6 +38,7 @@ def account(
     fates = np.array(["train", "heldout", *(REASONS[fate] for fate in sorted(REASONS))], object)
     (folder / "rejected").mkdir(exist_ok=True)
     for name, paths in units.items():
+        pages = shown = extracted = 0
         counts: dict[str, Any] = {"not selected": {}, "bad": {}, "filtered": {}, "duplicates": {}}
         read = records = size = lost = 0
         splits = dict.fromkeys(
@@ -60,6 +62,9 @@ def account(
                     size + int(outcome["bytes"].to_numpy().sum()),
                 )
                 lost += int(outcome["lost"].to_numpy().sum())
+                pages += len(outcome) - outcome["shown"].null_count
+                shown += pyarrow.compute.sum(outcome["shown"]).as_py() or 0
+                extracted += pyarrow.compute.sum(outcome["extracted"]).as_py() or 0
                 ok = outcome["status"].to_numpy() == "ok"
                 document = at + np.cumsum(ok) - 1
                 here = slice(at, at + int(ok.sum()))
@@ -102,6 +107,13 @@ def account(
             **splits,
             **edited[name],
         }
+        if pages:
+            report["sources"][name]["extraction"] = {
+                "pages": pages,
+                "characters_shown": shown,
+                "characters_extracted": extracted,
+                "share": round(extracted / max(1, shown), 4),
+            }
     _total(report)
     report["rules"], report["funnel"] = rejections.report(), funnel.report()
     assert report["rules"]["rejected"] + report["total"]["nothing_left"] == report["total"]["filtered_documents"]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.data.formats import EXCERPT, NULS, Asked, Bad, Chunk, Passed, Repaired, values
+from pipeline.data.formats import EXCERPT, NULS, Asked, Bad, Chunk, Page, Passed, Shown, values
 from pipeline.data.sources import Source, chunks
 from pipeline.data.templates import look_up, render
 
@@ -18,12 +18,13 @@ from pipeline.data.templates import look_up, render
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record: `id` hashes all fields that were read, `place` says where it stands (file:line), `changed` counts
-    what was done to read it."""
+    what was done to read it, `shown` is how much of a web page is in its text."""
 
     id: str
     fields: dict
     place: str
     changed: dict[str, int] = field(default_factory=dict)
+    shown: Shown | None = None
 
 
 def read(source: Source, name: str, key: str = "sources", asked: Asked = None) -> Iterator[Record | Bad]:
@@ -62,8 +63,9 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
             yield value
             continue
         changed: dict[str, int] = {}
-        if isinstance(value, Repaired):
-            value, changed = value.fields, value.changed
+        shown = None
+        if isinstance(value, Page):
+            value, changed, shown = value.fields, value.changed, value.shown
         fields = value if isinstance(value, dict) else None
         if isinstance(value, str):
             fields = {"text": value}
@@ -73,7 +75,7 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
         if fields is None:
             yield Bad(place, "not a record", str(value)[:EXCERPT])
         else:
-            yield Record(_id(fields), fields, place, changed)
+            yield Record(_id(fields), fields, place, changed, shown)
 
 
 def text_of(source: Source, record: Record) -> str:

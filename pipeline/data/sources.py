@@ -85,9 +85,10 @@ class Source(Strict):
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging
     Face's text loader."""
-    extract: Literal["main", "all"] = "main"
-    """warc, html: the main text of a page, or all of it with menus and footers. Records of warc have the fields
-    text, url and date."""
+    extract: Literal["main", "structure", "all"] = "main"
+    """warc, html: the main text of a page; the page without what leads through the site, with headings, tables and
+    code as Markdown writes them (for documentation, of which main loses a third); or all of it. Records of warc have
+    the fields text, url and date."""
     columns: list[str] = []
     """csv, tsv: names of the columns of a file that has no header line."""
     text: str = "text"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the recipe's models load without numpy
 # duplicates; `counted`: 1 if the record counts towards `limit`; `language`, if it was asked for; of every document that
 # could be read, `kind` (which thresholds judge it), `statistics` (float32), `failed` (a bit for each rule; both see
 # data/steps.py), `changed` (what was done to its text: JSON) and `matched` (the evaluation set that it has text of, and
-# its items: JSON).
+# its items: JSON); of a web page, `shown` (characters that it shows) and `extracted` (those in its text).
 # Where the unit is a part of a file, lines in `place` count from its beginning; the metadata `lines` has whether that
 # is so, and how many lines end in the unit (see outcomes.at_lines).
 OUTCOME = (
@@ -54,6 +54,8 @@ OUTCOME = (
     "failed",
     "changed",
     "matched",
+    "shown",
+    "extracted",
 )
 # texts hashed at a time: numpy's arrays of a batch then stay in the cache (1 << 22: half the speed)
 BATCH_CHARACTERS = 1 << 18
@@ -121,6 +123,8 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
             row["address"] = address_of(steps.dedup.url, item)
             row["url"] = url_of(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
             row["changed"] = item.changed
+            if item.shown:
+                row.update(shown=item.shown.page, extracted=item.shown.text)
             raw.append((row, text))
     while raw:
         size = number = 0
@@ -137,6 +141,7 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
         "lost": pyarrow.int64(),
         "counted": pyarrow.int8(),
     }
+    binary |= {"shown": pyarrow.int64(), "extracted": pyarrow.int64()}
     binary |= {"kind": pyarrow.int8(), "statistics": pyarrow.binary(), "failed": pyarrow.int64()}
     columns = {key: pyarrow.array([row[key] for row in rows], binary.get(key, pyarrow.string())) for key in OUTCOME}
     # Three are random bits. Packing the text by a third takes as long as finding its tokens' hashes.

@@ -7,11 +7,12 @@ HTML with resiliparse (Apache-2.0; `pip install 'alma[web]'`): 1,326 MB of HTML 
 
 import re
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import bounded, nesting
-from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Passed, Repaired, parts_of
+from pipeline.data import bounded, nesting, structure
+from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Bad, Chunk, Page, Passed, Shown, parts_of
 from pipeline.data.page_charset import decoded, label_of
 from pipeline.data.unpack import CODINGS, GZIP_MAGIC, ZSTD_MAGIC, Gap, TooLong, Unreadable, unpacked
 from pipeline.errors import UserError
@@ -227,7 +228,7 @@ def _headers(raw: bytes) -> dict[str, str]:
 # ---- record -> text --------------------------------------------------------------------------------------------------
 
 
-def pages(chunk: Chunk) -> Iterator[tuple[int, dict | Repaired | Bad | Passed]]:
+def pages(chunk: Chunk) -> Iterator[tuple[int, Page | Bad | Passed]]:
     """The texts of a chunk of warc_chunks: {text, url, date}."""
     extract = chunk.kind.partition(" ")[2]
     for position, item in chunk.data:
@@ -303,31 +304,38 @@ def _unchunked(body: bytes, cut: bool) -> bytes | None:
     return bytes(found) if cut else None
 
 
-def page(
-    raw: bytes, media: str, extract: str, place: str, fields: dict[str, str], label: str = ""
-) -> dict | Repaired | Bad:
+def page(raw: bytes, media: str, extract: str, place: str, fields: dict[str, str], label: str = "") -> Page | Bad:
     """A page or plain text as the record {text, **fields}; `label` is the character set that its server declared."""
     found = decoded(raw, label, media != "text/plain")
     if found is None:
         return Bad(place, "in no known character set", _shown(raw))
     text = found.text.replace("\0", "")
     changed = {"replaced_bytes": found.replaced} if found.replaced else {}
-    if media != "text/plain":
-        try:
-            text, flattened = bounded.call(
-                text_of_html, text, extract, seconds=SECONDS + SECONDS_PER_MB * len(text) / 1e6
-            )
-        except bounded.OutOfBounds as error:
-            return Bad(place, f"HTML whose extraction {error}", _shown(raw))
-        if flattened:
-            changed["flattened_elements"] = flattened
-    record = {"text": text, **fields}
-    return Repaired(record, changed) if changed else record
+    if media == "text/plain":
+        return Page({"text": text, **fields}, changed, None)
+    try:
+        seconds = SECONDS + SECONDS_PER_MB * len(text) / 1e6
+        extracted = bounded.call(text_of_html, text, extract, seconds=seconds)
+    except bounded.OutOfBounds as error:
+        return Bad(place, f"HTML whose extraction {error}", _shown(raw))
+    if extracted.flattened:
+        changed["flattened_elements"] = extracted.flattened
+    return Page({"text": extracted.text, **fields}, changed, extracted.shown)
 
 
-def text_of_html(page: str, extract: str) -> tuple[str, int]:
-    """The text of a page, and how many elements were flattened because they are too deep; `extract` main leaves out
-    menus, headers and footers, all keeps them."""
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """The text of a page, how much of what the page shows that is, and how many elements were flattened because they
+    are too deep."""
+
+    text: str
+    shown: Shown
+    flattened: int
+
+
+def text_of_html(page: str, extract: str) -> Extracted:
+    """`extract`: main leaves out what does not look like the main content; structure leaves out navigation and writes
+    headings, tables and code as Markdown does; all is everything."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.html import HTMLTree
@@ -335,13 +343,18 @@ def text_of_html(page: str, extract: str) -> tuple[str, int]:
         raise UserError("reading HTML needs resiliparse, which is not installed; run pip install 'alma[web]'") from None
     tree = HTMLTree.parse(page)
     flattened = nesting.flatten(tree) if nesting.may_be_deep(page) else 0
-    text = extract_plain_text(
-        tree,
-        preserve_formatting=True,
-        main_content=extract == "main",
-        list_bullets=True,
-        alt_texts=False,
-        links=False,
-        noscript=False,
-    )
-    return text, flattened
+    options = {"preserve_formatting": True, "list_bullets": True, "alt_texts": False, "links": False, "noscript": False}
+    whole = extract_plain_text(tree, **options)
+    if extract == "all":
+        text = whole
+    elif extract == "main":
+        text = extract_plain_text(tree, main_content=True, **options)
+    else:
+        structure.mark(tree)
+        text = extract_plain_text(tree, skip_elements=structure.NAVIGATION, **options)
+    return Extracted(text, Shown(_visible(whole), _visible(text)), flattened)
+
+
+def _visible(text: str) -> int:
+    """Characters but spaces, and but those with which Markdown writes structure."""
+    return len(text) - sum(map(text.count, " \n\t#|`-"))

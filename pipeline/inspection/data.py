@@ -43,6 +43,7 @@ def show(output: Artifact, source: str | None = None, reason: str | None = None,
     if reason is not None:
         return one_reason(console, report, output, source, reason, samples or 5)
     _funnel(console, report, source)
+    _extraction(console, report["sources"], source)
     if source is None:
         _reconciled(console, report["total"], output)
     left_out(console, report, source)
@@ -58,6 +59,18 @@ def show(output: Artifact, source: str | None = None, reason: str | None = None,
         console.print(
             "\nmore: --reason NAME (overlaps, other bounds, samples), --samples N (of every reason), --source NAME"
         )
+
+
+def _extraction(console: Console, sources: dict[str, dict], source: str | None) -> None:
+    """How much of what web pages show is in their text."""
+    for name, counts in sources.items():
+        extraction = counts.get("extraction")
+        if extraction and source in (None, name):
+            console.print(
+                f"extracted from {many(extraction['pages'], 'page')} of {name}: "
+                + percent(extraction["characters_extracted"], extraction["characters_shown"])
+                + f" of {extraction['characters_shown'] / 1e6:,.1f} M characters that they show"
+            )
 
 
 # ---- from raw to published -------------------------------------------------------------------------------------------
