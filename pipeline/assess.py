@@ -31,6 +31,7 @@ from pipeline.train.config import Date
 
 VERSION = 2  # 2: ends of answers as generation_config.json says, rewards of foreign tokenizers, prompts that fit
 INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "ppo")}
+KEPT = "models that were measured are kept, the one in work starts over"  # of the work of a run that was stopped
 
 
 class Config(StageConfig):

@@ -6,14 +6,12 @@ run by hand, by a launcher or by the chain goes through the same few lines (`run
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import io
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ from ruamel.yaml import YAML
 from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.closing import result, shown_path
-from pipeline.errors import Problems, Stopped, UserError
+from pipeline.errors import EXIT_STOPPED, EXIT_USER, Problems, Stopped, UserError
 from pipeline.files import write_atomic
 from pipeline.graph import (
     Node,
@@ -38,13 +36,13 @@ from pipeline.graph import (
     records,
     source_identity,
 )
-from pipeline.output import Output, link
+from pipeline.output import Output, link, tidy
+from pipeline.processes import Ranks, die_with_launcher
 from pipeline.recipe import Recipe, dump, load, module_of
 from pipeline.streams import keep_open
 from pipeline.terminal import show
 from pipeline.unfinished import NothingToFork, fork_source
 
-EXIT_USER, EXIT_STOPPED = 2, 75
 # What a machine can refuse, and what its user can do.
 MACHINE = {
     errno.ENOSPC: "make room or give another `output`",
@@ -102,15 +100,7 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
             return output.published
         if rank == 0:
             write_atomic(output.path / "recipe.yaml", _resolved(recipe))
-        if not hasattr(node.config, "watch"):
-            return _published(output, module_of(node.config.kind).run(node.config, node.inputs, output))
-        from pipeline.train.stop import outside
-        from pipeline.train.watch import Watch
-
-        with outside(output):
-            with Watch(output, node.config.watch):
-                metrics = module_of(node.config.kind).run(node.config, node.inputs, output)
-            return _published(output, metrics) if rank == 0 else None
+        return _work(node, output, rank, world)
     except UserError as error:
         output.end_with_error(str(error))
         raise
@@ -122,6 +112,28 @@ def _published(output: Output, metrics: dict) -> Artifact:
     artifact = output.publish(metrics)
     say(result(artifact))
     return artifact
+
+
+def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
+    """Do the work of a stage and publish it. Whatever ends it early leaves word of why."""
+    from pipeline.train.stop import leave_word, outside, saved_step
+
+    module = module_of(node.config.kind)
+    if not hasattr(node.config, "watch"):
+        with outside(output, module.KEPT):
+            return _published(output, module.run(node.config, node.inputs, output))
+    from pipeline.train.watch import Watch
+
+    with outside(output):
+        try:
+            with Watch(output, node.config.watch):
+                metrics = module.run(node.config, node.inputs, output)
+        except Exception as error:
+            if world > 1 and not isinstance(error, UserError):
+                message = f"rank {rank} failed: {type(error).__name__}: {error}"
+                leave_word(output, "failed", saved_step(output), rank=rank, message=message)
+            raise
+        return _published(output, metrics) if rank == 0 else None
 
 
 def _resolved(recipe: Recipe) -> str:
@@ -176,12 +188,14 @@ def main(kind: str, argv: list[str] | None = None) -> None:
         "--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made"
     )
     args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
+    from pipeline.train import stop
+
+    die_with_launcher()
+    stop.begin()
     sys.exit(guarded(lambda: _main(kind, args)))
 
 
 def _main(kind: str, args: argparse.Namespace) -> None:
-    if os.environ.pop("ALMA_DIE_WITH_PARENT", None):
-        die_with_parent()
     recipe = load(args.recipe, args.overrides)
     same = [name for name, config in recipe.stages.items() if config.kind == kind]
     if args.stage and args.stage not in same:
@@ -222,25 +236,18 @@ def guarded(action) -> int:
         )
         return EXIT_USER
     except Stopped as stop:
-        say(str(stop), rank)
+        if str(stop):
+            say(str(stop), rank)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         if rank == 0:
-            show("interrupted; the same command goes on from here", sys.stderr)
+            show("interrupted; stages that were finished are kept", sys.stderr)
         return 130
     finally:
         if "torch.distributed" in sys.modules:
             from pipeline.train.distributed import shutdown
 
             shutdown()
-
-
-def die_with_parent() -> None:
-    """If the chain's own process is killed, its stage goes too, so that the same command can start again at once
-    (Linux: prctl(2))."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 # ---- running the chain -----------------------------------------------------------------------------------------------
@@ -272,6 +279,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
         if node.state == "up to date" and not again:
             if node.reason:
                 link(node.folder, node.output.path)
+            tidy(node.folder)
             say(f"{name}: up to date{f' ({node.reason})' if node.absent else ''}")
             continue
         say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
@@ -357,8 +365,7 @@ def _trains(node: Node) -> bool:
 
 
 def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
-    """One stage in its own process, or in several through torchrun. The stage's own message stands; its exit code is
-    passed on.
+    """One stage in its own process, or in several ranks. Raises Stopped or StageFailed unless it ends well.
 
     It gets the recipe as it was when the chain started: an edit of the file while the chain runs concerns the next run.
     """
@@ -375,47 +382,76 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
         *(["--fork"] if fork else []),
     ]
     run_config = node.config.run
-    environment = {**os.environ, "ALMA_DIE_WITH_PARENT": "1"}
     threads = run_config.threads or max(1, _cores() // run_config.processes)
-    environment["OMP_NUM_THREADS"] = str(threads)
-    if run_config.processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={run_config.processes}",
-            *words,
-        ]
-    else:
-        command = [sys.executable, *words]
+    environment = {**os.environ, "ALMA_CHAIN": str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
     (node.folder / "requeue.json").unlink(missing_ok=True)
-    # torchrun knows nothing of it, so it is done before torchrun starts
-    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
-    # torchrun passes SIGTERM on to its processes; SIGUSR1 would end torchrun alone
-    previous = {
-        number: signal.signal(
-            number, lambda number, _: child.send_signal(number if run_config.processes == 1 else signal.SIGTERM)
-        )
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
     try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        child.wait()
-        raise
+        ranks = Ranks(words, run_config.processes, environment)
+        with _passing_on(ranks, node.name) as asked:
+            codes = ranks.wait()
     finally:
         snapshot.unlink(missing_ok=True)
+    _judge(node, codes, asked, ranks.killed)
+
+
+@contextlib.contextmanager
+def _passing_on(ranks: Ranks, stage: str):
+    """Pass signals on to the ranks of a stage; a second Ctrl-C kills them. Gives the list of the signals so far."""
+    from pipeline.train import stop
+
+    asked: list[int] = []
+
+    def handle(number, frame) -> None:
+        again = number == signal.SIGINT and number in asked
+        asked.append(number)
+        if again:
+            ranks.kill()
+            return
+        if number == signal.SIGINT:
+            stop.tell(f"Ctrl-C: {stage} saves what is finished and stops; Ctrl-C again ends it at once")
+        ranks.send(number)
+
+    previous = stop.listen(handle)
+    try:
+        yield asked
+    finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if code == EXIT_STOPPED or (code not in (0, EXIT_USER) and (node.folder / "requeue.json").exists()):
-        word = json.loads((node.folder / "requeue.json").read_text()) if (node.folder / "requeue.json").exists() else {}
-        raise Stopped(
-            f"{node.name}: {word.get('message') or 'stopped after saving'}; the same command goes on from"
-            f" {'step ' + str(word['saved']) if word.get('saved') else 'here'}"
-        )
-    if code:
-        raise StageFailed(node.name, EXIT_USER if code == EXIT_USER else 1)
+
+
+def _judge(node: Node, codes: list[int], asked: list[int], killed: bool) -> None:
+    """What the exit codes of a stage's ranks mean. Raises Stopped or StageFailed, or returns if all is well."""
+    from pipeline.train.stop import newest_step
+
+    if not any(codes):
+        return
+    if any(code == EXIT_USER for code in codes):
+        raise StageFailed(node.name, EXIT_USER)
+    saved = max((newest_step(path) for path in node.folder.glob("*.partial")), default=0)
+    if not hasattr(node.config, "watch"):
+        place = f"there ({module_of(node.config.kind).KEPT})"
+    else:
+        place = f"step {saved}" if saved else "the start of this stage, for nothing was saved yet"
+    if killed:
+        raise StageFailed(node.name, 130, f"ended at once; the same command continues from {place}")
+    if all(code in (0, EXIT_STOPPED) for code in codes):
+        raise Stopped("")  # the stage has said what it saved
+    path = node.folder / "requeue.json"
+    word = json.loads(path.read_text()) if path.exists() else {}
+    if word.get("reason") in ("hang", "lost"):
+        raise Stopped(f"{node.name}: {word['message']}; the same command continues from {place}")
+    signals = {rank: -code for rank, code in enumerate(codes) if code < 0}
+    if asked and set(signals.values()) <= set(asked):
+        raise Stopped(f"{node.name}: stopped while it was starting; the same command continues from {place}")
+    if signals and (len(codes) == 1 or word.get("reason") != "failed"):
+        rank, number = next(iter(signals.items()))
+        who = "its process" if len(codes) == 1 else f"rank {rank}"
+        memory = " (the system does this when memory runs out)" if number == signal.SIGKILL else ""
+        name = signal.Signals(number).name
+        why = f"{who} was killed by {name}{memory}; what was done since the last save is lost"
+        raise StageFailed(node.name, 1, f"{why}, and the same command continues from {place}")
+    why = f"did not finish; its message is above, and the same command continues from {place}"
+    raise StageFailed(node.name, 1, why)
 
 
 def sweep_snapshots(folder: Path) -> None:
@@ -430,11 +466,11 @@ def sweep_snapshots(folder: Path) -> None:
 
 
 class StageFailed(Exception):
-    """A stage process ended badly and has already said why."""
+    """A stage's process ended badly. `text` says what is known, unless the stage has said all there is."""
 
-    def __init__(self, stage: str, code: int):
-        super().__init__(stage)
-        self.stage, self.code = stage, code
+    def __init__(self, stage: str, code: int, text: str = ""):
+        super().__init__(f"{stage}: {text}")
+        self.stage, self.code, self.text = stage, code, text
 
 
 def _cores() -> int:

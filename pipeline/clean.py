@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 VERSION = 13
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
+KEPT = "finished units are kept"  # of the work of a run that was stopped
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
 

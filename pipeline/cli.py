@@ -10,9 +10,9 @@ import typer
 
 from pipeline import __version__, chain
 from pipeline.arguments import Json, RecipeFile, Words, known, split
-from pipeline.chain import EXIT_USER, StageFailed
+from pipeline.chain import StageFailed
 from pipeline.closing import show_chain
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_USER, UserError
 from pipeline.files import write_atomic
 from pipeline.graph import examine
 from pipeline.inspection import commands as inspection
@@ -156,12 +156,8 @@ def main() -> None:
             code = app(standalone_mode=False) or 0
         except StageFailed as failure:
             code = failure.code
-            if code != EXIT_USER:
-                show(
-                    f"{failure.stage}: did not finish; its message stands above, and the same command goes on from"
-                    " where it was",
-                    sys.stderr,
-                )
+            if failure.text:
+                show(str(failure), sys.stderr)
         except typer.Exit as leave:
             code = leave.exit_code
         except Exception as error:

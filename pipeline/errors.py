@@ -1,7 +1,10 @@
-"""The exceptions that are messages to the person at the keyboard, and a list of them that is reported in one go."""
+"""The exceptions that are messages to the person at the keyboard, and a list of them that is reported in one go;
+and the exit codes of a stage."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
+
+EXIT_USER, EXIT_STOPPED = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
 
 
 class UserError(ValueError):
@@ -15,8 +18,8 @@ class Stopped(BaseException):
     """Not an Exception, as KeyboardInterrupt is none: it may be raised anywhere, and no library's `except Exception`
     shall swallow it.
 
-    The run was asked to stop (SIGTERM, SIGUSR1), has saved, and can be continued with the same command. Exit code 75
-    (EX_TEMPFAIL)."""
+    The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP), has saved what was finished, and can be continued with
+    the same command. Exit code EXIT_STOPPED."""
 
 
 class Damaged(UserError):

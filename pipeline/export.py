@@ -23,6 +23,7 @@ from pipeline.seeds import derive
 # 2: also in the form that transformers 4.57 and llama.cpp's converter read
 VERSION = 2
 INPUTS = {"model": ("ppo", "dpo", "sft", "pretrain")}
+KEPT = "this stage starts over"  # of the work of a run that was stopped
 
 # Largest difference of a logit that is taken for the same model. fp32 is the same arithmetic on the same numbers, so
 # the file must give it back exactly; bf16 keeps 8 bits of each weight (2^-9 relative), so there the likeliest token is

@@ -254,7 +254,8 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
     """Fill in inputs, identity, state and reason; parents have been examined. Without `running` a stage that is
     being written is judged by what it has published."""
     holder = lock_holder(node.folder) if running else None
-    writer = holder if holder and not holder["dead"] else None
+    # a holder that a start of the stage would wait for is no reason not to start it
+    writer = holder if holder and not holder["dead"] and not holder["waits"] else None
     node.inputs, node.absent, node.output, node.state, node.reason = {}, [], None, "missing", ""
     try:
         _examine(node, graph)

@@ -1,9 +1,13 @@
 """One writer per stage folder, on one host or on a file system that many share."""
 
+import contextlib
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import uuid
@@ -16,6 +20,11 @@ HEARTBEAT_SECONDS = 5
 # A holder on another host is taken for dead when its heartbeat is older than this. File systems shared by nodes may
 # show a change of mtime up to a minute late (NFS attribute caches: 60 s by default, nfs(5) acdirmax).
 DEAD_AFTER_SECONDS = 120
+# The same for a holder whose job Slurm has ended: it would be alive only on a node that Slurm has lost sight of.
+ENDED_AFTER_SECONDS = 15
+# Of `squeue --format=%T`: states of a job whose processes may still be there.
+ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING", "RESIZING"}
+MOVED = 2  # beats that have to be seen of a living holder; the last one of a dead holder may show late
 
 
 class Lock:
@@ -28,39 +37,45 @@ class Lock:
         self._stop = threading.Event()
 
     def acquire(self) -> None:
+        """Take the lock. Raises UserError if a living process holds it; waits for one that Slurm has ended, and for one
+        of this very job, until it is known whether it lives."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".lock.{self.token}")
-        job = os.environ.get("SLURM_JOB_ID")
-        write_json(
-            mine,
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "born": _born(os.getpid()),
-                "job": job,
-                "token": self.token,
-                "since": now(),
-            },
-        )
+        write_json(mine, _me() | {"token": self.token, "since": now()})
         try:
             for _ in range(20):
                 try:
                     os.link(mine, self.path)  # atomic on NFS too, unlike O_EXCL before NFSv3
                     threading.Thread(target=self._beat, daemon=True, name="lock heartbeat").start()
+                    _sweep(self.path.parent)
                     return
                 except FileExistsError:
+                    self._wait()
                     self._take_over_or_refuse()
             raise UserError(
                 f"{self.path}: changes hands too quickly; another run is starting at the same time, try again"
             )
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
+
+    def _wait(self) -> None:
+        """Wait while a holder may be of an earlier start of this job, or of a job that has ended, and is not silent for
+        long enough."""
+        beats: dict[str, set[float]] = {}  # by holder
+        while (holder := lock_holder(self.path.parent)) and not holder["dead"] and holder["waits"]:
+            if holder["token"] not in beats:
+                print(f"{self.path.parent}: waiting for {describe_holder(holder)}: {holder['waits']}", flush=True)
+            seen = beats.setdefault(holder["token"], set())
+            seen.add(holder["beat"])
+            # One of this very start of this job that beats on is no earlier one: two runs were asked for.
+            if not holder["ended"] and len(seen) > MOVED:
+                return
+            time.sleep(1)
 
     def _take_over_or_refuse(self) -> None:
-        # Taking over is itself done by one at a time (flock), who looks again: else two takers could both remove a
-        # lock, one of them a new one.
-        with open(self.path.with_name(".takeover"), "w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+        # Taking over is itself done by one at a time, who looks again: else two takers could both remove a lock, one of
+        # them a new one.
+        with _one_at_a_time(self.path.with_name(".takeover")):
             holder = lock_holder(self.path.parent)
             if holder is None:
                 return
@@ -84,6 +99,8 @@ class Lock:
                 os.utime(self.path)
             except FileNotFoundError:
                 return
+            except OSError:
+                continue  # a file server that does not answer for a while: the next beat may be in time
 
     def release(self) -> None:
         self._stop.set()
@@ -94,20 +111,111 @@ class Lock:
             return
 
 
+@contextlib.contextmanager
+def _one_at_a_time(path: Path):
+    """Hold a file that is there only while somebody holds it, or was killed holding it."""
+    while True:
+        with open(path, "w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            # its holder before may have removed it, and another may have made a new one
+            if not path.exists() or not os.path.samestat(os.fstat(guard.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what takers of the lock left when they were killed. The lock is held by this process."""
+    takeover = folder / ".takeover"
+    if takeover.exists():
+        with open(takeover, "w") as guard, contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(guard.fileno()), takeover.stat()):
+                takeover.unlink()
+    for path in [*folder.glob(".lock.*"), *folder.glob("..lock.*.tmp")]:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > DEAD_AFTER_SECONDS or _left(path):
+                path.unlink()
+
+
+def _left(path: Path) -> bool:
+    """Whether a file of a taker is of a process of this host that is gone."""
+    try:
+        taker = json.loads(path.read_text())
+        return taker["host"] == socket.gethostname() and born(taker["pid"]) != taker["born"]
+    except (OSError, ValueError, KeyError):
+        number = re.search(r"\.(\d+)\.tmp$", path.name)
+        return number is not None and born(int(number[1])) is None
+
+
+def _me() -> dict:
+    """What tells this process from all others."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": born(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+    }
+
+
 def lock_holder(folder: Path) -> dict | None:
-    """Who holds a stage folder: host, pid, job, since, `age` in seconds since the last heartbeat, and whether it is
-    dead. None if free."""
+    """Who holds a stage folder: host, pid, job, since, `age` in seconds since the last heartbeat, `beat` (its time),
+    whether it is `dead`, whether Slurm has `ended` it, and why a start of this process `waits` for it, or None. None if
+    the folder is free."""
     path = folder / "lock.json"
     try:
+        beat = path.stat().st_mtime
         holder = json.loads(path.read_text())
-        age = time.time() - path.stat().st_mtime
+        host, pid, started, _ = (holder[key] for key in ("host", "pid", "born", "token"))
     except FileNotFoundError:
         return None
-    if holder["host"] == socket.gethostname():
-        dead = _born(holder["pid"]) != holder["born"]
-    else:
-        dead = age > DEAD_AFTER_SECONDS
-    return {**holder, "age": age, "dead": dead}
+    except (ValueError, KeyError, TypeError):  # a disk lost it: nobody is known to hold it
+        host, pid, started = "an unknown host", 0, None
+        holder = {"host": host, "pid": pid, "token": "", "since": "an unknown time"}
+    age = time.time() - beat
+    holder |= {"age": age, "beat": beat, "ended": False, "waits": None}
+    if host == socket.gethostname():
+        return {**holder, "dead": started is None or born(pid) != started}
+    holder["dead"] = age > DEAD_AFTER_SECONDS
+    if not holder["dead"]:
+        ended, why = _of_slurm(holder)
+        dead = ended and age > ENDED_AFTER_SECONDS
+        holder |= {"ended": ended, "waits": why, "dead": dead}
+    return holder
+
+
+def _of_slurm(holder: dict) -> tuple[bool, str | None]:
+    """Whether Slurm has ended a holder on another host, and why a start of this process should wait for it."""
+    job, cluster = holder.get("job"), holder.get("cluster")
+    here = _me()
+    if not job or (cluster and here["cluster"] and cluster != here["cluster"]):
+        return False, None
+    if job == here["job"]:
+        if here["restarts"] > holder.get("restarts", 0):
+            return True, "it is of an earlier start of this job"
+        return False, "it is of this job"
+    if job_ended(job):
+        return True, f"job {job} runs no more"
+    return False, None
+
+
+def job_ended(job: str) -> bool:
+    """Whether Slurm says that no process of a job runs. False if Slurm cannot be asked."""
+    if not shutil.which("squeue"):
+        return False
+    command = ["squeue", "--noheader", "--jobs", job, "--format=%T", "--states=all"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if answer.returncode:
+        return "invalid job id" in answer.stderr.lower()  # it ended so long ago that Slurm has forgotten it
+    return not ALIVE & set(answer.stdout.upper().split())
 
 
 def describe_holder(holder: dict) -> str:
@@ -118,7 +226,7 @@ def describe_holder(holder: dict) -> str:
     )
 
 
-def _born(pid: int) -> int | None:
+def born(pid: int) -> int | None:
     """When a process of this host started, in clock ticks since boot, so that a reused pid is not taken for the old
     process. None: no such process."""
     try:

@@ -12,12 +12,12 @@ import uuid
 from pathlib import Path
 
 from pipeline import faults
-from pipeline.artifact import SCHEMA_VERSION, Artifact, content_files, digest_of, read
+from pipeline.artifact import SCHEMA_VERSION, Artifact, content_files, current, digest_of, read
 from pipeline.changes import explain
 from pipeline.errors import Damaged, UserError
 from pipeline.files import hash_files, now, sync_folder, sync_tree, write_json
 from pipeline.fingerprint import fingerprint_of
-from pipeline.lock import Lock
+from pipeline.lock import Lock, lock_holder
 from pipeline.software import software
 from pipeline.unfinished import can_fork, fork_source, has_work, partials, restarting, worth_keeping
 
@@ -57,6 +57,7 @@ class Output:
 
     def _open(self, config: dict, parents: dict, restart: bool, fork: bool) -> None:
         (self.folder / "requeue.json").unlink(missing_ok=True)  # the word that an earlier run left for its job script
+        _sweep_folder(self.folder)
         begun = restarting(self.path)  # a killed --restart is gone on with, by the same command and by the plain one
         self.published = None if restart or begun else self._finish_publishing()
         if self.published:
@@ -161,6 +162,7 @@ class Output:
 
     def publish(self, metrics: dict) -> Artifact:
         """Hash, sync, manifest, rename, link; in that order, so that a reader sees all or nothing."""
+        _sweep_temporary(self.path)
         sync_tree(self.path)
         files = hash_files(self.path, content_files(self.path))
         if not files:
@@ -241,6 +243,61 @@ class Output:
     def close(self) -> None:
         if self.is_main:
             self.lock.release()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed runs left behind in the folder of a stage that is not run now: it is published, and nobody
+    would open it for writing again."""
+    published = current(folder)
+    left = [*folder.glob(".*.tmp"), *folder.glob("lock.json"), *folder.glob(".takeover"), *folder.glob(".lock.*")]
+    if published:
+        left += [published.path / "work"] if (published.path / "work").exists() else []
+        left += _temporary(published.path)
+    if not left:
+        return
+    lock, holder = Lock(folder), lock_holder(folder)
+    if holder and not holder["dead"]:
+        return  # who writes here tidies up too
+    try:
+        lock.acquire()
+    except (UserError, OSError):  # somebody was faster; or the folder is another user's, and its rest harms nobody
+        return
+    try:
+        _sweep_folder(folder)
+        if published:
+            shutil.rmtree(published.path / "work", ignore_errors=True)
+            _sweep_temporary(published.path)
+    finally:
+        lock.release()
+
+
+def _sweep_folder(folder: Path) -> None:
+    """Remove temporary files that killed runs left in a stage's folder, and in its unfinished outputs. The lock is
+    held."""
+    for path in folder.glob(".*.tmp"):
+        if not path.name.startswith("..lock."):  # of who waits for the lock
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*.partial"):
+        _sweep_temporary(path)
+        if not (path / "run.json").exists() and not has_work(path) and not (path / "logs").exists():
+            shutil.rmtree(path)  # killed before it was begun
+
+
+def _sweep_temporary(path: Path) -> None:
+    for left in _temporary(path):
+        left.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> list[Path]:
+    """Files that were being written (files.write_atomic) when their process was killed. Other ranks may be writing
+    theirs in logs/ and in a checkpoint's hidden folder, which train/checkpoints.py removes itself."""
+    found = []
+    for left in path.rglob(".*.tmp"):
+        inside = left.relative_to(path).parts
+        hidden = any(part.startswith(".") and part.endswith(".tmp") for part in inside[:-1])
+        if left.is_file() and inside[0] not in ("logs", "wandb") and not hidden:
+            found.append(left)
+    return found
 
 
 def link(folder: Path, target: Path) -> None:

@@ -37,12 +37,14 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.output import Output
 from pipeline.plural import many
+from pipeline.processes import kill_workers, signals_held
 from pipeline.recipe import EXECUTION, StageConfig
 from pipeline.seeds import derive
 from pipeline.tracking import Progress
 
 VERSION = 2  # 2: ids of documents
 INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
+KEPT = "finished units are kept"  # of the work of a run that was stopped
 
 COLUMNS = {"text": "string", "source": "string", "id": "string"}
 SPLITS = ("train", "heldout")
@@ -213,12 +215,14 @@ def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: s
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer), eos_id, dtype)
     ) as pool:
-        futures = {pool.submit(parts.make, unit): unit for unit in units}
+        with signals_held():
+            futures = {pool.submit(parts.make, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
                 future.result()
                 yield futures[future]
         except BrokenProcessPool:
+            kill_workers()
             raise UserError(
                 f"pack: one of {workers} encoding processes was killed, most often for lack of memory; the same command"
                 " goes on from here, with fewer `workers` if it happens again"
@@ -228,10 +232,10 @@ def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: s
 
 
 def _start_worker(*arguments) -> None:
-    from pipeline.chain import die_with_parent
     from pipeline.data import parts
+    from pipeline.processes import begin_worker
 
-    die_with_parent()
+    begin_worker()
     parts.prepare(*arguments)
 
 

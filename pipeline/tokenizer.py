@@ -33,6 +33,7 @@ from pipeline.tracking import Progress
 # token
 VERSION = 4
 INPUTS = {"data": ("clean",)}
+KEPT = "a sample that was drawn is kept, training the vocabulary starts over"  # of the work of a run that was stopped
 
 # ChatML. What the model is taught to say stands between the generation marks: the answer and the end of its turn, not
 # the newline after it.

@@ -96,13 +96,19 @@ def _torn(checkpoint: Path) -> str | None:
 
 
 def has_work(path: Path) -> bool:
-    """Whether an unfinished output holds anything that was worked for. Tables of rows (data/packing.py) are made
-    again in seconds."""
+    """Whether an unfinished output holds anything that was worked for."""
+    return finished_files(path) > 0
+
+
+def finished_files(path: Path) -> int:
+    """How many files of an unfinished output were worked for: a number that grows as a stage makes progress. Tables of
+    rows (data/packing.py) are made again in seconds, and tasks of an array job (data/executors.py) are no results."""
     idle = {"run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb"}
-    return any(
+    return sum(
         file.is_file()
+        and not file.name.endswith(".tmp")
         and file.relative_to(path).parts[0] not in idle
-        and file.relative_to(path).parts[:2] != ("work", "tables")
+        and file.relative_to(path).parts[:2] not in (("work", "tables"), ("work", "tasks"))
         for file in path.rglob("*")
     )
 

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -12,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import artifact, files, lock
+from pipeline import artifact, files, lock, unfinished
 from pipeline.changes import explain
 from pipeline.clean import Config
 from pipeline.errors import UserError
 from pipeline.fingerprint import differences, file_differences, fingerprint_of
 from pipeline.graph import as_run, examine
 from pipeline.lock import Lock
-from pipeline.output import Output
+from pipeline.output import Output, tidy
 from pipeline.recipe import load
 from pipeline.unfinished import NothingToFork
 
@@ -515,3 +517,155 @@ def test_all_that_stages_read_is_named_when_it_changes(tmp_path, monkeypatch):
     assert found["pack"][-1].endswith(": 1 file changed (config.json))")
     back = explain(tmp_path / "clean", after["clean"], before["clean"])
     assert back[1] == f"holdout: 0.2 -> {default} (default)"
+
+
+# ---- locks of lost nodes (correctness 37) and what killed runs leave (correctness 35) --------------------------------
+
+
+def elsewhere(folder: Path, age: float, **more) -> None:
+    """A lock that a process of another host took, with a heartbeat of some seconds ago."""
+    folder.mkdir(exist_ok=True)
+    holder = {"host": "elsewhere", "pid": 1, "born": 1, "job": "77", "token": "t", "since": "then", "restarts": 0}
+    files.write_json(folder / "lock.json", holder | more)
+    at = time.time() - age
+    os.utime(folder / "lock.json", (at, at))
+
+
+def squeue(folder: Path, monkeypatch, body: str) -> None:
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin/squeue").write_text(f"#!/bin/bash\n{body}\n")
+    (folder / "bin/squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("age", [1, 60])
+def test_a_requeued_job_takes_over_from_its_lost_node(tmp_path, monkeypatch, capsys, age):
+    """correctness 37: the heartbeat is younger than two minutes, and the same job was started again."""
+    monkeypatch.setattr(lock, "ENDED_AFTER_SECONDS", 3)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    elsewhere(tmp_path, age)
+    held = Lock(tmp_path)
+    held.acquire()
+    assert lock.lock_holder(tmp_path)["pid"] == os.getpid() and lock.lock_holder(tmp_path)["restarts"] == 1
+    assert ("waiting for process 1 on elsewhere, job 77" in capsys.readouterr().out) == (age == 1)
+    held.release()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["true", "echo COMPLETED", "echo PENDING", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"],
+)
+def test_a_job_that_slurm_has_ended_is_taken_over(tmp_path, monkeypatch, answer):
+    """correctness 37: by another job, or from a login node."""
+    monkeypatch.setattr(lock, "ENDED_AFTER_SECONDS", 2)
+    squeue(tmp_path, monkeypatch, answer)
+    elsewhere(tmp_path / "pack", 1)
+    held = Lock(tmp_path / "pack")
+    held.acquire()
+    held.release()
+
+
+@pytest.mark.parametrize("answer", ["echo RUNNING", "echo 'cannot contact slurm controller' >&2; exit 1"])
+def test_a_job_that_runs_or_cannot_be_asked_for_is_not_taken_over(tmp_path, monkeypatch, answer):
+    squeue(tmp_path, monkeypatch, answer)
+    elsewhere(tmp_path / "pack", 30)
+    with pytest.raises(UserError, match="process 1 on elsewhere, job 77"):
+        Lock(tmp_path / "pack").acquire()
+
+
+def test_a_step_of_the_same_job_waits_until_the_one_before_is_silent_or_lives(tmp_path, monkeypatch):
+    """correctness 37: the node was lost and the job kept its others (--no-kill)."""
+    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 4)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    elsewhere(tmp_path, 1)
+    begun = time.time()
+    held = Lock(tmp_path)
+    held.acquire()
+    assert time.time() - begun > 2
+    held.release()
+
+    elsewhere(tmp_path, 0)
+    beats = threading.Event()
+
+    def beat():
+        while not beats.wait(0.5):
+            os.utime(tmp_path / "lock.json")
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="another run is writing here"):
+            Lock(tmp_path).acquire()
+    finally:
+        beats.set()
+        thread.join()
+
+
+def test_a_lock_that_a_disk_lost_is_dead_after_a_while(tmp_path):
+    (tmp_path / "lock.json").write_text("")
+    with pytest.raises(UserError, match="an unknown host"):
+        Lock(tmp_path).acquire()
+    os.utime(tmp_path / "lock.json", (0, 0))
+    held = Lock(tmp_path)
+    held.acquire()
+    held.release()
+
+
+def test_leftovers_of_killed_runs_are_removed_and_never_counted(tmp_path):
+    """correctness 35: each was left by a kill between two lines."""
+    folder = tmp_path / "pack"
+    output = make(folder, publish=False)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    other = folder / "0123456789ab.partial"
+    other.mkdir()
+    (other / f".run.json.{dead.pid}.tmp").write_text("{")
+    taker = {"host": socket.gethostname(), "pid": dead.pid, "born": 1, "token": "dead", "since": "then"}
+    left = [
+        folder / ".takeover",
+        folder / ".lock.dead",
+        folder / f"..lock.half.{dead.pid}.tmp",
+        folder / f".requeue.json.{dead.pid}.tmp",
+        output.path / f".run.json.{dead.pid}.tmp",
+        output.path / "data" / f".one.bin.{dead.pid}.tmp",
+        folder / "lock.json",
+    ]
+    for path in left:
+        path.write_text(json.dumps(taker))
+    assert not unfinished.has_work(other) and unfinished.finished_files(output.path) == 2
+    make(folder)
+    found = artifact.current(folder)
+    assert not [path for path in left if path.exists()] and not other.exists()
+    assert not list(found.path.rglob("*.tmp")) and set(found.manifest["files"]) == {"data/one.bin", "two.json"}
+    assert not list(folder.glob(".*"))
+
+    # killed between the link and the end, and the stage is not opened for writing again
+    (found.path / "work").mkdir()
+    (found.path / "work/unit").write_text("x")
+    (found.path / f".metrics.jsonl.{dead.pid}.tmp").write_text("x")
+    for path in left[:4] + left[-1:]:
+        path.write_text(json.dumps(taker))
+    tidy(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["current", found.path.name]
+    assert sorted(path.name for path in found.path.iterdir()) == ["data", "manifest.json", "run.json", "two.json"]
+
+
+def test_who_takes_over_leaves_no_guard_behind(tmp_path):
+    """correctness 35: `.takeover` is there only while somebody takes over, and two never hold it at once."""
+    inside, most = [], []
+
+    def take():
+        for _ in range(30):
+            with lock._one_at_a_time(tmp_path / ".takeover"):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) == 120 and not list(tmp_path.iterdir())

@@ -216,7 +216,7 @@ def test_of_two_in_the_same_phase_the_silent_one_is_named(tmp_path):
 SUSPENDED = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from pipeline.lock import _born as born
+from pipeline.lock import born
 from pipeline.output import Output
 from pipeline.train import phases
 from pipeline.train.config import Watchdog

@@ -6,13 +6,12 @@ import concurrent.futures.process
 import ctypes
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 from pipeline.data.outcomes import without_pandas
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, UserError
+from pipeline.processes import begin_worker, kill_workers, signals_held
 
 LIBC = ctypes.CDLL(None)
 
@@ -37,8 +36,9 @@ class Pool:
         return self
 
     def __exit__(self, kind, *_) -> None:
+        # asked to stop, units in work are finished: they are kept
         if self.executor:
-            self.executor.shutdown(wait=kind is None, cancel_futures=True)
+            self.executor.shutdown(wait=kind is None or issubclass(kind, Stopped), cancel_futures=True)
 
     def submit(self, finished, number: int, weight: int, function, *arguments) -> None:
         task = (finished, number, weight, function, arguments)
@@ -61,7 +61,9 @@ class Pool:
         while len(self.pending) >= 2 * self.workers:
             self._collect()
         task = (_work, function, *arguments) if self.local else (function, *arguments)
-        self.pending[self.executor.submit(*task)] = (finished, number, weight)
+        with signals_held():
+            future = self.executor.submit(*task)
+        self.pending[future] = (finished, number, weight)
 
     def _collect(self) -> None:
         ready, _ = concurrent.futures.wait(self.pending, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -70,6 +72,7 @@ class Pool:
             try:
                 result = future.result()
             except concurrent.futures.process.BrokenProcessPool:
+                kill_workers()
                 raise UserError(
                     "a worker process was killed, by the system if memory ran out; "
                     f"give fewer workers than {self.workers}, or a smaller unit_bytes, and run the same command again"
@@ -95,11 +98,9 @@ def keep_arrays() -> None:
 
 
 def _begin() -> None:
-    """First thing in a worker: leave Ctrl-C to the parent, and end with it even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin_worker()
     without_pandas()
     keep_arrays()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _work(function, *arguments):
@@ -112,8 +113,3 @@ def _work(function, *arguments):
     if sys.platform == "linux" and hasattr(LIBC, "malloc_trim"):  # glibc has it, musl does not
         LIBC.malloc_trim(0)
     return result
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -70,9 +70,24 @@ def setup(config=None) -> None:
         # The watch (train/watch.py) knows who lags and says it, so it must be the first to lose patience.
         watch = getattr(config, "watch", None)
         seconds = 2 * max(watch.start, watch.hang) if watch else 0
-        dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, seconds)))
+        timeout = timedelta(seconds=max(1800, seconds))
+        dist.init_process_group(backend, store=_store(timeout), rank=rank(), world_size=world(), timeout=timeout)
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _store(timeout: timedelta):
+    """The store of a launch by pipeline/processes.py, whose port is open already. None: torch makes it from
+    MASTER_ADDR and MASTER_PORT, or takes that of torchrun."""
+    import torch.distributed as dist
+
+    socket = os.environ.get("ALMA_STORE")
+    if socket is None:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not is_main():
+        return dist.TCPStore(address, port, world(), False, timeout)
+    return dist.TCPStore(address, port, world(), True, timeout, master_listen_fd=int(socket))
 
 
 # What torch computes with oneMKL's vector functions on a CPU (aten/src/ATen/cpu/vml.h).

@@ -33,10 +33,10 @@ import time
 from pathlib import Path
 
 from pipeline.errors import Stopped, UserError
-from pipeline.lock import _born as born
+from pipeline.lock import born
 from pipeline.output import Output
 from pipeline.train import distributed, phases
-from pipeline.train.stop import leave_word
+from pipeline.train.stop import failed_rank, leave_word
 
 EXIT_HANG = 76  # hang, or another rank lost: to be started again
 # phases of a step; all others may take `watch.start` seconds
@@ -245,6 +245,11 @@ class Watch:
         return None
 
     def _lost(self, limit: float) -> dict | None:
+        bad = failed_rank()
+        if bad and bad["rank"] != self.rank and bad["code"] > 128:
+            state = self.seen.get(bad["rank"], {"phase": "start", "step": 0})
+            message = f"rank {bad['rank']} ({bad['host']}, process {bad['process']}) is lost: it {bad['text']}"
+            return self._loss(bad["rank"], state, message)
         for rank, state in self.seen.items():
             if rank == self.rank or state["word"]:
                 continue
@@ -260,19 +265,19 @@ class Watch:
                     if gone
                     else f"it has given no sign of life for {silent:.0f} s (dead, suspended, or its node is lost)"
                 )
-                message = (
-                    f"rank {rank} ({state['host']}, process {state['pid']}) is lost: {what}; it was last seen in phase"
-                    f" {state['phase']} of step {state['step']}. The other ranks end"
-                )
-                return {
-                    "why": "lost",
-                    "rank": rank,
-                    "phase": state["phase"],
-                    "step": state["step"],
-                    "message": message,
-                    "code": EXIT_HANG,
-                }
+                return self._loss(rank, state, f"rank {rank} ({state['host']}, process {state['pid']}) is lost: {what}")
         return None
+
+    def _loss(self, rank: int, state: dict, message: str) -> dict:
+        message += f"; it was last seen in phase {state['phase']} of step {state['step']}. The other ranks end"
+        return {
+            "why": "lost",
+            "rank": rank,
+            "phase": state["phase"],
+            "step": state["step"],
+            "message": message,
+            "code": EXIT_HANG,
+        }
 
     def _hang(self) -> dict | None:
         """The word about a hang, if nobody has moved for longer than the rank that is behind may take."""
@@ -365,7 +370,7 @@ def _launch() -> str | None:
     """A name that all processes of this launch share and no other launch has, if the launcher gives one."""
     if os.environ.get("SLURM_STEP_ID") and os.environ.get("SLURM_JOB_ID"):
         return ".".join(os.environ.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    run = os.environ.get("ALMA_LAUNCH") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if run == "none" else f"{run}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 

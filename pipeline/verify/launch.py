@@ -1,10 +1,9 @@
-"""Starting the processes of a proof on this machine: one, or several through torchrun, on its GPUs or on its CPU."""
+"""Starting the processes of a proof on this machine, on its GPUs or on its CPU."""
 
 import os
-import subprocess
-import sys
+import tempfile
 
-from pipeline.chain import die_with_parent
+from pipeline.processes import Ranks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ALMA_FAULT")
 
@@ -17,17 +16,11 @@ def gpus() -> int:
     return found if found > 1 else 0
 
 
-def command(program: list[str], processes: int) -> list[str]:
-    """`program` is a script with its words, or `-m` with a module and its words."""
-    if processes == 1:
-        return [sys.executable, *program]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
-
-
 def run(
     program: list[str], processes: int, *, on_gpu: bool, environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Exit code (negative: killed by that signal) and what was printed, of a launch with an environment of its own."""
+    """Exit code (negative: killed by that signal) and what was printed, of a launch with an environment of its own.
+    `program` is a script with its words, or `-m` with a module and its words."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     settings |= {
@@ -37,13 +30,8 @@ def run(
     }
     if not on_gpu:
         settings |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        command(program, processes),
-        env=settings | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        preexec_fn=die_with_parent,
-    )
-    return done.returncode, done.stdout
+    with tempfile.TemporaryFile() as said:
+        codes = Ranks(program, processes, settings | (environment or {}), stdout=said).wait()
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    return next((code for code in codes if code), 0), text
