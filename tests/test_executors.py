@@ -1,11 +1,14 @@
 """Engines for many machines: the same bytes as one process makes, and a sentence for what goes wrong. Slurm's
 commands are played by small programs; Ray is real where it is installed."""
 
+import concurrent.futures
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,12 @@ from harness import files_of, stage, succeed
 from test_clean import published
 from test_dedup import words, write
 
+from pipeline.data import executors
+from pipeline.errors import UserError
+
 # sbatch starts the script for each task of the array and says a number; squeue lists the job while one of them lives.
 SBATCH = """#!/usr/bin/env python3
-import pathlib, subprocess, sys
+import os, pathlib, subprocess, sys
 here = pathlib.Path(__file__).parent
 words = sys.argv[1:]
 options = [word for word in words if word.startswith("--")]
@@ -25,7 +31,8 @@ output = next(word for word in options if word.startswith("--output=")).removepr
 (here / "calls").open("a").write(" ".join(words) + "\\n")
 for task in range(tasks):
     with open(output.replace("%a", str(task)), "w") as log:
-        process = subprocess.Popen(["bash", *script], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(["bash", *script], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "SLURM_ARRAY_TASK_ID": str(task)})
     (here / "pids").open("a").write(f"{process.pid}\\n")
 print("4711;cluster")
 """
@@ -142,3 +149,102 @@ def test_ray_that_is_not_installed_is_a_sentence(corpus, tmp_path):
         pytest.skip("Ray is installed")
     code, text = stage("clean", write(tmp_path, corpus, executor="ray"), cwd=tmp_path)
     assert code == 2 and "pip install 'alma[ray]'" in text
+
+
+# ---- workers that are lost, and a Slurm that does not answer (correctness 36, 42) -----------------------------------
+
+
+@pytest.fixture
+def two(slurm, tmp_path, monkeypatch):
+    """An array job of two workers."""
+    monkeypatch.setenv("PATH", slurm["PATH"])
+    monkeypatch.setattr(executors, "BEAT", 0.5)
+    executor = executors.Slurm(2, tmp_path / "tasks")
+    yield executor
+    executor.shutdown()
+
+
+def holders(executor) -> dict[int, str]:
+    """Process -> the task that it has taken."""
+    found = {}
+    for path in (executor.folder / "taken").glob("*@*"):
+        name, _, worker = path.name.partition("@")
+        found[int((executor.folder / "workers" / worker).read_text().split()[1])] = name
+    return found
+
+
+def until(condition, seconds: float = 60) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def test_a_unit_whose_worker_was_killed_is_done_by_another(two, capfd):
+    """correctness 36: the other worker idled and the stage waited for ever."""
+    futures = [two.submit(time.sleep, 3) for _ in range(2)]
+    until(lambda: len(holders(two)) == 2)
+    os.kill(next(iter(holders(two))), signal.SIGKILL)
+    concurrent.futures.wait(futures, timeout=60)
+    assert [future.exception(0) for future in futures] == [None, None]
+    assert "is lost: its process is gone" in capfd.readouterr().out
+    assert two.submit(max, 1, 2).result(60) == 2
+
+
+def test_a_unit_that_kills_its_workers_ends_the_stage(slurm, tmp_path, monkeypatch):
+    """correctness 36: three workers and no more, or it would go round for ever."""
+    monkeypatch.setenv("PATH", slurm["PATH"])
+    monkeypatch.setattr(executors, "BEAT", 0.5)
+    executor = executors.Slurm(4, tmp_path / "tasks")
+    try:
+        with pytest.raises(UserError, match="3 workers of the array job were lost with the same unit of work"):
+            executor.submit(os.abort).result(90)
+    finally:
+        executor.shutdown()
+
+
+def test_tasks_that_slurm_runs_no_more_are_taken_back(two, slurm, tmp_path):
+    """correctness 36: on other machines, where a process cannot be seen; here the worker's file says another host."""
+    future = two.submit(time.sleep, 2)
+    until(lambda: holders(two))
+    taken = next((two.folder / "taken").glob("*@*")).name.partition("@")[2]
+    sign = two.folder / "workers" / taken
+    process = int(sign.read_text().split()[1])
+    sign.write_text(f"elsewhere {process} 1")
+    number = taken.split("-")[1]
+    (tmp_path / "bin/squeue").write_text(f"#!/bin/bash\necho 'task {1 - int(number)} RUNNING'\n")
+    os.kill(process, signal.SIGKILL)
+    assert future.result(60) is None and two.losses
+
+
+def test_a_squeue_that_fails_is_no_end_and_one_that_says_so_is(two, tmp_path):
+    """correctness 42: the controller was busy for a moment and the clean ended."""
+    squeue = tmp_path / "bin/squeue"
+    squeue.write_text("#!/bin/bash\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
+    first = two.submit(time.sleep, 3)
+    assert first.result(60) is None
+    until(lambda: not holders(two))
+    squeue.write_text("#!/bin/bash\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="the array job 4711 has ended before its work was done"):
+        two.submit(time.sleep, 30).result(60)
+
+
+def test_the_array_job_ends_with_its_stage_however_that_ends(slurm, tmp_path, monkeypatch):
+    """correctness 36: also one with tasks that are still in the queue, and one of a stage that was killed."""
+    monkeypatch.setenv("PATH", slurm["PATH"])
+    calls = tmp_path / "bin/cancelled"
+    scancel = (tmp_path / "bin/scancel").read_text()
+    scancel += (
+        "import sys\n(pathlib.Path(__file__).parent / 'cancelled').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+    )
+    (tmp_path / "bin/scancel").write_text(scancel)
+    executor = executors.Slurm(1, tmp_path / "tasks")
+    assert executor.submit(max, 1, 2).result(60) == 2
+    executor.shutdown()
+    assert calls.read_text() == "4711\n"
+    executor.watcher.join()
+    # as a stage leaves it that was killed: the next one clears up
+    assert (executor.folder / "job").read_text() == "4711"
+    after = executors.Slurm(1, tmp_path / "tasks")
+    assert calls.read_text() == "4711\n4711\n" and not executor.folder.exists()
+    after.shutdown()
