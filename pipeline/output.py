@@ -249,7 +249,8 @@ def tidy(folder: Path) -> None:
     """Remove what killed runs left behind in the folder of a stage that is not run now: it is published, and nobody
     would open it for writing again."""
     published = current(folder)
-    left = [*folder.glob(".*.tmp"), *folder.glob("lock.json"), *folder.glob(".takeover"), *folder.glob(".lock.*")]
+    names = (".*.tmp", "lock.json", ".takeover", ".lock.*", ".ended")
+    left = [path for name in names for path in folder.glob(name)]
     if published:
         left += [published.path / "work"] if (published.path / "work").exists() else []
         left += _temporary(published.path)
@@ -264,6 +265,7 @@ def tidy(folder: Path) -> None:
         return
     try:
         _sweep_folder(folder)
+        shutil.rmtree(folder / ".ended", ignore_errors=True)  # of a job (launch/slurm/alma.sbatch) that was lost
         if published:
             shutil.rmtree(published.path / "work", ignore_errors=True)
             _sweep_temporary(published.path)

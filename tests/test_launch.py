@@ -1,6 +1,8 @@
 """What is in launch/ and docker/ is checked by the tools that will read it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,10 +49,18 @@ def test_job_scripts_are_valid_bash_and_can_be_executed(path):
 
 
 def job(
-    folder: Path, srun: str, says: dict | None = None, options: tuple = (), **environment: str
+    folder: Path,
+    srun: str,
+    says: dict | None = None,
+    options: tuple = (),
+    *,
+    status: str = "",
+    shown: str = "",
+    **environment: str,
 ) -> subprocess.CompletedProcess:
     """The job script on two stages, with Slurm's commands and `alma` replaced by ones that write down how they were
-    called in folder/calls."""
+    called in folder/calls. `status`: what `alma status` does first; `shown`: the script as `scontrol show job` has
+    it."""
     binaries = folder / "bin"
     if not binaries.exists():
         binaries.mkdir()
@@ -58,9 +68,13 @@ def job(
         for stage in ("clean", "pretrain"):
             (folder / stage).mkdir()
     tools = {
-        "scontrol": f'[ "$1" = show ] && {{ echo n1; echo n2; exit; }}; echo "scontrol $@" >> {folder}/calls',
+        "scontrol": (
+            f'[ "$2" = job ] && {{ echo "   Command={shown}"; exit; }}; [ "$1" = show ] && {{ echo n1; echo n2; exit; }};'
+            f' echo "scontrol $@" >> {folder}/calls'
+        ),
         "alma": (
-            f"""python3 - <<'P'
+            f"""{status}
+python3 - <<'P'
 import json, os
 print(json.dumps({{kind: {{"kind": kind, "state": "up to date" if os.path.exists(f"{folder}/{{kind}}/done") else "missing", "folder": f"{folder}/{{kind}}", **{says or {}}}} for kind in ("clean", "pretrain")}}))
 P"""
@@ -118,7 +132,14 @@ def test_job_script_gives_slurm_the_nodes_and_the_time_of_the_recipe(tmp_path):
         "--time=90 --signal=USR1@120 --relative=0 --nodes=2 --ntasks-per-node=8 launch" in calls(tmp_path, "srun")[-1]
     )
     (tmp_path / "pretrain" / "done").unlink()
-    answer = job(tmp_path, "", {"nodes": 4, "minutes": 2880}, ("--gpus-per-node=8", "-pbig"), SLURM_JOB_ID="")
+    answer = job(
+        tmp_path,
+        "",
+        {"nodes": 4, "minutes": 2880},
+        ("--gpus-per-node=8", "-pbig"),
+        SLURM_JOB_ID="",
+        ALMA_HOME=str(tmp_path),
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     (line,) = calls(tmp_path, "sbatch")
     assert line.startswith("sbatch --nodes=4 --time=2880 --gpus-per-node=8 -pbig ")
@@ -168,3 +189,121 @@ def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
     for end in ("exit 1", leaves(5, "signal", 75)):
         assert job(tmp_path, f"leave() {{ {end}; }}; trap leave USR1; kill -USR1 $PPID; sleep 2 & wait").returncode == 0
     assert len(calls(tmp_path, "scontrol requeue 7")) == 2
+
+
+# ---- correctness 42 --------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_without_steps_is_not_queued_again_for_ever(tmp_path):
+    """The time limit comes each time before a unit is finished; with progress it goes on."""
+    leave = "leave() {{ echo '{}' > requeue.json; exit 75; }}; trap leave USR1; kill -USR1 $PPID; sleep 5 & wait"
+    for files in (3, 9, 9):
+        word = {"stage": "clean", "reason": "signal", "signal": "SIGUSR1", "step": 0, "saved": 0, "progress": files}
+        answer = job(tmp_path, leave.format(json.dumps(word)))
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    answer = job(tmp_path, leave.format(json.dumps(word)))
+    assert answer.returncode == 75 and "3 tries ended at" in answer.stdout, answer.stdout + answer.stderr
+    assert len(calls(tmp_path, "scontrol requeue 7")) == 3
+
+
+def test_a_stage_that_was_still_starting_at_the_limit_counts_as_a_try(tmp_path):
+    """Python ends by the signal itself before alma can listen."""
+    for _ in range(2):
+        answer = job(tmp_path, "kill -USR1 $PPID; sleep 5 & wait; exit 138")
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    answer = job(tmp_path, "kill -USR1 $PPID; sleep 5 & wait; exit 138")
+    assert answer.returncode == 138 and "before the stage had begun its work" in answer.stdout
+    assert len(calls(tmp_path, "scontrol requeue 7")) == 2
+
+
+def test_a_signal_during_status_is_not_lost(tmp_path):
+    answer = job(tmp_path, "touch done", status="kill -USR1 $PPID")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert calls(tmp_path, "scontrol requeue 7") and not calls(tmp_path, "srun")
+    for _ in range(2):
+        answer = job(tmp_path, "touch done", status="kill -USR1 $PPID")
+    assert answer.returncode == 75 and len(calls(tmp_path, "scontrol requeue 7")) == 2
+
+
+def test_a_mistake_of_the_user_is_one_sentence(tmp_path):
+    answer = job(tmp_path, "touch done", status="echo 'error: r.yaml: no such recipe' >&2; exit 2")
+    assert answer.returncode == 2 and answer.stderr == "error: r.yaml: no such recipe\n"
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("words", ["", " r.yaml x=1"])
+def test_a_job_may_be_submitted_from_any_folder(tmp_path, words):
+    """Slurm runs a copy in its spool folder, and says in `scontrol show job` where it came from."""
+    job(tmp_path, "touch done")
+    (tmp_path / "calls").unlink()
+    for stage in ("clean", "pretrain"):
+        (tmp_path / stage / "done").unlink()
+    (tmp_path / "launch").unlink()
+    program = tmp_path / "a program"
+    shutil.copytree(ROOT / "launch", program / "launch")
+    answer = job(tmp_path, "touch done", shown=f"{program}/launch/slurm/alma.sbatch{words}")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert f"{program}/launch/slurm/rank.sh {program}/pipeline/clean.py r.yaml" in calls(tmp_path, "srun")[0]
+    answer = job(tmp_path, "touch done")
+    assert answer.returncode == 2 and "set ALMA_HOME to it" in answer.stderr
+
+
+def test_a_failure_of_one_rank_is_not_queued_again(tmp_path):
+    word = {"stage": "pretrain", "reason": "failed", "step": 7, "saved": 5, "message": "rank 1 failed: ValueError: x"}
+    job(tmp_path, "[ $last = clean ] && touch done")
+    answer = job(tmp_path, f"echo '{json.dumps(word)}' > requeue.json; exit 1")
+    assert answer.returncode == 1 and "rank 1 failed: ValueError: x. Not queued again" in answer.stdout
+    assert not calls(tmp_path, "scontrol requeue")
+
+
+@pytest.mark.parametrize(
+    "program, code, noted",
+    [
+        ("kill -9 $$", 137, "137"),
+        ("exit 1", 1, "1"),
+        ("exit 75", 75, None),
+        ("trap 'exit 75' USR1; kill -USR1 $PPID; sleep 5 & wait", 75, None),
+        ("trap 'sleep 0.3; exit 75' TERM; kill -TERM $PPID; kill -TERM $PPID; sleep 5 & wait; wait", 75, None),
+    ],
+)
+def test_a_rank_passes_signals_on_and_notes_how_it_ended(tmp_path, program, code, noted):
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{program}\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_NUM_NODES": "2"}
+    environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "ALMA_ENDED": str(tmp_path)}
+    answer = subprocess.run([ROOT / "launch/slurm/rank.sh", "x"], env=environment, timeout=60)
+    assert answer.returncode == code
+    path = tmp_path / "rank-3"
+    assert (path.read_text().split()[2] if path.exists() else None) == noted
+    assert not (tmp_path / ".3").exists()
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from pathlib import Path
+from pipeline.output import Output
+from pipeline.train.stop import outside
+
+output = Output(Path(sys.argv[1]), "pretrain", "pretrain", {})
+output.path.mkdir(parents=True)
+with outside(output):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+"""
+
+
+@pytest.mark.parametrize("ended, reason", [("n2 41 137", "lost"), ("n2 41 1", "failed"), ("n2 41 143", "signal")])
+def test_slurms_signal_after_the_end_of_another_rank_is_no_request_to_stop(tmp_path, ended, reason):
+    """srun sends SIGTERM to the ranks that are left; the file of rank.sh is there before."""
+    (tmp_path / "ended").mkdir()
+    (tmp_path / "ended/rank-1").write_text(ended)
+    environment = {**os.environ, "ALMA_ENDED": str(tmp_path / "ended"), "RANK": "0", "WORLD_SIZE": "2"}
+    answer = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, tmp_path / "run"], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    word = json.loads((tmp_path / "run/requeue.json").read_text())
+    assert word["reason"] == reason
+    if reason != "signal":
+        assert (
+            word["rank"] == 1 and "rank 1 (n2, process 41)" in answer.stderr and "nothing is lost" not in answer.stderr
+        )

@@ -102,14 +102,14 @@ def failed_rank() -> dict | None:
         with contextlib.suppress(OSError, ValueError):
             host, process, code = path.read_text(encoding="utf-8").split()
             found.append((int(path.name.removeprefix("rank-")), host, int(process), int(code)))
+    asked = {128 + number for number in SIGNALS}  # still starting when it was asked to stop
+    causes = [one for one in found if one[3] not in asked]
+    if not causes:
+        return None
     # a rank that was killed explains why others failed
-    for rank, host, process, code in sorted(found, key=lambda one: (one[3] <= 128, one[0])):
-        if code > 128:
-            text = f"was killed by signal {code - 128} ({signal.Signals(code - 128).name})"
-        else:
-            text = f"ended with code {code}"
-        return {"rank": rank, "host": host, "process": process, "code": code, "text": text}
-    return None
+    rank, host, process, code = min(causes, key=lambda one: (one[3] <= 128, one[0]))
+    text = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with code {code}"
+    return {"rank": rank, "host": host, "process": process, "code": code, "text": text}
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
