@@ -37,6 +37,7 @@ from pipeline.graph import (
     source_identity,
 )
 from pipeline.output import Output, link, tidy
+from pipeline.precheck import check_sources
 from pipeline.processes import Ranks, die_with_launcher
 from pipeline.recipe import Recipe, dump, load, module_of
 from pipeline.streams import keep_open
@@ -333,6 +334,8 @@ def _refuse_early(
                         f" {graph[source].reason}",
                     )
                 )
+    must_run = [graph[name] for name in graph if name in wanted - absent]
+    check_sources(recipe, graph, [node for node in must_run if node.state != "up to date"], problems)
     problems.refuse()
     return absent
 

@@ -105,16 +105,23 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
 
 
 @recipe_app.command("check")
-def recipe_check(recipe: RecipeFile, words: Words = None) -> None:
-    """Read a recipe and check every key, every input, and that the layout can be had; nothing is run and no source
-    is read."""
+def recipe_check(
+    recipe: RecipeFile,
+    words: Words = None,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Read the first records of every local source, too, and chat templates.")
+    ] = False,
+) -> None:
+    """Read a recipe and check every key, every input, and that the layout can be had; nothing is run. All mistakes of
+    all stages are reported."""
     stages, overrides = split(words)
-    _, graph = checked(recipe, overrides)
+    _, graph = checked(recipe, overrides, sources)
     known(stages, graph, recipe)
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
         show(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
-    show(f"{recipe}: {many(len(graph), 'stage')}, every key is known (sources are not read by this check)")
+    left = "" if sources else " (--sources reads the first records of local sources, too)"
+    show(f"{recipe}: {many(len(graph), 'stage')}, every key is known{left}")
 
 
 @recipe_app.command("schema")

@@ -140,6 +140,13 @@ def check(node: Node, graph: dict[str, Node]) -> None:
     problems = Problems()
     with problems.gather():
         node.config.check(node.config.run.world)
+    if node.config.kind == "tokenizer" and node.config.weights and node.parents["data"] in graph:
+        there = graph[node.parents["data"]].config.sources
+        for source in node.config.weights:
+            if source not in there:
+                problems.add(
+                    f"stages.{node.name}.weights: its text has no source {source!r}; it has {', '.join(sorted(there))}"
+                )
     known = _packed_sources(node, graph)
     mixtures = [
         ("mixture", getattr(node.config, "mixture", None) or {}),

@@ -190,6 +190,11 @@ class Recipe(Strict):
         """Stages whose keys are wrong and that `stages` therefore lacks (`load` with `problems`)."""
         return self._broken
 
+    def _place(self, key: tuple) -> str:
+        """Where a key or block was given: on the command line, if a word changed something of it."""
+        within = [place for inner, place in self._places.items() if inner[: len(key)] == key]
+        return next((place for place in reversed(within) if place.startswith("command line")), self._places[key])
+
     def located(self, stage: str, message: str) -> str:
         """A message about a stage with file and line before it: of the first key that the message names, else of the
         stage's block."""
@@ -199,7 +204,7 @@ class Recipe(Strict):
             key = tuple(word.rstrip(".").split("."))
             for candidate in ((*key,) if key[0] == "stages" else ("stages", stage, *key), key):
                 if candidate in self._places and candidate != ("stages", stage):
-                    return f"{self._places[candidate]}: {message}"
+                    return f"{self._place(candidate)}: {message}"
         return f"{place_of(('stages', stage), self._places, self._path)}: {message}"
 
 

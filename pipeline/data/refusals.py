@@ -14,10 +14,11 @@ from pipeline.errors import UserError
 from pipeline.plural import many
 
 
-def first_record(source: Source, name: str, asked: Asked) -> reading.Record:
-    """The first good record of a source. Refuses one that has none, before any work is done."""
+def first_record(source: Source, name: str, asked: Asked, key: str = "sources") -> reading.Record:
+    """The first good record of a source, which stands in the block `key` of the recipe. Refuses one that has none,
+    before any work is done."""
     first, bad, left_out = None, 0, Counter()
-    for item in (item for chunk in chunks(source, name, asked=asked) for item in reading.parse(chunk)):
+    for item in (item for chunk in chunks(source, name, key=key, asked=asked) for item in reading.parse(chunk)):
         if isinstance(item, Passed):
             left_out[item.reason] += 1
             continue
@@ -33,19 +34,19 @@ def first_record(source: Source, name: str, asked: Asked) -> reading.Record:
         first, bad = first or item, bad + 1
     if left_out.keys() & {"where", "part"}:
         raise UserError(
-            f"sources.{name}: has no record that `where` and `part` select, among {left_out.total()}; change one of the"
+            f"{key}.{name}: has no record that `where` and `part` select, among {left_out.total()}; change one of the"
             " two"
         )
     if left_out and first is None:
         raise UserError(
-            f"sources.{name}: has no page among its {many(left_out.total(), 'record')}"
+            f"{key}.{name}: has no page among its {many(left_out.total(), 'record')}"
             f" ({', '.join(f'{number} x {why}' for why, number in left_out.most_common(3))}); give WARC files of"
             " responses with HTML, or WET files"
         )
     if first is None:
-        raise UserError(f"sources.{name}: has no record; look at its files, `format` and `records`")
+        raise UserError(f"{key}.{name}: has no record; look at its files, `format` and `records`")
     raise UserError(
-        f"sources.{name}: none of its {many(bad, 'record')} is good; the first: {first.place}:"
+        f"{key}.{name}: none of its {many(bad, 'record')} is good; the first: {first.place}:"
         f" {first.reason}{f' ({first.raw[:80]!r})' if first.raw else ''}{reading.other_encoding(source, first.reason)}"
     )
 
