@@ -140,7 +140,7 @@ def check(node: Node, graph: dict[str, Node]) -> None:
     problems = Problems()
     with problems.gather():
         node.config.check(node.config.run.world)
-    if node.config.kind == "tokenizer" and node.config.weights and node.parents["data"] in graph:
+    if node.config.kind == "tokenizer" and node.config.weights and node.parents.get("data") in graph:
         there = graph[node.parents["data"]].config.sources
         for source in node.config.weights:
             if source not in there:

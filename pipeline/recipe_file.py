@@ -136,7 +136,7 @@ class _Expansion:
             self._refuse(line, f"more than {MOST_DEEP} blocks inside one another; an alias may stand inside itself")
         tagged = isinstance(node, CommentedMap | CommentedSeq) and node.tag.value not in PLAIN_TAGS
         if tagged or isinstance(node, CommentedSet | CommentedOrderedMap | bytes):
-            self._refuse(line, f"{'.'.join(key) or 'a value'} has a YAML type that recipes do not have")
+            self._refuse(line, f"{'.'.join(map(str, key)) or 'a value'} has a YAML type that recipes do not have")
         if isinstance(node, dict):
             return self._block(node, key, line)
         if isinstance(node, list):

@@ -109,6 +109,8 @@ def check(block: dict | None) -> None:
                     else f"it has {', '.join(sorted(k for k in known if not k.startswith('_')))}"
                 )
             )
+        elif SIZES.fullmatch(key) and value is not None and type(value) is not int:
+            problems.add(f"model.{key} is {shown(value)}, expected a whole number")
         elif type(value) is int and SIZES.fullmatch(key) and not 0 < value <= LARGEST_SIZE:
             problems.add(f"model.{key} is {value}, expected 1 to {LARGEST_SIZE:,}")
         elif type(value) is int and "layer" in key and value > MOST_LAYERS:
