@@ -19,6 +19,7 @@ from pipeline.files import hash_files, now, sync_folder, sync_tree, write_json
 from pipeline.fingerprint import fingerprint_of
 from pipeline.lock import Lock, lock_holder
 from pipeline.software import software
+from pipeline.terminal import show
 from pipeline.unfinished import can_fork, fork_source, has_work, partials, restarting, worth_keeping
 
 
@@ -69,10 +70,9 @@ class Output:
                 shutil.rmtree(path)
             elif not worth_keeping(path):
                 kept = _set_aside(path, "failed")
-                print(
+                show(
                     f"{self.stage}: an unfinished run of another recipe, from which nothing can be resumed, is now"
-                    f" {kept}; delete it when you no longer need it",
-                    flush=True,
+                    f" {kept}; delete it when you no longer need it"
                 )
         others = [path for path in partials(self.folder) if path != self.path]
         if restart:

@@ -70,6 +70,10 @@ class Config(TuningConfig):
             raise ValueError("ppo.rule_coef needs `rule`: exact, contains or prefix")
         return self
 
+    @classmethod
+    def uses_peak(cls) -> bool:
+        return False
+
     def check(self, world: int) -> None:
         super().check(world)
         part = self.ppo.minibatches * world

@@ -168,10 +168,6 @@ class Config(TrainConfig):
     def supports_pipeline(cls) -> bool:
         return True
 
-    @classmethod
-    def measures_flops(cls) -> bool:
-        return True
-
     def check(self, world: int) -> None:
         super().check(world)
         if self.from_step is not None and "model" not in self.inputs:

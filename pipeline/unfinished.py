@@ -8,6 +8,7 @@ from pipeline.artifact import current
 from pipeline.changes import explain
 from pipeline.errors import UserError
 from pipeline.files import damage_of
+from pipeline.terminal import show
 
 
 def partials(folder: Path) -> list[Path]:
@@ -64,7 +65,7 @@ def fork_source(folder: Path, after: dict, stage: str) -> Path:
             damaged = _torn(path)
             if damaged is None:
                 return folder.resolve() / run.name / "checkpoints" / path.name
-            print(f"checkpoint {path} is damaged ({damaged}) and passed over", flush=True)
+            show(f"checkpoint {path} is damaged ({damaged}) and passed over")
         if early:
             unusable.append(f"every one of {run.name} is damaged")
     reason = "; ".join([*unusable, *reasons]) or "there is none"

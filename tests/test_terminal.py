@@ -214,7 +214,8 @@ def test_tuning_stages_show_their_schedule_and_their_result(world):
         ("ppo", "0.0001", "prompts, answered with at most 6"),
     ):
         changed = [word for stage in ("sft", "reward", "dpo", "ppo") for word in _words(stage)]
-        text = succeed(name, "tiny.yaml", *changed, "sft.max_prompts=4", cwd=world)
+        peak = [f"{name}.log.peak=0.5"] if name != "ppo" else []
+        text = succeed(name, "tiny.yaml", *changed, *peak, "sft.max_prompts=4", cwd=world)
         place = f"runs/tiny/{name}/current/model"
         manifest = current(world / "runs/tiny" / name).manifest
         assert f"model      {parameters(world / place):,} parameters" in text
@@ -222,10 +223,24 @@ def test_tuning_stages_show_their_schedule_and_their_result(world):
         epochs = manifest["metrics"].get("epochs") or 16 / manifest["metrics"]["train_prompts"]
         assert f" {epochs:.3g} epochs" in text
         assert re.search(rf"^schedule   adamw, linear from {rate} to \S+, warmup of 1 step$", text, re.M), text
+        assert (" at 40% of 0.5 TFLOP/s" in text) == (name != "ppo")
         assert text.index("model      ") < text.index(f"{name}: done in ")
         assert text.rstrip().endswith(f"the result is in {place}")
         again = succeed(name, "tiny.yaml", *changed, "sft.max_prompts=4", cwd=world)
         assert again.strip() == f"{name}: up to date (runs/tiny/{name}/current)"
+
+
+def test_the_estimate_of_time_follows_from_the_peak():
+    """Correctness 49: 6 FLOPs a parameter and token for training, a third of it for tokens that are only run forward,
+    at 40% of the peak."""
+    from pipeline.models.cost import Flops
+    from pipeline.train.derivation import Work
+
+    flops = Flops(full=6e9, causal=5e9)
+    assert Work("", tokens=1e6).seconds(flops, 1e12) == pytest.approx(6e15 / 4e11)
+    assert Work("", tokens=1e6, forward_tokens=3e6).seconds(flops, 1e12) == pytest.approx(2 * 6e15 / 4e11)
+    assert Work("", tokens=1e6).seconds(flops, None) is None
+    assert Work("").seconds(flops, 1e12) is None
 
 
 def _words(stage: str) -> list[str]:

@@ -139,8 +139,8 @@ class Log(Strict):
     every_steps: int = Field(10, ge=1)
     """Steps between lines."""
     peak: Literal["measured"] | Annotated[float, Field(gt=0)] | None = None
-    """Arithmetic peak of one device that MFU is measured against: TFLOP/s, or `measured` by a matrix product at the
-    start (a second); none: from a table of GPUs."""
+    """Arithmetic peak of one device, for the estimate of the time and for MFU: TFLOP/s, or `measured` by a matrix
+    product at the start (a second); none: from a table of GPUs."""
     wandb: str | None = None
     """Weights & Biases project; offline when WANDB_API_KEY is not set."""
 
@@ -226,9 +226,13 @@ class TrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def nothing_idle(self):
-        if not self.measures_flops():
+        if not self.uses_peak():
             try:
-                idle(self.log, "peak", "is what MFU is measured against, and only pretraining measures it")
+                idle(
+                    self.log,
+                    "peak",
+                    "is what times are estimated from, and here they depend on how long the answers become",
+                )
             except ValueError as error:
                 raise ValueError(f"log.{error}") from None
         return self
@@ -291,8 +295,9 @@ class TrainConfig(StageConfig):
         return False
 
     @classmethod
-    def measures_flops(cls) -> bool:
-        return False
+    def uses_peak(cls) -> bool:
+        """Whether the time of a run follows from the rate of its devices."""
+        return True
 
     @classmethod
     def uses_device(cls) -> bool:
