@@ -64,16 +64,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train.derivation import Work
     from pipeline.train.engine import build
     from pipeline.train.loop import fit, share
-    from pipeline.train.tuning import (
-        announce,
-        best_fit,
-        chat_of,
-        heldout_share,
-        model_folder,
-        permutation,
-        shared,
-        tokenizer_of,
-    )
+    from pipeline.train.tuning import announce, chat_of, heldout_share, model_folder, permutation, shared, tokenizer_of
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
@@ -89,12 +80,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     def packed(epoch: int) -> list[list[int]]:
         """Rows of an epoch, in the order in which they are taken: conversations are shuffled, packed, and the rows
         shuffled."""
-        order = permutation(config.seed, epoch, len(train["ids"]))
-        rows = (
-            best_fit(train["ids"].lengths, config.sequence_length, order)
-            if config.packing
-            else [[int(row)] for row in order]
-        )
+        rows = pack(config, train["ids"].lengths, permutation(config.seed, epoch, len(train["ids"])))
         return [rows[row] for row in permutation(derive(config.seed, "rows"), epoch, len(rows))]
 
     rows_per_epoch = len(packed(0))
@@ -107,11 +93,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     )
     text = announce(config, model, work)
     engine = build(model, loss, config)
-    for_heldout = (
-        best_fit(heldout["ids"].lengths, config.sequence_length, permutation(0, 0, len(heldout["ids"])))
-        if config.packing
-        else [[i] for i in range(len(heldout["ids"]))]
-    )
+    heldout_order = permutation(0, 0, len(heldout["ids"])) if config.packing else range(len(heldout["ids"]))
+    for_heldout = pack(config, heldout["ids"].lengths, heldout_order)
     measured = [
         batch(heldout, [for_heldout[row] for row in rows], tokenizer.pad_token_id)
         for rows in heldout_share(len(for_heldout), config, engine)
@@ -164,6 +147,15 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             "measure": ", ".join(measures),
         },
     }
+
+
+def pack(config: Config, lengths, order) -> list[list[int]]:
+    """Conversations of each row: as many as fit, or with packing: false one each, in `order`."""
+    from pipeline.train.tuning import best_fit
+
+    if config.packing:
+        return best_fit(lengths, config.sequence_length, order)
+    return [[int(conversation)] for conversation in order]
 
 
 def headline(before: dict, after: dict, conversations: int) -> tuple[list[str], list[str]]:

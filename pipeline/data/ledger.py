@@ -38,9 +38,9 @@ def account(
     fates = np.array(["train", "heldout", *(REASONS[fate] for fate in sorted(REASONS))], object)
     (folder / "rejected").mkdir(exist_ok=True)
     for name, paths in units.items():
-        pages = shown = extracted = 0
         counts: dict[str, Any] = {"not selected": {}, "bad": {}, "filtered": {}, "duplicates": {}}
         read = records = size = lost = 0
+        extraction = {"pages": 0, "characters_shown": 0, "characters_extracted": 0}
         splits = dict.fromkeys(
             ("train_documents", "train_bytes", "train_copies", "heldout_documents", "heldout_bytes"), 0
         )
@@ -52,19 +52,14 @@ def account(
                 columns = [*ACCOUNTED, "text"] if steps.keep_rejected == "full" else ACCOUNTED
                 outcome = outcomes.at_lines(outcomes.read(path, columns).slice(0, rows), before)
                 rejections.add(name, outcome)
-                for evaluation, items in map(json.loads, filter(None, outcome["matched"].to_pylist())):
-                    entry = matched.setdefault(evaluation, {"documents": 0, "items_found": set()})
-                    entry["documents"] += 1
-                    entry["items_found"].update(items)
-                read, records, size = (
-                    read + rows,
-                    records + int(outcome["counted"].to_numpy().sum()),
-                    size + int(outcome["bytes"].to_numpy().sum()),
-                )
+                _count_matched(matched, outcome)
+                read += rows
+                records += int(outcome["counted"].to_numpy().sum())
+                size += int(outcome["bytes"].to_numpy().sum())
                 lost += int(outcome["lost"].to_numpy().sum())
-                pages += len(outcome) - outcome["shown"].null_count
-                shown += pyarrow.compute.sum(outcome["shown"]).as_py() or 0
-                extracted += pyarrow.compute.sum(outcome["extracted"]).as_py() or 0
+                extraction["pages"] += len(outcome) - outcome["shown"].null_count
+                extraction["characters_shown"] += pyarrow.compute.sum(outcome["shown"]).as_py() or 0
+                extraction["characters_extracted"] += pyarrow.compute.sum(outcome["extracted"]).as_py() or 0
                 ok = outcome["status"].to_numpy() == "ok"
                 document = at + np.cumsum(ok) - 1
                 here = slice(at, at + int(ok.sum()))
@@ -107,13 +102,9 @@ def account(
             **splits,
             **edited[name],
         }
-        if pages:
-            report["sources"][name]["extraction"] = {
-                "pages": pages,
-                "characters_shown": shown,
-                "characters_extracted": extracted,
-                "share": round(extracted / max(1, shown), 4),
-            }
+        if extraction["pages"]:
+            share = extraction["characters_extracted"] / max(1, extraction["characters_shown"])
+            report["sources"][name]["extraction"] = {**extraction, "share": round(share, 4)}
     _total(report)
     report["rules"], report["funnel"] = rejections.report(), funnel.report()
     assert report["rules"]["rejected"] + report["total"]["nothing_left"] == report["total"]["filtered_documents"]
@@ -122,6 +113,14 @@ def account(
         report["decontamination"] = _decontamination(known, matched)
     write_json(folder / "report.json", report)
     return report
+
+
+def _count_matched(matched: dict[str, dict], outcome) -> None:
+    """Add a unit's documents that have text of an evaluation set, and which of its items."""
+    for evaluation, items in map(json.loads, filter(None, outcome["matched"].to_pylist())):
+        entry = matched.setdefault(evaluation, {"documents": 0, "items_found": set()})
+        entry["documents"] += 1
+        entry["items_found"].update(items)
 
 
 def _of_duplicate(index: "Index", document: int) -> dict:
