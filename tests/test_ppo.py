@@ -567,31 +567,10 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
 
 
 def test_stopped_by_a_signal_it_saves_and_goes_on(world, plain):
-    import os
-    import signal
-    import time
-
-    import harness
-
-    process = harness._context.Process(
-        target=harness._child,
-        args=(
-            "ppo",
-            ["recipe.yaml", "output=stopped", "ppo.save.every_steps=100"],
-            {"OMP_NUM_THREADS": "1"},
-            str(world),
-            str(world / "log"),
-        ),
+    code, text = stage(
+        "ppo", "recipe.yaml", "output=stopped", "ppo.save.every_steps=100", cwd=world, fault="work:1:SIGTERM"
     )
-    process.start()
-    deadline = time.time() + 60
-    while time.time() < deadline and not any(
-        "policy_loss" in path.read_text() for path in world.glob("stopped/t/ppo/*.partial/metrics.jsonl")
-    ):
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 75, (world / "log").read_text()
+    assert code == 75, text
     assert (
         list(world.glob("stopped/t/ppo/*.partial/checkpoints/step-*/complete.json"))
         and (world / "stopped/t/ppo/requeue.json").exists()
