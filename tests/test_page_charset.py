@@ -96,6 +96,63 @@ def test_a_page_comes_out_right_whatever_it_declares(language):
         assert TEXTS["tw"] * 2 in decoded(html(TEXTS["tw"] * 2, "gb2312", "big5")).text
 
 
+MORE = {
+    "zh": "本报讯：今天上午，记者从市政府获悉，新的地铁线路将于明年开通。“这是一件大事，”他说。",
+    "tw": "臺灣的首都是臺北，人口約兩百五十萬，是全國的政治中心和文化中心。",
+    "th": "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทยและเป็นเมืองที่มีประชากรมากที่สุด",
+    "el": "Η Αθήνα είναι η πρωτεύουσα της Ελλάδας και η μεγαλύτερη πόλη της.",
+    "he": "ירושלים היא בירת מדינת ישראל והעיר הגדולה ביותר במדינה.",
+    "ar": "القاهرة هي عاصمة جمهورية مصر العربية وأكبر مدنها.",
+    "ru": "Москва это столица России, город федерального значения, административный центр.",
+    "de": "Berlin ist die „Hauptstadt“. Die Straße ist schön, größer und älter – „wirklich“.",
+    "fr": "Le cœur de la sœur bat ; une œuvre d’Œdipe — 5 € pour un café très bon.",
+}
+
+
+@pytest.mark.parametrize(
+    "language, codec, label",
+    [
+        ("zh", "gbk", "big5"),  # both fit, and the wrong one is Chinese, too
+        *(("tw", "big5", label) for label in ("", "gb2312", "gbk", "utf-8")),
+        *(("th", "cp874", label) for label in ("", "gb2312", "euc-kr", "shift_jis", "big5", "iso-8859-1")),
+        *(("el", "iso8859-7", label) for label in ("gb2312", "iso-8859-1")),
+        *(("he", "cp1255", label) for label in ("gb2312", "iso-8859-1")),
+        *(("ar", "cp1256", label) for label in ("shift_jis", "windows-1252")),
+        *(("ru", "iso8859-5", label) for label in ("windows-1251", "iso-8859-1")),
+        *(("de", "cp1252", label) for label in ("", "utf-8", "gb2312", "iso-8859-5", "windows-874")),
+        *(("fr", "cp1252", label) for label in ("", "utf-8", "gb2312", "iso-8859-5", "windows-874")),
+    ],
+)
+def test_other_languages_come_out_right_whatever_they_declare(language, codec, label):
+    """correctness 8"""
+    text = MORE[language] * 6
+    raw = html(text, label, codec)
+    for header in ("", label):
+        found = decoded(raw, header)
+        assert text in found.text and found.replaced == 0, found
+
+
+@pytest.mark.parametrize("language", ["zh", "ja", "ko"])
+def test_utf_16_without_a_mark_is_found_where_ascii_is_scarce(language):
+    """correctness 8: one byte in ten is a NUL, and some are on the other side (the character U+4E00)."""
+    text = f"<title>t</title><p>{TEXTS[language] * 10}一一</p>"
+    for codec in ("utf-16-le", "utf-16-be"):
+        for header in ("", "utf-16", "utf-16le", "gbk"):
+            assert decoded(text.encode(codec), header).text == text, (codec, header)
+
+
+@pytest.mark.parametrize("label", ["", "iso-8859-1"])
+def test_lines_drawn_with_dashes_are_not_japanese(label):
+    """correctness 8: a row of em dashes is 覧覧覧 in Shift_JIS."""
+    text = f"{TEXTS['en']} {'—' * 60} {PLAIN}"
+    assert decoded(html(text, label, "cp1252")).text == html(text, label).decode()
+
+
+def test_a_few_letters_are_windows_1252_and_no_rare_character_set():
+    """correctness 8: ñ was ņ of ISO-8859-10."""
+    assert "La mañana" in decoded(html("La mañana es buena", "", "cp1252")).text
+
+
 @pytest.mark.parametrize(
     "head, label",
     [

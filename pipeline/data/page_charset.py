@@ -26,7 +26,21 @@ LATIN = {"windows-1250", "windows-1252", "windows-1254", "windows-1257", "window
     f"iso-8859-{number}" for number in (2, 3, 4, 10, 13, 14, 15, 16)
 }
 EAST_ASIAN = {"gbk", "gb18030", "big5", "euc-jp", "shift_jis", "iso-2022-jp", "euc-kr"}
-CYRILLIC = {"windows-1251", "koi8-r", "ibm866"}
+CYRILLIC = {"windows-1251", "koi8-r", "ibm866", "iso-8859-5"}
+# Others whose words are of letters beyond ASCII alone.
+OTHERS = (
+    {"windows-874"}
+    | {f"iso-8859-{number}" for number in (6, 7, 8)}
+    | {f"windows-{number}" for number in (1253, 1255, 1256)}
+)
+# Latin ones that are rare and, by a few letters, not to be told from windows-1252.
+RARE = {"windows-1257", "macintosh"} | {f"iso-8859-{number}" for number in (3, 4, 10, 13, 14, 16)}
+# The commonest characters of Chinese. Read in the wrong one of GBK and Big5, a text has hardly any of them.
+_COMMON = re.compile(
+    "[的一是不了在人有我他这這中大来來上国國个個到说說们們为為子和你地出道也时時年得就那要下以生会"
+    "會自着著去之过過家学學对對可她里裡后後小么麼心多天而能好都然没沒日于於起還还发發成事只作当當"
+    "想看文无無开開手十用主行方又如前所本见見经經头頭面公同三已老从從动動两兩长長，。、]"
+)
 _CODECS = {"gbk": "gb18030"}  # "gbk's decoder is gb18030's decoder" (10.1.1); webencodings has Python's gbk
 # Browsers refuse these because a script may hide in them; here they are text. Python has no iso-2022-cn.
 _REFUSED = {"hz-gb-2312": "hz", "iso-2022-kr": "iso2022_kr", "csiso2022kr": "iso2022_kr"}
@@ -124,14 +138,25 @@ def _bom(raw: bytes) -> tuple[str, int]:
     return "", 0
 
 
+_MARKUP = {"utf-16le": re.compile(rb"(?:[\t\n\r ]\0)*<\0"), "utf-16be": re.compile(rb"(?:\0[\t\n\r ])*\0<")}
+
+
 def _wide(raw: bytes, header: str) -> str:
-    """UTF-16 without a byte order mark: ASCII in it, which all markup is, has a NUL in each character."""
+    """UTF-16 without a byte order mark: ASCII in it has a NUL in each character, always on one side. Chinese has few of
+    them, and one on the other side in each `一`."""
     head = raw[:1000]
-    if head.count(0) * 5 < len(head):
+    for name, begins in _MARKUP.items():
+        if begins.match(head):
+            return name
+    first, second = head[::2].count(0), head[1::2].count(0)
+    few, many = sorted((first, second))
+    is_one_sided = many >= 8 and many > 4 * few
+    if not is_one_sided and (first + second) * 5 < len(head):
         return ""
-    order = "utf-16be" if head[::2].count(0) > head[1::2].count(0) else "utf-16le"
     declared = _lookup(header)
-    return declared if declared.startswith("utf-16") else order
+    if declared.startswith("utf-16") and not is_one_sided:
+        return declared
+    return "utf-16be" if first > second else "utf-16le"
 
 
 def _declared(raw: bytes, header: str, html: bool) -> Iterator[str]:
@@ -229,20 +254,22 @@ def _seven_bit(raw: bytes, declared: list[str]) -> Decoded:
 
 
 _RUN = re.compile(rb"[\x80-\xff]+")
+_DRAWN = re.compile(rb"([\x80-\xff])\1{2,}")  # a line of dashes or dots, which is no word of any language
 # What English and its neighbours have beyond ASCII, in windows-1252: quotes, dashes, signs, letters with accents.
 _WESTERN = re.compile(
-    rb"[\x80\x85\x91-\x97\x99\xa0\xa3\xa7\xa9\xab\xae\xb0\xb7\xbb\xbc-\xbf\xc0-\xd6\xd8-\xf6\xf8-\xfe]"
-    rb"|[\x85\x91-\x97\xa0\xab\xbb\xc0-\xd6\xd8-\xf6\xf8-\xfe]{2,3}"
+    rb"[\x80\x84\x85\x89\x8b\x8c\x91-\x97\x99\x9b\x9c\xa0\xa3\xa7\xa9\xab\xae\xb0\xb7\xbb\xbc-\xbf\xc0-\xd6\xd8-\xf6\xf8-\xfe]"
+    rb"|[\x84\x85\x8c\x91-\x97\x9c\xa0\xab\xbb\xc0-\xd6\xd8-\xf6\xf8-\xfe]{2,3}"
 )
 
-_WESTERN_TEXT = re.compile("[\0-\x7f]*(?:[\xa0-\xff\u2010-\u2026€™][\0-\x7f]*){2,}")
+_WESTERN_TEXT = re.compile("[\0-\x7f]*(?:[\xa0-\xffŒœ\u2010-\u2026€™][\0-\x7f]*){2,}")
 
 
 def _western(raw: bytes) -> bool:
     """Whether the bytes beyond ASCII stand as in a Western European text in windows-1252: alone, or a few letters
     within a word."""
     runs = western = 0
-    for run in _RUN.finditer(raw, 0, 1 << 18):
+    raw = _DRAWN.sub(rb"\1", raw[: 1 << 18])
+    for run in _RUN.finditer(raw):
         runs += 1
         around = raw[max(0, run.start() - 1) : run.start()] + raw[run.end() : run.end() + 1]
         western += bool(_WESTERN.fullmatch(run[0]) and (len(run[0]) == 1 or re.search(rb"[A-Za-z]", around)))
@@ -256,11 +283,13 @@ def _contradicted(raw: bytes, found: Decoded, guessed: Decoded | None) -> bool:
         return not found.characters and _western(raw)
     if found.encoding.startswith("utf-16"):
         return b"\0" not in raw  # which a newline or a tag has in it
-    if found.encoding in EAST_ASIAN | CYRILLIC | {"x-user-defined"} and _western(raw):
+    if found.encoding in EAST_ASIAN | CYRILLIC | {"x-user-defined", "windows-874"} and _western(raw):
         return True
-    if not guessed or not guessed.fits or guessed.characters < CLEAR or guessed.encoding not in EAST_ASIAN | CYRILLIC:
+    if not guessed or not guessed.fits or guessed.characters < CLEAR:
         return False
-    if (found.encoding, guessed.encoding) in (("big5", "gb18030"), ("koi8-u", "koi8-r")):  # wrong now and then
+    if guessed.encoding in OTHERS:
+        return found.encoding in EAST_ASIAN | LATIN and _in_long_runs(raw)
+    if guessed.encoding not in EAST_ASIAN | CYRILLIC or (found.encoding, guessed.encoding) == ("koi8-u", "koi8-r"):
         return False
     return found.encoding != guessed.encoding and {found.encoding, guessed.encoding} != {"gbk", "gb18030"}
 
@@ -274,11 +303,26 @@ def _detected(raw: bytes) -> Decoded:
             "a page without a known character set needs resiliparse, which is not installed; run pip install"
             " 'alma[web]'"
         ) from None
-    label = detect_encoding(raw, html5_compatible=False) or ""
+    label = detect_encoding(_DRAWN.sub(rb"\1", raw), html5_compatible=False) or ""
     name = _lookup(_OTHER_NAMES.get(label, label)) or "windows-1252"
-    if name in EAST_ASIAN and _western(raw):
+    if name in EAST_ASIAN | RARE and _western(raw):
         name = "windows-1252"
-    return _read(raw, name)
+    found = _read(raw, name)
+    if name in ("gbk", "gb18030", "big5"):  # the detector mixes these up now and then
+        other = _read(raw, "gb18030" if name == "big5" else "big5")
+        if other.fits and _common(other) > _common(found):
+            return other
+    return found
+
+
+def _common(found: Decoded) -> int:
+    return len(_COMMON.findall(found.text, 0, 1 << 16))
+
+
+def _in_long_runs(raw: bytes) -> bool:
+    """Whether letters beyond ASCII make up whole words, as in Thai or Greek and in no Latin script."""
+    runs = _RUN.findall(raw, 0, 1 << 18)
+    return sum(map(len, runs)) >= 3 * len(runs)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
