@@ -594,3 +594,26 @@ def test_order_is_a_function_of_seed_and_index():
     assert [row_at(7, index, 10) for index in reversed(range(25))] == order[::-1] and [
         row_at(8, index, 10) for index in range(10)
     ] != order[:10]
+
+
+def test_lists_of_texts_in_templates_have_a_separator(tmp_path):
+    """correctness 12: as in cleaning; and a file of one conversation is one record (correctness 22)."""
+    row = {"question": ["Which?", "These:"], "answer": ["one", "two"], "worse": ["three"]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(json.dumps({**row, "n": i, "question": [f"Which {i}?", "These:"]}) + "\n" for i in range(9))
+    )
+    turns = [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{answer}"}]
+    pair = {"prompt": "{question}", "chosen": "{answer}", "rejected": "{worse}"}
+    for join in ("\n", " "):
+        keys = {"path": str(path)} if join == "\n" else {"path": str(path), "join": join}
+        train, heldout, _ = load_conversations({"x": ChatSource(**keys, messages=turns)}, 0.3)
+        assert {row.messages[1]["content"] for row in train + heldout} == {f"one{join}two"}
+        assert all(row.messages[0]["content"].endswith(f"?{join}These:") for row in train + heldout)
+        train, heldout, _ = load_pairs({"x": PreferenceSource(**keys, **pair)}, 0.3)
+        assert {row.chosen for row in train + heldout} == {f"one{join}two"}
+    for number in range(9):
+        messages = [{"role": "user", "content": f"Question {number}"}, {"role": "assistant", "content": "Answer"}]
+        (tmp_path / f"{number}.json").write_text(json.dumps({"messages": messages}, indent=2))
+    train, heldout, _ = load_conversations({"x": ChatSource(path=f"{tmp_path}/*.json")}, 0.3)
+    assert len(train + heldout) == 9

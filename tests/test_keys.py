@@ -147,7 +147,8 @@ def test_every_key_of_every_stage_is_read_or_refused(least):
     "word, said",
     [
         ("sft.sources.nouns.text=noun", "text: 'noun' is of documents"),
-        ("reward.sources.nouns.join=' '", "join: ' ' is of documents"),
+        ("reward.sources.nouns.text=noun", "text: 'noun' is of documents"),
+        ("sft.sources.nouns={path: nouns.jsonl, join: ' '}", "join: ' ' stands between the items of a list"),
         ("sft.sources.nouns.rule=exact", "rule: 'exact' says how answers are compared with `answer`"),
         ("ppo.log.peak=100", "log.peak: 100.0 is what times are estimated from"),
         ("pretrain.spikes.sigma=5", "sigma: 5.0 says what a spike is, and policy: off looks for none"),

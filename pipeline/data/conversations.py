@@ -135,7 +135,7 @@ def _conversation(source: ChatSource, name: str, record: Record, fields: dict) -
         messages = conversation_of(fields, _named(source))
         content = normal(_said(messages))
     else:
-        messages = normalised(_filled(source.messages, fields))
+        messages = normalised(_filled(source.messages, fields, source.join))
         content = _brought([message.content for message in source.messages], fields)
     if all(message["role"] != "assistant" for message in messages):
         raise Rejected("no message of the assistant")
@@ -154,9 +154,9 @@ def _pair(source: PreferenceSource, name: str, record: Record, fields: dict) -> 
         margin = given or 0.0
     else:
         turns = _turns(source.prompt)
-        prompt = normalised(_filled(turns, fields))
+        prompt = normalised(_filled(turns, fields, source.join))
         chosen, rejected = (
-            checked_text(render(template, fields, "the record"), which)
+            checked_text(render(template, fields, "the record", source.join), which)
             for template, which in ((source.chosen, "chosen"), (source.rejected, "rejected"))
         )
         content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], fields)
@@ -165,7 +165,7 @@ def _pair(source: PreferenceSource, name: str, record: Record, fields: dict) -> 
     if chosen == rejected:
         raise Rejected("chosen equals rejected")
     if source.margin is not None:
-        margin = number(render(source.margin, fields, "the record"))
+        margin = number(render(source.margin, fields, "the record", source.join))
     return Pair(record.id, name, record.place, prompt, chosen, rejected, content, margin)
 
 
@@ -175,7 +175,7 @@ def _prompt(source: PromptSource, name: str, record: Record, fields: dict) -> Pr
         content = normal(_said(messages))
     else:
         turns = _turns(source.prompt)
-        messages = normalised(_filled(turns, fields))
+        messages = normalised(_filled(turns, fields, source.join))
         content = _brought([turn.content for turn in turns], fields)
     if messages[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
@@ -189,7 +189,7 @@ def _turns(prompt: str | list[Message]) -> list[Message]:
 def _known_answer(source: ChatSource | PromptSource, fields: dict) -> str | None:
     if source.answer is None:
         return None
-    return checked_text(render(source.answer, fields, "the record"), "answer")
+    return checked_text(render(source.answer, fields, "the record", source.join), "answer")
 
 
 def _named(source: TuningSource) -> set[str]:
@@ -299,8 +299,10 @@ def _split(rows: list, ledger: Ledger, holdout: float, prompt: Callable) -> tupl
     return fresh, heldout, ledger
 
 
-def _filled(messages: list[Message], fields: dict) -> list[dict]:
-    return [{"role": message.role, "content": render(message.content, fields, "the record")} for message in messages]
+def _filled(messages: list[Message], fields: dict, join: str) -> list[dict]:
+    return [
+        {"role": message.role, "content": render(message.content, fields, "the record", join)} for message in messages
+    ]
 
 
 def _brought(templates: list[str], fields: dict) -> str:

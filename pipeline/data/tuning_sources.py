@@ -18,10 +18,14 @@ class Message(Strict):
     """What is said: a template such as `{instruction}`."""
 
 
+# Fields that hold a conversation, a pair or a prompt without templates.
+HOLDING = {"messages", "conversations", "prompt", "instruction", "chosen", "rejected"}
+
+
 class TuningSource(Source):
     """What sources of all tuning stages have. A record is no document, so it has no `text`."""
 
-    UNUSED = frozenset({"text", "join"})
+    UNUSED = frozenset({"text"})
 
     ignore: list[str] = []
     """Fields of records, messages and content parts that are read as though they were not there, because they say
@@ -42,7 +46,17 @@ class TuningSource(Source):
     def _no_document(self):
         for key in self.UNUSED:
             idle(self, key, "is of documents; here templates or the records themselves say who says what")
+        if not self.has_templates():
+            idle(self, "join", "stands between the items of a list that a template names, and there is no template")
         return self
+
+    def has_templates(self) -> bool:
+        return bool(self.templates())
+
+    def is_record(self, value: dict) -> bool:
+        """Whether an object that is alone in a json file is a record: it has a field that holds a conversation, a pair
+        or a prompt."""
+        return not HOLDING.isdisjoint(value)
 
 
 class ChatSource(TuningSource):
@@ -58,6 +72,9 @@ class ChatSource(TuningSource):
 
     def templates(self) -> list[str]:
         return [] if self.answer is None else [self.answer]
+
+    def has_templates(self) -> bool:
+        return self.messages is not None or super().has_templates()
 
     @model_validator(mode="after")
     def _assistant_speaks(self):
@@ -85,6 +102,9 @@ class PreferenceSource(TuningSource):
     def templates(self) -> list[str]:
         return [] if self.margin is None else [self.margin]
 
+    def has_templates(self) -> bool:
+        return self.prompt is not None or super().has_templates()
+
     @model_validator(mode="after")
     def _all_or_none(self):
         missing = [key for key in ("prompt", "chosen", "rejected") if getattr(self, key) is None]
@@ -107,3 +127,6 @@ class PromptSource(TuningSource):
 
     def templates(self) -> list[str]:
         return [] if self.answer is None else [self.answer]
+
+    def has_templates(self) -> bool:
+        return self.prompt is not None or super().has_templates()
