@@ -30,7 +30,7 @@ from pipeline import faults
 from pipeline.artifact import Artifact
 from pipeline.chain import say
 from pipeline.data.arrow import opened_table
-from pipeline.data.documents import readable
+from pipeline.data.documents import check_columns, readable
 from pipeline.data.foreign import Shards
 from pipeline.data.parts import Unit
 from pipeline.errors import UserError
@@ -46,7 +46,6 @@ VERSION = 2  # 2: ids of documents
 INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
 KEPT = "finished units are kept"  # of the work of a run that was stopped
 
-COLUMNS = {"text": "string", "source": "string", "id": "string"}
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 2**28  # a shard ends with the unit that reaches this: 0.5 GB of uint16
 
@@ -182,12 +181,7 @@ def _documents(data: Path, work: Path) -> Iterator[Unit]:
             raise UserError(f"inputs.data: {data}: has no train/part-*.parquet; expected the output of stage clean")
         for path in paths:
             with readable(path), opened_table(path) as opened:
-                found = {
-                    name: str(opened.schema_arrow.field(name).type).removeprefix("large_")
-                    for name in opened.schema_arrow.names
-                }
-                if {name: found.get(name) for name in COLUMNS} != COLUMNS:
-                    raise UserError(f"{path}: has the columns {found}, expected {COLUMNS}")
+                check_columns(opened, path)
                 for group in range(opened.num_row_groups):
                     yield Unit(
                         split,

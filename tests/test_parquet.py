@@ -196,3 +196,22 @@ def test_evaluation_sets_and_examples_refuse_a_repeated_column(tmp_path):
         build(Decontaminate(sets={"a": source}))
     with pytest.raises(UserError, match="examples.a: a.parquet:1: two columns of one name"):
         train({"a": source}, Quality(), Perplexity(like=["a"]), tmp_path)
+
+
+def test_a_footer_that_ends_the_process_when_it_is_asked_for_a_column(tmp_path):
+    """correctness 29: pyarrow 26 ends the process (std::terminate) where levels of one column do not fit their number,
+    as soon as anybody asks the metadata for this column."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["a", "b"], "none": pyarrow.nulls(2, pyarrow.int32())})
+    pyarrow.parquet.write_table(table, path)
+    raw = path.read_bytes()
+    optional, unknown = b"\x25\x02\x18\x04none", b"\x25\x22\x18\x04none"  # field 3 of a SchemaElement, and its name
+    assert raw.count(optional) == 1
+    path.write_bytes(raw.replace(optional, unknown))
+    program = (
+        "from pipeline.data.records import read\nfrom pipeline.data.sources import Source, asked_of\n"
+        f"source = Source(path={str(path)!r})\n"
+        "print(len(list(read(source, 'x', asked=asked_of(source)))))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr[-2000:]

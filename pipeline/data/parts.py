@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline import faults
 from pipeline.data.arrow import opened_table
-from pipeline.data.documents import readable
+from pipeline.data.documents import check_columns, readable
 from pipeline.data.foreign import Shards
 from pipeline.errors import UserError
 
@@ -81,6 +81,7 @@ def encoded(unit: Unit) -> tuple[dict[str, Part], dict]:
     parts: dict[str, Part] = {}
     bad, inexact, row = [], 0, 0
     with readable(unit.path), opened_table(unit.path) as opened:
+        check_columns(opened, unit.path)
         for batch in opened.iter_batches(
             batch_size=BATCH, row_groups=[unit.group], columns=["text", "source", "id"], use_threads=False
         ):

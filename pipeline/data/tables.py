@@ -145,7 +145,8 @@ def parquet_pieces(
             return
         columns = wanted_columns(names, asked, whole)
         meta = opened.metadata
-        sizes = [_bytes(meta.row_group(group), columns) for group in range(meta.num_row_groups)]
+        # of all columns: to ask for one column of a damaged file may end the process (a C++ exception, pyarrow 26)
+        sizes = [meta.row_group(group).total_byte_size for group in range(meta.num_row_groups)]
         several = max(1, min(1 << 16, meta.num_rows * size // max(1, sum(sizes))))
         first = row = weight = 0  # of row groups that are waiting, and where the next one begins
         for group, bytes_here in enumerate(sizes):
@@ -175,18 +176,6 @@ def wanted_columns(names: list[str], asked: Asked, whole: bool) -> list[str] | N
         return None
     found = {field if field in names else field.partition(".")[0] for field in asked}
     return [name for name in names if name in found] if found <= set(names) else None
-
-
-def _bytes(group, columns: list[str] | None) -> int:
-    """Bytes of a row group, unpacked."""
-    if columns is None:
-        return group.total_byte_size
-    parts = [group.column(at) for at in range(group.num_columns)]
-    return sum(
-        part.total_uncompressed_size
-        for part in parts
-        if part.path_in_schema in columns or part.path_in_schema.partition(".")[0] in columns
-    )
 
 
 def _streamed(

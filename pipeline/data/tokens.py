@@ -298,7 +298,8 @@ class TokenStore:
             number = int(np.searchsorted(documents[:, 0], at - first, side="right"))
             while number < len(documents) and at < start + length:
                 begin, end = first + (int(documents[number - 1, 0]) if number else 0), first + int(documents[number, 0])
-                name = ids[int(id_ends[number - 1]) if number else 0 : int(id_ends[number])].tobytes().decode()
+                name = ids[int(id_ends[number - 1]) if number else 0 : int(id_ends[number])].tobytes()
+                name = name.decode(errors="backslashreplace")  # made elsewhere, or damaged
                 found.append(Piece(name, at - start, min(end, start + length) - at, at - begin))
                 at, number = min(end, start + length), number + 1
             shard += 1
