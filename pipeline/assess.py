@@ -278,9 +278,12 @@ def held_out_prompts(config: Config, subjects: list[Subject], judge) -> tuple[li
     write or that leave no room for an answer."""
     if not config.sources:
         return [], {}
+    from pipeline.chain import say
     from pipeline.data.conversations import load_prompts
+    from pipeline.data.tuning_ledger import NOTABLE
 
-    _, heldout, _ = load_prompts(config.sources, config.holdout)
+    _, heldout, ledger = load_prompts(config.sources, config.holdout)
+    ledger.judge(max_bad=1.0)  # nothing is learned here: what is left out is said, and ends nothing
     chosen: list = []
     reasons: dict[str, int] = {}
     for prompt in sorted(heldout, key=lambda prompt: derive(config.seed, "assess", prompt.id)):
@@ -295,6 +298,12 @@ def held_out_prompts(config: Config, subjects: list[Subject], judge) -> tuple[li
         raise UserError(
             f"stage {config.kind}: none of {len(heldout)} held-out prompts can be asked: {'; '.join(sorted(reasons))}"
         )
+    for reason, count in reasons.items():
+        if count > NOTABLE * (len(chosen) + sum(reasons.values())):
+            say(
+                f"WARNING {config.kind}: {many(count, 'held-out prompt')} of {len(chosen) + sum(reasons.values())} left"
+                f" out: {reason}; the figures are of the other {len(chosen)}"
+            )
     return chosen, reasons
 
 

@@ -162,3 +162,16 @@ def test_a_classifier_of_many_labels_is_refused(folder):
     (folder / "classifier/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="gives 3 scores a sequence"):
         build.load(folder / "classifier", head="judge")
+
+
+def test_records_that_are_left_out_are_named(folder):
+    """Correctness 45: also where nothing is learned from them."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [*rows, *({"text": str(index)} for index in range(len(rows)))]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "half.jsonl").write_text(text, encoding="utf-8")
+    recipe = ASSESS.format(inputs="sft: ./sft", keys="").replace("rows.jsonl", "half.jsonl")
+    shutil.rmtree(folder / "runs/a", ignore_errors=True)
+    (folder / "half.yaml").write_text(recipe, encoding="utf-8")
+    code, said = stage("assess", "half.yaml", cwd=folder)
+    assert code == 0 and "WARNING sources.nouns" in said and "(50%) left out: no field 'words'" in said, said

@@ -455,6 +455,19 @@ def test_tokens_that_are_ordinary_text_are_not_quoted(tmp_path):
             assert row.ids == plain.apply_chat_template(turns, tokenize=True)["input_ids"][: len(row.ids)]
 
 
+def test_of_several_templates_the_default_is_used(tmp_path):
+    """correctness 2: published folders may hold templates for tools or retrieval, too; they ended in a TypeError."""
+    tokenizer = tuned.tokenizer(tmp_path)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    alone = Chat(tokenizer).encode([turns])
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"tool_use": "{{ 1 }}", "default": template}
+    assert Chat(tokenizer).encode([turns]) == alone
+    tokenizer.chat_template = {"tool_use": template, "rag": template}
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\) and none of them is called default"):
+        Chat(tokenizer)
+
+
 def test_a_template_that_writes_todays_date_writes_a_fixed_one(tmp_path, monkeypatch):
     """correctness 17: as in Llama 3.2's template, with the date of the recipe or the one that template falls back on."""
     import datetime

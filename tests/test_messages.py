@@ -134,6 +134,16 @@ def answer(**fields):
             {"conversations": [{"from": "human", "value": "q"}], "chosen": ANSWERED, "rejected": ANSWERED},
             "the record has `chosen` (another answer, or another part",
         ),
+        # behind a prefix or a suffix of metadata
+        ({"messages": TURNS, "source_code": "x = 1"}, "the record has `source_code`, and nobody knows"),
+        (
+            {"instruction": "Sum it up.", "output": "a", "original_text": "long"},
+            "the record has `original_text`, and no",
+        ),
+        ({"messages": TURNS, "meta_instruction": "You are Ann."}, "the record has `meta_instruction`, and nobody"),
+        ({"messages": TURNS, "img_path": "a.png"}, "the record has `img_path`, and nobody knows"),
+        ({"messages": TURNS, "picture_url": "a.png"}, "the record has `picture_url`, and nobody knows"),
+        ({"messages": TURNS, "media_files": ["a.png"], "wav_path": "a"}, "the record has `media_files`, and nobody"),
         # nobody knows
         ({"messages": TURNS, "frobnicate": 1}, "the record has `frobnicate`, and nobody knows what it means here"),
         (answer(frobnicate="x"), "a message of the assistant has `frobnicate`, and nobody knows"),
@@ -168,6 +178,12 @@ def test_metadata_and_empty_fields_do_not(tmp_path):
         "token_count": 12,
         "__index_level_0__": 3,
         "timestamp": 1.5,
+        "original_id": 4,
+        "source_file": "x.txt",
+        "document_id": 3,
+        "来源": "知乎",
+        "类别": "编程",
+        "编号": 12,
     }
     nothing = {
         "tools": [],
@@ -234,6 +250,10 @@ def test_a_source_of_such_records_says_what_to_do(tmp_path):
         UserError, match=r"none of its 3 records can be used: 3 x the record has `frobnicate`.*ignore: \[frobnicate\]"
     ):
         load_conversations(source, 0.3)
+    # all fields in one go
+    odd = {"messages": TURNS, "frobnicate": 1, "score": 2, "标签": "x"}
+    with pytest.raises(UserError, match=r"has `score` .*ignore: \[score, frobnicate, 标签\]` to train without"):
+        load_conversations(source_of(tmp_path / "odd.jsonl", [odd]), 0.3)
     with pytest.raises(UserError, match="none of its 2 records can be used"):
         first_usable(source["s"], "s", most=2)
     rows = [{"messages": []}, {"messages": TURNS}]

@@ -223,7 +223,13 @@ class Chat:
             self.writes_date = True
             return self.date.strftime(form)
 
-        source = self.tokenizer.chat_template
+        try:
+            source = self.tokenizer.get_chat_template()
+        except ValueError:
+            raise UserError(
+                f"{name}: has several chat templates ({', '.join(sorted(self.tokenizer.chat_template))}) and none of"
+                " them is called default; leave the one to train with in chat_template.jinja"
+            ) from None
         try:
             environment = _compile_jinja_template(source).environment
             filters = {node.name for node in environment.parse(source).find_all(nodes.Filter)}

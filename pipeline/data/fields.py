@@ -45,8 +45,15 @@ MEANINGFUL = {
 # Words of a compound name that make it one of the above: `sample_weight`, `reward_score`, `tool_schema_json`.
 MEANINGFUL_WORDS = set(
     "weight weights mask masks masked loss train training trainable reward rewards score scores rating ratings label"
-    " labels reasoning thinking thought thoughts tool tools function functions image images video videos audio audios"
-    " history system context documents passage hint".split()
+    " labels reasoning thinking thought thoughts tool tools function functions image images img imgs picture pictures"
+    " photo photos pixel pixels frame frames video videos audio audios wav speech media multimodal history system"
+    " context documents passage hint".split()
+)
+# Last words of a compound name that make it something to read, whatever it begins with: `source_code`, `original_text`,
+# `meta_instruction`.
+CONTENT_WORDS = set(
+    "text texts content contents body code document article abstract paragraph paragraphs sentence sentences table data"
+    " prompt instruction instructions".split()
 )
 
 # Says nothing about what is to be learned: where a record comes from, what it is about, how long it is.
@@ -60,7 +67,9 @@ METADATA = set(
     " field fields area level grade difficulty complexity turn turns num_turns length len size tokens chars words meta"
     " metadata info extra extra_info title titles filename file path place line views likes header hashed_ip"
     " avatar_url redacted openai_moderation detoxify_moderation moderation usage finish_reason stop_reason"
-    " cache_control annotator_notes gen_input_configs answer_from human_verified comment comments".split()
+    " cache_control annotator_notes gen_input_configs answer_from human_verified comment comments"
+    " 编号 序号 来源 数据来源 出处 数据集 领域 类别 分类 类型 主题 话题 关键词 语言 语种 难度 难度等级 作者 标注员 模型"
+    " 时间 日期 创建时间 更新时间 版本 许可证 链接 网址 备注 字数 长度 轮数".split()
 )
 METADATA_PATTERN = re.compile(
     r"_.*|(num|n|meta|metadata|source|src|original|orig|dataset|data|file|created|updated|license)_.*"
@@ -106,20 +115,27 @@ def empty(value, depth: int = 6) -> bool:
     return False
 
 
-def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) -> tuple[str, str | None] | None:
-    """The first field, and what it is, that changes what should be learned and would be left out: (name, what), with
-    what None for a name that nobody knows. None if all are in `used`, in `harmless`, empty, or metadata."""
-    unknown = None
+def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) -> list[tuple[str, str | None]]:
+    """The fields that would be left out although they change what should be learned, or may: (name, what it is), with
+    what None for a name that nobody knows, and these last. Empty if all fields are in `used`, in `harmless`, empty, or
+    metadata."""
+    meaningful, unknown = [], []
     for name, value in fields.items():
         plain = snake(name)
         if name in used or plain in harmless or empty(value):
             continue
         if plain in _WHAT:
-            return shown(name), _WHAT[plain]
-        if plain in METADATA:
-            continue
-        words = MEANINGFUL_WORDS.intersection(plain.split("_"))
-        if not words and METADATA_PATTERN.fullmatch(plain):
-            continue
-        unknown = unknown or shown(name)
-    return (unknown, None) if unknown else None
+            meaningful.append((shown(name), _WHAT[plain]))
+        elif not _is_metadata(plain):
+            unknown.append((shown(name), None))
+    return meaningful + unknown
+
+
+def _is_metadata(plain: str) -> bool:
+    """Whether a field of this name, in snake case, says nothing about what is to be learned."""
+    if plain in METADATA:
+        return True
+    words = plain.split("_")
+    if MEANINGFUL_WORDS.intersection(words) or words[-1] in CONTENT_WORDS:
+        return False
+    return METADATA_PATTERN.fullmatch(plain) is not None

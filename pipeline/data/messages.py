@@ -96,17 +96,18 @@ def normal(text: str) -> str:
 def _complete(fields: dict, used: set[str], where: str, harmless: set[str] = frozenset()) -> None:
     """Raise Rejected if a field that changes what should be learned would be left out."""
     found = unsupported(fields, used, harmless)
-    if found is None:
+    if not found:
         return
-    name, what = found
+    name, what = found[0]
+    names = ", ".join(name for name, _ in found)
     if what is None:
         raise Rejected(
             f"{where} has `{name}`, and nobody knows what it means here",
-            f"if it says nothing about what should be learned, give the source `ignore: [{name}]`",
+            f"if it says nothing about what should be learned, give the source `ignore: [{names}]`",
         )
     raise Rejected(
         f"{where} has `{name}` ({what}), which is not supported",
-        f"leave such records out with `where`, or give the source `ignore: [{name}]` to train without it",
+        f"leave such records out with `where`, or give the source `ignore: [{names}]` to train without it",
     )
 
 
