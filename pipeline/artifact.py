@@ -11,6 +11,7 @@ content: they differ between two runs whose results are equal. Reading is here; 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pipeline.errors import Absent, Damaged, UserError
 from pipeline.files import hash_files, sha256_file
 
 SCHEMA_VERSION = 1
+MOST_FILES = 100_000  # of a folder made elsewhere, which is hashed at each start; `/` by mistake has millions
 NOT_CONTENT = {
     "README.md",
     "manifest.json",
@@ -162,7 +164,12 @@ def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
         if damage:
             raise UserError(f"inputs.{name}: {path} is damaged: {damage}; copy it again, or run the stage that made it")
         return published
-    files = hash_files(path, content_files(path))
+    try:
+        if sum(1 for _ in itertools.islice(path.rglob("*"), MOST_FILES + 1)) > MOST_FILES:
+            raise UserError(f"inputs.{name}: {path} has more than {MOST_FILES:,} files; name the folder that is meant")
+        files = hash_files(path, content_files(path))
+    except OSError as error:
+        raise UserError(f"inputs.{name}: {error.filename or path} cannot be read: {error.strerror}") from None
     if not files:
         raise UserError(f"inputs.{name}: {path} has no files")
     digest = digest_of(files)

@@ -164,3 +164,14 @@ def test_inputs_that_cannot_be_used_do_not_hide_the_other_stages(made, tmp_path)
     assert "inputs.data" in graph["tokenizer"].reason and "cannot be read" in graph["tokenizer"].reason
     with pytest.raises(UserError, match="cannot be read"):
         chain.run(recipe)
+
+
+def test_a_folder_that_cannot_be_an_input_is_refused_at_once(made, monkeypatch):
+    """correctness 32, 33: the root of a disk by mistake, a file that another program removes meanwhile."""
+    monkeypatch.setattr(artifact, "MOST_FILES", 5)
+    with pytest.raises(UserError, match="has more than 5 files; name the folder that is meant"):
+        artifact.external("data", Path("/usr"))
+    monkeypatch.undo()
+    monkeypatch.setattr(artifact, "content_files", lambda folder: [folder / "gone"])
+    with pytest.raises(UserError, match="inputs.data: .*gone cannot be read: No such file"):
+        artifact.external("data", made)
