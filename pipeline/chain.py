@@ -192,11 +192,15 @@ def main(kind: str, argv: list[str] | None = None) -> None:
     from pipeline.train import stop
 
     die_with_launcher()
-    stop.begin()
-    sys.exit(guarded(lambda: _main(kind, args)))
+    code = guarded(lambda: _main(kind, args))
+    stop.finish()
+    sys.exit(code)
 
 
 def _main(kind: str, args: argparse.Namespace) -> None:
+    from pipeline.train import stop
+
+    stop.begin()
     recipe = load(args.recipe, args.overrides)
     same = [name for name, config in recipe.stages.items() if config.kind == kind]
     if args.stage and args.stage not in same:

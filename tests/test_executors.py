@@ -19,6 +19,7 @@ from test_dedup import words, write
 from pipeline.data import executors
 from pipeline.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 # sbatch starts the script for each task of the array and says a number; squeue lists the job while one of them lives.
 SBATCH = """#!/usr/bin/env python3
 import os, pathlib, subprocess, sys
@@ -242,9 +243,17 @@ def test_the_array_job_ends_with_its_stage_however_that_ends(slurm, tmp_path, mo
     assert executor.submit(max, 1, 2).result(60) == 2
     executor.shutdown()
     assert calls.read_text() == "4711\n"
-    executor.watcher.join()
-    # as a stage leaves it that was killed: the next one clears up
-    assert (executor.folder / "job").read_text() == "4711"
+    # a stage that is killed: its array job is cancelled at once, and its folder is removed by the next one
+    program = "import sys; from pathlib import Path; from pipeline.data.executors import Slurm; import time\n"
+    program += "Slurm(1, Path(sys.argv[1])); print('up', flush=True); time.sleep(60)"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "tasks"], stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT
+    )
+    assert killed.stdout.readline() == b"up\n"
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    until(lambda: calls.read_text().count("4711") >= 3)  # the second: it ended what was left of the first
+    left = next((tmp_path / "tasks").iterdir())
     after = executors.Slurm(1, tmp_path / "tasks")
-    assert calls.read_text() == "4711\n4711\n" and not executor.folder.exists()
+    assert calls.read_text().count("4711") == 4 and not left.exists()
     after.shutdown()

@@ -256,22 +256,25 @@ def test_a_failure_of_one_rank_is_not_queued_again(tmp_path):
     assert not calls(tmp_path, "scontrol requeue")
 
 
+SAVES = "import os, signal, sys, time; signal.signal({name}, lambda *_: sys.exit(75)); {then}; time.sleep(20)"
+
+
 @pytest.mark.parametrize(
     "program, code, noted",
     [
-        ("kill -9 $$", 137, "137"),
-        ("exit 1", 1, "1"),
-        ("exit 75", 75, None),
-        ("trap 'exit 75' USR1; kill -USR1 $PPID; sleep 5 & wait", 75, None),
-        ("trap 'sleep 0.3; exit 75' TERM; kill -TERM $PPID; kill -TERM $PPID; sleep 5 & wait; wait", 75, None),
+        ("import os; os.kill(os.getpid(), 9)", 137, "137"),
+        ("raise SystemExit(1)", 1, "1"),
+        ("raise SystemExit(75)", 75, None),
+        (SAVES.format(name="signal.SIGUSR1", then="os.kill(os.getppid(), signal.SIGUSR1)"), 75, None),
+        (SAVES.format(name="signal.SIGTERM", then="os.killpg(0, signal.SIGTERM)"), 75, None),
     ],
+    ids=["killed", "failed", "stopped", "signal", "group"],
 )
 def test_a_rank_passes_signals_on_and_notes_how_it_ended(tmp_path, program, code, noted):
-    (tmp_path / "python").write_text(f"#!/bin/bash\n{program}\n")
-    (tmp_path / "python").chmod(0o755)
     environment = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_NUM_NODES": "2"}
-    environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "ALMA_ENDED": str(tmp_path)}
-    answer = subprocess.run([ROOT / "launch/slurm/rank.sh", "x"], env=environment, timeout=60)
+    environment |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "ALMA_ENDED": str(tmp_path)}
+    command = [ROOT / "launch/slurm/rank.sh", "-c", program]
+    answer = subprocess.run(command, env=environment, timeout=60, start_new_session=True)
     assert answer.returncode == code
     path = tmp_path / "rank-3"
     assert (path.read_text().split()[2] if path.exists() else None) == noted

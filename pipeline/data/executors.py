@@ -107,6 +107,12 @@ class Slurm:
             )
         self.job = answer.stdout.strip().partition(";")[0]
         write_atomic(self.folder / "job", self.job)
+        # It reads until this process writes or ends, also by SIGKILL: then the array job would wait for two minutes.
+        self.reaper = subprocess.Popen(
+            ["sh", "-c", 'read -r ended; [ -n "$ended" ] || scancel "$0"', self.job],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.watcher.start()
 
@@ -235,6 +241,7 @@ class Slurm:
         self.watcher.join()
         (self.folder / "stop").touch()
         subprocess.run(["scancel", self.job], capture_output=True)
+        self.reaper.communicate(b"ended\n")
 
 
 def _end_earlier(folder: Path) -> None:

@@ -50,7 +50,7 @@ def leave_word(output: Output, reason: str, step: int, **more) -> None:
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         if json.loads(path.read_text(encoding="utf-8"))["reason"] != "signal":
             return
-    saved = saved_step(output)
+    saved, files = saved_step(output), finished_files(output.path)
     write_json(
         path,
         {
@@ -58,8 +58,8 @@ def leave_word(output: Output, reason: str, step: int, **more) -> None:
             "reason": reason,
             "step": step,
             "saved": saved,
-            "progress": saved if _kept is None else finished_files(output.path),
-            "from": place(output),
+            "progress": saved if _kept is None else files,
+            "from": f"step {saved}" if _kept is None else f"{files} finished files",
             "job": os.environ.get("SLURM_JOB_ID"),
             **more,
         },
@@ -92,7 +92,7 @@ def name_of(number: int) -> str:
 
 
 def failed_rank() -> dict | None:
-    """What the job script noted about a rank that ended badly (launch/slurm/rank.sh): rank, host, process, code and
+    """What the job script noted about a rank that ended badly (launch/slurm/rank.py): rank, host, process, code and
     `text`. It is there before Slurm sends SIGTERM to the others. None: there is none, or no such job script."""
     folder = os.environ.get("ALMA_ENDED")
     if not folder:
@@ -170,6 +170,14 @@ def begin() -> None:
             raise Stopped(f"{name_of(number)} received while the stage was starting; nothing was done yet")
 
     listen(leave)
+
+
+def finish() -> None:
+    """Last thing in a stage's process: Python gives signals back to the system while it ends, and one that is sent
+    twice would then take the place of the exit code. A second Ctrl-C still ends what waits for workers."""
+    for number in SIGNALS:
+        if number != signal.SIGINT or launched() or "RANK" in os.environ:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignal:
