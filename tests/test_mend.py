@@ -362,6 +362,9 @@ def test_real_values_are_still_found():
         "UTC+8 2010-12-31",
         "2010-2011-2012-2013",
         "订单号：13800138000123",
+        "时间戳：13800138000",
+        "流水号 13800138000",
+        "文件大小：13800138000 字节",
         "4111-1111-1111-1112",
         "1234 5678 9012 3452",
     ],
@@ -387,6 +390,21 @@ def test_numbers_of_documentation_stay(text):
 def test_an_address_of_small_numbers_is_one_where_it_is_said_to_be(text):
     """correctness 9"""
     assert masked(text, ALL)[1] == {"ip": 1}
+
+
+@pytest.mark.parametrize("text", ["TEL13800138000", "Mob.13800138000", "手机:13800138000转", "联系Tel.13800138000。"])
+def test_a_mobile_number_right_behind_the_word_for_it(text):
+    """correctness 9"""
+    assert masked(text, ALL) == (text.replace("13800138000", "[MOBILE_ZH]"), {"mobile_zh": 1})
+
+
+@pytest.mark.parametrize(
+    "text", ["电话02155551234", "電話：0755-26712345", "传真 07552671234。", "服务热线：01082345678"]
+)
+def test_a_landline_in_bare_digits_behind_the_word_for_it(text):
+    """correctness 9"""
+    found, counts = masked(text, ALL)
+    assert counts == {"phone": 1} and not any(sign.isdigit() for sign in found)
 
 
 def test_addresses_at_chinese_domains():

@@ -161,7 +161,7 @@ def _abroad(match: re.Match) -> bool:
 
 
 _CALLED = re.compile(
-    rf"(?:{_BEGIN}(?:tel|telephone|phone|fax|call|hotline){_END}|电话|電話|传真|傳真|热线|熱線|座机|致电|拨打|來電|来电|客服)"
+    rf"(?:{_BEGIN}(?:tel|telephone|phone|mob|mobile|cell|fax|call|hotline){_END}|手机|手機|电话|電話|传真|傳真|热线|熱線|座机|致电|拨打|來電|来电|客服)"
     r"[^\w\n]{0,3}(?:是|为|為|at|number|no)?[^\w\n]{0,4}$",
     re.I,
 )
@@ -173,7 +173,8 @@ def _called(match: re.Match) -> bool:
 
 
 _COUNTED = re.compile(
-    r"(?:(?<![A-Za-z])(?:timestamp|time|total|size|bytes?|offset|sector|block|inode|seq|serial|pid|id|order|isbn)|[单單编編序]号|[总總]共)"
+    r"(?:(?<![A-Za-z])(?:timestamp|time|total|size|bytes?|offset|sector|block|inode|seq|serial|pid|id|order|isbn)|[单單编編序]号|[总總]共"
+    r"|时间戳|時間戳|流水[号號]|[订訂][单單]|大小|字[节節])"
     r"[^\w\n]{0,3}$|(?<!phone)(?<!mobile)(?<!tel)=$",
     re.I,
 )
@@ -285,6 +286,7 @@ _MOBILE = (
     r"(?<![0-9A-Za-z._*^%-])(?:(?:\+|00)86[ -]?)?1(?:3\d|4[5-9]|5[0-35-9]|6[2567]|7[0-8]|8\d|9[0-35-9])"
     r"(?:\d{8}|(?P<by>[ -])\d{4}(?P=by)\d{4})(?![0-9A-Za-z_*^%]|[.-]\d)"
 )
+_MOBILE_CALLED = r"1[3-9]\d{9}(?<=[A-Za-z.].{11})(?![0-9A-Za-z_*^%]|[.-]\d)"  # TEL13800138000, Mob.13800138000
 _DASH = "[-\u2010-\u2015\uff0d]"
 _AREA_ZH = "0(?:10|2[0-57-9]|[3-9]\\d{2})"
 _NO_MORE = r"(?![0-9A-Za-z_]|[.-]\d)"
@@ -297,8 +299,9 @@ _PHONE_ABROAD = (  # +44 20 7946 0958, 0086-519-5211973
 _NANP = r"(?:\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}-\d{3}[.-]\d{4}|[2-9]\d{2}\.[2-9]\d{2}\.\d{4})"
 _LANDLINE = rf"(?:{_AREA_ZH}{_DASH}|[(（]{_AREA_ZH}[)）] ?)(?:[1-9]\d{{6,7}}|[1-9]\d{{2,3}}[ -]\d{{4}})"
 _PHONE = rf"(?<![0-9A-Za-z+._/\\])(?<!\d-)(?:(?:1[ .-])?{_NANP}|{_LANDLINE}|[48]00-\d{{7}}){_NO_MORE}"
-_PHONE_CALLED = (  # 电话 010 8234 5678, Tel: 020 7946 0958, 致电 4008106666
+_PHONE_CALLED = (  # 电话 010 8234 5678, 电话02155551234, Tel: 020 7946 0958, 致电 4008106666
     r"[02-9](?<![0-9A-Za-z+._/\\-].)(?:(?<=0)\d{1,4}[ -]\d{3,4}[ -]?\d{3,4}|(?<=[48])00 ?\d{3} ?\d{4}"
+    r"|(?<=0)(?:10|2[0-57-9]|[3-9]\d{2})[1-9]\d{6,7}"
     rf"|(?<!0)\d{{2}} \d{{3}}[ -]\d{{4}}){_NO_MORE}"
 )
 _RULES: dict[str, list[tuple[str, Callable[[re.Match], bool]]]] = {
@@ -307,7 +310,7 @@ _RULES: dict[str, list[tuple[str, Callable[[re.Match], bool]]]] = {
     "ip": [(_IP4, _ip4), (_IP6, _ip6)],
     "card": [(_CARD_LONG, _card), (_CARD_SHORT, _card), (_CARD, _card)],
     "id_zh": [(_ID, _identity)],
-    "mobile_zh": [(_MOBILE, _mobile)],
+    "mobile_zh": [(_MOBILE, _mobile), (_MOBILE_CALLED, _called)],
     "phone": [(_PHONE_ABROAD, _abroad), (_PHONE, _always), (_PHONE_CALLED, _called)],
 }
 # What must stand in a text before an expression is worth running over it.
@@ -316,7 +319,7 @@ _WORTH = {
     _IP6: r":[0-9A-Fa-f]{0,4}:",
     _PHONE_ABROAD: r"\+[1-9]|00[ -]?86",
     _PHONE: rf"\d{_DASH[:-1]}.)）] ?\d{{3}}",
-    _PHONE_CALLED: r"\d[ -]\d{3}|00 ?\d{3} ?\d{4}",
+    _PHONE_CALLED: r"\d[ -]\d{3}|00 ?\d{3} ?\d{4}|0\d{9}",
 }
 _compiled = functools.cache(re.compile)  # when first used: 0.05 CPU-s of every process, and most recipes mask nothing
 _SEVEN = re.compile(r"\d(?:[^\w\n]{0,2}\d){6}")
