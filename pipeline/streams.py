@@ -40,6 +40,13 @@ def keep_open() -> None:
 
 
 def _unbroken(number: int, stream):
+    """A stream on descriptor `number` in place of `stream`, or `stream` itself if it writes to somewhere else, such as a
+    buffer of whoever called this program as a library."""
+    try:
+        if stream is not None and stream.fileno() != number:
+            return stream
+    except io.UnsupportedOperation:
+        return stream
     encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
     if stream:
         stream.flush()
