@@ -40,7 +40,7 @@ def keep_open() -> None:
 
 
 def _unbroken(number: int, stream):
-    """A stream on descriptor `number` in place of `stream`, or `stream` itself if it writes to somewhere else, such as a
+    """A stream on descriptor `number` in place of `stream`, or `stream` itself if it writes elsewhere, such as into a
     buffer of whoever called this program as a library."""
     try:
         if stream is not None and stream.fileno() != number:
