@@ -328,6 +328,23 @@ def test_a_template_that_does_not_mark_each_answer_cannot_leave_one_out(tmp_path
     assert found.startswith("has answers that are not to be trained on")
 
 
+def test_scores_of_a_pair_stop_neither_its_prompt_nor_its_order(tmp_path):
+    """correctness 2: files of pairs also give prompts for PPO; their scores are of answers that are not read."""
+    pair = {"chosen": "a", "rejected": "b"}
+    for better, worse in (
+        ("score_chosen", "score_rejected"),
+        ("chosen-rating", "rejected-rating"),
+        ("chosen_avg_rating", "rejected_avg_rating"),
+        ("reward_chosen", "reward_rejected"),
+    ):
+        records = [{"prompt": "q1", **pair, better: 3, worse: 1}, {"prompt": "q2", **pair, better: 1.0, worse: 2.0}]
+        prompts, _ = loaded(tmp_path / "a.jsonl", records, load_prompts, PromptSource)
+        assert prompts[1].text == "q1" and prompts[2].text == "q2"
+        pairs, ledger = loaded(tmp_path / "b.jsonl", records, load_pairs, PreferenceSource)
+        assert 1 in pairs and 2 not in pairs
+        assert any(" is below " in reason for reason in ledger.sources["s"]["rejected"])
+
+
 def test_prompts_keep_their_system_message_and_earlier_turns(tmp_path):
     """correctness 2: a `system` field for PPO prompts."""
     system = {"role": "system", "content": "be brief"}

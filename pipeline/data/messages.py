@@ -37,6 +37,9 @@ PAIR_SCORES = (
     ("chosen_score", "rejected_score"),
     ("rating_chosen", "rating_rejected"),
     ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("reward_chosen", "reward_rejected"),
+    ("chosen_reward", "rejected_reward"),
 )
 
 
@@ -405,7 +408,8 @@ def prompt_of(record: dict, named: set[str] = frozenset()) -> list[dict]:
     used = used | named | system | _repeated(fields, messages)
     # Beside a prompt, another shape of the same record holds its answer too.
     used |= {other for other in ("messages", "conversations") if _begins_with(fields.get(other), messages)}
-    _complete(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING)
+    scores = {name for names in PAIR_SCORES for name in names}
+    _complete(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING | scores)
     return messages
 
 
