@@ -55,6 +55,26 @@ def test_json_lines_under_the_name_of_json(tmp_path, name, shape):
     ]
 
 
+@pytest.mark.parametrize("broken", [0, 1, 5])
+def test_a_damaged_member_of_json_lines_costs_that_member(tmp_path, broken):
+    """correctness 20 and 22: under the name .json.gz, and where it is the first one, too."""
+    members = [bytearray(gzip.compress(lines(C4[begin : begin + 50]))) for begin in range(0, 300, 50)]
+    members[broken][40] ^= 0xFF
+    (tmp_path / "a.json.gz").write_bytes(b"".join(members))
+    found = records(str(tmp_path / "a.json.gz"))
+    bad = [item for item in found if isinstance(item, Bad)]
+    assert [(item.reason, item.lost > 0) for item in bad] == [("damaged .gz data", True)]
+    good = [item.fields for item in found if isinstance(item, Record)]
+    assert good == C4[: 50 * broken] + C4[50 * broken + 50 :]
+
+
+@pytest.mark.parametrize("first", [b"// a comment", b"garbage", b"\xff\xfe"])
+def test_a_first_line_that_is_no_json_costs_itself(tmp_path, first):
+    """correctness 22"""
+    found = records(write(tmp_path / "a.json.gz", first + b"\n" + lines(C4)))
+    assert isinstance(found[0], Bad) and [item.fields for item in found[1:]] == C4
+
+
 def test_a_shard_of_one_line_is_one_record(tmp_path):
     """correctness 22: as is a file that holds one document; a block of records is told by the fields of `text`."""
     path = write(tmp_path / "a.json.gz", lines(C4[:1]))

@@ -19,7 +19,9 @@ from pipeline.data.formats import (
     TornFile,
     blocks_of,
     line_chunks,
+    parts_of,
 )
+from pipeline.data.unpack import Gap
 
 # One bad record, behind which any number of good ones may be lost.
 BROKEN = "malformed JSON, the rest of the file is lost"
@@ -63,23 +65,23 @@ def holds_lines(path: Path, encoding: str | None) -> bool:
     """Whether a file holds JSON lines: most of its first lines are objects or strings by themselves, and there are two
     at least. One that is damaged makes no difference."""
     head, newlines, is_whole = bytearray(), 0, False
-    blocks = blocks_of(path, encoding=encoding)
+    parts = parts_of(path, encoding=encoding)
     while newlines < SAMPLE and (len(head) < 1 << 20 or not newlines) and len(head) <= MAX_RECORD_BYTES:
-        try:
-            block = next(blocks, None)
-        except TornFile:
-            break
-        if block is None:
+        part = next(parts, None)
+        if part is None:
             is_whole = True
             break
+        if isinstance(part, Gap):
+            head += b"\n"  # what is torn is a damaged line
+            continue
         if not head.strip():
-            head = bytearray((head + block).removeprefix(codecs.BOM_UTF8).lstrip())
-            if head[:1] not in (b"{", b'"', b""):
+            head = bytearray((head + part).removeprefix(codecs.BOM_UTF8).lstrip())
+            if head[:1] == b"[":
                 return False
             newlines = head.count(b"\n")
         else:
-            head += block
-            newlines += block.count(b"\n")
+            head += part
+            newlines += part.count(b"\n")
     lines = head.split(b"\n")
     if not is_whole:
         lines.pop()
