@@ -307,16 +307,19 @@ def _detected(raw: bytes) -> Decoded:
     name = _lookup(_OTHER_NAMES.get(label, label)) or "windows-1252"
     if name in EAST_ASIAN | RARE and _western(raw):
         name = "windows-1252"
-    found = _read(raw, name)
-    if name in ("gbk", "gb18030", "big5"):  # the detector mixes these up now and then
-        other = _read(raw, "gb18030" if name == "big5" else "big5")
-        if other.fits and _common(other) > _common(found):
-            return other
-    return found
+    return _read(raw, _chinese(raw, name) if name in ("gbk", "gb18030", "big5") else name)
+
+
+def _chinese(raw: bytes, name: str) -> str:
+    """`name`, or the other one of GB 18030 and Big5, which the detector mixes up now and then."""
+    begin = _RUN.search(raw).start()
+    part, other = raw[begin : begin + PRESCAN], "gb18030" if name == "big5" else "big5"
+    found = _read(part, other)
+    return other if found.fits and _common(found) > _common(_read(part, name)) else name
 
 
 def _common(found: Decoded) -> int:
-    return len(_COMMON.findall(found.text, 0, 1 << 16))
+    return len(_COMMON.findall(found.text))
 
 
 def _in_long_runs(raw: bytes) -> bool:
