@@ -23,7 +23,7 @@ from pipeline.data.json_files import BROKEN
 from pipeline.data.models import Perplexity, Quality, train
 from pipeline.data.records import Record, fraction, parse, read, text_of
 from pipeline.data.sources import Source, chunks, identify
-from pipeline.data.tables import REPEATED
+from pipeline.data.tables import REPEATED, UNREADABLE
 from pipeline.data.templates import MissingField, render
 from pipeline.errors import UserError
 
@@ -459,3 +459,13 @@ def test_a_key_of_another_format_is_refused(tmp_path, keys):
 def test_a_broken_template_is_found_before_anything_is_read():
     with pytest.raises(ValueError, match="has a lone '{'"):
         Source(path="a.jsonl", text="{body")
+
+
+@pytest.mark.parametrize("data", [gzip.compress(b"text\nhello\n"), "text\nhello\n".encode("utf-16-le")])
+def test_a_table_whose_header_is_no_text_is_one_bad_record(tmp_path, data):
+    """correctness 20 and 29: a packed file without its suffix was a header line without rows, so nothing told of it."""
+    (tmp_path / "a.csv").write_bytes(data)
+    (tmp_path / "b.csv").write_text("text\nhello\n")
+    found = list(read(Source(path=str(tmp_path / "*.csv")), "x"))
+    assert [item.reason for item in found if isinstance(item, Bad)] == [UNREADABLE]
+    assert [item.fields for item in found if isinstance(item, Record)] == [{"text": "hello"}]

@@ -1,6 +1,7 @@
 """Tables cut into chunks: csv and tsv, parquet."""
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +14,10 @@ from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Asked, Bad, Chunk, 
 # A file that has a column name twice is one bad record, like a json file that is malformed: a record has one value
 # under a name, and nothing says which column is meant. Names that differ in case are different names.
 REPEATED = "two columns of one name; rename one"
+
+# Without this a packed file without its suffix is a header line and no rows: nothing, and not told.
+UNREADABLE = "a header line with control characters, as compressed data and UTF-16 have"
+_CONTROL = re.compile(r"[\0-\x08\x0e-\x1f]")
 
 
 def csv_chunks(
@@ -62,6 +67,10 @@ def csv_chunks(
                 yield bad_chunk(relative, place, bad.reason, bad.raw, path.stat().st_size)
                 return
             header = cells
+            if any(map(_CONTROL.search, header)):
+                begun = ",".join(header)[:EXCERPT].encode(errors="surrogateescape")
+                yield bad_chunk(relative, begins, UNREADABLE, shown(begun, encoding))
+                return
             if twice := repeated(header):
                 begun = f"{twice!r}: {','.join(header)}"[:EXCERPT].encode(errors="surrogateescape")
                 yield bad_chunk(relative, begins, REPEATED, shown(begun, encoding))
