@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import errno
 import io
-import json
 import os
 import signal
 import socket
@@ -22,7 +21,7 @@ from pipeline import artifact
 from pipeline.artifact import Artifact
 from pipeline.closing import result, shown_path
 from pipeline.errors import EXIT_STOPPED, EXIT_USER, Problems, Stopped, UserError
-from pipeline.files import write_atomic
+from pipeline.files import read_record, write_atomic
 from pipeline.graph import (
     Node,
     accepts,
@@ -38,7 +37,7 @@ from pipeline.graph import (
 )
 from pipeline.output import Output, link, tidy
 from pipeline.precheck import check_sources
-from pipeline.processes import Ranks, die_with_launcher
+from pipeline.processes import Ranks, die_with_launcher, signals_held
 from pipeline.recipe import Recipe, dump, load, module_of
 from pipeline.streams import keep_open
 from pipeline.terminal import show
@@ -189,8 +188,6 @@ def main(kind: str, argv: list[str] | None = None) -> None:
         "--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made"
     )
     args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
-    from pipeline.train import stop
-
     die_with_launcher()
     code = guarded(lambda: _main(kind, args))
     stop.finish()
@@ -200,7 +197,7 @@ def main(kind: str, argv: list[str] | None = None) -> None:
 def _main(kind: str, args: argparse.Namespace) -> None:
     from pipeline.train import stop
 
-    stop.begin()
+    stop.begin()  # raises Stopped if the chain was interrupted while this process was importing
     recipe = load(args.recipe, args.overrides)
     same = [name for name, config in recipe.stages.items() if config.kind == kind]
     if args.stage and args.stage not in same:
@@ -393,8 +390,10 @@ def _launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
     environment = {**os.environ, "ALMA_CHAIN": str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
     (node.folder / "requeue.json").unlink(missing_ok=True)
     try:
-        ranks = Ranks(words, run_config.processes, environment)
-        with _passing_on(ranks, node.name) as asked:
+        with contextlib.ExitStack() as stack:
+            with signals_held():  # by the ranks too, until they are there to act on them (train/stop.py, begin)
+                ranks = Ranks(words, run_config.processes, environment)
+                asked = stack.enter_context(_passing_on(ranks, node.name))
             codes = ranks.wait()
     finally:
         snapshot.unlink(missing_ok=True)
@@ -443,8 +442,10 @@ def _judge(node: Node, codes: list[int], asked: list[int], killed: bool) -> None
         raise StageFailed(node.name, 130, f"ended at once; the same command continues from {place}")
     if all(code in (0, EXIT_STOPPED) for code in codes):
         raise Stopped("")  # the stage has said what it saved
-    path = node.folder / "requeue.json"
-    word = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        word = read_record(node.folder / "requeue.json", {"reason": str})
+    except (OSError, ValueError):  # the stage left none
+        word = {}
     if word.get("reason") in ("hang", "lost"):
         raise Stopped(f"{node.name}: {word['message']}; the same command continues from {place}")
     signals = {rank: -code for rank, code in enumerate(codes) if code < 0}

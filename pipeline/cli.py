@@ -161,6 +161,8 @@ def main() -> None:
         nonlocal code
         try:
             code = app(standalone_mode=False) or 0
+            if code == 130:  # what typer makes of Ctrl-C, without a word
+                raise KeyboardInterrupt
         except StageFailed as failure:
             code = failure.code
             if failure.text:

@@ -50,8 +50,9 @@ def die_with_launcher() -> None:
 
 @contextlib.contextmanager
 def signals_held():
-    """Around what starts workers of a pool: they are born with signals blocked, so that none ends them while they are
-    still importing; `begin_worker` sees to the rest. This process gets what came meanwhile at the end."""
+    """Around what starts workers of a pool, or ranks: they are born with signals blocked, so that none ends them while
+    they are still importing; `begin_worker` or `stop.begin` sees to the rest. This process gets what came meanwhile at
+    the end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_PARENTS)
     try:
         yield

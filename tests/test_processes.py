@@ -16,6 +16,7 @@ from harness import files_of
 from test_clean import published
 from test_dedup import words, write
 
+from pipeline import cli
 from pipeline.lock import lock_holder
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,32 @@ def test_the_first_interrupt_of_a_chain_saves_the_step_it_is_at(world, how):
     assert "Ctrl-C again ends it at once" in said
     assert json.loads((folder / "pretrain/requeue.json").read_text())["saved"] == step
     assert lock_holder(folder / "pretrain") is None and not started_in(world)
+
+
+def test_an_interrupt_while_a_stage_is_starting_is_one_sentence(world):
+    """correctness 43: Python is still importing, and a terminal sends Ctrl-C to it too."""
+    folder = world / "runs-starting/tiny"
+    chain = start([*ALMA, "run", "r.yaml", "output=runs-starting", "pretrain.run.processes=2"], world)
+    until(lambda: len(started_in(world)) == 3, chain, world)
+    os.killpg(chain.pid, signal.SIGINT)
+    assert end(chain) == 75
+    said = (world / "log").read_text()
+    assert "Traceback" not in said and "Ctrl-C received while the stage was starting" in said, said
+    assert saved(folder) == 0 and not started_in(world)
+
+
+def test_an_interrupt_between_stages_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    """correctness 43: no stage runs that could say it."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupted)
+    monkeypatch.setattr(sys, "argv", ["alma", "run", "r.yaml"])
+    monkeypatch.setattr(cli, "keep_open", lambda: None)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130 and "stages that were finished are kept" in capsys.readouterr().err
 
 
 def test_the_second_interrupt_ends_a_chain_and_a_stage_at_once(world):

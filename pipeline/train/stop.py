@@ -18,7 +18,6 @@ leaves `failed`: to start again would not help.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -26,7 +25,7 @@ import time
 from pathlib import Path
 
 from pipeline.errors import Stopped
-from pipeline.files import write_json
+from pipeline.files import read_record, write_json
 from pipeline.output import Output
 from pipeline.unfinished import finished_files
 
@@ -47,8 +46,8 @@ def leave_word(output: Output, reason: str, step: int, **more) -> None:
     """Write requeue.json. Any process may. The first reason that is none of a signal stays: launchers send signals to
     the ranks that are left, and these then fail too."""
     path = output.folder / "requeue.json"
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        if json.loads(path.read_text(encoding="utf-8"))["reason"] != "signal":
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if read_record(path, {"reason": str})["reason"] != "signal":
             return
     saved, files = saved_step(output), finished_files(output.path)
     write_json(
@@ -170,6 +169,7 @@ def begin() -> None:
             raise Stopped(f"{name_of(number)} received while the stage was starting; nothing was done yet")
 
     listen(leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the chain starts its stages with them blocked
 
 
 def finish() -> None:
