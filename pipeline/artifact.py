@@ -12,17 +12,29 @@ content: they differ between two runs whose results are equal. Reading is here; 
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import Absent, Damaged, UserError
-from pipeline.files import hash_files, sha256_file
+from pipeline.files import hash_files, read_record, sha256_file
 
 SCHEMA_VERSION = 1
 MOST_FILES = 100_000  # of a folder made elsewhere, which is hashed at each start; `/` by mistake has millions
+MANIFEST = {
+    "schema_version": int,
+    "stage": str,
+    "kind": str,
+    "fingerprint": str,
+    "identity": dict,
+    "parents": dict,
+    "config": dict,
+    "files": dict,
+    "digest": str,
+    "metrics": dict,
+    "seconds": (int, float),
+}
 NOT_CONTENT = {
     "README.md",
     "manifest.json",
@@ -104,19 +116,17 @@ def read(path: Path) -> Artifact | None:
     absence."""
     manifest = path / "manifest.json"
     try:
-        value = json.loads(manifest.read_text(encoding="utf-8"))
+        value = read_record(manifest, MANIFEST)
+        for name, entry in value["files"].items():
+            if not isinstance(entry, dict) or set(entry) != {"sha256", "size", "mtime"}:
+                raise ValueError(f"damaged, {name} has no sha256, size and mtime in its list of files")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{manifest}: damaged, not JSON ({error}); run the stage again with --restart") from None
+    except ValueError as error:
+        raise Damaged(f"{manifest}: {error}; run the stage again with --restart") from None
     except OSError as error:  # a folder, no permission, a disk that gives an error
         raise Damaged(f"{manifest}: cannot be read ({error.strerror}); run the stage again with --restart") from None
-    missing = {"stage", "kind", "fingerprint", "digest", "files", "metrics"} - set(
-        value if isinstance(value, dict) else {}
-    )
-    if missing:
-        raise Damaged(f"{manifest}: damaged, lacks {', '.join(sorted(missing))}; run the stage again with --restart")
-    if value.get("schema_version", 0) > SCHEMA_VERSION:
+    if value["schema_version"] > SCHEMA_VERSION:
         raise UserError(
             f"{manifest}: written by a newer alma (schema {value['schema_version']}, this one reads {SCHEMA_VERSION});"
             " update alma"

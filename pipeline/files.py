@@ -33,6 +33,23 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, text.encode(errors="backslashreplace"))
 
 
+def read_record(path: Path, kinds: dict[str, type | tuple[type, ...]]) -> dict:
+    """A file that `write_json` wrote, with the keys `kinds`, of these types. Raises ValueError with words for what else
+    is there, and OSError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"damaged, not JSON ({error})") from None
+    found = value if isinstance(value, dict) else {}
+    missing = sorted(set(kinds) - set(found))
+    if missing:
+        raise ValueError(f"damaged, lacks {', '.join(missing)}")
+    for key, kind in kinds.items():
+        if not isinstance(found[key], kind):
+            raise ValueError(f"damaged, {key} is {str(found[key])[:40]!r}")
+    return found
+
+
 def sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

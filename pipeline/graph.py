@@ -20,7 +20,7 @@ from pipeline.fingerprint import Recorded, fingerprint_of
 from pipeline.lock import describe_holder, lock_holder
 from pipeline.recipe import Recipe, StageConfig, dump, identity, module_of
 from pipeline.recipe_file import shown
-from pipeline.unfinished import partials, restarting, worth_keeping
+from pipeline.unfinished import partials, restarting, run_info, worth_keeping
 
 
 @dataclass
@@ -367,8 +367,8 @@ def _compare(node: Node, graph: dict[str, Node]) -> None:
         node.output = published
         node.state, node.reason = "stale", "; ".join(_changes(node, graph, published.manifest))
     elif others := [path for path in partials(node.folder) if worth_keeping(path)]:
-        made = json.loads((others[-1] / "run.json").read_text(encoding="utf-8"))
-        node.reason = f"{others[-1].name} was made by another recipe: {'; '.join(_changes(node, graph, made))}"
+        changed = _changes(node, graph, run_info(others[-1]))
+        node.reason = f"{others[-1].name} was made by another recipe: {'; '.join(changed)}"
 
 
 def _changes(node: Node, graph: dict[str, Node], before: dict) -> list[str]:

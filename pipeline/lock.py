@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import now, write_json
+from pipeline.files import now, read_record, write_json
 
 HEARTBEAT_SECONDS = 5
 # A holder on another host is taken for dead when its heartbeat is older than this. File systems shared by nodes may
@@ -24,6 +24,7 @@ DEAD_AFTER_SECONDS = 120
 ENDED_AFTER_SECONDS = 15
 # Of `squeue --format=%T`: states of a job whose processes may still be there.
 ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING", "RESIZING"}
+HOLDER = {"host": str, "pid": int, "born": (int, type(None)), "token": str, "since": str}
 MOVED = 2  # beats that have to be seen of a living holder; the last one of a dead holder may show late
 
 
@@ -170,17 +171,17 @@ def lock_holder(folder: Path) -> dict | None:
     path = folder / "lock.json"
     try:
         beat = path.stat().st_mtime
-        holder = json.loads(path.read_text())
-        host, pid, started, _ = (holder[key] for key in ("host", "pid", "born", "token"))
+        holder = read_record(path, HOLDER)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):  # a disk lost it: nobody is known to hold it
-        host, pid, started = "an unknown host", 0, None
-        holder = {"host": host, "pid": pid, "token": "", "since": "an unknown time"}
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a lock that alma wrote; remove it") from None
+    except ValueError:  # a disk lost it: nobody is known to hold it
+        holder = {"host": "an unknown host", "pid": 0, "born": None, "token": "", "since": "an unknown time"}
     age = time.time() - beat
     holder |= {"age": age, "beat": beat, "ended": False, "waits": None}
-    if host == socket.gethostname():
-        return {**holder, "dead": started is None or born(pid) != started}
+    if holder["host"] == socket.gethostname():
+        return {**holder, "dead": holder["born"] is None or born(holder["pid"]) != holder["born"]}
     holder["dead"] = age > DEAD_AFTER_SECONDS
     if not holder["dead"]:
         ended, why = _of_slurm(holder)

@@ -4,7 +4,6 @@ pipeline/artifact.py says where the folders are, and reads them.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -20,7 +19,7 @@ from pipeline.fingerprint import fingerprint_of
 from pipeline.lock import Lock, lock_holder
 from pipeline.software import software
 from pipeline.terminal import show
-from pipeline.unfinished import can_fork, fork_source, has_work, partials, restarting, worth_keeping
+from pipeline.unfinished import can_fork, fork_source, has_work, partials, restarting, run_info, worth_keeping
 
 
 class Output:
@@ -59,6 +58,8 @@ class Output:
     def _open(self, config: dict, parents: dict, restart: bool, fork: bool) -> None:
         (self.folder / "requeue.json").unlink(missing_ok=True)  # the word that an earlier run left for its job script
         _sweep_folder(self.folder)
+        if restart:
+            self._set_damaged_aside()
         begun = restarting(self.path)  # a killed --restart is gone on with, by the same command and by the plain one
         self.published = None if restart or begun else self._finish_publishing()
         if self.published:
@@ -79,7 +80,7 @@ class Output:
             for path in others if begun else partials(self.folder):
                 _set_aside(path)
         elif others and not fork:
-            before = json.loads((others[-1] / "run.json").read_text(encoding="utf-8"))
+            before = run_info(others[-1])
             wanted = {"identity": self.identity, "config": config, "parents": parents}
             fork_too = ", or --fork to continue from its last checkpoint under the new recipe"
             raise UserError(
@@ -87,10 +88,9 @@ class Output:
                 f" {'; '.join(explain(self.folder, before, wanted))}. Put the recipe back to finish it, or give"
                 f" --restart to start again{fork_too if can_fork(self.folder, wanted, self.stage) else ''}"
             )
-        known = self.path / "run.json"
-        if known.exists():
-            self.info = json.loads(known.read_text())
-            self.info["resumed"] = self.info.get("resumed", 0) + 1
+        if (self.path / "run.json").exists():
+            self.info = run_info(self.path)
+            self.info["resumed"] += 1
             self.info.pop("ended", None)
         else:
             self.info = {
@@ -116,6 +116,14 @@ class Output:
         if fork:
             self._forked = {path: _set_aside(path) for path in others}
         self._clock = time.time()
+
+    def _set_damaged_aside(self) -> None:
+        """Unfinished runs that say no more what they are."""
+        for path in partials(self.folder):
+            try:
+                run_info(path)
+            except Damaged:
+                _set_aside(path, "damaged")
 
     def _finish_publishing(self) -> Artifact | None:
         """The output of this fingerprint if it is complete, also when an earlier run died between its manifest and

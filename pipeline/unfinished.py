@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipeline.artifact import current
 from pipeline.changes import explain
-from pipeline.errors import UserError
-from pipeline.files import damage_of
+from pipeline.errors import Damaged, UserError
+from pipeline.files import damage_of, read_record
 from pipeline.terminal import show
 
 
@@ -17,15 +17,34 @@ def partials(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path / "run.json").stat().st_mtime)
 
 
+RUN = {
+    "identity": dict,
+    "config": dict,
+    "parents": dict,
+    "started": str,
+    "resumed": int,
+    "seconds": (int, float),
+    "restart": bool,
+}
+
+
+def run_info(output: Path) -> dict:
+    """What is known of a run, from its run.json. Raises Damaged."""
+    known = output / "run.json"
+    try:
+        return read_record(known, RUN)
+    except ValueError as error:
+        raise Damaged(f"{known}: {error}; run the stage again with --restart") from None
+    except OSError as error:
+        raise Damaged(f"{known}: cannot be read ({error.strerror}); run the stage again with --restart") from None
+
+
 def restarting(partial: Path) -> bool:
     """Whether an unfinished output is a --restart that was killed: what is published beside it is then not the end
     of the story."""
-    known = partial / "run.json"
-    return (
-        known.exists()
-        and not (partial / "manifest.json").exists()
-        and bool(json.loads(known.read_text()).get("restart"))
-    )
+    if not (partial / "run.json").exists() or (partial / "manifest.json").exists():
+        return False
+    return run_info(partial)["restart"]
 
 
 class NothingToFork(UserError):
@@ -50,7 +69,7 @@ def fork_source(folder: Path, after: dict, stage: str) -> Path:
         steps = sorted((path.parent for path in run.glob("checkpoints/step-*/complete.json")), key=_number)
         if not steps:
             continue
-        before = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        before = run_info(run)
         changed = explain(folder, before, after, keys=("parents", "sources"))
         if changed:
             reasons.append(f"{run.name} was made from other inputs ({'; '.join(changed)})")
@@ -131,6 +150,6 @@ def worth_keeping(path: Path) -> bool:
     """
     if (path / "manifest.json").exists() or any(path.glob("checkpoints/step-*/complete.json")):
         return True
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    trains = "save" in run.get("config", {})
+    run = run_info(path)
+    trains = "save" in run["config"]
     return has_work(path) and not trains and "ended" not in run

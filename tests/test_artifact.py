@@ -388,6 +388,38 @@ def test_an_unfinished_run_that_cannot_be_resumed_does_not_block_a_corrected_rec
     assert (kept / "work/units/1").read_bytes() == b"hours of work" and kept.name in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "lacks config"),
+        ('{"identity": {}}', "lacks config"),
+        (None, "config is '3'"),
+    ],
+    ids=["empty", "nested", "list", "other keys", "another type"],
+)
+@pytest.mark.parametrize("recipe", ["same", "other"])
+def test_an_unfinished_run_that_says_no_more_what_it_is_can_be_set_aside(tmp_path, content, said, recipe):
+    """correctness 33: run.json as a disk left it."""
+    output = make(tmp_path / "pack", publish=False)
+    known = output.path / "run.json"
+    known.write_text(json.dumps(json.loads(known.read_text()) | {"config": 3}) if content is None else content)
+    identity = IDENTITY if recipe == "same" else {**IDENTITY, "version": 2}
+    with pytest.raises(UserError, match=rf"run.json: damaged, {said}.*--restart"):
+        make(tmp_path / "pack", identity)
+    make(tmp_path / "pack", identity, restart=True)
+    assert artifact.current(tmp_path / "pack").manifest["identity"] == identity
+    assert len(list((tmp_path / "pack").glob("*.damaged-*/data/one.bin"))) == 1
+
+
+def test_a_folder_in_place_of_a_lock_is_a_sentence(tmp_path):
+    """correctness 33."""
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(UserError, match="lock.json: is a folder"):
+        Lock(tmp_path).acquire()
+
+
 def test_an_error_of_a_run_that_was_resumed_since_is_forgotten(tmp_path):
     """correctness 48: killed later on, it has work that a resume needs."""
     output = make(tmp_path / "pack", publish=False)

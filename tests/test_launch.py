@@ -167,6 +167,17 @@ def test_a_job_that_may_go_on_is_queued_again_until_it_makes_no_progress(tmp_pat
     assert len(calls(tmp_path, "scontrol requeue 7")) == 4
 
 
+def test_a_count_of_tries_that_was_torn_is_begun_again(tmp_path):
+    """correctness 42: the machine went down while it was written."""
+    job(tmp_path, "[ $last = clean ] && touch done")
+    assert job(tmp_path, leaves(100)).returncode == 0
+    (count,) = tmp_path.rglob("tries.json")
+    count.write_text('{"tri')
+    answer = job(tmp_path, leaves(100))
+    assert answer.returncode == 0 and "try 1 of 3" in answer.stdout, answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stderr and not list(tmp_path.rglob(".tries.json.*"))
+
+
 def test_the_word_of_the_start_before_is_not_taken_for_this_ones(tmp_path):
     """A start that fails before its first step has not yet taken the old word away."""
     job(tmp_path, "[ $last = clean ] && touch done")

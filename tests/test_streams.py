@@ -1,5 +1,6 @@
 """Standard output that nobody reads, and run folders in which somebody has been."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -88,6 +89,23 @@ def _no_text_in_a_manifest(stage: Path) -> None:
     (stage / "current" / "manifest.json").write_bytes(b"\xff\xfe\x00")
 
 
+def _change_of_a_manifest(stage: Path, change: dict) -> None:
+    manifest = stage / "current" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+
+
+def _list_of_files_that_is_none(stage: Path) -> None:
+    _change_of_a_manifest(stage, {"files": []})
+
+
+def _files_without_hashes(stage: Path) -> None:
+    _change_of_a_manifest(stage, {"files": {"data": 3}})
+
+
+def _word_for_a_version(stage: Path) -> None:
+    _change_of_a_manifest(stage, {"schema_version": "x"})
+
+
 def _link_to_nowhere(stage: Path) -> None:
     (stage / "current").unlink()
     (stage / "current").symlink_to("0123456789ab")
@@ -116,6 +134,9 @@ def _folder_for_a_link(stage: Path) -> None:
         (_folder_for_a_manifest, "damaged", "manifest.json: cannot be read (Is a directory)"),
         (_list_for_a_manifest, "damaged", "manifest.json: damaged, not JSON"),
         (_no_text_in_a_manifest, "damaged", "manifest.json: damaged, not JSON"),
+        (_list_of_files_that_is_none, "damaged", "manifest.json: damaged, files is '[]'"),
+        (_files_without_hashes, "damaged", "manifest.json: damaged, data has no sha256, size and mtime"),
+        (_word_for_a_version, "damaged", "manifest.json: damaged, schema_version is 'x'"),
         (_link_to_nowhere, "up to date", "kept from an earlier run"),
         (_link_to_itself, "damaged", "manifest.json: cannot be read (Too many levels of symbolic links)"),
         (_file_for_a_link, "up to date", "kept from an earlier run"),

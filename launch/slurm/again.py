@@ -11,21 +11,28 @@ without progress.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 
+def known(path: Path, key: str) -> dict:
+    """A JSON file with `key`; empty if there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and key in found else {}
+
+
 def main(folder: Path, most: int, asked: bool) -> int:
     counted = folder / "tries.json"
-    before = json.loads(counted.read_text()) if counted.exists() else {}
-    path = folder / "requeue.json"
-    if path.exists():
-        word = json.loads(path.read_text())
-    elif asked:
+    before, word = known(counted, "tries"), known(folder / "requeue.json", "reason")
+    if not word and asked:
         starting = "asked to stop before the stage had begun its work"
         word = {"reason": "signal", "message": starting, "saved": before.get("saved"), "from": before.get("from")}
         word["progress"] = before.get("progress")
-    else:
+    elif not word:
         print(f"{folder.name}: left no word that it wants to go on; see its message above")
         return 1
     reason = word.get("message") or f"{word['reason']} {word.get('signal', '')}".strip()
@@ -35,8 +42,10 @@ def main(folder: Path, most: int, asked: bool) -> int:
     progress, place = word.get("progress", word["saved"]), word.get("from") or f"step {word['saved'] or 0}"
     same = bool(before) and before.get("progress", before.get("saved")) == progress
     tries = before["tries"] + 1 if same else 1
-    known = {"saved": word["saved"], "progress": progress, "from": place, "tries": tries, "reason": word["reason"]}
-    counted.write_text(json.dumps(known) + "\n")
+    count = {"saved": word["saved"], "progress": progress, "from": place, "tries": tries, "reason": word["reason"]}
+    temporary = counted.with_name(f".{counted.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(count) + "\n")
+    temporary.replace(counted)
     if tries >= most:
         print(
             f"{folder.name}: {tries} tries ended at {place} without progress, the last with: {reason}. Not"
