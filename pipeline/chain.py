@@ -188,6 +188,8 @@ def main(kind: str, argv: list[str] | None = None) -> None:
         "--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made"
     )
     args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
+    from pipeline.train import stop
+
     die_with_launcher()
     code = guarded(lambda: _main(kind, args))
     stop.finish()
