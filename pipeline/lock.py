@@ -119,7 +119,7 @@ def _one_at_a_time(path: Path):
         with open(path, "w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             # its holder before may have removed it, and another may have made a new one
-            if not path.exists() or not os.path.samestat(os.fstat(guard.fileno()), path.stat()):
+            if not _is_at(path, guard):
                 continue
             try:
                 yield
@@ -128,13 +128,21 @@ def _one_at_a_time(path: Path):
             return
 
 
+def _is_at(path: Path, guard) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(guard.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _sweep(folder: Path) -> None:
     """Remove what takers of the lock left when they were killed. The lock is held by this process."""
     takeover = folder / ".takeover"
     if takeover.exists():
         with open(takeover, "w") as guard, contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(guard.fileno()), takeover.stat()):
+            if _is_at(takeover, guard):
                 takeover.unlink()
     for path in [*folder.glob(".lock.*"), *folder.glob("..lock.*.tmp")]:
         with contextlib.suppress(FileNotFoundError):
