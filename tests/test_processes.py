@@ -255,6 +255,7 @@ def test_a_rank_that_is_killed_is_named_by_the_chain(world):
     gone(world, 2)
 
 
+@pytest.mark.slow
 def test_a_single_process_that_is_killed_is_not_said_to_have_lost_nothing(world):
     """correctness 42: its siblings, a stage of one process."""
     folder = world / "runs-one/tiny"

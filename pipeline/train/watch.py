@@ -368,9 +368,11 @@ class Watch:
 
 def _launch() -> str | None:
     """A name that all processes of this launch share and no other launch has, if the launcher gives one."""
+    if launch := os.environ.get("ALMA_LAUNCH"):  # first: one step of Slurm may be an `alma run` with several launches
+        return launch
     if os.environ.get("SLURM_STEP_ID") and os.environ.get("SLURM_JOB_ID"):
         return ".".join(os.environ.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    run = os.environ.get("ALMA_LAUNCH") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if run == "none" else f"{run}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
