@@ -377,7 +377,7 @@ def test_a_file_that_is_not_there_is_named_by_its_key_of_the_recipe(tmp_path):
     base = {"sources": {"a": {"path": "a.jsonl"}}}
     for extra, key in (
         ({"decontaminate": {"sets": {"gsm": {"path": "nosuch"}}}}, "decontaminate.sets.gsm"),
-        ({"examples": {"good": {"path": "nosuch"}}, "perplexity": {"like": ["good"], "max_en": 1}}, "examples.good"),
+        ({"examples": {"good": {"path": "nosuch"}}, "perplexity": {"like": ["good"], "max_en": 100}}, "examples.good"),
         ({"sources": {"b": {"path": "nosuch"}}}, "sources.b"),
     ):
         (tmp_path / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"clean": {**base, **extra}}}))
