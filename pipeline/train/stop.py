@@ -165,8 +165,12 @@ def begin() -> None:
     """First thing in a stage's process."""
 
     def leave(number, frame):
-        if _first(number):
-            raise Stopped(f"{name_of(number)} received while the stage was starting; nothing was done yet")
+        if not _first(number):
+            return
+        if "RANK" in os.environ:  # others may be waiting for this rank: an exit code of a stop would have them wait on
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Stopped(f"{name_of(number)} received while the stage was starting; nothing was done yet")
 
     listen(leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the chain starts its stages with them blocked
