@@ -316,7 +316,7 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
         ({"sources": {"a": {"path": "blank.jsonl"}}}, "sources.a: has no record"),
         (
             {"sources": {"a": {"path": "cut.json"}}},
-            "sources.a: none of its 1 record is good; the first: cut.json: malformed JSON",
+            "sources.a: none of its 1 record is good; the first: cut.json:1: malformed JSON",
         ),
         (
             {"sources": {"a": {"path": "cut.jsonl.gz"}}},

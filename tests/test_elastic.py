@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_stay
 
     monkeypatch.setattr(state, "write", full)
     with pytest.raises(
-        UserError, match=r"step 4 could not be written by process 0: No space left.*resuming from step-000002"
+        UserError, match=r"step 4 could not be written by process 0: No space left.*resumes from step-000002"
     ):
         run(tmp_path / "full", save={"every_steps": 2, "asynchronous": beside})
     folder = next((tmp_path / "full").rglob("checkpoints"))

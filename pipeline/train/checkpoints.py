@@ -171,7 +171,7 @@ class Saver:
     def _advice(self) -> str:
         there = complete(self.folder)
         return (
-            f"make room, then the same command goes on from {there[-1].name}"
+            f"make room, then the same command resumes from {there[-1].name}"
             if there
             else "make room, then start it again"
         )
