@@ -103,7 +103,17 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def nothing_idle(self):
-        used = {*self.quality.good, *self.quality.bad, *self.perplexity.like}
+        trained = {
+            "quality.good": self.quality.good,
+            "quality.bad": self.quality.bad,
+            "perplexity.like": self.perplexity.like,
+        }
+        for key, names in trained.items():
+            for name in names:
+                if name not in self.examples:
+                    has = ", ".join(self.examples) or "none"
+                    raise ValueError(f"{key}: there is no example source {name!r}; `examples` has {has}")
+        used = {name for names in trained.values() for name in names}
         for name in self.examples:
             if name not in used:
                 raise ValueError(

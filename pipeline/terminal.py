@@ -25,8 +25,10 @@ def columns(stream: TextIO) -> int | None:
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Print to `stream`, by default standard output."""
+    """Print to `stream`, by default standard output, which may have been closed."""
     stream = sys.stdout if stream is None else stream
+    if stream is None:
+        return
     width = columns(stream)
     print(wrap(text, width) if width else text, file=stream, flush=True)
 

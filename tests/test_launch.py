@@ -267,7 +267,14 @@ def test_a_failure_of_one_rank_is_not_queued_again(tmp_path):
     assert not calls(tmp_path, "scontrol requeue")
 
 
-SAVES = "import os, signal, sys, time; signal.signal({name}, lambda *_: sys.exit(75)); {then}; time.sleep(20)"
+SAVES = """import os, signal, sys, time
+def leave(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # the wrapper passes it on once more, maybe while Python shuts down
+    sys.exit(75)
+signal.signal({name}, leave)
+{then}
+time.sleep(20)
+"""
 
 
 @pytest.mark.parametrize(

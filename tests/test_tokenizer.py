@@ -758,7 +758,7 @@ def test_folders_whose_files_disagree_are_refused(plain, small, tmp_path):
             "model", lambda folder: (folder / "tokenizer.model").write_bytes(_other_model(folder))
         )
     (code, said), _ = adopted(tmp_path / "none", small, tmp_path / "nowhere")
-    assert code == 2 and "no tokenizer" in said
+    assert code == 2 and "nowhere does not exist" in said
 
 
 def _other_model(folder):

@@ -89,17 +89,8 @@ class Perplexity(Strict):
 
 
 def train(examples: "dict[str, Source]", quality: Quality, perplexity: Perplexity, folder: Path) -> None:
-    """Train what is asked for and is not there yet: quality.npz, perplexity.npz, published whole. Raises UserError."""
-    for where, names in (
-        ("quality.good", quality.good),
-        ("quality.bad", quality.bad),
-        ("perplexity.like", perplexity.like),
-    ):
-        for name in names:
-            if name not in examples:
-                raise UserError(
-                    f"{where}: there is no example source {name!r}; `examples` has {', '.join(examples) or 'none'}"
-                )
+    """Train what is asked for and is not there yet: quality.npz, perplexity.npz, published whole. The config has
+    checked that `examples` has what they name."""
     if quality.good and not (folder / "quality.npz").exists():
         both = [
             _texts(examples, names, quality.max_examples, where)
