@@ -79,3 +79,12 @@ def shown(raw: bytes | bytearray, encoding: str | None = None) -> str:
     if encoding:
         raw = _KEPT.sub(lambda found: b"\\x%02x" % ((found[1][0] & 3) << 6 | found[2][0] & 63), raw)
     return raw.decode(errors="backslashreplace")
+
+
+def encodes(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it has no lone surrogate."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.charset import shown
+from pipeline.data.charset import encodes, shown
 from pipeline.data.formats import (
     EXCERPT,
     JSON,
@@ -157,7 +157,7 @@ class _Text:
         if isinstance(value, ValueError):
             why = str(value) if isinstance(value, RepeatedKey) else "malformed JSON"  # a number of 5,000 digits
             return Bad("", why, self.shown(self.begin))
-        if not taken.isascii() and not _encodes(taken):
+        if not taken.isascii() and not encodes(taken):
             return Bad("", f"invalid {self.encoding or 'UTF-8'}", self.shown(self.begin))
         return value
 
@@ -204,14 +204,6 @@ class _Text:
 
     def shown(self, begin: int) -> str:
         return shown(self.held[begin : begin + EXCERPT].encode(errors="surrogateescape"), self.encoding)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
 
 
 # ---- a value -> its records ------------------------------------------------------------------------------------------

@@ -223,15 +223,22 @@ def _alpaca(fields: dict) -> tuple[list[dict], set[str]] | None:
     return messages, {"instruction", "input", "history"}
 
 
+def _read_again(value) -> list[dict] | None:
+    """A field as a conversation without weights and the like, None if it is none."""
+    if not isinstance(value, list):
+        return None
+    try:
+        return [_plain(message) for message in normalised(value)]
+    except Rejected:
+        return None
+
+
 def _repeats(value, messages: list[dict]) -> bool:
     """Whether a field only writes again what the messages hold: one of them, or all of them."""
     if isinstance(value, str):
         return value.strip() in (message["content"].strip() for message in messages)
-    if not isinstance(value, list):
-        return False
-    try:
-        again = [_plain(message) for message in normalised(value)]
-    except Rejected:
+    again = _read_again(value)
+    if again is None:
         return False
     whole = [_plain(message) for message in messages]
     spoken = [message for message in whole if message["role"] != "system"]
@@ -415,11 +422,8 @@ def prompt_of(record: dict, named: set[str] = frozenset()) -> list[dict]:
 
 def _begins_with(value, messages: list[dict]) -> bool:
     """Whether a list of raw messages is a conversation that begins with `messages`."""
-    if not isinstance(value, list):
-        return False
-    try:
-        again = [_plain(message) for message in normalised(value)]
-    except Rejected:
+    again = _read_again(value)
+    if again is None:
         return False
     return again[: len(messages)] == messages
 

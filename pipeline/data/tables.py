@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.data.arrow import damage, first_line, opened_table, repeated
-from pipeline.data.charset import shown
+from pipeline.data.charset import encodes, shown
 from pipeline.data.formats import EXCERPT, MAX_RECORD_BYTES, Asked, Bad, Chunk, bad_chunk, line_chunks
 
 # A file that has a column name twice is one bad record, like a json file that is malformed: a record has one value
@@ -110,17 +110,9 @@ def _row(header: list[str], cells: list[str], place: str, encoding: str | None) 
     begun = shown(",".join(cells)[:EXCERPT].encode(errors="surrogateescape"), encoding)
     if len(cells) != len(header):
         return Bad(place, "wrong number of cells", begun)
-    if any(not cell.isascii() and not _encodes(cell) for cell in cells):
+    if any(not cell.isascii() and not encodes(cell) for cell in cells):
         return Bad(place, f"invalid {encoding or 'UTF-8'}", begun)
     return dict(zip(header, cells, strict=True))
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
 
 
 # ---- parquet ---------------------------------------------------------------------------------------------------------
