@@ -15,6 +15,12 @@ settings.load_profile("steady")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes are named by their argument, not by what they hold: the header of a gzip file holds the time, and the two
+    workers of pytest-xdist refuse to run tests that they name differently."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _as_it_was():
     """Engines leave traces in the process that built them: LOCAL_RANK, and DeepSpeed's ZeRO-3 its own

@@ -461,7 +461,9 @@ def test_a_broken_template_is_found_before_anything_is_read():
         Source(path="a.jsonl", text="{body")
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b"text\nhello\n"), "text\nhello\n".encode("utf-16-le")])
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"text\nhello\n"), "text\nhello\n".encode("utf-16-le")], ids=["packed", "utf-16"]
+)
 def test_a_table_whose_header_is_no_text_is_one_bad_record(tmp_path, data):
     """correctness 20 and 29: a packed file without its suffix was a header line without rows, so nothing told of it."""
     (tmp_path / "a.csv").write_bytes(data)
