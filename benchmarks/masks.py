@@ -28,8 +28,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import corpus  # noqa: E402
 import rules  # noqa: E402
 
-from pipeline.data.mask import KINDS, Mask, masked  # noqa: E402
-from pipeline.data.web import text_of_html  # noqa: E402
+from pipeline.data.cleaning.pii import KINDS, Mask, masked  # noqa: E402
+from pipeline.data.sources.warc_html import text_of_html  # noqa: E402
 
 OPEN, CLOSE = "\ue000", "\ue001"  # of no text, so that what was replaced is found again
 CONTEXTS = (

@@ -134,8 +134,8 @@ def new_model(size: dict):
 
 
 def sampler_of(folder: Path, size: dict):
-    from pipeline.data.sampler import RowSampler
-    from pipeline.data.tokens import TokenStore
+    from pipeline.data.tokens.row_sampler import RowSampler
+    from pipeline.data.tokens.store import TokenStore
 
     store = TokenStore(folder / "tokens")
     return store, RowSampler(store, size["length"], None, 0)
@@ -170,12 +170,12 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     signals; a window begins half way between two saves, so that it holds what a save costs while it is written
     beside the steps, and nothing of it falls into the others' turns."""
     from pipeline import pretrain
+    from pipeline.core.output import Output
     from pipeline.models import cost
-    from pipeline.output import Output
     from pipeline.train import distributed, engine, layers, phases
     from pipeline.train.batches import loss_of, to_batch
     from pipeline.train.loop import fit, share
-    from pipeline.train.meters import Text
+    from pipeline.train.metrics import Text
 
     window = size["window"]
     options = {
@@ -400,7 +400,7 @@ def peak_of_loss(chunks: bool, quick: bool) -> None:
     import torch
 
     from pipeline.models import build
-    from pipeline.train import head
+    from pipeline.train import chunked_loss
     from pipeline.train.loss import next_token
 
     torch.set_num_threads(THREADS)
@@ -420,7 +420,7 @@ def peak_of_loss(chunks: bool, quick: bool) -> None:
     )
     layer = model.get_output_embeddings()
     if chunks:
-        head.install(model)
+        chunked_loss.install(model)
     hidden, labels = torch.randn(1, tokens, width, requires_grad=True), torch.randint(0, vocabulary, (1, tokens))
 
     def loss(hidden, labels):

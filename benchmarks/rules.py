@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from corpus import SOURCES  # noqa: E402
 from meter import measured  # noqa: E402
 
-from pipeline.data.packages import fetch  # noqa: E402
+from pipeline.data.sources.packages import fetch  # noqa: E402
 
 WEB = {
     "c4": (

@@ -21,7 +21,7 @@ VOCABULARY, EOS = 32_000, 1
 
 def write_tokens(folder: Path, millions: float) -> None:
     """A folder as stage pack writes it, of random tokens: the sampler does not read them."""
-    from pipeline.files import write_json
+    from pipeline.core.files import write_json
 
     draw = np.random.default_rng(0)
     index: dict = {"vocab_size": VOCABULARY, "eos_id": EOS, "dtype": "uint16", "splits": {"train": {}, "heldout": {}}}
@@ -54,9 +54,9 @@ def write_tokens(folder: Path, millions: float) -> None:
 def measure(sequence_length: int = 2048, millions: float = 40.0, rows: int = 12_000) -> dict:
     """Millions of tokens per second of CPU time, by packing; `sampler_mtok_s` is the default, concat.
     best_fit_plan_s: CPU seconds to pack a million documents."""
-    from pipeline.data.fim import Cutter
-    from pipeline.data.sampler import RowSampler
-    from pipeline.data.tokens import TokenStore
+    from pipeline.data.tokens.fim import Cutter
+    from pipeline.data.tokens.row_sampler import RowSampler
+    from pipeline.data.tokens.store import TokenStore
 
     found: dict = {}
     with tempfile.TemporaryDirectory() as folder:

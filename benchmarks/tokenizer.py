@@ -28,8 +28,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from corpus import chinese, english  # noqa: E402
 from meter import measured  # noqa: E402
 
-from pipeline.data import bpe, bytelevel, presplit  # noqa: E402
-from pipeline.data.packages import fetch  # noqa: E402
+from pipeline.data.sources.packages import fetch  # noqa: E402
+from pipeline.data.tokenizer import byte_bpe, pretokenize, spm_trainer  # noqa: E402
 
 SIZE = 32_000
 CHATS = (
@@ -82,20 +82,23 @@ def read(path: str):
 def train(name: str, path: str, out: str) -> None:
     if name == "ours":
         total = sum(len(text.encode()) for text in read(path))
-        learned, pairs = bytelevel.train(read(path), SIZE - len(bpe.SPECIAL), False, True, total)
-        bytelevel.build(
-            {token: index for index, token in enumerate(learned)}, pairs, presplit.pattern(False), bpe.SPECIAL
+        learned, pairs = byte_bpe.train(read(path), SIZE - len(spm_trainer.SPECIAL), False, True, total)
+        byte_bpe.build(
+            {token: index for index, token in enumerate(learned)},
+            pairs,
+            pretokenize.pattern(False),
+            spm_trainer.SPECIAL,
         ).save(out)
     elif name == "hf":
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
-        split = pre_tokenizers.Split(Regex(presplit.pattern(False)), behavior="isolated")
+        split = pre_tokenizers.Split(Regex(pretokenize.pattern(False)), behavior="isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        words = [AddedToken(word, normalized=False, special=True) for word in bpe.SPECIAL]
+        words = [AddedToken(word, normalized=False, special=True) for word in spm_trainer.SPECIAL]
         tokenizer.train_from_iterator(
             read(path),
             trainers.BpeTrainer(
@@ -107,8 +110,8 @@ def train(name: str, path: str, out: str) -> None:
         )
         tokenizer.save(out)
     elif name == "sentencepiece":
-        model = bpe.train_sentencepiece(read(path), SIZE, True, 0.9995, Path(out + ".log"))
-        bpe.from_sentencepiece(model).save(out)
+        model = spm_trainer.train_sentencepiece(read(path), SIZE, True, 0.9995, Path(out + ".log"))
+        spm_trainer.from_sentencepiece(model).save(out)
     else:
         raise ValueError(name)
 
@@ -149,13 +152,15 @@ def trained(name: str, folder: Path, python: Path | None) -> Path:
                 RUSTBPE,
                 str(folder / "train.jsonl"),
                 str(out.with_suffix(".tiktoken")),
-                str(SIZE - len(bpe.SPECIAL)),
-                presplit.pattern(False),
+                str(SIZE - len(spm_trainer.SPECIAL)),
+                pretokenize.pattern(False),
             ],
             env=environment,
         )
-        tokens = bytelevel.load(out.with_suffix(".tiktoken"))
-        bytelevel.build(tokens, bytelevel.merges_of(tokens), presplit.pattern(False), bpe.SPECIAL).save(str(out))
+        tokens = byte_bpe.load(out.with_suffix(".tiktoken"))
+        byte_bpe.build(tokens, byte_bpe.merges_of(tokens), pretokenize.pattern(False), spm_trainer.SPECIAL).save(
+            str(out)
+        )
     else:
         cost = measured(
             [sys.executable, __file__, "--worker", name, str(folder / "train.jsonl"), str(out)], env=environment
@@ -172,7 +177,7 @@ COSTS: dict = {}
 
 
 def compression(folder: Path, heldout: dict[str, list[str]]) -> dict[str, float]:
-    from pipeline.data.encode import encoder
+    from pipeline.data.tokenizer.encode import encoder
 
     encode = encoder(folder)
     return {
@@ -188,14 +193,17 @@ def encoding(folder: Path, heldout: dict[str, list[str]]) -> dict:
     import tiktoken
     from tokenizers import Tokenizer
 
-    from pipeline.data.encode import encoder, ranks
+    from pipeline.data.tokenizer.encode import encoder, ranks
 
     backend, texts = (
         Tokenizer.from_file(str(folder / "tokenizer.json")),
         [text for texts in heldout.values() for text in texts],
     )
     engine = tiktoken.Encoding(
-        "bench", pat_str=presplit.pattern(False), mergeable_ranks=ranks(json.loads(backend.to_str())), special_tokens={}
+        "bench",
+        pat_str=pretokenize.pattern(False),
+        mergeable_ranks=ranks(json.loads(backend.to_str())),
+        special_tokens={},
     )
     ways = {
         "ours": lambda encode: encode(texts),

@@ -17,16 +17,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline import faults
-from pipeline.artifact import Artifact
-from pipeline.data.tuning_sources import PromptSource
-from pipeline.errors import UserError
-from pipeline.files import write_atomic, write_json
-from pipeline.output import Output
-from pipeline.plural import many
-from pipeline.recipe import EXECUTION, StageConfig, idle
-from pipeline.seeds import derive
-from pipeline.tracking import Progress
+from pipeline.core import faults
+from pipeline.core.artifact import Artifact
+from pipeline.core.errors import UserError
+from pipeline.core.files import write_atomic, write_json
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.core.recipe import EXECUTION, StageConfig, idle
+from pipeline.core.seeds import derive
+from pipeline.core.tracking import Progress
+from pipeline.data.chat.chat_sources import PromptSource
 from pipeline.train.config import Date
 
 VERSION = 2  # 2: ends of answers as generation_config.json says, rewards of foreign tokenizers, prompts that fit
@@ -94,10 +94,10 @@ class Config(StageConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.data.chat import Chat
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.chat.template import Chat
+    from pipeline.data.tokens.store import load_tokenizer
     from pipeline.train import distributed
-    from pipeline.train.tuning import model_folder
+    from pipeline.train.finetune_data import model_folder
 
     distributed.choose_device(config, 1)
     distributed.setup()
@@ -199,10 +199,10 @@ class Subject:
     def of(cls, name: str, found: Artifact, config: Config) -> "Subject":
         from transformers import AutoConfig
 
-        from pipeline.data.chat import Chat
-        from pipeline.data.tokens import load_tokenizer, use_known_padding
+        from pipeline.data.chat.template import Chat
+        from pipeline.data.tokens.store import load_tokenizer, use_known_padding
         from pipeline.models.build import positions
-        from pipeline.train.tuning import model_folder
+        from pipeline.train.finetune_data import model_folder
 
         folder = model_folder(found)
         if not (folder / "config.json").is_file():
@@ -217,8 +217,8 @@ class Subject:
 def held_out_rows(config: Config, tokens: Artifact, subjects: list[Subject]) -> list:
     """Fixed rows of held-out text. Raises UserError for a model that reads these tokens as other text, or that has no
     positions for a row."""
-    from pipeline.data.sampler import heldout_rows
-    from pipeline.data.tokens import TokenStore
+    from pipeline.data.tokens.row_sampler import heldout_rows
+    from pipeline.data.tokens.store import TokenStore
 
     store = TokenStore(tokens.path, "heldout")
     packed_with = tokenizer_of_pack(tokens)
@@ -240,7 +240,7 @@ def held_out_rows(config: Config, tokens: Artifact, subjects: list[Subject]) -> 
 
 def tokenizer_of_pack(tokens: Artifact):
     """The tokenizer that packed these tokens, if its folder is still where it was, else None."""
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
 
     parent = tokens.manifest.get("parents", {}).get("tokenizer")
     folder = (tokens.path.parent / parent["path"]).resolve() if parent else None
@@ -252,7 +252,7 @@ def foreign(store, packed_with, subject: Subject) -> str | None:
     packed with."""
     import numpy as np
 
-    from pipeline.data.tokens import token_bytes
+    from pipeline.data.tokens.store import token_bytes
 
     if subject.vocabulary < store.vocab_size:
         return f"they have {store.vocab_size} ids, the model has {subject.vocabulary}"
@@ -278,9 +278,9 @@ def held_out_prompts(config: Config, subjects: list[Subject], judge) -> tuple[li
     write or that leave no room for an answer."""
     if not config.sources:
         return [], {}
-    from pipeline.chain import say
-    from pipeline.data.conversations import load_prompts
-    from pipeline.data.tuning_ledger import NOTABLE
+    from pipeline.core.chain import say
+    from pipeline.data.chat.conversations import load_prompts
+    from pipeline.data.chat.record_accounting import NOTABLE
 
     _, heldout, ledger = load_prompts(config.sources, config.holdout)
     ledger.judge(max_bad=1.0)  # nothing is learned here: what is left out is said, and ends nothing
@@ -379,8 +379,8 @@ def judged(rows: list[list[int]], found: Artifact, judge, config: Config) -> lis
     for."""
     from pipeline.models.build import load, positions
     from pipeline.train.distributed import device
+    from pipeline.train.finetune_data import model_folder
     from pipeline.train.scores import reward_scores
-    from pipeline.train.tuning import model_folder
 
     folder = model_folder(found)
     model = load(folder, head="judge").to(device()).eval()
@@ -434,6 +434,6 @@ def win_rate(ours: list[float], theirs: list[float], config: Config, name: str) 
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("assess")

@@ -26,30 +26,32 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline import faults
-from pipeline.artifact import Artifact
-from pipeline.chain import say
-from pipeline.data import decontaminate, ledger, outcomes, refusals, units
-from pipeline.data.block import Block
-from pipeline.data.decontaminate import Decontaminate
-from pipeline.data.dedup import Dedup
-from pipeline.data.filters import Filters
-from pipeline.data.language import Language
-from pipeline.data.mask import Mask
-from pipeline.data.models import Perplexity, Quality
-from pipeline.data.pool import Pool, keep_arrays
-from pipeline.data.repair import Repair
-from pipeline.data.rules import Rules
-from pipeline.data.sources import Source, files
-from pipeline.errors import Absent, UserError
-from pipeline.files import write_json
-from pipeline.output import Output
-from pipeline.plural import many
-from pipeline.recipe import EXECUTION, Name, StageConfig
-from pipeline.tracking import Progress
+from pipeline.core import faults
+from pipeline.core.artifact import Artifact
+from pipeline.core.chain import say
+from pipeline.core.errors import Absent, UserError
+from pipeline.core.files import write_json
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.core.recipe import EXECUTION, Name, StageConfig
+from pipeline.core.tracking import Progress
+from pipeline.data.cleaning import accounting, unit_files, work_units
+from pipeline.data.cleaning.blocklist import Block
+from pipeline.data.cleaning.classifiers import Perplexity, Quality
+from pipeline.data.cleaning.filters import Filters
+from pipeline.data.cleaning.language import Language
+from pipeline.data.cleaning.pii import Mask
+from pipeline.data.cleaning.process_pool import Pool, keep_arrays
+from pipeline.data.cleaning.rules import Rules
+from pipeline.data.cleaning.text_repair import Repair
+from pipeline.data.dedup import decontaminate
+from pipeline.data.dedup.decontaminate import Decontaminate
+from pipeline.data.dedup.minhash import Dedup
+from pipeline.data.sources import source_checks
+from pipeline.data.sources.sources import Source, files
 
 if TYPE_CHECKING:
-    from pipeline.data.steps import Steps
+    from pipeline.data.cleaning.steps import Steps
 
 VERSION = 13
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
@@ -146,25 +148,27 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
     work, firsts = output.path / "work", []
     for name, source in config.sources.items():
         if not any(work.glob(f"*/{name}/*")):  # a resumed run has seen that there is something to read
-            firsts.append(refusals.first_record(source, name, units.asked(source, config.dedup, config.block)))
+            firsts.append(
+                source_checks.first_record(source, name, work_units.asked(source, config.dedup, config.block))
+            )
     for key, template in (
         ("dedup.url", config.dedup.url),
         ("block.url", config.block.url if config.block.urls else None),
     ):
-        if template and firsts and all(units.url_of(template, record) is None for record in firsts):
+        if template and firsts and all(work_units.url_of(template, record) is None for record in firsts):
             say(
                 f"WARNING {key}: {template!r} is in the first record of no source (the first has"
                 f" {', '.join(firsts[0].fields)}); records without it are taken for having no address"
             )
     if config.quality.good or config.perplexity.like:
-        from pipeline.data import models
+        from pipeline.data.cleaning import classifiers
 
-        models.train(config.examples, config.quality, config.perplexity, output.path / "models")
+        classifiers.train(config.examples, config.quality, config.perplexity, output.path / "models")
     found: Counter[Path] = Counter()
     while True:
         try:
             return _run(config, inputs, output, work)
-        except outcomes.Torn as torn:
+        except unit_files.Torn as torn:
             # What a disk lost or somebody touched is made again, and never taken for an empty file.
             found[torn.path] += 1
             torn.path.unlink(missing_ok=True)
@@ -186,8 +190,8 @@ def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path
         done = _clean(config, work, pool, output)
         earlier = _sign(inputs["earlier"], config.dedup, work / "earlier", pool) if "earlier" in inputs else []
         index, pieces, edited = _compare(config, done, earlier, work, pool)
-        report = ledger.account(done, index, edited, config.dedup.upsample, output.path, _steps(config, work))
-        refusals.refuse(report, config.sources, config.max_bad, config.holdout, output.path)
+        report = accounting.account(done, index, edited, config.dedup.upsample, output.path, _steps(config, work))
+        source_checks.refuse(report, config.sources, config.max_bad, config.holdout, output.path)
         _write_shards(config, index, pieces, pool, output)
     return {**report["total"], "by_source": report["sources"], "summary": _summary(config, report)}
 
@@ -199,9 +203,9 @@ def _sign(earlier: Artifact, dedup: Dedup, folder: Path, pool: Pool) -> list[tup
     for shard in sorted(earlier.path.glob("*/part-*.parquet")):
         made.append((shard, folder / f"{shard.parent.name}-{shard.name}"))
         if dedup.url:
-            units.refuse_without_addresses(shard)
+            work_units.refuse_without_addresses(shard)
         if not made[-1][1].exists():
-            pool.submit(lambda *_: faults.point("work"), len(made), 0, units.sign_shard, *made[-1], dedup)
+            pool.submit(lambda *_: faults.point("work"), len(made), 0, work_units.sign_shard, *made[-1], dedup)
     pool.drain()
     return made
 
@@ -209,24 +213,24 @@ def _sign(earlier: Artifact, dedup: Dedup, folder: Path, pool: Pool) -> list[tup
 def _compare(config: Config, done: dict[str, list[Path]], earlier: list[tuple[Path, Path]], work: Path, pool: Pool):
     """All documents with one another: the index with their fates, the pieces that are kept, and what was taken out
     of them."""
-    from pipeline.data import fates, index, repeats
-    from pipeline.data.steps import columns
+    from pipeline.data.cleaning.steps import columns
+    from pipeline.data.dedup import decisions, document_index, exact_substring
 
     near, scratch = config.dedup.near, work / "index"
     score = columns(_steps(config, work)).index("quality") if config.dedup.keep == "quality" else None
-    found = index.build(
+    found = document_index.build(
         config.sources, done, [signed for _, signed in earlier], near.bands * near.rows if near else 0, scratch, score
     )
-    fates.decide(found, config.dedup, holdout=config.holdout, seed=config.seed, scratch=scratch)
-    before = index.before(found, [shard for shard, _ in earlier])
-    pieces = repeats.edit(
-        before + index.kept(found, done),
+    decisions.decide(found, config.dedup, holdout=config.holdout, seed=config.seed, scratch=scratch)
+    before = document_index.before(found, [shard for shard, _ in earlier])
+    pieces = exact_substring.edit(
+        before + document_index.kept(found, done),
         pool,
         work / f"repeats-{config.unit_bytes}",
         config.dedup.lines,
         config.dedup.runs,
     )[len(before) :]
-    return found, pieces, index.take_over(found, pieces, config.filters.min_tokens)
+    return found, pieces, document_index.take_over(found, pieces, config.filters.min_tokens)
 
 
 def _summary(config: Config, report: dict) -> dict[str, str]:
@@ -304,20 +308,20 @@ def _clean_source(
             noted[0] = time.time()
         faults.point("work")
 
-    asked = units.asked(source, config.dedup, config.block)
-    for number, unit in enumerate(units.cut(source, name, config.unit_bytes, asked)):
+    asked = work_units.asked(source, config.dedup, config.block)
+    for number, unit in enumerate(work_units.cut(source, name, config.unit_bytes, asked)):
         if source.limit and _prefix(records) >= source.limit:
             break
         path, weight = folder / f"{number:08d}.parquet", sum(piece.weight for piece in unit)
         if path.exists():
-            records[number] = units.counted(path)
+            records[number] = work_units.counted(path)
             tell(weight)
         else:
-            pool.submit(finished, number, weight, units.clean_unit, unit, source, name, steps, path)
+            pool.submit(finished, number, weight, work_units.clean_unit, unit, source, name, steps, path)
 
 
 def _steps(config: Config, work: Path) -> "Steps":
-    from pipeline.data.steps import Steps
+    from pipeline.data.cleaning.steps import Steps
 
     blocks = {field: getattr(config, field) for field in Steps.__dataclass_fields__ if field not in ("runs", "models")}
     return Steps(**blocks, runs=work / "evaluation" if config.decontaminate else None, models=work.parent / "models")
@@ -342,7 +346,7 @@ def _size(source: Source, name: str) -> int:
 def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Output) -> None:
     import numpy as np
 
-    from pipeline.data.index import HELDOUT, TRAIN, times
+    from pipeline.data.dedup.document_index import HELDOUT, TRAIN, times
 
     for split, fate in (("train", TRAIN), ("heldout", HELDOUT)):
         folder = output.path / split
@@ -358,7 +362,7 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
                     lambda *_: faults.point("work"),
                     number,
                     0,
-                    units.write_shard,
+                    work_units.write_shard,
                     shard,
                     path,
                     config.dedup.url is not None,
@@ -381,7 +385,7 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
                 place_now = at
                 part = place == at
                 shard.append(
-                    units.Rows(
+                    work_units.Rows(
                         index.sources[int(index.source[documents[0]])],
                         piece.path,
                         rows[part],
@@ -396,8 +400,8 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
-    outcomes.without_pandas()
+    unit_files.without_pandas()
     keep_arrays()
     main("clean")

@@ -8,20 +8,21 @@ from typing import Annotated
 
 import typer
 
-from pipeline import __version__, chain
-from pipeline.arguments import Json, RecipeFile, Words, known, split
-from pipeline.chain import StageFailed
-from pipeline.closing import show_chain
-from pipeline.errors import EXIT_USER, UserError
-from pipeline.files import write_atomic
-from pipeline.graph import examine
-from pipeline.inspection import commands as inspection
-from pipeline.plural import many
-from pipeline.precheck import checked
-from pipeline.recipe import load
-from pipeline.streams import keep_open
-from pipeline.terminal import show
-from pipeline.verify import commands as verify
+from pipeline import __version__
+from pipeline.checks import inspect_commands as inspection
+from pipeline.checks import verify_commands as verify
+from pipeline.core import chain
+from pipeline.core.arguments import Json, RecipeFile, Words, known, split
+from pipeline.core.chain import StageFailed
+from pipeline.core.closing import show_chain
+from pipeline.core.errors import EXIT_USER, UserError
+from pipeline.core.files import write_atomic
+from pipeline.core.graph import examine
+from pipeline.core.plural import many
+from pipeline.core.precheck import checked
+from pipeline.core.recipe import load
+from pipeline.core.streams import keep_open
+from pipeline.core.terminal import show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,7 +132,7 @@ def recipe_schema(
     ] = None,
 ) -> None:
     """The JSON schema of recipes, for completion and checks in an editor."""
-    from pipeline.recipe_schema import schema
+    from pipeline.core.recipe_schema import schema
 
     text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
     if output:

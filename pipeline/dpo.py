@@ -12,12 +12,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.artifact import Artifact
-from pipeline.data.decontaminate import Decontaminate
-from pipeline.data.tuning_sources import PreferenceSource
-from pipeline.intervals import warn, wilson
-from pipeline.output import Output
-from pipeline.plural import many
+from pipeline.core.artifact import Artifact
+from pipeline.core.intervals import warn, wilson
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.data.chat.chat_sources import PreferenceSource
+from pipeline.data.dedup.decontaminate import Decontaminate
 from pipeline.train.config import Optimizer, TuningConfig
 
 VERSION = 4
@@ -70,13 +70,11 @@ class Config(TuningConfig):
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
 
-    from pipeline.chain import say
+    from pipeline.core.chain import say
     from pipeline.models.build import load, publish
     from pipeline.reward import rows_of
     from pipeline.train.engine import build
-    from pipeline.train.loop import fit, share
-    from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
-    from pipeline.train.tuning import (
+    from pipeline.train.finetune_data import (
         announce,
         chat_of,
         heldout_share,
@@ -87,6 +85,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         shared,
         tokenizer_of,
     )
+    from pipeline.train.loop import fit, share
+    from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
@@ -181,12 +181,12 @@ def reference(
     import numpy as np
     import torch
 
-    from pipeline import faults
-    from pipeline.files import write_atomic
-    from pipeline.tracking import Progress
+    from pipeline.core import faults
+    from pipeline.core.files import write_atomic
+    from pipeline.core.tracking import Progress
     from pipeline.train import distributed
+    from pipeline.train.finetune_data import pair_batch
     from pipeline.train.loss_preference import answer_logprobs
-    from pipeline.train.tuning import pair_batch
 
     folder = output.path / "work" / f"reference-{made_from}"
     units = [used[start : start + UNIT] for start in range(0, len(used), UNIT)]
@@ -217,6 +217,6 @@ def reference(
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("dpo")

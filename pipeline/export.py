@@ -13,12 +13,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline import artifact, faults
-from pipeline.artifact import Artifact
-from pipeline.files import write_atomic
-from pipeline.output import Output
-from pipeline.recipe import StageConfig
-from pipeline.seeds import derive
+from pipeline.core import artifact, faults
+from pipeline.core.artifact import Artifact
+from pipeline.core.files import write_atomic
+from pipeline.core.output import Output
+from pipeline.core.recipe import StageConfig
+from pipeline.core.seeds import derive
 
 # 2: also in the form that transformers 4.57 and llama.cpp's converter read
 VERSION = 2
@@ -45,12 +45,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.chain import say
-    from pipeline.data import handover
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.core.chain import say
+    from pipeline.data.tokenizer import export_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
     from pipeline.models import cost
     from pipeline.models.build import load, quiet
-    from pipeline.models.older import add_older_keys
+    from pipeline.models.transformers_4 import add_older_keys
     from pipeline.train import distributed
 
     distributed.setup()
@@ -64,7 +64,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     with quiet():
         AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True).save_pretrained(output.path)
     add_older_keys(output.path)
-    handover.write(tokenizer, source, output.path, trained.get_input_embeddings().num_embeddings)
+    export_tokenizer.write(tokenizer, source, output.path, trained.get_input_embeddings().num_embeddings)
     faults.point("save")
 
     # The proof reads what was written, as a user will.
@@ -89,7 +89,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             f" expected {BF16_AGREEMENT:.0%}"
         )
 
-    loader, remarks = handover.readers(output.path)
+    loader, remarks = export_tokenizer.readers(output.path)
     for remark in remarks:
         say(f"export: {remark}")
     lineage = ancestry(inputs["model"])
@@ -183,6 +183,6 @@ def _brief(entry) -> str:
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("export")

@@ -2,15 +2,15 @@
 
     python pipeline/pack.py recipes/quickstart.yaml
 
-Reads the outputs of `clean` and `tokenizer`. Writes what pipeline/data/tokens.py describes: for each split and source
-the documents one after another, each closed by the end-of-document token, with an index of where they end, how many
-bytes of text they were, and their ids.
+Reads the outputs of `clean` and `tokenizer`. Writes what pipeline/data/tokens/store.py describes: for each split and
+source the documents one after another, each closed by the end-of-document token, with an index of where they end, how
+many bytes of text they were, and their ids.
 
 Token files that other tools wrote (`shards`) are taken over into the same form.
 
-The work is cut into units, one for each row group of the input or stretch of a token file (pipeline/data/parts.py). A
-unit is published whole into work/, so that a killed run loses the units in flight; the shards are then joined from the
-units in the order of the input.
+The work is cut into units, one for each row group of the input or stretch of a token file
+(pipeline/data/tokens/pack_units.py). A unit is published whole into work/, so that a killed run loses the units in
+flight; the shards are then joined from the units in the order of the input.
 """
 
 import json
@@ -26,21 +26,21 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from pipeline import faults
-from pipeline.artifact import Artifact
-from pipeline.chain import say
-from pipeline.data.arrow import opened_table
-from pipeline.data.documents import check_columns, readable
-from pipeline.data.foreign import Shards
-from pipeline.data.parts import Unit
-from pipeline.errors import UserError
-from pipeline.files import write_atomic, write_json
-from pipeline.output import Output
-from pipeline.plural import many
-from pipeline.processes import kill_workers, signals_held
-from pipeline.recipe import EXECUTION, StageConfig
-from pipeline.seeds import derive
-from pipeline.tracking import Progress
+from pipeline.core import faults
+from pipeline.core.artifact import Artifact
+from pipeline.core.chain import say
+from pipeline.core.errors import UserError
+from pipeline.core.files import write_atomic, write_json
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.core.processes import kill_workers, signals_held
+from pipeline.core.recipe import EXECUTION, StageConfig
+from pipeline.core.seeds import derive
+from pipeline.core.tracking import Progress
+from pipeline.data.sources.arrow_values import opened_table
+from pipeline.data.tokens.documents import check_columns, readable
+from pipeline.data.tokens.import_shards import Shards
+from pipeline.data.tokens.pack_units import Unit
 
 VERSION = 2  # 2: ids of documents
 INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
@@ -78,8 +78,8 @@ class Config(StageConfig):
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import numpy as np
 
-    from pipeline.data.parts import meta_of
-    from pipeline.data.tokens import load_tokenizer, token_bytes
+    from pipeline.data.tokens.pack_units import meta_of
+    from pipeline.data.tokens.store import load_tokenizer, token_bytes
 
     began = time.time()
     folder = inputs["tokenizer"].path
@@ -146,19 +146,17 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def plan(data: Path | None, config: Config, work: Path, eos_id: int) -> Iterator[Unit]:
     """Units of both splits in the order of the input, shards behind documents. Raises UserError for files that are
     not what they should be."""
-    from pipeline.data import foreign
+    from pipeline.data.tokens import import_shards
 
     if data:
         yield from _documents(data, work)
     for name, source in sorted(config.shards.items()):
-        for number, path in enumerate(foreign.files(source, name)):
-            tokens = len(foreign.open_shard(path, source).tokens)
+        for number, path in enumerate(import_shards.files(source, name)):
+            tokens = len(import_shards.open_shard(path, source).tokens)
             for split in SPLITS:
-                for begin in range(0, tokens, foreign.UNIT_TOKENS):
-                    output = (
-                        work
-                        / f"{split}-shards-{quote(name, safe='')}-{number:05d}-{begin // foreign.UNIT_TOKENS:06d}.npz"
-                    )
+                for begin in range(0, tokens, import_shards.UNIT_TOKENS):
+                    place = f"{number:05d}-{begin // import_shards.UNIT_TOKENS:06d}"
+                    output = work / f"{split}-shards-{quote(name, safe='')}-{place}.npz"
                     key = derive(config.seed or 0, "shards", name)
                     yield Unit(
                         split,
@@ -169,7 +167,7 @@ def plan(data: Path | None, config: Config, work: Path, eos_id: int) -> Iterator
                         shards=source,
                         number=number,
                         begin=begin,
-                        end=begin + foreign.UNIT_TOKENS,
+                        end=begin + import_shards.UNIT_TOKENS,
                         key=key,
                     )
 
@@ -197,20 +195,20 @@ def _documents(data: Path, work: Path) -> Iterator[Unit]:
 
 def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: str) -> Iterable[Unit]:
     """Make and publish units, and yield each when it is on disk, in any order."""
-    from pipeline.data import parts
+    from pipeline.data.tokens import pack_units
 
     workers = min(workers, len(units))
     if workers <= 1:
-        parts.prepare(str(tokenizer), eos_id, dtype)
+        pack_units.prepare(str(tokenizer), eos_id, dtype)
         for unit in units:
-            parts.make(unit)
+            pack_units.make(unit)
             yield unit
         return
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer), eos_id, dtype)
     ) as pool:
         with signals_held():
-            futures = {pool.submit(parts.make, unit): unit for unit in units}
+            futures = {pool.submit(pack_units.make, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -226,11 +224,11 @@ def made(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: s
 
 
 def _start_worker(*arguments) -> None:
-    from pipeline.data import parts
-    from pipeline.processes import begin_worker
+    from pipeline.core.processes import begin_worker
+    from pipeline.data.tokens import pack_units
 
     begin_worker()
-    parts.prepare(*arguments)
+    pack_units.prepare(*arguments)
 
 
 # ---- joining ---------------------------------------------------------------------------------------------------------
@@ -240,7 +238,7 @@ def join(units: list[Unit], folder: Path, split: str, dtype) -> dict[str, list[d
     """Write the shards of a split from its units. Returns source -> shards, as index.json lists them."""
     import numpy as np
 
-    from pipeline.data.parts import meta_of
+    from pipeline.data.tokens.pack_units import meta_of
 
     metas = [meta_of(unit.output)["sources"] for unit in units]
     sources = sorted({source for meta in metas for source in meta})
@@ -338,6 +336,6 @@ def metrics(index: dict, bad: int, inexact: int, seconds: float) -> dict:
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("pack")

@@ -15,14 +15,14 @@ import math
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Artifact
-from pipeline.data.decontaminate import Decontaminate
-from pipeline.data.tuning_sources import PromptSource
-from pipeline.errors import UserError
-from pipeline.files import write_atomic
-from pipeline.intervals import shares, warn
-from pipeline.output import Output
-from pipeline.plural import many
+from pipeline.core.artifact import Artifact
+from pipeline.core.errors import UserError
+from pipeline.core.files import write_atomic
+from pipeline.core.intervals import shares, warn
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.data.chat.chat_sources import PromptSource
+from pipeline.data.dedup.decontaminate import Decontaminate
 from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollout, ValueOptimizer
 from pipeline.rl.rules import Rule
 from pipeline.train.config import TuningConfig
@@ -95,7 +95,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.rl.experience import evaluate
     from pipeline.rl.iteration import Iterations
     from pipeline.train import distributed, loop
-    from pipeline.train.tuning import model_folder
+    from pipeline.train.finetune_data import model_folder
 
     distributed.setup(config)
     models, pool, heldout, report = _prepare(config, inputs)
@@ -158,14 +158,14 @@ def headline(config: Config, before: dict, after: dict, prompts: int) -> tuple[s
 def _prepare(config: Config, inputs: dict[str, Artifact]):
     """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused
     here."""
-    from pipeline.data.conversations import load_prompts
+    from pipeline.data.chat.conversations import load_prompts
     from pipeline.models import build, cost
     from pipeline.rl.experience import Models, Task
     from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout
     from pipeline.train import engine
-    from pipeline.train.derivation import Work, schedule_text
-    from pipeline.train.tuning import announce, chat_of, model_folder, tokenizer_of
+    from pipeline.train.finetune_data import announce, chat_of, model_folder, tokenizer_of
+    from pipeline.train.run_summary import Work, schedule_text
 
     folders = {key: model_folder(inputs[key]) for key in ("policy", "reward")}
     chats = {
@@ -258,6 +258,6 @@ def _prepare(config: Config, inputs: dict[str, Artifact]):
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("ppo")

@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.artifact import Artifact
-from pipeline.chain import say
-from pipeline.data.fim import Fim
-from pipeline.errors import UserError
-from pipeline.intervals import warn
-from pipeline.output import Output
-from pipeline.plural import many
-from pipeline.recipe import EXECUTION, Strict, seconds_of
-from pipeline.train import horizon
+from pipeline.core.artifact import Artifact
+from pipeline.core.chain import say
+from pipeline.core.errors import UserError
+from pipeline.core.intervals import warn
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.core.recipe import EXECUTION, Strict, seconds_of
+from pipeline.data.tokens.fim import Fim
+from pipeline.train import train_length
 from pipeline.train.config import Schedule, TrainConfig
 from pipeline.train.samples import Sampler, Samples
 
@@ -119,11 +119,11 @@ class Config(TrainConfig):
     5) has 1e-4. Logged as z_loss, not part of `loss`."""
     loss_chunk: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, EXECUTION] = "auto"
     """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it
-    (pipeline/train/head.py)."""
+    (pipeline/train/chunked_loss.py)."""
     attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "blocks", "eager"], EXECUTION] = "auto"
     """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU, but not with `document_mask` and
-    more than one row in a micro-batch; `blocks` (pipeline/models/causal.py) on a CPU in bf16 with `compile`; else
-    torch's scaled_dot_product_attention."""
+    more than one row in a micro-batch; `blocks` (pipeline/models/cpu_attention.py) on a CPU in bf16 with `compile`;
+    else torch's scaled_dot_product_attention."""
     samples: Annotated[Samples | None, EXECUTION] = None
     """Texts that the model continues from time to time, to logs/samples.jsonl and the terminal; none: no samples."""
     compile: Annotated[bool, EXECUTION] = False
@@ -132,14 +132,16 @@ class Config(TrainConfig):
 
     @model_validator(mode="after")
     def one_horizon(self):
-        given = [key for key in horizon.KINDS if getattr(self, key) is not None]
+        given = [key for key in train_length.KINDS if getattr(self, key) is not None]
         if len(given) != 1:
             found = (
                 f"has {len(given)} horizons ({', '.join(given)}), which is one too many"
                 if given
                 else "does not say how long it is"
             )
-            raise ValueError(f"stage {self.kind} {found}; give one of {', '.join(horizon.KINDS)} (key=~ takes one out)")
+            raise ValueError(
+                f"stage {self.kind} {found}; give one of {', '.join(train_length.KINDS)} (key=~ takes one out)"
+            )
         if self.time is not None:
             seconds_of(self.time)
         return self
@@ -205,20 +207,20 @@ class Config(TrainConfig):
                 )
             build.check(self.model)
             if self.parallel.pipeline > 1:
-                from pipeline.models import stages
+                from pipeline.models import pipeline_split
 
-                stages.check_layers(build.shape(self.model), self.parallel)
+                pipeline_split.check_layers(build.shape(self.model), self.parallel)
             if self.document_mask:
                 build.check_documents(self.model["family"])
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.data.sampler import heldout_rows
+    from pipeline.data.tokens.row_sampler import heldout_rows
     from pipeline.models import build, cost
-    from pipeline.train import checkpoints, derivation, distributed, engine, forensics, layers, meters, witness
+    from pipeline.train import checkpoints, distributed, engine, layers, metrics, row_trace, run_summary, spike_report
     from pipeline.train.batches import heldout_batches, loss_of, sampler_of, to_batch
+    from pipeline.train.finetune_data import model_folder
     from pipeline.train.loop import fit, share
-    from pipeline.train.tuning import model_folder
 
     # Inputs
     store, tokenizer = read_inputs(config, inputs)
@@ -235,9 +237,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     model = make_model(config, inputs, store, tokenizer)
     model_config, size = model.config, cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
-    config = horizon.in_steps(config, size.total)
-    peak = meters.total_peak(config)
-    for line in derivation.lines(config, model_config, size, flops, peak, sampler, output.folder):
+    config = train_length.in_steps(config, size.total)
+    peak = metrics.total_peak(config)
+    for line in run_summary.lines(config, model_config, size, flops, peak, sampler, output.folder):
         say(line)
     layers.prepare(model, config)
     trainer = engine.build(
@@ -256,11 +258,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     def read(step: int, index: int):
         row = sampler.row(index)
-        witness.note(step, index, row.tokens)
+        row_trace.note(step, index, row.tokens)
         return row
 
     fixed = heldout_batches(heldout, store, config, trainer)
-    text = meters.Text(sampler.epoch_tokens, flops, peak, derivation.expected_seconds(config, flops, peak))
+    text = metrics.Text(sampler.epoch_tokens, flops, peak, run_summary.expected_seconds(config, flops, peak))
     result = fit(
         trainer,
         config,
@@ -270,7 +272,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         text=text,
         branch=branch,
         sample=Sampler(config, trainer, model_config, size.total, tokenizer, output) if config.samples else None,
-        describe=forensics.describer(trainer, batches, store, sampler, tokenizer, config),
+        describe=spike_report.describer(trainer, batches, store, sampler, tokenizer, config),
     )
     if advice := trainer.advice():
         say(advice)
@@ -297,7 +299,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def read_inputs(config: Config, inputs: dict[str, Artifact]):
     """(packed tokens, their tokenizer). Raises UserError if they do not belong together, or a sample's prompt does not
     fit into a row."""
-    from pipeline.data.tokens import TokenStore, load_tokenizer
+    from pipeline.data.tokens.store import TokenStore, load_tokenizer
     from pipeline.train import samples
 
     store = TokenStore(inputs["tokens"].path)
@@ -314,7 +316,7 @@ def read_inputs(config: Config, inputs: dict[str, Artifact]):
 def check_rows(config: Config, inputs: dict[str, Artifact], output: Output, store, num_heldout: int) -> None:
     """Raise UserError if there are fewer held-out rows than data ranks, or if tokens that were packed elsewhere are
     damaged. Collective."""
-    from pipeline.data.tokens import misfit
+    from pipeline.data.tokens.store import misfit
     from pipeline.train import distributed
 
     ranks = distributed.world() // config.parallel.pipeline
@@ -332,16 +334,16 @@ def check_rows(config: Config, inputs: dict[str, Artifact], output: Output, stor
 def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     """The model that training starts from: new, or that of another stage or folder. Raises UserError for one that
     does not fit the tokens."""
-    from pipeline.data.tokens import load_tokenizer
-    from pipeline.models import build, scaling
-    from pipeline.train.tuning import model_folder
+    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.models import build, mup
+    from pipeline.train.finetune_data import model_folder
 
     if "model" not in inputs:
         whole = config.parallel.pipeline == 1
         return build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=whole)
     folder = model_folder(inputs["model"])
     model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
-    scaling.learning_rates(model)
+    mup.learning_rates(model)
     if config.document_mask:
         build.check_documents(model.config.model_type)
     if model.config.vocab_size < store.vocab_size:
@@ -402,6 +404,6 @@ def metrics_of(output: Output, result: dict, heldout: list) -> dict:
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("pretrain")

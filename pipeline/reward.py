@@ -13,13 +13,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact
-from pipeline.data.decontaminate import Decontaminate
-from pipeline.data.tuning_sources import PreferenceSource
-from pipeline.files import write_json
-from pipeline.intervals import shares, warn, wilson
-from pipeline.output import Output
-from pipeline.plural import many
+from pipeline.core.artifact import Artifact
+from pipeline.core.files import write_json
+from pipeline.core.intervals import shares, warn, wilson
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.data.chat.chat_sources import PreferenceSource
+from pipeline.data.dedup.decontaminate import Decontaminate
 from pipeline.train.config import Optimizer, TuningConfig
 
 VERSION = 4
@@ -55,12 +55,10 @@ class Config(TuningConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.chain import say
+    from pipeline.core.chain import say
     from pipeline.models.build import load, publish
     from pipeline.train.engine import build
-    from pipeline.train.loop import fit, share
-    from pipeline.train.loss_preference import bradley_terry
-    from pipeline.train.tuning import (
+    from pipeline.train.finetune_data import (
         announce,
         chat_of,
         heldout_share,
@@ -71,6 +69,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         shared,
         tokenizer_of,
     )
+    from pipeline.train.loop import fit, share
+    from pipeline.train.loss_preference import bradley_terry
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
@@ -139,8 +139,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def rows_of(config, chat, output: Output, margins: bool = True) -> tuple[dict, dict]:
     """Token rows of both splits; report.json. Runs on the main process. DPO reads its pairs with it too, without
     margins."""
-    from pipeline.data.conversations import load_pairs
-    from pipeline.train.tuning import encode_pairs
+    from pipeline.data.chat.conversations import load_pairs
+    from pipeline.train.finetune_data import encode_pairs
 
     train, heldout, ledger = load_pairs(config.sources, config.holdout, config.decontaminate)
     arrays = {}
@@ -165,7 +165,7 @@ def padding(tokenizer, end_id: int, rows: int) -> int:
 def pad_with(folder, tokenizer, pad_id: int) -> None:
     """Let the published tokenizer pad with the token that the published model is told of, if it is another one than
     it had."""
-    from pipeline.data.tokenizer_folder import CONFIG, content_of, read_object
+    from pipeline.data.tokenizer.tokenizer_folder import CONFIG, content_of, read_object
 
     token = tokenizer.convert_ids_to_tokens(pad_id)
     config = read_object(folder / CONFIG)
@@ -178,7 +178,7 @@ def initial_score(model, seed: int) -> None:
     al., 2020, appendix B; Huang et al., 2024)."""
     import torch
 
-    from pipeline.seeds import derive
+    from pipeline.core.seeds import derive
 
     weight = model.score.weight
     with torch.no_grad():
@@ -190,7 +190,7 @@ def moments(engine, arrays: dict, pad_id: int, config: Config) -> tuple[float, f
     import torch
 
     from pipeline.train.distributed import all_reduce_sum
-    from pipeline.train.tuning import pair_batch, permutation
+    from pipeline.train.finetune_data import pair_batch, permutation
 
     chosen = permutation(config.seed, 0, len(arrays["train.start"]))[: config.calibration_pairs]
     mine = chosen[engine.data_rank :: engine.data_world]
@@ -210,6 +210,6 @@ def moments(engine, arrays: dict, pad_id: int, config: Config) -> tuple[float, f
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("reward")

@@ -12,15 +12,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.artifact import Artifact
-from pipeline.data.decontaminate import Decontaminate
-from pipeline.data.tuning_sources import ChatSource
-from pipeline.errors import UserError
-from pipeline.files import write_json
-from pipeline.intervals import shares, unchanged, warn
-from pipeline.output import Output
-from pipeline.plural import many
-from pipeline.recipe import EXECUTION
+from pipeline.core.artifact import Artifact
+from pipeline.core.errors import UserError
+from pipeline.core.files import write_json
+from pipeline.core.intervals import shares, unchanged, warn
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.core.recipe import EXECUTION
+from pipeline.data.chat.chat_sources import ChatSource
+from pipeline.data.dedup.decontaminate import Decontaminate
 from pipeline.train.config import Optimizer, TuningConfig
 
 VERSION = 4
@@ -58,13 +58,21 @@ class Config(TuningConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.chain import say
+    from pipeline.core.chain import say
+    from pipeline.core.seeds import derive
     from pipeline.models.build import load, publish
-    from pipeline.seeds import derive
-    from pipeline.train.derivation import Work
     from pipeline.train.engine import build
+    from pipeline.train.finetune_data import (
+        announce,
+        chat_of,
+        heldout_share,
+        model_folder,
+        permutation,
+        shared,
+        tokenizer_of,
+    )
     from pipeline.train.loop import fit, share
-    from pipeline.train.tuning import announce, chat_of, heldout_share, model_folder, permutation, shared, tokenizer_of
+    from pipeline.train.run_summary import Work
 
     folder = model_folder(inputs["model"])
     tokenizer = tokenizer_of(folder, config.sequence_length)
@@ -151,7 +159,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 def pack(config: Config, lengths, order) -> list[list[int]]:
     """Conversations of each row: as many as fit, or with packing: false one each, in `order`."""
-    from pipeline.train.tuning import best_fit
+    from pipeline.train.finetune_data import best_fit
 
     if config.packing:
         return best_fit(lengths, config.sequence_length, order)
@@ -174,9 +182,9 @@ def rows_of(config: Config, chat, output: Output) -> tuple[dict, dict]:
     """Token rows of both splits; report.json. Runs on the main process."""
     import numpy as np
 
-    from pipeline.data.chat import cut
-    from pipeline.data.conversations import load_conversations
-    from pipeline.train.tuning import Ragged
+    from pipeline.data.chat.conversations import load_conversations
+    from pipeline.data.chat.template import cut
+    from pipeline.train.finetune_data import Ragged
 
     *splits, ledger = load_conversations(config.sources, config.holdout, config.decontaminate)
     arrays, extra = {}, {"tokens": {}, "trained_tokens": {}}
@@ -276,7 +284,7 @@ def answers(engine, chat, heldout: dict, extra: dict, config: Config) -> dict:
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import all_reduce_sum
-    from pipeline.train.tuning import permutation
+    from pipeline.train.finetune_data import permutation
 
     room = getattr(engine.model.config, "max_position_embeddings", None) or 1 << 30
     asked = [
@@ -309,6 +317,6 @@ def answers(engine, chat, heldout: dict, extra: dict, config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("sft")

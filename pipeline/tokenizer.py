@@ -17,16 +17,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline import faults
-from pipeline.artifact import Artifact
-from pipeline.chain import say
-from pipeline.data.merges import LONGEST
-from pipeline.errors import UserError
-from pipeline.files import write_atomic, write_json
-from pipeline.output import Output
-from pipeline.plural import many
-from pipeline.recipe import StageConfig
-from pipeline.tracking import Progress
+from pipeline.core import faults
+from pipeline.core.artifact import Artifact
+from pipeline.core.chain import say
+from pipeline.core.errors import UserError
+from pipeline.core.files import write_atomic, write_json
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.core.recipe import StageConfig
+from pipeline.core.tracking import Progress
+from pipeline.data.tokenizer.bpe_merges import LONGEST
 
 # 2: byte-bpe has its own trainer and its special tokens at the end; 3: its tokens are bounded, and so are the runs that
 # unigram is trained on; 4: tokenizer_config.json is one that transformers 4.57 reads as well, and adopting adds no pad
@@ -123,21 +123,21 @@ class Config(StageConfig):
         return self
 
     def extra_tokens(self) -> list[str]:
-        from pipeline.data.bpe import SPECIAL, UNKNOWN
+        from pipeline.data.tokenizer.spm_trainer import SPECIAL, UNKNOWN
 
         twice = [name for name in self.special_tokens if name in (*SPECIAL, UNKNOWN)]
         return [*self.special_tokens, *twice, *(f"<|reserved_{number}|>" for number in range(self.reserved_tokens))]
 
     def outside(self) -> list[Path]:
         """Files beside the inputs that decide the result."""
-        from pipeline.data.adopt import files
+        from pipeline.data.tokenizer.import_tokenizer import files
 
         return files(self.adopt) if self.adopt else []
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.data.proof import prove
-    from pipeline.data.sample import draw
+    from pipeline.data.tokenizer.sample import draw
+    from pipeline.data.tokenizer.verify_tokenizer import prove
 
     began = time.time()
     work = output.path / "work"
@@ -217,18 +217,18 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def train(config: Config, sample: Path, total: int, folder: Path) -> float | None:
     """Train on the drawn sample of `total` bytes and publish into `folder`. Returns the character coverage, if that
     means anything."""
-    from pipeline.data import bpe, bytelevel, presplit
-    from pipeline.data.sample import texts
+    from pipeline.data.tokenizer import byte_bpe, pretokenize, spm_trainer
+    from pipeline.data.tokenizer.sample import texts
 
     extra = config.extra_tokens()
     if config.algorithm == "byte-bpe":
-        special = [*bpe.SPECIAL, *extra]
+        special = [*spm_trainer.SPECIAL, *extra]
         if config.vocab_size < 256 + len(special):
             raise UserError(
                 f"vocab_size: {config.vocab_size} has no room for 256 bytes and {len(special)} special tokens; set it"
                 f" to {256 + len(special)} or more"
             )
-        learned, pairs = bytelevel.train(
+        learned, pairs = byte_bpe.train(
             texts(sample),
             config.vocab_size - len(special),
             config.split_digits,
@@ -237,24 +237,29 @@ def train(config: Config, sample: Path, total: int, folder: Path) -> float | Non
             config.max_token_bytes,
         )
         if len(learned) + len(special) < config.vocab_size:
-            raise bpe.too_large(config.vocab_size, len(learned) + len(special))
+            raise spm_trainer.too_large(config.vocab_size, len(learned) + len(special))
         tokens = {token: index for index, token in enumerate(learned)}
         publish(
-            bytelevel.build(tokens, pairs, presplit.pattern(config.split_digits, config.merge_whitespace), special),
+            byte_bpe.build(tokens, pairs, pretokenize.pattern(config.split_digits, config.merge_whitespace), special),
             folder,
             extra=extra,
         )
-        write_atomic(folder / "tokenizer.tiktoken", bytelevel.dump(tokens))
+        write_atomic(folder / "tokenizer.tiktoken", byte_bpe.dump(tokens))
         return None
     coverage = config.character_coverage or covering(texts(sample), config.vocab_size)
     log = folder / "logs" / "sentencepiece.log"
     kind = config.algorithm.removeprefix("sentencepiece-")
     with closing(_read(texts(sample), total)) as read:
-        model = bpe.train_sentencepiece(
+        model = spm_trainer.train_sentencepiece(
             read, config.vocab_size, config.split_digits, coverage, log, kind, extra, config.merge_whitespace
         )
-    names = {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD, "unk_token": bpe.UNKNOWN}
-    publish(bpe.from_sentencepiece(model), folder, names, extra, model=model)
+    names = {
+        "bos_token": spm_trainer.BOS,
+        "eos_token": spm_trainer.EOS,
+        "pad_token": spm_trainer.PAD,
+        "unk_token": spm_trainer.UNKNOWN,
+    }
+    publish(spm_trainer.from_sentencepiece(model), folder, names, extra, model=model)
     return coverage
 
 
@@ -270,21 +275,21 @@ def adopt(config: Config, folder: Path) -> str:
     Returns what it is."""
     from tokenizers import AddedToken
 
-    from pipeline.data import adopt, bpe, bytelevel
+    from pipeline.data.tokenizer import byte_bpe, import_tokenizer, spm_trainer
 
-    found = adopt.load(config.adopt, config.pattern)
+    found = import_tokenizer.load(config.adopt, config.pattern)
     names = dict(found.names)
     if "eos_token" not in names and found.algorithm != "adopted tiktoken":
         raise UserError(
             f"adopt: {config.adopt} has no eos token, and a document needs an end; set eos_token in its"
             " tokenizer_config.json"
         )
-    names.setdefault("bos_token", names.get("eos_token", bpe.BOS))
-    names.setdefault("eos_token", bpe.EOS)
+    names.setdefault("bos_token", names.get("eos_token", spm_trainer.BOS))
+    names.setdefault("eos_token", spm_trainer.EOS)
     # Padding is masked by position, so the end of text may pad: a token of its own would need a row that the model of
     # this tokenizer does not have. A tiktoken file has no special tokens at all.
-    names.setdefault("pad_token", bpe.PAD if found.algorithm == "adopted tiktoken" else names["eos_token"])
-    marks = [bpe.TURN, bpe.END_OF_TURN] if found.template is None else []
+    names.setdefault("pad_token", spm_trainer.PAD if found.algorithm == "adopted tiktoken" else names["eos_token"])
+    marks = [spm_trainer.TURN, spm_trainer.END_OF_TURN] if found.template is None else []
     wanted = [
         *dict.fromkeys(
             [*(names[key] for key in ("bos_token", "eos_token", "pad_token")), *marks, *config.extra_tokens()]
@@ -294,7 +299,7 @@ def adopt(config: Config, folder: Path) -> str:
     found.backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in wanted])
     publish(found.backend, folder, names, config.extra_tokens(), found.template or CHAT_TEMPLATE, found.model)
     if found.model is None and found.tokens is not None:
-        write_atomic(folder / "tokenizer.tiktoken", bytelevel.dump(found.tokens))
+        write_atomic(folder / "tokenizer.tiktoken", byte_bpe.dump(found.tokens))
     if added:
         say(
             f"tokenizer: special tokens that {config.adopt} lacks: {', '.join(added)} (ids"
@@ -343,11 +348,11 @@ def publish(
     default ours; `extra`: special tokens beside these and the marks of a turn; `model`: the sentencepiece model."""
     from transformers import PreTrainedTokenizerFast
 
-    from pipeline.data import bpe
-    from pipeline.data.tokenizer_folder import save
+    from pipeline.data.tokenizer import spm_trainer
+    from pipeline.data.tokenizer.tokenizer_folder import save
 
-    names = names or {"bos_token": bpe.BOS, "eos_token": bpe.EOS, "pad_token": bpe.PAD}
-    marks = [mark for mark in (bpe.TURN, bpe.END_OF_TURN) if backend.token_to_id(mark) is not None]
+    names = names or {"bos_token": spm_trainer.BOS, "eos_token": spm_trainer.EOS, "pad_token": spm_trainer.PAD}
+    marks = [mark for mark in (spm_trainer.TURN, spm_trainer.END_OF_TURN) if backend.token_to_id(mark) is not None]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend, extra_special_tokens=[*marks, *extra], clean_up_tokenization_spaces=False, **names
     )
@@ -356,7 +361,7 @@ def publish(
 
 
 def vocabulary_size(folder: Path) -> int:
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
 
     return len(load_tokenizer(folder))
 
@@ -366,6 +371,6 @@ def _megabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    from pipeline.chain import main
+    from pipeline.core.chain import main
 
     main("tokenizer")

@@ -9,9 +9,9 @@ import tuned
 from harness import stage
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.chat import Chat
-from pipeline.data.tokens import load_tokenizer
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.data.chat.template import Chat
+from pipeline.data.tokens.store import load_tokenizer
 from pipeline.models import build
 from pipeline.train.scores import reward_scores
 

@@ -16,20 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
+from cleaned import ledger, plain_tokens, published
 from harness import files_of, stage, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 
-from pipeline import artifact
-from pipeline.data import steps
-from pipeline.data.dedup import near_duplicates
-from pipeline.data.documents import documents
-from pipeline.data.external import components
-from pipeline.data.filters import Filters, garbled
-from pipeline.data.sources import Source
-from pipeline.data.text import LOOSE, SUSPECT, code_points, looks, normalise, shingles, tokens
-from pipeline.data.units import cut
+from pipeline.core import artifact
+from pipeline.data.cleaning import steps
+from pipeline.data.cleaning.filters import Filters, garbled
+from pipeline.data.cleaning.text_arrays import LOOSE, SUSPECT, code_points, looks, normalise, shingles, tokens
+from pipeline.data.cleaning.work_units import cut
+from pipeline.data.dedup.external_sort import components
+from pipeline.data.dedup.minhash import near_duplicates
+from pipeline.data.sources.sources import Source
+from pipeline.data.tokens.documents import documents
 
 EN = (
     "the of river water king stone light under over winter summer bread house market table letter number people morning"
@@ -108,22 +109,9 @@ def cleaned(tmp_path_factory) -> tuple[Path, dict]:
     return folder, planted
 
 
-def published(folder: Path) -> Path:
-    return folder / "runs/t/clean/current"
-
-
 def texts_of(folder: Path) -> dict[str, list[tuple[str, str, str]]]:
     output = artifact.current(folder / "runs/t/clean")
     return {split: list(documents(output, split)) for split in ("train", "heldout")}
-
-
-def ledger(folder: Path, source: str) -> list[dict]:
-    raw = (
-        zstandard.ZstdDecompressor()
-        .stream_reader((published(folder) / "rejected" / f"{source}.jsonl.zst").read_bytes())
-        .read()
-    )
-    return [json.loads(line) for line in raw.decode().splitlines()]
 
 
 # ---- the account -----------------------------------------------------------------------------------------------------
@@ -252,7 +240,7 @@ def test_killed_at_any_moment_with_two_workers_is_equal(cleaned, tmp_path):
 def test_run_as_a_script_with_workers_that_end_with_it(cleaned, tmp_path):
     folder, _ = cleaned
     (tmp_path / "data").symlink_to(folder / "data")
-    script = Path(__file__).parents[1] / "pipeline/clean.py"
+    script = ROOT / "pipeline/clean.py"
     command = [sys.executable, str(script), str(recipe(tmp_path, workers=2, unit_bytes=10_000))]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
@@ -409,22 +397,6 @@ def test_normalise_keeps_what_carries_meaning():
     assert normalise("e\u0301") == "é"
 
 
-def plain_tokens(text: str) -> list[str]:
-    """The token rule in words: a CJK character, or a run of other letters, marks and numbers, lower case."""
-    found, run = [], ""
-    for c in text.lower():
-        cjk = re.match(
-            "[\u3005-\u3007\u3041-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]",
-            c,
-        )
-        if not cjk and unicodedata.category(c)[0] in "LMN":
-            run += c
-            continue
-        found += ([run] if run else []) + ([c] if cjk else [])
-        run = ""
-    return found + ([run] if run else [])
-
-
 ANY = st.text(
     alphabet=st.one_of(
         st.sampled_from("aAéß 9.,\n中文字かな한글𠀀"), st.characters(exclude_categories=["Cs"], exclude_characters="\0")
@@ -562,7 +534,7 @@ def test_near_duplicates_against_brute_force(language):
 def test_signatures_estimate_as_theory_says(size, similarity):
     """Mean within four standard errors, deviation within a tenth of sqrt(s (1 - s) / 112), over 1,000 pairs of
     random sets: the functions are as good as independent random permutations."""
-    from pipeline.data.dedup import signatures
+    from pipeline.data.dedup.minhash import signatures
 
     number, common = 1000, round(size * 2 * similarity / (1 + similarity))
     true = common / (2 * size - common)

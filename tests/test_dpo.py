@@ -51,8 +51,8 @@ def test_reference_is_the_input_model():
     """Log-probabilities of the first training step's metrics against transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline.data.conversations import load_pairs
-    from pipeline.data.tuning_sources import PreferenceSource
+    from pipeline.data.chat.chat_sources import PreferenceSource
+    from pipeline.data.chat.conversations import load_pairs
 
     folder = tuned.plain() / "runs/tiny/sft/current/model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -25,13 +25,13 @@ FAMILIES = sorted(BLOCKS)
 
 
 def tokenizer(form: str, folder: Path) -> Path:
-    from pipeline.data import bpe
+    from pipeline.data.tokenizer import spm_trainer
     from pipeline.tokenizer import publish
 
     if form == "sentencepiece-unigram":
         texts = [f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？" for row in tuned.rows()] * 2
-        model = bpe.train_sentencepiece(texts, 330, True, 0.9995, folder / "log", "unigram")
-        publish(bpe.from_sentencepiece(model), folder, model=model)
+        model = spm_trainer.train_sentencepiece(texts, 330, True, 0.9995, folder / "log", "unigram")
+        publish(spm_trainer.from_sentencepiece(model), folder, model=model)
     else:
         tuned.tokenizer(folder, form == "sentencepiece-bpe")
     return folder
@@ -59,7 +59,7 @@ def model(family: str, tokenizer_folder: Path, folder: Path) -> Path:
     """A tiny model of a family as a training stage publishes it, with weights that its positions matter to."""
     import torch
 
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
     from pipeline.models import build
 
     made = build.new(block_of(family), load_tokenizer(tokenizer_folder), 64, seed=1)
@@ -79,7 +79,7 @@ def exported(source: Path, home: Path) -> tuple[Path, str]:
 
 
 def ids_of(folder: Path) -> list[list[int]]:
-    from pipeline.data.encode import encoder
+    from pipeline.data.tokenizer.encode import encoder
 
     return [ids.tolist() for ids in encoder(folder)(TEXTS)]
 
@@ -90,9 +90,9 @@ def test_config_json_says_the_same_to_both_versions_of_transformers(family, toke
     because they are there."""
     from transformers import AutoConfig
 
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
     from pipeline.models import build
-    from pipeline.models.older import add_older_keys
+    from pipeline.models.transformers_4 import add_older_keys
 
     config = build.configure(block_of(family), load_tokenizer(tokenizers["byte-bpe"]), 64)
     config.save_pretrained(tmp_path)
@@ -120,11 +120,11 @@ def test_config_json_says_the_same_to_both_versions_of_transformers(family, toke
 def test_the_written_files_are_those_that_other_programs_read(form, tokenizers, tmp_path):
     """correctness 18: a class that transformers 4.57 has, no list where it wants a mapping, the names of all added
     tokens, add_prefix_space, and the sentencepiece model under the name by which it is read rightly or not at all."""
-    from pipeline.data import handover
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokenizer import export_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
 
     source = tokenizers[form]
-    handover.write(load_tokenizer(source), source, tmp_path, 1000)
+    export_tokenizer.write(load_tokenizer(source), source, tmp_path, 1000)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["add_prefix_space"] is False
     assert "extra_special_tokens" not in config and config["additional_special_tokens"] == [
@@ -146,14 +146,14 @@ def test_the_written_files_are_those_that_other_programs_read(form, tokenizers, 
 
 def test_a_sentencepiece_model_of_another_vocabulary_is_not_handed_over(tokenizers, tmp_path):
     """correctness 18: as the tokenizer.model of Llama 3, which is a tiktoken file."""
-    from pipeline.data import handover
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokenizer import export_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
 
     source = tmp_path / "source"
     shutil.copytree(tokenizers["byte-bpe"], source)
     for number, other in enumerate((b"IQ== 0\n", (tokenizers["sentencepiece-bpe"] / "tokenizer.model").read_bytes())):
         (source / "tokenizer.model").write_bytes(other)
-        handover.write(load_tokenizer(source), source, tmp_path / f"out{number}", 1000)
+        export_tokenizer.write(load_tokenizer(source), source, tmp_path / f"out{number}", 1000)
         assert not (tmp_path / f"out{number}/tokenizer.model").exists()
 
 
@@ -243,7 +243,7 @@ def test_transformers_4_57_reads_the_same_ids_and_logits(tokenizers, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
 
     python = aside(tmp_path / "venv", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
     folders = {

@@ -12,14 +12,14 @@ import json
 import os
 from pathlib import Path
 
+import chain_rows
 import pytest
-import test_chain
 from harness import succeed
+from paths import ROOT
 
-from pipeline.artifact import current
-from pipeline.recipe import identity, load, module_of
+from pipeline.core.artifact import current
+from pipeline.core.recipe import identity, load, module_of
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 RECORD = os.environ.get("ALMA_RECORD_GOLDEN") == "1"
 WRITERS = ("pyarrow", "tokenizers", "sentencepiece", "numpy")  # of the files that are compared by content
@@ -48,9 +48,9 @@ def test_identities_of_the_shipped_recipes():
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """The tiny chain of test_chain.py up to DPO and PPO."""
+    """The tiny chain of chain_rows.py up to DPO and PPO."""
     folder = tmp_path_factory.mktemp("golden")
-    test_chain.rows_of(folder)
+    chain_rows.rows_of(folder)
     for kind in ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "ppo"):
         succeed(kind, "r.yaml", cwd=folder)
     return folder / "runs" / "whole"

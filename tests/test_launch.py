@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from ruamel.yaml import YAML
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
@@ -302,7 +301,7 @@ def test_a_rank_passes_signals_on_and_notes_how_it_ended(tmp_path, program, code
 SIGNALLED = """
 import os, signal, sys, time
 from pathlib import Path
-from pipeline.output import Output
+from pipeline.core.output import Output
 from pipeline.train.stop import outside
 
 output = Output(Path(sys.argv[1]), "pretrain", "pretrain", {})

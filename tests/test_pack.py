@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from harness import byte_level, files_of, stage, succeed
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 WORDS = "the of and 白日 依山尽 黄河 入海流 <|im_end|> 1984 tokenizer \U0001f468\u200d\U0001f469 \n\n".split(" ")
 
@@ -64,7 +64,7 @@ def recipe(folder, home=None):
 
 
 def store(home, split="train"):
-    from pipeline.data.tokens import TokenStore
+    from pipeline.data.tokens.store import TokenStore
 
     return TokenStore(home / "runs/t/pack/current", split)
 
@@ -156,7 +156,7 @@ def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
         folder.mkdir()
         inputs = {name: SimpleNamespace(path=home / name) for name in ("data", "tokenizer")}
         pack.run(pack.Config(workers=1), inputs, SimpleNamespace(path=folder, note_time=lambda: None))
-        from pipeline.data.tokens import TokenStore
+        from pipeline.data.tokens.store import TokenStore
 
         return TokenStore(folder)
 
@@ -218,7 +218,7 @@ def test_mistakes_end_in_a_sentence(home, tmp_path):
 
 
 def test_damage_is_found_on_opening(home, tmp_path):
-    from pipeline.data.tokens import TokenStore, misfit
+    from pipeline.data.tokens.store import TokenStore, misfit
 
     def damaged(change):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -260,7 +260,7 @@ def test_damage_is_found_on_opening(home, tmp_path):
 def test_heldout_rows_count_each_label_and_its_bytes_once(home):
     from transformers import AutoTokenizer
 
-    from pipeline.data.sampler import heldout_rows
+    from pipeline.data.tokens.row_sampler import heldout_rows
 
     tokenizer, packed = AutoTokenizer.from_pretrained(home / "tokenizer"), store(home, "heldout")
     for length, most in ((32, 5), (17, 10**6)):
@@ -292,7 +292,7 @@ def test_heldout_rows_count_each_label_and_its_bytes_once(home):
 
 def test_bytes_of_whole_documents_are_exact_under_a_tokenizer_that_is_not(home, tmp_path):
     """A tokenizer that puts a space before every text: its tokens spell one byte more than each document has."""
-    from pipeline.data.sampler import heldout_rows
+    from pipeline.data.tokens.row_sampler import heldout_rows
 
     shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
     spec = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
@@ -308,7 +308,7 @@ def test_bytes_of_whole_documents_are_exact_under_a_tokenizer_that_is_not(home, 
 
 
 def test_document_starts_of_a_row(home):
-    from pipeline.data.sampler import RowSampler
+    from pipeline.data.tokens.row_sampler import RowSampler
 
     packed = store(home)
     made = RowSampler(packed, 64, None, 3)
@@ -323,7 +323,7 @@ def test_document_starts_of_a_row(home):
 
 def test_rows_of_a_recipe_that_ends_with_pack_are_shown(home, monkeypatch, capsys):
     from pipeline import cli
-    from pipeline.data.sampler import RowSampler
+    from pipeline.data.tokens.row_sampler import RowSampler
 
     monkeypatch.chdir(home)
 

@@ -752,9 +752,9 @@ def test_a_spike_rolls_back_and_the_next_one_stops(world):
 @pytest.fixture
 def inside(world, monkeypatch):
     """Models, prompts and state as the stage has them before its first iteration."""
-    from pipeline import artifact
     from pipeline import ppo as module
-    from pipeline.recipe import load
+    from pipeline.core import artifact
+    from pipeline.core.recipe import load
 
     monkeypatch.chdir(world)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -12,11 +12,11 @@ import torch
 from harness import files_of, stage, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import recipe
-from pipeline.data.sampler import heldout_rows
-from pipeline.data.tokens import TokenStore
-from pipeline.errors import UserError
-from pipeline.graph import check, nodes
+from pipeline.core import recipe
+from pipeline.core.errors import UserError
+from pipeline.core.graph import check, nodes
+from pipeline.data.tokens.row_sampler import heldout_rows
+from pipeline.data.tokens.store import TokenStore
 from pipeline.models import build
 
 
@@ -280,7 +280,7 @@ def filled(tmp_path_factory):
 def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(filled):
     """The first step by hand: each piece of each row alone, through an untrained model, gives the loss that the
     stage logged; so nothing sees its neighbours and every label counts that should."""
-    from pipeline.data.sampler import RowSampler
+    from pipeline.data.tokens.row_sampler import RowSampler
     from pipeline.pretrain import Config
     from pipeline.train.batches import sampler_of
 

@@ -25,10 +25,10 @@ def answers():
     """Token rows of the training pairs, (chosen, rejected), made again as the stage made them."""
     from transformers import AutoTokenizer
 
-    from pipeline.data.chat import Chat
-    from pipeline.data.conversations import load_pairs
-    from pipeline.data.tuning_sources import PreferenceSource
-    from pipeline.train.tuning import encode_pairs
+    from pipeline.data.chat.chat_sources import PreferenceSource
+    from pipeline.data.chat.conversations import load_pairs
+    from pipeline.data.chat.template import Chat
+    from pipeline.train.finetune_data import encode_pairs
 
     source = PreferenceSource(
         path=str(tuned.plain() / "rows.jsonl"), prompt="What is a {words} {noun}?", chosen="{kind}", rejected="{wrong}"

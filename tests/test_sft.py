@@ -14,9 +14,9 @@ import torch
 import tuned
 from harness import stage
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.sft import batch, check_packing
-from pipeline.train.tuning import Ragged
+from pipeline.train.finetune_data import Ragged
 
 
 def tiny(family, **changes):
@@ -76,8 +76,8 @@ def test_what_is_learned_and_measured():
     # the base model's loss, by transformers alone: its template, its mask, one conversation at a time
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline.data.conversations import load_conversations
-    from pipeline.recipe import load
+    from pipeline.core.recipe import load
+    from pipeline.data.chat.conversations import load_conversations
 
     os_path = os.getcwd()
     os.chdir(folder)
@@ -135,8 +135,8 @@ def test_killed_at_a_random_moment(tmp_path):
 
 
 TWO_RANKS = """
-from pipeline.chain import run_stage
-from pipeline.recipe import load
+from pipeline.core.chain import run_stage
+from pipeline.core.recipe import load
 from pipeline.train import distributed
 words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in ("steps=8", "parallel.zero=1", "micro_batch=2", "run.processes=2")]
 recipe = load("tiny.yaml", [*words, "reward.inputs.model=./learned", "dpo.inputs.model=./learned"])

@@ -2,9 +2,9 @@
 
 import ast
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from paths import ROOT
+
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 LONGEST_FUNCTION = 100  # lines
 

@@ -12,6 +12,7 @@ import regex
 from harness import files_of, stage, succeed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece_model import prefixed
 
 POEMS = (
     "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"
@@ -110,7 +111,7 @@ def test_publishes_a_fast_tokenizer_with_five_distinct_special_ids(trained):
 
 
 def test_any_text_survives_and_becomes_no_special_token(trained):
-    from pipeline.data.tokens import encode_text, token_bytes
+    from pipeline.data.tokens.store import encode_text, token_bytes
 
     tokenizer = loaded(trained)
     special = set(tokenizer.all_special_ids)
@@ -149,7 +150,7 @@ def test_any_text_survives_and_becomes_no_special_token(trained):
 def test_ids_are_those_of_sentencepiece(trained, data):
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokens.store import encode_text
 
     if not (trained / "tokenizer.model").exists():
         pytest.skip("byte-bpe has no sentencepiece model")
@@ -174,12 +175,12 @@ def test_overlapping_pairs_merge_as_in_sentencepiece(tmp_path):
     """Two letters, so that most splits of a piece overlap: where pair ranks and piece scores could disagree."""
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data import bpe
+    from pipeline.data.tokenizer import spm_trainer
 
     generator = random.Random(1)
     texts = ["".join(generator.choices("ab ", weights=[5, 5, 1], k=400)) for _ in range(60)]
-    model = bpe.train_sentencepiece(texts, 420, True, 1.0, tmp_path / "log")
-    pieces, tokenizer = SentencePieceProcessor(model_proto=model), bpe.from_sentencepiece(model)
+    model = spm_trainer.train_sentencepiece(texts, 420, True, 1.0, tmp_path / "log")
+    pieces, tokenizer = SentencePieceProcessor(model_proto=model), spm_trainer.from_sentencepiece(model)
     fresh = ["".join(generator.choices("ab ", weights=[5, 5, 1], k=300)) for _ in range(300)] + [
         "a" * n + "b" + "ab" * n for n in range(60)
     ]
@@ -189,7 +190,7 @@ def test_overlapping_pairs_merge_as_in_sentencepiece(tmp_path):
 
 def test_byte_bpe_ids_are_those_of_a_slow_reference(trained, data):
     """Split by the cl100k pattern, then join the best-ranked pair until there is none: 15 lines, no shared code."""
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokens.store import encode_text
 
     spec = json.loads((trained / "tokenizer.json").read_text())
     if spec["decoder"]["type"] != "ByteLevel":
@@ -257,10 +258,10 @@ def test_every_stage_reads_the_same_ids_whatever_family_the_model_is_of(trained,
 
 
 def same_ids_in_every_family(folder, copy):
-    from pipeline.data.encode import encoder
-    from pipeline.data.tokens import encode_text, load_tokenizer
+    from pipeline.data.tokenizer.encode import encoder
+    from pipeline.data.tokens.store import encode_text, load_tokenizer
     from pipeline.models.build import DOCUMENTS
-    from pipeline.train.tuning import tokenizer_of
+    from pipeline.train.finetune_data import tokenizer_of
 
     wanted = [ids.tolist() for ids in encoder(folder)(TELLING)]
     assert wanted == encode_text(load_tokenizer(folder), TELLING)
@@ -334,7 +335,7 @@ def test_the_sample_is_bounded_and_even(data, tmp_path):
     st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(0, 10**9), max_size=6), st.integers(0, 10**9)
 )
 def test_shares_fill_the_limit_and_no_more(available, limit):
-    from pipeline.data.sample import shares
+    from pipeline.data.tokenizer.sample import shares
 
     share = shares(available, limit, None)
     assert all(0 <= share[source] <= available[source] for source in available)
@@ -346,7 +347,7 @@ def test_shares_fill_the_limit_and_no_more(available, limit):
 def test_sentences_keep_every_character_but_the_reserved_one(texts):
     from collections import Counter
 
-    from pipeline.data.bpe import sentences
+    from pipeline.data.tokenizer.spm_trainer import sentences
 
     got = list(sentences(texts))
     kept = Counter("".join(text for text in texts if text.strip("\r\n\u2585")))
@@ -371,7 +372,7 @@ def small(tmp_path_factory):
 def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path):
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokens.store import encode_text
 
     succeed("tokenizer", recipe(tmp_path, small, algorithm="sentencepiece-unigram", vocab_size=450), cwd=tmp_path)
     folder = tmp_path / "runs/t/tokenizer/current"
@@ -394,7 +395,7 @@ def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path)
 @quick
 @given(st.lists(ANY_TEXT, max_size=4), st.integers(1, 9))
 def test_runs_are_cut_without_losing_a_character(texts, longest):
-    from pipeline.data.bpe import sentences
+    from pipeline.data.tokenizer.spm_trainer import sentences
 
     whole, cut = "".join(sentences(texts)), list(sentences(texts, longest))
     assert sorted("".join(cut)) == sorted(whole) or set(whole) - set("".join(cut)) <= {"\r", "\n"}
@@ -406,7 +407,7 @@ def test_unigram_on_a_long_run_costs_as_much_as_on_lines(tmp_path):
     text with spaces. Uncut they take 5 and 47 times as long."""
     import time
 
-    from pipeline.data import bpe
+    from pipeline.data.tokenizer import spm_trainer
 
     generator = random.Random(5)
     letters = "".join(generator.choices("abcdefghij", k=30_000))
@@ -414,7 +415,7 @@ def test_unigram_on_a_long_run_costs_as_much_as_on_lines(tmp_path):
 
     def seconds(name, text):
         begun = time.process_time()
-        bpe.train_sentencepiece([*common, text], 420, True, 1.0, tmp_path / name, "unigram")
+        spm_trainer.train_sentencepiece([*common, text], 420, True, 1.0, tmp_path / name, "unigram")
         return time.process_time() - begun
 
     spaced = seconds("spaced", " ".join(letters[at : at + 8] for at in range(0, len(letters), 8)))
@@ -423,14 +424,14 @@ def test_unigram_on_a_long_run_costs_as_much_as_on_lines(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_what_sentencepiece_is_at_is_shown(kind, tmp_path, monkeypatch, capsys):
-    from pipeline import tracking
-    from pipeline.data import bpe, trainer_log
+    from pipeline.core import tracking
+    from pipeline.data.tokenizer import spm_log, spm_trainer
 
     monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0)
-    monkeypatch.setattr(trainer_log, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(spm_log, "LOOK_SECONDS", 0.001)
     generator = random.Random(6)
     texts = [english(generator, 100) for _ in range(300)]
-    bpe.train_sentencepiece(texts, 500, True, 1.0, tmp_path / "log", kind)
+    spm_trainer.train_sentencepiece(texts, 500, True, 1.0, tmp_path / "log", kind)
     lines = capsys.readouterr().out.splitlines()
     assert lines and all(line.startswith("tokenizer: ") for line in lines), lines
     unit = "merges" if kind == "bpe" else "iterations"
@@ -443,7 +444,7 @@ def test_what_sentencepiece_is_at_is_shown(kind, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("algorithm", ["sentencepiece-bpe", "byte-bpe"])
 def test_special_and_reserved_tokens_and_the_white_space_policy(algorithm, small, tmp_path):
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokens.store import encode_text
 
     keys = {"special_tokens": ["<|tool|>"], "reserved_tokens": 3, "merge_whitespace": False, "vocab_size": 480}
     succeed("tokenizer", recipe(tmp_path, small, algorithm=algorithm, **keys), cwd=tmp_path)
@@ -523,7 +524,7 @@ def adopted(folder, data, path, **keys):
 
 
 def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plain, small, tmp_path):
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokens.store import encode_text
 
     texts = [
         "the  ther 1984\n\n床前明月光 it's",
@@ -553,32 +554,6 @@ def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plai
     assert report["round_trip"]["exact"] == report["round_trip"]["texts"]
 
 
-def prefixed(texts, kind: str = "bpe", **keys) -> bytes:
-    """A sentencepiece model that keeps every byte and has the default dummy prefix, as Mistral's and Llama 2's have."""
-    import io
-
-    import sentencepiece
-
-    made = io.BytesIO()
-    lines = [line for text in texts for line in text.splitlines() if line]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=made,
-        vocab_size=440,
-        model_type=kind,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        control_symbols=["[INST]"],
-        user_defined_symbols=["[REF]"],
-        hard_vocab_limit=False,
-        required_chars="<>/suk[]INSTREF0123456789xABCD",
-        minloglevel=2,
-        **keys,
-    )
-    return made.getvalue()
-
-
 SPACED = [
     "a",
     " a",
@@ -599,8 +574,8 @@ def test_a_model_with_the_default_prefix_is_adopted_with_its_own_ids(kind, name,
     content tells."""
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data.encode import encoder
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokenizer.encode import encoder
+    from pipeline.data.tokens.store import encode_text
 
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
     (tmp_path / name).write_bytes(prefixed(texts, kind))
@@ -628,11 +603,11 @@ def test_user_defined_pieces_that_are_no_marks_are_read_in_text(small, tmp_path)
     """correctness 27: as sentencepiece reads them."""
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data import bpe
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokenizer import spm_trainer
+    from pipeline.data.tokens.store import encode_text
 
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
-    model = bpe.train_sentencepiece(texts, 440, True, 0.999, tmp_path / "log")
+    model = spm_trainer.train_sentencepiece(texts, 440, True, 0.999, tmp_path / "log")
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
@@ -641,38 +616,38 @@ def test_user_defined_pieces_that_are_no_marks_are_read_in_text(small, tmp_path)
     model = proto.SerializeToString()
     spaced = ["xqqqqq y", "a  zz", "qqq", "  zzqqq  ", *texts[:20]]
     wanted = SentencePieceProcessor(model_proto=model)
-    assert encode_text(bpe.from_sentencepiece(model), spaced) == [wanted.encode(text) for text in spaced]
+    assert encode_text(spm_trainer.from_sentencepiece(model), spaced) == [wanted.encode(text) for text in spaced]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4", "vocab.tiktoken"])
 def test_a_tiktoken_file_is_told_by_its_content(name, tmp_path):
     """correctness 27: Llama 3's tokenizer.model, and the files of tiktoken's cache, alone and in a folder."""
-    from pipeline.data import adopt, bytelevel
-    from pipeline.data.tokens import encode_text
-    from pipeline.errors import UserError
+    from pipeline.core.errors import UserError
+    from pipeline.data.tokenizer import byte_bpe, import_tokenizer
+    from pipeline.data.tokens.store import encode_text
 
     folder = tmp_path / "llama3"
     folder.mkdir()
     (folder / "params.json").write_text("{}")
-    (folder / name).write_bytes(bytelevel.dump(BYTES | {b"th": 256, b"the": 257}))
+    (folder / name).write_bytes(byte_bpe.dump(BYTES | {b"th": 256, b"the": 257}))
     for place in (folder / name, folder):
-        found = adopt.load(str(place), None)
+        found = import_tokenizer.load(str(place), None)
         assert found.algorithm == "adopted tiktoken" and encode_text(found.backend, ["the"]) == [[257]]
-        assert folder / name in adopt.files(str(place))
-    (folder / "another").write_bytes(bytelevel.dump(BYTES))
+        assert folder / name in import_tokenizer.files(str(place))
+    (folder / "another").write_bytes(byte_bpe.dump(BYTES))
     with pytest.raises(UserError, match="2 sentencepiece or tiktoken files"):
-        adopt.load(str(folder), None)
+        import_tokenizer.load(str(folder), None)
     (folder / "prose").write_text("Some text that is no vocabulary.\n")
     with pytest.raises(UserError, match="is no sentencepiece model"):
-        adopt.load(str(folder / "prose"), None)
+        import_tokenizer.load(str(folder / "prose"), None)
 
 
 def test_a_pattern_that_would_do_nothing_is_refused(plain, tmp_path):
-    from pipeline.data import adopt
-    from pipeline.errors import UserError
+    from pipeline.core.errors import UserError
+    from pipeline.data.tokenizer import import_tokenizer
 
     with pytest.raises(UserError, match="pattern: .* leave `pattern` out"):
-        adopt.load(str(plain), "a+")
+        import_tokenizer.load(str(plain), "a+")
 
 
 @pytest.mark.slow
@@ -686,9 +661,9 @@ def test_tokenizers_that_packages_ship_are_adopted_with_their_own_ids(tmp_path):
     from sentencepiece import SentencePieceProcessor
     from tiktoken.load import load_tiktoken_bpe
 
-    from pipeline.data.presplit import pattern
-    from pipeline.data.proof import HARD_TEXTS
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokenizer.pretokenize import pattern
+    from pipeline.data.tokenizer.verify_tokenizer import HARD_TEXTS
+    from pipeline.data.tokens.store import encode_text
     from pipeline.tokenizer import Config, adopt
 
     packages = ["mistral-common==1.13.1", "llama-models==0.3.0", "litellm==1.109.1", "dashscope==2.0.2"]
@@ -837,12 +812,12 @@ def test_ids_without_a_token_are_filled_in_a_tiktoken_file(small, tmp_path):
     """As in p50k_base.tiktoken, which lacks 50256. The oracle is tiktoken with the same ranks."""
     import tiktoken
 
-    from pipeline.data import bytelevel
-    from pipeline.data.presplit import pattern
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokenizer import byte_bpe
+    from pipeline.data.tokenizer.pretokenize import pattern
+    from pipeline.data.tokens.store import encode_text
 
     tokens = BYTES | {b"th": 256, b"er": 258, b"the": 259, "月".encode(): 263}
-    (tmp_path / "holes.tiktoken").write_bytes(bytelevel.dump(tokens))
+    (tmp_path / "holes.tiktoken").write_bytes(byte_bpe.dump(tokens))
     (code, said), folder = adopted(tmp_path / "run", small, tmp_path / "holes.tiktoken")
     assert code == 0 and "4 ids below 263 have no token (257, 260, 261, ...)" in said, said
     tokenizer = loaded(folder)
@@ -860,10 +835,10 @@ def test_ids_without_a_token_are_filled_in_a_tiktoken_file(small, tmp_path):
 def holed(folder, last):
     """A byte-level folder whose end-of-text token has an id behind a gap, as cl100k's has, which `tokenizers` itself
     reads as the next free one."""
-    from pipeline.data import bytelevel
+    from pipeline.data.tokenizer import byte_bpe
 
     folder.mkdir()
-    bytelevel.build(BYTES | {b"th": 256}, [(b"t", b"h")], r"\s+|\S+", []).save(str(folder / "tokenizer.json"))
+    byte_bpe.build(BYTES | {b"th": 256}, [(b"t", b"h")], r"\s+|\S+", []).save(str(folder / "tokenizer.json"))
     spec = json.loads((folder / "tokenizer.json").read_text())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     spec["added_tokens"] = [{"id": last, "content": "<|end|>", **plain}]
@@ -875,7 +850,7 @@ def holed(folder, last):
 
 
 def test_ids_without_a_token_are_filled_in_a_folder_and_declared_ids_are_kept(small, tmp_path):
-    from pipeline.data.tokens import encode_text, token_bytes
+    from pipeline.data.tokens.store import encode_text, token_bytes
 
     source = holed(tmp_path / "source", 260)
     (code, said), folder = adopted(tmp_path / "run", small, source)
@@ -888,12 +863,12 @@ def test_ids_without_a_token_are_filled_in_a_folder_and_declared_ids_are_kept(sm
 
 
 def test_vocabularies_that_are_mostly_holes_are_refused(tmp_path):
-    from pipeline.data import bytelevel
-    from pipeline.errors import UserError
+    from pipeline.core.errors import UserError
+    from pipeline.data.tokenizer import byte_bpe
     from pipeline.tokenizer import Config, adopt
 
     for last, said in ((2**31 - 1, "2,147,483,391 of the ids below"), (2**40, "31 bits")):
-        (tmp_path / "huge.tiktoken").write_bytes(bytelevel.dump(BYTES | {b"ab": last}))
+        (tmp_path / "huge.tiktoken").write_bytes(byte_bpe.dump(BYTES | {b"ab": last}))
         with pytest.raises(UserError, match=said):
             adopt(Config(adopt=str(tmp_path / "huge.tiktoken")), tmp_path / "out")
     with pytest.raises(UserError, match="are filled"):
@@ -904,7 +879,7 @@ def test_vocabularies_that_are_mostly_holes_are_refused(tmp_path):
 
 def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path):
     """A model has its rows where one of the two readings says, and nobody can tell which."""
-    from pipeline.errors import UserError
+    from pipeline.core.errors import UserError
     from pipeline.tokenizer import Config, adopt
 
     def written(name, last, **vocabulary):
@@ -952,7 +927,7 @@ def test_damaged_files_end_in_a_sentence(plain, small, tmp_path):
 def test_a_sentencepiece_model_is_whole_or_said_to_be_cut(plain):
     from sentencepiece import sentencepiece_model_pb2
 
-    from pipeline.data.bpe import damaged
+    from pipeline.data.tokenizer.spm_trainer import damaged
 
     if not (plain / "tokenizer.model").exists():
         pytest.skip("byte-bpe has no sentencepiece model")
@@ -970,11 +945,11 @@ def test_a_sentencepiece_model_is_whole_or_said_to_be_cut(plain):
 
 
 def test_a_byte_level_folder_without_eos_and_one_whose_config_is_no_object_are_refused(tmp_path):
-    from pipeline.data import bytelevel
-    from pipeline.errors import UserError
+    from pipeline.core.errors import UserError
+    from pipeline.data.tokenizer import byte_bpe
     from pipeline.tokenizer import Config, adopt
 
-    bytelevel.build(BYTES, [], "a", []).save(str(tmp_path / "tokenizer.json"))
+    byte_bpe.build(BYTES, [], "a", []).save(str(tmp_path / "tokenizer.json"))
     for config, said in (("{}", "has no eos token"), ("[]", "expected a JSON object")):
         (tmp_path / "tokenizer_config.json").write_text(config)
         with pytest.raises(UserError, match=said):
@@ -984,14 +959,14 @@ def test_a_byte_level_folder_without_eos_and_one_whose_config_is_no_object_are_r
 def test_pairs_of_a_very_long_token_are_found_at_once():
     """Junk of equal letters gives tokens of tens of thousands of bytes; a file with one of 49,152 bytes was not read
     in nine minutes when each join looked at all neighbours."""
-    from pipeline.data.bytelevel import merges_of
+    from pipeline.data.tokenizer.byte_bpe import merges_of
 
     powers = [b"a" * 2**power for power in range(17)]
     assert merges_of({token: rank for rank, token in enumerate(powers)}) == [(half, half) for half in powers[:-1]]
 
 
 def test_text_that_cannot_fill_the_smallest_vocabulary_is_not_told_to_lower_vocab_size():
-    from pipeline.data.bpe import too_large
+    from pipeline.data.tokenizer.spm_trainer import too_large
 
     assert "set vocab_size to at most 300" in str(too_large(5000, 300))
     assert "set vocab_size" not in str(too_large(300, 280)) and "train on more text" in str(too_large(300, 280))

@@ -1,6 +1,6 @@
 """Which implementation computes a model's attention."""
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 
 def choose(model, wanted: str, precision: str, compiled: bool = False, packed_rows: int = 1) -> str:
@@ -31,7 +31,7 @@ def choose(model, wanted: str, precision: str, compiled: bool = False, packed_ro
     if wanted == "auto":
         wanted = _best(model, flash=lacking is None and packed_rows == 1, blocks=blocks)
     if wanted == "blocks":
-        from pipeline.models import causal  # noqa: F401 - tells transformers of it
+        from pipeline.models import cpu_attention  # noqa: F401 - tells transformers of it
     if model.config._attn_implementation != wanted:
         model.set_attn_implementation(wanted)
     return wanted

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import Problems, UserError
-from pipeline.models import scaling
-from pipeline.models.older import add_older_keys
-from pipeline.recipe_file import shown
-from pipeline.seeds import derive
+from pipeline.core.errors import Problems, UserError
+from pipeline.core.recipe_file import shown
+from pipeline.core.seeds import derive
+from pipeline.models import mup
+from pipeline.models.transformers_4 import add_older_keys
 
 # Keys of a model block that a recipe leaves to others: the tokenizer, the stage, and this module.
 TAKEN = {
@@ -67,7 +67,7 @@ TOKENIZER_FILES = (
 def check(block: dict | None) -> None:
     """Raise UserError for a model block that cannot be built: unknown family, unknown key, a key that is not the
     recipe's to say."""
-    from pipeline.train import balance
+    from pipeline.train import moe_aux_loss
 
     if not block:
         raise UserError(
@@ -117,8 +117,8 @@ def check(block: dict | None) -> None:
             problems.add(f"model.{key} is {value}, expected at most {MOST_LAYERS:,}")
     problems.refuse()
     config = _config(family, _keys(block))
-    balance.coefficient(config)
-    scaling.check(block, config)
+    moe_aux_loss.coefficient(config)
+    mup.check(block, config)
     heads, width = getattr(config, "num_attention_heads", None) or 1, config.hidden_size  # mamba and rwkv have none
     if "head_dim" not in block and width % heads:
         raise UserError(f"model: hidden_size {width} is not divisible by num_attention_heads {heads}")
@@ -156,13 +156,7 @@ def configure(block: dict, tokenizer, sequence_length: int):
     }
     return _config(
         block["family"],
-        {
-            **_keys(block),
-            **scaling.kept(block),
-            **special,
-            "max_position_embeddings": sequence_length,
-            "use_cache": True,
-        },
+        {**_keys(block), **mup.kept(block), **special, "max_position_embeddings": sequence_length, "use_cache": True},
     )
 
 
@@ -215,7 +209,7 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
                 part.weight.normal_(std=model.config.initializer_range)
                 part.bias.zero_()
             filled.update(id(parameter) for parameter in own)
-        scaling.initial(model)
+        mup.initial(model)
     empty = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
     assert not empty, f"{model.config.model_type}: no initial values for {', '.join(empty[:3])}"
 
@@ -343,7 +337,7 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     import torch
     import transformers
 
-    from pipeline.data.tokens import load_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
 
     kind = getattr(transformers, model_config.architectures[0])
     with torch.device("meta"):
@@ -394,7 +388,7 @@ def stop_ids(folder: Path, tokenizer) -> list[int]:
     """Ids at which generation with the model in `folder` ends, each once: those of its generation_config.json, or else
     of its config.json, or else the tokenizer's end of text; and the end of turn that the chat template teaches. May
     be empty."""
-    from pipeline.data.turns import end_of_turn
+    from pipeline.data.chat.turns import end_of_turn
 
     named = [_read_json(folder / name).get("eos_token_id") for name in (GENERATION, "config.json")]
     first = next((value for value in [*named, tokenizer.eos_token_id] if value is not None), None)

@@ -5,7 +5,7 @@ nothing is allocated.
     flops = training_flops(model, size, sequence_length=2048)
     parts = memory(model.config, size, layout, ...)      # bytes by part
 
-Estimates are held against measurements in tests/test_cost.py, with the factor that is allowed.
+Estimates are held against measurements in tests/models/test_cost.py, with the factor that is allowed.
 """
 
 import re

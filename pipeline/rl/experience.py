@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.data.chat import Chat
-from pipeline.intervals import mean_half
+from pipeline.core.intervals import mean_half
+from pipeline.core.seeds import derive
+from pipeline.data.chat.template import Chat
 from pipeline.rl import rules
 from pipeline.rl.responses import Sample, ValueModel, at_responses, layout, policy_inputs, rows, token_statistics
 from pipeline.rl.rollout import generate
-from pipeline.seeds import derive
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
 from pipeline.train.scores import reward_scores

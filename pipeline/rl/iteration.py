@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.core.seeds import derive
+from pipeline.core.terminal import show
 from pipeline.rl import advantages, kl, losses, rewards
 from pipeline.rl.experience import Models, Task, collect, draw, repetition, share, tensors_of
 from pipeline.rl.responses import Sample, at_responses, layout, policy_inputs, token_statistics
-from pipeline.seeds import derive
-from pipeline.terminal import show
 from pipeline.train import distributed, phases
 from pipeline.train.schedule import learning_rate
 

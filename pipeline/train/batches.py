@@ -5,9 +5,9 @@ pipeline/pretrain.py trains on them; `alma inspect tokens` and `alma verify para
 
 import numpy as np
 
-from pipeline.data import fim
-from pipeline.data.sampler import RowSampler, positions_of
-from pipeline.output import Output
+from pipeline.core.output import Output
+from pipeline.data.tokens import fim
+from pipeline.data.tokens.row_sampler import RowSampler, positions_of
 from pipeline.train import distributed
 
 

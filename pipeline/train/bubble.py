@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from pipeline.models import stages
+from pipeline.models import pipeline_split
 from pipeline.train import distributed
 
 WORK = ("ForwardPass", "BackwardPass")
@@ -100,7 +100,7 @@ class Bubble:
             parts[-1]
         )
         output = max(0.0, self.busy[-1] - sum(layers[parts[-1].start :]))
-        best = [len(part) for part in stages.partition(layers, output, self.count)]
+        best = [len(part) for part in pipeline_split.partition(layers, output, self.count)]
         said = (
             f"stages were busy {', '.join(f'{seconds:.1f}' for seconds in self.busy)} s with"
             f" {', '.join(str(len(part)) for part in parts)} layers"

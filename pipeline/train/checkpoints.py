@@ -17,11 +17,11 @@ import shutil
 import threading
 from pathlib import Path
 
-from pipeline import faults
-from pipeline.errors import UserError
-from pipeline.files import damage_of, sha256_file, sync_folder, write_json
-from pipeline.output import Output
-from pipeline.terminal import show
+from pipeline.core import faults
+from pipeline.core.errors import UserError
+from pipeline.core.files import damage_of, sha256_file, sync_folder, write_json
+from pipeline.core.output import Output
+from pipeline.core.terminal import show
 from pipeline.train import distributed, state
 from pipeline.train.config import Save
 

@@ -10,8 +10,8 @@ import sys
 import time
 from datetime import timedelta
 
-from pipeline.errors import UserError
-from pipeline.plural import many
+from pipeline.core.errors import UserError
+from pipeline.core.plural import many
 
 
 def rank() -> int:
@@ -77,7 +77,7 @@ def setup(config=None) -> None:
 
 
 def _store(timeout: timedelta):
-    """The store of a launch by pipeline/processes.py, whose port is open already. None: torch makes it from
+    """The store of a launch by pipeline/core/processes.py, whose port is open already. None: torch makes it from
     MASTER_ADDR and MASTER_PORT, or takes that of torchrun."""
     import torch.distributed as dist
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.files import write_json
-from pipeline.train import balance, distributed, head, layers, state
+from pipeline.core.files import write_json
+from pipeline.train import chunked_loss, distributed, layers, moe_aux_loss, state
 from pipeline.train.config import TrainConfig
 from pipeline.train.schedule import learning_rate
 
@@ -41,10 +41,12 @@ class Engine:
     def __init__(self, model, loss_fn: Loss, config: TrainConfig, name: str):
         self.model, self.loss_fn, self.config, self.name = model, loss_fn, config, name
         self.device = distributed.device()
-        self.head = head.installed(model)
+        self.head = chunked_loss.installed(model)
         self.step_count = 0
         self.data_rank, self.data_world = distributed.rank(), distributed.world()
-        self.balance = balance.attach(model, config) if model is not None else None  # before an engine wraps the model
+        self.balance = (
+            moe_aux_loss.attach(model, config) if model is not None else None
+        )  # before an engine wraps the model
         self.shapes, self.fixed = ({}, set()) if model is None else shapes_of(model)
 
     def step(

@@ -10,9 +10,9 @@ import types
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.models import attention
-from pipeline.train import distributed, head
+from pipeline.train import chunked_loss, distributed
 
 # Results that selective checkpointing keeps: matrix products and attention. What lies between them (norms, rotations,
 # activations) is cheap to compute again and makes up most of the bytes (Korthikanti et al., 2022, section 4). Names,
@@ -33,14 +33,16 @@ def prepare(model, config) -> None:
     model cannot have."""
     rows = config.micro_rows(distributed.world()) if config.document_mask else 1
     attention.choose(model, config.attention, config.precision, config.compile, rows)
-    if isinstance(config.loss_chunk, int) and not head.supports(model.config):
+    if isinstance(config.loss_chunk, int) and not chunked_loss.supports(model.config):
         raise UserError(
             f"stage {config.kind}: loss_chunk: {config.loss_chunk} does not go with the family"
             f" {model.config.model_type}: it was not checked that its logits are its output layer's alone; use"
             " loss_chunk: auto"
         )
-    if config.loss_chunk is not None and head.supports(model.config):
-        head.install(model, None if config.loss_chunk == "auto" else config.loss_chunk, config.z_loss, config.compile)
+    if config.loss_chunk is not None and chunked_loss.supports(model.config):
+        chunked_loss.install(
+            model, None if config.loss_chunk == "auto" else config.loss_chunk, config.z_loss, config.compile
+        )
     if config.compile:
         compile(model)
 

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import torch
 
-from pipeline import faults
-from pipeline.errors import UserError
-from pipeline.output import Output
-from pipeline.seeds import derive
-from pipeline.terminal import show
-from pipeline.tracking import Progress, Tracker, plain
+from pipeline.core import faults
+from pipeline.core.errors import UserError
+from pipeline.core.output import Output
+from pipeline.core.seeds import derive
+from pipeline.core.terminal import show
+from pipeline.core.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
-from pipeline.train.horizon import CALIBRATION, Horizon
-from pipeline.train.meters import Meters, Text
+from pipeline.train.metrics import Meters, Text
 from pipeline.train.spikes import Guard, inherited, tell
 from pipeline.train.stop import StopSignal, saved_step, stop
+from pipeline.train.train_length import CALIBRATION, Horizon
 
 
 def share(config: TrainConfig, engine: Engine, step: int) -> list[range]:

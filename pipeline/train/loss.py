@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from pipeline.train.head import IGNORE, TokenLosses
+from pipeline.train.chunked_loss import IGNORE, TokenLosses
 
 
 class Tally(NamedTuple):

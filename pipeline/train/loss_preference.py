@@ -8,7 +8,7 @@ of the global batch.
 import torch
 import torch.nn.functional as F
 
-from pipeline.train.head import IGNORE
+from pipeline.train.chunked_loss import IGNORE
 from pipeline.train.loss import token_logprobs
 
 

@@ -9,7 +9,7 @@ which torch's Muon does not take: AdamW has them.
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import adamw, lr_scale
 

@@ -9,8 +9,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from pipeline.models import stages
-from pipeline.train import balance, distributed, head, phases, shards
+from pipeline.models import pipeline_split
+from pipeline.train import chunked_loss, distributed, moe_aux_loss, phases, shards
 from pipeline.train.bubble import Bubble
 from pipeline.train.engine import Engine, Sums, adamw, finite, set_learning_rate, shapes_of
 from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
@@ -23,11 +23,11 @@ class Stage(torch.nn.Module):
     def __init__(self, model, index: int, parts: list[range], bf16: bool, fill):
         super().__init__()
         self.first, self.last, self.bf16 = index == 0, index == len(parts) - 1, bf16
-        layers = stages.cut(model, index, parts)
+        layers = pipeline_split.cut(model, index, parts)
         self.offset = layers.start
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")
-            fill(model, lambda name: stages.global_name(name, self.offset))
+            fill(model, lambda name: pipeline_split.global_name(name, self.offset))
         self.model = model
 
     @property
@@ -79,8 +79,8 @@ class Pipelined(Engine):
 
         os.environ.setdefault("LOCAL_RANK", "0")
         self.count = config.parallel.pipeline
-        stages.check(model.config)
-        self.parts = stages.split(model, config.parallel, config.sequence_length)
+        pipeline_split.check(model.config)
+        self.parts = pipeline_split.split(model, config.parallel, config.sequence_length)
         self.data_world = distributed.world() // self.count
         self.data_rank, self.index = distributed.rank() % self.data_world, distributed.rank() // self.data_world
         self.tied = bool(model.config.tie_word_embeddings)
@@ -111,12 +111,12 @@ class Pipelined(Engine):
                     seed_layers=False,
                 )
             self.part = next(layer for layer in module.forward_funcs if isinstance(layer, Stage))
-            self.balance = balance.attach(self.part.model, config, self.part.offset)
+            self.balance = moe_aux_loss.attach(self.part.model, config, self.part.offset)
             # DeepSpeed takes the whole layer for a copy and would leave it out of the gradient norm
             if self.tied and self.part.last:
                 for parameter in self.part.parameters():
                     parameter.ds_pipe_replicated = parameter is self.part.table.weight
-            self.head = head.installed(self.part.model) if self.part.last else None
+            self.head = chunked_loss.installed(self.part.model) if self.part.last else None
             self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
             even_groups(self.optimizer)
             self.engine, *_ = deepspeed.initialize(
@@ -128,7 +128,7 @@ class Pipelined(Engine):
         self.shape = None
         self.bubble = Bubble(self.engine, self.device, self.index, self.count, self.data_world)
         self.named = {
-            stages.global_name(key, self.part.offset): parameter
+            pipeline_split.global_name(key, self.part.offset): parameter
             for key, parameter in self.part.model.named_parameters()
         }
         self.copied = {}  # the tied table's second end reads it and leaves writing to the first
@@ -228,7 +228,7 @@ class Pipelined(Engine):
     def consolidated(self):
         """Stage after stage, the first data rank sends its tensors to the main process over the CPU."""
         mine = {
-            stages.global_name(key, self.part.offset): value.detach().to("cpu").contiguous()
+            pipeline_split.global_name(key, self.part.offset): value.detach().to("cpu").contiguous()
             for key, value in self.part.model.state_dict().items()
         }
         whole = {key: value.clone() for key, value in mine.items()}
@@ -252,7 +252,7 @@ class Pipelined(Engine):
 
     def _held(self):
         buffers = [
-            fragment._replace(name=stages.global_name(fragment.name, self.part.offset))
+            fragment._replace(name=pipeline_split.global_name(fragment.name, self.part.offset))
             for fragment in shards.buffers(self.part.model)
         ]
         return shards.split(self.named, self.engine.optimizer), buffers

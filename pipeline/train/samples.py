@@ -11,10 +11,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.errors import UserError
-from pipeline.recipe import Strict
-from pipeline.seeds import derive
-from pipeline.terminal import show
+from pipeline.core.errors import UserError
+from pipeline.core.recipe import Strict
+from pipeline.core.seeds import derive
+from pipeline.core.terminal import show
 
 FILE = "logs/samples.jsonl"
 
@@ -35,7 +35,7 @@ class Samples(Strict):
 def encoded(config, tokenizer) -> list[list[int]]:
     """Ids of the prompts, of none where no samples are asked for. Raises UserError for one that leaves no room in a
     row: called before anything expensive, too."""
-    from pipeline.data.tokens import encode_text
+    from pipeline.data.tokens.store import encode_text
 
     if config.samples is None:
         return []
@@ -92,8 +92,8 @@ class Sampler:
         path = self.output.path / FILE
         path.parent.mkdir(exist_ok=True)
         if path.exists():  # a resumed run, or one that was rolled back, makes again what stands after its checkpoint
-            from pipeline.files import write_atomic
-            from pipeline.tracking import step_of
+            from pipeline.core.files import write_atomic
+            from pipeline.core.tracking import step_of
 
             before = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in before if step_of(line) < step]

@@ -20,10 +20,10 @@ import json
 import math
 import statistics
 
-from pipeline.files import write_atomic
-from pipeline.output import Output
-from pipeline.terminal import show
-from pipeline.tracking import plain
+from pipeline.core.files import write_atomic
+from pipeline.core.output import Output
+from pipeline.core.terminal import show
+from pipeline.core.tracking import plain
 from pipeline.train.config import Spikes
 
 FLOOR = 1e-3  # of the median: a deviation of nothing (all losses equal) would make a spike of anything

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 FORMAT = 1
 CHUNK = 16 << 20  # bytes hashed and written at a time

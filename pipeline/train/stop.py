@@ -24,10 +24,10 @@ import signal
 import time
 from pathlib import Path
 
-from pipeline.errors import Stopped
-from pipeline.files import read_record, write_json
-from pipeline.output import Output
-from pipeline.unfinished import finished_files
+from pipeline.core.errors import Stopped
+from pipeline.core.files import read_record, write_json
+from pipeline.core.output import Output
+from pipeline.core.unfinished import finished_files
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # torchrun passes a terminal's Ctrl-C on to ranks that have had it from the terminal

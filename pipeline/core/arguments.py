@@ -1,0 +1,34 @@
+"""Arguments that the commands of `alma` share, and what their words mean."""
+
+from typing import Annotated
+
+import typer
+
+from pipeline.core.errors import UserError
+
+RecipeFile = Annotated[str, typer.Argument(help="Recipe file.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(help="Names of stages, and key=value words that change the recipe.", metavar="[STAGE|key=value]..."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")]
+
+
+def split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Stage names and overrides stand on the same line; an override has a `=`."""
+    words = words or []
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def one(stages: list[str]) -> str | None:
+    """The stage that was named, if any. Raises UserError for several."""
+    if len(stages) > 1:
+        raise UserError(f"one stage at a time: {', '.join(stages)} were given")
+    return stages[0] if stages else None
+
+
+def known(stages: list[str], graph: dict, recipe: str) -> None:
+    """Raises UserError for a stage that the recipe does not have."""
+    for name in stages:
+        if name not in graph:
+            raise UserError(f"{recipe}: no stage is called {name!r}; there is {', '.join(graph)}")

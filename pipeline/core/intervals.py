@@ -1,0 +1,68 @@
+"""How sure the numbers are that a stage closes with: 95% intervals, their wording, and a warning where nothing was
+learned."""
+
+import math
+from collections.abc import Sequence
+
+NORMAL = 1.959964  # 97.5% quantile of the normal distribution
+
+
+def wilson(share: float, count: int, z: float = NORMAL) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson, 1927): sensible for few pairs and for shares of 0 and 1, where the usual
+    one has no width."""
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def student(degrees: int) -> float:
+    """97.5% quantile of Student's t distribution with whole degrees of freedom, to 1e-6, by bisection of its closed
+    form (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
+
+    def inside(t: float) -> float:  # probability of lying between -t and t
+        angle = math.atan(t / math.sqrt(degrees))
+        cosine = math.cos(angle)
+        total, term = 0.0, 1.0 if degrees % 2 == 0 else cosine
+        for power in range(2 + degrees % 2, degrees + 1, 2):
+            total += term
+            term *= cosine**2 * (power - 1) / power
+        if degrees % 2 == 0:
+            return math.sin(angle) * total
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+
+    low, high = 0.0, 20.0
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
+
+
+def mean_half(values: Sequence[float]) -> float:
+    """Half of the width of the 95% interval of a mean (Student, 1908). Raises ValueError for fewer than two values."""
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"{count} values have no interval")
+    mean = math.fsum(values) / count
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    quantile = student(count - 1) if count <= 200 else NORMAL
+    return quantile * math.sqrt(variance / count)
+
+
+def shares(before: float, after: float, count: int) -> str:
+    """A proportion before and after, with the interval of the second: "0% -> 96% (95%: 80% to 99%, n=24)"."""
+    low, high = wilson(after, count)
+    return f"{before:.0%} -> {after:.0%} (95%: {low:.0%} to {high:.0%}, n={count})"
+
+
+def unchanged(before: float, after: float) -> bool:
+    """Has a proportion not risen, though it had room to?"""
+    return after <= before < 0.95
+
+
+def warn(stage: str, findings: list[str]) -> list[str]:
+    """Say what shows that a stage learned nothing; the findings, for its metrics."""
+    from pipeline.core.chain import say
+
+    for finding in findings:
+        say(f"{stage}: WARNING: nothing was learned that can be shown: {finding}")
+    return findings

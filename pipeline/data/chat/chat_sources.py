@@ -1,0 +1,132 @@
+"""What a recipe says of the sources of tuning stages: conversations, pairs of answers, prompts, and the templates that
+make them of a record. They are read in pipeline/data/chat/conversations.py."""
+
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from pipeline.core.recipe import Strict, idle
+from pipeline.data.sources.sources import Source
+
+
+class Message(Strict):
+    """One message of a template."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    """Who speaks."""
+    content: str
+    """What is said: a template such as `{instruction}`."""
+
+
+# Fields that hold a conversation, a pair or a prompt without templates.
+HOLDING = {"messages", "conversations", "prompt", "instruction", "chosen", "rejected"}
+
+
+class TuningSource(Source):
+    """What sources of all tuning stages have. A record is no document, so it has no `text`."""
+
+    UNUSED = frozenset({"text"})
+
+    ignore: list[str] = []
+    """Fields of records, messages and content parts that are read as though they were not there, because they say
+    nothing about what should be learned (docs/sft.md says which fields need no such word)."""
+
+    @field_validator("ignore")
+    @classmethod
+    def _whole_names(cls, value: list[str]) -> list[str]:
+        if carriers := {"role", "content", "from", "value"} & set(value):
+            raise ValueError(f"ignore: {min(carriers)!r} carries the conversation itself")
+        return value
+
+    def templates(self) -> list[str]:
+        """Templates of what is read from a record beside its messages."""
+        return []
+
+    @model_validator(mode="after")
+    def _no_document(self):
+        for key in self.UNUSED:
+            idle(self, key, "is of documents; here templates or the records themselves say who says what")
+        if not self.has_templates():
+            idle(self, "join", "stands between the items of a list that a template names, and there is no template")
+        return self
+
+    def has_templates(self) -> bool:
+        return bool(self.templates())
+
+    def is_record(self, value: dict) -> bool:
+        """Whether an object that is alone in a json file is a record: it has a field that holds a conversation, a pair
+        or a prompt."""
+        return not HOLDING.isdisjoint(value)
+
+
+class ChatSource(TuningSource):
+    """Conversations. Without `messages`, records must hold messages, conversations (ShareGPT), prompt + completion,
+    or instruction + output (Alpaca)."""
+
+    messages: list[Message] | None = None
+    """Templates of a conversation, in turns."""
+    answer: str | None = None
+    """Template of the known answer: greedy answers to held-out prompts are then also scored by `rule`."""
+    rule: Literal["exact", "contains", "prefix"] = "prefix"
+    """How a greedy answer is compared with `answer`."""
+
+    def templates(self) -> list[str]:
+        return [] if self.answer is None else [self.answer]
+
+    def has_templates(self) -> bool:
+        return self.messages is not None or super().has_templates()
+
+    @model_validator(mode="after")
+    def _assistant_speaks(self):
+        if self.messages is not None and all(message.role != "assistant" for message in self.messages):
+            raise ValueError("messages has none with role: assistant, so there is nothing to learn")
+        if self.answer is None:
+            idle(self, "rule", "says how answers are compared with `answer`, and there is none")
+        return self
+
+
+class PreferenceSource(TuningSource):
+    """Pairs of answers. Without templates, records must hold prompt, chosen and rejected, as texts or messages (the
+    prompt may be implicit in messages), and may hold `margin`."""
+
+    prompt: str | list[Message] | None = None
+    """Template of the user's message, or of several messages."""
+    chosen: str | None = None
+    """Template of the better answer."""
+    rejected: str | None = None
+    """Template of the worse answer."""
+    margin: str | None = None
+    """Template of a number that says how much better; by default the record's `margin`, where it has one and no
+    templates are given."""
+
+    def templates(self) -> list[str]:
+        return [] if self.margin is None else [self.margin]
+
+    def has_templates(self) -> bool:
+        return self.prompt is not None or super().has_templates()
+
+    @model_validator(mode="after")
+    def _all_or_none(self):
+        missing = [key for key in ("prompt", "chosen", "rejected") if getattr(self, key) is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(
+                f"{' and '.join(missing)} is missing: give templates for all of prompt, chosen and rejected, or none"
+                " for records that hold these fields"
+            )
+        return self
+
+
+class PromptSource(TuningSource):
+    """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation,
+    of which all before its last answer is the prompt."""
+
+    prompt: str | list[Message] | None = None
+    """Template of the user's message, or of several messages."""
+    answer: str | None = None
+    """Template of the known answer, for scores by rule."""
+
+    def templates(self) -> list[str]:
+        return [] if self.answer is None else [self.answer]
+
+    def has_templates(self) -> bool:
+        return self.prompt is not None or super().has_templates()

@@ -1,0 +1,333 @@
+"""What the tuning stages read: conversations, pairs of answers, and prompts, from the same named sources as everything
+else.
+
+    train, heldout, ledger = load_conversations({"reviews": ChatSource(path="reviews.jsonl", messages=[...])},
+    holdout=0.1)
+
+A source says with templates how a record becomes messages; a record that holds a conversation already needs none
+(messages, ShareGPT conversations, prompt + completion, Alpaca's instruction + input + output). Text is kept as it was
+written. Exact duplicates are dropped. A record is held out if its own hash says so, and so in every stage; what is
+like a held-out record is then dropped from training. Nothing is dropped silently: the ledger counts each reason and
+names the first places.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.core.errors import UserError
+from pipeline.core.plural import many
+from pipeline.data.chat.chat_sources import ChatSource, Message, PreferenceSource, PromptSource, TuningSource
+from pipeline.data.chat.messages import (
+    Rejected,
+    checked_text,
+    conversation_of,
+    normal,
+    normalised,
+    number,
+    pair_of,
+    prompt_of,
+)
+from pipeline.data.chat.record_accounting import Ledger
+from pipeline.data.dedup.decontaminate import Decontaminate, contaminated
+from pipeline.data.sources.formats import Bad
+from pipeline.data.sources.records import Record, fraction, other_encoding, read
+from pipeline.data.sources.templates import MissingField, pieces_of, render
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages up to the last answer that is trained on. An answer with `train: False` carries no loss."""
+
+    id: str
+    source: str
+    place: str
+    messages: list[dict]
+    content: str
+    """What the record itself says, without the words of templates: near duplicates are looked for in it."""
+    answer: str | None = None
+    rule: str = "prefix"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers, each one message of the assistant, to the same messages."""
+
+    id: str
+    source: str
+    place: str
+    prompt: list[dict]
+    chosen: str
+    rejected: str
+    content: str
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages that wait for an answer."""
+
+    id: str
+    source: str
+    place: str
+    messages: list[dict]
+    answer: str | None
+    content: str
+
+    @property
+    def text(self) -> str:
+        """The messages for a person to read."""
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
+
+def load_conversations(
+    sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Conversation], list[Conversation], Ledger]:
+    """Conversations to train on and held out."""
+    rows, ledger = _gathered(sources, lambda row: _key(row.messages), decontaminate)
+    return _split(rows, ledger, holdout, lambda row: _asked(row.messages[:-1]))
+
+
+def load_pairs(
+    sources: dict[str, PreferenceSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Pair], list[Pair], Ledger]:
+    """Pairs of answers to train on and held out."""
+    rows, ledger = _gathered(sources, lambda row: _key([row.prompt, row.chosen, row.rejected]), decontaminate)
+    return _split(rows, ledger, holdout, lambda row: _asked(row.prompt))
+
+
+def load_prompts(
+    sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Prompt], list[Prompt], Ledger]:
+    """Prompts to train on and held out, each prompt once."""
+    rows, ledger = _gathered(sources, lambda row: _key(row.messages), decontaminate)
+    train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _asked(row.messages))
+    for rows, split in ((train, "train"), (heldout, "heldout")):
+        ledger.keep(rows, split, [None] * len(rows))
+    ledger.check(holdout)
+    return train, heldout, ledger
+
+
+def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Callable | None = None):
+    """The first row that a tuning source gives, looking at no more than `most` records: a Conversation, Pair or Prompt.
+    `encode(row)` may say why a row cannot be written with a chat template, or return None. Raises UserError if the
+    source has no records, or none of these can be used."""
+    ledger = Ledger()
+    for item in itertools.islice(read(source, name), most):
+        row = _row(source, name, item, ledger)
+        reason = None if row is None or encode is None else encode(row)
+        if reason is not None:
+            ledger.reject(name, row.place, reason)
+        elif row is not None:
+            return row
+    _refuse_empty(source, name, ledger)
+
+
+# ---- from a record to a row ------------------------------------------------------------------------------------------
+
+
+def _conversation(source: ChatSource, name: str, record: Record, fields: dict) -> Conversation:
+    if source.messages is None:
+        messages = conversation_of(fields, _named(source))
+        content = normal(_said(messages))
+    else:
+        messages = normalised(_filled(source.messages, fields, source.join))
+        content = _brought([message.content for message in source.messages], fields)
+    if all(message["role"] != "assistant" for message in messages):
+        raise Rejected("no message of the assistant")
+    while messages and (messages[-1]["role"] != "assistant" or "train" in messages[-1]):
+        messages.pop()  # nothing that is learned can see it
+    if not messages:
+        raise Rejected("all messages of the assistant are marked not to be trained on")
+    return Conversation(record.id, name, record.place, messages, content, _known_answer(source, fields), source.rule)
+
+
+def _pair(source: PreferenceSource, name: str, record: Record, fields: dict) -> Pair:
+    margin = 0.0
+    if source.prompt is None:
+        prompt, chosen, rejected, given = pair_of(fields, _named(source))
+        content = normal(f"{_said(prompt)}\n{chosen}\n{rejected}")
+        margin = given or 0.0
+    else:
+        turns = _turns(source.prompt)
+        prompt = normalised(_filled(turns, fields, source.join))
+        chosen, rejected = (
+            checked_text(render(template, fields, "the record", source.join), which)
+            for template, which in ((source.chosen, "chosen"), (source.rejected, "rejected"))
+        )
+        content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], fields)
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise Rejected("the prompt does not end with the user")
+    if chosen == rejected:
+        raise Rejected("chosen equals rejected")
+    if source.margin is not None:
+        margin = number(render(source.margin, fields, "the record", source.join))
+    return Pair(record.id, name, record.place, prompt, chosen, rejected, content, margin)
+
+
+def _prompt(source: PromptSource, name: str, record: Record, fields: dict) -> Prompt:
+    if source.prompt is None:
+        messages = prompt_of(fields, _named(source))
+        content = normal(_said(messages))
+    else:
+        turns = _turns(source.prompt)
+        messages = normalised(_filled(turns, fields, source.join))
+        content = _brought([turn.content for turn in turns], fields)
+    if messages[-1]["role"] == "assistant":
+        raise Rejected("the prompt does not end with the user")
+    return Prompt(record.id, name, record.place, messages, _known_answer(source, fields), content)
+
+
+def _turns(prompt: str | list[Message]) -> list[Message]:
+    return prompt if isinstance(prompt, list) else [Message(role="user", content=prompt)]
+
+
+def _known_answer(source: ChatSource | PromptSource, fields: dict) -> str | None:
+    if source.answer is None:
+        return None
+    return checked_text(render(source.answer, fields, "the record", source.join), "answer")
+
+
+def _named(source: TuningSource) -> set[str]:
+    """Fields of records that the source gives a meaning: it selects by them, or reads `answer` or `margin` from
+    them."""
+    fields = list(source.where)
+    for template in source.templates():
+        fields += [field for _, field in pieces_of(template) if field is not None]
+    return {field.partition(".")[0] for field in fields}
+
+
+MAKERS = {ChatSource: _conversation, PreferenceSource: _pair, PromptSource: _prompt}
+
+
+def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):
+    """The row that an item of a source becomes; None, and counted, if it becomes none."""
+    ledger.count(name, "records")
+    if isinstance(item, Bad):
+        ledger.reject(name, item.place, item.reason)
+        return None
+    try:
+        fields = _without(item.fields, set(source.ignore)) if source.ignore else item.fields
+        return MAKERS[type(source)](source, name, item, fields)
+    except Rejected as error:
+        ledger.reject(name, item.place, str(error), error.advice)
+    except MissingField as error:
+        ledger.reject(name, item.place, str(error).removeprefix("the record: "))
+    return None
+
+
+def _without(value, names: set[str]):
+    """A value without the fields `names` at any depth."""
+    if isinstance(value, dict):
+        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
+    if isinstance(value, list):
+        return [_without(inner, names) for inner in value]
+    return value
+
+
+def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:
+    """Raise UserError for a source none of whose records could be used."""
+    if name not in ledger.sources:
+        selected = source.where or source.part != (0.0, 1.0)
+        raise UserError(f"sources.{name}: has no records{' after where, part and limit' if selected else ''}")
+    entry = ledger.sources[name]
+    if entry["records"] > sum(reason["count"] for reason in entry["rejected"].values()):
+        return
+    todo = {ledger.advice[reason] for reason in entry["rejected"] if reason in ledger.advice}
+    raise UserError(
+        f"sources.{name}: none of its {many(entry['records'], 'record')} can be used: {ledger.why(name)}"
+        f"{''.join(other_encoding(source, reason) for reason in entry['rejected'])}"
+        f"{''.join(f'; {advice}' for advice in sorted(todo)[:3])}"
+    )
+
+
+# ---- from records to rows --------------------------------------------------------------------------------------------
+
+
+def _gathered(sources: dict, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
+    """Rows of all sources, in order, each text once, and none that has text of an evaluation set."""
+    if not sources:
+        raise UserError("sources: name at least one source")
+    ledger, rows, seen = Ledger(), [], set()
+    for name, source in sources.items():
+        for item in read(source, name):
+            row = _row(source, name, item, ledger)
+            if row is None:
+                continue
+            digest = key(row)
+            if digest in seen:
+                ledger.reject(name, item.place, "duplicate")
+            else:
+                seen.add(digest)
+                rows.append(row)
+        _refuse_empty(source, name, ledger)
+    if decontaminate:
+        found, ledger.evaluation = contaminated(map(_read, rows), decontaminate)
+        for row, match in zip(rows, found, strict=True):
+            if match:
+                ledger.reject(row.source, row.place, f"has text of the evaluation set {match}")
+        rows = [row for row, match in zip(rows, found, strict=True) if not match]
+    return rows, ledger
+
+
+def _split(rows: list, ledger: Ledger, holdout: float, prompt: Callable) -> tuple[list, list, Ledger]:
+    """Held-out rows are chosen by their own hash; training rows that answer a held-out prompt, or nearly repeat a
+    held-out row, are dropped."""
+    from pipeline.data.dedup.minhash import near_duplicates
+
+    heldout = [row for row in rows if fraction(row.id) >= 1 - holdout]
+    asked = {prompt(row) for row in heldout}
+    train = []
+    for row in rows:
+        if fraction(row.id) < 1 - holdout:
+            if prompt(row) in asked:
+                ledger.reject(row.source, row.place, "its prompt is held out")
+            else:
+                train.append(row)
+    cluster = near_duplicates([row.content for row in heldout] + [row.content for row in train])
+    taken = set(cluster[: len(heldout)].tolist())
+    fresh = []
+    for row, label in zip(train, cluster[len(heldout) :].tolist(), strict=True):
+        if label in taken:
+            ledger.reject(row.source, row.place, "near duplicate of a held-out row")
+        else:
+            fresh.append(row)
+    return fresh, heldout, ledger
+
+
+def _filled(messages: list[Message], fields: dict, join: str) -> list[dict]:
+    return [
+        {"role": message.role, "content": render(message.content, fields, "the record", join)} for message in messages
+    ]
+
+
+def _brought(templates: list[str], fields: dict) -> str:
+    """The values that templates take from a record. Their own words, the same in every row, would make short rows
+    look like copies of each other."""
+    names = [field for template in templates for _, field in pieces_of(template) if field is not None]
+    return normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
+
+
+def _said(messages: list[dict]) -> str:
+    """What is said in a conversation, but for the system's message, which many rows share."""
+    return "\n".join(message["content"] for message in messages if message["role"] != "system")
+
+
+def _read(row) -> str:
+    """All that a model is trained on in a row, or reads before it: for evaluation sets also the system's message."""
+    messages = row.prompt if isinstance(row, Pair) else row.messages
+    system = [normal(message["content"]) for message in messages if message["role"] == "system"]
+    return "\n".join([*system, row.content])
+
+
+def _asked(messages: list[dict]) -> bytes:
+    """A prompt's key. White space alone does not make it another prompt."""
+    return _key([[message["role"], normal(message["content"])] for message in messages])
+
+
+def _key(value) -> bytes:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()

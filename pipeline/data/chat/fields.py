@@ -1,0 +1,141 @@
+"""What the fields of chat data mean, by name: which change what should be learned, and which are only metadata.
+
+The rule: every field of a record, of a message and of a content part is used, known to say nothing about what is
+learned, empty, a repetition of the conversation, or a reason to reject the record. A name that is in none of these
+tables rejects it, too, because nobody can know what it means; the user says with `ignore` that it means nothing. To
+give a field its meaning, read it in pipeline/data/chat/messages.py and take it out of MEANINGFUL.
+
+Names are compared in snake case: `toolCalls` and `Tool-Calls` are `tool_calls`.
+"""
+
+import re
+
+# What a field is that changes what should be learned, or how, and that is not supported: the reason of its rejection.
+MEANINGFUL = {
+    "reasoning before an answer": (
+        "reasoning_content reasoning thinking think thought thoughts reasoning_text reasoning_details analysis"
+        " chain_of_thought cot rationale scratchpad"
+    ),
+    "tools": (
+        "tools tool tool_calls tool_call tool_call_id tool_choice tool_results tool_responses functions function"
+        " function_call function_calls parallel_tool_calls tool_schema tool_definitions available_tools api apis"
+    ),
+    "content that is not text": (
+        "image images image_url image_urls picture pictures video videos audio audios media multimodal"
+        " file_ids pixel_values bboxes objects"
+    ),
+    "which tokens carry loss": (
+        "mask masks masked loss_mask loss_masks loss_scale train_detail training_detail train_on_input train_on_inputs"
+        " mask_history label_mask assistant_masks completion_mask prompt_mask token_weights weights trainable_spans"
+    ),
+    "a judgement of how good it is": (
+        "label labels score scores rating ratings reward rewards rank ranking quality preference preferred votes"
+        " upvotes downvotes feedback toxic is_correct correct accepted verified valid process_reward step_labels"
+    ),
+    "what the answer depends on": (
+        "context contexts passage passages document documents knowledge background hint hints evidence retrieved"
+        " citations references demonstrations examples few_shot history system system_prompt chat_template_kwargs"
+        " chat_template enable_thinking template name partial prefix prefill refusal"
+    ),
+    "another answer, or another part of the conversation": (
+        "messages conversations conversation prompt completion instruction input output response responses question"
+        " query answer answers target chosen rejected dialog dialogue turns_list"
+    ),
+}
+# Words of a compound name that make it one of the above: `sample_weight`, `reward_score`, `tool_schema_json`.
+MEANINGFUL_WORDS = set(
+    "weight weights mask masks masked loss train training trainable reward rewards score scores rating ratings label"
+    " labels reasoning thinking thought thoughts tool tools function functions image images img imgs picture pictures"
+    " photo photos pixel pixels frame frames video videos audio audios wav speech media multimodal history system"
+    " context documents passage hint".split()
+)
+# Last words of a compound name that make it something to read, whatever it begins with: `source_code`, `original_text`,
+# `meta_instruction`.
+CONTENT_WORDS = set(
+    "text texts content contents body code document article abstract paragraph paragraphs sentence sentences table data"
+    " prompt instruction instructions".split()
+)
+
+# Says nothing about what is to be learned: where a record comes from, what it is about, how long it is.
+METADATA = set(
+    "id ids uid uuid guid key idx index row no number hash sha sha1 sha256 md5 source sources origin provenance dataset"
+    " datasets data_source subset split config domain domains site website lang langs language languages locale country"
+    " state region script license licence copyright url urls uri link links href doi isbn author authors user_id"
+    " username annotator annotators worker model models model_name engine generator provider version revision created"
+    " updated timestamp timestamps time date datetime year month topic topics subtopic tag tags keyword keywords"
+    " category categories subcategory subject subjects genre type types kind kinds task tasks ability skill skills"
+    " field fields area level grade difficulty complexity turn turns num_turns length len size tokens chars words meta"
+    " metadata info extra extra_info title titles filename file path place line views likes header hashed_ip"
+    " avatar_url redacted openai_moderation detoxify_moderation moderation usage finish_reason stop_reason"
+    " cache_control annotator_notes gen_input_configs answer_from human_verified comment comments"
+    " 编号 序号 来源 数据来源 出处 数据集 领域 类别 分类 类型 主题 话题 关键词 语言 语种 难度 难度等级 作者 标注员 模型"
+    " 时间 日期 创建时间 更新时间 版本 许可证 链接 网址 备注 字数 长度 轮数".split()
+)
+METADATA_PATTERN = re.compile(
+    r"_.*|(num|n|meta|metadata|source|src|original|orig|dataset|data|file|created|updated|license)_.*"
+    r"|.*_(id|ids|uid|uuid|idx|index|hash|url|urls|uri|link|date|time|timestamp|at|count|counts|len|length|lengths|lang"
+    r"|language|name|version|license|path|file|source|category|type|types|tag|tags|topic|model|tokens|chars|words|ms)"
+)
+
+# Flags that say whether a message, or a whole record, carries loss.
+FLAGS = ("weight", "train", "loss", "training", "trainable", "loss_weight")
+# Reference answers say nothing about which of two answers is better.
+REFERENCES = set(
+    "completion output response responses answer answers solution solutions target reference references ground_truth"
+    " test test_cases tests expected final_answer".split()
+)
+# In records from which only the prompt is read, these belong to answers that are not read.
+ANSWERS = {"chosen", "rejected", "label", "kto_tag", "margin", "reward_model", *REFERENCES, *FLAGS}
+JUDGEMENTS = set(MEANINGFUL["a judgement of how good it is"].split())
+REASONING = set(MEANINGFUL["reasoning before an answer"].split())
+
+_WHAT = {name: what for what, names in MEANINGFUL.items() for name in names.split()}
+
+
+def snake(name: str) -> str:
+    """A field's name in snake case."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).replace("-", "_").replace(" ", "_").lower()
+
+
+def shown(name) -> str:
+    """A name from a record, for a sentence: short, and printable whatever it holds."""
+    text = str(name)
+    return ascii(text)[1:-1][:60] if not text.isprintable() else text[:60]
+
+
+def empty(value, depth: int = 6) -> bool:
+    """Whether a field says nothing: null, no text, no items, or items that all say nothing (as columns of parquet have
+    them where another row has a value). `[]`, `{}` and `null` may also be spelled in a text, as tools often are."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, (list, tuple, dict)) and depth:
+        return all(empty(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return False
+
+
+def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) -> list[tuple[str, str | None]]:
+    """The fields that would be left out although they change what should be learned, or may: (name, what it is), with
+    what None for a name that nobody knows, and these last. Empty if all fields are in `used`, in `harmless`, empty, or
+    metadata."""
+    meaningful, unknown = [], []
+    for name, value in fields.items():
+        plain = snake(name)
+        if name in used or plain in harmless or empty(value):
+            continue
+        if plain in _WHAT:
+            meaningful.append((shown(name), _WHAT[plain]))
+        elif not _is_metadata(plain):
+            unknown.append((shown(name), None))
+    return meaningful + unknown
+
+
+def _is_metadata(plain: str) -> bool:
+    """Whether a field of this name, in snake case, says nothing about what is to be learned."""
+    if plain in METADATA:
+        return True
+    words = plain.split("_")
+    if MEANINGFUL_WORDS.intersection(words) or words[-1] in CONTENT_WORDS:
+        return False
+    return METADATA_PATTERN.fullmatch(plain) is not None

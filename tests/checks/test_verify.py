@@ -1,0 +1,228 @@
+"""`alma verify parallel` and `alma verify resume`: what they say of a sound machine, and that they find faults."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from paths import HELPERS, ROOT
+
+from pipeline import cli
+from pipeline.checks import layouts, verify_parallel, verify_resume
+from pipeline.checks.small_recipe import prepare
+from pipeline.core.recipe import load
+
+
+def alma(monkeypatch, folder: Path, *words) -> int:
+    """Exit code of the command, run in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["alma", *(str(word) for word in words)])
+    for key, value in {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(HELPERS),
+    }.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+def report(folder: Path, what: str) -> dict:
+    return json.loads((folder / "runs" / "tiny" / "verify" / f"{what}.json").read_text())
+
+
+def test_all_layouts_agree(tmp_path, monkeypatch, capsys):
+    """Without any stage run. Every layout is there, no number differs by more than 1e-5, and the folder is left
+    clean."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 0, capsys.readouterr().out
+    said, found = capsys.readouterr().out, report(tmp_path, "parallel")
+    assert "synthetic" in said and "all layouts agree" in said
+    assert {(row["layout"], row["precision"]) for row in found["layouts"]} == {
+        (name, precision) for name, *_ in layouts.LAYOUTS for precision in ("fp32",)
+    }
+    for trial in found["trials"]:
+        assert len(trial["steps"]) == 12 and trial["steps"][0]["loss"] > trial["steps"][9]["loss"] + 0.1, (
+            "it learns, so that weights matter"
+        )
+        assert [step["applied"] for step in trial["steps"]] == [True] * 10 + [False, True]
+    assert sum(row["passed"] for row in found["layouts"]) == len(layouts.LAYOUTS)
+    assert [path.name for path in (tmp_path / "runs" / "tiny" / "verify").iterdir()] == ["parallel.json"]
+
+
+def test_faults_are_found(tmp_path, monkeypatch, capsys):
+    """Four layouts, each with a fault of its own (mutant_worker.py): all four fail, for their own reason, and the
+    command ends with 1."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    monkeypatch.setattr(verify_parallel, "WORKER", "mutant_worker")
+    monkeypatch.setattr(
+        layouts,
+        "LAYOUTS",
+        [
+            layout
+            for layout in layouts.LAYOUTS
+            if layout[0] in ("one process", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "pipeline of 2")
+        ],
+    )
+    monkeypatch.setattr(verify_parallel, "STEPS", 5)
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 1, capsys.readouterr().out
+    rows = {row["layout"]: row for row in report(tmp_path, "parallel")["layouts"]}
+    assert rows["one process"]["passed"] and rows["ZeRO-0"]["passed"], "no fault, no finding"
+    assert rows["DDP"]["grad_norm"] == pytest.approx(0.5, abs=0.1) and not rows["DDP"]["passed"]
+    assert rows["ZeRO-1"]["loss"] > 1e-5 and not rows["ZeRO-1"]["passed"]
+    assert rows["ZeRO-2"]["loss"] > 1e-3 and not rows["ZeRO-2"]["passed"]
+    assert (
+        not rows["pipeline of 2"]["nan_kept_out"]
+        and not rows["pipeline of 2"]["passed"]
+        and rows["pipeline of 2"]["loss"] > 1
+    )
+    assert "LAYOUTS DIFFER" in capsys.readouterr().out
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
+    """SIGKILL inside a save and after a step, on one layout: rows, losses, gradient norms and weights to the bit."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout", "--seed", "3") == 0, (
+        capsys.readouterr().out
+    )
+    (row,) = report(tmp_path, "resume")["runs"]
+    assert row["passed"] and row["rows"] and row["weights"] and row["loss"] == row["grad_norm"] == 0.0
+    assert sorted(kill.partition(":")[0] for kill in report(tmp_path, "resume")["kills"]) == ["save", "work"]
+
+
+@pytest.mark.slow
+def test_a_run_that_forgets_its_moments_is_found(tmp_path, monkeypatch, capsys):
+    """A fault in loading (mutant_pretrain.py): Adam's moments are zero after a resume. The rows are right, the rest
+    is not, and the command ends with 1."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    monkeypatch.setattr(verify_resume, "SCRIPT", HELPERS / "mutant_pretrain.py")
+    monkeypatch.setattr(verify_resume, "kills", lambda seed: ["work:5", "work:5"])
+    assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout") == 1, capsys.readouterr().out
+    (row,) = report(tmp_path, "resume")["runs"]
+    assert row["rows"] and not row["passed"] and not row["weights"] and row["loss"] > 0
+    assert "RUNS DIFFER" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys):
+    """As the README says, from layout to layout too, without any stage run; bf16 beside fp32."""
+    recipe = ROOT / "recipes" / "quickstart.yaml"
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", recipe, "pretrain.precision=bf16") == 0, (
+        capsys.readouterr().out
+    )
+    assert alma(monkeypatch, tmp_path, "verify", "resume", recipe) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.count("passed") == 2
+
+
+@pytest.mark.parametrize(
+    "words, own",
+    [
+        ([], "one process"),
+        (["run.processes=4"], "DDP"),
+        (["parallel.zero=3"], "ZeRO-3"),
+        (["parallel.pipeline=2"], "pipeline of 2"),
+        (["parallel.zero=2", "parallel.offload=true"], ("ZeRO-2, offload", 2, {"zero": 2, "offload": True})),
+        (["compile=true"], ("one process, compiled", 1, {})),
+        (["compile=true", "run.nodes=2"], ("DDP, compiled", 2, {})),
+        (["parallel.zero=1", "parallel.pipeline=8"], ("pipeline of 4", 4, {"zero": 1, "pipeline": 4})),
+        (
+            ["parallel={pipeline: 2, layers: [3, 1]}"],
+            ("pipeline of 2, layers [3, 1]", 2, {"pipeline": 2, "layers": [3, 1]}),
+        ),
+        (["parallel={pipeline: 2, layers: [9, 3]}"], "pipeline of 2"),
+    ],
+)
+def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
+    """For a model that was shrunk to 4 layers."""
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    config = load(tmp_path / "recipe.yaml", [f"pretrain.{word}" for word in words]).stages["pretrain"]
+    chosen, said = layouts.with_own(config, 4)
+    if isinstance(own, str):
+        assert len(chosen) == len(layouts.LAYOUTS) and f"among them the recipe's own: {own}" in said
+    else:
+        name, processes, parallel = own
+        ((*found, changes),) = [layout for layout in chosen if layout[0].startswith("the recipe's own")]
+        assert found == [f"the recipe's own: {name}", processes, parallel]
+        assert changes == ({"compile": True} if config.compile else {}) and found[0] in said
+        depths = [layout[2].get("pipeline", 1) > 1 for layout in chosen]
+        assert len(chosen) == len(layouts.LAYOUTS) + 1 and depths == sorted(depths), "pipelines last"
+    shape = SimpleNamespace(model_type="llama", num_hidden_layers=4)
+    way, _ = layouts.road(config, shape)
+    assert [layout[0] for layout in way[:4]] == ["one process", "DDP", "ZeRO-3", "pipeline of 2"]
+    if isinstance(own, str):
+        assert way[4][0] == (own if own not in layouts.ROAD else "one process")
+    else:
+        assert way[4] in chosen and way[4][0].startswith("the recipe's own")
+    if config.parallel.pipeline == 1:
+        shape.model_type = "gemma"
+        assert layouts.road(config, shape)[0] == [layout for layout in way if layout[0] != "pipeline of 2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["parallel={zero: 1, offload: true}", "compile=true", "activation_checkpointing=selective", "precision=bf16"],
+        ["parallel={zero: 3, offload: true}", "activation_checkpointing=full"],
+        ["parallel.pipeline=2", "compile=true", "activation_checkpointing=full", "attention=blocks", "precision=bf16"],
+    ],
+    ids=["zero1", "zero3", "pipeline"],
+)
+def test_a_compiled_or_offloaded_recipe_is_proven_as_it_is(tmp_path, monkeypatch, capsys, words):
+    """Against a reference that is neither, and recomputes nothing: 1e-5 in fp32, 1% in bf16. No other layouts."""
+    monkeypatch.setattr(layouts, "LAYOUTS", layouts.LAYOUTS[:1])
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    words = [f"pretrain.{word}" for word in words]
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml", *words) == 0, capsys.readouterr().out
+    rows = [row for row in report(tmp_path, "parallel")["layouts"] if row["layout"].startswith("the recipe's own")]
+    assert rows and all(row["passed"] for row in rows)
+
+
+@pytest.mark.slow
+def test_a_family_without_a_pipeline_is_refused_there_and_passes_elsewhere(tmp_path, monkeypatch, capsys):
+    assert alma(monkeypatch, tmp_path, "verify", "parallel", ROOT / "recipes" / "gemma-2b.yaml") == 0, (
+        capsys.readouterr().out
+    )
+    rows = {
+        row["layout"]: row
+        for row in json.loads(next((tmp_path / "runs").glob("*/verify/parallel.json")).read_text())["layouts"]
+    }
+    assert (
+        rows["pipeline of 2"]["passed"] is None
+        and "gemma" in rows["pipeline of 2"]["reason"]
+        and rows["ZeRO-3"]["passed"]
+    )
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["parallel", "recipe.yaml", "pack"], "'pack' is no stage of kind pretrain"),
+        (["parallel", "recipe.yaml", "pretrain.stepz=3"], "did you mean 'steps'"),
+        (["parallel", "recipe.yaml", "model.family=lama"], "did you mean llama"),
+        (["resume", "recipe.yaml", "pretrain", "pack"], "one stage at a time"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    assert alma(monkeypatch, tmp_path, "verify", *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_keys_that_a_small_copy_cannot_have_are_left_out(tmp_path):
+    """Samples longer than its rows, and keep_best on a grid of thousands of steps: the recipe is sound, so the proof
+    must be possible."""
+    more = "    evaluate_every: 1000\n    samples: {every_steps: 10, prompts: [ape], max_new_tokens: 1000}\n"
+    (tmp_path / "recipe.yaml").write_text(
+        tiny.RECIPE.replace("{every_steps: 2, keep: 2}", "{every_steps: 1000, keep_best: true}").replace(
+            "steps: 6", "steps: 5000"
+        )
+        + more
+    )
+    config = prepare(load(tmp_path / "recipe.yaml"), "pretrain", tmp_path / "work", 12).config
+    config.check(2)
+    assert config.samples is None and not config.save.keep_best

@@ -1,0 +1,77 @@
+"""Intervals of closing numbers, and the warning of a stage that learned nothing."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import tuned
+from harness import succeed
+
+from pipeline import ppo
+from pipeline.core.intervals import mean_half, shares, student, unchanged
+
+
+def test_student_against_the_published_table():
+    """Correctness 19: two-sided 95% points (Abramowitz & Stegun, table 26.10)."""
+    published = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 60: 2.000, 120: 1.980}
+    assert {degrees: round(student(degrees), 3) for degrees in published} == published
+
+
+def test_interval_of_a_mean():
+    """Correctness 19: Student's own data (1908), the extra sleep of ten patients: 1.58 +- 0.88."""
+    extra = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert sum(extra) / 10 == pytest.approx(1.58) and mean_half(extra) == pytest.approx(0.88, abs=0.005)
+    assert mean_half([2.0, 2.0]) == 0
+    with pytest.raises(ValueError):
+        mean_half([1.0])
+
+
+def test_words():
+    assert shares(0.0, 1.0, 10) == "0% -> 100% (95%: 72% to 100%, n=10)"
+    assert unchanged(0.0, 0.0) and unchanged(0.5, 0.4) and not unchanged(1.0, 1.0) and not unchanged(0.2, 0.3)
+
+
+def test_ppo_says_how_sure_it_is():
+    """Correctness 19: four prompts, whose rewards differ more than they rose."""
+    config = SimpleNamespace(rule="exact")
+    before = {"reward": -0.1, "reward_half": 1.5, "rule": 0.0}
+    after = {"reward": 1.92, "reward_half": 1.6, "rule": 0.25, "kl": 3.0}
+    said, nothing = ppo.headline(config, before, after, 4)
+    assert said == (
+        "held-out reward -0.10 \u00b1 1.50 -> 1.92 \u00b1 1.60 (95%, n=4), exact 0% -> 25% (95%: 5% to 70%, n=4), KL 3.00"
+    )
+    assert nothing == ["held-out reward -0.10 \u00b1 1.50 -> 1.92 \u00b1 1.60 (95%, n=4)"]
+    sure = {"reward_half": 0.1}
+    assert ppo.headline(config, before | sure, after | sure, 400)[1] == []
+    one = ppo.headline(SimpleNamespace(rule=None), {"reward": 0.0}, {"reward": 9.0, "kl": 0.0}, 1)
+    assert one[0] == "held-out reward 0.00 -> 9.00 (95%, n=1), KL 0.00" and one[1]
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_a_tuning_stage_that_learned_nothing_warns(kind, tmp_path):
+    """Correctness 19: one step with next to no learning rate; the plain runs do not warn."""
+    tuned.copy_until(kind, tmp_path)
+    said = succeed(kind, "tiny.yaml", f"{kind}.steps=1", f"{kind}.optimizer.lr=1e-12", cwd=tmp_path)
+    assert f"{kind}: WARNING: nothing was learned that can be shown:" in said
+    assert tuned.metrics(tmp_path, kind)["warnings"]
+    if kind == "sft":
+        assert "ends its turn 0% -> 0% (95%: 0% to" in said
+    assert tuned.metrics(tuned.plain(), kind)["warnings"] == []
+
+
+def test_pretraining_that_learned_nothing_warns(tmp_path):
+    """Correctness 19: a learning rate that makes held-out text worse."""
+    tiny.write_inputs(tmp_path, documents=40)
+    (tmp_path / "tiny.yaml").write_text(tiny.RECIPE)
+    said = succeed(
+        "pretrain",
+        "tiny.yaml",
+        "pretrain.steps=1",
+        "pretrain.schedule.warmup_steps=0",
+        "pretrain.optimizer.lr=5",
+        cwd=tmp_path,
+    )
+    assert "pretrain: WARNING: nothing was learned that can be shown: held-out bits per byte" in said
+    metrics = json.loads((tmp_path / "runs/tiny/pretrain/current/manifest.json").read_text())["metrics"]
+    assert "(n=10 rows)" in metrics["summary"]["measure"]

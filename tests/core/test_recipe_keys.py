@@ -1,0 +1,209 @@
+"""Every key of every stage changes something: the stage reads it while it runs, or it is refused."""
+
+import json
+import os
+
+import chain_rows
+import harness
+import key_trace
+import key_values
+import pytest
+import tuned
+
+from pipeline.core.errors import UserError
+from pipeline.core.recipe import KINDS, load
+
+TUNING = "steps: 2, batch_size: 4, sequence_length: 128"
+TEXT = "a {words} {noun} is a {kind}, and the {noun} is {words}; {kind} {noun} {words} {noun}, {words} {kind}"
+PROMPT = "prompt: 'What is a {words} {noun}?'"
+# No key that can be left out is given, but for `workers`: other processes would not note what they read.
+RECIPE = f"""
+name: least
+model: {{family: llama, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64}}
+sources: {{nouns: {{path: rows.jsonl}}}}
+stages:
+  clean:
+    sources: {{animals: {{path: animals.txt, sample_by: line}}, nouns: {{from: nouns, text: "{TEXT}"}}}}
+    filters: {{max_repeated_shingles: 1.0}}
+    holdout: 0.1
+    workers: 1
+  tokenizer: {{vocab_size: 320, algorithm: byte-bpe}}
+  pack: {{}}
+  pretrain: {{{TUNING}}}
+  sft: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.CHAT}}}}}}}
+  reward: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
+  dpo: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
+  ppo: {{{TUNING}, rollout: {{max_new_tokens: 4}}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}}}
+  assess:
+    sources: {{nouns: {{from: nouns, {PROMPT}}}}}
+    inputs: {{tokens: pack, sft: sft}}
+    max_prompts: 4
+    max_new_tokens: 2
+  export: {{inputs: {{model: sft}}}}
+"""
+# Keys that mean something only beside others: runs that have these. A run may end with a refusal of what it finds.
+BESIDE = {
+    "clean": [
+        [
+            "clean.language={keep: [en, zh]}",
+            "clean.rules={use: [gopher_repetition, gopher_quality, c4, fineweb]}",
+            "clean.repair={mojibake: true, full_width: letters}",
+            "clean.mask={use: [email]}",
+            "clean.block={words: [spam], urls: [spam]}",
+            "clean.decontaminate={sets: {nouns: {path: rows.jsonl, text: noun}}}",
+        ],
+        ["clean.repair.script=simplified"],
+        ["clean.dedup.near.shingle=3"],
+    ],
+    "pretrain": [["pretrain.optimizer.kind=muon", "pretrain.schedule={kind: wsd, decay_steps: 1}"]],
+    "sft": [["sft.sequence_length=16", "sft.too_long=truncate", "sft.spikes.policy=skip"]],
+    "ppo": [["ppo.ppo.kl_target=1.0", "ppo.rule=exact", "ppo.sources.nouns.answer='{kind}'"]],
+    "assess": [
+        ["assess.sources.nouns.answer='{kind}'"],
+        ["assess.inputs={tokens: pack, sft: sft, dpo: dpo, reward: reward}", "assess.compare=[[sft, dpo]]"],
+    ],
+}
+# Read by what starts a stage, and not by the stage.
+STARTED = {
+    "kind": "which script runs",
+    "inputs": "parents: test_recipe.py",
+    "run.processes": "what is launched: test_checkpoints.py; other stages refuse it, below",
+    "run.nodes": "the job script: test_launch.py; other stages refuse it, below",
+    "run.time": "the job script: test_launch.py",
+    "run.threads": "what is launched: below",
+    "watch.hang": "the watch around a stage: test_heartbeat.py",
+    "watch.start": "the watch around a stage: test_heartbeat.py",
+    "watch.lost": "the watch around a stage: test_heartbeat.py",
+}
+# Read when something happens that no small run has.
+RARE = {
+    "spikes.in_a_row": "after so many steps that are not applied: test_spikes.py",
+    "spikes.rollbacks": "after so many rollbacks: test_spikes.py",
+    "max_bad": "where records are unusable: test_conversations.py",
+    "time": "a horizon in hours: test_train_length.py",
+}
+
+
+@pytest.fixture(scope="module")
+def least(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("least")
+    chain_rows.rows_of(folder)
+    (folder / "least.yaml").write_text(RECIPE, encoding="utf-8")
+    before = os.getcwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def reads(folder, kind: str, words: list[str]) -> set[str]:
+    """`Class.key` of what a stage reads in a run with these words."""
+    trace = folder / f"{kind}.{len(words)}.trace"
+    trace.write_text("")
+    environment = {"OMP_NUM_THREADS": "1", "ALMA_TEST_TRACE": str(trace)}
+    again = ["--restart"] if words else []
+    log = str(folder / "log")
+    process = harness._context.Process(
+        target=key_trace.traced, args=(kind, ["least.yaml", *words, *again], environment, str(folder), log)
+    )
+    process.start()
+    process.join(300)
+    ended = process.exitcode
+    assert ended == 0 or words and ended == 2, f"{kind} {words} ended with {ended}: {(folder / 'log').read_text()}"
+    return set(trace.read_text().split())
+
+
+def refused(kind: str, key: str, value) -> str | None:
+    try:
+        config = load("least.yaml", [f"{kind}.{key}={json.dumps(value)}"]).stages[kind]
+        config.check(config.run.world)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.slow
+def test_every_key_of_every_stage_is_read_or_refused(least):
+    """correctness 4: what a recipe says changes what a stage does, or ends it; a key that only changed its identity
+    would be read nowhere."""
+    idle = {}
+    for kind in KINDS:
+        read = reads(least, kind, [])
+        beside = set()
+        for words in BESIDE.get(kind, []):
+            beside |= reads(least, kind, words)
+        for path, (model, field) in key_values.keys(kind).items():
+            key, name = ".".join(path), f"{model.__name__}.{path[-1]}"
+            if name in read or key in STARTED or key in RARE:
+                continue
+            # not read where it stands alone: then it is refused there, or it is what makes itself be read
+            said = refused(kind, key, key_values.other(field))
+            if said is None and name not in beside:
+                idle[f"{kind}.{key}"] = key_values.other(field)
+        reads(least, kind, [])  # up to date again, for the stages that follow
+    assert not idle, f"accepted and read nowhere: {idle}"
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("sft.sources.nouns.text=noun", "text: 'noun' is of documents"),
+        ("reward.sources.nouns.text=noun", "text: 'noun' is of documents"),
+        ("sft.sources.nouns={path: nouns.jsonl, join: ' '}", "join: ' ' stands between the items of a list"),
+        ("sft.sources.nouns.rule=exact", "rule: 'exact' says how answers are compared with `answer`"),
+        ("ppo.log.peak=100", "log.peak: 100.0 is what times are estimated from"),
+        ("pretrain.spikes.sigma=5", "sigma: 5.0 says what a spike is, and policy: off looks for none"),
+        ("ppo.spikes={policy: skip, rollbacks: 4}", "rollbacks: 4 is of policy: rollback alone"),
+        ("dpo.parallel.partition=uniform", "partition: 'uniform' says how a pipeline's layers are shared out"),
+        ("pretrain.parallel.layers=[2]", "layers: [2] says how a pipeline's layers are shared out"),
+        ("pretrain.parallel={pipeline: 2, layers: [1, 1], partition: uniform}", "and layers both say"),
+        ("pretrain.run.time=banana", "'banana' is no length of time"),
+        ("clean.run.device=cuda", "run.device: cuda is for stages that train or assess"),
+        ("export.run.device=cpu", "run.device: cpu is for stages that train or assess"),
+        ("pack.seed=3", "seed: 3 decides what of `shards` is held out, and there are none"),
+        ("clean.language.min_confidence=0.5", "min_confidence: 0.5 is of detected languages"),
+        ("clean.rules.en.max_words=10", "en.max_words: 10.0 is of the rules gopher_quality, which use does not name"),
+        ("clean.rules={use: [c4], zh: {short_line: 3}}", "zh.short_line: 3 is of the rules fineweb"),
+        ("clean.rules.lines.javascript=false", "lines says what the rules c4 take out"),
+        ("clean.block.min_words=2", "min_words: 2 counts phrases of words, and there are no words"),
+        ("clean.block.url='{address}'", "url: '{address}' is compared with urls"),
+        ("clean.mask.form='<{}>'", "form: '<{}>' says how a mask is written"),
+        ("clean.examples={good: {path: rows.jsonl}}", "examples.good: no model is trained from it"),
+        ("clean.sources.animals.split=test", "split: 'test' belongs to dataset"),
+        ("ppo.ppo.kl_horizon=5", "kl_horizon: 5 says how fast kl_coef is steered, and without kl_target it stays"),
+        ("assess.bootstrap=500", "bootstrap: 500 is of the intervals of comparisons"),
+        ("assess.rule=exact", "rule: 'exact' says how answers are compared with `answer`, and no source has one"),
+        ("tokenizer.run.processes=2", "stage tokenizer runs in one process"),
+        ("clean.run.nodes=2", "stage clean runs in one process"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(least, word, said):
+    """correctness 4: also one that would change a run's identity and not its result."""
+    with pytest.raises(UserError) as caught:
+        config = load("least.yaml", [word]).stages[word.partition(".")[0]]
+        config.check(config.run.world)
+    assert said in str(caught.value)
+
+
+def test_a_shared_source_gives_each_stage_what_it_reads(least):
+    """correctness 4: `text` of a source at the top is clean's; the tuning stages take the rest over."""
+    recipe = load("least.yaml", ["sources.nouns.text='{noun}'", "sources.nouns.limit=5"])
+    assert recipe.stages["sft"].sources["nouns"].limit == 5
+    assert recipe.stages["sft"].sources["nouns"].text == "text"
+
+
+def test_the_seed_of_a_recipe_is_no_part_of_a_pack_without_shards(least):
+    """correctness 4: another seed packs the same tokens."""
+    assert load("least.yaml", ["seed=5"]).stages["pack"].seed == 0
+    assert load("least.yaml", ["seed=5", "pack.shards={a: {path: x}}"]).stages["pack"].seed == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_reach_every_stage(least, kind, monkeypatch):
+    """correctness 4: run.threads counts where a stage is started by hand, too."""
+    from pipeline.core import chain
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(chain, "find_inputs", lambda *_: (_ for _ in ()).throw(UserError("far enough")))
+    with pytest.raises(UserError):
+        chain.run_stage(load("least.yaml", [f"{kind}.run.threads=3"]), kind)
+    assert os.environ["OMP_NUM_THREADS"] == "3"

@@ -1,0 +1,473 @@
+"""Sources: every format gives the same records, damage is counted and not fatal, what is missing is said in one
+sentence."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from harness import stage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.errors import UserError
+from pipeline.data.cleaning.classifiers import Perplexity, Quality, train
+from pipeline.data.dedup.decontaminate import Decontaminate, build
+from pipeline.data.sources.csv_parquet import REPEATED, UNREADABLE
+from pipeline.data.sources.formats import Bad
+from pipeline.data.sources.json_files import BROKEN
+from pipeline.data.sources.records import Record, fraction, parse, read, text_of
+from pipeline.data.sources.sources import Source, chunks, identify
+from pipeline.data.sources.templates import MissingField, render
+
+ROWS = [
+    {"title": "晨风", "body": "1.清晨的风。\n2.鸟名。"},
+    {"title": "Tea, green", "body": 'He said "so".'},
+    {"title": "é", "body": "x" * 50},
+]
+
+
+def lines(rows) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write(path: Path, data: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path)
+
+
+def records(**keys) -> list:
+    return list(read(Source(**keys), "x"))
+
+
+@pytest.fixture
+def formats(tmp_path) -> dict[str, dict]:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["title", "body"])
+    writer.writeheader()
+    writer.writerows(ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    nested = {"data": [{"rows": ROWS[:2]}, {"rows": ROWS[2:]}]}
+    return {
+        "jsonl": {"path": write(tmp_path / "a.jsonl", lines(ROWS))},
+        "no newline at the end": {"path": write(tmp_path / "b.jsonl", lines(ROWS).rstrip())},
+        "byte order mark, CRLF, blank lines": {
+            "path": write(tmp_path / "c.jsonl", b"\xef\xbb\xbf" + lines(ROWS).replace(b"}\n", b"}\r\n\r\n"))
+        },
+        "gzip": {"path": write(tmp_path / "a.jsonl.gz", gzip.compress(lines(ROWS)))},
+        "gzip of two members": {
+            "path": write(tmp_path / "b.jsonl.gz", gzip.compress(lines(ROWS[:1])) + gzip.compress(lines(ROWS[1:])))
+        },
+        "zstd": {"path": write(tmp_path / "a.jsonl.zst", zstandard.compress(lines(ROWS)))},
+        "zstd of two frames": {
+            "path": write(
+                tmp_path / "b.jsonl.zst", zstandard.compress(lines(ROWS[:1])) + zstandard.compress(lines(ROWS[1:]))
+            )
+        },
+        "json list": {"path": write(tmp_path / "a.json", json.dumps(ROWS).encode())},
+        "json path": {
+            "path": write(tmp_path / "b.json.gz", gzip.compress(json.dumps(nested).encode())),
+            "records": "data[*].rows[*]",
+        },
+        "parquet": {"path": str(tmp_path / "a.parquet")},
+        "csv": {"path": write(tmp_path / "a.csv", table.getvalue().encode())},
+        "two files": {
+            "path": [write(tmp_path / "d1.jsonl", lines(ROWS[:1])), write(tmp_path / "d2.jsonl", lines(ROWS[1:]))]
+        },
+        "format by hand": {"path": write(tmp_path / "a.dat", lines(ROWS)), "format": "jsonl"},
+    }
+
+
+def test_every_format_gives_the_same_records(formats):
+    expected = [item.id for item in records(**formats["jsonl"])]
+    assert len(set(expected)) == 3
+    for name, keys in formats.items():
+        found = records(**keys)
+        assert [item.fields for item in found] == ROWS, name
+        assert [item.id for item in found] == expected, name
+
+
+def test_glob_is_sorted_and_empty_files_are_nothing(tmp_path):
+    for name, rows in (("b/1.jsonl", ROWS[1:2]), ("a/2.jsonl", ROWS[:1]), ("c.jsonl", ROWS[2:]), ("a/3.jsonl", [])):
+        write(tmp_path / name, lines(rows))
+    assert [item.place for item in records(path=f"{tmp_path}/**/*.jsonl")] == [
+        "a/2.jsonl:1",
+        "b/1.jsonl:1",
+        "c.jsonl:1",
+    ]
+
+
+def test_layouts(tmp_path):
+    keyed = write(tmp_path / "keyed.json", json.dumps({"Tea": {"text": "a drink"}, "Cha": "same"}).encode())
+    assert [item.fields for item in records(path=keyed)] == [
+        {"key": "Tea", "text": "a drink"},
+        {"key": "Cha", "text": "same"},
+    ]
+    nested = write(tmp_path / "nested.json", json.dumps([{"context": [["Tea", ["A drink.", " Hot."]]]}]).encode())
+    source = Source(path=nested, records="[*].context[*]", text="{0}\n\n{1}", join="")
+    assert [text_of(source, item) for item in read(source, "x")] == ["Tea\n\nA drink. Hot."]
+    text = write(tmp_path / "a.txt", "一\n二\n\n\n  三\r\n".encode())
+    assert [item.fields["text"] for item in records(path=text, sample_by="line")] == ["一", "二", "  三"]
+    assert [(item.place, item.fields["text"]) for item in records(path=text, sample_by="paragraph")] == [
+        ("a.txt:1", "一\n二"),
+        ("a.txt:5", "三"),
+    ]
+    assert [item.fields["text"] for item in records(path=text)] == ["一\n二\n\n\n  三\r\n"]
+    words = write(tmp_path / "words.txt", '晨风\t1.清晨"的风\n坏\n晨光\t曙光\n'.encode())
+    assert [
+        item.fields if isinstance(item, Record) else item.reason
+        for item in records(path=words, format="tsv", columns=["word", "meaning"])
+    ] == [{"word": "晨风", "meaning": '1.清晨"的风'}, "wrong number of cells", {"word": "晨光", "meaning": "曙光"}]
+
+
+def test_branches_of_a_json_file_that_lack_a_step_are_bad_records(tmp_path):
+    """The good ones keep their numbers and order, whatever the size of chunks; a file of another form costs itself."""
+    good = {"rows": [{"text": "a"}, "b"]}
+    data = {"data": [good, {"rwos": []}, good, 3, {"rows": None}, {"rows": {"k": {"text": "c"}}}, {"rows": []}]}
+    write(tmp_path / "1.json", json.dumps(data).encode())
+    write(tmp_path / "2.json", b'{"error": "busy"}')
+    write(tmp_path / "3.json", b'"text"')
+    write(tmp_path / "4.json", json.dumps({"data": [good]}).encode())
+    keys = {"path": f"{tmp_path}/*.json", "records": "data[*].rows[*]"}
+    found = records(**keys)
+    assert [item.place if isinstance(item, Record) else (item.place, item.reason, item.raw) for item in found] == [
+        "1.json:1",
+        "1.json:2",
+        ("1.json:data[1]", "nothing at 'rows' of records", "a block with the keys rwos"),
+        "1.json:3",
+        "1.json:4",
+        ("1.json:data[3]", "nothing at 'rows' of records", "3"),
+        ("1.json:data[4].rows", "neither list nor block at [*] of records", "null"),
+        "1.json:5",
+        ("2.json", "nothing at 'data' of records", "a block with the keys error"),
+        ("3.json", "nothing at 'data' of records", '"text"'),
+        "4.json:1",
+        "4.json:2",
+    ]
+    assert [item.fields["text"] for item in found if isinstance(item, Record)] == ["a", "b", "a", "b", "c", "a", "b"]
+    for size in (1, 40, 10_000):
+        assert [item for chunk in chunks(Source(**keys), "x", size) for item in parse(chunk)] == found
+    assert [item.reason for item in records(path=f"{tmp_path}/3.json")] == ["neither list nor block at [*] of records"]
+
+
+def test_datasets_of_hugging_face(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "repo" / "train.jsonl", lines(ROWS))
+    found = records(dataset=str(tmp_path / "repo"), revision="main")
+    assert [item.fields for item in found] == ROWS
+    with pytest.raises(UserError, match="cannot be loaded"):
+        records(dataset=str(tmp_path / "repo"), revision="main", split="nosuch")
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_records_are_kept_aside_and_their_neighbours_read(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        b'{"text": "a"}\nnope\n{"text": "\xff"}\n[1, 2]\n{"text": "b"\n' + b"[" * 100_000 + b'\n{"text": "z"}',
+    )
+    found = records(path=path)
+    assert [(item.place, item.reason) for item in found if isinstance(item, Bad)] == [
+        ("a.jsonl:2", "malformed JSON"),
+        ("a.jsonl:3", "invalid UTF-8"),
+        ("a.jsonl:4", "not a JSON object"),
+        ("a.jsonl:5", "malformed JSON"),
+        ("a.jsonl:6", "malformed JSON"),
+    ]
+    assert [item.fields["text"] for item in found if isinstance(item, Record)] == ["a", "z"]
+    assert found[2].raw == '{"text": "\\xff"}'
+    path = write(tmp_path / "a.csv", b'text,n\r\n"a\nb",1\r\nc\r\n\xff,3\r\nd,2\r\n"open,4\r\n')
+    found = [item.fields["text"] if isinstance(item, Record) else item.reason for item in records(path=path)]
+    assert found == ["a\nb", "wrong number of cells", "invalid UTF-8", "d", "malformed CSV"]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["plain", '"open', '"shut"', 'in "side"']), min_size=1, max_size=12))
+def test_a_quote_that_nobody_closes_costs_its_own_row(tmp_path, kinds):
+    rows = [
+        f"{kind} {number},{number}" if not kind.startswith('"shut') else f'"shut {number}",{number}'
+        for number, kind in enumerate(kinds)
+    ]
+    found = records(path=write(tmp_path / "a.csv", ("text,n\n" + "\n".join(rows) + "\n").encode()))
+    assert [item.place for item in found] == [f"a.csv:{number}" for number in range(2, len(rows) + 2)]
+    assert [isinstance(item, Bad) for item in found] == [kind == '"open' for kind in kinds]
+
+
+def test_the_open_quote_of_a_cut_table_is_one_bad_record(tmp_path):
+    packed = gzip.compress(
+        ('text\na\n"b\n' + "".join(hashlib.sha256(str(i).encode()).hexdigest() + "\n" for i in range(5000))).encode()
+    )
+    found = records(path=write(tmp_path / "a.csv.gz", packed[: len(packed) // 2]))
+    assert [item.fields["text"] if isinstance(item, Record) else item.reason for item in found] == [
+        "a",
+        "malformed CSV",
+        "truncated .gz data",
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_cut_file_counts_up_to_the_cut(tmp_path, suffix):
+    rows = [{"text": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(20_000)]
+    packed = (gzip.compress if suffix == "gz" else zstandard.compress)(lines(rows))
+    found = records(path=write(tmp_path / f"a.jsonl.{suffix}", packed[: len(packed) // 2]))
+    assert [item.fields for item in found[:-1]] == rows[: len(found) - 1] and len(found) > 5000
+    assert (
+        isinstance(found[-1], Bad)
+        and found[-1].reason == f"truncated .{suffix} data"
+        and found[-1].place == f"a.jsonl.{suffix}:{len(found)}"
+    )
+    damaged = bytearray(packed)
+    damaged[len(packed) // 2 : len(packed) // 2 + 99] = bytes(99)
+    assert [
+        item.reason
+        for item in records(path=write(tmp_path / f"b.jsonl.{suffix}", bytes(damaged)))
+        if isinstance(item, Bad)
+    ][-1] == f"damaged .{suffix} data"
+
+
+def test_damaged_json_and_parquet_are_bad_records(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    assert [item.reason for item in records(path=str(tmp_path / "b.parquet"))] == ["damaged parquet data"]
+    found = records(path=write(tmp_path / "a.json", b'[{"a": 1}, {"a"'))
+    assert [item.fields if isinstance(item, Record) else (item.place, item.reason, item.raw) for item in found] == [
+        {"a": 1},
+        ("a.json:2", BROKEN, '[{"a": 1}, {"a"'),
+    ]
+
+
+PIECES = [
+    b'{"text": "a"}',
+    b'"\xe4\xb8\xad',
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"\n\n",
+    b"\xff",
+    b'a,"b',
+    b'"',
+    b",",
+    b"{",
+    b"\xef\xbb\xbf",
+    b"x\ny",
+]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join), size=st.integers(1, 60))
+def test_where_a_file_is_cut_makes_no_difference(tmp_path, data, size):
+    for name, keys in (
+        ("a.jsonl", {}),
+        ("a.txt", {"sample_by": "line"}),
+        ("a.txt", {"sample_by": "paragraph"}),
+        ("a.csv", {}),
+        ("a.tsv", {"columns": ["a", "b"]}),
+    ):
+        source = Source(path=write(tmp_path / name, b"h\n" + data), **keys)
+        whole = [item for chunk in chunks(source, "x", 1 << 30) for item in parse(chunk)]
+        assert [item for chunk in chunks(source, "x", size) for item in parse(chunk)] == whole, (name, keys)
+
+
+def test_where_a_big_file_is_cut_makes_no_difference(tmp_path):
+    rows = [{"text": "字" * (i % 700)} for i in range(4000)]
+    source = Source(path=write(tmp_path / "a.jsonl.gz", gzip.compress(lines(rows))))
+    for size in (10_000, 1 << 30):
+        assert [item.fields for chunk in chunks(source, "x", size) for item in parse(chunk)] == rows
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_disjoint_and_whole(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({"text": str(i), "lang": ["en", "zh"][i % 2]} for i in range(2000)))
+    halves = [{item.id for item in records(path=path, part=part)} for part in ((0.0, 0.3), (0.3, 1.0))]
+    assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 2000
+    assert abs(len(halves[0]) - 600) < 100  # 5 standard deviations of a binomial
+    assert all(0 <= fraction(id) < 0.3 for id in halves[0])
+    assert [item.fields["text"] for item in records(path=path, where={"lang": "zh"}, limit=2)] == ["1", "3"]
+    assert len(records(path=path, where={"lang": ["en", "fr"]})) == 1000
+    assert records(path=path, where={"nosuch": 1}) == []
+
+
+def test_templates():
+    fields = {"a": 1.5, "b": {"c": "é"}, "d.e": "dotted", "list": ["p", "q"], "none": None, "{": "never"}
+    assert render("{a}-{b.c}-{d.e}-{{x}}-{list}-{list.1}", fields) == "1.5-é-dotted-{x}-p\nq-q"
+    with pytest.raises(MissingField, match=r"^f:3: no field 'bb'.*the record has a, b"):
+        render("{bb}", fields, "f:3")
+    with pytest.raises(MissingField, match="'none' holds nothing"):
+        render("{none}", fields)
+    for broken in ("{a", "a}", "{}", "{a{b}}"):
+        with pytest.raises(UserError, match="lone"):
+            render(broken, fields)
+    with pytest.raises(MissingField):
+        render("{a.__class__}", fields)
+
+
+@pytest.mark.parametrize("keys, text", [({}, "a.\nb"), ({"join": ""}, "a.b"), ({"join": "\n\n"}, "a.\n\nb")])
+def test_lists_of_paragraphs_have_a_separator(tmp_path, keys, text):
+    """correctness 12: in every format that has lists, and wherever a text is made of a record."""
+    row = {"text": ["a.", "b"], "one": ["only"], "none": []}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    for path in (write(tmp_path / "a.jsonl", lines([row])), str(tmp_path / "a.parquet")):
+        source = Source(path=path, **keys)
+        assert [text_of(source, item) for item in read(source, "x")] == [text]
+        source = Source(path=path, text="<{text}|{one}|{none}>", **keys)
+        assert [text_of(source, item) for item in read(source, "x")] == [f"<{text}|only|>"]
+
+
+@given(st.text(), st.text())
+def test_templates_put_values_in_as_they_are(value, around):
+    assert render(around.replace("{", "{{").replace("}", "}}") + "{v}", {"v": value}) == around + value
+
+
+# ---- identity and mistakes -------------------------------------------------------------------------------------------
+
+
+def test_identity_is_content_not_place(tmp_path):
+    one, two = write(tmp_path / "1" / "a.jsonl", lines(ROWS)), write(tmp_path / "2" / "a.jsonl", lines(ROWS))
+    cache = tmp_path / "hashes.json"
+    first = identify({"x": Source(path=one)}, cache)
+    assert first == identify({"x": Source(path=two)}, cache) == identify({"x": Source(path=one)}, cache)
+    assert first != identify({"x": Source(path=one, limit=1)}, cache)
+    write(Path(two), lines(ROWS[:2]))
+    assert first != identify({"x": Source(path=two)}, cache)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"path": "nosuch.jsonl"}, "sources.x: nosuch.jsonl does not exist"),
+        ({"path": "*.nosuch"}, r"sources.x: no file matches \*.nosuch"),
+        ({"path": "folder"}, "sources.x: folder is a folder; give a file or a pattern such as"),
+        ({"path": "empty.jsonl"}, "empty.jsonl is empty; give a file with records"),
+        ({"path": "a.bin"}, "the format of a.bin is not known"),
+        ({"path": "a.parquet.gz"}, "compressed parquet"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
+    monkeypatch.chdir(tmp_path)
+    for name, data in (("empty.jsonl", b""), ("a.bin", b"1"), ("a.parquet.gz", b"1"), ("folder/a.jsonl", b"{}")):
+        write(tmp_path / name, data)
+    with pytest.raises(UserError, match=message):
+        records(**keys)
+
+
+def test_columns_without_a_name_may_be_several_and_named_ones_not(tmp_path):
+    """A spreadsheet's empty columns are nothing that a recipe could ask for."""
+    path = write(tmp_path / "a.csv", b"text,,n,\na,,1,\n")
+    assert [text_of(Source(path=path), item) for item in records(path=path)] == ["a"]
+    path = write(tmp_path / "two.csv", b"\ntext,n,text\na,1,b\n")
+    assert records(path=path) == [Bad("two.csv:2", REPEATED, "'text': text,n,text")]
+    with pytest.raises(ValueError, match="columns: 'a' stands here twice; a field has one column"):
+        Source(path=path, columns=["a", "b", "a"])
+
+
+def test_a_file_that_is_not_there_is_named_by_its_key_of_the_recipe(tmp_path):
+    """Also where it is no source of the corpus; and what decides the fingerprint keeps its names."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    base = {"sources": {"a": {"path": "a.jsonl"}}}
+    for extra, key in (
+        ({"decontaminate": {"sets": {"gsm": {"path": "nosuch"}}}}, "decontaminate.sets.gsm"),
+        ({"examples": {"good": {"path": "nosuch"}}, "perplexity": {"like": ["good"], "max_en": 100}}, "examples.good"),
+        ({"sources": {"b": {"path": "nosuch"}}}, "sources.b"),
+    ):
+        (tmp_path / "r.yaml").write_text(json.dumps({"name": "t", "stages": {"clean": {**base, **extra}}}))
+        code, text = stage("clean", tmp_path / "r.yaml", cwd=tmp_path)
+        assert code == 2 and f"{key}: nosuch does not exist" in text, text
+    wanted = Decontaminate(sets={"gsm": Source(path=str(tmp_path / "nosuch"))})
+    with pytest.raises(UserError, match="^decontaminate.sets.gsm: .*nosuch does not exist"):
+        build(wanted)
+    quality = Quality(good=["g"], bad=["g"])
+    with pytest.raises(UserError, match="^examples.g: .*nosuch does not exist"):
+        train({"g": Source(path=str(tmp_path / "nosuch"))}, quality, Perplexity(), tmp_path)
+
+
+# ---- packages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> dict:
+    """A tiny wheel that pip finds in a folder: the real pip, and no network."""
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as opened:
+        opened.writestr("words.txt", "晨风\n")
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    with zipfile.ZipFile(shelf / "tinytext-1.0-py3-none-any.whl", "w") as opened:
+        opened.writestr("tinytext/rows.jsonl", lines(ROWS))
+        opened.writestr("tinytext/words.zip", inner.getvalue())
+        opened.writestr("tinytext-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinytext\nVersion: 1.0\n")
+        opened.writestr(
+            "tinytext-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        opened.writestr("tinytext-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    return {
+        "package": "tinytext==1.0",
+        "member": "tinytext/rows.jsonl",
+        "sha256": hashlib.sha256(lines(ROWS)).hexdigest(),
+        "shelf": shelf,
+    }
+
+
+def test_a_member_of_a_package(package):
+    shelf = package.pop("shelf")
+    assert [item.fields for item in records(**package)] == ROWS
+    inner = {
+        "package": "tinytext==1.0",
+        "member": {"tinytext/words.zip!words.txt": hashlib.sha256("晨风\n".encode()).hexdigest()},
+        "sample_by": "line",
+    }
+    assert [item.fields for item in records(**inner)] == [{"text": "晨风"}]
+    with pytest.raises(UserError, match="member tinytext/rows.jsonl has sha256 [0-9a-f]{64}, the recipe expects 0{64}"):
+        records(**{**package, "sha256": "0" * 64})
+    with pytest.raises(UserError, match="has no member 'tinytext/row.jsonl'; it has tinytext/rows.jsonl"):
+        records(**{**package, "member": "tinytext/row.jsonl", "sha256": "1" * 64})
+    for path in shelf.iterdir():
+        path.unlink()
+    assert [item.fields for item in records(**package)] == ROWS  # from the cache
+    assert identify({"x": Source(**package)}, Path("unused"))["x"]["files"] == [
+        ["tinytext/rows.jsonl", package["sha256"]]
+    ]
+
+
+def test_pip_that_fails_is_quoted(package):
+    package.pop("shelf")
+    with pytest.raises(UserError, match="pip could not download the wheel of nosuch==9.*No matching distribution"):
+        records(**{**package, "package": "nosuch==9"})
+
+
+@pytest.mark.parametrize("keys", [{"sample_by": "line"}, {"columns": ["a"]}, {"records": "a[*]"}, {"extract": "all"}])
+def test_a_key_of_another_format_is_refused(tmp_path, keys):
+    path = write(tmp_path / "a.jsonl", lines([{"text": "a"}]))
+    with pytest.raises(UserError, match=f"sources.x: {next(iter(keys))} is for .*, and its files are jsonl"):
+        records(path=path, **keys)
+
+
+def test_a_broken_template_is_found_before_anything_is_read():
+    with pytest.raises(ValueError, match="has a lone '{'"):
+        Source(path="a.jsonl", text="{body")
+
+
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"text\nhello\n"), "text\nhello\n".encode("utf-16-le")], ids=["packed", "utf-16"]
+)
+def test_a_table_whose_header_is_no_text_is_one_bad_record(tmp_path, data):
+    """correctness 20 and 29: a packed file without its suffix was a header line without rows, so nothing told of it."""
+    (tmp_path / "a.csv").write_bytes(data)
+    (tmp_path / "b.csv").write_text("text\nhello\n")
+    found = list(read(Source(path=str(tmp_path / "*.csv")), "x"))
+    assert [item.reason for item in found if isinstance(item, Bad)] == [UNREADABLE]
+    assert [item.fields for item in found if isinstance(item, Record)] == [{"text": "hello"}]

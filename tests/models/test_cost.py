@@ -1,0 +1,189 @@
+"""Parameters, FLOPs and memory by arithmetic, against counters and measurements of torch."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pipeline.models import cost
+from pipeline.train import peak_flops
+
+LLAMA = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 352,
+    "vocab_size": 512,
+}
+MODELS = {
+    "llama": ("llama", LLAMA),
+    "llama tied": ("llama", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen3 wide heads": ("qwen3", {**LLAMA, "head_dim": 64}),
+    "gpt2": (
+        "gpt2",
+        {
+            "n_embd": 128,
+            "n_layer": 3,
+            "n_head": 4,
+            "vocab_size": 512,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+}
+
+
+def built(family: str, keys: dict, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, max_position_embeddings=256, **keys),
+        attn_implementation=attention,
+        dtype=torch.float32,
+    )
+
+
+def test_a_known_model():
+    """Llama 2 7B: 6.74B parameters, 6.61B without the embedding look-up; attention adds 12 x 32 x 4096 x 4096 a
+    token at length 4096."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+            )
+        )
+    size = cost.count(model)
+    assert (size.total, size.embedding, size.active) == (6_738_415_616, 2 * 32000 * 4096, 6_738_415_616)
+    flops = cost.training_flops(model, size, 4096)
+    assert flops.full == 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
+    assert flops.causal == 6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 4096
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_what_torch_counts(name):
+    """Of a forward and backward pass with eager attention, which computes every score; to 1% (norms and biases are
+    parameters that hardly multiply)."""
+    model = built(*MODELS[name], attention="eager")
+    ids = torch.randint(0, 512, (2, 256), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.float().sum().backward()
+    expected = cost.training_flops(model, cost.count(model), 256).full * ids.numel()
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "family, keys",
+    [("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 96})],
+)
+def test_active_parameters_of_a_mixture_of_experts(family, keys):
+    """What differs between two numbers of chosen experts is one expert of each layer; with all of them chosen every
+    parameter is active."""
+    sizes = [cost.count(built(family, {**LLAMA, **keys, "num_experts_per_tok": chosen})) for chosen in (1, 2, 4)]
+    inner = keys.get("moe_intermediate_size", 352)
+    assert sizes[1].active - sizes[0].active == 3 * 3 * 128 * inner and sizes[2].active == sizes[2].total
+
+
+def kept_bytes(model, ids, precision: str) -> int:
+    """Bytes of distinct storages that autograd keeps for the backward pass, parameters left out: what activations
+    are."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            # the tensor is held, so that its address is not given again
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        model.base_model(input_ids=ids, use_cache=False)
+    weights = sum(2 * p.numel() for p in model.base_model.parameters() if p.dim() == 2) if precision == "bf16" else 0
+    return (
+        sum(size for size, _ in kept.values())
+        - weights
+        + (2 * model.get_input_embeddings().weight.numel() if precision == "bf16" else 0)
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_what_autograd_keeps(name, precision):
+    """Within 20%, over layers; the embedding's and last norm's few tensors are in what is measured."""
+    model = built(*MODELS[name]).train()
+    ids = torch.randint(0, 512, (4, 256), generator=torch.Generator().manual_seed(0))
+    parts = cost.memory(model.config, cost.count(model), 256, cost.Layout(micro=4, precision=precision))
+    assert parts["activations"] == pytest.approx(kept_bytes(model, ids, precision), rel=0.2)
+
+
+def test_memory_of_a_known_layout():
+    """Llama 2 7B, 32 GPUs as 4 stages x 8 ranks: each has a quarter of 6.74B weights and gradients in fp32, and an
+    eighth of that quarter's moments and masters."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+            )
+        )
+    size = cost.count(model)
+    parts = cost.memory(model.config, size, 2048, cost.Layout(ranks=8, depth=4, zero=1, micro=1, accumulation=64))
+    assert parts["weights"] == parts["gradients"] == size.total and parts["optimizer"] == pytest.approx(
+        12 * size.total / 32
+    )
+    full = cost.memory(
+        model.config, size, 2048, cost.Layout(ranks=8, depth=4, zero=1, micro=1, accumulation=64, checkpointing="full")
+    )
+    assert full["activations"] < parts["activations"] / 4, (
+        "4 micro-batches of 8 layers are kept, or their inputs and one layer"
+    )
+    assert cost.memory(model.config, size, 2048, cost.Layout(ranks=32, zero=3))["weights"] == 4 * size.total / 32
+    assert cost.checkpoint_bytes(size) == 12 * size.total
+
+
+def test_peak_rates_of_devices():
+    """NVIDIA's and AMD's data sheets; a name that is not in the table exactly has none."""
+    for name, rate in [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362),
+        ("AMD Instinct MI300X", 1307),
+    ]:
+        assert peak_flops.known(name, "bf16") == rate * 1e12, name
+    assert (
+        peak_flops.known("NVIDIA A100 80GB PCIe", "fp32") == 19.5e12
+        and peak_flops.known("NVIDIA GeForce RTX 4090", "tf32") == 82.6e12
+    )
+    for name in (
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA A1000",
+        "Tesla V100-SXM2-16GB",
+        "cpu",
+    ):
+        assert peak_flops.known(name, "bf16") is None, name
+
+
+def test_a_measured_peak_leaves_the_random_state_alone():
+    state = torch.random.get_rng_state()
+    assert 1e9 < peak_flops.measured("fp32", torch.device("cpu"), seconds=0.0) < 1e14
+    assert (
+        torch.equal(state, torch.random.get_rng_state())
+        and peak_flops.peak(12, "bf16", torch.device("cpu")) == 12e12
+        and peak_flops.peak(None, "bf16", torch.device("cpu")) is None
+    )
