@@ -201,7 +201,7 @@ class Subject:
 
         from pipeline.data.chat.template import Chat
         from pipeline.data.tokens.store import load_tokenizer, use_known_padding
-        from pipeline.models.build import positions
+        from pipeline.models.families import positions
         from pipeline.train.finetune_data import model_folder
 
         folder = model_folder(found)
@@ -327,7 +327,8 @@ def measure(
     subject: Subject, rows: list | None, prompts: list, config: Config, judge, inputs: dict[str, Artifact]
 ) -> dict:
     """Everything that is known of one model by itself: held-out text, answers, their rewards and rule scores."""
-    from pipeline.models.build import load, stop_ids
+    from pipeline.models.build import load
+    from pipeline.models.publish import stop_ids
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import device
@@ -377,7 +378,8 @@ def measure(
 def judged(rows: list[list[int]], found: Artifact, judge, config: Config) -> list[float]:
     """The reward model's score of each row of its own tokens. Raises UserError for rows that it has no positions
     for."""
-    from pipeline.models.build import load, positions
+    from pipeline.models.build import load
+    from pipeline.models.families import positions
     from pipeline.train.distributed import device
     from pipeline.train.finetune_data import model_folder
     from pipeline.train.scores import reward_scores

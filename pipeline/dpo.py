@@ -71,7 +71,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
 
     from pipeline.core.chain import say
-    from pipeline.models.build import load, publish
+    from pipeline.models.build import load
+    from pipeline.models.publish import publish
     from pipeline.reward import rows_of
     from pipeline.train.engine import build
     from pipeline.train.finetune_data import (

@@ -91,7 +91,7 @@ class Config(TuningConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.models import build
+    from pipeline.models.publish import publish
     from pipeline.rl.experience import evaluate
     from pipeline.rl.iteration import Iterations
     from pipeline.train import distributed, loop
@@ -111,7 +111,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     weights = models.policy.consolidated()
     if output.is_main:
-        build.publish(weights, models.policy.model.config, model_folder(inputs["policy"]), output.path / "model")
+        publish(weights, models.policy.model.config, model_folder(inputs["policy"]), output.path / "model")
         lines = [
             json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True)
             for when in ("before", "after")

@@ -198,25 +198,27 @@ class Config(TrainConfig):
                 " its PATH; install one or leave compile out"
             )
         if "model" not in self.inputs:
-            from pipeline.models import build
+            from pipeline.models import model_block
 
             if self.model_changes:
                 raise UserError(
                     f"stage {self.kind}: model_changes are for a model that training goes on with (inputs: {{model:"
                     f" ...}}); write {', '.join(self.model_changes)} into the model block"
                 )
-            build.check(self.model)
+            model_block.check(self.model)
             if self.parallel.pipeline > 1:
                 from pipeline.models import pipeline_split
 
-                pipeline_split.check_layers(build.shape(self.model), self.parallel)
+                pipeline_split.check_layers(model_block.block_config(self.model), self.parallel)
             if self.document_mask:
-                build.check_documents(self.model["family"])
+                model_block.check_document_mask(self.model["family"])
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.tokens.row_sampler import heldout_rows
-    from pipeline.models import build, cost
+    from pipeline.models import cost
+    from pipeline.models.initial_values import initialise
+    from pipeline.models.publish import publish
     from pipeline.train import checkpoints, distributed, engine, layers, metrics, row_trace, run_summary, spike_report
     from pipeline.train.batches import heldout_batches, loss_of, sampler_of, to_batch
     from pipeline.train.finetune_data import model_folder
@@ -246,7 +248,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         model,
         loss_of(store.sources, config.z_loss),
         config,
-        fill=lambda part, name: build.initialise(part, config.seed, name),
+        fill=lambda part, name: initialise(part, config.seed, name),
     )
 
     # Training
@@ -281,7 +283,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     weights = trainer.consolidated()
     if output.is_main:
         parent = model_folder(inputs["model"]) if "model" in inputs else None
-        build.publish(weights, model_config, inputs["tokenizer"].path, output.path / "model", parent)
+        publish(weights, model_config, inputs["tokenizer"].path, output.path / "model", parent)
     read_tokens = sum(store.num_tokens(source) for source in sampler.sources)
     return {
         **metrics_of(output, result, heldout),
@@ -335,17 +337,18 @@ def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     """The model that training starts from: new, or that of another stage or folder. Raises UserError for one that
     does not fit the tokens."""
     from pipeline.data.tokens.store import load_tokenizer
-    from pipeline.models import build, mup
+    from pipeline.models import build, model_block, mup
     from pipeline.train.finetune_data import model_folder
 
     if "model" not in inputs:
         whole = config.parallel.pipeline == 1
         return build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=whole)
     folder = model_folder(inputs["model"])
-    model = build.load(folder, config=build.changed(folder, config.model_changes, config.sequence_length))
-    mup.learning_rates(model)
+    model_config = model_block.changed_config(folder, config.model_changes, config.sequence_length)
+    model = build.load(folder, config=model_config)
+    mup.scale_learning_rates(model)
     if config.document_mask:
-        build.check_documents(model.config.model_type)
+        model_block.check_document_mask(model.config.model_type)
     if model.config.vocab_size < store.vocab_size:
         raise UserError(
             f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size};"

@@ -56,7 +56,8 @@ class Config(TuningConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.core.chain import say
-    from pipeline.models.build import load, publish
+    from pipeline.models.build import load
+    from pipeline.models.publish import publish
     from pipeline.train.engine import build
     from pipeline.train.finetune_data import (
         announce,

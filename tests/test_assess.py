@@ -13,6 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokens.store import load_tokenizer
 from pipeline.models import build
+from pipeline.models.publish import publish, stop_ids
 from pipeline.train.scores import reward_scores
 
 LLAMA3 = (
@@ -39,9 +40,9 @@ def folder(tmp_path_factory):
     block = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     block["intermediate_size"] = 32
     made = build.new(block, other, 64, seed=1)
-    build.publish(made.state_dict(), made.config, here / "other", here / "start")
+    publish(made.state_dict(), made.config, here / "other", here / "start")
     judge = build.load(here / "start", head="reward", seed=2)
-    build.publish(judge.state_dict(), judge.config, here / "other", here / "reward")
+    publish(judge.state_dict(), judge.config, here / "other", here / "reward")
     _foreign(here, "llama3", LLAMA3, LLAMA3_TOKENS[1])
     _foreign(here, "endless", "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", None)
     tiny.write_inputs(here, documents=40)
@@ -58,7 +59,7 @@ def _foreign(here, name: str, template: str, eos: str | None) -> None:
     tokenizer.save_pretrained(here / f"{name}-tokenizer")
     block = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     made = build.new({**block, "intermediate_size": 32}, load_tokenizer(here / f"{name}-tokenizer"), 64, seed=3)
-    build.publish(made.state_dict(), made.config, here / f"{name}-tokenizer", here / name)
+    publish(made.state_dict(), made.config, here / f"{name}-tokenizer", here / name)
 
 
 def assess(folder, inputs: str, keys: str = "", code: int = 0) -> tuple[dict, str]:
@@ -100,12 +101,12 @@ def test_llama3_is_asked_and_ends_its_turn(folder):
     assert report["models"]["llama3"]["answers"] == 6 and report["win_rates"]["sft over llama3"]["prompts"] == 6
     tokenizer = load_tokenizer(folder / "llama3")
     ends = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
-    assert build.stop_ids(folder / "llama3", tokenizer) == ends
+    assert stop_ids(folder / "llama3", tokenizer) == ends
 
 
 def test_a_model_without_an_end(folder):
     """Correctness 38: None was sorted among integers."""
-    assert build.stop_ids(folder / "endless", load_tokenizer(folder / "endless")) == []
+    assert stop_ids(folder / "endless", load_tokenizer(folder / "endless")) == []
     found = assess(folder, "endless: ./endless, reward: ./reward")[0]["models"]["endless"]
     assert found["end_of_turn_rate"] is None and found["answer_tokens"] == 4
 
@@ -132,7 +133,7 @@ def test_tokens_of_the_same_tokenizer_are_accepted(folder, packed):
     tokenizer = load_tokenizer(folder / "tokenizer")
     block = {"family": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}
     made = build.new(block, tokenizer, 48, seed=3)
-    build.publish(made.state_dict(), made.config, folder / "tokenizer", folder / "gpt2")
+    publish(made.state_dict(), made.config, folder / "tokenizer", folder / "gpt2")
     report, _ = assess(folder, f"tokens: ./{packed}, gpt2: ./gpt2", ", max_rows: 4")
     assert report["models"]["gpt2"]["heldout_tokens"] == 4 * 48
     said = assess(folder, f"tokens: ./{packed}, gpt2: ./gpt2", ", sequence_length: 64", code=2)[1]
@@ -142,7 +143,7 @@ def test_tokens_of_the_same_tokenizer_are_accepted(folder, packed):
 def test_a_reward_folder_without_a_score_layer_is_refused(folder):
     """Correctness 15: its scores would be drawn at random."""
     said = assess(folder, "sft: ./sft, reward: ./start", code=2)[1]
-    assert "is no reward model, it has no score layer" in said
+    assert "is not a reward model: it has no score layer" in said
 
 
 def test_prompts_that_leave_no_room_are_counted(folder):

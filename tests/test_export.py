@@ -61,13 +61,14 @@ def model(family: str, tokenizer_folder: Path, folder: Path) -> Path:
 
     from pipeline.data.tokens.store import load_tokenizer
     from pipeline.models import build
+    from pipeline.models.publish import publish
 
     made = build.new(block_of(family), load_tokenizer(tokenizer_folder), 64, seed=1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    build.publish(made.state_dict(), made.config, tokenizer_folder, folder)
+    publish(made.state_dict(), made.config, tokenizer_folder, folder)
     return folder
 
 
@@ -91,10 +92,10 @@ def test_config_json_says_the_same_to_both_versions_of_transformers(family, toke
     from transformers import AutoConfig
 
     from pipeline.data.tokens.store import load_tokenizer
-    from pipeline.models import build
+    from pipeline.models.model_block import full_config
     from pipeline.models.transformers_4 import add_older_keys
 
-    config = build.configure(block_of(family), load_tokenizer(tokenizers["byte-bpe"]), 64)
+    config = full_config(block_of(family), load_tokenizer(tokenizers["byte-bpe"]), 64)
     config.save_pretrained(tmp_path)
     before = AutoConfig.from_pretrained(tmp_path).to_dict()
     add_older_keys(tmp_path)

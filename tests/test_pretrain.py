@@ -18,6 +18,7 @@ from pipeline.core.graph import check, nodes
 from pipeline.data.tokens.row_sampler import heldout_rows
 from pipeline.data.tokens.store import TokenStore
 from pipeline.models import build
+from pipeline.models.model_block import changed_config
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_a_hub_folder_goes_on_with_longer_rows(world, tmp_path):
     (copy / "config.json").write_text(json.dumps({**written, "rope_parameters": LONGER, "max_position_embeddings": 64}))
     ids = torch.randint(3, 290, (2, 64), generator=torch.Generator().manual_seed(0))
     by_hand, plain = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (copy, source))
-    ours = build.load(source, config=build.changed(source, {"rope_parameters": LONGER}, 64)).eval()
+    ours = build.load(source, config=changed_config(source, {"rope_parameters": LONGER}, 64)).eval()
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, by_hand(ids).logits) and not torch.allclose(
             ours(ids).logits, plain(ids).logits, atol=1e-4

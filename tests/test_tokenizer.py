@@ -260,15 +260,16 @@ def test_every_stage_reads_the_same_ids_whatever_family_the_model_is_of(trained,
 def same_ids_in_every_family(folder, copy):
     from pipeline.data.tokenizer.encode import encoder
     from pipeline.data.tokens.store import encode_text, load_tokenizer
-    from pipeline.models.build import DOCUMENTS
+    from pipeline.models.families import supporting
     from pipeline.train.finetune_data import tokenizer_of
 
     wanted = [ids.tolist() for ids in encoder(folder)(TELLING)]
     assert wanted == encode_text(load_tokenizer(folder), TELLING)
     shutil.copytree(folder, copy)
     vocabulary = load_tokenizer(folder).get_vocab()
-    assert "qwen2" in DOCUMENTS
-    for family in (*DOCUMENTS, "openai-gpt", "opt", "bloom", "mamba", "mamba2", "rwkv"):
+    masked = supporting("document_mask")
+    assert "qwen2" in masked
+    for family in (*masked, "openai-gpt", "opt", "bloom", "mamba", "mamba2", "rwkv"):
         (copy / "config.json").write_text(json.dumps({"model_type": family}))
         for read in (load_tokenizer, lambda place: tokenizer_of(place, 16)):
             tokenizer = read(copy)

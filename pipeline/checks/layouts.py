@@ -62,11 +62,11 @@ def with_own(config, num_layers: int) -> tuple[list[tuple], str]:
 def road(config, shape) -> tuple[list[tuple], str]:
     """The layouts that a run is moved through, and a line that says so: ROAD, without a pipeline where the model's
     `shape` cannot be cut, and then the recipe's own, or one process if that was on the way."""
-    from pipeline.models import pipeline_split
+    from pipeline.models.families import family_of
 
     known = {name: (name, *layout, {}) for name, *layout in LAYOUTS}
     own = own_layout(config, shape.num_hidden_layers)
-    cut = shape.model_type in pipeline_split.FAMILIES and shape.num_hidden_layers > 1
+    cut = family_of(shape).pipeline and shape.num_hidden_layers > 1
     way = [known[name] for name in ROAD if cut or known[name][2].get("pipeline", 1) == 1]
     way.append(own if own[0] not in ROAD else known[REFERENCE])
     why = "" if cut else "; no pipeline, since this model cannot be cut into stages"

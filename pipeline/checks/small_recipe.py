@@ -77,7 +77,7 @@ def prepare(
 ) -> Prepared:
     """Tokens and a config of `stage` for a proof. Raises UserError for what the recipe says wrong."""
     from pipeline.data.tokens.store import load_tokenizer
-    from pipeline.models import build, cost
+    from pipeline.models import build, cost, model_block
     from pipeline.train import train_length
 
     config = recipe.stages[stage]
@@ -86,7 +86,7 @@ def prepare(
     lines.append(f"tokens     {origin}")
     if config.model is None:
         raise UserError(f"stages.{stage}: has no model block to prove anything of; give the recipe a top-level `model`")
-    build.check(config.model)
+    model_block.check(config.model)
     reader = load_tokenizer(tokenizer)
     block = dict(config.model)
     size = cost.count(build.new(block, reader, config.sequence_length, 0, materialise=False)).total
@@ -107,7 +107,7 @@ def prepare(
         )
     dropped = [
         key
-        for key, value in build.configure(block, reader, length).to_dict().items()
+        for key, value in model_block.full_config(block, reader, length).to_dict().items()
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0
     ]
     if dropped:
@@ -168,9 +168,9 @@ def shrunk(block: dict, width: int, layers: int) -> dict:
     to key-value heads."""
     from transformers import AutoConfig
 
-    from pipeline.models.build import OWN
+    from pipeline.models.model_block import OWN_KEYS
 
-    whole = AutoConfig.for_model(block["family"], **{key: value for key, value in block.items() if key not in OWN})
+    whole = AutoConfig.for_model(block["family"], **{key: value for key, value in block.items() if key not in OWN_KEYS})
     # n_embd for hidden_size, where a family says so
     names = {value: key for key, value in getattr(whole, "attribute_map", {}).items()}
     had = {key: value for key, value in whole.to_dict().items() if value is not None}

@@ -35,7 +35,7 @@ def prove(
     recipe: Recipe, stage: str | None, *, full: bool = False, width: int = 64, layers: int = 4, keep: bool = False
 ) -> bool:
     """Train every layout, print a table, write runs/NAME/verify/parallel.json. Returns whether all agree."""
-    from pipeline.models import build
+    from pipeline.models import model_block
 
     stage = stage_of(recipe, stage)
     began = time.time()
@@ -46,7 +46,7 @@ def prove(
             update={"max_grad_norm": min(MAX_GRAD_NORM, ready.config.optimizer.max_grad_norm)}
         )
         config = ready.config.model_copy(update={"optimizer": optimizer})
-        layouts, chosen_line = with_own(recipe.stages[stage], build.shape(config.model).num_hidden_layers)
+        layouts, chosen_line = with_own(recipe.stages[stage], model_block.block_config(config.model).num_hidden_layers)
         worlds = sorted({processes for _, processes, *_ in layouts})
         gpus = launch.gpus()
         if not gpus:
@@ -184,12 +184,13 @@ def _seeds(config, ready, work: Path) -> dict[str, str]:
     """One checkpoint with tied and one with untied embeddings, in the Hugging Face layout; every layout starts from
     these files."""
     from pipeline.data.tokens.store import load_tokenizer
-    from pipeline.models import build
+    from pipeline.models import build, model_block
+    from pipeline.models.publish import publish
 
     found = {}
     for name in ("tied", "untied"):
         try:
-            build.check({**config.model, "tie_word_embeddings": name == "tied"})
+            model_block.check({**config.model, "tie_word_embeddings": name == "tied"})
         except UserError as error:  # mu-P wants them untied
             say(f"embeddings {name}: left out, {error}")
             continue
@@ -199,7 +200,7 @@ def _seeds(config, ready, work: Path) -> dict[str, str]:
             config.sequence_length,
             config.seed,
         )
-        build.publish(model.state_dict(), model.config, ready.tokenizer, work / name)
+        publish(model.state_dict(), model.config, ready.tokenizer, work / name)
         found[name] = str(work / name)
     return found
 

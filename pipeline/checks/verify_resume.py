@@ -49,7 +49,7 @@ def prove(
     keep: bool = False,
 ) -> bool:
     """Make the runs, compare them, write runs/NAME/verify/resume.json. Returns whether all is as promised."""
-    from pipeline.models import build
+    from pipeline.models import model_block
 
     stage = stage_of(recipe, stage)
     began = time.time()
@@ -63,7 +63,7 @@ def prove(
         if not gpus:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         first, second = kills(seed)
-        way, moves = road(recipe.stages[stage], build.shape(config.model))
+        way, moves = road(recipe.stages[stage], model_block.block_config(config.model))
         for line in (
             *ready.lines,
             (

@@ -57,7 +57,7 @@ def train(config, job: dict, seed: Path) -> dict:
     store = TokenStore(job["tokens"])
     sampler = sampler_of(config, store, load_tokenizer(job["tokenizer"]))
     model = build.load(seed)
-    mup.learning_rates(model)
+    mup.scale_learning_rates(model)
     expected = {key: value.clone() for key, value in model.state_dict().items()} if distributed.is_main() else {}
     layers.prepare(model, config)
     trainer = engine.build(model, loss_of(store.sources, config.z_loss), config)

@@ -192,7 +192,7 @@ def _reads_rows(node: Node, key: str) -> bool:
 def model_positions(source: str, graph: dict[str, Node]) -> int | None:
     """Most tokens of a row that the model of a stage, or of an outside folder, has positions for; None for any number,
     or if it cannot be told. Pretraining decides it (its sequence_length), and what comes after keeps it."""
-    from pipeline.models.build import UNLIMITED
+    from pipeline.models.families import FAMILIES, UNKNOWN
 
     if source not in graph:
         return _folder_positions(Path(source))
@@ -201,7 +201,8 @@ def model_positions(source: str, graph: dict[str, Node]) -> int | None:
     if config.kind != "pretrain":
         return model_positions(above, graph) if above else None
     if above is None:
-        return None if (config.model or {}).get("family") in UNLIMITED else config.sequence_length
+        family = FAMILIES.get((config.model or {}).get("family"), UNKNOWN)
+        return None if family.unlimited_positions else config.sequence_length
     before = model_positions(above, graph)
     return max(before, config.sequence_length) if before else None
 
@@ -209,7 +210,7 @@ def model_positions(source: str, graph: dict[str, Node]) -> int | None:
 def _folder_positions(path: Path) -> int | None:
     from transformers import AutoConfig
 
-    from pipeline.models.build import positions
+    from pipeline.models.families import positions
 
     folder = path / "model" if (path / "model").is_dir() else path
     try:

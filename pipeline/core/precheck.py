@@ -27,7 +27,7 @@ def checked(path: str | Path, words: list[str] = (), sources: bool = False) -> t
         with problems.gather(lambda message, name=node.name: recipe.located(name, message)):
             check(node, graph)
     if recipe.model is not None:
-        from pipeline.models.build import check as check_model
+        from pipeline.models.model_block import check as check_model
 
         with problems.gather(lambda message: recipe.located("", message)):
             check_model(recipe.model)

@@ -1,19 +1,20 @@
-"""What training a model costs: parameters, FLOPs, and the memory of one process, part by part. Arithmetic alone;
+"""What training a model costs: parameters, FLOPs, and the memory of one process, part by part. This is arithmetic:
 nothing is allocated.
 
     size = count(model)                                  # also of a model on the meta device
     flops = training_flops(model, size, sequence_length=2048)
     parts = memory(model.config, size, layout, ...)      # bytes by part
 
-Estimates are held against measurements in tests/models/test_cost.py, with the factor that is allowed.
+tests/models/test_cost.py compares the estimates with measurements, and states the factor that is allowed.
 """
 
 import re
 from dataclasses import dataclass
 
+from pipeline.models.families import family_of, num_experts
+
 EXPERTS = re.compile(r"(^|\.)experts\.")  # routed experts; shared ones are called shared_expert(s)
-QK_NORM = ("qwen3", "gemma3", "olmo2", "olmo3")  # families that normalise queries and keys, in fp32
-BUCKET = 50_000_000  # elements of one of DeepSpeed's buffers, as train/sharded.py sets it
+DEEPSPEED_BUCKET = 50_000_000  # elements of one buffer, which train/sharded.py sets; DeepSpeed's default is 500M, 2 GB
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Size:
 
     total: int
     embedding: int
-    """Input table and, if it is its own, the output layer."""
+    """Input table and, if it is a table of its own, the output layer."""
     lookup: int
     """Tables that are only looked up (input embedding unless tied, learned positions): no multiplication."""
     experts: int
@@ -40,46 +41,38 @@ class Size:
 def count(model) -> Size:
     from torch import nn
 
-    total = sum(parameter.numel() for parameter in model.parameters())
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = {id(layer.weight): layer.weight.numel() for layer in (inner, outer) if layer is not None}
-    multiplied = id(outer.weight) if outer is not None else None
-    lookups = {
-        id(part.weight): part.weight.numel()
-        for part in model.modules()
-        if isinstance(part, nn.Embedding) and id(part.weight) != multiplied
-    }
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(layer.weight): layer.weight.numel() for layer in (inputs, outputs) if layer is not None}
+    output_id = id(outputs.weight) if outputs is not None else None
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    lookups = {id(table.weight): table.weight.numel() for table in embeddings if id(table.weight) != output_id}
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if EXPERTS.search(name))
-    picked, of = routed(model.config)
-    active = total - experts + experts * picked // of
-    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    picked, per_layer = routed(model.config)
+    active = total - experts + experts * picked // per_layer
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     return Size(total, sum(tables.values()), sum(lookups.values()), experts, active, frozen)
 
 
 def routed(config) -> tuple[int, int]:
-    """(experts that a token goes to, experts of a layer); (1, 1) for a dense model. Families have three names for
-    the second."""
+    """(experts that a token is sent to, experts of one layer); (1, 1) for a dense model."""
     config = config.get_text_config()
-    number = next(
-        (
-            value
-            for key in ("num_local_experts", "num_experts", "n_routed_experts")
-            if (value := getattr(config, key, None))
-        ),
-        None,
-    )
-    return (getattr(config, "num_experts_per_tok", None) or 1, number) if number else (1, 1)
+    per_layer = num_experts(config)
+    if per_layer is None:
+        return 1, 1
+    return getattr(config, "num_experts_per_tok", None) or 1, per_layer
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Training FLOPs of one token, forward and backward, without what activation checkpointing computes again."""
+    """Training FLOPs per token, forward and backward, without what activation checkpointing computes again."""
 
     full: float
-    """6 a parameter that multiplies, and 12 * layers * heads * head size * length for attention, not halved: PaLM
+    """6 per parameter that multiplies, and 12 * layers * heads * head size * length for attention, not halved: PaLM
     (2022, appendix B), torchtitan."""
     causal: float
-    """Half of the attention term: what a causal kernel has to compute."""
+    """With half of the attention term: what a causal kernel has to compute."""
 
 
 def training_flops(model, size: Size, sequence_length: int) -> Flops:
@@ -89,20 +82,20 @@ def training_flops(model, size: Size, sequence_length: int) -> Flops:
 
 
 def attention_width(config) -> int:
-    """Sum over the layers of the widths of keys and values, over all heads: a token's scores and mixtures cost 2 FLOPs
-    each of it per position, forward.
+    """Sum over layers and heads of the widths of keys and values: for each of them, a token's scores and mixtures cost
+    2 FLOPs per position, forward.
 
-    0 for a model without attention (Mamba, RWKV). Latent attention (DeepSeek-V2, section 2.1) has keys and values of
-    different width.
+    0 for a model without attention. Latent attention (DeepSeek-V2, section 2.1) has keys and values of different
+    widths.
     """
     heads = getattr(config, "num_attention_heads", None)
-    if not heads or config.model_type in ("mamba", "mamba2", "rwkv"):
+    if not heads or not family_of(config).attention:
         return 0
     if getattr(config, "qk_nope_head_dim", None):
-        return (
-            config.num_hidden_layers * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-        )
-    return config.num_hidden_layers * heads * 2 * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        key_and_value = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    else:
+        key_and_value = 2 * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return config.num_hidden_layers * heads * key_and_value
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -110,7 +103,7 @@ def attention_width(config) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lies on its processes. `zero`: stage of ZeRO, None for DDP."""
+    """How a run is distributed over its processes. `zero`: stage of ZeRO, None for DDP."""
 
     ranks: int = 1
     """Data-parallel ranks."""
@@ -120,7 +113,7 @@ class Layout:
     micro: int = 1
     """Rows of one micro-batch."""
     accumulation: int = 1
-    """Micro-batches of a step on one rank."""
+    """Micro-batches per step on one rank."""
     precision: str = "bf16"
     optimizer: str = "adamw"
     checkpointing: str = "none"
@@ -128,75 +121,95 @@ class Layout:
     attention: str = "sdpa"
     """eager keeps the scores of every pair of positions."""
     head_rows: int | None = None
-    """Positions whose logits exist at a time, with a chunked head; none: all of a micro-batch."""
+    """Positions whose logits exist at a time, with a chunked loss; None: all of a micro-batch."""
     offload: bool = False
 
 
 def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str, float]:
-    """Bytes at the peak of a step on the fullest process, by part: weights, gradients, optimizer, activations,
+    """Bytes at the peak of a step on the process that needs most, by part: weights, gradients, optimizer, activations,
     logits, temporary."""
-    zero = 1 if layout.depth > 1 else layout.zero
-    share = size.total / layout.depth  # stages are cut evenly, up to the tables at both ends
-    ranks = layout.ranks
-    split = {None: (1, 1, 1), 0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks), 3: (ranks, ranks, ranks)}[zero]
-    # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of
-    # the rank's share beside fp32 weights.
-    moments = 4.0 if layout.optimizer == "muon" else 8.0
+    tokens = layout.micro * sequence_length
+    parts = _state_bytes(size, layout)
+    # 1F1B: the first stage has as many micro-batches in flight as there are stages
+    in_flight = min(layout.accumulation, layout.depth)
+    num_layers = -(-config.num_hidden_layers // layout.depth)
+    kept, complete = layer_bytes(config, sequence_length, layout)
+    recomputed = complete if layout.checkpointing != "none" else 0.0
+    parts["activations"] = tokens * (num_layers * kept * in_flight + recomputed)
+    parts["logits"] = _logits_bytes(config, tokens, layout)
+    parts["temporary"] = _temporary_bytes(size, layout)
+    return parts
+
+
+def _zero_stage(layout: Layout) -> int | None:
+    """The pipelined engine always has DeepSpeed's ZeRO-1 optimizer."""
+    return 1 if layout.depth > 1 else layout.zero
+
+
+def _state_bytes(size: Size, layout: Layout) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer on one process."""
+    zero, ranks = _zero_stage(layout), layout.ranks
+    # stages are cut evenly, except for the tables at both ends
+    weights = size.total / layout.depth
     trained = (size.total - size.frozen) / layout.depth
+    # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of
+    # the rank's share in addition to fp32 weights.
+    moment_bytes = 4.0 if layout.optimizer == "muon" else 8.0
+    copy_bytes = 4.0 if zero else 0.0
+    weight_ranks = ranks if zero == 3 else 1
+    gradient_ranks = ranks if zero in (2, 3) else 1
+    optimizer_ranks = ranks if zero in (1, 2, 3) else 1
     parts = {
-        "weights": 4.0 * share / split[0],
-        "gradients": 4.0 * trained / split[1],
-        "optimizer": (moments + (4.0 if zero else 0.0)) * trained / split[2],
+        "weights": 4.0 * weights / weight_ranks,
+        "gradients": 4.0 * trained / gradient_ranks,
+        "optimizer": (moment_bytes + copy_bytes) * trained / optimizer_ranks,
     }
     if layout.offload:
         parts["optimizer"] = 0.0
         if zero == 3:
             parts["weights"] = 0.0
-    tokens = layout.micro * sequence_length
-    # 1F1B: the first stage has as many micro-batches in flight as there are stages
-    flying = min(layout.accumulation, layout.depth)
-    layers = -(-config.num_hidden_layers // layout.depth)
-    kept, whole = layer_bytes(config, sequence_length, layout)
-    parts["activations"] = tokens * (layers * kept * flying + (whole if layout.checkpointing != "none" else 0.0))
-    # of each logit itself, its fp32 log-softmax, its gradient; and the gradient of the layer, kept until the backward
-    # pass (train/head.py)
-    if layout.head_rows:
-        parts["logits"] = (
-            8.0 * min(tokens, layout.head_rows) * config.vocab_size + 4.0 * config.vocab_size * config.hidden_size
-        )
-    else:  # itself, its fp32 copy (bf16 only), its log-softmax, its gradient in both precisions
-        parts["logits"] = (12.0 if layout.precision == "fp32" else 14.0) * tokens * config.vocab_size
-    # autocast keeps a bf16 copy of each matrix until the backward pass has used it; DeepSpeed has buffers for reducing
-    # and gathering.
-    parts["temporary"] = (2.0 * (share - size.lookup / layout.depth) if layout.precision == "bf16" else 0.0) + (
-        2 * 4.0 * min(BUCKET, share) if zero else 0.0
-    )
     return parts
 
 
+def _logits_bytes(config, tokens: int, layout: Layout) -> float:
+    if layout.head_rows:
+        # per logit its fp32 log-softmax and its gradient; and the gradient of the output layer, kept until the backward
+        # pass (train/chunked_loss.py)
+        output_layer = config.vocab_size * config.hidden_size
+        return 8.0 * min(tokens, layout.head_rows) * config.vocab_size + 4.0 * output_layer
+    # per logit itself, its fp32 copy (bf16 only), its log-softmax, its gradient in both precisions
+    return (12.0 if layout.precision == "fp32" else 14.0) * tokens * config.vocab_size
+
+
+def _temporary_bytes(size: Size, layout: Layout) -> float:
+    weights = size.total / layout.depth
+    total = 0.0
+    if layout.precision == "bf16":
+        # autocast keeps a bf16 copy of each matrix until the backward pass has used it
+        total += 2.0 * (weights - size.lookup / layout.depth)
+    if _zero_stage(layout):
+        # DeepSpeed's buffers for reducing and gathering
+        total += 2 * 4.0 * min(DEEPSPEED_BUCKET, weights)
+    return total
+
+
 def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, float]:
-    """(bytes a token and layer kept for the backward pass, the same without checkpointing).
+    """(bytes per token and layer kept for the backward pass, the same without activation checkpointing).
 
     Counted as in Korthikanti et al. (2022), section 4.1, for what transformers' layers save: their 34 * hidden is for
-    GPT with 16-bit residuals and dropout; here residuals and norms are fp32 (autocast), and matrices see 2 or 4 bytes a
-    number. Selective recomputation is theirs too: of the attention's scores, which fused attention never keeps, and
-    here of all but matrix products and attention (train/layers.py).
+    GPT with 16-bit residuals and dropout; here residuals and norms are fp32 (autocast), and inputs of matrix products
+    have 2 or 4 bytes per number. Selective recomputation is theirs too: there of the attention's scores, which fused
+    attention never keeps, and here of everything but matrix products and attention (train/layers.py).
     """
     item = 2.0 if layout.precision == "bf16" else 4.0
     width = config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1
     head = getattr(config, "head_dim", None) or width // heads
-    queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    inner = (
-        getattr(config, "moe_intermediate_size", None)
-        or getattr(config, "intermediate_size", None)
-        or getattr(config, "ffn_dim", None)
-        or getattr(config, "n_inner", None)
-        or 4 * width
-    )
-    picked, of = routed(config)
-    inner *= picked if of > 1 else 1
-    gated = of > 1 or hasattr(config, "rms_norm_eps")  # families with RMSNorm have gated layers
+    queries = heads * head
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * head
+    picked, per_layer = routed(config)
+    inner = _inner_width(config) * (picked if per_layer > 1 else 1)
+    gated = per_layer > 1 or hasattr(config, "rms_norm_eps")  # families with RMSNorm have gated layers
     scores = 3 * item * heads * sequence_length if layout.attention == "eager" else 0.0
     # inputs of products; queries, keys, values; gate, up, activation, product
     matrices = item * (2 * width + 2 * queries + 2 * keys + (4 if gated else 2) * inner)
@@ -204,16 +217,26 @@ def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, fl
     norms = 16.0 * width if gated else 8.0 * width
     if not gated and "new" in str(getattr(config, "activation_function", "")):
         norms += 4 * item * inner  # gelu_new in Python: four more copies
-    if config.model_type.startswith(QK_NORM):
+    if family_of(config).qk_norm:
         norms += 8.0 * (queries + keys)
-    whole = matrices + norms + scores
+    complete = matrices + norms + scores
     if layout.checkpointing == "full":
-        return 4.0 * width, whole
+        return 4.0 * width, complete
     if layout.checkpointing == "selective":
-        return 4.0 * width + item * (2 * queries + 2 * keys + 2 * width + (2 if gated else 1) * inner), whole
-    return whole, whole
+        kept = item * (2 * queries + 2 * keys + 2 * width + (2 if gated else 1) * inner)
+        return 4.0 * width + kept, complete
+    return complete, complete
+
+
+def _inner_width(config) -> int:
+    """Width of the feed-forward layer, or of one expert."""
+    for key in ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner"):
+        width = getattr(config, key, None)
+        if width:
+            return width
+    return 4 * config.hidden_size
 
 
 def checkpoint_bytes(size: Size, optimizer: str = "adamw") -> float:
-    """Of one training checkpoint: fp32 weights and moments of what is trained, whatever the layout."""
+    """Bytes of one training checkpoint: fp32 weights and moments of what is trained, whatever the layout."""
     return (size.total - size.frozen) * (8.0 if optimizer == "muon" else 12.0)

@@ -18,32 +18,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from pipeline.models.families import family_of
+
 IGNORE = -100
 # logits at a time; 8 bytes each in bf16. Measured on a CPU (docs/performance.md); on a GPU the sum of weight gradients
 # wants long chunks
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-
-# Families whose forward is the output layer and nothing after it (test_chunked_loss.py). Others scale or cap their
-# logits, or change their type.
-FAMILIES = (
-    "llama",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "gpt2",
-    "gpt_neox",
-    "bloom",
-    "gemma",
-    "glm",
-    "glm4",
-    "olmo2",
-    "smollm3",
-    "phi3",
-    "deepseek_v3",
-)
 
 
 class TokenLosses(NamedTuple):
@@ -92,17 +72,12 @@ def install(model, chunk: int | None = None, z_loss: float = 0.0, compiled: bool
     """Make the model's output layer a Head. chunk: tokens at a time; none: so that a chunk's logits take 32 MB on a
     CPU, 1 GB on a GPU."""
     head = model.get_output_embeddings()
-    assert type(head) is torch.nn.Linear and supports(model.config), (
+    assert type(head) is torch.nn.Linear and family_of(model.config).chunked_loss, (
         f"{model.config.model_type} has no output layer that can be computed in chunks"
     )
     head.__class__ = Head
     head.chunk, head.z_loss, head.compiled, head.waiting = chunk, z_loss, compiled, []
     return head
-
-
-def supports(config) -> bool:
-    """Whether a model of this transformers configuration gives its output layer's result as it is."""
-    return config.model_type in FAMILIES
 
 
 def installed(model) -> Head | None:

@@ -37,7 +37,7 @@ def tokenizer_of(folder: Path, sequence_length: int):
     from transformers import AutoConfig
 
     from pipeline.data.tokens.store import load_tokenizer, use_known_padding
-    from pipeline.models.build import positions
+    from pipeline.models.families import positions
 
     if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.core.errors import UserError
 from pipeline.models import attention
+from pipeline.models.families import family_of
 from pipeline.train import chunked_loss, distributed
 
 # Results that selective checkpointing keeps: matrix products and attention. What lies between them (norms, rotations,
@@ -33,16 +34,16 @@ def prepare(model, config) -> None:
     model cannot have."""
     rows = config.micro_rows(distributed.world()) if config.document_mask else 1
     attention.choose(model, config.attention, config.precision, config.compile, rows)
-    if isinstance(config.loss_chunk, int) and not chunked_loss.supports(model.config):
+    can_chunk = family_of(model.config).chunked_loss
+    if isinstance(config.loss_chunk, int) and not can_chunk:
         raise UserError(
-            f"stage {config.kind}: loss_chunk: {config.loss_chunk} does not go with the family"
-            f" {model.config.model_type}: it was not checked that its logits are its output layer's alone; use"
-            " loss_chunk: auto"
+            f"stage {config.kind}: loss_chunk: {config.loss_chunk} is not supported for the family"
+            f" {model.config.model_type}: it was not verified that its logits are the output layer's result, unchanged;"
+            " use loss_chunk: auto"
         )
-    if config.loss_chunk is not None and chunked_loss.supports(model.config):
-        chunked_loss.install(
-            model, None if config.loss_chunk == "auto" else config.loss_chunk, config.z_loss, config.compile
-        )
+    if config.loss_chunk is not None and can_chunk:
+        chunk = None if config.loss_chunk == "auto" else config.loss_chunk
+        chunked_loss.install(model, chunk, config.z_loss, config.compile)
     if config.compile:
         compile(model)
 

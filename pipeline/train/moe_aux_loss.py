@@ -15,21 +15,22 @@ makes no second backward, and the numbers for the log are noted in the backward 
 import torch
 
 from pipeline.core.errors import UserError
+from pipeline.models.families import family_of, num_experts, supporting
 from pipeline.train import distributed
-
-AFFINITY = {"mixtral": "softmax", "qwen2_moe": "softmax", "qwen3_moe": "softmax", "deepseek_v3": "sigmoid"}
 
 
 def coefficient(config) -> float:
     """The model's `router_aux_loss_coef`; 0 for a model without experts. Raises UserError for routers that were not
     checked."""
-    found = getattr(config, "router_aux_loss_coef", 0.0) or 0.0 if hasattr(config, "num_experts_per_tok") else 0.0
-    if found and config.model_type not in AFFINITY:
+    if not hasattr(config, "num_experts_per_tok"):
+        return 0.0
+    value = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
+    if value and family_of(config).router is None:
         raise UserError(
-            f"router_aux_loss_coef: the balancing loss is not checked with the routers of {config.model_type}, only"
-            f" with {', '.join(AFFINITY)}; set it to 0"
+            f"router_aux_loss_coef: the balancing loss was not verified with the routers of {config.model_type}, only"
+            f" with {', '.join(supporting('router'))}; set it to 0"
         )
-    return found
+    return value
 
 
 def row_losses(
@@ -69,13 +70,8 @@ class Balance:
 
     def __init__(self, model, first_layer: int):
         config = model.config
-        self.coefficient, self.affinity = coefficient(config), AFFINITY[config.model_type]
-        experts = next(
-            getattr(config, key)
-            for key in ("n_routed_experts", "num_local_experts", "num_experts")
-            if hasattr(config, key)
-        )
-        self.shape = (config.num_hidden_layers, experts)
+        self.coefficient, self.affinity = coefficient(config), family_of(config).router
+        self.shape = (config.num_hidden_layers, num_experts(config))
         self.begin(0.0)
         for name, block in model.named_modules():
             router = getattr(block, "gate", None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.core.plural import many
 from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
+from pipeline.models.families import family_of
 from pipeline.train import chunked_loss, distributed
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
@@ -17,7 +18,7 @@ def layout_of(config, model_config) -> cost.Layout:
     depth = config.parallel.pipeline
     ranks = distributed.world() // depth
     micro = config.micro_batch or config.batch_size // ranks
-    chunk = config.loss_chunk if chunked_loss.supports(model_config) else None
+    chunk = config.loss_chunk if family_of(model_config).chunked_loss else None
     return cost.Layout(
         ranks=ranks,
         depth=depth,

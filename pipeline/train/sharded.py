@@ -8,10 +8,9 @@ import warnings
 
 import torch
 
+from pipeline.models.cost import DEEPSPEED_BUCKET
 from pipeline.train import distributed, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, set_learning_rate
-
-BUCKET = 50_000_000  # elements; DeepSpeed's default of 500M takes 2 GB a buffer in fp32
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -47,12 +46,15 @@ def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
     zero = 1 if config.parallel.pipeline > 1 else config.parallel.zero
     sharding: dict = {
         "stage": zero,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        "reduce_bucket_size": DEEPSPEED_BUCKET,
+        "allgather_bucket_size": DEEPSPEED_BUCKET,
         "overlap_comm": False,
     }
     if zero == 3:
-        sharding |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_gather_16bit_weights_on_model_save": False}
+        sharding |= {
+            "stage3_prefetch_bucket_size": DEEPSPEED_BUCKET,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
     if config.parallel.offload:
         sharding["offload_optimizer"] = {"device": "cpu"}
         if zero == 3:

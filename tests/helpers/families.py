@@ -88,7 +88,8 @@ SOME = {
     "num_key_value_heads": 1,
     "intermediate_size": 48,
 }
-WITHOUT_RECIPE = {family: {"family": family, **SOME} for family in ("olmo2", "smollm3", "phi3")}
+WITHOUT_RECIPE = {family: {"family": family, **SOME} for family in ("olmo2", "smollm3", "phi3", "gpt_neox")}
+del WITHOUT_RECIPE["gpt_neox"]["num_key_value_heads"]
 
 
 def load(name: str) -> recipes.Recipe:

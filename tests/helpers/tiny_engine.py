@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.core.output import Output
-from pipeline.models import build
+from pipeline.models.initial_values import initialise
 from pipeline.train.chunked_loss import TokenLosses
 from pipeline.train.config import TrainConfig
 from pipeline.train.loss import cross_entropy_sum
@@ -15,7 +15,7 @@ VOCABULARY, LENGTH, ROWS = 61, 12, 8
 def tiny(**changes):
     keys = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, **changes}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **keys))
-    build.initialise(model, seed=0)
+    initialise(model, seed=0)
     return model
 
 

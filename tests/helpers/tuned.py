@@ -54,6 +54,7 @@ def tokenizer(folder: Path, sentencepiece: bool = False):
 def base(folder: Path, hidden: int = 48, length: int = 64, family: str = "llama") -> Path:
     """A folder with an untrained model and its tokenizer."""
     from pipeline.models import build
+    from pipeline.models.publish import publish
 
     made = tokenizer(folder / "tokenizer")
     block = {
@@ -65,7 +66,7 @@ def base(folder: Path, hidden: int = 48, length: int = 64, family: str = "llama"
         "initializer_range": 0.1,
     }
     model = build.new(block, made, length, seed=1)
-    build.publish(model.state_dict(), model.config, folder / "tokenizer", folder / "model")
+    publish(model.state_dict(), model.config, folder / "tokenizer", folder / "model")
     return folder
 
 

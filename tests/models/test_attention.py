@@ -13,6 +13,7 @@ from transformers import modeling_flash_attention_utils as flash
 from pipeline.core import recipe
 from pipeline.core.errors import UserError
 from pipeline.models import attention, build
+from pipeline.models.families import supporting
 
 DOCUMENTS = [0, 5, 12, 16]  # where the documents of a row begin and end
 PRETRAIN = """
@@ -61,7 +62,7 @@ def with_flash(family: str):
     return model
 
 
-@pytest.mark.parametrize("family", build.DOCUMENTS)
+@pytest.mark.parametrize("family", supporting("document_mask"))
 def test_one_row_is_given_to_the_kernel_as_documents(family, calls):
     """Correctness 5: what micro_batch: 1 is allowed for, in every family that document_mask is."""
     run(with_flash(family), rows=1)

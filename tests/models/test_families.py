@@ -16,7 +16,11 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from tuned import tokenizer as make_tokenizer
 
 from pipeline.core.errors import UserError
-from pipeline.models import build, cost, pipeline_split
+from pipeline.models import build, cost, model_block, pipeline_split
+from pipeline.models.families import supporting
+from pipeline.models.initial_values import initialise
+from pipeline.models.model_block import changed_config, check_document_mask
+from pipeline.models.publish import publish
 from pipeline.train import engine, layers, moe_aux_loss
 from pipeline.train.config import Parallel
 
@@ -82,12 +86,12 @@ def test_what_is_published_is_read_back(name, tmp_path):
     configuration class does not list."""
     make_tokenizer(tmp_path / "tokenizer")
     model = fresh(name).eval()
-    build.publish(model.state_dict(), model.config, tmp_path / "tokenizer", tmp_path / "model")
+    publish(model.state_dict(), model.config, tmp_path / "tokenizer", tmp_path / "model")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     ids = batch_of(range(2))["inputs"]["input_ids"]
     with torch.no_grad():
         assert torch.equal(read(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
-        again = build.load(tmp_path / "model", config=build.changed(tmp_path / "model", {}, LENGTH)).eval()
+        again = build.load(tmp_path / "model", config=changed_config(tmp_path / "model", {}, LENGTH)).eval()
         assert torch.equal(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
     assert moe_aux_loss.coefficient(read.config) == moe_aux_loss.coefficient(model.config)
 
@@ -101,7 +105,7 @@ def test_experts_are_balanced_the_same_when_activations_are_computed_twice(how):
         assert [other[key] for key in one] == pytest.approx(list(one.values()), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", pipeline_split.FAMILIES)
+@pytest.mark.parametrize("family", supporting("pipeline"))
 @pytest.mark.parametrize("count", [3])
 def test_stages_in_a_row_are_the_whole_model(family, count):
     """Logits of random ids, with positions that begin anew in the middle as packed documents have, to 1e-6; every
@@ -119,7 +123,7 @@ def test_stages_in_a_row_are_the_whole_model(family, count):
             index,
             parts,
             False,
-            lambda model, name: build.initialise(model, 1, name),
+            lambda model, name: initialise(model, 1, name),
         ).eval()
         if index == 0:
             table = part.table.weight
@@ -137,7 +141,7 @@ def test_stages_in_a_row_are_the_whole_model(family, count):
     ), "weights do not depend on the cut"
 
 
-@pytest.mark.parametrize("family", build.DOCUMENTS)
+@pytest.mark.parametrize("family", supporting("document_mask"))
 def test_documents_of_a_row_do_not_see_each_other(family):
     """The second document's logits are those it has alone, to 1e-5, where positions begin anew with it. Families
     where that is not so are refused."""
@@ -148,8 +152,8 @@ def test_documents_of_a_row_do_not_see_each_other(family):
             input_ids=ids, position_ids=torch.tensor([[*range(6), *range(LENGTH - 6)]]), use_cache=False
         ).logits[:, 6:]
         assert torch.allclose(packed, model(input_ids=ids[:, 6:], use_cache=False).logits, atol=1e-5)
-    with pytest.raises(UserError, match="bloom is not among"):
-        build.check_documents("bloom")
+    with pytest.raises(UserError, match="for the family bloom, only for llama"):
+        check_document_mask("bloom")
 
 
 # ---- the balancing loss ----------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def test_the_balancing_loss_balances():
         model = MixtralForCausalLM(
             MixtralConfig(vocab_size=VOCABULARY, **families.SOME, num_local_experts=4, router_aux_loss_coef=coefficient)
         )
-        build.initialise(model, 0)
+        initialise(model, 0)
         for layer in model.model.layers:
             layer.mlp.gate.weight.data *= 20
         trainer = engine.build(model, loss_fn, config(sequence_length=LENGTH, batch_size=ROWS))
@@ -239,8 +243,8 @@ def test_the_balancing_loss_balances():
 
 def test_a_router_that_was_not_checked_is_refused():
     with pytest.raises(UserError, match="olmoe, only with mixtral"):
-        build.check({"family": "olmoe", "router_aux_loss_coef": 0.01})
-    build.check({"family": "olmoe", "router_aux_loss_coef": 0})
+        model_block.check({"family": "olmoe", "router_aux_loss_coef": 0.01})
+    model_block.check({"family": "olmoe", "router_aux_loss_coef": 0})
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------

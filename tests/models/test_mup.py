@@ -9,7 +9,8 @@ from family_batches import VOCABULARY, batch_of, loss_fn
 from tiny_engine import config
 
 from pipeline.core.errors import UserError
-from pipeline.models import build, pipeline_split
+from pipeline.models import build, model_block, pipeline_split
+from pipeline.models.initial_values import initialise
 from pipeline.train import engine
 from pipeline.train.config import Parallel
 
@@ -48,7 +49,7 @@ def test_initial_values_by_depth(name):
             1,
             parts,
             False,
-            lambda model, name: build.initialise(model, 1, name),
+            lambda model, name: initialise(model, 1, name),
         )
         assert all(
             torch.equal(value, scaled.state_dict()[pipeline_split.global_name(key, part.offset)])
@@ -134,15 +135,15 @@ def test_sharded_and_replicated_do_the_same_with_mup():
     "keys, said",
     [
         ({"init": "deep"}, "'deep' is unknown"),
-        ({"family": "gpt2", "init": "depth"}, "does so by itself"),
+        ({"family": "gpt2", "init": "depth"}, "gpt2 are scaled by depth already"),
         ({"mup": 256}, "expected {base_width: N}"),
         ({"mup": {"base_width": 64}, "tie_word_embeddings": True}, "cannot share a table"),
-        ({"family": "glm", "mup": {"base_width": 64}}, "not checked for glm"),
+        ({"family": "glm", "mup": {"base_width": 64}}, "not verified for glm, only for llama"),
     ],
 )
 def test_what_cannot_be_scaled_is_refused(keys, said):
     block = {**(LLAMA if "family" not in keys or keys["family"] != "gpt2" else {}), **keys}
     with pytest.raises(UserError, match=said):
-        build.check(block)
+        model_block.check(block)
     with pytest.raises(UserError, match="muon has a scaling of its own"):
         engine.build(new({**LLAMA, "mup": {"base_width": 16}}), loss_fn, config(optimizer={"kind": "muon"}))

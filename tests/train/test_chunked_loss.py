@@ -1,13 +1,15 @@
 """The output layer that computes its losses in chunks, against torch's cross-entropy over whole logits."""
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_engine import SMALL, batch_of, config, rows, tiny
+from tiny_engine import batch_of, config, rows, tiny
 from tuned import tokenizer as make_tokenizer
 
 from pipeline.core.errors import UserError
 from pipeline.models import attention, build
+from pipeline.models.families import supporting
 from pipeline.train import chunked_loss, engine, layers
 from pipeline.train.batches import loss_of
 from pipeline.train.loop import share
@@ -18,47 +20,6 @@ Z = 1e-2
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def block_of(family: str) -> dict:
-    if family in ("gpt2", "openai-gpt", "gptj"):
-        return {
-            "family": family,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 2,
-            **({"rotary_dim": 8} if family == "gptj" else {}),
-        }
-    if family == "bloom":
-        return {"family": family, "hidden_size": 32, "n_layer": 2, "n_head": 2}
-    small = {**SMALL, "num_hidden_layers": 2, "family": family}
-    if family in ("gemma", "glm", "glm4"):
-        small["head_dim"] = 16
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"):
-        small |= (
-            {"num_experts_per_tok": 2, "num_local_experts": 4}
-            if family == "mixtral"
-            else {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        )
-    if family == "deepseek_v3":
-        small |= {
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "n_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-        }
-    if family in ("qwen2_moe", "qwen3_moe"):
-        small["num_experts" if family == "qwen2_moe" else "num_local_experts"] = 4
-    if family == "gpt_neox":
-        del small["num_key_value_heads"]
-    if family == "rwkv":
-        small = {"family": family, "hidden_size": 32, "num_hidden_layers": 2}
-    return small
 
 
 def data(vocabulary: int):
@@ -94,11 +55,11 @@ def distance(found: dict, expected: dict) -> float:
     ).item()
 
 
-@pytest.mark.parametrize("family", chunked_loss.FAMILIES)
+@pytest.mark.parametrize("family", supporting("chunked_loss"))
 def test_a_family_s_losses_and_gradients_are_those_of_whole_logits(family, tokenizer):
     """fp32, to 1e-6 relative: value, per-token losses and every gradient, with a z-loss, in chunks that do not
     divide the tokens. Logits as before when no labels wait."""
-    model = build.new(block_of(family), tokenizer, 64, seed=1).eval()
+    model = build.new(families.of_family(family), tokenizer, 64, seed=1).eval()
     ids, labels = data(model.config.vocab_size)
     logits = model(ids).logits.detach()
     loss, extra, expected = reference(model, ids, labels, Z)
@@ -114,7 +75,7 @@ def test_a_family_s_losses_and_gradients_are_those_of_whole_logits(family, token
     (found.total / 7).backward()
     assert distance(gradients(model), expected) < 1e-6
     assert torch.equal(model(ids).logits, logits) and set(model.state_dict()) == set(
-        build.new(block_of(family), tokenizer, 64, seed=1).state_dict()
+        build.new(families.of_family(family), tokenizer, 64, seed=1).state_dict()
     )
     with torch.no_grad():
         layer.expect([labels])
@@ -246,4 +207,4 @@ def test_attention_is_chosen_or_refused(tokenizer):
     with pytest.raises(UserError, match="flash_attention_2 needs a GPU"):
         attention.choose(model, "flash_attention_2", "bf16")
     for family in ("mamba", "rwkv"):
-        attention.choose(build.new(block_of("rwkv") | {"family": family}, tokenizer, 64, seed=1), "auto", "fp32")
+        attention.choose(build.new(families.of_family(family), tokenizer, 64, seed=1), "auto", "fp32")

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuned import tokenizer as make_tokenizer
 
 from pipeline.core.errors import UserError
-from pipeline.models import build, pipeline_split
+from pipeline.models import build, model_block, pipeline_split
+from pipeline.models.publish import publish
 from pipeline.train import checkpoints, engine
 from pipeline.train.config import Parallel, Schedule, TrainConfig
 from pipeline.train.loop import fit, share
@@ -326,8 +327,8 @@ def test_a_model_is_a_function_of_its_seed_and_survives_publishing(block, tokeni
     assert model.get_input_embeddings().weight[5].std().item() == pytest.approx(model.config.initializer_range, rel=0.5)
     assert model.config.max_position_embeddings == 64 and model.config.vocab_size % block.get("pad_vocab_to", 1) == 0
     ids = torch.arange(20)[None]
-    build.publish(model.state_dict(), model.config, folder, tmp_path / "one")
-    build.publish(model.state_dict(), model.config, folder, tmp_path / "two")
+    publish(model.state_dict(), model.config, folder, tmp_path / "one")
+    publish(model.state_dict(), model.config, folder, tmp_path / "two")
     files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}, "equal input, equal bytes"
     loaded, reader = (
@@ -361,7 +362,7 @@ def test_a_model_is_a_function_of_its_seed_and_survives_publishing(block, tokeni
 )
 def test_a_wrong_model_block_is_named(block, said):
     with pytest.raises(UserError, match=said):
-        build.check(block)
+        model_block.check(block)
 
 
 # ---- pipeline stages -------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_a_token_that_ends_text_and_pads_is_learned(tmp_path):
 
     from pipeline.data.tokens.store import load_tokenizer
     from pipeline.models import build
+    from pipeline.models.publish import publish
 
     folder = tuned.tokenizer(tmp_path / "tokenizer").name_or_path
     tokenizer = load_tokenizer(folder)
@@ -80,7 +81,7 @@ def test_a_token_that_ends_text_and_pads_is_learned(tmp_path):
     model = build.new(block, tokenizer, 16, seed=1)
     assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
     model.config.pad_token_id = tokenizer.eos_token_id  # a folder made elsewhere
-    build.publish(model.state_dict(), model.config, Path(folder), tmp_path / "model")
+    publish(model.state_dict(), model.config, Path(folder), tmp_path / "model")
     for head in ("causal", "reward"):
         loaded = build.load(tmp_path / "model", head=head)
         ids = torch.tensor([[7, tokenizer.eos_token_id, 9]])

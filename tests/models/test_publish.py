@@ -12,6 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.chat.turns import end_of_turn
 from pipeline.data.tokens.store import load_tokenizer
 from pipeline.models import build
+from pipeline.models.publish import generation_settings, publish, stop_ids
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "</s>"]
 HEADERS = (
@@ -31,7 +32,7 @@ def parent(tmp_path_factory):
     made.save_pretrained(folder / "tokenizer")
     block = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = build.new({**block, "intermediate_size": 32}, load_tokenizer(folder / "tokenizer"), 64, seed=1)
-    build.publish(model.state_dict(), model.config, folder / "tokenizer", folder / "model")
+    publish(model.state_dict(), model.config, folder / "tokenizer", folder / "model")
     return folder / "model"
 
 
@@ -44,7 +45,7 @@ def published(parent, folder, settings: dict | None, changes: dict | None = None
     config = json.loads((here / "config.json").read_text())
     (here / "config.json").write_text(json.dumps(config | (changes or {})))
     model = build.load(here)
-    build.publish(model.state_dict(), model.config, here, folder / "made")
+    publish(model.state_dict(), model.config, here, folder / "made")
     assert AutoModelForCausalLM.from_pretrained(folder / "made").generation_config.eos_token_id
     return json.loads((folder / "made/generation_config.json").read_text())
 
@@ -87,17 +88,17 @@ def test_a_model_without_any_end_stops_at_the_turn(parent, tmp_path):
     (here / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     tokenizer = load_tokenizer(here)
     tokenizer.eos_token = None
-    assert build.stop_ids(here, tokenizer) == ids(parent, "<|eot_id|>")
+    assert stop_ids(here, tokenizer) == ids(parent, "<|eot_id|>")
     tokenizer.chat_template = None
-    assert build.stop_ids(here, tokenizer) == []
-    assert "eos_token_id" not in build.generation_settings(here, tokenizer)
+    assert stop_ids(here, tokenizer) == []
+    assert "eos_token_id" not in generation_settings(here, tokenizer)
 
 
 def test_damaged_settings_name_their_file(parent, tmp_path):
     here = shutil.copytree(parent, tmp_path / "parent")
     (here / "generation_config.json").write_text('{"eos_token_id": [1,')
     with pytest.raises(UserError, match=r"generation_config\.json: is not JSON"):
-        build.stop_ids(here, load_tokenizer(here))
+        stop_ids(here, load_tokenizer(here))
 
 
 # Endings of the templates of Llama-3, Phi-3, Gemma, Llama-2 and Mistral, ChatML, Vicuna, GLM-4, and one that refuses.

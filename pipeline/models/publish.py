@@ -1,0 +1,111 @@
+"""Writing a model folder in the Hugging Face layout: weights, configuration, generation settings, tokenizer files."""
+
+import json
+import shutil
+from pathlib import Path
+
+from pipeline.core.errors import UserError
+from pipeline.models.build import quiet
+from pipeline.models.transformers_4 import add_older_keys
+
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, parent: Path | None = None) -> None:
+    """Write a model folder. Equal inputs give equal bytes.
+
+    `model_config.architectures` names the class. `parent` is the folder that training started from, by default that of
+    the tokenizer: its generation_config.json is kept, and the end of a chat turn is added to its stop ids (`stop_ids`).
+    """
+    import torch
+    import transformers
+
+    from pipeline.data.tokens.store import load_tokenizer
+
+    model_class = getattr(transformers, model_config.architectures[0])
+    with torch.device("meta"):
+        skeleton = model_class._from_config(model_config)
+    if folder.exists():  # of a run that was killed while writing
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    tied: set[str] = set()
+    if model_config.tie_word_embeddings:
+        tied = set(getattr(skeleton, "_tied_weights_keys", None) or ())
+    can_generate = skeleton.can_generate()
+    if can_generate:
+        # What transformers derives from config.json may contain values that it then refuses to save.
+        skeleton.generation_config = transformers.GenerationConfig()
+    weights = {name: value.contiguous() for name, value in state_dict.items() if name not in tied}
+    with quiet():
+        skeleton.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+    add_older_keys(folder)
+    if can_generate:
+        settings = generation_settings(Path(parent or tokenizer_folder), load_tokenizer(tokenizer_folder))
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / GENERATION).write_text(text, encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_folder) / name).is_file():
+            shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
+
+
+def generation_settings(folder: Path, tokenizer) -> dict:
+    """generation_config.json for a model that was trained from the one in `folder`: that model's settings unchanged,
+    and what they lack of stop ids (`stop_ids`), beginning and padding."""
+    import transformers
+
+    settings = _read_json(folder / GENERATION)
+    # This key tells transformers to derive the settings from config.json again, which has other stop ids.
+    settings.pop("_from_model_config", None)
+    ids = stop_ids(folder, tokenizer)
+    if ids and ids != _as_list(settings.get("eos_token_id")):
+        settings["eos_token_id"] = ids
+    for key, value in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
+        if value is not None and settings.get(key) is None:
+            settings[key] = value
+    settings.setdefault("transformers_version", transformers.__version__)
+    return dict(sorted(settings.items()))
+
+
+def stop_ids(folder: Path, tokenizer) -> list[int]:
+    """Ids at which generation with the model in `folder` ends, each once: those of its generation_config.json, or else
+    of its config.json, or else the tokenizer's end of text; and the end of turn that the chat template teaches. May
+    be empty."""
+    from pipeline.data.chat.turns import end_of_turn
+
+    candidates = [_read_json(folder / name).get("eos_token_id") for name in (GENERATION, "config.json")]
+    candidates.append(tokenizer.eos_token_id)
+    first = next((value for value in candidates if value is not None), None)
+    ids = _as_list(first)
+    turn_end = end_of_turn(tokenizer)
+    if turn_end is not None:
+        ids.append(turn_end)
+    return list(dict.fromkeys(ids))
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object, or an empty one if there is no file. Raises UserError for a damaged file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); copy the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: contains {type(content).__name__}, expected a JSON object; copy the model again")
+    return content
