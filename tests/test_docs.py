@@ -1,0 +1,146 @@
+"""Documentation that a program can check: links, paths and lines, and that both READMEs say the same."""
+
+import re
+import unicodedata
+
+import pytest
+from module_map import modules, sentence_of
+from paths import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONGEST_LINE = 120  # columns, outside of tables, code and links that cannot be broken
+FOLDERS = "pipeline|tests|benchmarks|recipes|launch|docker|docs"
+PACKAGES = "core|data|train|rl|models|checks"  # of pipeline/, which tables leave out
+FILE = rf"(?:{FOLDERS})/[\w./-]*\.(?:py|yaml|md|sh|sbatch|json|cpu|cuda)|(?:{PACKAGES})/[\w./-]*\.py"
+PATH = re.compile(rf"(?<![\w/.])({FILE})\b")
+BEING_REWRITTEN = {"clean.md", "tokenizer.md", "pack.md", "assess.md", "export.md"}
+PLACEHOLDER = re.compile(r"[A-Z]{4,}|test_X|/my\.yaml")  # pipeline/KIND.py
+
+
+def page_id(path) -> str:
+    return path.name
+
+
+def prose(text: str) -> list[tuple[int, str]]:
+    """Numbered lines outside of code blocks."""
+    lines, fenced = [], False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            lines.append((number, line))
+    return lines
+
+
+def columns(line: str) -> int:
+    """Width on a terminal: a Chinese character takes two columns."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in line)
+
+
+def anchors(text: str) -> set[str]:
+    """Names of a page's headings as GitHub makes them."""
+    names = set()
+    for _, line in prose(text):
+        if line.startswith("#"):
+            heading = re.sub(r"[`*]", "", line.lstrip("#").strip()).lower()
+            names.add(re.sub(r"[^\w\- ]", "", heading).replace(" ", "-"))
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_relative_links_lead_to_files_and_headings(page):
+    broken = []
+    for number, line in prose(page.read_text(encoding="utf-8")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", line)):
+            if re.match(r"[a-z]+:", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name) if name else page
+            if not target.exists():
+                broken.append(f"{page.name}:{number}: {link}")
+            elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+                broken.append(f"{page.name}:{number}: {link}: no such heading")
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_that_a_page_names_exist(page):
+    """A file that is gone may be named as `formerly PATH`."""
+    missing = []
+    text = page.read_text(encoding="utf-8")
+    for found in PATH.finditer(text):
+        path = found[1]
+        former = re.search(r"formerly\s+`?$", text[max(0, found.start() - 20) : found.start()])
+        if former or PLACEHOLDER.search(path):
+            continue
+        if not (ROOT / path).exists() and not (ROOT / "pipeline" / path).exists():
+            missing.append(f"{page.name}:{text.count(chr(10), 0, found.start()) + 1}: {path}")
+    assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_lines_are_not_wider_than_a_page(page):
+    if page.name in BEING_REWRITTEN:
+        pytest.xfail("lines are wrapped when the page is rewritten")
+    wide = []
+    for number, line in prose(page.read_text(encoding="utf-8")):
+        unbreakable = line.lstrip().startswith("|") or " " not in line.strip()
+        if columns(line) > LONGEST_LINE and not unbreakable:
+            wide.append(f"{page.name}:{number}: {columns(line)} columns")
+    assert not wide, "\n".join(wide)
+
+
+def structure(text: str) -> dict:
+    """What two translations of a page share: levels of headings, shapes of tables, code without its comments."""
+    code, tables, headings = [], [], []
+    for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
+        code.append([re.sub(r"\s*#.*", "", line) for line in block.splitlines()])
+    shape = [0, 0]
+    for _, line in [*prose(text), (0, "")]:
+        if line.startswith("|"):
+            shape = [shape[0] + 1, line.replace(r"\|", "").count("|")]
+        elif shape[0]:
+            tables.append(tuple(shape))
+            shape = [0, 0]
+        if line.startswith("#"):
+            headings.append(len(line) - len(line.lstrip("#")))
+    return {"headings": headings, "tables": tables, "code": code}
+
+
+def commands(text: str) -> list[str]:
+    """Code within lines; what is only words, such as a placeholder, is the same in both languages, too."""
+    return sorted(code for _, line in prose(text) for code in re.findall(r"`([^`]+)`", line))
+
+
+def numbers(text: str) -> list[str]:
+    return sorted(number for _, line in prose(text) for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", line))
+
+
+def test_the_chinese_readme_says_the_same():
+    english = (ROOT / "README.md").read_text(encoding="utf-8")
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    assert structure(english) == structure(chinese)
+    assert commands(english) == commands(chinese)
+    # numbers are words in one language now and then ("two cores"), so only those with a unit's worth of digits count
+    exact = [[number for number in numbers(text) if len(number) > 2] for text in (english, chinese)]
+    assert exact[0] == exact[1]
+
+
+def test_the_map_of_modules_is_complete():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w/]+\.py)` \|", text, flags=re.MULTILINE)
+    actual = [str(path.relative_to(ROOT / "pipeline")) for path in modules()]
+    assert sorted(listed) == sorted(actual), "run `python tests/helpers/module_map.py`"
+    assert all(sentence_of(path) for path in modules()), "a module has no docstring"
+
+
+def test_excerpts_are_as_the_code_is():
+    """Each Python block of docs/contributing.md is preceded by the file that it is from."""
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    excerpts = re.findall(r"\(`(pipeline/[\w/]+\.py)`\):\n\n```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(excerpts) >= 3
+    for path, code in excerpts:
+        source = [line.strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in code.splitlines()]
+        places = [start for start in range(len(source)) if source[start : start + len(lines)] == lines]
+        assert places, f"{path} no longer has the lines that docs/contributing.md shows"
