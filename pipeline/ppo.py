@@ -22,23 +22,20 @@ from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
 from pipeline.core.plural import many
 from pipeline.data.chat.chat_sources import PromptSource
-from pipeline.data.dedup.decontaminate import Decontaminate
 from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollout, ValueOptimizer
 from pipeline.rl.rules import Rule
-from pipeline.train.config import TuningConfig
+from pipeline.train.finetune_config import FinetuneConfig
 
 VERSION = 4
 INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
 
 
-class Config(TuningConfig):
+class Config(FinetuneConfig):
     """Keys of stage `ppo`. steps: iterations. batch_size: prompts of an iteration. sequence_length: tokens of a
     prompt with its response."""
 
     sources: dict[str, PromptSource]
     """Prompts, by name."""
-    decontaminate: Decontaminate | None = None
-    """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.05, gt=0, lt=1)
     """Share of the prompts kept for evaluation; the same records as in the other tuning stages."""
     rollout: Rollout = Rollout()
@@ -91,170 +88,120 @@ class Config(TuningConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.models.publish import publish
     from pipeline.rl.experience import evaluate
     from pipeline.rl.iteration import Iterations
-    from pipeline.train import distributed, loop
-    from pipeline.train.finetune_data import model_folder
+    from pipeline.rl.prompts import encoded_prompts, tasks_of
+    from pipeline.train import finetune, loop
+    from pipeline.train.finetune_data import encode_once
 
-    distributed.setup(config)
-    models, pool, heldout, report = _prepare(config, inputs)
-    iterations = Iterations(models, pool)
+    # Load and encode
+    policy, reward = (
+        finetune.load_parent(config, inputs[key], f"{config.kind}, {key} model") for key in ("policy", "reward")
+    )
+    encode = functools.partial(encoded_prompts, config, policy.chat, reward.chat, output)
+    _, extra = encode_once(output, config, encode)
+    counts = extra["counts"]
 
-    def measured() -> dict:
+    # Build
+    models = build_models(config, policy, reward, counts["train_prompts"])
+    iterations = Iterations(models, tasks_of(extra, "train"))
+    heldout = tasks_of(extra, "heldout")
+
+    def measure() -> dict:
         numbers, rows = evaluate(models, heldout)
         when = "before" if iterations.step_count == 0 else "after"
         iterations.state["shown"][when] = rows
         return numbers
 
-    state = loop.run(iterations, config, output, loop.Hooks(evaluate=measured))
-
-    weights = models.policy.consolidated()
+    # Fit and publish
+    result = loop.run(iterations, config, output, loop.Hooks(evaluate=measure))
+    finetune.publish_model(models.policy, policy, output)
     if output.is_main:
-        publish(weights, models.policy.model.config, model_folder(inputs["policy"]), output.path / "model")
-        lines = [
-            json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True)
-            for when in ("before", "after")
-            for row in state["shown"][when]
-        ]
-        write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in lines))
-        write_atomic(
-            output.path / "report.json", json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-        )
-    distributed.barrier()
-    before, after = state["before"], state["after"]
-    measure, nothing = headline(config, before, after, min(config.evaluate_prompts, len(heldout)))
-    return {
-        **{f"{key}_before": value for key, value in before.items()},
-        **{f"{key}_after": value for key, value in after.items()},
-        "warnings": warn(output.stage, nothing),
-        "kl": after["kl"],
-        "kl_coef": state["kl_coef"],
-        "skipped_updates": state["skipped_updates"],
-        **report["counts"],
-        "summary": {
-            "input": many(report["counts"]["train_prompts"], "prompt"),
-            "output": f"{config.steps} x {config.batch_size} responses",
-            "measure": measure,
-        },
+        write_samples(output, result["shown"])
+
+    before, after = result["before"], result["after"]
+    measured, nothing = headline(config, before, after, min(config.evaluate_prompts, len(heldout)))
+    metrics = finetune.before_and_after(result)
+    metrics["warnings"] = warn(output.stage, nothing)
+    metrics["kl"] = after["kl"]
+    metrics["kl_coef"] = result["kl_coef"]
+    metrics["skipped_updates"] = result["skipped_updates"]
+    metrics |= counts
+    metrics["summary"] = {
+        "input": many(counts["train_prompts"], "prompt"),
+        "output": f"{config.steps} x {config.batch_size} responses",
+        "measure": measured,
     }
+    return metrics
+
+
+def build_models(config: Config, policy, reward, prompts: int):
+    """All models of a run, from its two parents. prompts: how many are trained on, for the header. Collective."""
+    from pipeline.models import build, cost
+    from pipeline.rl.experience import Models
+    from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
+    from pipeline.rl.responses import ValueModel, disable_dropout
+    from pipeline.train import engine, finetune
+    from pipeline.train.run_summary import Work, schedule_text
+
+    policy_model, reference = build.load(policy.folder), build.load(policy.folder)
+    value_model = ValueModel(build.load(reward.folder, head="judge"))
+    reward_model = build.load(reward.folder, head="judge")
+    for model in (policy_model, reference, value_model, reward_model):
+        disable_dropout(model)
+    for model in (reference, reward_model):
+        model.requires_grad_(False).eval()
+
+    data = (
+        f"{many(config.steps, 'iteration', ',')} x {many(config.batch_size, 'prompt')}, answered with at most"
+        f" {config.rollout.max_new_tokens} tokens: {config.steps * config.batch_size / prompts:.3g} epochs of"
+        f" {many(prompts, 'prompt', ',')}; {many(config.ppo.epochs, 'pass/passes')} over each iteration's answers, in"
+        f" {many(config.ppo.minibatches, 'update')} each"
+    )
+    value_size = cost.count(reward_model).total
+    notes = (
+        f"value      {value_size:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
+        "time       depends on how long the answers become; the progress line says how much is left",
+    )
+    work = Work(data, updates=config.ppo.minibatches, notes=notes)
+    policy_loss = functools.partial(policy_loss_fn, config)
+    policy_engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
+    value_config = config.model_copy(update={"optimizer": config.value_optimizer})
+    value_engine = engine.build(value_model, functools.partial(value_loss_fn, config), value_config, name="value")
+    return Models(
+        policy=policy_engine,
+        value=value_engine,
+        reference=reference.to(policy_engine.device),
+        reward=reward_model.to(policy_engine.device),
+        chat=policy.chat,
+        reward_chat=None if policy.chat.reads_like(reward.chat) else reward.chat,
+        config=config,
+    )
+
+
+def write_samples(output: Output, shown: dict[str, list[dict]]) -> None:
+    """samples.jsonl: held-out prompts with their answers before and after."""
+    lines = []
+    for when in ("before", "after"):
+        for row in shown[when]:
+            lines.append(json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True) + "\n")
+    write_atomic(output.path / "samples.jsonl", "".join(lines))
 
 
 def headline(config: Config, before: dict, after: dict, prompts: int) -> tuple[str, list[str]]:
-    """(the closing line, what of it shows nothing learned): the reward's rise is held to the 95% interval of a
+    """(the closing line, what of it shows nothing learned). The rise of the reward must exceed the 95% interval of a
     difference of two means."""
 
-    def mean(found: dict) -> str:
-        return f"{found['reward']:.2f} ± {found['reward_half']:.2f}" if prompts > 1 else f"{found['reward']:.2f}"
+    def mean(numbers: dict) -> str:
+        interval = f" ± {numbers['reward_half']:.2f}" if prompts > 1 else ""
+        return f"{numbers['reward']:.2f}{interval}"
 
     reward = f"held-out reward {mean(before)} -> {mean(after)} (95%, n={prompts})"
     rise = after["reward"] - before["reward"]
-    shown = prompts > 1 and rise > math.hypot(before["reward_half"], after["reward_half"])
-    nothing = [] if shown else [reward]
+    significant = prompts > 1 and rise > math.hypot(before["reward_half"], after["reward_half"])
     rule = f", {config.rule} {shares(before['rule'], after['rule'], prompts)}" if config.rule else ""
-    return f"{reward}{rule}, KL {round(after['kl'], 2) + 0.0:.2f}", nothing
-
-
-def _prepare(config: Config, inputs: dict[str, Artifact]):
-    """Models, training and held-out prompts, and a report of the prompts. Everything that can be refused is refused
-    here."""
-    from pipeline.data.chat.conversations import load_prompts
-    from pipeline.models import build, cost
-    from pipeline.rl.experience import Models, Task
-    from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
-    from pipeline.rl.responses import ValueModel, disable_dropout
-    from pipeline.train import engine
-    from pipeline.train.finetune_data import announce, chat_of, model_folder, tokenizer_of
-    from pipeline.train.run_summary import Work, schedule_text
-
-    folders = {key: model_folder(inputs[key]) for key in ("policy", "reward")}
-    chats = {
-        key: chat_of(tokenizer_of(folder, config.sequence_length), config, f"{config.kind}, {key} model")
-        for key, folder in folders.items()
-    }
-    same = chats["policy"].reads_like(chats["reward"])
-
-    train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
-    heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
-    limit = config.sequence_length - config.rollout.max_new_tokens
-    tasks = {"train": [], "heldout": []}
-    too_long = 0
-    for split, prompts in (("train", train), ("heldout", heldout)):
-        for prompt in prompts:
-            if config.rule and not (prompt.answer or "").strip():
-                where = (
-                    f"source {prompt.source} gives none ({prompt.place}); give `answer` for the source, or leave"
-                    " `rule` out"
-                )
-                raise UserError(
-                    f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but {where}"
-                )
-            try:
-                ids = chats["policy"].prompt(prompt.messages)
-                if not same:
-                    chats["reward"].prompt(prompt.messages)
-                reason = None
-            except ValueError as error:  # text that a chat template cannot carry
-                reason = str(error)
-            if reason is None and len(ids) > limit:
-                reason = f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
-                too_long += 1
-            if reason is None:
-                tasks[split].append(Task(ids, prompt.messages, prompt.text, prompt.answer))
-            else:
-                ledger.withdraw(prompt, split, reason)
-        if not tasks[split]:
-            reasons = "; ".join(sorted({reason for entry in ledger.sources.values() for reason in entry["rejected"]}))
-            raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {reasons}")
-    ledger.judge(config.max_bad)
-    report = {
-        **ledger.report(),
-        "counts": {
-            "train_prompts": len(tasks["train"]),
-            "heldout_prompts": len(tasks["heldout"]),
-            "prompts_too_long": too_long,
-        },
-    }
-
-    policy, reference = build.load(folders["policy"]), build.load(folders["policy"])
-    value, reward = (
-        ValueModel(build.load(folders["reward"], head="judge")),
-        build.load(folders["reward"], head="judge"),
-    )
-    for model in (policy, reference, value, reward):
-        disable_dropout(model)
-    for model in (reference, reward):
-        model.requires_grad_(False).eval()
-
-    count = len(tasks["train"])
-    data = (
-        f"{many(config.steps, 'iteration', ',')} x {many(config.batch_size, 'prompt')}, answered with at most"
-        f" {config.rollout.max_new_tokens} tokens: {config.steps * config.batch_size / count:.3g} epochs of"
-        f" {many(count, 'prompt', ',')}; {many(config.ppo.epochs, 'pass/passes')} over each iteration's answers, in"
-        f" {many(config.ppo.minibatches, 'update')} each"
-    )
-    notes = (
-        f"value      {cost.count(reward).total:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
-        "time       depends on how long the answers become; the progress line says how much is left",
-    )
-    announce(config, policy, Work(data, updates=config.ppo.minibatches, notes=notes))
-
-    models = Models(
-        policy=engine.build(policy, functools.partial(policy_loss_fn, config), config, name="policy"),
-        value=engine.build(
-            value,
-            functools.partial(value_loss_fn, config),
-            config.model_copy(update={"optimizer": config.value_optimizer}),
-            name="value",
-        ),
-        reference=reference,
-        reward=reward,
-        chat=chats["policy"],
-        reward_chat=None if same else chats["reward"],
-        config=config,
-    )
-    reference.to(models.policy.device), reward.to(models.policy.device)
-    return models, tasks["train"], tasks["heldout"], report
+    divergence = round(after["kl"], 2) + 0.0  # no minus sign before a zero
+    return f"{reward}{rule}, KL {divergence:.2f}", [] if significant else [reward]
 
 
 if __name__ == "__main__":

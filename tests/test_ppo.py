@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -750,18 +751,23 @@ def test_a_spike_rolls_back_and_the_next_one_stops(world):
 
 
 @pytest.fixture
-def inside(world, monkeypatch):
+def inside(world, monkeypatch, tmp_path):
     """Models, prompts and state as the stage has them before its first iteration."""
     from pipeline import ppo as module
     from pipeline.core import artifact
     from pipeline.core.recipe import load
+    from pipeline.rl.prompts import encoded_prompts, tasks_of
+    from pipeline.train import finetune
 
     monkeypatch.chdir(world)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = load("recipe.yaml", ["ppo.steps=4"]).stages["ppo"]
-    models, pool, heldout, _ = module._prepare(
-        config, {key: artifact.external(key, world / key) for key in ("policy", "reward")}
+    policy, reward = (
+        finetune.load_parent(config, artifact.external(key, world / key), key) for key in ("policy", "reward")
     )
+    _, extra = encoded_prompts(config, policy.chat, reward.chat, SimpleNamespace(path=tmp_path))
+    pool, heldout = tasks_of(extra, "train"), tasks_of(extra, "heldout")
+    models = module.build_models(config, policy, reward, len(pool))
     return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped_updates": 0}
 
 

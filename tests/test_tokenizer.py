@@ -261,7 +261,7 @@ def same_ids_in_every_family(folder, copy):
     from pipeline.data.tokenizer.encode import encoder
     from pipeline.data.tokens.store import encode_text, load_tokenizer
     from pipeline.models.families import supporting
-    from pipeline.train.finetune_data import tokenizer_of
+    from pipeline.train.finetune import tokenizer_of
 
     wanted = [ids.tolist() for ids in encoder(folder)(TELLING)]
     assert wanted == encode_text(load_tokenizer(folder), TELLING)

@@ -17,22 +17,12 @@ from pipeline.core.intervals import mean_half
 from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
 from pipeline.rl import rules
+from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, ValueModel, at_responses, layout, policy_inputs, rows, token_statistics
 from pipeline.rl.rollout import generate
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
 from pipeline.train.scores import reward_scores
-
-
-@dataclass(frozen=True)
-class Task:
-    """A prompt as the policy reads it."""
-
-    ids: list[int]
-    messages: list[dict]
-    text: str
-    """The messages for a person to read."""
-    answer: str | None
 
 
 @dataclass

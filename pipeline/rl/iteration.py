@@ -13,7 +13,8 @@ import torch
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
 from pipeline.rl import advantages, kl, losses, rewards
-from pipeline.rl.experience import Models, Task, collect, draw, repetition, share, tensors_of
+from pipeline.rl.experience import Models, collect, draw, repetition, share, tensors_of
+from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, at_responses, layout, policy_inputs, token_statistics
 from pipeline.train import distributed, phases
 from pipeline.train.schedule import learning_rate

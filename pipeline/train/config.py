@@ -302,14 +302,3 @@ class TrainConfig(StageConfig):
     @classmethod
     def uses_device(cls) -> bool:
         return True
-
-
-class TuningConfig(TrainConfig):
-    """A stage that learns from records with a chat template: sft, reward, dpo, ppo."""
-
-    max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
-    """Largest share of a source's records that may be unusable (copies, rows like a held-out one, and rows that are
-    too long do not count); more of them end the stage, for then the source is not what the recipe says."""
-    date: Date = None
-    """What a chat template writes that asks for today's date, as YYYY-MM-DD; by default 2024-07-26, which Llama 3.2's
-    own template falls back on."""

@@ -181,7 +181,7 @@ def read(folder: Path, out: Path, generator: random.Random | None = None) -> Non
     from pipeline.data.tokenizer.encode import encoder
     from pipeline.data.tokens.store import encode_text, load_tokenizer, token_bytes
     from pipeline.tokenizer import Config, adopt
-    from pipeline.train.finetune_data import tokenizer_of
+    from pipeline.train.finetune import tokenizer_of
 
     def use(place: Path) -> None:
         tokenizer = load_tokenizer(place)

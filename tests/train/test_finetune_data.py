@@ -1,14 +1,62 @@
-"""Padding is masked by position: which token pads, and whether it ends a text as well, changes nothing (correctness
-40)."""
+"""Token rows of the finetuning stages: their order and packing; and that padding is masked by position, so that which
+token pads changes nothing (correctness 40)."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tuned
 from harness import succeed
 
 from pipeline.core.errors import UserError
+from pipeline.train.finetune_data import PackedRows, ShuffledRows, best_fit, permutation
+
+# ---- order and packing ------------------------------------------------------------------------------------------------
+
+
+def test_best_fit():
+    source = np.random.default_rng(0)
+    for capacity, count in ((50, 300), (64, 37), (10, 1)):
+        lengths = source.integers(1, capacity + 1, count)
+        rows = best_fit(lengths, capacity, np.arange(count))
+        assert sorted(item for row in rows for item in row) == list(range(count))
+        assert all(lengths[row].sum() <= capacity for row in rows)
+        assert (
+            len(rows) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 4 or len(rows) == (lengths > capacity / 2).sum()
+        )
+        assert len(rows) == len(best_fit(lengths, capacity, source.permutation(count)))
+    hand = best_fit(np.array([6, 5, 4, 3, 2]), 10, np.arange(5))  # 6 + 4, 5 + 3 + 2
+    assert sorted(map(sorted, hand)) == [[0, 2], [1, 3, 4]]
+
+
+def test_shuffled_rows_are_a_function_of_seed_and_index():
+    rows = ShuffledRows(7, 10)
+    order = [rows.at(index) for index in range(25)]
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
+    permutation.cache_clear()
+    assert [rows.at(index) for index in reversed(range(25))] == order[::-1]
+    assert [ShuffledRows(8, 10).at(index) for index in range(10)] != order[:10]
+
+
+def test_packed_rows_are_a_function_of_seed_and_index():
+    """Each epoch has every conversation once, in other rows; where a run begins does not matter."""
+    lengths = np.random.default_rng(0).integers(1, 30, 40)
+    rows = PackedRows(7, lengths, 32)
+    per_epoch = rows.per_epoch
+    epochs = []
+    for epoch in range(3):
+        epochs.append([rows.at(index) for index in range(epoch * per_epoch, (epoch + 1) * per_epoch)])
+    for packed in epochs:
+        assert sorted(item for row in packed for item in row) == list(range(40))
+        assert max(lengths[row].sum() for row in packed) <= 32
+    assert epochs[0] != epochs[1] != epochs[2]
+    resumed = PackedRows(7, lengths, 32)
+    assert [resumed.at(2 * per_epoch + place) for place in range(per_epoch)] == epochs[2]
+    assert resumed.at(0) == epochs[0][0]
+
+
+# ---- padding ----------------------------------------------------------------------------------------------------------
 
 FEW = {
     "sft": ("steps=4", "max_prompts=4", "packing=false"),
@@ -91,7 +139,7 @@ def test_a_token_that_ends_text_and_pads_is_learned(tmp_path):
 
 def test_tokens_of_rows_that_the_model_has_no_embedding_for_are_refused(tmp_path):
     """A mark that the chat template writes, added without resizing the model."""
-    from pipeline.train.finetune_data import tokenizer_of
+    from pipeline.train.finetune import tokenizer_of
 
     folder = tuned.base(tmp_path)
     place = folder / "model/tokenizer_config.json"

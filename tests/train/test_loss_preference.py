@@ -12,9 +12,10 @@ from pipeline.data.chat.conversations import Pair
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat
 from pipeline.models import build
-from pipeline.train.finetune_data import Ragged, encode_pairs, pair_batch
+from pipeline.train.finetune_data import Ragged
 from pipeline.train.loss import token_logprobs
 from pipeline.train.loss_preference import answer_lengths, answer_logprobs, bradley_terry, dpo, ipo
+from pipeline.train.preference_data import encode_pairs, pair_batch
 
 TOLERANCE = 1e-5  # absolute, fp32
 
@@ -108,7 +109,7 @@ def test_sft(tiny, tmp_path):
     from datasets import Dataset
     from trl import SFTTrainer
 
-    from pipeline.sft import batch
+    from pipeline.train.conversation_data import conversation_batch
     from pipeline.train.finetune_data import best_fit
     from pipeline.train.loss import cross_entropy_sum
 
@@ -124,14 +125,14 @@ def test_sft(tiny, tmp_path):
     inputs = batch_of(trainer)
 
     encoded = chat.encode(conversations())
-    split = {
-        "ids": Ragged.of([row.ids for row in encoded], np.int32),
-        "trained": Ragged.of([row.trained for row in encoded], np.bool_),
+    arrays = {
+        "train.ids": Ragged.of([row.ids for row in encoded], np.int32),
+        "train.trained": Ragged.of([row.trained for row in encoded], np.bool_),
     }
-    rows = best_fit(split["ids"].lengths, 96, np.arange(len(encoded)))
+    rows = best_fit(arrays["train.ids"].lengths, 96, np.arange(len(encoded)))
     assert len(rows) < len(encoded) and sorted(index for row in rows for index in row) == list(range(len(encoded)))
     ours = build.load(folder)
-    made = batch(split, rows, tokenizer.pad_token_id)
+    made = conversation_batch(arrays, tokenizer.pad_token_id, "train", rows)
     assert made["weight"] == float((inputs["labels"][:, 1:] != -100).sum())
     compare(
         ours,
@@ -167,7 +168,7 @@ def test_reward(tiny, tmp_path, centering):
         train_dataset=data,
         processing_class=tokenizer,
     )
-    batch = pair_batch(arrays, "train", range(6), tokenizer.pad_token_id)
+    batch = pair_batch(arrays, tokenizer.pad_token_id, "train", range(6))
     loss, metrics = bradley_terry(ours(**batch["inputs"]).logits.squeeze(-1), batch["margin"], centering)
     compare(ours, loss / 6, theirs, trainer.compute_loss(theirs, batch_of(trainer)))
     assert abs(float(metrics["accuracy"]) / 6 - trainer._metrics["train"]["accuracy"][-1]) < 1e-6
@@ -205,7 +206,7 @@ def test_dpo(tiny, tmp_path, kind):
         train_dataset=words,
         processing_class=tokenizer,
     )
-    batch = pair_batch(arrays, "train", range(6), tokenizer.pad_token_id)
+    batch = pair_batch(arrays, tokenizer.pad_token_id, "train", range(6))
     with torch.no_grad():
         frozen = token_logprobs(reference(**batch["inputs"]).logits, batch["labels"]).sum(-1)
     logps = answer_logprobs(ours(**batch["inputs"]).logits, batch)

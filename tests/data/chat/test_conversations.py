@@ -4,7 +4,6 @@ own chat template."""
 import json
 import random
 
-import numpy as np
 import pytest
 import tuned
 from chat_data import filler, loaded, source_of
@@ -14,7 +13,6 @@ from pipeline.data.chat.chat_sources import ChatSource, PreferenceSource, Prompt
 from pipeline.data.chat.conversations import load_conversations, load_pairs, load_prompts
 from pipeline.data.chat.template import Chat
 from pipeline.data.sources.records import fraction, read
-from pipeline.train.finetune_data import best_fit, permutation, row_at
 
 NOUN = [{"role": "user", "content": "What is a {words} {noun}?"}, {"role": "assistant", "content": "{kind}"}]
 
@@ -556,33 +554,6 @@ def test_a_template_that_refuses_a_row(tokenizer):
     assert (
         fine.ids == Chat(tokenizer).encode([turns])[0].ids and refused == "the chat template refuses it: no system here"
     )
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def test_best_fit():
-    source = np.random.default_rng(0)
-    for capacity, count in ((50, 300), (64, 37), (10, 1)):
-        lengths = source.integers(1, capacity + 1, count)
-        rows = best_fit(lengths, capacity, np.arange(count))
-        assert sorted(item for row in rows for item in row) == list(range(count))
-        assert all(lengths[row].sum() <= capacity for row in rows)
-        assert (
-            len(rows) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 4 or len(rows) == (lengths > capacity / 2).sum()
-        )
-        assert len(rows) == len(best_fit(lengths, capacity, source.permutation(count)))
-    hand = best_fit(np.array([6, 5, 4, 3, 2]), 10, np.arange(5))  # 6 + 4, 5 + 3 + 2
-    assert sorted(map(sorted, hand)) == [[0, 2], [1, 3, 4]]
-
-
-def test_order_is_a_function_of_seed_and_index():
-    order = [row_at(7, index, 10) for index in range(25)]
-    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
-    permutation.cache_clear()
-    assert [row_at(7, index, 10) for index in reversed(range(25))] == order[::-1] and [
-        row_at(8, index, 10) for index in range(10)
-    ] != order[:10]
 
 
 def test_lists_of_texts_in_templates_have_a_separator(tmp_path):

@@ -439,7 +439,7 @@ def test_pairs(tmp_path):
 def test_a_margin_that_the_loss_does_not_know_is_refused(tmp_path):
     """correctness 2: reward models learn margins; in DPO the key is refused and such pairs are left out."""
     from pipeline.dpo import Config
-    from pipeline.train.finetune_data import encode_pairs
+    from pipeline.train.preference_data import encode_pairs
 
     records = [
         {"prompt": "q1 is this", "chosen": "good", "rejected": "bad", "margin": 2},

@@ -1,0 +1,76 @@
+"""Prompts as the policy reads them: what ppo answers."""
+
+from dataclasses import asdict, dataclass
+
+from pipeline.core.errors import UserError
+from pipeline.core.output import Output
+from pipeline.data.chat.conversations import Prompt, load_prompts
+from pipeline.data.chat.template import Chat
+from pipeline.train.finetune_data import SPLITS, Arrays, report_records
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt as the policy reads it."""
+
+    ids: list[int]
+    messages: list[dict]
+    text: str
+    """The messages for a person to read."""
+    answer: str | None
+
+
+def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat, output: Output) -> tuple[Arrays, dict]:
+    """Tasks of both splits as JSON, and `counts` of them; writes report.json. For `encode_once`.
+
+    A prompt that does not leave room for `rollout.max_new_tokens` is dropped, and so is one that a chat template cannot
+    write.
+    """
+    train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
+    heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
+    limit = config.sequence_length - config.rollout.max_new_tokens
+    same = policy_chat.reads_like(reward_chat)
+    extra: dict = {}
+    too_long = 0
+    for split, prompts in zip(SPLITS, (train, heldout), strict=True):
+        tasks = []
+        for prompt in prompts:
+            _check_answer(config, prompt)
+            reason = None
+            try:
+                ids = policy_chat.prompt(prompt.messages)
+                if not same:
+                    reward_chat.prompt(prompt.messages)
+                if len(ids) > limit:
+                    reason = f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
+                    too_long += 1
+            except ValueError as error:  # text that a chat template cannot carry
+                reason = str(error)
+            if reason is None:
+                tasks.append(asdict(Task(ids, prompt.messages, prompt.text, prompt.answer)))
+            else:
+                ledger.withdraw(prompt, split, reason)
+        if not tasks:
+            reasons = "; ".join(sorted({reason for entry in ledger.sources.values() for reason in entry["rejected"]}))
+            raise UserError(f"stage {config.kind}: none of {len(prompts)} {split} prompts can be used: {reasons}")
+        extra[split] = tasks
+    extra["counts"] = {
+        "train_prompts": len(extra["train"]),
+        "heldout_prompts": len(extra["heldout"]),
+        "prompts_too_long": too_long,
+    }
+    report_records(ledger, config, output, counts=extra["counts"])
+    return {}, extra
+
+
+def tasks_of(extra: dict, split: str) -> list[Task]:
+    return [Task(**fields) for fields in extra[split]]
+
+
+def _check_answer(config, prompt: Prompt) -> None:
+    """Raise UserError for a prompt without a known answer, if `rule` needs one."""
+    if config.rule and not (prompt.answer or "").strip():
+        raise UserError(
+            f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but source {prompt.source}"
+            f" gives none ({prompt.place}); give `answer` for the source, or leave `rule` out"
+        )

@@ -1,0 +1,108 @@
+"""Conversations as token rows and packed micro-batches: what sft learns from."""
+
+import inspect
+
+import numpy as np
+import torch
+
+from pipeline.core.errors import UserError
+from pipeline.core.output import Output
+from pipeline.data.chat.conversations import Conversation, load_conversations
+from pipeline.data.chat.record_accounting import Ledger
+from pipeline.data.chat.template import Chat, Encoded, cut
+from pipeline.train.chunked_loss import IGNORE
+from pipeline.train.finetune_data import SPLITS, Arrays, Ragged, report_records
+
+
+def encoded_conversations(config, chat: Chat, output: Output) -> tuple[Arrays, dict]:
+    """Token rows of the conversations of both splits: `ids`, and `trained` (which of them carry loss); writes
+    report.json. For `encode_once`.
+
+    JSON: `rejected`; and of each held-out conversation `starts` (index of the last answer's first token) and `answers`
+    (rule and known answer).
+    """
+    *splits, ledger = load_conversations(config.sources, config.holdout, config.decontaminate)
+    arrays: Arrays = {}
+    extra: dict = {}
+    tokens, trained_tokens = {}, {}
+    for split, conversations in zip(SPLITS, splits, strict=True):
+        usable, encoded = _encode(conversations, split, chat, config.sequence_length, config.too_long, ledger)
+        ids = Ragged.of([row.ids for row in encoded], np.int32)
+        trained = Ragged.of([row.trained for row in encoded], np.bool_)
+        arrays[f"{split}.ids"], arrays[f"{split}.trained"] = ids, trained
+        tokens[split], trained_tokens[split] = len(ids.values), int(trained.values.sum())
+        if split == "heldout":
+            extra["starts"] = [row.start for row in encoded]
+            extra["answers"] = [[conversation.rule, conversation.answer] for conversation in usable]
+    report_records(ledger, config, output, tokens=tokens, trained_tokens=trained_tokens)
+    extra["rejected"] = ledger.rejected()
+    return arrays, extra
+
+
+def _encode(
+    conversations: list[Conversation], split: str, chat: Chat, sequence_length: int, too_long: str, ledger: Ledger
+) -> tuple[list[Conversation], list[Encoded]]:
+    """(conversations that can be used, their tokens); the ledger counts why the others cannot."""
+    rows: list[Encoded] = []
+    reasons: list[str | None] = []
+    for conversation, encoded in zip(conversations, chat.encode([row.messages for row in conversations]), strict=True):
+        if isinstance(encoded, str):
+            reasons.append(encoded)
+            continue
+        reason = None
+        if len(encoded.ids) > sequence_length:
+            if too_long == "drop":
+                reason = "longer than sequence_length"
+            elif not any(encoded.trained[:sequence_length]):
+                reason = "its answers begin after sequence_length"
+            else:
+                encoded = cut(encoded.ids[:sequence_length], encoded.trained[:sequence_length])
+                entry = ledger.sources[conversation.source]
+                entry["truncated"] = entry.get("truncated", 0) + 1
+        reasons.append(reason)
+        if reason is None:
+            rows.append(encoded)
+    return ledger.keep(conversations, split, reasons), rows
+
+
+def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[int]]) -> dict:
+    """A micro-batch of packed rows. rows: the conversations of each. Gives input_ids, position_ids that start at 0 in
+    each conversation, and labels, already shifted.
+
+    There is no attention mask: without one, transformers takes the borders of conversations from the positions
+    (masking_utils.find_packed_sequence_indices). With a mask of ones, conversations would see each other. Padding at
+    the end of a row has positions of its own and no labels.
+    """
+    all_ids, all_trained = arrays[f"{split}.ids"], arrays[f"{split}.trained"]
+    length = max(sum(len(all_ids[conversation]) for conversation in row) for row in rows)
+    input_ids = np.full((len(rows), length), pad_id, np.int64)
+    labels = np.full((len(rows), length), IGNORE, np.int64)
+    positions = np.zeros((len(rows), length), np.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for conversation in row:
+            ids, trained = all_ids[conversation], all_trained[conversation]
+            end = start + len(ids)
+            input_ids[number, start:end] = ids
+            positions[number, start:end] = np.arange(len(ids))
+            labels[number, start : end - 1] = np.where(trained[1:], ids[1:], IGNORE)
+            start = end
+        positions[number, start:] = np.arange(length - start)
+    inputs = {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(positions), "use_cache": False}
+    return {"inputs": inputs, "weight": float((labels != IGNORE).sum()), "labels": torch.from_numpy(labels)}
+
+
+def check_packing(model, token: int) -> None:
+    """Raise UserError if this family lets conversations in one row see each other: recurrent state, or positions that
+    are not read. token: any token of the vocabulary."""
+    message = f"family {model.config.model_type} cannot keep conversations in one row apart; set packing: false"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(message)
+    alone, positions = torch.full((1, 4), token), torch.arange(4)[None]
+    other = (alone + 1) % model.config.vocab_size
+    packed, packed_positions = torch.cat([other, alone], 1), torch.cat([positions, positions], 1)
+    with torch.no_grad():
+        expected = model(input_ids=alone, position_ids=positions, use_cache=False).logits
+        logits = model(input_ids=packed, position_ids=packed_positions, use_cache=False).logits
+    if not torch.allclose(expected, logits[:, 4:], atol=1e-3, rtol=1e-3):
+        raise UserError(message)

@@ -1,0 +1,220 @@
+"""The steps that sft, reward, dpo and ppo share, in the order in which a stage takes them.
+
+    parent = load_parent(config, inputs["model"], output.stage)       # folder, tokenizer and chat template
+    arrays, extra = encode_once(output, config, encode)               # finetune_data.py: records become token rows
+    engine, text = build_engine(model, loss, config, work)            # says what will be computed
+    result = fit(engine, config, output, text, rows, heldout, collate)
+    publish_model(engine, parent, output)
+    return summarise(config, output, result, ...)
+
+A stage adds its loss, how its records become rows and batches, and what it says of the result.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.core.artifact import Artifact
+from pipeline.core.chain import say
+from pipeline.core.errors import UserError
+from pipeline.core.intervals import warn
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.data.chat.template import Chat
+from pipeline.data.tokens.store import load_tokenizer, use_known_padding
+from pipeline.models import cost, families
+from pipeline.models.publish import publish
+from pipeline.train import engine as engines
+from pipeline.train import loop
+from pipeline.train.engine import Engine, Loss
+from pipeline.train.finetune_config import FinetuneConfig
+from pipeline.train.finetune_data import Counts, heldout_share, model_folder
+from pipeline.train.metrics import Text, total_peak
+from pipeline.train.run_summary import Work, tuning_lines
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model that a stage starts from, on disk, and how it reads text."""
+
+    folder: Path
+    tokenizer: Any
+    """PreTrainedTokenizerFast, with a padding token that the model has an embedding for."""
+    chat: Chat
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+
+def load_parent(config: FinetuneConfig, artifact: Artifact, name: str) -> Parent:
+    """Tokenizer and chat template of a model. name: who is speaking, in messages. Raises UserError for a folder, a
+    tokenizer or a template that the stage cannot use."""
+    folder = model_folder(artifact)
+    tokenizer = tokenizer_of(folder, config.sequence_length)
+    chat = Chat(tokenizer, date=config.date)
+    if chat.writes_date and config.date is None:
+        say(f"{name}: the chat template writes today's date; {chat.date} is written in every row (key `date`)")
+    return Parent(folder, tokenizer, chat)
+
+
+def tokenizer_of(folder: Path, sequence_length: int):
+    """The tokenizer in a model's folder, with a padding token that the model knows. Raises UserError if the model
+    cannot take rows of `sequence_length` tokens, or has no embedding for tokens that rows would have."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
+        raise UserError(
+            f"{folder}: holds no model with its tokenizer (config.json, tokenizer_config.json); expected a folder in"
+            " the Hugging Face layout"
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    most = families.positions(config)
+    if most and sequence_length > most:
+        raise UserError(
+            f"sequence_length: {sequence_length} is more than the {most} positions of the model"
+            f" (max_position_embeddings); use at most {most}"
+        )
+    tokenizer = load_tokenizer(folder)
+    _check_embedding(folder, tokenizer, config.vocab_size)
+    use_known_padding(tokenizer, config.vocab_size)
+    return tokenizer
+
+
+def _check_embedding(folder: Path, tokenizer, rows: int) -> None:
+    """Raise UserError for a token that rows would have and that lies beyond the `rows` of the model's embedding:
+    tokens of text, and added ones that the chat template writes."""
+    added = tokenizer.added_tokens_decoder
+    template = tokenizer.chat_template or ""
+    written = template if isinstance(template, str) else "".join(template.values())
+    own = (tokenizer.bos_token, tokenizer.eos_token)
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if index < rows:
+            continue
+        if index in added and token not in own and token not in written:
+            continue
+        raise UserError(
+            f"{folder}: its tokenizer has {token!r} with id {index}, and the model's embedding has {rows} rows; a token"
+            " that was added needs a row (model.resize_token_embeddings(len(tokenizer)), then save both); otherwise the"
+            " tokenizer belongs to another model"
+        )
+
+
+# ---- build -----------------------------------------------------------------------------------------------------------
+
+
+def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model") -> tuple[Engine, Text]:
+    """The engine of a model that is to be trained, and what the meters compare their times with. Before that, the lines
+    that say what the stage is about to do and how long it may take. Collective."""
+    size = cost.count(model)
+    flops = cost.training_flops(model, size, config.sequence_length)
+    peak = total_peak(config)
+    for line in tuning_lines(config, model.config, size, flops, peak, work):
+        say(line)
+    engine = engines.build(model, loss, config, name=name)
+    return engine, Text(expected=work.seconds(flops, peak))
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+class RowOrder(Protocol):
+    """Which row is taken when: ShuffledRows or PackedRows (finetune_data.py)."""
+
+    per_epoch: int
+
+    def at(self, index: int) -> Any:
+        """The row at a global index of the run."""
+
+
+def fit(
+    engine: Engine,
+    config: FinetuneConfig,
+    output: Output,
+    text: Text,
+    rows: RowOrder,
+    heldout: Sequence,
+    collate: Callable[[str, list], dict],
+    *,
+    unit: str = "tok",
+    measure: Callable[[], dict] | None = None,
+) -> dict:
+    """Train an engine on `rows`, and evaluate it on all of `heldout`. Returns what `loop.run` does. Collective.
+
+    collate(split, rows) makes a micro-batch of rows of "train" or "heldout"; measure() gives further numbers for an
+    evaluation; `unit` names what the loss is averaged over.
+    """
+    heldout_batches = []
+    for part in heldout_share(len(heldout), config, engine):
+        heldout_batches.append(collate("heldout", [heldout[index] for index in part]))
+
+    def batches(step: int) -> list[dict]:
+        shares = loop.share(config, engine, step)
+        return [collate("train", [rows.at(index) for index in indices]) for indices in shares]
+
+    def evaluate() -> dict:
+        numbers = engine.evaluate(heldout_batches)
+        return numbers | measure() if measure else numbers
+
+    return loop.fit(engine, config, output, batches, evaluate=evaluate, unit=unit, text=text)
+
+
+# ---- publish and summarise -------------------------------------------------------------------------------------------
+
+
+def publish_model(engine: Engine, parent: Parent, output: Output) -> Path:
+    """Write the trained model to model/, with the parent's tokenizer files. Returns that folder. Collective."""
+    folder = output.path / "model"
+    weights = engine.consolidated()
+    if output.is_main:
+        publish(weights, engine.model.config, parent.folder, folder)
+    return folder
+
+
+def say_counts(output: Output, counts: Counts, detail: str = "") -> None:
+    say(
+        f"{output.stage}: {many(counts.train, counts.noun)} to train on{detail}, {counts.heldout} held out;"
+        f" {many(counts.rejected, 'record')} left out (report.json says why)"
+    )
+
+
+def before_and_after(result: dict, prefix: str = "") -> dict:
+    """The evaluations before the first and after the last step, as metrics of the stage."""
+    metrics = {}
+    for when in ("before", "after"):
+        for key, value in result[when].items():
+            if key != "weight":
+                metrics[f"{prefix}{key}_{when}"] = value
+    return metrics
+
+
+def summarise(
+    config: FinetuneConfig,
+    output: Output,
+    result: dict,
+    rows: RowOrder,
+    counts: Counts,
+    *,
+    unit: str,
+    measures: list[str],
+    nothing: list[str],
+) -> dict:
+    """The metrics of a stage that `fit` has trained. unit: what its rate counts; measures: parts of the closing line;
+    nothing: what shows that nothing was learned."""
+    metrics = before_and_after(result, "heldout_")
+    metrics["warnings"] = warn(output.stage, nothing)
+    metrics["train_loss"] = result["last"]["loss"]
+    metrics[f"train_{counts.noun}s"] = counts.train
+    metrics[f"heldout_{counts.noun}s"] = counts.heldout
+    metrics["rejected"] = counts.rejected
+    metrics["epochs"] = config.steps * config.batch_size / rows.per_epoch
+    metrics[f"{unit}_per_second"] = result["rate"]
+    metrics["summary"] = {
+        "input": f"{many(len(config.sources), 'source')}, {many(counts.train + counts.heldout, counts.noun)}",
+        "output": f"model/, {many(config.steps, 'step')}",
+        "measure": ", ".join(measures),
+    }
+    return metrics

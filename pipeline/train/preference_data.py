@@ -1,0 +1,113 @@
+"""Pairs of answers as token rows and micro-batches: what reward and dpo learn from."""
+
+import numpy as np
+import torch
+
+from pipeline.core.output import Output
+from pipeline.core.plural import many
+from pipeline.data.chat.conversations import Pair, load_pairs
+from pipeline.data.chat.record_accounting import Ledger
+from pipeline.data.chat.template import Chat, Encoded
+from pipeline.train.chunked_loss import IGNORE
+from pipeline.train.finetune_config import FinetuneConfig
+from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, report_records
+from pipeline.train.run_summary import Work
+
+
+def encoded_pairs(config: FinetuneConfig, chat: Chat, output: Output, margins: bool) -> tuple[Arrays, dict]:
+    """Token rows of the pairs of both splits, as `encode_pairs` has them; writes report.json. For `encode_once`."""
+    train, heldout, ledger = load_pairs(config.sources, config.holdout, config.decontaminate)
+    arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger, margins)
+    arrays |= encode_pairs(heldout, "heldout", chat, config.sequence_length, ledger, margins)
+    report_records(ledger, config, output)
+    return arrays, {"rejected": ledger.rejected()}
+
+
+def encode_pairs(
+    pairs: list[Pair], split: str, chat: Chat, sequence_length: int, ledger: Ledger, margins: bool = True
+) -> Arrays:
+    """Token rows of pairs: `chosen` and `rejected` (prompt and answer, up to the end of the turn), `start` (index of
+    the answer's first token), `margin`.
+
+    A pair that is longer than sequence_length is dropped: a truncated answer is not the answer that was compared.
+    Without `margins` a pair that has one is dropped, because the stage's loss could not use it.
+    """
+    conversations = []
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            conversations.append([*pair.prompt, {"role": "assistant", "content": answer}])
+    encoded = chat.encode(conversations)
+    rows, reasons = [], []
+    for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
+        reason = _unusable(pair, chosen, rejected, sequence_length, margins)
+        reasons.append(reason)
+        if reason is None:
+            rows.append((chosen.ids, rejected.ids, chosen.start))
+    usable = ledger.keep(pairs, split, reasons)
+    return {
+        f"{split}.chosen": Ragged.of([chosen for chosen, _, _ in rows], np.int32),
+        f"{split}.rejected": Ragged.of([rejected for _, rejected, _ in rows], np.int32),
+        f"{split}.start": np.array([start for _, _, start in rows], np.int64),
+        f"{split}.margin": np.array([pair.margin for pair in usable], np.float32),
+    }
+
+
+def _unusable(
+    pair: Pair, chosen: Encoded | str, rejected: Encoded | str, sequence_length: int, margins: bool
+) -> str | None:
+    """Why a pair cannot be learned from, or None. chosen, rejected: as the chat template encodes them, or why it
+    cannot."""
+    if isinstance(chosen, str):
+        return chosen
+    if isinstance(rejected, str):
+        return rejected
+    if pair.margin and not margins:
+        return "has a margin, which this loss does not know; give the source `ignore: [margin]`"
+    if max(len(chosen.ids), len(rejected.ids)) > sequence_length:
+        return "longer than sequence_length"
+    if chosen.ids == rejected.ids:
+        return "chosen and rejected are the same tokens"
+    if chosen.ids[: chosen.start] != rejected.ids[: rejected.start]:
+        return "the chat template writes its prompt in two ways"
+    return None
+
+
+def pair_work(config: FinetuneConfig, arrays: Arrays, reference: bool = False) -> Work:
+    """What a stage that learns from pairs computes. `reference`: each pair that is used is also run forward once with
+    the weights that the stage starts from."""
+    lengths = {split: arrays[f"{split}.chosen"].lengths + arrays[f"{split}.rejected"].lengths for split in SPLITS}
+    count, taken = len(lengths["train"]), config.steps * config.batch_size
+    mean = float(lengths["train"].mean())
+    forward_tokens = 0.0
+    if reference:
+        forward_tokens = mean * min(taken, count) + float(lengths["heldout"].sum())
+    data = (
+        f"{many(config.steps, 'step', ',')} x {many(config.batch_size, 'pair')} of answers of at most"
+        f" {config.sequence_length} tokens: {taken / count:.3g} epochs of {many(count, 'pair', ',')}"
+    )
+    return Work(data, tokens=taken * mean, forward_tokens=forward_tokens)
+
+
+def pair_batch(arrays: Arrays, pad_id: int, split: str, indices) -> dict:
+    """A micro-batch of pairs: inputs [2B, T], chosen first, padded on the right; labels of the answers' tokens,
+    already shifted; margin [B]."""
+    rows, starts = [], []
+    for answer in ("chosen", "rejected"):
+        for index in indices:
+            rows.append(arrays[f"{split}.{answer}"][index])
+            starts.append(int(arrays[f"{split}.start"][index]))
+    longest = max(len(row) for row in rows)
+    input_ids = np.full((len(rows), longest), pad_id, np.int64)
+    labels = np.full((len(rows), longest), IGNORE, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        input_ids[number, : len(row)] = row
+        mask[number, : len(row)] = 1
+        labels[number, start - 1 : len(row) - 1] = row[start:]
+    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask), "use_cache": False}
+    margin = torch.from_numpy(np.asarray(arrays[f"{split}.margin"][list(indices)], np.float32))
+    return {"inputs": inputs, "weight": float(len(indices)), "labels": torch.from_numpy(labels), "margin": margin}
+
+
+def pair_counts(arrays: Arrays, extra: dict) -> Counts:
+    return Counts("pair", len(arrays["train.start"]), len(arrays["heldout.start"]), extra["rejected"])
