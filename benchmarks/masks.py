@@ -29,7 +29,7 @@ import corpus  # noqa: E402
 import rules  # noqa: E402
 
 from pipeline.data.cleaning.pii import KINDS, Mask, masked  # noqa: E402
-from pipeline.data.sources.warc_html import text_of_html  # noqa: E402
+from pipeline.data.sources.web_pages import extract_text  # noqa: E402
 
 OPEN, CLOSE = "\ue000", "\ue001"  # of no text, so that what was replaced is found again
 CONTEXTS = (
@@ -60,7 +60,7 @@ def local(pattern: str) -> list[str]:
             continue
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8", "replace")
-        texts.append(text_of_html(text, "all").text if ".htm" in path.name else text)
+        texts.append(extract_text(text, "all").text if ".htm" in path.name else text)
     return texts
 
 

@@ -149,7 +149,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
     for name, source in config.sources.items():
         if not any(work.glob(f"*/{name}/*")):  # a resumed run has seen that there is something to read
             firsts.append(
-                source_checks.first_record(source, name, work_units.asked(source, config.dedup, config.block))
+                source_checks.first_record(source, name, work_units.fields_needed(source, config.dedup, config.block))
             )
     for key, template in (
         ("dedup.url", config.dedup.url),
@@ -191,7 +191,7 @@ def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path
         earlier = _sign(inputs["earlier"], config.dedup, work / "earlier", pool) if "earlier" in inputs else []
         index, pieces, edited = _compare(config, done, earlier, work, pool)
         report = accounting.account(done, index, edited, config.dedup.upsample, output.path, _steps(config, work))
-        source_checks.refuse(report, config.sources, config.max_bad, config.holdout, output.path)
+        source_checks.check_counts(report, config.sources, config.max_bad, config.holdout, output.path)
         _write_shards(config, index, pieces, pool, output)
     return {**report["total"], "by_source": report["sources"], "summary": _summary(config, report)}
 
@@ -308,8 +308,8 @@ def _clean_source(
             noted[0] = time.time()
         faults.point("work")
 
-    asked = work_units.asked(source, config.dedup, config.block)
-    for number, unit in enumerate(work_units.cut(source, name, config.unit_bytes, asked)):
+    needed = work_units.fields_needed(source, config.dedup, config.block)
+    for number, unit in enumerate(work_units.cut(source, name, config.unit_bytes, needed)):
         if source.limit and _prefix(records) >= source.limit:
             break
         path, weight = folder / f"{number:08d}.parquet", sum(piece.weight for piece in unit)

@@ -37,7 +37,7 @@ from pipeline.core.processes import kill_workers, signals_held
 from pipeline.core.recipe import EXECUTION, StageConfig
 from pipeline.core.seeds import derive
 from pipeline.core.tracking import Progress
-from pipeline.data.sources.arrow_values import opened_table
+from pipeline.data.sources.arrow_values import open_parquet
 from pipeline.data.tokens.documents import check_columns, readable
 from pipeline.data.tokens.import_shards import Shards
 from pipeline.data.tokens.pack_units import Unit
@@ -178,7 +178,7 @@ def _documents(data: Path, work: Path) -> Iterator[Unit]:
         if not paths and split == "train":
             raise UserError(f"inputs.data: {data}: has no train/part-*.parquet; expected the output of stage clean")
         for path in paths:
-            with readable(path), opened_table(path) as opened:
+            with readable(path), open_parquet(path) as opened:
                 check_columns(opened, path)
                 for group in range(opened.num_row_groups):
                     yield Unit(

@@ -321,12 +321,15 @@ def test_limit_takes_the_first_records_whatever_the_cuts(cleaned, tmp_path, limi
             "exactly one of path, package and dataset",
         ),
         ({"sources": {"a": {"path": "gbk.txt"}}}, "gbk.txt: invalid UTF-8"),
-        ({"sources": {"a": {"path": "gbk.txt"}}}, "needs to say what it is, such as encoding: gb18030"),
+        ({"sources": {"a": {"path": "gbk.txt"}}}, "if the text is not UTF-8, set encoding, such as encoding: gb18030"),
         (
             {"sources": {"a": {"path": "gbk.txt", "encoding": "ascii"}}},
-            "the source says encoding: ascii, and its files",
+            "the source says encoding: ascii, but its files",
         ),
-        ({"sources": {"a": {"path": "gbk.txt", "encoding": "gb1803"}}}, "'gb1803' is no encoding that Python knows"),
+        (
+            {"sources": {"a": {"path": "gbk.txt", "encoding": "gb1803"}}},
+            "'gb1803' is not an encoding that Python knows",
+        ),
         ({"language": {"keep": ["en", "cn"]}}, "'cn' is no language that is detected"),
         ({"quality": {"min_score": 0.9}}, "min_score without a classifier does nothing"),
         ({"perplexity": {"max_en": 900}}, "max_en without a language model does nothing"),

@@ -86,7 +86,7 @@ def _is_here(source: Any) -> bool:
 
 def _check_documents(node: Node, gather: _Gather) -> None:
     from pipeline.data.sources.source_checks import first_record
-    from pipeline.data.sources.sources import asked_of
+    from pipeline.data.sources.sources import needed_fields
 
     config = node.config
     blocks = {"sources": config.sources, "examples": config.examples}
@@ -96,7 +96,7 @@ def _check_documents(node: Node, gather: _Gather) -> None:
         for name, source in block.items():
             if _is_here(source):
                 with gather():
-                    first_record(source, name, asked_of(source), key)
+                    first_record(source, name, needed_fields(source), key)
 
 
 def _check_shards(node: Node, gather: _Gather) -> None:

@@ -30,10 +30,10 @@ from pipeline.core.errors import UserError
 from pipeline.data.chat.chat_sources import ChatSource, PreferenceSource, PromptSource
 from pipeline.data.chat.conversations import load_conversations, load_pairs, load_prompts
 from pipeline.data.cleaning.blocklist import Block, blocked, phrases
-from pipeline.data.sources.byte_ranges import load, pieces
+from pipeline.data.sources.byte_ranges import cut_source, read_piece
 from pipeline.data.sources.packages import fetch
 from pipeline.data.sources.records import Record, parse, read, text_of
-from pipeline.data.sources.sources import Source, asked_of, identify
+from pipeline.data.sources.sources import Source, identify, needed_fields
 from pipeline.data.sources.templates import MissingField
 from pipeline.data.tokens import import_shards, pack_units
 from pipeline.data.tokens.documents import documents
@@ -249,12 +249,12 @@ def _read_source(folder: Path, draw: random.Random) -> None:
         data = changed(data, draw)
     (folder / name).write_bytes(data)
     source = Source(path=str(folder / name), **keys)
-    asked = draw.choice([None, asked_of(source, "url", "{meta.b.0}")])
+    needed = draw.choice([None, needed_fields(source, "url", "{meta.b.0}")])
     identify({"x": source}, folder / "hashes.json")
-    for item in read(source, "x", asked=asked):
+    for item in read(source, "x", needed=needed):
         _use(source, item)
-    for piece in pieces(source, "x", draw.choice([64, 4096, 1 << 20]), asked):
-        for chunk in load(piece, source, "x", asked)[0]:
+    for piece in cut_source(source, "x", draw.choice([64, 4096, 1 << 20]), needed):
+        for chunk in read_piece(piece, source, "x", needed)[0]:
             for item in parse(chunk):
                 _use(source, item)
 

@@ -33,8 +33,8 @@ from pipeline.data.chat.messages import (
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.dedup.decontaminate import Decontaminate, contaminated
 from pipeline.data.sources.formats import Bad
-from pipeline.data.sources.records import Record, fraction, other_encoding, read
-from pipeline.data.sources.templates import MissingField, pieces_of, render
+from pipeline.data.sources.records import Record, encoding_advice, fraction, read
+from pipeline.data.sources.templates import MissingField, parse_template, render
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _named(source: TuningSource) -> set[str]:
     them."""
     fields = list(source.where)
     for template in source.templates():
-        fields += [field for _, field in pieces_of(template) if field is not None]
+        fields += [field for _, field in parse_template(template) if field is not None]
     return {field.partition(".")[0] for field in fields}
 
 
@@ -240,7 +240,7 @@ def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:
     todo = {ledger.advice[reason] for reason in entry["rejected"] if reason in ledger.advice}
     raise UserError(
         f"sources.{name}: none of its {many(entry['records'], 'record')} can be used: {ledger.why(name)}"
-        f"{''.join(other_encoding(source, reason) for reason in entry['rejected'])}"
+        f"{''.join(encoding_advice(source, reason) for reason in entry['rejected'])}"
         f"{''.join(f'; {advice}' for advice in sorted(todo)[:3])}"
     )
 
@@ -308,7 +308,7 @@ def _filled(messages: list[Message], fields: dict, join: str) -> list[dict]:
 def _brought(templates: list[str], fields: dict) -> str:
     """The values that templates take from a record. Their own words, the same in every row, would make short rows
     look like copies of each other."""
-    names = [field for template in templates for _, field in pieces_of(template) if field is not None]
+    names = [field for template in templates for _, field in parse_template(template) if field is not None]
     return normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
 
 

@@ -106,15 +106,15 @@ def train(examples: "dict[str, Source]", quality: Quality, perplexity: Perplexit
 
 def _texts(examples: "dict[str, Source]", names: list[str], most: int, where: str) -> list[str]:
     from pipeline.data.cleaning.text_arrays import normalise
-    from pipeline.data.sources.csv_parquet import REPEATED
+    from pipeline.data.sources.csv_files import REPEATED
     from pipeline.data.sources.formats import Bad
     from pipeline.data.sources.records import read, text_of
-    from pipeline.data.sources.sources import asked_of
+    from pipeline.data.sources.sources import needed_fields
     from pipeline.data.sources.templates import MissingField
 
     found = []
     for name in names:
-        for item in read(examples[name], name, "examples", asked_of(examples[name])):
+        for item in read(examples[name], name, "examples", needed_fields(examples[name])):
             if isinstance(item, Bad):
                 if item.reason == REPEATED:  # a whole file
                     raise UserError(f"examples.{name}: {item.place}: {item.reason} ({item.raw})")

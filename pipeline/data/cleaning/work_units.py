@@ -15,9 +15,9 @@ from pipeline.core.files import write_atomic
 from pipeline.data.cleaning import unit_files
 from pipeline.data.dedup.minhash import Dedup
 from pipeline.data.sources import records as reading
-from pipeline.data.sources.byte_ranges import Range, load, pieces
-from pipeline.data.sources.formats import Asked, Bad, Chunk, Passed
-from pipeline.data.sources.sources import Source, asked_of
+from pipeline.data.sources.byte_ranges import Range, cut_source, read_piece
+from pipeline.data.sources.formats import Bad, Chunk, FieldNames, Skipped
+from pipeline.data.sources.sources import Source, needed_fields
 from pipeline.data.sources.templates import MissingField, render
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
@@ -61,16 +61,16 @@ OUTCOME = (
 BATCH_CHARACTERS = 1 << 18
 
 
-def asked(source: Source, dedup: Dedup, block: "Block") -> frozenset[str]:
+def fields_needed(source: Source, dedup: Dedup, block: "Block") -> frozenset[str]:
     """Fields that cleaning looks up in the records of a source."""
-    return asked_of(source, dedup.url, block.url if block.urls else None)
+    return needed_fields(source, dedup.url, block.url if block.urls else None)
 
 
-def cut(source: Source, name: str, size: int, asked: Asked = None) -> Iterator[list[Range | Chunk]]:
+def cut(source: Source, name: str, size: int, needed: FieldNames = None) -> Iterator[list[Range | Chunk]]:
     """Pieces together up to `size` bytes: big files are cut, small ones joined. A part of a file that is not its first
     is a unit of its own, so that all its lines are counted from one place."""
     unit, weight = [], 0
-    for piece in pieces(source, name, size, asked):
+    for piece in cut_source(source, name, size, needed):
         if unit and (weight + piece.weight > size or unit[-1].continued):
             yield unit
             unit, weight = [], 0
@@ -89,7 +89,7 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
 
     rows, raw, chunks, lines = [], [], [], 0
     for piece in unit:
-        found, number = load(piece, source, name, asked(source, steps.dedup, steps.block))
+        found, number = read_piece(piece, source, name, fields_needed(source, steps.dedup, steps.block))
         chunks, lines = chunks + found, lines + number
     for item in (item for chunk in chunks for item in reading.parse(chunk)):
         row: dict[str, Any] = dict.fromkeys(OUTCOME)
@@ -98,11 +98,11 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
         if isinstance(item, Bad):
             row.update(status="bad", reason=item.reason, excerpt=excerpt(_valid(item.raw), steps.mask), lost=item.lost)
             continue
-        if isinstance(item, Passed):
+        if isinstance(item, Skipped):
             row.update(status="not selected", reason=item.reason)
             continue
         row["id"] = item.id
-        if left_out := reading.deselected(source, item):
+        if left_out := reading.deselected_by(source, item):
             row.update(status="not selected", reason=left_out)
             continue
         row["counted"] = 1
@@ -123,8 +123,8 @@ def clean_unit(unit: list[Range | Chunk], source: Source, name: str, steps: "Ste
             row["address"] = address_of(steps.dedup.url, item)
             row["url"] = url_of(steps.block.url, item) if steps.block.urls else None  # for the block list; not stored
             row["changed"] = item.changed
-            if item.shown:
-                row.update(shown=item.shown.page, extracted=item.shown.text)
+            if item.visible:
+                row.update(shown=item.visible.page, extracted=item.visible.text)
             raw.append((row, text))
     while raw:
         size = number = 0

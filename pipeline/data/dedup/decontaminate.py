@@ -17,10 +17,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.plural import many
 from pipeline.core.recipe import Name, Strict
-from pipeline.data.sources.csv_parquet import REPEATED
+from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import read, text_of
-from pipeline.data.sources.sources import Source, asked_of
+from pipeline.data.sources.sources import Source, needed_fields
 from pipeline.data.sources.templates import MissingField
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def build(wanted: Decontaminate) -> tuple[Runs, dict[str, dict[str, int]]]:
     hashes, places, report, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], {}, set()
     for number, (name, source) in enumerate(wanted.sets.items()):
         texts, bad = [], 0
-        for record in read(source, name, "decontaminate.sets", asked_of(source)):
+        for record in read(source, name, "decontaminate.sets", needed_fields(source)):
             if (
                 isinstance(record, Bad) and record.reason == REPEATED
             ):  # a whole file that nothing would be compared with

@@ -1,9 +1,9 @@
 """Arrow's values as Python's. Arrow holds values that Python has no type for (nanoseconds, the year 0 or 12000, time
-zones that this machine does not know): they cost the record only if somebody asks for them.
+zones unknown to this machine): a record with one is bad only if that field is needed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.data.sources.templates import look_up
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands in a record for a value that has no form in Python."""
+    """In a record, in place of a value that Python cannot represent."""
 
     type: str
     raw: str
@@ -27,8 +27,9 @@ class Unreadable:
 
 
 @contextmanager
-def opened_table(path: Path) -> Iterator:
-    """A pyarrow.parquet.ParquetFile. By bytes, because pyarrow takes names that are not UTF-8 in no other way."""
+def open_parquet(path: Path) -> Iterator:
+    """A pyarrow.parquet.ParquetFile. The path is passed as bytes: pyarrow takes names that are not UTF-8 in no other
+    way."""
     import pyarrow
     import pyarrow.parquet
 
@@ -36,41 +37,46 @@ def opened_table(path: Path) -> Iterator:
         yield opened
 
 
-def damage() -> tuple[type[Exception], ...]:
-    """What Arrow raises for a file that is damaged."""
+def damage_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that Arrow raises for a damaged file."""
     import pyarrow
 
     return pyarrow.ArrowException, OSError, UnicodeDecodeError  # the last: a column's name
 
 
-def repeated(names: list[str]) -> str | None:
-    """The first name that stands there twice. Columns without a name may be many: nothing can ask for them."""
-    return next((name for place, name in enumerate(names) if name.strip() and name in names[:place]), None)
+def first_duplicate(names: list[str]) -> str | None:
+    """The first name that occurs twice. Columns without a name may be many, because no template can refer to them."""
+    seen = set()
+    for name in names:
+        if name.strip() and name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:EXCERPT] or type(error).__name__
 
 
-def rows(chunk: Chunk) -> Iterator[tuple[int, dict | Bad]]:
-    """(row, record) of a chunk of kind `table`. Bad is a record with text that is not UTF-8, or in which a field of
-    `chunk.asked` holds what Python cannot hold."""
+def table_rows(chunk: Chunk) -> Iterator[tuple[int, dict | Bad]]:
+    """(row, record) of a chunk of kind `table`. A record with text that is not UTF-8, or whose value of a field in
+    `chunk.needed` Python cannot represent, is Bad."""
     table = _in_microseconds(chunk.data)
     try:
         yield from enumerate(table.to_pylist(), chunk.first)
         return
     except MemoryError:
         raise
-    except Exception:  # ValueError, OverflowError, Arrow's and those of the time zones' library, by type and value
-        columns = [_values(column) for column in table.columns]
+    except Exception:  # ValueError, OverflowError, Arrow's and those of the time zone library, by type and value
+        columns = [_column_values(column) for column in table.columns]
     for row in range(table.num_rows):
         number = chunk.first + row
         record = {name: values[row] for name, values in zip(table.column_names, columns, strict=True)}
-        yield number, _judged(record, f"{chunk.file}:{number}", chunk.asked or ())
+        yield number, _record_or_bad(record, f"{chunk.file}:{number}", chunk.needed or ())
 
 
-def _values(column) -> list:
-    """The values of a column; Unreadable for one that has no form in Python, UnicodeDecodeError for damaged text."""
+def _column_values(column) -> list:
+    """The values of a column, with Unreadable or UnicodeDecodeError in place of those that cannot be read."""
     try:
         return column.to_pylist()
     except MemoryError:
@@ -80,7 +86,7 @@ def _values(column) -> list:
 
 
 def _value(scalar) -> Any:
-    """A value with what is unreadable in it replaced, however deep it is."""
+    """A value in which everything unreadable is replaced, at any depth."""
     import pyarrow
 
     try:
@@ -91,7 +97,7 @@ def _value(scalar) -> Any:
         return error
     except Exception as error:  # as above
         kind = scalar.type
-        if pyarrow.types.is_struct(kind) and not repeated([field.name for field in kind]):
+        if pyarrow.types.is_struct(kind) and not first_duplicate([field.name for field in kind]):
             return {name: _value(part) for name, part in scalar.items()}
         if isinstance(scalar, pyarrow.ListScalar) and not pyarrow.types.is_map(kind):
             return [_value(item) for item in scalar.values]
@@ -99,42 +105,43 @@ def _value(scalar) -> Any:
         return Unreadable(str(kind), raw, first_line(error))
 
 
-def _judged(record: dict, place: str, asked) -> dict | Bad:
-    for error in _found(record, UnicodeDecodeError):
+def _record_or_bad(record: dict, place: str, needed: Iterable[str]) -> dict | Bad:
+    for error in _instances(record, UnicodeDecodeError):
         return Bad(place, "invalid UTF-8", error.object[:EXCERPT].decode(errors="backslashreplace"))
-    for field in sorted(asked):
+    for field in sorted(needed):
         try:
             value = look_up(record, field)
         except KeyError:
             continue
-        for wrong in _found(value, Unreadable):
-            return Bad(place, "value that cannot be read", f"{field}: {wrong} ({wrong.why})"[:EXCERPT])
+        for unreadable in _instances(value, Unreadable):
+            excerpt = f"{field}: {unreadable} ({unreadable.why})"[:EXCERPT]
+            return Bad(place, "value that cannot be read", excerpt)
     return record
 
 
-def _found(value: Any, kind: type) -> Iterator[Any]:
+def _instances(value: Any, kind: type) -> Iterator[Any]:
     if isinstance(value, kind):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _found(item, kind)
+            yield from _instances(item, kind)
     elif isinstance(value, list):
         for item in value:
-            yield from _found(item, kind)
+            yield from _instances(item, kind)
 
 
 def _in_microseconds(table):
-    """What has nanoseconds, without them: Python's types have none, and pyarrow would make it pandas's types where
-    pandas is installed, and an error elsewhere."""
+    """The table with nanoseconds cut to microseconds: Python's types have no nanoseconds, and pyarrow would return
+    pandas's types where pandas is installed, and an error elsewhere."""
     import pyarrow
 
-    for at, field in enumerate(table.schema):
-        fits = _without_nanoseconds(field.type)
-        if fits != field.type:
+    for index, field in enumerate(table.schema):
+        type_ = _without_nanoseconds(field.type)
+        if type_ != field.type:
             try:
-                table = table.set_column(at, field.name, table.column(at).cast(fits, safe=False))
+                table = table.set_column(index, field.name, table.column(index).cast(type_, safe=False))
             except pyarrow.ArrowNotImplementedError:
-                continue  # some nested types; _values takes such a value alone
+                continue  # some nested types; _column_values handles their values one by one
     return table
 
 

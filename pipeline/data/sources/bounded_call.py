@@ -1,9 +1,9 @@
-"""Functions of libraries that read foreign pages, with a bound on time and memory.
+"""Calls of library functions on untrusted pages, with a bound on time and memory.
 
-    text = call(text_of_html, page, extract, seconds=10)      # raises OutOfBounds
+    text = call(extract_text, page, extract, seconds=10)      # raises OutOfBounds
 
-No code in C can be interrupted from within its process, so the function runs in another one, which is kept for the next
-call. Time is that of the processor: how busy the machine is makes no difference.
+Code in C cannot be interrupted from within its process, so the function runs in another process, which is kept for the
+next call. Time is CPU time: how busy the machine is makes no difference.
 """
 
 import atexit
@@ -32,12 +32,12 @@ class OutOfBounds(Exception):
 
 
 class _Helper:
-    """The process that makes the calls, of this process (not of one that was forked from it)."""
+    """The process that makes the calls. Only the process that started it may use it, not one forked from that."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            # so that it finds the modules that are found here, wherever the command was started
+            # so that it imports the same modules, wherever the command was started
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             self.process = subprocess.Popen(
                 [
@@ -74,8 +74,8 @@ atexit.register(_close)
 
 
 def call(function: Callable, *arguments: Any, seconds: float) -> Any:
-    """What a function of a module returns. Raises UserError if it does, and OutOfBounds with a reason. A process that
-    was ended from outside is started again, once."""
+    """The result of a module-level function. Raises UserError if the function does, and OutOfBounds with a reason. If
+    the helper process was ended from outside, it is started again, once."""
     global _helper
     task = pickle.dumps((function.__module__, function.__name__, arguments, seconds))
     for attempt in range(2):
@@ -90,7 +90,8 @@ def call(function: Callable, *arguments: Any, seconds: float) -> Any:
             _helper = None
             if code == -signal.SIGXCPU:
                 raise OutOfBounds("takes too much time") from None
-            if attempt or code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
+            has_crashed = code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+            if attempt or has_crashed:
                 raise OutOfBounds("fails") from None
             continue
         if kind == "error":
@@ -98,11 +99,11 @@ def call(function: Callable, *arguments: Any, seconds: float) -> Any:
         return result
 
 
-# ---- in the other process --------------------------------------------------------------------------------------------
+# ---- in the helper process -------------------------------------------------------------------------------------------
 
 
 def serve(descriptor: int) -> None:
-    """Make the calls of the process that has the other end."""
+    """Make the calls that the process at the other end of the socket asks for."""
     if sys.platform == "linux":  # ends with its parent, also in the middle of a call
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -115,9 +116,9 @@ def serve(descriptor: int) -> None:
             module, name, arguments, seconds = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        # SIGXCPU, which ends the process whatever it is in
-        most = math.ceil(time.process_time() + seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        # beyond it SIGXCPU ends the process, even within C code
+        limit = math.ceil(time.process_time() + seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         connection.send_bytes(pickle.dumps(_answer(module, name, arguments)))
 
 
@@ -128,5 +129,5 @@ def _answer(module: str, name: str, arguments: tuple) -> tuple[str, Any]:
         return "error", error
     except MemoryError:
         return "error", OutOfBounds("takes too much memory")
-    except Exception as error:  # whatever a library raises on a page is said of the page, and ends no stage
+    except Exception as error:  # whatever a library raises makes the page a bad record and does not end the stage
         return "error", OutOfBounds(f"fails ({type(error).__name__})")

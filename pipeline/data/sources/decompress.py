@@ -1,12 +1,12 @@
-"""Compressed data, unpacked in steps of bounded size: files, whose damage costs the member that it is in and no other,
-and the bodies of HTTP responses.
+"""Compressed data, decompressed in steps of bounded size, and compressed files, in which damage costs only the gzip
+member or zstd frame that contains it.
 
-A few hundred kilobytes can unpack to gigabytes, so nothing here asks for all that some input gives.
+A few hundred kilobytes can decompress to gigabytes, so nothing here asks for the complete output of some input.
 """
 
 import io
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,15 +14,15 @@ from typing import Protocol
 from pipeline.core.errors import UserError
 
 STEP = 1 << 20  # bytes of output at a time
-SHORT = 1 << 16  # bytes of a member that is not used before its checksum is known to be right
-SLICE = 1 << 14  # bytes of a file that are unpacked at a time: of a slice with damage in it nothing is read
+SHORT = 1 << 16  # bytes of a member that is not used before its checksum has been verified
+SLICE = 1 << 14  # bytes of a file that are decompressed at a time: nothing is read of a slice that contains damage
 # zstd has no bound on output; a block of 4 bytes gives at most 128 KiB (RFC 8878, 3.1.1.2), so these give 16 MiB.
 ZSTD_INPUT = 512
-# A frame may ask for a window of 2 GiB, which takes as much memory as it has been filled. A larger window than the zstd
-# program allows without --long may be filled only by a file that has a sixteenth of it.
+# A frame may ask for a window of 2 GiB, which takes as much memory as has been filled of it. A window that is larger
+# than the zstd program allows without --long may only be filled by a file that has a sixteenth of that size.
 ZSTD_WINDOW, ZSTD_RATIO = 1 << 27, 16
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
-# How far behind the end of a damaged member its decoder may have read before it saw that something is wrong.
+# How far after the damage a decoder may have read before it reports an error.
 OVERRUN = 1 << 16
 
 
@@ -31,16 +31,16 @@ class Unreadable(Exception):
 
 
 class Mismatch(Unreadable):
-    """Data that could be unpacked, and is not what was packed."""
+    """Data that could be decompressed but does not match its checksum."""
 
 
 class TooLong(Exception):
-    """It unpacks to more than was allowed."""
+    """The output is longer than was allowed."""
 
 
-class Unpacker(Protocol):
-    """One member: `feed` gives the output of some input, at most 16 MiB at a time, and raises Unreadable; behind the
-    end, `eof` is true and `unused` the rest of the input."""
+class Decompressor(Protocol):
+    """One member: `feed` yields the output of some input, at most 16 MiB at a time, and raises Unreadable. After the
+    end of the member `eof` is true and `unused` is the rest of the input."""
 
     eof: bool
     unused: bytes
@@ -57,56 +57,56 @@ class Zlib:
     def feed(self, raw: bytes) -> Iterator[bytes]:
         while True:
             try:
-                found = self._member.decompress(raw, STEP)
+                output = self._member.decompress(raw, STEP)
             except zlib.error as error:
-                kind = Mismatch if "incorrect" in str(error) and "check" in str(error) else Unreadable
-                raise kind("damaged") from None
+                is_mismatch = "incorrect" in str(error) and "check" in str(error)
+                raise (Mismatch if is_mismatch else Unreadable)("damaged") from None
             raw = self._member.unconsumed_tail
             self.eof, self.unused = self._member.eof, self._member.unused_data
-            yield found
-            if self.eof or not raw and len(found) < STEP:
+            yield output
+            if self.eof or (not raw and len(output) < STEP):
                 return
 
 
 class Zstd:
-    """A frame of zstd. Raises TooLong where one with a large window gives more than `most` bytes."""
+    """A frame of zstd. Raises TooLong if the frame has a large window and its output more than `most` bytes."""
 
     def __init__(self, most: int = ZSTD_WINDOW):
         import zstandard
 
         self._zstd, self._most = zstandard, most
         self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        self._left: int | None = None
+        self._bytes_left: int | None = None
         self._begun, self.eof, self.unused = False, False, b""
 
     def feed(self, raw: bytes) -> Iterator[bytes]:
         if not self._begun:
             self._begun = True
-            self._left = self._most if self._window(raw) > ZSTD_WINDOW else None
-        parts = []
+            self._bytes_left = self._most if self._window(raw) > ZSTD_WINDOW else None
+        outputs = []
         for at in range(0, len(raw), ZSTD_INPUT):
             try:
-                parts.append(self._frame.decompress(raw[at : at + ZSTD_INPUT]))
+                outputs.append(self._frame.decompress(raw[at : at + ZSTD_INPUT]))
             except self._zstd.ZstdError as error:
-                yield b"".join(parts)
+                yield b"".join(outputs)
                 raise (Mismatch if "checksum" in str(error) else Unreadable)("damaged") from None
-            if self._left is not None:
-                self._left -= len(parts[-1])
-                if self._left < 0:
+            if self._bytes_left is not None:
+                self._bytes_left -= len(outputs[-1])
+                if self._bytes_left < 0:
                     raise TooLong
-            if sum(map(len, parts)) >= STEP:
-                yield b"".join(parts)
-                parts = []
+            if sum(map(len, outputs)) >= STEP:
+                yield b"".join(outputs)
+                outputs = []
             self.eof = self._frame.eof
             if self.eof:
                 self.unused = self._frame.unused_data + raw[at + ZSTD_INPUT :]
                 break
-        yield b"".join(parts)
+        yield b"".join(outputs)
 
     def _window(self, raw: bytes) -> int:
         try:
             return self._zstd.get_frame_parameters(raw[:18]).window_size
-        except self._zstd.ZstdError:  # not the head of a frame, as will be seen
+        except self._zstd.ZstdError:  # not the head of a frame; decompressing it will fail
             return 0
 
 
@@ -126,11 +126,11 @@ class Brotli:
     def feed(self, raw: bytes) -> Iterator[bytes]:
         while True:
             try:
-                found = self._stream.process(raw, output_buffer_limit=STEP)
+                output = self._stream.process(raw, output_buffer_limit=STEP)
             except self._error:
                 raise Unreadable("damaged") from None
             raw, self.eof = b"", self._stream.is_finished()
-            yield found
+            yield output
             if self.eof or self._stream.can_accept_more_data():
                 return
 
@@ -140,8 +140,8 @@ class Brotli:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Where a file could not be unpacked: `lost` of its bytes, from `begin` on. `aligned`: what follows begins a line,
-    as far as the other members show."""
+    """Where a file could not be decompressed: `lost` of its bytes, from offset `begin` on. `aligned`: the data after
+    the gap begins a line, as far as the other members show."""
 
     reason: str
     begin: int
@@ -149,16 +149,16 @@ class Gap:
     aligned: bool
 
 
-def parts_of(path: Path) -> Iterator[bytes | Gap]:
-    """A file in .gz or .zst unpacked in blocks of at most 16 MiB. Behind damage reading resumes at the next member, or
-    frame, that can be unpacked."""
+def read_parts(path: Path) -> Iterator[bytes | Gap]:
+    """A .gz or .zst file, decompressed in blocks of at most 16 MiB. After damage reading resumes at the next member, or
+    frame, that can be decompressed."""
     with open(path, "rb") as handle:
         yield from _Members(handle, path.suffix).parts()
 
 
 @dataclass
-class _Broken(Exception):
-    """A member that cannot be unpacked from byte `at` of the file on."""
+class _DamagedMember(Exception):
+    """A member that cannot be decompressed from byte `at` of the file on."""
 
     why: str
     at: int
@@ -171,23 +171,23 @@ class _Members:
         self.handle, self.suffix = handle, suffix
         self.size = handle.seek(0, io.SEEK_END)
         self.magic = GZIP_MAGIC if suffix == ".gz" else ZSTD_MAGIC
-        self.aligned = True  # whether all members end with a newline
+        self.aligned = True  # whether all members so far end with a newline
 
     def parts(self) -> Iterator[bytes | Gap]:
         at = 0
-        while (at := self._past_padding(at)) < self.size:
+        while (at := self._after_padding(at)) < self.size:
             try:
                 at = yield from self._member(at)
-            except _Broken as broken:
-                begin = broken.at
+            except _DamagedMember as damaged:
+                begin = damaged.at
                 after = self._next_member(max(at + 1, begin - OVERRUN), begin)
-                if after <= begin:  # what was unpacked of the member is the garbage that the next one seems to be in it
+                if after <= begin:  # the last output was garbage: it came from the beginning of the next member
                     begin = at
-                yield Gap(broken.why, begin, after - begin, self.aligned)
+                yield Gap(damaged.why, begin, after - begin, self.aligned)
                 at = after
 
-    def _past_padding(self, at: int) -> int:
-        """Where the zeros end that may stand between members (gzip -t allows them)."""
+    def _after_padding(self, at: int) -> int:
+        """Offset after the zeros that may separate members (gzip -t allows them)."""
         self.handle.seek(at)
         while block := self.handle.read(SLICE):
             if rest := block.lstrip(b"\0"):
@@ -196,17 +196,18 @@ class _Members:
         return at
 
     def _member(self, begin: int) -> Generator[bytes, None, int]:
-        """What a member unpacks to; returns where it ends. A short one is given when its checksum is right."""
+        """Yields the output of a member, of a short one only after its checksum has been verified. Returns the offset
+        of its end."""
         member = Zlib(31) if self.suffix == ".gz" else Zstd(max(ZSTD_WINDOW, ZSTD_RATIO * self.size))
         self.handle.seek(begin)
-        held, short, at, last = [], True, begin, b""
+        held, is_short, at, last_byte = [], True, begin, b""
         try:
             while raw := self.handle.read(SLICE):
-                for piece in member.feed(raw):
-                    last = piece[-1:] or last
-                    held.append(piece)
-                    short = short and sum(map(len, held)) <= SHORT
-                    if not short:
+                for output in member.feed(raw):
+                    last_byte = output[-1:] or last_byte
+                    held.append(output)
+                    is_short = is_short and sum(map(len, held)) <= SHORT
+                    if not is_short:
                         yield from held
                         held = []
                 at += len(raw)
@@ -215,87 +216,44 @@ class _Members:
             if not member.eof:
                 raise Unreadable("truncated")
         except Mismatch as error:
-            raise _Broken(f"{error} {self.suffix} data", begin if short else at) from None
+            raise _DamagedMember(f"{error} {self.suffix} data", begin if is_short else at) from None
         except Unreadable as error:
             yield from held
-            raise _Broken(f"{error} {self.suffix} data", at) from None
+            raise _DamagedMember(f"{error} {self.suffix} data", at) from None
         except TooLong:
-            raise _Broken(f"{self.suffix} data that needs too much memory", at) from None
+            raise _DamagedMember(f"{self.suffix} data that needs too much memory", at) from None
         yield from held
-        self.aligned = self.aligned and last == b"\n"
+        self.aligned = self.aligned and last_byte == b"\n"
         return at - len(member.unused)
 
-    def _next_member(self, at: int, sure: int) -> int:
-        """Where the next member begins that can be unpacked; the end of the file if there is none. Before `sure` it
-        must be whole, for the bytes may be those of a member that has been unpacked."""
+    def _next_member(self, at: int, certain: int) -> int:
+        """Offset of the next member that can be decompressed; the end of the file if there is none. Before `certain`
+        the member must be complete, because its bytes may belong to a member that has been decompressed."""
         while at < self.size:
             self.handle.seek(at)
             block = self.handle.read(STEP + len(self.magic) - 1)
-            found = block.find(self.magic)
-            if found < 0:
+            offset = block.find(self.magic)
+            if offset < 0:
                 at += STEP
                 continue
-            at += found
-            if self._can_be_unpacked(at, at < sure):
+            at += offset
+            if self._can_be_decompressed(at, must_be_complete=at < certain):
                 return at
             at += 1
         return self.size
 
-    def _can_be_unpacked(self, at: int, whole: bool) -> bool:
-        """Tried on the first megabyte. Sees whether it ends a line, too."""
+    def _can_be_decompressed(self, at: int, must_be_complete: bool) -> bool:
+        """Tries the first megabyte, and notes whether the member ends a line."""
         member = Zlib(31) if self.suffix == ".gz" else Zstd()
         self.handle.seek(at)
-        size, last = 0, b""
+        size, last_byte = 0, b""
         try:
             while size < STEP and not member.eof and (raw := self.handle.read(SLICE)):
-                for piece in member.feed(raw):
-                    size += len(piece)
-                    last = piece[-1:] or last
+                for output in member.feed(raw):
+                    size += len(output)
+                    last_byte = output[-1:] or last_byte
         except (Unreadable, TooLong):
             return False
         if member.eof and size:
-            self.aligned = self.aligned and last == b"\n"
-        return size > 0 and (member.eof or not whole)
-
-
-# ---- HTTP ------------------------------------------------------------------------------------------------------------
-
-# Ways to read a content coding (RFC 9110, 8.4.1; RFC 8878, 7.1; RFC 7932), the first that fits. Servers send raw
-# deflate, too, where the standard means zlib.
-CODINGS: dict[str, tuple[Callable[[], Unpacker], ...]] = {
-    "gzip": (lambda: Zlib(31),),
-    "deflate": (lambda: Zlib(15), lambda: Zlib(-15), lambda: Zlib(31)),
-    "br": (Brotli,),
-    "zstd": (Zstd,),
-}
-CODINGS |= {"x-gzip": CODINGS["gzip"]}
-
-
-def unpacked(raw: bytes, coding: str, most: int, partial: bool = False) -> bytes:
-    """A body in one of CODINGS; with `partial`, what is there of one that is cut. Raises Unreadable, and TooLong if it
-    has more than `most` bytes."""
-    first = None
-    for way in CODINGS[coding]:
-        try:
-            return _members(raw, way, most, partial)
-        except Unreadable as error:
-            first = first or error
-    raise first
-
-
-def _members(raw: bytes, make: Callable[[], Unpacker], most: int, partial: bool) -> bytes:
-    """All members. What follows the last one is no part of the body, as for gzip and for browsers."""
-    found = bytearray()
-    while True:
-        member = make()
-        for piece in member.feed(raw):
-            found += piece
-            if len(found) > most:
-                raise TooLong
-        if not member.eof:
-            if partial:
-                return bytes(found)
-            raise Unreadable("truncated")
-        raw = member.unused.lstrip(b"\0")
-        if not raw.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
-            return bytes(found)
+            self.aligned = self.aligned and last_byte == b"\n"
+        return size > 0 and (member.eof or not must_be_complete)

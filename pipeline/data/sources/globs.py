@@ -1,4 +1,4 @@
-"""The files that a path or a pattern of a recipe means: each once, and nothing left out without a word."""
+"""The files that a path or a pattern of a recipe means: each once, and an error for those that cannot be read."""
 
 import fnmatch
 import glob
@@ -14,8 +14,8 @@ KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a dev
 
 def find(pattern: str, where: str, example: str = "*.jsonl") -> list[tuple[str, Path]]:
     """(name, path) of the file at a path, or of those that match a pattern (`**` for any folders), sorted by name. A
-    file that several links lead to comes once, and a link back to a folder above is not followed. Raises UserError,
-    which begins with `where`, for what is not there or cannot be read: also one of many matches."""
+    file with several links to it is listed once, and a link back to a folder above is not followed. Raises UserError,
+    which begins with `where`, for anything that is missing or cannot be read, even one of many matches."""
     path = Path(pattern).expanduser()
     mode = _mode(str(path), where)
     if mode is None and glob.has_magic(str(path)):
@@ -34,33 +34,34 @@ def _matches(pattern: str, path: Path, where: str) -> list[tuple[str, Path]]:
     while not glob.has_magic(path.parts[plain]):
         plain += 1
     root, parts = Path(*path.parts[:plain]), path.parts[plain:]
-    found, folders = {}, []
+    files, folders = {}, []
     for match in _walk(str(root), parts, (_identity(str(root)),), where):
         mode = _mode(match, where)
         if mode is not None and stat.S_ISDIR(mode):
             folders.append(match)
         elif mode is not None:
             _check(match, mode, where)
-            found[Path(match).relative_to(root).as_posix()] = match
+            files[Path(match).relative_to(root).as_posix()] = match
     for folder in folders:
-        # `*` matches folders anyhow, but one named x.parquet is meant to hold data
-        if parts[-1].strip("*") and not any(match.startswith(folder + os.sep) for match in found.values()):
+        # `*` always matches folders, but one named x.parquet is meant to hold data
+        if parts[-1].strip("*") and not any(match.startswith(folder + os.sep) for match in files.values()):
             raise UserError(
                 f"{where}: {pattern} matches {folder}, which is a folder, so none of its files would be read; give"
-                f" {folder}/* too, or a pattern that leaves it out"
+                f" {folder}/* too, or a pattern that does not match it"
             )
-    if not found:
+    if not files:
         raise Absent(f"{where}: no file matches {pattern} (in {'/' if path.is_absolute() else Path.cwd()})")
-    real = {name: os.path.realpath(match) for name, match in found.items()}
-    first: dict[str, str] = {}
-    for name in sorted(found, key=lambda name: (real[name] != os.path.abspath(found[name]), name)):
-        first.setdefault(real[name], name)  # by its own name rather than by that of a link
-    return [(name, root / name) for name in sorted(first.values())]
+    real_paths = {name: os.path.realpath(match) for name, match in files.items()}
+    links = {name for name, match in files.items() if real_paths[name] != os.path.abspath(match)}
+    names: dict[str, str] = {}  # by real path; a file's own name is preferred to that of a link
+    for name in [*sorted(files.keys() - links), *sorted(links)]:
+        names.setdefault(real_paths[name], name)
+    return [(name, root / name) for name in sorted(names.values())]
 
 
 def _walk(folder: str, parts: tuple[str, ...], above: tuple, where: str) -> Iterator[str]:
-    """What matches in a folder, as glob.glob(recursive=True) has it, but without walking in circles. `above`: the
-    folders that it is in, and itself."""
+    """The matches in a folder, as of glob.glob(recursive=True), but without following links in circles. `above`: the
+    folder and those that it is in."""
     head, rest = parts[0], parts[1:]
     if not glob.has_magic(head):
         child = os.path.join(folder, head)
@@ -83,7 +84,7 @@ def _walk(folder: str, parts: tuple[str, ...], above: tuple, where: str) -> Iter
         if not following:
             continue
         if os.path.islink(child) and not os.path.exists(child) and not Path(name).suffix:
-            raise _dangling(child, where)  # for all we know to a folder of data, on a disk that is not mounted
+            raise _dangling(child, where)  # perhaps to a folder of data, on a disk that is not mounted
         if os.path.isdir(child) and (identity := _identity(child)) not in above:
             yield from _walk(child, following, (*above, identity), where)
 
@@ -106,7 +107,7 @@ def _identity(folder: str) -> tuple[int, int] | None:
 
 
 def _mode(path: str, where: str) -> int | None:
-    """What is at a path; None: nothing."""
+    """st_mode of what is at a path; None: nothing."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -114,20 +115,20 @@ def _mode(path: str, where: str) -> int | None:
             raise _dangling(path, where) from None
         return None
     except ValueError as error:
-        raise UserError(f"{where}: {path!r} is no path: {error}") from None
+        raise UserError(f"{where}: {path!r} is not a path: {error}") from None
     except OSError as error:
         raise UserError(f"{where}: {path} cannot be read: {error.strerror}") from None
 
 
 def _dangling(path: str, where: str) -> Absent:
     return Absent(
-        f"{where}: {path} is a link to {os.readlink(path)}, which does not exist; restore that, or remove the link"
+        f"{where}: {path} is a link to {os.readlink(path)}, which does not exist; restore the target or remove the link"
     )
 
 
 def _check(path: str, mode: int, where: str) -> None:
     if not stat.S_ISREG(mode):
-        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        kind = KINDS.get(stat.S_IFMT(mode), "not a regular file")
         raise UserError(f"{where}: {path} is {kind}; a source is read several times, so give a file")
     if not os.access(path, os.R_OK):
         raise UserError(f"{where}: {path} cannot be read: permission denied")

@@ -1,18 +1,17 @@
-"""HTML as text that keeps its structure: what a page says without what leads through the site, headings, tables and
-code written as in Markdown.
+"""HTML as text that keeps its structure: the page without navigation, with headings, tables and code as in Markdown.
 
-Resiliparse's main content leaves out whole sections of documentation (docs/log.md, Correctness 23). Here nothing is
-left out but elements that HTML, ARIA and the generators of documentation name as navigation; text comes out by the
-same library, so that blocks, lists and white space are as in the other modes.
+Resiliparse's main content drops entire sections of documentation (docs/log.md, Correctness 23). Here only elements
+that HTML, ARIA and documentation generators name as navigation are dropped; the text is extracted by the same library,
+so that blocks, lists and white space are as in the other modes.
 """
 
 import re
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # an optional dependency
     from resiliparse.parse.html import DOMNode, HTMLTree
 
-_INSIDE = ("article", "main", "section", "[role=main]", "blockquote")  # whose own head and foot belong to the text
+_INSIDE = ("article", "main", "section", "[role=main]", "blockquote")  # their own header and footer belong to the text
 NAVIGATION = [
     *("nav", "[role=navigation]", "[role=search]", "[role=contentinfo]", "[role=menubar]", "[role=menu]"),
     *("button", "select", "dialog", "template"),
@@ -23,17 +22,17 @@ NAVIGATION = [
     *(".skip-nav", ".top-nav", ".sub-nav", ".bottom-nav", ".topNav", ".subNav", ".bottomNav", ".fixedNav"),
     *(".navheader", ".navfooter", ".docnav", ".nav-panel", "#nav-path", "#side-nav", ".md-sidebar", ".md-header"),
     *(".theme-doc-toc-mobile", ".breadcrumb", ".breadcrumbs", ".pagination", ".edit-this-page"),
-    # what pages without these elements call them
+    # the same by the usual ids and classes
     *("#sidebar", "#footer", "#navigation", "#nav", "#navbar", "#menu", "#breadcrumbs", ".navbar", ".footer"),
     *(".site-footer", ".site-header", ".cookie-banner", ".sr-only", ".visually-hidden"),
 ]
-_NO_DATA = "table, ul, ol, dl, pre, blockquote, h1, h2, h3, h4, h5, h6, form, iframe"
-MAX_CELL = 500  # characters; a table with a longer cell is there for the layout of the page
+_LAYOUT = "table, ul, ol, dl, pre, blockquote, h1, h2, h3, h4, h5, h6, form, iframe"
+MAX_CELL = 500  # characters; a table with a longer cell only arranges the page
 _SPACE = re.compile(r"\s+")
 
 
-def mark(tree: "HTMLTree") -> None:
-    """Write Markdown's signs into a page: # before headings, a fence around preformatted text, | between cells."""
+def write_markdown(tree: "HTMLTree") -> None:
+    """Write Markdown into a page: # before headings, a fence around preformatted text, tables with |."""
     body = tree.body
     if body is None:
         return
@@ -49,18 +48,19 @@ def mark(tree: "HTMLTree") -> None:
             _replace(tree, block, f"{fence}\n{code}\n{fence}")
     for table in _all(body, "table"):
         if rows := _rows(table):
-            _replace(tree, table, _written(table, rows))
+            _replace(tree, table, _markdown_table(table, rows))
 
 
 def _all(node: "DOMNode", selector: str) -> "tuple[DOMNode, ...]":
-    """What a selector finds. A slice, for a step of an iteration over the result looks for all of it again."""
-    found = node.query_selector_all(selector)
-    return found[0 : len(found)]
+    """The elements that a selector matches. A slice, because each step of an iteration over the result would evaluate
+    the selector again."""
+    elements = node.query_selector_all(selector)
+    return elements[0 : len(elements)]
 
 
 def _rows(table: "DOMNode") -> list[list[str]] | None:
-    """The cells of a table of data, each on one line; None if it is there for the layout of a page."""
-    if table.query_selector(_NO_DATA):
+    """The cells of a table of data, each on one line; None for a table that only arranges the page."""
+    if table.query_selector(_LAYOUT):
         return None
     rows = []
     for line in _all(table, "tr"):
@@ -72,25 +72,29 @@ def _rows(table: "DOMNode") -> list[list[str]] | None:
             if len(text) > MAX_CELL:
                 return None
             span = cell.getattr("colspan") or ""
-            row += [text.replace("|", "\\|")] + [""] * (min(int(span), 20) - 1 if span.isdecimal() else 0)
+            row.append(text.replace("|", "\\|"))
+            if span.isdecimal():
+                row += [""] * (min(int(span), 20) - 1)
         if any(row):
             rows.append(row)
     return rows if len(rows) > 1 and max(map(len, rows)) > 1 else None
 
 
-def _written(table: "DOMNode", rows: list[list[str]]) -> str:
-    """Markdown's table; the first row is its head, as Markdown knows no table without one."""
+def _markdown_table(table: "DOMNode", rows: list[list[str]]) -> str:
+    """The first row becomes the header, because Markdown has no table without one."""
     columns = max(map(len, rows))
     lines = ["| " + " | ".join(row + [""] * (columns - len(row))) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * columns)
     caption = table.query_selector("caption")
     title = _SPACE.sub(" ", caption.inner_text).strip() if caption else ""
-    return "\n".join(([title, ""] if title else []) + lines)
+    if title:
+        lines = [title, "", *lines]
+    return "\n".join(lines)
 
 
 def _replace(tree: "HTMLTree", node: "DOMNode", text: str) -> None:
-    """Write `text` as it is where a node stands. The newline before it keeps its first line from the indentation of a
-    list, which the others would not have."""
-    written = tree.create_element("pre")
-    written.append_child(tree.create_text_node(f"\n{text}\n"))
-    node.replace_with(written)
+    """Replace a node by preformatted text. The newline before it keeps the first line from getting the indentation of
+    a list, which the other lines would not get."""
+    block = tree.create_element("pre")
+    block.append_child(tree.create_text_node(f"\n{text}\n"))
+    node.replace_with(block)

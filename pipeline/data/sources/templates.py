@@ -18,55 +18,63 @@ def render(template: str, fields: dict, place: str = "", join: str = "\n") -> st
     and nothing is evaluated.
 
     Numbers are written as in JSON; a list of strings is written with `join` between them. Raises MissingField, or
-    UserError for a broken template.
+    UserError for an invalid template.
     """
-    pieces = []
-    for literal, field in pieces_of(template):
+    texts = []
+    for literal, field in parse_template(template):
         if field is None:
-            pieces.append(literal)
+            texts.append(literal)
             continue
         try:
             value = look_up(fields, field)
         except KeyError:
-            present = ", ".join(shown(name) for name in list(fields)[:20]) or "none"
+            names = ", ".join(shown(name) for name in list(fields)[:20]) or "none"
             raise MissingField(
-                f"{place or 'record'}: no field {field!r}, which the template {template!r} asks for; the record has"
-                f" {present}"
+                f"{place or 'record'}: no field {field!r}, which the template {template!r} needs; the record has"
+                f" {names}"
             ) from None
-        if isinstance(value, str):
-            pieces.append(value)
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            pieces.append(join.join(value))
-        elif isinstance(value, (bool, int, float)):
-            pieces.append(json.dumps(value))
-        else:
-            raise MissingField(
-                f"{place or 'record'}: field {field!r} holds {'nothing' if value is None else type(value).__name__},"
-                " expected text"
-            )
-    return "".join(pieces)
+        texts.append(_written(value, field, place, join))
+    return "".join(texts)
+
+
+def _written(value: Any, field: str, place: str, join: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return join.join(value)
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    content = "nothing" if value is None else type(value).__name__
+    raise MissingField(f"{place or 'record'}: field {field!r} holds {content}, expected text")
 
 
 @functools.lru_cache(256)
-def pieces_of(template: str) -> list[tuple[str, str | None]]:
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """The template in pieces: (literal text, None), or (as written, name of a field). Raises UserError."""
     pieces = []
     for token in re.findall(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+", template):
         if token in ("{", "}", "{}"):
             raise UserError(
-                f"the template {template!r} has a lone {token!r}; fields are written {{name}}, braces {{{{ and }}}}"
+                f"the template {template!r} has a lone {token!r}; write fields as {{name}}, braces as {{{{ and }}}}"
             )
-        pieces.append(
-            ({"{{": "{", "}}": "}"}.get(token, token), token[1:-1] if token[0] == "{" and token != "{{" else None)
-        )
+        if token in ("{{", "}}"):
+            pieces.append((token[0], None))
+        elif token[0] == "{":
+            pieces.append((token, token[1:-1]))
+        else:
+            pieces.append((token, None))
     return pieces
 
 
 def fields_of(template: str) -> set[str]:
     """The fields that a template, or the bare name of a field, looks up."""
-    return {field for _, field in pieces_of(template) if field is not None} if "{" in template else {template}
+    if "{" not in template:
+        return {template}
+    return {field for _, field in parse_template(template) if field is not None}
 
 
 def look_up(fields: Any, dotted: str) -> Any:
+    """The value of a field such as `meta.url` or `turns.0`; a field whose name has the dots wins. Raises KeyError."""
     if isinstance(fields, dict) and dotted in fields:
         return fields[dotted]
     for key in dotted.split("."):

@@ -1,4 +1,4 @@
-"""Text in other encodings than UTF-8: brought into UTF-8 on the way in, so that every format is read in one way."""
+"""Text in encodings other than UTF-8, converted to UTF-8 while it is read, so that every format has one reader."""
 
 import codecs
 import re
@@ -7,81 +7,91 @@ from typing import TypeVar
 
 Other = TypeVar("Other")
 
-# Codecs of Python that no text file is in.
-_NO_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"}
-# Behind half a character a decoder waits for the rest; where none comes, all that it waited for is an error, newlines
-# and lines behind them, too. So the end of a text would be read otherwise than its middle. Behind seven more newlines
-# no character is open: the longest, a composed one of euc_kr, has eight bytes.
-_CLOSED = b"\n" * 7
-KEPT_BYTES = re.compile("[\udc00-\udcff]")  # how text shows bytes that stand for no character: see _keep
-_KEPT = re.compile(rb"\xed([\xb0-\xb3])([\x80-\xbf])")
+# Codecs of Python that are not used for text files.
+_NOT_FOR_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"}
+# After half a character a decoder waits for the rest. If none comes, everything it waited for is an error, including
+# newlines and the lines after them, so the end of a text would be read differently from its middle. After seven more
+# newlines no character is open: the longest, a composed one in euc_kr, has eight bytes.
+_CLOSING_NEWLINES = b"\n" * 7
+INVALID_BYTES = re.compile("[\udc00-\udcff]")  # how decoded text holds bytes that are not a character
+_INVALID_BYTES_IN_UTF8 = re.compile(rb"\xed([\xb0-\xb3])([\x80-\xbf])")
 
 
 def known_encoding(name: str) -> str | None:
     """Python's own name of an encoding, None for UTF-8. Raises ValueError."""
     try:
-        "".encode(name)  # refuses what turns bytes into bytes (zlib, hex)
-        found = codecs.lookup(name).name
+        "".encode(name)  # refuses codecs from bytes to bytes (zlib, hex)
+        codec = codecs.lookup(name).name
     except (LookupError, ValueError):
-        found = ""
-    if not found or found in _NO_FILES:
+        codec = ""
+    if not codec or codec in _NOT_FOR_FILES:
         raise ValueError(
-            f"{name!r} is no encoding that Python knows; expected one such as gb18030, big5, utf-16, shift_jis, latin-1"
+            f"{name!r} is not an encoding that Python knows; expected one such as gb18030, big5, utf-16, shift_jis,"
+            " latin-1"
         )
-    return None if found in ("utf-8", "utf-8-sig") else found
+    return None if codec in ("utf-8", "utf-8-sig") else codec
 
 
-def _keep(error: UnicodeError) -> tuple[str, int]:
-    """Bytes that stand for no character become half surrogate pairs, which UTF-8 does not have: the record that they
-    are in, and no other, is then found to be invalid. (surrogateescape would leave bytes below 128 an error.)"""
+def _keep_invalid(error: UnicodeError) -> tuple[str, int]:
+    """Error handler: invalid bytes become lone surrogates, which UTF-8 cannot hold, so that only the record that
+    contains them turns out to be invalid. (surrogateescape does not accept bytes below 128.)"""
     assert isinstance(error, UnicodeDecodeError)
-    return spelled(error.object[error.start : error.end]), error.end
+    return as_invalid_bytes(error.object[error.start : error.end]), error.end
 
 
-def spelled(raw: bytes) -> str:
-    """Bytes as KEPT_BYTES."""
+def as_invalid_bytes(raw: bytes) -> str:
+    """Bytes as the characters that INVALID_BYTES matches."""
     return "".join(chr(0xDC00 + byte) for byte in raw)
 
 
-codecs.register_error("alma.keep", _keep)
+codecs.register_error("alma.keep", _keep_invalid)
 
 
-def transcoded(blocks: Iterator[bytes | Other], encoding: str) -> Iterator[bytes | Other]:
-    """The same text in UTF-8, but for bytes that stand for nothing. What is no bytes parts it, and is passed on."""
+def to_utf8_blocks(blocks: Iterator[bytes | Other], encoding: str) -> Iterator[bytes | Other]:
+    """The same text in UTF-8, invalid bytes excepted. Items that are not bytes separate texts and are passed on."""
     decoder = codecs.getincrementaldecoder(encoding)("alma.keep")
-    closed = _CLOSED if ends_lines_with_newlines(encoding) else b""
+    closing = _CLOSING_NEWLINES if ends_lines_with_newlines(encoding) else b""
     for block in blocks:
         if isinstance(block, bytes):
             yield decoder.decode(block).encode(errors="surrogatepass")
         else:
-            yield _without(decoder.decode(closed, True), closed)
+            yield _encode_without(decoder.decode(closing, True), closing)
             yield block
-    yield _without(decoder.decode(closed, True), closed)
+    yield _encode_without(decoder.decode(closing, True), closing)
 
 
-def utf8(raw: bytes, encoding: str | None) -> bytes:
-    """Whole lines of a file in an encoding that ends them with newlines, in UTF-8."""
-    return _without((raw + _CLOSED).decode(encoding, "alma.keep"), _CLOSED) if encoding else raw
+def to_utf8(raw: bytes, encoding: str | None) -> bytes:
+    """Complete lines of a file, in an encoding that ends lines with newline bytes, as UTF-8."""
+    if not encoding:
+        return raw
+    return _encode_without((raw + _CLOSING_NEWLINES).decode(encoding, "alma.keep"), _CLOSING_NEWLINES)
 
 
-def _without(text: str, closed: bytes) -> bytes:
-    return text[: len(text) - len(closed)].encode(errors="surrogatepass")
+def _encode_without(text: str, closing: bytes) -> bytes:
+    return text[: len(text) - len(closing)].encode(errors="surrogatepass")
 
 
 def ends_lines_with_newlines(encoding: str | None) -> bool:
-    """Whether byte 10 ends a line, and nothing before it matters to what follows: not so in UTF-16, nor where escapes
-    change the meaning of bytes (ISO 2022, HZ). No codec of Python has byte 10 within a character otherwise."""
-    return not encoding or ("\n".encode(encoding) == b"\n" and not encoding.startswith(("iso2022", "hz", "utf-7")))
+    """Whether byte 10 ends a line and the bytes after it can be decoded without those before it. Not so in UTF-16, nor
+    where escapes change the meaning of bytes (ISO 2022, HZ). No other codec of Python has byte 10 within a
+    character."""
+    if not encoding:
+        return True
+    return "\n".encode(encoding) == b"\n" and not encoding.startswith(("iso2022", "hz", "utf-7"))
 
 
-def shown(raw: bytes | bytearray, encoding: str | None = None) -> str:
-    """Bytes for reading; those that stand for nothing as they are in the file."""
+def printable(raw: bytes | bytearray, encoding: str | None = None) -> str:
+    """Bytes as text for people; invalid bytes are written as \\xNN, as they are in the file."""
     if encoding:
-        raw = _KEPT.sub(lambda found: b"\\x%02x" % ((found[1][0] & 3) << 6 | found[2][0] & 63), raw)
+        raw = _INVALID_BYTES_IN_UTF8.sub(_escaped, raw)
     return raw.decode(errors="backslashreplace")
 
 
-def encodes(text: str) -> bool:
+def _escaped(match: re.Match) -> bytes:
+    return b"\\x%02x" % ((match[1][0] & 3) << 6 | match[2][0] & 63)
+
+
+def is_encodable(text: str) -> bool:
     """Whether a text can be written as UTF-8: it has no lone surrogate."""
     try:
         text.encode()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
-from pipeline.data.sources.arrow_values import damage, first_line, opened_table
+from pipeline.data.sources.arrow_values import damage_errors, first_line, open_parquet
 
 COLUMNS = {"text": "string", "source": "string", "id": "string"}
 
@@ -15,7 +15,7 @@ def documents(artifact: Artifact, split: str) -> Iterator[tuple[str, str, str]]:
     """(text, source, id) of each document of the split `train` or `heldout`, in the published order; one row group
     in memory at a time. Raises UserError for a damaged file."""
     for path in sorted((artifact.path / split).glob("part-*.parquet")):
-        with readable(path), opened_table(path) as opened:
+        with readable(path), open_parquet(path) as opened:
             check_columns(opened, path)
             for batch in opened.iter_batches(batch_size=1024, columns=["text", "source", "id"], use_threads=False):
                 yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
@@ -36,7 +36,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except damage() as error:
+    except damage_errors() as error:
         raise UserError(
             f"{path}: cannot be read as parquet ({first_line(error)}); run stage clean again with --restart"
         ) from None

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.core import faults
 from pipeline.core.errors import UserError
-from pipeline.data.sources.arrow_values import opened_table
+from pipeline.data.sources.arrow_values import open_parquet
 from pipeline.data.tokens.documents import check_columns, readable
 from pipeline.data.tokens.import_shards import Shards
 
@@ -80,7 +80,7 @@ def encoded(unit: Unit) -> tuple[dict[str, Part], dict]:
 
     parts: dict[str, Part] = {}
     bad, inexact, row = [], 0, 0
-    with readable(unit.path), opened_table(unit.path) as opened:
+    with readable(unit.path), open_parquet(unit.path) as opened:
         check_columns(opened, unit.path)
         for batch in opened.iter_batches(
             batch_size=BATCH, row_groups=[unit.group], columns=["text", "source", "id"], use_threads=False

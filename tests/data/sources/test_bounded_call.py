@@ -10,7 +10,7 @@ import time
 import pytest
 from warc import items, page, record, response
 
-from pipeline.data.sources import bounded_call, warc_html
+from pipeline.data.sources import bounded_call, web_pages
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record
 
@@ -62,7 +62,7 @@ def test_a_page_that_is_not_deep_is_left_as_it_is(tmp_path, body):
 
 def test_a_page_that_takes_too_long_costs_itself(tmp_path, monkeypatch):
     """correctness 30: whatever the extractor does with it; this one takes the square of the number of options."""
-    monkeypatch.setattr(warc_html, "SECONDS", 1)
+    monkeypatch.setattr(web_pages, "SECONDS", 1)
     slow = b"<html><body><select>" + b"<option>text" * 60_000
     data = [record("response", response(body)) for body in (page(WORDS * 9), slow, page(WORDS * 9))]
     first, bad, last = items(tmp_path, b"".join(data))
@@ -91,8 +91,8 @@ def test_the_other_process_is_kept_started_again_and_ends_with_this_one():
     os.kill(process, signal.SIGKILL)
     assert bounded_call.call(os.getpid, seconds=10) != process
     program = (
-        "import os, re\nfrom pipeline.data import bounded\nprint(bounded.call(os.getpid, seconds=9), flush=True)\n"
-        "bounded.call(re.fullmatch, '(a+)+b', 'a' * 60, seconds=60)"
+        "import os, re\nfrom pipeline.data.sources import bounded_call\nprint(bounded_call.call(os.getpid, seconds=9), flush=True)\n"
+        "bounded_call.call(re.fullmatch, '(a+)+b', 'a' * 60, seconds=60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         process = int(parent.stdout.readline())

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import UserError
 from pipeline.data.cleaning import unit_files, work_units
 from pipeline.data.sources import formats
-from pipeline.data.sources.byte_ranges import Range, load, pieces
+from pipeline.data.sources.byte_ranges import Range, cut_source, read_piece
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, parse
 from pipeline.data.sources.sources import Source, chunks
@@ -56,7 +56,7 @@ def ranged(source: Source, size: int) -> list:
         items, lines = [], 0
         for piece in unit:
             assert isinstance(piece, Range), "data were read to be sent"
-            loaded, number = load(piece, source, "x")
+            loaded, number = read_piece(piece, source, "x")
             items, lines = items + [item for chunk in loaded for item in parse(chunk)], lines + number
         before = before if unit[0].continued else 0
         if items:
@@ -128,7 +128,7 @@ def test_a_record_that_is_too_long_costs_itself_and_no_range_reads_on_behind_it(
             assert [isinstance(item, Bad) for item in found] == [len(text) > cap for text in paragraphs], size
     path.write_bytes(b"x" * (1 << 20))  # one line: all ranges but the first see that it does not begin in them
     source = Source(path=str(path), sample_by="line")
-    read = [load(piece, source, "x")[0] for piece in pieces(source, "x", 10_000)]
+    read = [read_piece(piece, source, "x")[0] for piece in cut_source(source, "x", 10_000)]
     assert len(read) == 105 and len(read[0]) > 0 and not any(read[1:])
 
 
@@ -182,7 +182,7 @@ def test_rows_of_parquet(tmp_path, rows, group, size, page, damage, last, seed):
             for item in found
         ] == expected, read
     if largest <= 4 * size and not damage:
-        assert all(piece.weight <= 1.1 * size + 1000 for piece in pieces(source, "x", size))
+        assert all(piece.weight <= 1.1 * size + 1000 for piece in cut_source(source, "x", size))
 
 
 def test_large_row_groups_and_packed_files_are_read_by_who_cuts_them(tmp_path, monkeypatch):
@@ -198,8 +198,8 @@ def test_large_row_groups_and_packed_files_are_read_by_who_cuts_them(tmp_path, m
         lambda self, *rest, **keys: (decoded.append(keys["row_groups"]), iterate(self, *rest, **keys))[1],
     )
     source = Source(path=str(tmp_path / "*"))
-    cut = list(pieces(source, "x", 10_000))
-    found = [item.fields for piece in cut for chunk in load(piece, source, "x")[0] for item in parse(chunk)]
+    cut = list(cut_source(source, "x", 10_000))
+    found = [item.fields for piece in cut for chunk in read_piece(piece, source, "x")[0] for item in parse(chunk)]
     assert found == lines * 2 and len(cut) > 50
     assert not any(isinstance(piece, Range) for piece in cut)
     assert opened == ["b.jsonl.gz"]
@@ -241,17 +241,17 @@ def test_small_files_are_opened_by_who_parses_them(tmp_path):
     ]
     (tmp_path / "a.txt").write_text("一\n二\n", "utf-16")  # its newlines are two bytes
     source = Source(path=str(tmp_path / "a.txt"), encoding="utf-16", sample_by="line")
-    assert not any(isinstance(piece, Range) for piece in pieces(source, "x", 4)) and len(ranged(source, 100)) == 2
+    assert not any(isinstance(piece, Range) for piece in cut_source(source, "x", 4)) and len(ranged(source, 100)) == 2
 
 
 def test_a_file_that_a_worker_does_not_find_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "d"}\n' * 9)
     source = Source(path=str(path))
-    (piece,) = pieces(source, "x", 1 << 20)
+    (piece,) = cut_source(source, "x", 1 << 20)
     path.unlink()
-    with pytest.raises(UserError, match=r"sources.x: .*a.jsonl is not there on .* all machines see"):
-        load(piece, source, "x")
+    with pytest.raises(UserError, match=r"sources.x: .*a.jsonl does not exist on .* all machines share"):
+        read_piece(piece, source, "x")
 
 
 CHANGES = {
@@ -276,23 +276,23 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, name, change)
         path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else b"[{}]" if name == "a.json" else lines)
     os.utime(path, ns=(0, 0))  # the clock of a file system may be coarse
     source = Source(path=str(path), sample_by="line" if name == "a.txt" else "document")
-    left = pieces(source, "x", 8192)
+    left = cut_source(source, "x", 8192)
     begun = [next(left)] if name == "a.jsonl.gz" else [*left]  # packed files are not opened again
     CHANGES[change](path, path.read_bytes())
     with pytest.raises(UserError, match=rf"^sources.x: {path} changed while the stage ran; .*run the same command"):
         for piece in [*begun, *left]:
-            load(piece, source, "x")
+            read_piece(piece, source, "x")
 
 
 def test_a_source_that_a_worker_may_not_read_is_told_apart_from_the_output(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "d"}\n' * 9)
     source = Source(path=str(path))
-    (piece,) = pieces(source, "x", 1 << 20)
+    (piece,) = cut_source(source, "x", 1 << 20)
 
     def refused(*_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))  # root, whom tests may run as, may read all
 
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(UserError, match=r"sources.x: .*a.jsonl cannot be read on .*: Permission denied; "):
-        load(piece, source, "x")
+        read_piece(piece, source, "x")

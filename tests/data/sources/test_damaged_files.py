@@ -19,7 +19,7 @@ from harness import files_of, stage, succeed
 from pipeline import clean
 from pipeline.core.errors import UserError
 from pipeline.data.cleaning import unit_files
-from pipeline.data.sources.csv_parquet import REPEATED
+from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import NULS
 
 

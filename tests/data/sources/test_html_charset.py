@@ -14,7 +14,7 @@ from pipeline.data.sources.sources import Source
 
 pytest.importorskip("webencodings")
 pytest.importorskip("resiliparse")
-from pipeline.data.sources.html_charset import decoded, label_of  # noqa: E402
+from pipeline.data.sources.html_charset import charset_label, decode_page  # noqa: E402
 
 # The first article of the Universal Declaration of Human Rights.
 TEXTS = {
@@ -64,7 +64,7 @@ def test_bytes_are_what_the_tables_of_the_standard_say(label, codec, raw, text):
     """correctness 8"""
     language = {"cp932": "ja", "euc_jp": "ja", "iso2022_jp": "ja", "gbk": "zh", "cp949": "ko", "big5": "tw"}.get(codec)
     around = TEXTS[language] if language else PLAIN
-    found = decoded(around.encode(codec) + raw + b" .", label, html=False)
+    found = decode_page(around.encode(codec) + raw + b" .", label, html=False)
     assert found.text == around + text + " ." and found.replaced == 0
 
 
@@ -90,10 +90,10 @@ def test_a_page_comes_out_right_whatever_it_declares(language):
         for label in (encoding, *WRONG):
             raw = html(text, label, CODECS.get(encoding, encoding))
             for header in ("", label):
-                found = decoded(raw, header)
+                found = decode_page(raw, header)
                 assert text in found.text and found.replaced == 0, (encoding, label, header, found)
     if language == "zh":  # Traditional Chinese in Big5, called GB2312
-        assert TEXTS["tw"] * 2 in decoded(html(TEXTS["tw"] * 2, "gb2312", "big5")).text
+        assert TEXTS["tw"] * 2 in decode_page(html(TEXTS["tw"] * 2, "gb2312", "big5")).text
 
 
 MORE = {
@@ -128,7 +128,7 @@ def test_other_languages_come_out_right_whatever_they_declare(language, codec, l
     text = MORE[language] * 6
     raw = html(text, label, codec)
     for header in ("", label):
-        found = decoded(raw, header)
+        found = decode_page(raw, header)
         assert text in found.text and found.replaced == 0, found
 
 
@@ -138,19 +138,19 @@ def test_utf_16_without_a_mark_is_found_where_ascii_is_scarce(language):
     text = f"<title>t</title><p>{TEXTS[language] * 10}一一</p>"
     for codec in ("utf-16-le", "utf-16-be"):
         for header in ("", "utf-16", "utf-16le", "gbk"):
-            assert decoded(text.encode(codec), header).text == text, (codec, header)
+            assert decode_page(text.encode(codec), header).text == text, (codec, header)
 
 
 @pytest.mark.parametrize("label", ["", "iso-8859-1"])
 def test_lines_drawn_with_dashes_are_not_japanese(label):
     """correctness 8: a row of em dashes is 覧覧覧 in Shift_JIS."""
     text = f"{TEXTS['en']} {'—' * 60} {PLAIN}"
-    assert decoded(html(text, label, "cp1252")).text == html(text, label).decode()
+    assert decode_page(html(text, label, "cp1252")).text == html(text, label).decode()
 
 
 def test_a_few_letters_are_windows_1252_and_no_rare_character_set():
     """correctness 8: ñ was ņ of ISO-8859-10."""
-    assert "La mañana" in decoded(html("La mañana es buena", "", "cp1252")).text
+    assert "La mañana" in decode_page(html("La mañana es buena", "", "cp1252")).text
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_the_declaration_of_a_page_is_found_as_browsers_find_it(head, label):
     """correctness 8. The text could be several encodings' (a single word), so that the declaration decides."""
     word = {"shift_jis": "テ", "utf-8": "テ", "windows-1252": "é"}[label]
     raw = head + b"<p>" + word.encode({"shift_jis": "cp932"}.get(label, label)) + b"</p>"
-    found = decoded(raw)
+    found = decode_page(raw)
     assert (found.encoding, found.replaced) == (label, 0) and f"<p>{word}</p>" in found.text
 
 
@@ -184,12 +184,12 @@ def test_a_byte_order_mark_comes_before_the_header_and_the_header_before_the_pag
     """correctness 8"""
     text = html(TEXTS["zh"], "gb2312").decode()
     for codec, mark in (("utf-8-sig", b""), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
-        assert decoded(mark + text.encode(codec), "shift_jis").text == text
+        assert decode_page(mark + text.encode(codec), "shift_jis").text == text
     for codec in ("utf-16-le", "utf-16-be"):
-        assert decoded(text.encode(codec), codec).text == text
-        assert decoded(text.encode(codec)).text == text
+        assert decode_page(text.encode(codec), codec).text == text
+        assert decode_page(text.encode(codec)).text == text
     page = html("テ", "big5", "cp932")
-    assert "テ" in decoded(page, "shift_jis").text and "テ" not in decoded(page).text
+    assert "テ" in decode_page(page, "shift_jis").text and "テ" not in decode_page(page).text
 
 
 @pytest.mark.parametrize("language, encoding", [(key, name) for key, names in LEGACY.items() for name in names])
@@ -201,7 +201,7 @@ def test_a_page_with_a_damaged_byte_is_not_another_languages(language, encoding,
         damage = b"\xff" if encoding == "iso-2022-jp" else b"\x98" if encoding == "windows-1251" else damage
     codec = CODECS.get(encoding, encoding)
     first, second = (f"<p>{TEXTS[language]}</p>".encode(codec) for _ in range(2))
-    found = decoded(f'<meta charset="{encoding}">'.encode() + first + damage + b"<br>" + second, "")
+    found = decode_page(f'<meta charset="{encoding}">'.encode() + first + damage + b"<br>" + second, "")
     assert found.encoding.replace("gb18030", "gbk") == encoding.replace("gb18030", "gbk")
     assert found.text.count(TEXTS[language]) == 2 and found.replaced <= 2
     if encoding in ("shift_jis", "euc-jp", "gbk", "gb18030", "euc-kr", "big5") and damage == b"\xff":
@@ -212,7 +212,7 @@ def test_two_bytes_that_are_no_character_leave_the_pairs_behind_them():
     """correctness 8: as in browsers, so that a damaged second byte costs one character."""
     raw = bytearray(f'<meta charset="euc-kr">{TEXTS["ko"]}'.encode("cp949"))
     raw[raw.index("태".encode("cp949")) + 1] = 0xFF
-    found = decoded(bytes(raw))
+    found = decode_page(bytes(raw))
     assert found.text.partition(">")[2] == TEXTS["ko"].replace("태", "\ufffd", 1) and found.replaced == 2
 
 
@@ -237,10 +237,10 @@ def test_no_label_ends_the_stage(label, tmp_path):
 
 def test_the_charset_of_a_content_type():
     """correctness 8"""
-    assert label_of("text/html; charset=utf-8") == "utf-8"
-    assert label_of('text/html;CHARSET = "Shift_JIS"; x=y') == "Shift_JIS"
-    assert label_of("text/html; charset='big5'") == "big5"
-    assert label_of("text/html; charset=") == label_of("text/html") == label_of("") == ""
+    assert charset_label("text/html; charset=utf-8") == "utf-8"
+    assert charset_label('text/html;CHARSET = "Shift_JIS"; x=y') == "Shift_JIS"
+    assert charset_label("text/html; charset='big5'") == "big5"
+    assert charset_label("text/html; charset=") == charset_label("text/html") == charset_label("") == ""
 
 
 def test_replaced_bytes_are_counted_and_pages_of_no_character_set_are_bad(tmp_path):

@@ -11,7 +11,7 @@ from harness import succeed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sources.byte_ranges import Range, load, pieces
+from pipeline.data.sources.byte_ranges import Range, cut_source, read_piece
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.records import Record, parse, read
@@ -211,9 +211,11 @@ def test_streaming_finds_what_a_parser_of_whole_files_finds(tmp_path, value, pat
 
 def test_big_files_of_json_lines_are_cut_into_ranges(tmp_path):
     path = write(tmp_path / "a.json", lines(C4))
-    cut = list(pieces(Source(path=path), "x", 4096))
+    cut = list(cut_source(Source(path=path), "x", 4096))
     assert len(cut) > 5 and all(isinstance(piece, Range) and piece.kind == "jsonl" for piece in cut)
-    found = [item.fields for piece in cut for chunk in load(piece, Source(path=path), "x")[0] for item in parse(chunk)]
+    found = [
+        item.fields for piece in cut for chunk in read_piece(piece, Source(path=path), "x")[0] for item in parse(chunk)
+    ]
     assert found == C4
 
 

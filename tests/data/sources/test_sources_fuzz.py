@@ -17,9 +17,10 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.data.cleaning.blocklist import phrases
 from pipeline.data.cleaning.text_arrays import normalise, tokens
-from pipeline.data.sources.formats import NULS, WITHOUT_MARK, Bad
+from pipeline.data.sources.formats import NULS, Bad
+from pipeline.data.sources.line_chunks import WITHOUT_MARK
 from pipeline.data.sources.packages import fetch
-from pipeline.data.sources.records import Record, other_encoding, read
+from pipeline.data.sources.records import Record, encoding_advice, read
 from pipeline.data.sources.source_checks import first_record
 from pipeline.data.sources.sources import Source
 from pipeline.data.tokens import import_shards
@@ -77,7 +78,7 @@ def test_utf16_that_is_read_as_utf8_is_bad(tmp_path):
     for order in ("le", "be"):
         path.write_bytes("plain English text".encode(f"utf-16-{order}"))
         (item,) = read(Source(path=str(path)), "x")
-        assert isinstance(item, Bad) and item.reason == NULS and "utf-16" in other_encoding(Source(path="a"), NULS)
+        assert isinstance(item, Bad) and item.reason == NULS and "utf-16" in encoding_advice(Source(path="a"), NULS)
     path.write_bytes(b"one NUL\0 in a text happens")
     assert [item.fields["text"] for item in read(Source(path=str(path)), "x")] == ["one NUL\0 in a text happens"]
 

@@ -112,15 +112,15 @@ def test_bytes_of_bad_records_are_shown_as_they_are_in_the_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["gb1803", "hex", "rot13", "unicode_escape", "idna", "", "a\0b", "../os"])
 def test_an_unknown_encoding_is_refused(name):
-    with pytest.raises(ValueError, match="no encoding that Python knows; expected one such as gb18030"):
+    with pytest.raises(ValueError, match="is not an encoding that Python knows; expected one such as gb18030"):
         Source(path="a.txt", encoding=name)
 
 
 def test_an_encoding_where_there_is_none_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="encoding is for csv and json and jsonl and tsv and txt, and its files are"):
+    with pytest.raises(UserError, match="encoding is for csv and json and jsonl and tsv and txt, but its files are"):
         items(tmp_path / "a.parquet", encoding="gbk")
-    with pytest.raises(ValueError, match="encoding is for files of text"):
+    with pytest.raises(ValueError, match="encoding is for text files"):
         Source(dataset="org/name", revision="1", encoding="gbk")
 
 

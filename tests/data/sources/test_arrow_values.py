@@ -1,4 +1,4 @@
-"""Tables of Arrow: only the columns that are asked for are read, and values that Python cannot hold cost nobody else
+"""Tables of Arrow: only the columns that are needed are read, and values that Python cannot hold cost nobody else
 anything."""
 
 import datetime
@@ -12,11 +12,10 @@ import pytest
 from harness import stage, succeed
 
 from pipeline.core.errors import UserError
-from pipeline.data.sources.byte_ranges import load, pieces
-from pipeline.data.sources.csv_parquet import REPEATED
+from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import Bad
-from pipeline.data.sources.records import Record, parse, read
-from pipeline.data.sources.sources import Source, asked_of
+from pipeline.data.sources.records import Record, read
+from pipeline.data.sources.sources import Source, needed_fields
 
 NUMBER = 6
 DAY = 86_400
@@ -61,14 +60,14 @@ def test_a_column_that_nobody_asked_for_costs_nothing(tmp_path, name):
     column = _columns()[name]
     path = write(tmp_path / "a.parquet", {name: column})
     source = Source(path=path)
-    found = list(read(source, "x", asked=asked_of(source)))
+    found = list(read(source, "x", needed=needed_fields(source)))
     assert [item.fields for item in found] == [{"text": f"line {i} 第{i}行"} for i in range(NUMBER)]
-    for asked in (None, asked_of(source)):
-        whole = list(read(Source(path=path, part=(0.0, 0.99999)), "x", asked=asked))
+    for needed in (None, needed_fields(source)):
+        whole = list(read(Source(path=path, part=(0.0, 0.99999)), "x", needed=needed))
         assert all(isinstance(item, Record) and list(item.fields) == ["text", name] for item in whole), whole
         assert len({item.id for item in whole}) == NUMBER
     asking = Source(path=path, text="{text} {" + name + "}")
-    for item in read(asking, "x", asked=asked_of(asking)):
+    for item in read(asking, "x", needed=needed_fields(asking)):
         assert isinstance(item, (Record, Bad))
         if isinstance(item, Bad):
             assert item.reason == "value that cannot be read" and item.raw.startswith(f"{name}: "), item
@@ -80,14 +79,14 @@ def test_a_value_that_cannot_be_read_is_a_bad_record_where_it_is_asked_for(tmp_p
     columns = _columns()
     path = write(tmp_path / "a.parquet", {key: columns[key] for key in ("seconds", "nested", "zone")})
     source = Source(path=path, where={"seconds": [datetime.datetime(1970, 1, 1), datetime.datetime(1970, 1, 2)]})
-    found = list(read(source, "x", asked=asked_of(source)))
+    found = list(read(source, "x", needed=needed_fields(source)))
     assert [item.place for item in found] == [f"a.parquet:{row}" for row in (1, 3, 4, 5)]
     assert [item.reason for item in found if isinstance(item, Bad)] == ["value that cannot be read"] * 2
     assert f"seconds: timestamp[ms] {YEAR_0}000 (" in found[1].raw
     source = Source(path=path, text="nested.url")  # its neighbours in the struct do not matter
-    assert [item.fields["nested"]["url"] for item in read(source, "x", asked=asked_of(source))] == ["u"] * NUMBER
+    assert [item.fields["nested"]["url"] for item in read(source, "x", needed=needed_fields(source))] == ["u"] * NUMBER
     source = Source(path=path, text="zone")
-    assert {item.reason for item in read(source, "x", asked=asked_of(source))} == {"value that cannot be read"}
+    assert {item.reason for item in read(source, "x", needed=needed_fields(source))} == {"value that cannot be read"}
 
 
 def test_records_are_the_same_with_and_without_pandas(tmp_path):
@@ -114,49 +113,6 @@ def test_ids_of_values_that_python_holds_are_those_of_the_same_records_as_json(t
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids = [[item.id for item in read(Source(path=p), "x")] for p in (path, str(tmp_path / "a.jsonl"))]
     assert ids[0] == ids[1]
-
-
-def test_only_columns_that_are_asked_for_are_decoded(tmp_path):
-    """correctness 25: a damaged page of another column is not seen, and one of its own costs its row group."""
-    path = tmp_path / "a.parquet"
-    write(path, {"other": [b"x" * 5000] * NUMBER, "meta": [{"url": "u", "n": 1}] * NUMBER}, compression="none")
-    column = pyarrow.parquet.read_metadata(path).row_group(0).column(1)
-    assert column.path_in_schema == "other"
-    raw = bytearray(path.read_bytes())
-    raw[column.data_page_offset : column.data_page_offset + 20] = b"\xff" * 20
-    path.write_bytes(raw)
-    source = Source(path=str(path), text="{text}{meta.url}", where={"meta.n": 1})
-    asked = asked_of(source)
-    for size in (1, 1 << 20):  # by the process that cuts, and by a worker
-        found = [
-            item
-            for piece in pieces(source, "x", size, asked)
-            for chunk in load(piece, source, "x", asked)[0]
-            for item in parse(chunk)
-        ]
-        assert [item.fields["meta"]["url"] for item in found] == ["u"] * NUMBER
-    assert [item.reason for item in read(source, "x")] == ["damaged parquet data"]
-
-
-def test_all_columns_are_read_where_one_is_missing_so_that_they_can_be_named(tmp_path):
-    path = write(tmp_path / "a.parquet", {"body": ["b"] * NUMBER})
-    source = Source(path=path, text="title")
-    assert [list(item.fields) for item in read(source, "x", asked=asked_of(source))] == [["text", "body"]] * NUMBER
-    source = Source(path=path, text="nothing but this")
-    assert len(list(read(source, "x", asked=frozenset()))) == NUMBER  # rows, of no column
-
-
-def test_a_column_that_occurs_twice_is_refused(tmp_path):
-    """correctness 13: as in csv, the file is one bad record; columns whose names differ in case are two columns."""
-    path = tmp_path / "a.parquet"
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
-    pyarrow.parquet.write_table(table, path)
-    source = Source(path=str(path))
-    for asked in (None, asked_of(source), frozenset({"other"})):
-        assert list(read(source, "x", asked=asked)) == [Bad("a.parquet:1", REPEATED, "'text': text, text")]
-    pyarrow.parquet.write_table(table.rename_columns(["text", "Text"]), path)
-    assert [item.fields for item in read(source, "x")] == [{"text": "a", "Text": "b"}]
-    assert [item.fields for item in read(source, "x", asked=asked_of(source))] == [{"text": "a"}]
 
 
 TEXTS = [
@@ -196,22 +152,3 @@ def test_evaluation_sets_and_examples_refuse_a_repeated_column(tmp_path):
         build(Decontaminate(sets={"a": source}))
     with pytest.raises(UserError, match="examples.a: a.parquet:1: two columns of one name"):
         train({"a": source}, Quality(), Perplexity(like=["a"]), tmp_path)
-
-
-def test_a_footer_that_ends_the_process_when_it_is_asked_for_a_column(tmp_path):
-    """correctness 29: pyarrow 26 ends the process (std::terminate) where levels of one column do not fit their number,
-    as soon as anybody asks the metadata for this column."""
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({"text": ["a", "b"], "none": pyarrow.nulls(2, pyarrow.int32())})
-    pyarrow.parquet.write_table(table, path)
-    raw = path.read_bytes()
-    optional, unknown = b"\x25\x02\x18\x04none", b"\x25\x22\x18\x04none"  # field 3 of a SchemaElement, and its name
-    assert raw.count(optional) == 1
-    path.write_bytes(raw.replace(optional, unknown))
-    program = (
-        "from pipeline.data.sources.records import read\nfrom pipeline.data.sources.sources import Source, asked_of\n"
-        f"source = Source(path={str(path)!r})\n"
-        "print(len(list(read(source, 'x', asked=asked_of(source)))))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr[-2000:]
