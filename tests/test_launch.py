@@ -182,14 +182,20 @@ def test_the_word_of_the_start_before_is_not_taken_for_this_ones(tmp_path):
     job(tmp_path, "[ $last = clean ] && touch done")
     assert job(tmp_path, leaves(100)).returncode == 0
     answer = job(tmp_path, "exit 2")
-    assert answer.returncode == 2 and "left no word" in answer.stdout and len(calls(tmp_path, "scontrol requeue")) == 1
+    assert (
+        answer.returncode == 2
+        and "left no requeue.json" in answer.stdout
+        and len(calls(tmp_path, "scontrol requeue")) == 1
+    )
 
 
 @pytest.mark.parametrize("end", ["exit 2", "exit 1", "kill -9 $$"], ids=["mistake or spike", "exception", "killed"])
 def test_a_job_without_a_word_is_not_queued_again(tmp_path, end):
     answer = job(tmp_path, end)
     assert (
-        answer.returncode not in (0, 75) and not calls(tmp_path, "scontrol requeue") and "left no word" in answer.stdout
+        answer.returncode not in (0, 75)
+        and not calls(tmp_path, "scontrol requeue")
+        and "left no requeue.json" in answer.stdout
     )
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Starts one rank of a stage under Slurm: `rank.py pipeline/KIND.py WORD...`. Signals are passed on, and the exit code
-is that of the rank (128 + N: killed by signal N).
+"""Starts one rank of a stage under Slurm: `rank.py pipeline/KIND.py WORD...`. Signals are forwarded to the rank, and
+the exit code is that of the rank (128 + N: killed by signal N).
 
-If the rank ends badly, $ALMA_ENDED/rank-N says so (host, process, code) before srun sends SIGTERM to the other ranks,
-which then know that this is no request to stop (pipeline/train/stop.py). A shell cannot do this: bash 5.2 loses the
+If the rank fails, $ALMA_ENDED/rank-N records it (host, process, code) before srun sends SIGTERM to the other ranks,
+which then know that this is not a request to stop (pipeline/train/stop.py). A shell cannot do this: bash 5.2 loses the
 exit code of a process that ends while a signal interrupts `wait`.
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-GOOD = (0, 75, 76)  # done, stopped, left because of another rank
+GOOD = (0, 75, 76)  # done, stopped, ended because of another rank
 
 
 def main(words: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(words: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
     child = subprocess.Popen([sys.executable, *words])
-    for number in list(signals):  # they came before there was anything to pass them on to
+    for number in list(signals):  # received before the rank was started
         child.send_signal(number)
     code = child.wait()
     code = code if code >= 0 else 128 - code
