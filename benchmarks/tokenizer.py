@@ -29,7 +29,8 @@ from corpus import chinese, english  # noqa: E402
 from meter import measured  # noqa: E402
 
 from pipeline.data.sources.packages import fetch  # noqa: E402
-from pipeline.data.tokenizer import byte_bpe, pretokenize, spm_trainer  # noqa: E402
+from pipeline.data.tokenizer import byte_bpe, pretokenize, spm_model, spm_trainer  # noqa: E402
+from pipeline.data.tokenizer.special_tokens import SPECIAL  # noqa: E402
 
 SIZE = 32_000
 CHATS = (
@@ -82,12 +83,9 @@ def read(path: str):
 def train(name: str, path: str, out: str) -> None:
     if name == "ours":
         total = sum(len(text.encode()) for text in read(path))
-        learned, pairs = byte_bpe.train(read(path), SIZE - len(spm_trainer.SPECIAL), False, True, total)
+        learned, pairs = byte_bpe.train(read(path), SIZE - len(SPECIAL), False, True, total)
         byte_bpe.build(
-            {token: index for index, token in enumerate(learned)},
-            pairs,
-            pretokenize.pattern(False),
-            spm_trainer.SPECIAL,
+            {token: index for index, token in enumerate(learned)}, pairs, pretokenize.pattern(False), SPECIAL
         ).save(out)
     elif name == "hf":
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -98,7 +96,7 @@ def train(name: str, path: str, out: str) -> None:
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        words = [AddedToken(word, normalized=False, special=True) for word in spm_trainer.SPECIAL]
+        words = [AddedToken(word, normalized=False, special=True) for word in SPECIAL]
         tokenizer.train_from_iterator(
             read(path),
             trainers.BpeTrainer(
@@ -111,7 +109,7 @@ def train(name: str, path: str, out: str) -> None:
         tokenizer.save(out)
     elif name == "sentencepiece":
         model = spm_trainer.train_sentencepiece(read(path), SIZE, True, 0.9995, Path(out + ".log"))
-        spm_trainer.from_sentencepiece(model).save(out)
+        spm_model.to_fast_tokenizer(model).save(out)
     else:
         raise ValueError(name)
 
@@ -152,15 +150,13 @@ def trained(name: str, folder: Path, python: Path | None) -> Path:
                 RUSTBPE,
                 str(folder / "train.jsonl"),
                 str(out.with_suffix(".tiktoken")),
-                str(SIZE - len(spm_trainer.SPECIAL)),
+                str(SIZE - len(SPECIAL)),
                 pretokenize.pattern(False),
             ],
             env=environment,
         )
         tokens = byte_bpe.load(out.with_suffix(".tiktoken"))
-        byte_bpe.build(tokens, byte_bpe.merges_of(tokens), pretokenize.pattern(False), spm_trainer.SPECIAL).save(
-            str(out)
-        )
+        byte_bpe.build(tokens, byte_bpe.merges_of(tokens), pretokenize.pattern(False), SPECIAL).save(str(out))
     else:
         cost = measured(
             [sys.executable, __file__, "--worker", name, str(folder / "train.jsonl"), str(out)], env=environment

@@ -25,13 +25,13 @@ FAMILIES = sorted(BLOCKS)
 
 
 def tokenizer(form: str, folder: Path) -> Path:
-    from pipeline.data.tokenizer import spm_trainer
-    from pipeline.tokenizer import publish
+    from pipeline.data.tokenizer import spm_model, spm_trainer
+    from pipeline.data.tokenizer.tokenizer_folder import publish
 
     if form == "sentencepiece-unigram":
         texts = [f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？" for row in tuned.rows()] * 2
         model = spm_trainer.train_sentencepiece(texts, 330, True, 0.9995, folder / "log", "unigram")
-        publish(spm_trainer.from_sentencepiece(model), folder, model=model)
+        publish(spm_model.to_fast_tokenizer(model), folder, model=model)
     else:
         tuned.tokenizer(folder, form == "sentencepiece-bpe")
     return folder

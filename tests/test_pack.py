@@ -39,7 +39,7 @@ def write(path, rows, row_group_size=25):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """data/ as stage clean writes it, tokenizer/ as stage tokenizer does, and their packed output."""
-    from pipeline.tokenizer import publish
+    from pipeline.data.tokenizer.tokenizer_folder import publish
 
     folder, generator = tmp_path_factory.mktemp("pack"), random.Random(0)
     for part in range(2):

@@ -18,7 +18,7 @@ POEMS = (
     "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"
     "\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
 )
-RARE = "\u9f98"  # stands only in the middle of a line of 60,000 bytes
+RARE = "\u9f98"  # only in the middle of a line of 60,000 bytes
 VOCAB = 700
 ANY_TEXT = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\r\t\0\u2585ab的，")), max_size=60
@@ -175,12 +175,12 @@ def test_overlapping_pairs_merge_as_in_sentencepiece(tmp_path):
     """Two letters, so that most splits of a piece overlap: where pair ranks and piece scores could disagree."""
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data.tokenizer import spm_trainer
+    from pipeline.data.tokenizer import spm_model, spm_trainer
 
     generator = random.Random(1)
     texts = ["".join(generator.choices("ab ", weights=[5, 5, 1], k=400)) for _ in range(60)]
     model = spm_trainer.train_sentencepiece(texts, 420, True, 1.0, tmp_path / "log")
-    pieces, tokenizer = SentencePieceProcessor(model_proto=model), spm_trainer.from_sentencepiece(model)
+    pieces, tokenizer = SentencePieceProcessor(model_proto=model), spm_model.to_fast_tokenizer(model)
     fresh = ["".join(generator.choices("ab ", weights=[5, 5, 1], k=300)) for _ in range(300)] + [
         "a" * n + "b" + "ab" * n for n in range(60)
     ]
@@ -242,18 +242,23 @@ def test_the_chat_template_marks_answers_and_their_end(trained):
     assert (
         tokenizer.apply_chat_template(talk[:2], tokenize=False, add_generation_prompt=True) == text[: text.index(" yo")]
     )
-    got = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
-    trained_ids = [token for token, mark in zip(got["input_ids"], got["assistant_masks"], strict=True) if mark]
+    encoded = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+    masked = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    trained_ids = [token for token, mark in masked if mark]
     assert tokenizer.decode(trained_ids) == " yo\n<|im_end|><|im_end|>"
 
 
 # Texts on which another class of transformers gives other ids: not NFC, full width, digits, leading space, and marks.
-TELLING = ["the cafe\u0301 \u00e9 1984 12345", " \uff26\uff35 床前明月光\n\n", "<|im_end|> it's <unk>", "가각 ﬁ  ther"]
+REVEALING = [
+    "the cafe\u0301 \u00e9 1984 12345",
+    " \uff26\uff35 床前明月光\n\n",
+    "<|im_end|> it's <unk>",
+    "가각 ﬁ  ther",
+]
 
 
 def test_every_stage_reads_the_same_ids_whatever_family_the_model_is_of(trained, tmp_path):
-    """correctness 1: pack (encoder), pretrain, assess and export (load_tokenizer), and the tuning stages
-    (tokenizer_of) beside the config.json of every family that recipes or document masks name."""
+    """pack (encoder), pretrain, assess and export (load_tokenizer), and the finetuning stages (tokenizer_of) beside the config.json of every family that recipes or document masks name."""
     same_ids_in_every_family(trained, tmp_path / "model")
 
 
@@ -263,8 +268,8 @@ def same_ids_in_every_family(folder, copy):
     from pipeline.models.families import supporting
     from pipeline.train.finetune import tokenizer_of
 
-    wanted = [ids.tolist() for ids in encoder(folder)(TELLING)]
-    assert wanted == encode_text(load_tokenizer(folder), TELLING)
+    expected = [ids.tolist() for ids in encoder(folder)(REVEALING)]
+    assert expected == encode_text(load_tokenizer(folder), REVEALING)
     shutil.copytree(folder, copy)
     vocabulary = load_tokenizer(folder).get_vocab()
     masked = supporting("document_mask")
@@ -273,7 +278,7 @@ def same_ids_in_every_family(folder, copy):
         (copy / "config.json").write_text(json.dumps({"model_type": family}))
         for read in (load_tokenizer, lambda place: tokenizer_of(place, 16)):
             tokenizer = read(copy)
-            assert encode_text(tokenizer, TELLING) == wanted, family
+            assert encode_text(tokenizer, REVEALING) == expected, family
             assert tokenizer.get_vocab() == vocabulary, family
 
 
@@ -289,21 +294,21 @@ def test_the_longest_token_is_bounded(trained, data, tmp_path):
 
 def test_killed_anywhere_it_ends_in_the_same_files(trained, data, tmp_path):
     algorithm = json.loads((trained / "report.json").read_text())["algorithm"]
-    wanted = files_of(trained)
+    expected = files_of(trained)
     path = recipe(tmp_path, data, algorithm=algorithm)
     for fault in ("save:1", "work:2", "publish:1", "publish:2"):
         assert stage("tokenizer", path, cwd=tmp_path, fault=fault)[0] == -9, fault
     succeed("tokenizer", path, cwd=tmp_path)
-    assert files_of(tmp_path / "runs/t/tokenizer/current") == wanted
+    assert files_of(tmp_path / "runs/t/tokenizer/current") == expected
     other = tmp_path / "other"
     other.mkdir()
     path = recipe(other, data, algorithm=algorithm)
     stage("tokenizer", path, cwd=other, kill_after=random.Random().uniform(0.1, 1.0))
     succeed("tokenizer", path, cwd=other, env={"RAYON_NUM_THREADS": "1"})
-    assert files_of(other / "runs/t/tokenizer/current") == wanted
+    assert files_of(other / "runs/t/tokenizer/current") == expected
 
 
-def test_mistakes_end_in_a_sentence(data, tmp_path):
+def test_mistakes_are_reported(data, tmp_path):
     def refused(*words, source=data, **keys):
         code, text = stage("tokenizer", recipe(tmp_path, source, **keys), *words, "--restart", cwd=tmp_path)
         assert code == 2 and "Traceback" not in text, text
@@ -316,8 +321,10 @@ def test_mistakes_end_in_a_sentence(data, tmp_path):
     assert "no source 'fr'" in refused(weights={"fr": 1})
     assert "algoritm" in refused(algoritm="bpe")
     assert "belongs to algorithm byte-bpe" in refused(max_token_bytes=64)
-    assert "split_digits would do nothing here: adopt" in refused(adopt="x", vocab_size=None, split_digits=False)
-    assert "character_coverage would do nothing" in refused(algorithm="byte-bpe", character_coverage=0.99)
+    assert "split_digits: False has no effect with adopt" in refused(adopt="x", vocab_size=None, split_digits=False)
+    assert "character_coverage: 0.99 belongs to algorithm sentencepiece" in refused(
+        algorithm="byte-bpe", character_coverage=0.99
+    )
     corpus(tmp_path / "empty", {"train": [], "heldout": []})
     assert "no text" in refused(source=tmp_path / "empty")
     corpus(tmp_path / "one", {"train": [("a", "en")], "heldout": []})
@@ -350,10 +357,10 @@ def test_sentences_keep_every_character_but_the_reserved_one(texts):
 
     from pipeline.data.tokenizer.spm_trainer import sentences
 
-    got = list(sentences(texts))
-    kept = Counter("".join(text for text in texts if text.strip("\r\n\u2585")))
-    lost = kept - Counter("".join(got))
-    assert set(lost) <= {"\u2585", "\n", "\r"} and not any(text.endswith(("\n", "\r")) for text in got)
+    result = list(sentences(texts))
+    expected = Counter("".join(text for text in texts if text.strip("\r\n\u2585")))
+    lost = expected - Counter("".join(result))
+    assert set(lost) <= {"\u2585", "\n", "\r"} and not any(text.endswith(("\n", "\r")) for text in result)
 
 
 # ---- unigram, policies, balance --------------------------------------------------------------------------------------
@@ -385,11 +392,11 @@ def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path)
     tokenizer, pieces = loaded(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
     texts += ["<|im_end|><0x0A> <unk>", "\U00020000 \0\r\n"]
-    got = encode_text(tokenizer, texts)
-    assert got == [pieces.encode(text) for text in texts]
-    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in got] == texts and not set(
+    encoded = encode_text(tokenizer, texts)
+    assert encoded == [pieces.encode(text) for text in texts]
+    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in encoded] == texts and not set(
         tokenizer.all_special_ids
-    ) & {token for ids in got for token in ids}
+    ) & {token for ids in encoded for token in ids}
     same_ids_in_every_family(folder, tmp_path / "model")
 
 
@@ -424,23 +431,21 @@ def test_unigram_on_a_long_run_costs_as_much_as_on_lines(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_what_sentencepiece_is_at_is_shown(kind, tmp_path, monkeypatch, capsys):
+def test_the_trainers_log_is_shown_while_it_trains(kind, tmp_path, monkeypatch, capsys):
     from pipeline.core import tracking
-    from pipeline.data.tokenizer import spm_log, spm_trainer
+    from pipeline.data.tokenizer import spm_trainer
 
-    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0)
-    monkeypatch.setattr(spm_log, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0.001)
     generator = random.Random(6)
     texts = [english(generator, 100) for _ in range(300)]
     spm_trainer.train_sentencepiece(texts, 500, True, 1.0, tmp_path / "log", kind)
     lines = capsys.readouterr().out.splitlines()
-    assert lines and all(line.startswith("tokenizer: ") for line in lines), lines
-    unit = "merges" if kind == "bpe" else "iterations"
-    shares = [int(found[1]) for line in lines if (found := regex.match(rf"tokenizer: {unit}: (\d+)%", line))]
-    assert shares and shares == sorted(shares) and max(shares) <= 100, lines
-    assert any("so far" in line for line in lines)
-    if kind == "unigram":
-        assert any("pieces" in line for line in lines)
+    assert lines and all(line.startswith("tokenizer: sentencepiece, ") for line in lines), lines
+    shown = {line.partition("so far: ")[2] for line in lines}
+    log = (tmp_path / "log").read_text()
+    assert all(message in log for message in shown)
+    expected = "EM sub_iter=" if kind == "unigram" else "Tokenizing input sentences"
+    assert any(expected in message for message in shown), shown
 
 
 @pytest.mark.parametrize("algorithm", ["sentencepiece-bpe", "byte-bpe"])
@@ -462,10 +467,10 @@ def test_special_and_reserved_tokens_and_the_white_space_policy(algorithm, small
         for piece in text.values()
         if len(piece) > 1 and not piece.strip(" " if algorithm == "sentencepiece-bpe" else None)
     ], "a run of white space became a token"
-    code, said = stage(
+    code, output = stage(
         "tokenizer", recipe(tmp_path, small, special_tokens=["<|eos|>"], vocab_size=480), "--restart", cwd=tmp_path
     )
-    assert code == 2 and "special_tokens" in said
+    assert code == 2 and "special_tokens" in output
 
 
 def test_languages_are_balanced_by_temperature(tmp_path):
@@ -531,10 +536,10 @@ def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plai
         "the  ther 1984\n\n床前明月光 it's",
         *(row for row in pyarrow.parquet.read_table(small / "heldout/part-00000.parquet")["text"].to_pylist()),
     ]
-    wanted = encode_text(loaded(plain), texts)
+    expected = encode_text(loaded(plain), texts)
     result, folder = adopted(tmp_path / "folder", small, plain)
     assert result[0] == 0, result[1]
-    assert encode_text(loaded(folder), texts) == wanted and loaded(folder).get_vocab() == loaded(plain).get_vocab()
+    assert encode_text(loaded(folder), texts) == expected and loaded(folder).get_vocab() == loaded(plain).get_vocab()
     file = next(path for name in ("tokenizer.model", "tokenizer.tiktoken") if (path := plain / name).exists())
     pattern = (
         json.loads((plain / "tokenizer.json").read_text())["pre_tokenizer"]
@@ -546,7 +551,7 @@ def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plai
         tmp_path / "file", small, file, **({"pattern": pattern} if file.suffix == ".tiktoken" else {})
     )
     assert result[0] == 0, result[1]
-    assert encode_text(loaded(folder), texts) == wanted
+    assert encode_text(loaded(folder), texts) == expected
     tokenizer = loaded(folder)
     assert (
         len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3 and tokenizer.chat_template
@@ -571,8 +576,7 @@ SPACED = [
 
 @pytest.mark.parametrize("kind, name", [("bpe", "x.model"), ("bpe", "tokenizer.model.v3"), ("unigram", "pieces")])
 def test_a_model_with_the_default_prefix_is_adopted_with_its_own_ids(kind, name, small, tmp_path):
-    """correctness 27: the oracle is sentencepiece, prefix and all; a text comes back without it. What a file is, its
-    content tells."""
+    """The oracle is sentencepiece with its prefix; decoding removes the prefix. A file is recognized by its content."""
     from sentencepiece import SentencePieceProcessor
 
     from pipeline.data.tokenizer.encode import encoder
@@ -580,31 +584,31 @@ def test_a_model_with_the_default_prefix_is_adopted_with_its_own_ids(kind, name,
 
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
     (tmp_path / name).write_bytes(prefixed(texts, kind))
-    (code, said), folder = adopted(tmp_path / "run", small, tmp_path / name)
-    assert code == 0 and "(add_dummy_prefix)" in said and "such as [REF], are special tokens" in said, said
+    (code, output), folder = adopted(tmp_path / "run", small, tmp_path / name)
+    assert code == 0 and "(add_dummy_prefix)" in output and "such as [REF], are special tokens" in output, output
     report = json.loads((folder / "report.json").read_text())
     for count in (report["round_trip"], report["ids_equal"]["tokenizer.model"]):
         assert count.get("exact", count.get("equal")) == count["texts"] > 60
     assert report["encoder"] == ("sentencepiece" if kind == "bpe" else "tokenizers")
     pieces, tokenizer = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), loaded(folder)
-    wanted = [pieces.encode(text) for text in SPACED]
-    assert encode_text(tokenizer, SPACED) == wanted == [ids.tolist() for ids in encoder(folder)(SPACED)]
-    assert [tokenizer.decode(ids) for ids in wanted] == SPACED
+    expected = [pieces.encode(text) for text in SPACED]
+    assert encode_text(tokenizer, SPACED) == expected == [ids.tolist() for ids in encoder(folder)(SPACED)]
+    assert [tokenizer.decode(ids) for ids in expected] == SPACED
     [marked] = encode_text(tokenizer, ["see [REF]"])
     marks = tokenizer.convert_tokens_to_ids(["[INST]", "[REF]"])
     assert not set(marked) & set(marks) and tokenizer.decode(marked) == "see [REF]"
     assert all(tokenizer.added_tokens_decoder[index].special for index in marks)
-    # correctness 40: it has no pad token, and none is added that a model of this tokenizer would lack
+    # it has no pad token, and none is added, because this tokenizer's model would lack a row for it
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == pieces.eos_id()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["add_prefix_space"] is True, "for llama.cpp's converter"
 
 
-def test_user_defined_pieces_that_are_no_marks_are_read_in_text(small, tmp_path):
-    """correctness 27: as sentencepiece reads them."""
+def test_user_defined_pieces_that_are_not_marks_are_recognized_in_text(small, tmp_path):
+    """As sentencepiece does."""
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data.tokenizer import spm_trainer
+    from pipeline.data.tokenizer import spm_model, spm_trainer
     from pipeline.data.tokens.store import encode_text
 
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
@@ -616,13 +620,13 @@ def test_user_defined_pieces_that_are_no_marks_are_read_in_text(small, tmp_path)
         piece.piece, piece.type, piece.score = text, piece.USER_DEFINED, 0
     model = proto.SerializeToString()
     spaced = ["xqqqqq y", "a  zz", "qqq", "  zzqqq  ", *texts[:20]]
-    wanted = SentencePieceProcessor(model_proto=model)
-    assert encode_text(spm_trainer.from_sentencepiece(model), spaced) == [wanted.encode(text) for text in spaced]
+    peer = SentencePieceProcessor(model_proto=model)
+    assert encode_text(spm_model.to_fast_tokenizer(model), spaced) == [peer.encode(text) for text in spaced]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4", "vocab.tiktoken"])
-def test_a_tiktoken_file_is_told_by_its_content(name, tmp_path):
-    """correctness 27: Llama 3's tokenizer.model, and the files of tiktoken's cache, alone and in a folder."""
+def test_a_tiktoken_file_is_recognized_by_its_content(name, tmp_path):
+    """Llama 3's tokenizer.model, and the files of tiktoken's cache, alone and in a folder."""
     from pipeline.core.errors import UserError
     from pipeline.data.tokenizer import byte_bpe, import_tokenizer
     from pipeline.data.tokens.store import encode_text
@@ -632,28 +636,28 @@ def test_a_tiktoken_file_is_told_by_its_content(name, tmp_path):
     (folder / "params.json").write_text("{}")
     (folder / name).write_bytes(byte_bpe.dump(BYTES | {b"th": 256, b"the": 257}))
     for place in (folder / name, folder):
-        found = import_tokenizer.load(str(place), None)
-        assert found.algorithm == "adopted tiktoken" and encode_text(found.backend, ["the"]) == [[257]]
+        imported = import_tokenizer.load(str(place), None)
+        assert imported.algorithm == "adopted tiktoken" and encode_text(imported.backend, ["the"]) == [[257]]
         assert folder / name in import_tokenizer.files(str(place))
     (folder / "another").write_bytes(byte_bpe.dump(BYTES))
     with pytest.raises(UserError, match="2 sentencepiece or tiktoken files"):
         import_tokenizer.load(str(folder), None)
     (folder / "prose").write_text("Some text that is no vocabulary.\n")
-    with pytest.raises(UserError, match="is no sentencepiece model"):
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
         import_tokenizer.load(str(folder / "prose"), None)
 
 
-def test_a_pattern_that_would_do_nothing_is_refused(plain, tmp_path):
+def test_a_pattern_without_effect_is_refused(plain, tmp_path):
     from pipeline.core.errors import UserError
     from pipeline.data.tokenizer import import_tokenizer
 
-    with pytest.raises(UserError, match="pattern: .* leave `pattern` out"):
+    with pytest.raises(UserError, match="pattern: .* remove `pattern`"):
         import_tokenizer.load(str(plain), "a+")
 
 
 @pytest.mark.slow
-def test_tokenizers_that_packages_ship_are_adopted_with_their_own_ids(tmp_path):
-    """correctness 27: Mistral's models v1 to v7, Llama 3's tokenizer.model, a file of tiktoken's cache, and Qwen's,
+def test_published_tokenizers_are_adopted_with_their_own_ids(tmp_path):
+    """Mistral's models v1 to v7, Llama 3's tokenizer.model, a file of tiktoken's cache, and Qwen's,
     compared with sentencepiece and tiktoken."""
     import subprocess
     import sys
@@ -680,61 +684,61 @@ def test_tokenizers_that_packages_ship_are_adopted_with_their_own_ids(tmp_path):
         str(tmp_path / "packages"),
         *packages,
     ]
-    got = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    if got.returncode:
-        pytest.skip(f"cannot install {', '.join(packages)}: {got.stderr.strip().splitlines()[-1:]}")
+    install = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    if install.returncode:
+        pytest.skip(f"cannot install {', '.join(packages)}: {install.stderr.strip().splitlines()[-1:]}")
     home, texts = tmp_path / "packages", [*SPACED, *HARD_TEXTS, "it's 12345 <|begin_of_text|>"]
     mistral = sorted((home / "mistral_common/data").glob("*.model*"))
     cached = home / "litellm/litellm_core_utils/tokenizers/9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
-    ranks = [home / "llama_models/llama3/tokenizer.model", cached, home / "dashscope/resources/qwen.tiktoken"]
+    tiktoken_files = [home / "llama_models/llama3/tokenizer.model", cached, home / "dashscope/resources/qwen.tiktoken"]
     assert len(mistral) == 5
-    for number, path in enumerate([*mistral, *ranks]):
+    for number, path in enumerate([*mistral, *tiktoken_files]):
         folder = tmp_path / f"adopted{number}"
         adopt(Config(adopt=str(path)), folder)
         if path in mistral:
             peer = SentencePieceProcessor(model_file=str(path)).encode
         else:
-            known = load_tiktoken_bpe(str(path))
-            engine = tiktoken.Encoding("peer", pat_str=pattern(False), mergeable_ranks=known, special_tokens={})
+            ranks = load_tiktoken_bpe(str(path))
+            engine = tiktoken.Encoding("peer", pat_str=pattern(False), mergeable_ranks=ranks, special_tokens={})
             peer = engine.encode_ordinary
         same = [text for text in texts if "\u2581" not in text]
         assert encode_text(loaded(folder), same) == [peer(text) for text in same], path
 
 
-def test_folders_whose_files_disagree_are_refused(plain, small, tmp_path):
+def test_folders_whose_files_contradict_each_other_are_refused(plain, small, tmp_path):
     def broken(name, action):
         folder = tmp_path / f"{name}-source"
         shutil.copytree(plain, folder)
         (folder / "manifest.json").unlink()
         action(folder)
-        (code, said), _ = adopted(tmp_path / name, small, folder)
-        assert code == 2 and "Traceback" not in said, said
-        return said
+        (code, output), _ = adopted(tmp_path / name, small, folder)
+        assert code == 2 and "Traceback" not in output, output
+        return output
 
     def config(folder, **keys):
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
-    assert "does not know" in broken("eos", lambda folder: config(folder, eos_token="<|nothing|>"))
-    assert "makes its special token 'e' of the text" in broken("ordinary", lambda folder: config(folder, eos_token="e"))
-    assert "gives its model 10 tokens" in broken(
+    assert "is not a token of tokenizer.json" in broken("eos", lambda folder: config(folder, eos_token="<|nothing|>"))
+    assert "with its special token 'e'" in broken("ordinary", lambda folder: config(folder, eos_token="e"))
+    assert "says that the model has 10 tokens" in broken(
         "size", lambda folder: (folder / "config.json").write_text('{"vocab_size": 10}')
     )
     assert "cannot be read" in broken("json", lambda folder: (folder / "tokenizer.json").write_text("{"))
     if (plain / "tokenizer.tiktoken").exists():
         lines = (plain / "tokenizer.tiktoken").read_text().splitlines()
-        assert "do not hold the same tokens" in broken(
+        assert "do not have the same tokens" in broken(
             "ranks", lambda folder: (folder / "tokenizer.tiktoken").write_text("\n".join(lines[:-1]))
         )
         (tmp_path / "short.tiktoken").write_text("\n".join(lines[1:]))
-        (code, said), _ = adopted(tmp_path / "short", small, tmp_path / "short.tiktoken")
-        assert code == 2 and "no token for byte" in said
+        (code, output), _ = adopted(tmp_path / "short", small, tmp_path / "short.tiktoken")
+        assert code == 2 and "no token for byte" in output
     else:
         assert "in tokenizer.model" in broken(
             "model", lambda folder: (folder / "tokenizer.model").write_bytes(_other_model(folder))
         )
-    (code, said), _ = adopted(tmp_path / "none", small, tmp_path / "nowhere")
-    assert code == 2 and "nowhere does not exist" in said
+    (code, output), _ = adopted(tmp_path / "none", small, tmp_path / "nowhere")
+    assert code == 2 and "nowhere does not exist" in output
 
 
 def _other_model(folder):
@@ -750,7 +754,7 @@ def test_a_lossy_sentencepiece_model_is_refused(small, tmp_path):
 
     import sentencepiece
 
-    made = io.BytesIO()
+    model = io.BytesIO()
     lines = [
         line
         for text in pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
@@ -758,11 +762,11 @@ def test_a_lossy_sentencepiece_model_is_refused(small, tmp_path):
     ]
     # the defaults: NFKC, spaces joined, no bytes
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=made, vocab_size=200, model_type="bpe", minloglevel=2
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=200, model_type="bpe", minloglevel=2
     )
-    (tmp_path / "default.model").write_bytes(made.getvalue())
-    (code, said), _ = adopted(tmp_path / "run", small, tmp_path / "default.model")
-    assert code == 2 and "normalisation nmt_nfkc" in said, said
+    (tmp_path / "default.model").write_bytes(model.getvalue())
+    (code, output), _ = adopted(tmp_path / "run", small, tmp_path / "default.model")
+    assert code == 2 and "normalization nmt_nfkc" in output, output
 
 
 def test_the_report_of_inspect(plain, small, monkeypatch):
@@ -775,29 +779,29 @@ def test_the_report_of_inspect(plain, small, monkeypatch):
     result = CliRunner().invoke(
         app, ["inspect", "tokenizer", str(folder / "r.yaml"), "--compare", "", "--json"], catch_exceptions=False
     )
-    found = json.loads(result.stdout)
+    report = json.loads(result.stdout)
     tokenizer = loaded(plain)
     texts = {
         split: pyarrow.parquet.read_table(small / split / "part-00000.parquet").to_pylist()
         for split in ("train", "heldout")
     }
-    assert found["round_trip"] == {"texts": sum(map(len, texts.values())), "exact": sum(map(len, texts.values()))}
-    for source, row in found["by_source"].items():
+    assert report["round_trip"] == {"texts": sum(map(len, texts.values())), "exact": sum(map(len, texts.values()))}
+    for source, row in report["by_source"].items():
         chosen = [entry["text"] for entry in texts["heldout"] if entry["source"] == source]
         count = sum(len(tokenizer.encode(text)) for text in chosen)
         assert row["bytes_per_token"] == round(sum(len(text.encode()) for text in chosen) / count, 4) and row[
             "characters_per_token"
         ] == round(sum(map(len, chosen)) / count, 4)
     seen = {token for rows in texts.values() for entry in rows for token in tokenizer.encode(entry["text"])}
-    assert found["unused"]["tokens"] == found["unused"]["of"] - len(seen)
-    curve = [row["bytes_per_token"] for row in found["curve"]]
+    assert report["unused"]["tokens"] == report["unused"]["of"] - len(seen)
+    curve = [row["bytes_per_token"] for row in report["curve"]]
     assert curve == sorted(curve)
     total = [
         sum(len(entry["text"].encode()) for entry in texts["heldout"]),
         sum(len(tokenizer.encode(entry["text"])) for entry in texts["heldout"]),
     ]
     assert curve[-1] == round(total[0] / total[1], 4), "the whole vocabulary is the last point"
-    assert len(found["splits"]["1234567890"]) == 10, "digits are split one by one"
+    assert len(report["splits"]["1234567890"]) == 10, "digits are split one by one"
     assert (
         "round trip"
         in CliRunner()
@@ -819,18 +823,18 @@ def test_ids_without_a_token_are_filled_in_a_tiktoken_file(small, tmp_path):
 
     tokens = BYTES | {b"th": 256, b"er": 258, b"the": 259, "月".encode(): 263}
     (tmp_path / "holes.tiktoken").write_bytes(byte_bpe.dump(tokens))
-    (code, said), folder = adopted(tmp_path / "run", small, tmp_path / "holes.tiktoken")
-    assert code == 0 and "4 ids below 263 have no token (257, 260, 261, ...)" in said, said
+    (code, output), folder = adopted(tmp_path / "run", small, tmp_path / "holes.tiktoken")
+    assert code == 0 and "4 ids below 263 have no token (257, 260, 261, ...)" in output, output
     tokenizer = loaded(folder)
     ids = tokenizer.get_vocab()
     assert sorted(ids.values()) == list(range(len(tokenizer))) and tokenizer.convert_tokens_to_ids("<|eos|>") >= 264
     assert {ids[f"<|unused {index}|>"] for index in (257, 260, 261, 262)} == {257, 260, 261, 262}
     peer = tiktoken.Encoding("peer", pat_str=pattern(False), mergeable_ranks=tokens, special_tokens={})
     texts = ["the other there 床前明月光", "<|unused 257|> and <|unused_257|>", " <|unused", *map(chr, range(300))]
-    got = encode_text(tokenizer, texts)
-    assert got == [peer.encode_ordinary(text) for text in texts]
-    assert not set(tokenizer.all_special_ids) & {index for found in got for index in found}
-    assert [tokenizer.decode(found) for found in got] == texts
+    encoded = encode_text(tokenizer, texts)
+    assert encoded == [peer.encode_ordinary(text) for text in texts]
+    assert not set(tokenizer.all_special_ids) & {index for ids in encoded for index in ids}
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
 
 
 def holed(folder, last):
@@ -854,8 +858,8 @@ def test_ids_without_a_token_are_filled_in_a_folder_and_declared_ids_are_kept(sm
     from pipeline.data.tokens.store import encode_text, token_bytes
 
     source = holed(tmp_path / "source", 260)
-    (code, said), folder = adopted(tmp_path / "run", small, source)
-    assert code == 0 and "3 ids below 260 have no token (257, 258, 259)" in said, said
+    (code, output), folder = adopted(tmp_path / "run", small, source)
+    assert code == 0 and "3 ids below 260 have no token (257, 258, 259)" in output, output
     tokenizer = loaded(folder)
     assert tokenizer.convert_tokens_to_ids("<|end|>") == tokenizer.eos_token_id == 260
     assert len(tokenizer) == len(token_bytes(tokenizer)) == max(tokenizer.get_vocab().values()) + 1
@@ -868,9 +872,9 @@ def test_vocabularies_that_are_mostly_holes_are_refused(tmp_path):
     from pipeline.data.tokenizer import byte_bpe
     from pipeline.tokenizer import Config, adopt
 
-    for last, said in ((2**31 - 1, "2,147,483,391 of the ids below"), (2**40, "31 bits")):
+    for last, message in ((2**31 - 1, "2,147,483,391 of the ids below"), (2**40, "31 bits")):
         (tmp_path / "huge.tiktoken").write_bytes(byte_bpe.dump(BYTES | {b"ab": last}))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             adopt(Config(adopt=str(tmp_path / "huge.tiktoken")), tmp_path / "out")
     with pytest.raises(UserError, match="are filled"):
         adopt(Config(adopt=str(holed(tmp_path / "far", 20_000))), tmp_path / "out")
@@ -879,7 +883,7 @@ def test_vocabularies_that_are_mostly_holes_are_refused(tmp_path):
 
 
 def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path):
-    """A model has its rows where one of the two readings says, and nobody can tell which."""
+    """Its model was trained on one of the two readings, and nobody can tell which."""
     from pipeline.core.errors import UserError
     from pipeline.tokenizer import Config, adopt
 
@@ -897,11 +901,11 @@ def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path):
             adopt(written(f"twice{last}", last, aa=5), tmp_path / "out")
 
 
-def test_damaged_files_end_in_a_sentence(plain, small, tmp_path):
+def test_damaged_files_are_reported(plain, small, tmp_path):
     def refused(place):
-        (code, said), _ = adopted(tmp_path / f"run{len(list(tmp_path.iterdir()))}", small, place)
-        assert code == 2 and "Traceback" not in said, said
-        return said
+        (code, output), _ = adopted(tmp_path / f"run{len(list(tmp_path.iterdir()))}", small, place)
+        assert code == 2 and "Traceback" not in output, output
+        return output
 
     whole = (plain / "tokenizer.json").read_bytes()
     for number, left in enumerate((b"", whole[: len(whole) // 2], b"[]", b"null")):
@@ -909,34 +913,34 @@ def test_damaged_files_end_in_a_sentence(plain, small, tmp_path):
         shutil.copytree(plain, folder)
         (folder / "manifest.json").unlink()
         (folder / "tokenizer.json").write_bytes(left)
-        said = refused(folder)
-        assert "tokenizer.json: cannot be read" in said and "copy the folder again" in said, said
-    assert "give the folder that holds it" in refused(plain / "tokenizer.json")
+        output = refused(folder)
+        assert "tokenizer.json: cannot be read" in output and "copy the folder again" in output, output
+    assert "give the folder that contains it" in refused(plain / "tokenizer.json")
     form = next(path for name in ("tokenizer.model", "tokenizer.tiktoken") if (path := plain / name).exists())
     empty = tmp_path / f"empty{form.suffix}"
     empty.write_bytes(b"")
     assert "(0 bytes)" in refused(empty)
     if form.suffix == ".model":
         (tmp_path / "cut.model").write_bytes(form.read_bytes()[:3000])
-        assert "is no sentencepiece model, or is cut off" in refused(tmp_path / "cut.model")
+        assert "is not a sentencepiece model, or is truncated" in refused(tmp_path / "cut.model")
         shutil.copytree(plain, tmp_path / "zero")
         (tmp_path / "zero/manifest.json").unlink()
         (tmp_path / "zero/tokenizer.model").write_bytes(b"")
         assert "tokenizer.model is empty (0 bytes)" in refused(tmp_path / "zero")
 
 
-def test_a_sentencepiece_model_is_whole_or_said_to_be_cut(plain):
+def test_a_truncated_sentencepiece_model_is_recognized(plain):
     from sentencepiece import sentencepiece_model_pb2
 
-    from pipeline.data.tokenizer.spm_trainer import damaged
+    from pipeline.data.tokenizer.spm_model import damage
 
     if not (plain / "tokenizer.model").exists():
         pytest.skip("byte-bpe has no sentencepiece model")
     model = (plain / "tokenizer.model").read_bytes()
     read = sentencepiece_model_pb2.ModelProto.FromString
-    assert damaged(model) is None
+    assert damage(model) is None
     for cut in (*range(0, len(model), 97), *range(len(model) - 300, len(model))):
-        if damaged(model[:cut]) is None:  # nothing that decides an id is lost
+        if damage(model[:cut]) is None:  # nothing that decides an id is lost
             left, all_of_it = read(model[:cut]), read(model)
             assert (left.pieces, left.trainer_spec, left.normalizer_spec) == (
                 all_of_it.pieces,
@@ -945,19 +949,19 @@ def test_a_sentencepiece_model_is_whole_or_said_to_be_cut(plain):
             ), cut
 
 
-def test_a_byte_level_folder_without_eos_and_one_whose_config_is_no_object_are_refused(tmp_path):
+def test_a_byte_level_folder_without_eos_or_with_a_wrong_config_is_refused(tmp_path):
     from pipeline.core.errors import UserError
     from pipeline.data.tokenizer import byte_bpe
     from pipeline.tokenizer import Config, adopt
 
     byte_bpe.build(BYTES, [], "a", []).save(str(tmp_path / "tokenizer.json"))
-    for config, said in (("{}", "has no eos token"), ("[]", "expected a JSON object")):
+    for config, message in (("{}", "has no eos token"), ("[]", "expected a JSON object")):
         (tmp_path / "tokenizer_config.json").write_text(config)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             adopt(Config(adopt=str(tmp_path)), tmp_path / "out")
 
 
-def test_pairs_of_a_very_long_token_are_found_at_once():
+def test_pairs_of_a_very_long_token_take_no_time():
     """Junk of equal letters gives tokens of tens of thousands of bytes; a file with one of 49,152 bytes was not read
     in nine minutes when each join looked at all neighbours."""
     from pipeline.data.tokenizer.byte_bpe import merges_of
@@ -966,7 +970,7 @@ def test_pairs_of_a_very_long_token_are_found_at_once():
     assert merges_of({token: rank for rank, token in enumerate(powers)}) == [(half, half) for half in powers[:-1]]
 
 
-def test_text_that_cannot_fill_the_smallest_vocabulary_is_not_told_to_lower_vocab_size():
+def test_the_advice_for_too_little_text_does_not_go_below_the_smallest_vocab_size():
     from pipeline.data.tokenizer.spm_trainer import too_large
 
     assert "set vocab_size to at most 300" in str(too_large(5000, 300))

@@ -22,17 +22,15 @@ def write(folder: Path, vocab_size: int, sources: list[str], tokens: int, seed: 
     from pipeline import pack
     from pipeline.core import artifact
     from pipeline.core.seeds import derive
-    from pipeline.data.tokenizer import spm_trainer
+    from pipeline.data.tokenizer.special_tokens import SPECIAL
     from pipeline.tokenizer import publish
 
-    words = [f"w{number} " for number in range(vocab_size - len(spm_trainer.SPECIAL))]
+    words = [f"w{number} " for number in range(vocab_size - len(SPECIAL))]
     backend = Tokenizer(
-        models.WordLevel(
-            {word: index for index, word in enumerate([*spm_trainer.SPECIAL, *words])}, unk_token=words[-1]
-        )
+        models.WordLevel({word: index for index, word in enumerate([*SPECIAL, *words])}, unk_token=words[-1])
     )
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in spm_trainer.SPECIAL])
+    backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL])
     publish(backend, folder / "tokenizer")
 
     for split, count in (("train", tokens), ("heldout", tokens // 10)):

@@ -159,7 +159,7 @@ def _tokenizer_folder(tmp_path_factory) -> Path:
     if not _made:
         from harness import byte_level
 
-        from pipeline.tokenizer import publish
+        from pipeline.data.tokenizer.tokenizer_folder import publish
 
         made = tmp_path_factory.mktemp("judge")
         publish(byte_level(tiny.texts(0, 50), 290), made)

@@ -86,11 +86,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def byte_level(texts: list[str], size: int):
     """A byte-level tokenizer of at most `size` tokens, trained as the stage does."""
-    from pipeline.data.tokenizer import byte_bpe, pretokenize, spm_trainer
+    from pipeline.data.tokenizer import byte_bpe, pretokenize
+    from pipeline.data.tokenizer.special_tokens import SPECIAL
 
-    learned, pairs = byte_bpe.train(
-        texts, size - len(spm_trainer.SPECIAL), True, True, sum(len(text.encode()) for text in texts)
-    )
+    learned, pairs = byte_bpe.train(texts, size - len(SPECIAL), True, True, sum(len(text.encode()) for text in texts))
     return byte_bpe.build(
-        {token: index for index, token in enumerate(learned)}, pairs, pretokenize.pattern(True), spm_trainer.SPECIAL
+        {token: index for index, token in enumerate(learned)}, pairs, pretokenize.pattern(True), SPECIAL
     )

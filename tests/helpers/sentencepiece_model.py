@@ -7,11 +7,11 @@ def prefixed(texts, kind: str = "bpe", **keys) -> bytes:
 
     import sentencepiece
 
-    made = io.BytesIO()
+    model = io.BytesIO()
     lines = [line for text in texts for line in text.splitlines() if line]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
-        model_writer=made,
+        model_writer=model,
         vocab_size=440,
         model_type=kind,
         byte_fallback=True,
@@ -24,4 +24,4 @@ def prefixed(texts, kind: str = "bpe", **keys) -> bytes:
         minloglevel=2,
         **keys,
     )
-    return made.getvalue()
+    return model.getvalue()

@@ -27,7 +27,7 @@ def write_inputs(folder: Path, documents: int = 120, special: list[str] = ()) ->
     from harness import byte_level, succeed
     from tokenizers import AddedToken
 
-    from pipeline.tokenizer import publish
+    from pipeline.data.tokenizer.tokenizer_folder import publish
 
     made = {"train": texts(0, documents), "heldout": texts(1, 30)}
     for split, lines in made.items():

@@ -228,14 +228,14 @@ def main(home: Path, seed: int, first: int, last: int) -> None:
         began = time.process_time()
         try:
             read(home / "copy", home / "out", generator)
-            found = "ok"
+            result = "ok"
         except BaseException as error:
             line = traceback.extract_tb(error.__traceback__)[-1]
-            found = f"{type(error).__name__} {str(error)[:150]!r} at {Path(line.filename).name}:{line.lineno}"
+            result = f"{type(error).__name__} {str(error)[:150]!r} at {Path(line.filename).name}:{line.lineno}"
         if time.process_time() - began > 20:
-            found = f"took {time.process_time() - began:.0f} s"
+            result = f"took {time.process_time() - began:.0f} s"
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) / 2**20
-        print("\ncase", number, what, found if grown < 1 else f"took {grown:.1f} GB", flush=True)
+        print("\ncase", number, what, result if grown < 1 else f"took {grown:.1f} GB", flush=True)
         if grown >= 1:
             return
 

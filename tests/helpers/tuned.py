@@ -35,8 +35,8 @@ def tokenizer(folder: Path, sentencepiece: bool = False):
     from harness import byte_level
     from transformers import AutoTokenizer
 
-    from pipeline.data.tokenizer import spm_trainer
-    from pipeline.tokenizer import publish
+    from pipeline.data.tokenizer import spm_model, spm_trainer
+    from pipeline.data.tokenizer.tokenizer_folder import publish
 
     texts = [
         f"What is a {row['words']} {row['noun']}?\nA {row['kind']} 是什么？\n\nassistant\n{row['kind']}"
@@ -44,7 +44,7 @@ def tokenizer(folder: Path, sentencepiece: bool = False):
     ] * 2
     if sentencepiece:
         model = spm_trainer.train_sentencepiece(texts, 380, True, 0.9995, folder / "log")
-        publish(spm_trainer.from_sentencepiece(model), folder)
+        publish(spm_model.to_fast_tokenizer(model), folder)
         (folder / "tokenizer.model").write_bytes(model)
     else:
         publish(byte_level(texts, 380), folder)

@@ -1,33 +1,50 @@
 """Byte-level BPE merges from counted words, in numpy.
 
-    words, counts = presplit.count(texts, split_digits)
-    tokens, pairs = train(words, counts, 32_000)   # bytes of each token: 256 bytes in GPT-2's order, then one for each
-                                                   # pair of ids
+    words, counts = pretokenize.count(texts, split_digits)
+    tokens, pairs = train(words, counts, 32_000)   # bytes of each token: the 256 bytes in GPT-2's order, then one token
+                                                   # per pair of ids
 
-The most frequent pair of neighbours is joined, of equally frequent ones that with the smaller ids, until the vocabulary
-is full (Sennrich et al., 2016; the same choices as `tokenizers`, which is the oracle in test_bpe_merges.py). Counts
-are 64 bits wide.
+The most frequent pair of neighbouring tokens is merged, among equally frequent ones the pair with the smaller ids,
+until the vocabulary is full (Sennrich et al., 2016). `tokenizers` makes the same choices and is the oracle of
+test_bpe_merges.py; it counts in 32 bits, this module in 64.
 
-All different words stand in one array of token ids, a SEPARATOR between them. A token of several bytes has its id in
-its first and its last place, so that both neighbours are one look away (as the ends of blocks in a memory allocator),
-and GONE between. For each pair a list of places is kept. Lists go stale, which is noticed when a pair comes up: its
-places are looked at, and if some are taken the pair goes back with what is left. A pair's count can only fall after
-both of its tokens exist, so a stale count is a bound, and pairs that begin below `floor` are not kept at all; if the
-vocabulary is not full when the rest is used up, everything is counted anew with a lower floor.
+All distinct words are in one array of token ids with a separator between them. A token of several bytes has its id at
+its first and at its last place, so that each neighbour is one lookup away (like the boundary tags of a memory
+allocator); the places between them are marked as empty. A heap holds each pair with its count and its places. Later
+merges take some of these places away. This is noticed when the pair is popped: its places are checked, and if some are
+gone, the pair is pushed back with the remaining ones. A pair's count can only fall once both of its tokens exist, so an
+outdated count is an upper bound. Pairs whose first count is below `floor` are not kept. If the heap is empty before the
+vocabulary is full, all pairs are counted again with a lower floor.
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.data.tokenizer.encode import alphabet
 
-# Bytes of the longest token, as in cl100k (a run of spaces): without a bound a line of junk that is repeated becomes a
-# token of kilobytes. What it costs ordinary text: docs/tokenizer.md.
+# Bytes of the longest token, as in cl100k (a run of spaces). Without a bound, a repeated line of junk becomes a token
+# of kilobytes. What the bound costs ordinary text: docs/tokenizer.md.
 LONGEST = 128
 ZERO = np.zeros(1, np.int64)
 CHUNK = 1 << 20  # places sorted together
+WORDS_AT_A_TIME = 1 << 18
+
+
+class _Corpus(NamedTuple):
+    """All distinct words as token ids. Merging changes `ids` and `lengths` in place."""
+
+    ids: np.ndarray
+    """uint16 or uint32 [places]: the words, with a separator before, between and after them."""
+    weights: np.ndarray
+    """int32 [places]: the count of the word that each place belongs to."""
+    lengths: np.ndarray
+    """int64 [vocabulary + 1]: bytes of each token; 1 for ids that do not exist yet."""
+    empty: int
+    """The id that marks places inside a token."""
+    separator: int
 
 
 def byte_order() -> list[bytes]:
@@ -43,181 +60,182 @@ def train(
     advance: Callable[[int], None] = lambda merges: None,
     longest: int = LONGEST,
 ) -> tuple[list[bytes], list[tuple[int, int]]]:
-    """Tokens in the order of their ids, at most `size`, at least the 256 bytes; fewer than `size` if no pair is left.
+    """Tokens in the order of their ids and the pair that each merged token consists of. At most `size` tokens, at least
+    the 256 bytes; fewer than `size` if no pair is left.
 
-    words: a pyarrow BinaryArray without repetitions; counts: int64, how often each stands in the text. `floor` as
-    above, for tests. `advance` is called every 256 merges with 256. A pair that would make a token of more than
-    `longest` bytes is not joined (`tokenizers`' max_token_length is this + 1). Memory: about 10 bytes for each byte of
-    all different words.
+    words: a pyarrow BinaryArray of distinct words; counts: int64, how often each is in the text. `floor` as above, for
+    tests. `advance` is called every 256 merges with 256. A pair that would make a token of more than `longest` bytes is
+    not merged (this is `tokenizers`' max_token_length - 1). Memory: about 10 bytes per byte of all distinct words.
     """
     tokens, pairs = byte_order(), []
-    text, weight = _layout(words, counts, tokens, size)
-    gone, separator = (np.iinfo(text.dtype).max - n for n in (0, 1))
-    lengths = np.ones(size + 1, np.int64)
+    corpus = _corpus(words, counts, tokens, size)
     if floor is None:
-        floor = max(1, int(counts @ sizes(words)) // (size * 40) if len(words) else 1)
-    heap: list[tuple[int, int, int, list[np.ndarray]]] = _pairs(
-        text, weight, lengths, gone, separator, floor, len(tokens), longest
-    )
+        total = int(counts @ byte_lengths(words)) if len(words) else 0
+        floor = max(1, total // (size * 40))
+    heap = _all_pairs(corpus, floor, len(tokens), longest)
     while len(tokens) < size:
         if not heap:
             if floor == 1:
                 break
             floor = max(1, floor // 8)
-            heap = _pairs(text, weight, lengths, gone, separator, floor, len(tokens), longest)
+            heap = _all_pairs(corpus, floor, len(tokens), longest)
             continue
-        bound, left, right, parts = heapq.heappop(heap)
-        places = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        width = int(lengths[left])
-        places = places[text.take(places) == left]
-        places = places[text.take(places + width) == right]
-        count = int(weight.take(places).sum(dtype=np.int64))
-        if count < -bound:
+        negative_count, left, right, place_lists = heapq.heappop(heap)
+        places = _valid_places(corpus, left, right, place_lists)
+        count = int(corpus.weights.take(places).sum(dtype=np.int64))
+        if count < -negative_count:  # outdated
             if count >= floor:
                 heapq.heappush(heap, (-count, left, right, [places]))
             continue
         if left == right:
-            places = _apart(places, width)
-        new, whole = len(tokens), width + int(lengths[right])
+            places = _without_overlaps(places, corpus.lengths.item(left))
+        new = len(tokens)
         tokens.append(tokens[left] + tokens[right])
         pairs.append((left, right))
-        lengths[new] = whole
-        if width > 1:
-            text[places + (width - 1)] = gone
-        if whole - width > 1:
-            text[places + width] = gone
-        text[places] = new
-        text[places + (whole - 1)] = new
-        near, room = weight.take(places), longest - whole
-        after, before = text.take(places + whole), text.take(places - 1)
-        _found(heap, after, near, places, floor, lambda other: (new, other), (separator,), lengths, room, False)
-        _found(heap, before, near, places, floor, lambda other: (other, new), (separator, new), lengths, room, True)
+        _merge(corpus, places, left, right, new)
+        _push_new_pairs(heap, corpus, places, new, floor, longest)
         if new % 256 == 0:
             advance(256)
     return tokens, pairs
 
 
-def _found(
-    heap,
-    others: np.ndarray,
-    weights: np.ndarray,
-    places: np.ndarray,
-    floor: int,
-    pair,
-    without: tuple,
-    lengths: np.ndarray,
-    room: int,
-    left: bool,
-) -> None:
-    """Push the new pairs of the token at `places` with its neighbours `others` of at most `room` bytes; where these
-    stand to its `left` the pair begins where they begin."""
-    if room < 1 or not len(others):
-        return
-    order = others.argsort(kind="stable")  # by radix: 16 bits
-    others = others.take(order)
-    begins = np.concatenate((ZERO, (others[1:] != others[:-1]).nonzero()[0] + 1))
-    sums = np.add.reduceat(weights.take(order), begins, dtype=np.int64)
-    ends = np.concatenate((begins[1:], [len(others)]))
-    for number in (sums >= floor).nonzero()[0].tolist():
-        other = int(others[begins[number]])
-        if other in without or lengths.item(other) > room:
-            continue
-        at = places[order[begins[number] : ends[number]]]
-        heapq.heappush(heap, (-int(sums[number]), *pair(other), [at - lengths.item(other) if left else at]))
+def _valid_places(corpus: _Corpus, left: int, right: int, place_lists: list[np.ndarray]) -> np.ndarray:
+    """The places at which the pair still is."""
+    places = place_lists[0] if len(place_lists) == 1 else np.concatenate(place_lists)
+    places = places[corpus.ids.take(places) == left]
+    return places[corpus.ids.take(places + corpus.lengths.item(left)) == right]
 
 
-def _apart(places: np.ndarray, width: int) -> np.ndarray:
-    """Of equal tokens in a row, aaa, every second place: pairs are joined from the left and do not overlap."""
+def _without_overlaps(places: np.ndarray, length: int) -> np.ndarray:
+    """Of equal tokens in a row, such as aaa, every second place: pairs are merged from the left and do not overlap."""
     order = np.arange(len(places))
-    first = np.concatenate(([True], np.diff(places) != width))
-    return places[(order - np.maximum.accumulate(np.where(first, order, 0))) % 2 == 0]
+    first_of_run = np.concatenate(([True], np.diff(places) != length))
+    place_in_run = order - np.maximum.accumulate(np.where(first_of_run, order, 0))
+    return places[place_in_run % 2 == 0]
 
 
-def sizes(words) -> np.ndarray:
-    """int64: bytes of each word."""
-    return np.diff(np.frombuffer(words.buffers()[1], np.int32)[words.offset : words.offset + len(words) + 1]).astype(
-        np.int64
-    )
+def _merge(corpus: _Corpus, places: np.ndarray, left: int, right: int, new: int) -> None:
+    """Write the token `new` over the pair at all places."""
+    left_length, right_length = corpus.lengths.item(left), corpus.lengths.item(right)
+    length = left_length + right_length
+    corpus.lengths[new] = length
+    if left_length > 1:
+        corpus.ids[places + (left_length - 1)] = corpus.empty
+    if right_length > 1:
+        corpus.ids[places + left_length] = corpus.empty
+    corpus.ids[places] = new
+    corpus.ids[places + (length - 1)] = new
 
 
-def _layout(words, counts: np.ndarray, tokens: list[bytes], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The words as token ids with a separator before, between and behind, and the count of the word that each place
-    belongs to."""
+def _push_new_pairs(heap: list, corpus: _Corpus, places: np.ndarray, new: int, floor: int, longest: int) -> None:
+    """Push the pairs of the token `new` at `places` with its neighbours on both sides."""
+    length = corpus.lengths.item(new)
+    room = longest - length
+    if room < 1:
+        return
+    weights = corpus.weights.take(places)
+    for neighbour, count, group in _by_neighbour(corpus.ids.take(places + length), weights, places, floor):
+        if neighbour != corpus.separator and corpus.lengths.item(neighbour) <= room:
+            heapq.heappush(heap, (-count, new, neighbour, [group]))
+    for neighbour, count, group in _by_neighbour(corpus.ids.take(places - 1), weights, places, floor):
+        # two tokens `new` in a row are already in the heap
+        if neighbour not in (corpus.separator, new) and corpus.lengths.item(neighbour) <= room:
+            heapq.heappush(heap, (-count, neighbour, new, [group - corpus.lengths.item(neighbour)]))
+
+
+def _by_neighbour(
+    neighbours: np.ndarray, weights: np.ndarray, places: np.ndarray, floor: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(neighbour, count, places) of each neighbour whose count is at least `floor`."""
+    order = neighbours.argsort(kind="stable")  # a radix sort for 16 bits
+    neighbours = neighbours.take(order)
+    begins = np.concatenate((ZERO, (neighbours[1:] != neighbours[:-1]).nonzero()[0] + 1))
+    ends = np.concatenate((begins[1:], [len(neighbours)]))
+    counts = np.add.reduceat(weights.take(order), begins, dtype=np.int64)
+    for group in (counts >= floor).nonzero()[0].tolist():
+        begin, end = begins[group], ends[group]
+        yield int(neighbours[begin]), int(counts[group]), places[order[begin:end]]
+
+
+def byte_lengths(words) -> np.ndarray:
+    """int64: bytes of each word of a pyarrow BinaryArray."""
+    offsets = np.frombuffer(words.buffers()[1], np.int32)[words.offset : words.offset + len(words) + 1]
+    return np.diff(offsets).astype(np.int64)
+
+
+def _corpus(words, counts: np.ndarray, tokens: list[bytes], size: int) -> _Corpus:
     dtype = np.uint16 if size < 2**16 - 2 else np.uint32
-    separator = np.iinfo(dtype).max - 1
-    lengths = sizes(words)
-    ids = np.zeros(256, dtype)
-    ids[[token[0] for token in tokens]] = np.arange(256)
-    begin = np.frombuffer(words.buffers()[1], np.int32)[words.offset] if len(words) else 0
-    data = (
-        np.frombuffer(words.buffers()[2], np.uint8)[begin : begin + int(lengths.sum())]
-        if len(words)
-        else np.zeros(0, np.uint8)
-    )
+    empty = int(np.iinfo(dtype).max)
+    separator = empty - 1
+    id_of_byte = np.zeros(256, dtype)
+    id_of_byte[[token[0] for token in tokens]] = np.arange(256)
+    data = np.zeros(0, np.uint8)
+    sizes = np.zeros(0, np.int64)
+    if len(words):
+        sizes = byte_lengths(words)
+        begin = np.frombuffer(words.buffers()[1], np.int32)[words.offset]
+        data = np.frombuffer(words.buffers()[2], np.uint8)[begin : begin + int(sizes.sum())]
     assert len(data) + len(words) + 1 < 2**31
-    word_ends = np.cumsum(lengths)
-    text = np.full(len(data) + len(words) + 1, separator, dtype)
-    weight = np.zeros(len(text), np.int32)
-    # some words at a time: index arrays are eight times as large as the text
-    for first in range(0, len(words), 1 << 18):
-        last = min(len(words), first + (1 << 18))
-        low = int(word_ends[first - 1]) if first else 0
-        part, spread = data[low : word_ends[last - 1]], np.repeat(np.arange(first, last), lengths[first:last])
-        at = np.arange(low, low + len(part)) + spread + 1
-        text[at] = ids[part]
-        weight[at] = counts[spread]
-    return text, weight
+    word_ends = np.cumsum(sizes)
+    ids = np.full(len(data) + len(words) + 1, separator, dtype)
+    weights = np.zeros(len(ids), np.int32)
+    # some words at a time, because index arrays are eight times as large as the text
+    for first in range(0, len(words), WORDS_AT_A_TIME):
+        last = min(len(words), first + WORDS_AT_A_TIME)
+        begin = int(word_ends[first - 1]) if first else 0
+        chunk = data[begin : word_ends[last - 1]]
+        word_of_byte = np.repeat(np.arange(first, last), sizes[first:last])
+        places = np.arange(begin, begin + len(chunk)) + word_of_byte + 1
+        ids[places] = id_of_byte[chunk]
+        weights[places] = counts[word_of_byte]
+    return _Corpus(ids, weights, np.ones(size + 1, np.int64), empty, separator)
 
 
-def _pairs(
-    text: np.ndarray,
-    weight: np.ndarray,
-    lengths: np.ndarray,
-    gone: int,
-    separator: int,
-    floor: int,
-    size: int,
-    longest: int,
-) -> list:
-    """A heap of all pairs of neighbours in the text whose count is at least `floor` and which have at most `longest`
-    bytes: (-count, left, right, [places])."""
-    at = _tokens(text, lengths, gone)
-    found: dict[int, list] = {}
-    for begin in range(0, max(0, len(at) - 1), CHUNK):
-        here = at[begin : begin + CHUNK + 1]
-        left, right = text[here[:-1]].astype(np.int64), text[here[1:]].astype(np.int64)
-        inside = np.flatnonzero((left != separator) & (right != separator))
-        keys = left[inside] * size + right[inside]
-        keys = keys.astype(np.uint16) if size == 256 else keys  # sorted by radix
-        places = here[inside]
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        if not len(keys):
-            continue
-        begins = np.concatenate(([0], np.flatnonzero(np.diff(keys)) + 1))
-        sums = np.add.reduceat(weight[places[order]], begins, dtype=np.int64)
-        ends = np.append(begins[1:], len(keys))
-        places = places[order]
-        for key, low, high, count in zip(
-            keys[begins].tolist(), begins.tolist(), ends.tolist(), sums.tolist(), strict=True
-        ):
-            entry = found.setdefault(key, [0, []])
+def _all_pairs(corpus: _Corpus, floor: int, size: int, longest: int) -> list[tuple[int, int, int, list[np.ndarray]]]:
+    """A heap of all pairs of neighbours with a count of at least `floor` and at most `longest` bytes: (-count, left,
+    right, [places]). `size`: tokens so far."""
+    starts = _token_starts(corpus)
+    count_and_places: dict[int, list] = {}
+    for begin in range(0, max(0, len(starts) - 1), CHUNK):
+        for key, count, places in _chunk_pairs(corpus, starts[begin : begin + CHUNK + 1], size):
+            entry = count_and_places.setdefault(key, [0, []])
             entry[0] += count
-            entry[1].append(places[low:high])
-    heap = [
-        (-count, key // size, key % size, parts)
-        for key, (count, parts) in found.items()
-        if count >= floor and lengths.item(key // size) + lengths.item(key % size) <= longest
-    ]
+            entry[1].append(places)
+    heap = []
+    for key, (count, places) in count_and_places.items():
+        left, right = divmod(key, size)
+        if count >= floor and corpus.lengths.item(left) + corpus.lengths.item(right) <= longest:
+            heap.append((-count, left, right, places))
     heapq.heapify(heap)
     return heap
 
 
-def _tokens(text: np.ndarray, lengths: np.ndarray, gone: int) -> np.ndarray:
-    """int32: where tokens and separators begin. Tokens of several bytes stand twice, at their first and last place,
-    one after another."""
-    # the two marks are clipped to the last length, which is 1
-    several = np.flatnonzero((lengths > 1).take(text, mode="clip"))
-    begins = text != gone
-    begins[several[1::2]] = False
+def _chunk_pairs(corpus: _Corpus, starts: np.ndarray, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(left * size + right, count, places) of each pair among the tokens that start at `starts`."""
+    left = corpus.ids[starts[:-1]].astype(np.int64)
+    right = corpus.ids[starts[1:]].astype(np.int64)
+    inside = np.flatnonzero((left != corpus.separator) & (right != corpus.separator))
+    if not len(inside):
+        return
+    keys = left[inside] * size + right[inside]
+    if size == 256:
+        keys = keys.astype(np.uint16)  # a radix sort
+    order = np.argsort(keys, kind="stable")
+    keys, places = keys[order], starts[inside][order]
+    begins = np.concatenate(([0], np.flatnonzero(np.diff(keys)) + 1))
+    ends = np.append(begins[1:], len(keys))
+    counts = np.add.reduceat(corpus.weights[places], begins, dtype=np.int64)
+    for key, begin, end, count in zip(
+        keys[begins].tolist(), begins.tolist(), ends.tolist(), counts.tolist(), strict=True
+    ):
+        yield key, count, places[begin:end]
+
+
+def _token_starts(corpus: _Corpus) -> np.ndarray:
+    """int32: where tokens and separators begin. The id of a token of several bytes is there twice, at its first and
+    its last place; the second of the two is dropped."""
+    # the two markers are beyond `lengths` and are clipped to its last entry, which is 1
+    of_several_bytes = np.flatnonzero((corpus.lengths > 1).take(corpus.ids, mode="clip"))
+    begins = corpus.ids != corpus.empty
+    begins[of_several_bytes[1::2]] = False
     return np.flatnonzero(begins).astype(np.int32)

@@ -19,58 +19,75 @@ def train(
     total: int,
     longest: int = bpe_merges.LONGEST,
 ) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
-    """At most `size` tokens of at most `longest` bytes, the 256 bytes first, and the pairs that the others are joined
-    from, learned from texts of `total` bytes. Asserts that every byte was counted. Shows progress."""
+    """At most `size` tokens of at most `longest` bytes, the 256 bytes first, and the pair that each other token is
+    merged from, learned from texts of `total` bytes. Asserts that every byte was counted. Shows progress."""
     from pipeline.core.tracking import Progress
     from pipeline.data.tokenizer import pretokenize
 
     with Progress("tokenizer: words", total, unit="bytes") as bar:
         words, counts = pretokenize.count(texts, split_digits, merge_whitespace, bar.update)
-    read = int(counts @ bpe_merges.sizes(words))
-    assert read == total, f"the trainer counted {read} of {total} bytes"
+    num_bytes = int(counts @ bpe_merges.byte_lengths(words))
+    assert num_bytes == total, f"the trainer counted {num_bytes} of {total} bytes"
     with Progress("tokenizer: merges", size - 256, unit="merges") as bar:
         tokens, pairs = bpe_merges.train(words, counts, size, advance=bar.update, longest=longest)
     return tokens, [(tokens[left], tokens[right]) for left, right in pairs]
 
 
-def merges_of(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token of several bytes is joined from, in the order of ranks: what is left of its bytes when
-    all better ranked pairs are joined.
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token of several bytes is merged from, in the order of ranks: the two tokens that remain when
+    all pairs of a better rank are merged.
 
-    A token that cannot be reached so has no pair (published vocabularies have some: only a word that is the token gives
-    it). A heap of neighbours, because vocabularies trained on junk have tokens of 50,000 equal letters.
+    A token that cannot be reached in this way has no pair (published vocabularies have some: only a word equal to the
+    token becomes it).
     """
     pairs = []
-    for token, rank in sorted(tokens.items(), key=lambda item: item[1]):
-        size = len(token)
-        # of the part that begins here: where the next begins (its own end), where the one before begins
-        after, before = list(range(1, size + 1)), list(range(-1, size - 1))
-        waiting = [(tokens[token[i : i + 2]], i, i + 2) for i in range(size - 1) if token[i : i + 2] in tokens]
-        heapq.heapify(waiting)
-        parts = size
-        while waiting and parts > 2:
-            best, at, end = heapq.heappop(waiting)
-            if best >= rank:
-                break
-            middle = after[at]
-            if middle < 0 or middle >= size or after[middle] != end:  # one of the two has been joined since
-                continue
-            after[at], after[middle] = end, -1
-            parts -= 1
-            if end < size:
-                before[end] = at
-                if (joined := tokens.get(token[at : after[end]])) is not None:
-                    heapq.heappush(waiting, (joined, at, after[end]))
-            if at > 0 and (joined := tokens.get(token[before[at] : end])) is not None:
-                heapq.heappush(waiting, (joined, before[at], end))
-        if parts == 2:
-            pairs.append((token[: after[0]], token[after[0] :]))
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        pair = _last_pair(token, rank, ranks)
+        if pair:
+            pairs.append(pair)
     return pairs
 
 
-def build(tokens: dict[bytes, int], pairs: list[tuple[bytes, bytes]], pattern: str, special: list[str]):
-    """A `tokenizers.Tokenizer` with these tokens and ids, joined from these pairs; `special` get the ids behind
-    them."""
+def _last_pair(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The last two tokens before `token` is complete, or None if merging does not lead to two. A heap of neighbours,
+    because vocabularies trained on junk have tokens of 50,000 equal letters."""
+    size = len(token)
+    # For the token that begins at i: where the next one begins (its own end), and where the previous one begins. A
+    # place at which no token begins any more has the next place -1.
+    next_begin = list(range(1, size + 1))
+    previous_begin = list(range(-1, size - 1))
+    heap = []  # (rank of the merged token, begin, end)
+    for begin in range(size - 1):
+        if token[begin : begin + 2] in ranks:
+            heap.append((ranks[token[begin : begin + 2]], begin, begin + 2))
+    heapq.heapify(heap)
+    num_tokens = size
+    while heap and num_tokens > 2:
+        best, begin, end = heapq.heappop(heap)
+        if best >= rank:
+            break
+        middle = next_begin[begin]
+        if middle < 0 or middle >= size or next_begin[middle] != end:  # one of the two was merged since
+            continue
+        next_begin[begin], next_begin[middle] = end, -1
+        num_tokens -= 1
+        if end < size:
+            previous_begin[end] = begin
+            merged = ranks.get(token[begin : next_begin[end]])
+            if merged is not None:
+                heapq.heappush(heap, (merged, begin, next_begin[end]))
+        if begin > 0:
+            merged = ranks.get(token[previous_begin[begin] : end])
+            if merged is not None:
+                heapq.heappush(heap, (merged, previous_begin[begin], end))
+    if num_tokens != 2:
+        return None
+    return token[: next_begin[0]], token[next_begin[0] :]
+
+
+def build(ranks: dict[bytes, int], pairs: list[tuple[bytes, bytes]], pattern: str, special: list[str]):
+    """A `tokenizers.Tokenizer` with these tokens and ids, merged from these pairs; the tokens of `special` get the next
+    ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     char_of = {byte: char for char, byte in alphabet().items()}
@@ -78,59 +95,55 @@ def build(tokens: dict[bytes, int], pairs: list[tuple[bytes, bytes]], pattern: s
     def spelled(token: bytes) -> str:
         return "".join(map(char_of.__getitem__, token))
 
-    reached = len(pairs) == sum(len(token) > 1 for token in tokens)
-    tokenizer = Tokenizer(
-        models.BPE(
-            {spelled(token): index for token, index in tokens.items()},
-            [(spelled(a), spelled(b)) for a, b in pairs],
-            ignore_merges=not reached,
-        )
-    )
+    vocabulary = {spelled(token): index for token, index in ranks.items()}
+    merges = [(spelled(left), spelled(right)) for left, right in pairs]
+    every_token_has_a_pair = len(pairs) == sum(len(token) > 1 for token in ranks)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=not every_token_has_a_pair))
     words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     return tokenizer
 
 
-def dump(tokens: dict[bytes, int]) -> bytes:
-    """A tiktoken file: base64 of a token's bytes, its rank."""
-    return b"".join(
-        base64.b64encode(token) + f" {rank}\n".encode()
-        for token, rank in sorted(tokens.items(), key=lambda item: item[1])
-    )
+def dump(ranks: dict[bytes, int]) -> bytes:
+    """A tiktoken file: a line per token with base64 of its bytes and its rank."""
+    lines = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        lines.append(base64.b64encode(token) + f" {rank}\n".encode())
+    return b"".join(lines)
 
 
 def load(path: Path) -> dict[bytes, int]:
     """Tokens and ranks of a tiktoken file. Raises UserError with the line that is wrong."""
-    tokens: dict[bytes, int] = {}
+    ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
             continue
         try:
-            word, rank = line.split()
-            token, index = base64.b64decode(word, validate=True), int(rank)
+            encoded, rank_text = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
         except (ValueError, binascii.Error):
             raise UserError(
                 f"{path}:{number}: expected base64 and a rank, as in 'IQ== 0', found {line[:60]!r}; give a tiktoken"
                 " file"
             ) from None
-        if token in tokens or not token:
-            raise UserError(
-                f"{path}:{number}: the token {token!r} {'stands here for the second time' if token else 'is empty'};"
-                " the file is damaged"
-            )
-        tokens[token] = index
-    if not tokens:
-        raise UserError(f"{path}: holds no tokens ({path.stat().st_size} bytes); give a complete tiktoken file")
-    missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
+        if not token:
+            raise UserError(f"{path}:{number}: the token is empty; the file is damaged")
+        if token in ranks:
+            raise UserError(f"{path}:{number}: duplicate token {token!r}; the file is damaged")
+        ranks[token] = rank
+    if not ranks:
+        raise UserError(f"{path}: has no tokens ({path.stat().st_size} bytes); give a complete tiktoken file")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UserError(
             f"{path}: has no token for byte 0x{missing[0]:02X} ({len(missing)} of 256 bytes are missing), so text would"
             " be lost; give a complete tiktoken file"
         )
-    if len(set(tokens.values())) != len(tokens) or min(tokens.values()) < 0 or max(tokens.values()) >= 2**31:
-        raise UserError(f"{path}: gives a rank to two tokens, or one below 0 or beyond 31 bits; the file is damaged")
-    return tokens
+    if len(set(ranks.values())) != len(ranks) or min(ranks.values()) < 0 or max(ranks.values()) >= 2**31:
+        raise UserError(
+            f"{path}: two tokens have the same rank, or a rank is negative or above 31 bits; the file is damaged"
+        )
+    return ranks

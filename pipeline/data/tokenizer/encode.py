@@ -1,23 +1,24 @@
 """Text to ids, fast, with exactly the ids of tokenizer.json.
 
-    encode = encoder(folder)                  # load once in each process
-    ids = encode(["raw text", ...])           # one int32 array a text; no special token is made from text, and none is
-                                              # added
+    encode = encoder(folder)                  # load once per process
+    ids = encode(["raw text", ...])           # one int32 array per text; text never becomes a special token, and none
+                                              # is added
 
-What tokenizer.json says is the reference, and `tokenizers` is its slowest reader (docs/tokenizer.md, "Encoding"). Two
-kinds are handed to faster programs that provably give the same ids:
+tokenizer.json is the reference, and `tokenizers` is its slowest reader (docs/tokenizer.md, "Encoding"). Two kinds of
+tokenizers go to faster programs that provably give the same ids:
 
-* byte-level BPE without a normaliser to tiktoken. It joins any two neighbours that spell a token, tokenizer.json only
-  pairs that it lists. The two agree if merges stand in the order of their results' ranks and the list by itself joins
-  each token's bytes to that token: let them part for the first time where tiktoken joins (a, b) to t by a pair that is
-  not listed. Until then nothing has crossed the ends of this stretch of text, so that t alone would have been led to
-  (a, b) as well, and stayed there. `_listed` checks both for every token.
-* BPE models of sentencepiece to sentencepiece, word by word and with a memory for words: no piece goes on after a space
-  behind something else. Ranks are unique there, so the same argument holds.
+* Byte-level BPE without a normalizer goes to tiktoken. tiktoken merges any two neighbours that spell a token,
+  tokenizer.json only the pairs in its list. The two agree if the merges are in the order of their results' ranks and
+  the list alone merges each token's bytes into that token. Proof: take the first merge at which they differ, where
+  tiktoken merges (a, b) into t by a pair that is not in the list. Up to then no merge has crossed the ends of this
+  stretch of text, so the bytes of t alone would also have led to (a, b), and stopped there. `_merge_order` checks both
+  conditions for every token.
+* BPE models of sentencepiece go to sentencepiece, word by word, with a cache of words: in no piece does a space follow
+  another character. Ranks are unique there, so the same argument holds.
 
-Everything else, and texts with U+2581, which sentencepiece takes for a space, go through `tokenizers` itself. What
-reads classes of characters differs by Unicode version between libraries; in the versions of constraints.txt tiktoken's
-and tokenizers' agree on every code point (tests/data/tokenizer/test_encode.py).
+All other tokenizers go through `tokenizers`, and so do texts with U+2581, which sentencepiece reads as a space. Which
+characters are letters, digits or spaces depends on a library's Unicode version; in the versions of constraints.txt,
+tiktoken and tokenizers agree on every code point (tests/data/tokenizer/test_encode.py).
 """
 
 import json
@@ -34,10 +35,10 @@ from pipeline.data.tokens.store import encode_text
 # the split of ByteLevel(use_regex=True)
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = re.compile(" *[^ ]+| +")
-REMEMBERED = 32  # characters of the longest word that is kept, and below how many of them
-MOST_WORDS = 1_000_000
-# of white space: tiktoken 0.14 panics at a million spaces (its expression engine's stack), so the rare long run goes
-# the slow way
+LONGEST_CACHED = 32  # characters of the longest word in the cache
+CACHED_WORDS = 1_000_000
+# White-space characters. tiktoken 0.14 panics at a million spaces (the stack of its expression engine), so the rare
+# text with a long run goes through `tokenizers`.
 LONG_RUN = 50_000
 LONG_SPACE = re.compile(r"\s{50000}")
 
@@ -45,11 +46,11 @@ Encoder = Callable[[list[str]], list[np.ndarray]]
 
 
 def encoder(folder: Path | str) -> Encoder:
-    """The fastest exact encoder for the tokenizer.json of a folder; `.kind` says which: tiktoken, sentencepiece or
-    tokenizers.
+    """The fastest exact encoder for the tokenizer.json of a folder. Its attribute `kind` says which one it is:
+    tiktoken, sentencepiece or tokenizers.
 
-    It raises UserError for a text that is not Unicode (a lone surrogate), with its place. It keeps to one thread:
-    processes are the parallelism here.
+    It raises UserError for a text that is not Unicode (a lone surrogate), with its place. It uses one thread, because
+    stages encode in several processes.
     """
     folder = Path(folder)
     backend = read_backend(folder)
@@ -62,8 +63,8 @@ def encoder(folder: Path | str) -> Encoder:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UserError(
-                    f"text {number} of a batch holds a lone surrogate (U+{ord(text[error.start]):04X}) at character"
-                    f" {error.start}, which is no character and has no UTF-8; repair it first"
+                    f"text {number} of a batch has a lone surrogate (U+{ord(text[error.start]):04X}) at character"
+                    f" {error.start}, which is not a character and has no UTF-8; repair it first"
                 ) from None
         return fast(texts)
 
@@ -82,107 +83,105 @@ def _tokenizers(backend) -> Encoder:
 
 
 def alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level tokenizers (GPT-2, encoder.py: bytes_to_unicode) -> the
+    """The character by which byte-level tokenizers write each byte (GPT-2, encoder.py: bytes_to_unicode) -> the
     byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(printable)))
-    }
+    others = sorted(set(range(256)) - set(printable))
+    table = {chr(byte): byte for byte in printable}
+    for number, byte in enumerate(others):
+        table[chr(256 + number)] = byte
+    return table
 
 
 def ranks(spec: dict) -> dict[bytes, int] | None:
-    """Bytes of each token -> its id, of a byte-level tokenizer.json, added tokens left out; None if it is no such
-    tokenizer or does not know all bytes."""
+    """Bytes of each token -> its id, of a byte-level tokenizer.json without its added tokens; None if it is another
+    kind of tokenizer or lacks a byte."""
     if spec["model"]["type"] != "BPE" or pattern(spec) is None:
         return None
-    bytes_of = alphabet()
+    byte_of = alphabet()
     added = {token["content"] for token in spec["added_tokens"]}
-    known = {token: index for token, index in spec["model"]["vocab"].items() if token not in added}
-    if not set(bytes_of) <= set(known) or any(char not in bytes_of for token in known for char in token):
+    vocabulary = {token: index for token, index in spec["model"]["vocab"].items() if token not in added}
+    if not set(byte_of) <= set(vocabulary):
         return None
-    return {bytes(map(bytes_of.__getitem__, token)): index for token, index in known.items()}
+    if any(char not in byte_of for token in vocabulary for char in token):
+        return None
+    return {bytes(map(byte_of.__getitem__, token)): index for token, index in vocabulary.items()}
 
 
 def pattern(spec: dict) -> str | None:
-    """The expression by which a byte-level tokenizer.json splits text into words, or None if it is not one
-    expression alone."""
-    model, split = spec["model"], spec["pre_tokenizer"] or {}
-    if (
-        spec["normalizer"]
-        or model.get("dropout")
-        or model.get("continuing_subword_prefix")
-        or model.get("end_of_word_suffix")
-        or model.get("byte_fallback")
-    ):
+    """The expression by which a byte-level tokenizer.json splits text into words; None if it is another kind of
+    tokenizer, or splits in more than one step."""
+    model = spec["model"]
+    other_options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if spec["normalizer"] or any(model.get(option) for option in other_options):
         return None
-    parts = split.get("pretokenizers", [split]) if split.get("type") == "Sequence" else [split]
-    if (
-        [part.get("type") for part in parts] == ["ByteLevel"]
-        and parts[0]["use_regex"]
-        and not parts[0]["add_prefix_space"]
-    ):
-        return GPT2
-    if (
-        [part.get("type") for part in parts] != ["Split", "ByteLevel"]
-        or parts[1]["use_regex"]
-        or parts[1]["add_prefix_space"]
-    ):
+    pre_tokenizer = spec["pre_tokenizer"] or {}
+    steps = [pre_tokenizer]
+    if pre_tokenizer.get("type") == "Sequence":
+        steps = pre_tokenizer.get("pretokenizers", steps)
+    types = [step.get("type") for step in steps]
+    if types == ["ByteLevel"]:
+        [byte_level] = steps
+        return GPT2 if byte_level["use_regex"] and not byte_level["add_prefix_space"] else None
+    if types != ["Split", "ByteLevel"]:
         return None
-    return parts[0]["pattern"].get("Regex") if parts[0]["behavior"] == "Isolated" and not parts[0]["invert"] else None
+    split, byte_level = steps
+    if byte_level["use_regex"] or byte_level["add_prefix_space"] or split["behavior"] != "Isolated" or split["invert"]:
+        return None
+    return split["pattern"].get("Regex")
 
 
 def _tiktoken(backend, spec: dict) -> Encoder | None:
-    # an added token that is not special is looked for in text, too
+    # an added token that is not special is looked for in text, which tiktoken does not do
     if ranks(spec) is None or not all(token["special"] for token in spec["added_tokens"]):
         return None
-    order = _listed(backend, spec)
+    order = _merge_order(backend, spec)
     if order is None:
         return None
     import tiktoken
 
-    bytes_of = alphabet()
-    by_rank = {bytes(map(bytes_of.__getitem__, token)): rank for rank, token in enumerate(order)}
-    ids = np.array([spec["model"]["vocab"][token] for token in order], np.int32)
-    in_order = bool((ids == np.arange(len(ids))).all())
+    byte_of = alphabet()
+    rank_of = {bytes(map(byte_of.__getitem__, token)): rank for rank, token in enumerate(order)}
+    id_of_rank = np.array([spec["model"]["vocab"][token] for token in order], np.int32)
+    ids_are_ranks = bool((id_of_rank == np.arange(len(id_of_rank))).all())
     try:
-        encode_one = tiktoken.Encoding(
-            "alma", pat_str=pattern(spec), mergeable_ranks=by_rank, special_tokens={}
-        ).encode_ordinary
-    except ValueError:  # an expression that its engine does not read
+        engine = tiktoken.Encoding("alma", pat_str=pattern(spec), mergeable_ranks=rank_of, special_tokens={})
+    except ValueError:  # an expression that its engine does not support
         return None
     slow = _tokenizers(backend)
 
-    def one(text: str) -> np.ndarray:
+    def encode_one(text: str) -> np.ndarray:
         if len(text) > LONG_RUN and LONG_SPACE.search(text):
             return slow([text])[0]
-        found = np.array(encode_one(text), np.int32)
-        return found if in_order else ids[found]
+        text_ranks = np.array(engine.encode_ordinary(text), np.int32)
+        return text_ranks if ids_are_ranks else id_of_rank[text_ranks]
 
     def tiktoken(texts: list[str]) -> list[np.ndarray]:
-        return [one(text) for text in texts]
+        return [encode_one(text) for text in texts]
 
     return tiktoken
 
 
-def _listed(backend, spec: dict) -> list[str] | None:
-    """Tokens in the order in which merging prefers them (bytes first), if the list of merges alone joins each of
-    them out of its bytes; else None."""
+def _merge_order(backend, spec: dict) -> list[str] | None:
+    """Tokens in the order in which merging prefers them (bytes first), if the list of merges alone merges the bytes of
+    each token into it; else None."""
     model = spec["model"]
+    vocabulary = model["vocab"]
     added = {token["content"] for token in spec["added_tokens"]}
     pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     merged = ["".join(pair) for pair in pairs]
-    single = [token for token in model["vocab"] if len(token) == 1]
-    order = sorted(single, key=model["vocab"].__getitem__) + merged
-    if len(set(order)) != len(order) or set(order) != set(model["vocab"]) - added:
+    single = [token for token in vocabulary if len(token) == 1]
+    order = sorted(single, key=vocabulary.__getitem__) + merged
+    if len(set(order)) != len(order) or set(order) != set(vocabulary) - added:
         return None
-    if model.get("ignore_merges"):  # asked with this on, every token would answer for itself
+    bare = backend.model
+    if model.get("ignore_merges"):  # with this on, a token would be encoded as itself without merging
         from tokenizers import models
 
-        bare = models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in pairs])
-    else:
-        bare = backend.model
+        bare = models.BPE(vocab=vocabulary, merges=[tuple(pair) for pair in pairs])
     for token in merged:
-        if [part.id for part in bare.tokenize(token)] != [model["vocab"][token]]:
+        ids = [part.id for part in bare.tokenize(token)]
+        if ids != [vocabulary[token]]:
             return None
     return order
 
@@ -191,40 +190,40 @@ def _listed(backend, spec: dict) -> list[str] | None:
 
 
 def _sentencepiece(backend, spec: dict, folder: Path) -> Encoder | None:
-    """For folders whose tokenizer.model stage tokenizer has turned into tokenizer.json."""
+    """For folders whose tokenizer.json stage tokenizer made from their tokenizer.model."""
     if not (folder / "tokenizer.model").is_file() or spec["model"]["type"] != "BPE":
         return None
     import sentencepiece
 
-    from pipeline.data.tokenizer import spm_trainer
+    from pipeline.data.tokenizer import spm_model
 
     model = (folder / "tokenizer.model").read_bytes()
-    if spm_trainer.damaged(model) or spm_trainer.inexact(model):
+    if spm_model.damage(model) or spm_model.inexactness(model):
         return None
-    made = json.loads(spm_trainer.from_sentencepiece(model).to_str())
-    if any(made[part] != spec[part] for part in ("model", "normalizer", "pre_tokenizer")):
+    converted = json.loads(spm_model.to_fast_tokenizer(model).to_str())
+    if any(converted[part] != spec[part] for part in ("model", "normalizer", "pre_tokenizer")):
         return None
-    if not all(token["special"] for token in spec["added_tokens"]):  # looked for in text, too
+    if not all(token["special"] for token in spec["added_tokens"]):  # an added token that is looked for in text
         return None
-    prefix = " " if spm_trainer.adds_prefix(model) else ""
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=spm_trainer.for_words(model))
+    prefix = " " if spm_model.adds_prefix(model) else ""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=spm_model.for_words(model))
     slow = _tokenizers(backend)
-    known: dict[str, list[int]] = {}
+    cache: dict[str, list[int]] = {}
 
-    def one(text: str) -> np.ndarray:
-        if spm_trainer.SPACE in text:
+    def encode_one(text: str) -> np.ndarray:
+        if spm_model.SPACE in text:
             return slow([text])[0]
-        found: list[int] = []
+        ids: list[int] = []
         for word in WORDS.findall(prefix + text if text else ""):
-            ids = known.get(word)
-            if ids is None:
-                ids = pieces.encode(word)
-                if len(word) <= REMEMBERED and len(known) < MOST_WORDS:
-                    known[word] = ids
-            found += ids
-        return np.array(found, np.int32)
+            word_ids = cache.get(word)
+            if word_ids is None:
+                word_ids = processor.encode(word)
+                if len(word) <= LONGEST_CACHED and len(cache) < CACHED_WORDS:
+                    cache[word] = word_ids
+            ids += word_ids
+        return np.array(ids, np.int32)
 
     def sentencepiece(texts: list[str]) -> list[np.ndarray]:
-        return [one(text) for text in texts]
+        return [encode_one(text) for text in texts]
 
     return sentencepiece

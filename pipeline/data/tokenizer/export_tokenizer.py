@@ -3,57 +3,54 @@
 import json
 from pathlib import Path
 
-from pipeline.data.tokenizer import spm_trainer
+from pipeline.data.tokenizer import spm_model
 from pipeline.data.tokenizer.tokenizer_folder import adds_space, read_object, recoverable, save
 from pipeline.data.tokens.store import load_tokenizer, use_known_padding
 
-# sentencepiece's unigram models go under the name that T5 and ALBERT gave theirs: llama.cpp's converter takes every
-# tokenizer.model for one of BPE and would give other ids without an error
+# sentencepiece's unigram models get the name that T5 and ALBERT gave theirs: llama.cpp's converter reads every
+# tokenizer.model as BPE and would give other ids without an error
 MODEL, UNIGRAM_MODEL = "tokenizer.model", "spiece.model"
-# families whose converter in llama.cpp reads tokenizer.model and not add_prefix_space
+# families whose converter in llama.cpp reads tokenizer.model and ignores add_prefix_space
 NO_PREFIX_KEY = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3")
 
 
 def write(tokenizer, source: Path, folder: Path, rows: int) -> None:
-    """Write `tokenizer`, loaded from `source`, into `folder`, with the sentencepiece model that belongs to it. `rows`:
-    tokens that the model has an embedding for."""
+    """Write `tokenizer`, loaded from `source`, into `folder`, with its sentencepiece model if it has one. `rows`:
+    tokens for which the model has an embedding."""
     use_known_padding(tokenizer, rows)
-    model = next((path.read_bytes() for name in (MODEL, UNIGRAM_MODEL) if (path := source / name).is_file()), None)
-    if model is not None and not same_pieces(model, tokenizer.backend_tokenizer):
-        model = None
+    model = None
+    for name in (MODEL, UNIGRAM_MODEL):
+        if model is None and (source / name).is_file():
+            model = (source / name).read_bytes()
     save(tokenizer, folder)
-    if model is not None:
-        (folder / (UNIGRAM_MODEL if spm_trainer.is_unigram(model) else MODEL)).write_bytes(model)
+    if model is not None and same_pieces(model, tokenizer.backend_tokenizer):
+        name = UNIGRAM_MODEL if spm_model.is_unigram(model) else MODEL
+        (folder / name).write_bytes(model)
 
 
 def same_pieces(model: bytes, backend) -> bool:
-    """Has a sentencepiece model the tokens of this tokenizers.Tokenizer, with the same ids?"""
-    if spm_trainer.damaged(model):
-        return False
-    return all(
-        (there := backend.id_to_token(index)) is not None
-        and piece.replace(spm_trainer.SPACE, " ") == there.replace(spm_trainer.SPACE, " ")
-        for index, piece in enumerate(spm_trainer.pieces_of(model))
-    )
+    """Does a sentencepiece model have the tokens of this tokenizers.Tokenizer, with the same ids?"""
+    return spm_model.damage(model) is None and spm_model.different_piece(model, backend) is None
 
 
 def readers(folder: Path) -> tuple[str, list[str]]:
-    """(the class of transformers that reads the ids of an exported folder, what is to be known of other readers)."""
+    """(the class of transformers that reads an exported folder with the right ids, remarks on other programs)."""
     family = read_object(folder / "config.json").get("model_type")
     backend = load_tokenizer(folder).backend_tokenizer
     remarks = []
-    loader, why = "AutoTokenizer", _other_auto_tokenizer(folder, backend)
-    if why:
+    loader = "AutoTokenizer"
+    difference = _difference_of_auto_tokenizer(folder, backend)
+    if difference:
         loader = "PreTrainedTokenizerFast"
         remarks.append(
             "load the tokenizer with PreTrainedTokenizerFast.from_pretrained(FOLDER): AutoTokenizer of transformers 5"
-            f" {why}, so that it gives other ids than the model was trained on. Programs that load it by AutoTokenizer"
+            f" {difference}, so that it gives other ids than the model was trained on. Programs that use AutoTokenizer"
             " (vLLM, lm-eval) must be given token ids; to avoid it, train another family, such as qwen3 or llama"
         )
     if (folder / UNIGRAM_MODEL).is_file():
         remarks.append(
-            f"the vocabulary is a unigram model ({UNIGRAM_MODEL}), which llama.cpp has no reader for in this family:"
-            " do not convert it to GGUF"
+            f"the vocabulary is a unigram model ({UNIGRAM_MODEL}), which llama.cpp cannot read in this family: do not"
+            " convert it to GGUF"
         )
     elif (folder / MODEL).is_file() and family in NO_PREFIX_KEY and not adds_space(backend):
         remarks.append(
@@ -63,23 +60,23 @@ def readers(folder: Path) -> tuple[str, list[str]]:
     return loader, remarks
 
 
-def _other_auto_tokenizer(folder: Path, backend) -> str | None:
-    """What AutoTokenizer changes of the tokenizer in a folder, in words, or None."""
+def _difference_of_auto_tokenizer(folder: Path, backend) -> str | None:
+    """What AutoTokenizer changes in the tokenizer of a folder, in words, or None."""
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except BaseException as error:
         if not recoverable(error):
             raise
         return f"fails ({type(error).__name__})"
-    ours, theirs = _parts(backend), _parts(found.backend_tokenizer)
+    ours, theirs = _what_decides_ids(backend), _what_decides_ids(auto.backend_tokenizer)
     changed = [name for name in ours if ours[name] != theirs[name]]
-    return f"reads it as a {type(found).__name__} with another {' and '.join(changed)}" if changed else None
+    return f"reads it as a {type(auto).__name__} with another {' and '.join(changed)}" if changed else None
 
 
-def _parts(backend) -> dict:
-    """What decides ids of a tokenizers.Tokenizer, without keys that say nothing (trim_offsets moves offsets alone)."""
+def _what_decides_ids(backend) -> dict:
+    """The settings of a tokenizers.Tokenizer that decide ids (trim_offsets changes only offsets)."""
     spec = json.loads(backend.to_str())
     model = {key: value for key, value in spec["model"].items() if value}
     pre_tokenizer = json.loads(json.dumps(spec["pre_tokenizer"]), object_hook=_without_offsets)
@@ -87,5 +84,5 @@ def _parts(backend) -> dict:
     return {"normalizer": spec["normalizer"], "pre-tokenizer": pre_tokenizer, "model": model, "added tokens": tokens}
 
 
-def _without_offsets(part: dict) -> dict:
-    return {key: value for key, value in part.items() if key != "trim_offsets"}
+def _without_offsets(settings: dict) -> dict:
+    return {key: value for key, value in settings.items() if key != "trim_offsets"}

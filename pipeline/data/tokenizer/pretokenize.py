@@ -1,8 +1,8 @@
-"""The words that byte-level BPE is trained on, counted: cl100k's split, found for millions of characters at once.
+"""The words that byte-level BPE is trained on, counted: cl100k's split, computed for millions of characters at once.
 
-A regular expression engine finds these words at 4 MB a CPU-second; here the boundaries follow from the classes of
-neighbouring characters, in numpy, and pyarrow counts the words (docs/log.md). test_bpe_merges.py compares the
-boundaries with the expression itself on arbitrary text.
+A regular expression engine finds these words at 4 MB per CPU-second. Here the boundaries follow from the classes of
+neighbouring characters, in numpy, and pyarrow counts the words (docs/tokenizer.md, "Measured"). test_bpe_merges.py
+compares the boundaries with the expression itself on arbitrary text.
 """
 
 import functools
@@ -11,33 +11,39 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 # cl100k_base's split (tiktoken) in the form that Llama 3 and Qwen 2 publish; only the number of digits in a word is
-# ours to choose.
+# configurable.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# BLANK: white space that is neither a newline nor the space; END: between two documents
-OTHER, LETTER, NUMBER, NEWLINE, SPACE, BLANK, END = range(7)
-STARTS, STARTS_BEFORE, AFTER_SIGN, TAKEN = 1, 2, 4, 8
-CHUNK = 2_000_000  # characters looked at together
-MERGE_AT = 4_000_000  # counted words held before equal ones are brought together
+# Classes of characters. SYMBOL: anything but letters, numbers and white space. BLANK: white space that is neither a
+# newline nor the space. END: between two documents.
+SYMBOL, LETTER, NUMBER, NEWLINE, SPACE, BLANK, END = range(7)
+WHITE = (NEWLINE, SPACE, BLANK)
+# What two neighbours say about boundaries, as bits: a word begins at the right one; a word begins at the left one; the
+# right one is a letter after a symbol; the right one is in a run of symbols and cannot begin a word of letters.
+BEGINS_RIGHT, BEGINS_LEFT, LETTER_AFTER_SYMBOL, IN_SYMBOLS = 1, 2, 4, 8
+CHUNK = 2_000_000  # characters processed together
+MERGE_AT = 4_000_000  # counted words in memory before equal ones are merged
 
 
 def pattern(split_digits: bool, merge_whitespace: bool = True) -> str:
-    """The expression of a recipe's choices. Without `merge_whitespace` each character of white space is a word, or
-    begins one."""
-    whole = PATTERN.replace("DIGITS", "" if split_digits else "{1,3}")
-    return whole if merge_whitespace else whole.replace(r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s")
+    """The expression for a recipe's keys. Without `merge_whitespace`, each character of white space is a word or begins
+    one."""
+    expression = PATTERN.replace("DIGITS", "" if split_digits else "{1,3}")
+    if not merge_whitespace:
+        expression = expression.replace(r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s")
+    return expression
 
 
 @functools.cache
 def classes() -> np.ndarray:
-    """Class of each code point, uint8 [0x110000], asked of the engine that encodes: its Unicode version counts, not
-    Python's."""
+    """Class of each code point, uint8 [0x110000]. They come from the engine that encodes, because its Unicode version
+    counts, not Python's."""
     import tiktoken
 
-    table = np.full(0x110000, OTHER, np.uint8)
+    table = np.full(0x110000, SYMBOL, np.uint8)
     text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     for expression, kind in ((r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", BLANK)):
         engine = tiktoken.Encoding(
@@ -46,7 +52,7 @@ def classes() -> np.ndarray:
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={},
         )
-        matching = bytes(engine.encode_ordinary(text)).decode()  # what does not match is left out
+        matching = bytes(engine.encode_ordinary(text)).decode()  # text that does not match is dropped
         table[np.frombuffer(matching.encode("utf-32-le"), np.uint32)] = kind
     table[ord(" ")] = SPACE
     table[[10, 13]] = NEWLINE
@@ -54,151 +60,187 @@ def classes() -> np.ndarray:
 
 
 @functools.cache
-def _pairs() -> np.ndarray:
-    """What two neighbours say about boundaries, uint8 [64], index 8 * left + right."""
+def _flags_of_pairs() -> np.ndarray:
+    """The flags of each pair of neighbouring classes, uint8 [64], index 8 * left + right."""
     table = np.zeros(64, np.uint8)
-    white = (NEWLINE, SPACE, BLANK)
     for left in range(7):
         for right in range(7):
-            flag = 0
-            if END in (left, right):
-                flag |= STARTS
-            elif right == LETTER:
-                # [^\r\n\p{L}\p{N}]?\p{L}+
-                flag |= STARTS if left in (NEWLINE, NUMBER) else AFTER_SIGN if left == OTHER else 0
-            elif right == OTHER:
-                flag |= STARTS if left not in (OTHER, SPACE) else 0  # " ?[^\s\p{L}\p{N}]+"
-            elif right == NUMBER:
-                flag |= STARTS if left != NUMBER else 0
-            elif left not in white and not (left == OTHER and right == NEWLINE):  # signs take the newlines behind them
-                flag |= STARTS
-            if left in (SPACE, BLANK) and right in (LETTER, OTHER, NUMBER):
-                flag |= STARTS_BEFORE  # \s+(?!\S) leaves the last one
-            if right == OTHER and left in (OTHER, SPACE):
-                flag |= TAKEN  # this sign stands in a run of signs and cannot begin a word of letters
-            table[8 * left + right] = flag
+            table[8 * left + right] = _flags(left, right)
     return table
 
 
-def starts(kinds: np.ndarray, codes: np.ndarray, split_digits: bool, merge_whitespace: bool) -> np.ndarray:
-    """Where words begin, bool [n], for classes `kinds` and code points `codes` of documents that each end with an
-    END."""
-    flags = _pairs().take((kinds[:-1] << 3) | kinds[1:])  # of (i, i + 1)
-    found = np.empty(len(kinds), bool)
-    found[0] = True
-    found[1:] = flags & STARTS
-    found[:-1] |= (flags & STARTS_BEFORE) != 0
-    after_sign = (flags & AFTER_SIGN) != 0
-    found[2:] |= after_sign[1:] & ((flags[:-1] & TAKEN) != 0)
+def _flags(left: int, right: int) -> int:
+    flags = 0
+    if END in (left, right):
+        flags |= BEGINS_RIGHT
+    elif right == LETTER:  # [^\r\n\p{L}\p{N}]?\p{L}+
+        if left in (NEWLINE, NUMBER):
+            flags |= BEGINS_RIGHT
+        elif left == SYMBOL:
+            flags |= LETTER_AFTER_SYMBOL
+    elif right == SYMBOL:  # " ?[^\s\p{L}\p{N}]+"
+        if left not in (SYMBOL, SPACE):
+            flags |= BEGINS_RIGHT
+    elif right == NUMBER:
+        if left != NUMBER:
+            flags |= BEGINS_RIGHT
+    elif left not in WHITE and (left, right) != (SYMBOL, NEWLINE):  # symbols take the newlines after them
+        flags |= BEGINS_RIGHT
+    if left in (SPACE, BLANK) and right in (LETTER, SYMBOL, NUMBER):
+        flags |= BEGINS_LEFT  # \s+(?!\S) leaves the last one
+    if right == SYMBOL and left in (SYMBOL, SPACE):
+        flags |= IN_SYMBOLS
+    return flags
+
+
+def word_begins(kinds: np.ndarray, codes: np.ndarray, split_digits: bool, merge_whitespace: bool) -> np.ndarray:
+    """Where words begin, bool [characters], from the classes `kinds` and the code points `codes`. The text begins with
+    an END, and each document ends with one."""
+    flags = _flags_of_pairs().take((kinds[:-1] << 3) | kinds[1:])  # of characters i and i + 1
+    letter_after_symbol = (flags & LETTER_AFTER_SYMBOL) != 0
+    in_symbols = (flags & IN_SYMBOLS) != 0
+    begins = np.empty(len(kinds), bool)
+    begins[0] = True
+    begins[1:] = flags & BEGINS_RIGHT
+    begins[:-1] |= (flags & BEGINS_LEFT) != 0
+    begins[2:] |= letter_after_symbol[1:] & in_symbols[:-1]
     if split_digits:
-        found |= kinds == NUMBER
+        begins |= kinds == NUMBER
     else:
-        _threes(found, np.flatnonzero(kinds == NUMBER))
+        _begin_at_every_third_digit(begins, np.flatnonzero(kinds == NUMBER))
     if merge_whitespace:
-        _newlines(found, kinds)
+        _begin_after_newlines(begins, kinds)
     else:
-        found |= (kinds >= NEWLINE) & (kinds <= BLANK)
-    # Contractions: an apostrophe that is not TAKEN, before letters. "'sample" is 's and ample.
-    marks = np.flatnonzero(codes == 39)
-    # the text ends with END, and begins with one
-    marks = marks[(marks > 0) & (marks < len(kinds) - 3)] if len(marks) else marks
-    if len(marks):
-        marks = marks[after_sign[marks] & ((flags[marks - 1] & TAKEN) == 0)]
-        first, second = (np.where(codes[marks + n] < 128, codes[marks + n] | 32, codes[marks + n]) for n in (1, 2))
-        one = np.isin(first, [ord(letter) for letter in "stmd"] + [0x17F])  # U+017F is an s to (?i:)
-        two = ((first == ord("r")) | (first == ord("v"))) & (second == ord("e")) | (first == ord("l")) & (
-            second == ord("l")
-        )
-        behind = np.concatenate([marks[one] + 2, marks[two] + 3])
-        found[behind[kinds[behind] == LETTER]] = True
-    return found
+        begins |= (kinds >= NEWLINE) & (kinds <= BLANK)
+    _begin_after_contractions(begins, kinds, codes, letter_after_symbol, in_symbols)
+    return begins
 
 
-def _threes(found: np.ndarray, at: np.ndarray) -> None:
-    """Every third digit of a run begins a word."""
-    if len(at):
-        order = np.arange(len(at))
-        first = np.concatenate(([True], np.diff(at) != 1))
-        found[at[(order - np.maximum.accumulate(np.where(first, order, 0))) % 3 == 0]] = True
+def _place_in_run(positions: np.ndarray) -> np.ndarray:
+    """For ascending positions: how many positions directly before it are in the same run."""
+    order = np.arange(len(positions))
+    return order - _first_of_run(positions)
 
 
-def _newlines(found: np.ndarray, kinds: np.ndarray) -> None:
-    """White space behind newlines begins a word if no newline follows in the same run (\\s*[\\r\\n]+ goes to the
-    last), or if signs before took the newlines."""
-    at = np.flatnonzero(kinds == NEWLINE)
-    if not len(at):
+def _first_of_run(positions: np.ndarray) -> np.ndarray:
+    """For ascending positions: the index of the first position of its run of consecutive numbers."""
+    order = np.arange(len(positions))
+    is_first = np.concatenate(([True], np.diff(positions) != 1))
+    return np.maximum.accumulate(np.where(is_first, order, 0))
+
+
+def _begin_at_every_third_digit(begins: np.ndarray, digits: np.ndarray) -> None:
+    if len(digits):
+        begins[digits[_place_in_run(digits) % 3 == 0]] = True
+
+
+def _begin_after_newlines(begins: np.ndarray, kinds: np.ndarray) -> None:
+    """White space after newlines begins a word if no other newline follows in the same run (\\s*[\\r\\n]+ takes all up
+    to the last one), or if symbols before took the newlines."""
+    newlines = np.flatnonzero(kinds == NEWLINE)
+    if not len(newlines):
         return
-    last = at[(kinds[at + 1] == SPACE) | (kinds[at + 1] == BLANK)]  # the text ends with END
+    # newlines before other white space; the text ends with END
+    last = newlines[(kinds[newlines + 1] == SPACE) | (kinds[newlines + 1] == BLANK)]
     if not len(last):
         return
-    order = np.arange(len(at))
-    first = np.concatenate(([True], np.diff(at) != 1))
-    where = np.searchsorted(at, last)
-    begin = at[np.maximum.accumulate(np.where(first, order, 0))[where]]
-    absorbed = kinds[begin - 1] == OTHER  # the text begins with END
-    white = (kinds >= NEWLINE) & (kinds <= BLANK)
-    ends = np.flatnonzero(white[:-1] & ~white[1:])
-    run_end = ends[np.searchsorted(ends, last)]
-    following = np.append(at, len(kinds))[where + 1]
-    found[last[absorbed | (following > run_end)] + 1] = True
+    index = np.searchsorted(newlines, last)
+    first_newline = newlines[_first_of_run(newlines)[index]]
+    after_symbols = kinds[first_newline - 1] == SYMBOL  # the text begins with END
+    is_white = (kinds >= NEWLINE) & (kinds <= BLANK)
+    white_ends = np.flatnonzero(is_white[:-1] & ~is_white[1:])
+    end_of_run = white_ends[np.searchsorted(white_ends, last)]
+    next_newline = np.append(newlines, len(kinds))[index + 1]
+    begins[last[after_symbols | (next_newline > end_of_run)] + 1] = True
+
+
+def _begin_after_contractions(
+    begins: np.ndarray, kinds: np.ndarray, codes: np.ndarray, letter_after_symbol: np.ndarray, in_symbols: np.ndarray
+) -> None:
+    """A word begins after 's, 'll and the like if a letter follows: "'sample" is 's and ample. The apostrophe must not
+    be in a run of symbols."""
+    apostrophes = np.flatnonzero(codes == ord("'"))
+    # the text begins and ends with END
+    apostrophes = apostrophes[(apostrophes > 0) & (apostrophes < len(kinds) - 3)]
+    if not len(apostrophes):
+        return
+    apostrophes = apostrophes[letter_after_symbol[apostrophes] & ~in_symbols[apostrophes - 1]]
+    first, second = codes[apostrophes + 1], codes[apostrophes + 2]
+    first = np.where(first < 128, first | 32, first)  # lower case
+    second = np.where(second < 128, second | 32, second)
+    one_letter = np.isin(first, [ord(letter) for letter in "stmd"] + [0x17F])  # U+017F is an s to (?i:)
+    re_or_ve = ((first == ord("r")) | (first == ord("v"))) & (second == ord("e"))
+    two_letters = re_or_ve | (first == ord("l")) & (second == ord("l"))
+    after = np.concatenate([apostrophes[one_letter] + 2, apostrophes[two_letters] + 3])
+    begins[after[kinds[after] == LETTER]] = True
 
 
 def count(texts: Iterable[str], split_digits: bool, merge_whitespace: bool = True, advance=lambda size: None):
-    """(words, counts): a pyarrow BinaryArray of all different words, and int64 how often each stands in the texts.
-    `advance` is told of bytes that were read."""
+    """(words, counts): a pyarrow BinaryArray of all distinct words, and int64 how often each is in the texts. `advance`
+    is called with the number of bytes after each chunk."""
     import pyarrow
-    import pyarrow.compute
 
-    held, size = [], 0
-
-    def together(tables):
-        table = pyarrow.concat_tables(tables)
-        return table.group_by("word", use_threads=False).aggregate([("count", "sum")]).rename_columns(["word", "count"])
-
-    for data, offsets, ends in _words(texts, split_digits, merge_whitespace):
-        advance(len(data) - ends)
-        words = pyarrow.BinaryArray.from_buffers(
-            pyarrow.binary(), len(offsets) - 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
-        )
-        found = pyarrow.compute.value_counts(words)
-        table = pyarrow.table({"word": found.field("values"), "count": found.field("counts")})
-        if ends:  # each END is a word "\0" of its own, with which the text's own are counted
-            real = pyarrow.compute.subtract(
-                table["count"], pyarrow.compute.if_else(pyarrow.compute.equal(table["word"], b"\0"), ends, 0)
-            )
-            table = table.set_column(1, "count", real).filter(pyarrow.compute.greater(real, 0))
-        held.append(table)
-        size += len(table)
-        if size > MERGE_AT:
-            held = [together(held)]
-            size = 0
-    if not held:
+    tables, num_words = [], 0
+    for data, offsets, num_ends in _words(texts, split_digits, merge_whitespace):
+        advance(len(data) - num_ends)
+        table = _counted(data, offsets, num_ends)
+        tables.append(table)
+        num_words += len(table)
+        if num_words > MERGE_AT:
+            tables = [_merged(tables)]
+            num_words = 0
+    if not tables:
         return pyarrow.array([], pyarrow.binary()), np.zeros(0, np.int64)
-    table = together(held).combine_chunks()
+    table = _merged(tables).combine_chunks()
     return table["word"].combine_chunks(), table["count"].to_numpy().astype(np.int64)
 
 
+def _counted(data: bytes, offsets: np.ndarray, num_ends: int):
+    """A pyarrow table of the distinct words of a chunk and their counts."""
+    import pyarrow
+    import pyarrow.compute
+
+    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
+    words = pyarrow.BinaryArray.from_buffers(pyarrow.binary(), len(offsets) - 1, buffers)
+    counts = pyarrow.compute.value_counts(words)
+    table = pyarrow.table({"word": counts.field("values"), "count": counts.field("counts")})
+    # each END is a word "\0" of its own, and the text may have such words as well
+    is_end = pyarrow.compute.equal(table["word"], b"\0")
+    without_ends = pyarrow.compute.subtract(table["count"], pyarrow.compute.if_else(is_end, num_ends, 0))
+    return table.set_column(1, "count", without_ends).filter(pyarrow.compute.greater(without_ends, 0))
+
+
+def _merged(tables: list):
+    """One table with each word once."""
+    import pyarrow
+
+    table = pyarrow.concat_tables(tables)
+    return table.group_by("word", use_threads=False).aggregate([("count", "sum")]).rename_columns(["word", "count"])
+
+
 def _words(texts: Iterable[str], *policy: bool) -> Iterator[tuple[bytes, np.ndarray, int]]:
-    """(UTF-8 of several documents, int32 where each word begins and where the last ends, how many ENDs are among the
-    words)."""
-    held, size = [], 0
+    """(UTF-8 of several documents, int32 where each word begins and where the last one ends, how many of the words are
+    ENDs)."""
+    batch, num_characters = [], 0
     for text in texts:
-        held.append(text)
-        size += len(text)
-        if size >= CHUNK:
-            yield _chunk(held, *policy)
-            held, size = [], 0
-    if held:
-        yield _chunk(held, *policy)
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= CHUNK:
+            yield _split(batch, *policy)
+            batch, num_characters = [], 0
+    if batch:
+        yield _split(batch, *policy)
 
 
-def _chunk(texts: list[str], *policy: bool) -> tuple[bytes, np.ndarray, int]:
+def _split(texts: list[str], *policy: bool) -> tuple[bytes, np.ndarray, int]:
     joined = "\0" + "\0".join(texts) + "\0"
     codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
     kinds = classes().take(codes)
-    kinds[np.cumsum([0] + [len(text) + 1 for text in texts])] = END
-    at = np.flatnonzero(starts(kinds, codes, *policy))
+    lengths = [len(text) + 1 for text in texts]
+    kinds[np.cumsum([0, *lengths])] = END
+    begins = np.flatnonzero(word_begins(kinds, codes, *policy))
     data = joined.encode()
-    if len(data) != len(codes):
-        at = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)[at]
-    return data, np.append(at, len(data)).astype(np.int32), len(texts) + 1
+    if len(data) != len(codes):  # from characters to bytes
+        first_bytes = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
+        begins = first_bytes[begins]
+    return data, np.append(begins, len(data)).astype(np.int32), len(texts) + 1

@@ -1,5 +1,5 @@
-"""The text that a tokenizer is trained and measured on: a bounded sample, balanced by source and language, drawn
-once and kept."""
+"""The text that a tokenizer is trained and measured on: a bounded sample, balanced by source and language, drawn once
+and kept."""
 
 import json
 from array import array
@@ -14,6 +14,9 @@ from pipeline.core.seeds import derive
 
 BATCH = 1024  # documents whose languages are detected together
 
+# A group of documents: (language, source). The language is "" unless the sample is balanced by language.
+Group = tuple[str, str]
+
 
 def draw(
     data: Artifact,
@@ -26,168 +29,186 @@ def draw(
     temperature: float | None = None,
 ) -> dict:
     """Write a sample of at most `limit` bytes as JSON lines {source, text}: documents in the order of a hash of their
-    id, until their group's share is full.
+    id, until their group has its bytes.
 
-    A group is a source, a language, or a language's part of a source, as `balance` says (see `divided`). Kept for a
-    resumed run. The last document of a share is cut at a whole character.
+    A group is a source, a language, or a language within a source, as `balance` says (see `divided`). A resumed run
+    keeps the sample. The last document of a group is cut between two characters. Returns the sha256 of the sample and
+    bytes by source and language.
     """
     import numpy as np
 
     marker = path.with_suffix(".json")
     if marker.exists():
-        known = json.loads(marker.read_text())
-        if path.is_file() and sha256_file(path) == known["sha256"]:
-            return known
-    groups: dict[tuple[str, str], int] = {}
-    group, keys, sizes = array("L"), array("Q"), array("Q")
+        report = json.loads(marker.read_text())
+        if path.is_file() and sha256_file(path) == report["sha256"]:
+            return report
+    groups: dict[Group, int] = {}
+    group_numbers, hashes, sizes = array("L"), array("Q"), array("Q")
     for text, source, identifier, language in _documents(data, split, "language" in balance):
-        group.append(groups.setdefault((language, source), len(groups)))
-        keys.append(derive(seed, "sample", identifier))
+        group_numbers.append(groups.setdefault((language, source), len(groups)))
+        hashes.append(derive(seed, "sample", identifier))
         sizes.append(len(text.encode()))
-    group, keys, sizes = np.array(group, np.int64), np.array(keys, np.uint64), np.array(sizes, np.int64)
-    available = {name: int(sizes[group == number].sum()) for name, number in groups.items()}
+    group_numbers = np.array(group_numbers, np.int64)
+    hashes = np.array(hashes, np.uint64)
+    sizes = np.array(sizes, np.int64)
+    available = {group: int(sizes[group_numbers == number].sum()) for group, number in groups.items()}
     sources = sorted({source for _, source in groups})
-    if weights is not None and set(weights) - set(sources):
-        raise UserError(
-            f"weights: the data has no source {sorted(set(weights) - set(sources))[0]!r}; it has"
-            f" {', '.join(sources) or 'none'}"
-        )
-    share = divided(available, limit, balance, temperature, weights)
-    allowed = np.zeros_like(sizes)
-    for name, number in groups.items():
-        rows = np.flatnonzero(group == number)
-        rows = rows[np.argsort(keys[rows], kind="stable")]
-        allowed[rows] = np.clip(share[name] - (np.cumsum(sizes[rows]) - sizes[rows]), 0, sizes[rows])
-    taken = np.zeros(len(groups), np.int64)
+    _check_weights(weights, sources)
+    bytes_of_group = divided(available, limit, balance, temperature, weights)
+
+    bytes_of_document = np.zeros_like(sizes)
+    for group, number in groups.items():
+        documents = np.flatnonzero(group_numbers == number)
+        documents = documents[np.argsort(hashes[documents], kind="stable")]
+        before = np.cumsum(sizes[documents]) - sizes[documents]
+        bytes_of_document[documents] = np.clip(bytes_of_group[group] - before, 0, sizes[documents])
+    written = np.zeros(len(groups), np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as handle:
-        for row, (text, source, _, _) in enumerate(_documents(data, split, False)):
-            if allowed[row]:
-                cut = text.encode()[: allowed[row]].decode(errors="ignore")
-                taken[group[row]] += len(cut.encode())
+        for number, (text, source, _, _) in enumerate(_documents(data, split, False)):
+            if bytes_of_document[number]:
+                cut = text.encode()[: bytes_of_document[number]].decode(errors="ignore")
+                written[group_numbers[number]] += len(cut.encode())
                 handle.write(json.dumps({"source": source, "text": cut}, ensure_ascii=False).encode() + b"\n")
     faults.point("save")
-    known = {
+    written_of_group = {group: int(written[number]) for group, number in groups.items()}
+    report = {
         "sha256": sha256_file(path),
-        "bytes": _summed(groups, taken, 1),
-        "available": {
-            source: sum(size for (_, name), size in available.items() if name == source) for source in sources
-        },
+        "bytes": _without_zeros(_totals(written_of_group, 1)),
+        "available": _totals(available, 1),
     }
     if "language" in balance:
-        known["languages"] = _summed(groups, taken, 0)
-    write_json(marker, known)
-    return known
+        report["languages"] = _without_zeros(_totals(written_of_group, 0))
+    write_json(marker, report)
+    return report
 
 
-def _summed(groups: dict, taken, part: int) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name, number in groups.items():
-        found[name[part]] = found.get(name[part], 0) + int(taken[number])
-    return {name: size for name, size in sorted(found.items()) if size}
+def _check_weights(weights: dict[str, float] | None, sources: list[str]) -> None:
+    unknown = sorted(set(weights or ()) - set(sources))
+    if unknown:
+        raise UserError(
+            f"weights: the data has no source {unknown[0]!r}; it has {', '.join(sources) or 'none'}; use one of these"
+        )
 
 
-def _documents(data: Artifact, split: str, languages: bool) -> Iterator[tuple[str, str, str, str]]:
-    """(text, source, id, language), the last "" unless it is wanted."""
+def _totals(sizes: dict[Group, int], part: int) -> dict[str, int]:
+    """Bytes by language (part 0) or by source (part 1), sorted by name."""
+    totals: dict[str, int] = {}
+    for group in sorted(sizes, key=lambda group: group[part]):
+        totals[group[part]] = totals.get(group[part], 0) + sizes[group]
+    return totals
+
+
+def _without_zeros(sizes: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _documents(data: Artifact, split: str, detect_languages: bool) -> Iterator[tuple[str, str, str, str]]:
+    """(text, source, id, language); the language is "" unless it is to be detected."""
     from pipeline.data.tokens.documents import documents
 
-    if not languages:
-        yield from ((*document, "") for document in documents(data, split))
+    if not detect_languages:
+        for document in documents(data, split):
+            yield (*document, "")
         return
+    batch = []
+    for document in documents(data, split):
+        batch.append(document)
+        if len(batch) == BATCH:
+            yield from _with_language(batch)
+            batch = []
+    yield from _with_language(batch)
+
+
+def _with_language(batch: list[tuple[str, str, str]]) -> Iterator[tuple[str, str, str, str]]:
     from pipeline.data.cleaning.language import detect
 
-    def named(held):
-        codes, _ = detect([text for text, _, _ in held])
-        yield from ((*document, code) for document, code in zip(held, codes, strict=True))
-
-    held = []
-    for document in documents(data, split):
-        held.append(document)
-        if len(held) == BATCH:
-            yield from named(held)
-            held = []
-    yield from named(held)
+    codes, _ = detect([text for text, _, _ in batch])
+    for document, code in zip(batch, codes, strict=True):
+        yield (*document, code)
 
 
 def divided(
-    available: dict[tuple[str, str], int],
+    available: dict[Group, int],
     limit: int,
     balance: list[str],
     temperature: float | None,
     weights: dict[str, float] | None,
-) -> dict[tuple[str, str], int]:
-    """Bytes to take of each group (language, source). Languages first, then within each the sources; what is not in
-    `balance` is taken as it comes.
+) -> dict[Group, int]:
+    """Bytes to take of each group: first `limit` is divided among the languages, then each language's bytes among its
+    sources. What is not in `balance` keeps the proportions of the data.
 
-    The weight of a part of n bytes is n ** (1 / temperature) (Devlin et al., 2018, multilingual BERT, with 1/T = 0.7):
-    1 leaves shares as they are in the data, more evens them out, none makes them equal.
+    The weight of n bytes is n ** (1 / temperature) (Devlin et al., 2018, multilingual BERT, with 1/T = 0.7): 1 keeps
+    the proportions of the data, more evens them out, None makes all equal.
     """
 
-    def parts(part: int, kind: str, names: dict[tuple[str, str], int], limit: int) -> dict[str, int]:
-        size = _totals(names, part)
-        if kind not in balance:
-            given = {name: float(number) for name, number in size.items()}
-        elif kind == "source" and weights is not None:
-            given = weights
-        else:
-            given = {name: float(number) ** (1 / temperature if temperature else 0) for name, number in size.items()}
-        return shares(size, limit, given)
+    def by_size(sizes: dict[str, int], balanced: bool) -> dict[str, float]:
+        if not balanced:
+            return {name: float(size) for name, size in sizes.items()}
+        exponent = 1 / temperature if temperature else 0
+        return {name: float(size) ** exponent for name, size in sizes.items()}
 
-    found = {}
-    for language, bytes_ in parts(0, "language", available, limit).items():
-        inside = {name: size for name, size in available.items() if name[0] == language}
-        for source, share in parts(1, "source", inside, bytes_).items():
-            found[language, source] = share
-    return found
-
-
-def _totals(names: dict[tuple[str, str], int], part: int) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name, size in names.items():
-        found[name[part]] = found.get(name[part], 0) + size
-    return found
+    result = {}
+    languages = _totals(available, 0)
+    language_bytes = shares(languages, limit, by_size(languages, "language" in balance))
+    for language, language_limit in language_bytes.items():
+        sources = {source: size for (name, source), size in available.items() if name == language}
+        source_weights = weights
+        if weights is None or "source" not in balance:
+            source_weights = by_size(sources, "source" in balance)
+        for source, size in shares(sources, language_limit, source_weights).items():
+            result[language, source] = size
+    return result
 
 
 def shares(available: dict[str, int], limit: int, weights: dict[str, float] | None) -> dict[str, int]:
-    """Bytes to take of each source: `limit` divided by weight, and what a source cannot fill divided again among the
-    others."""
-    weight = {source: 1.0 if weights is None else weights.get(source, 0.0) for source in available}
+    """Bytes to take of each name: `limit` divided by weight, None meaning equal weights. What a name cannot fill is
+    divided again among the others."""
     if weights is not None and any(value < 0 for value in weights.values()):
-        raise UserError(f"weights: must not be negative, found {weights}")
-    share = dict.fromkeys(available, 0)
-    open_ones = [source for source in sorted(available) if weight[source] > 0]
-    left = limit
-    while open_ones:
-        total = sum(weight[source] for source in open_ones)
-        full = [source for source in open_ones if available[source] <= left * weight[source] / total]
-        if not full:
-            return share | {source: int(left * weight[source] / total) for source in open_ones}
-        for source in full:
-            share[source] = available[source]
-            left -= available[source]
-        open_ones = [source for source in open_ones if source not in full]
-    return share
+        raise UserError(f"weights: found {weights}; expected numbers of 0 or more")
+    weight = dict.fromkeys(available, 1.0)
+    if weights is not None:
+        weight = {name: weights.get(name, 0.0) for name in available}
+    result = dict.fromkeys(available, 0)
+    unfilled = [name for name in sorted(available) if weight[name] > 0]
+    rest = limit
+    while unfilled:
+        total = sum(weight[name] for name in unfilled)
+        too_small = [name for name in unfilled if available[name] <= rest * weight[name] / total]
+        if not too_small:
+            for name in unfilled:
+                result[name] = int(rest * weight[name] / total)
+            break
+        for name in too_small:
+            result[name] = available[name]
+            rest -= available[name]
+        unfilled = [name for name in unfilled if name not in too_small]
+    return result
 
 
 def texts(path: Path) -> Iterator[str]:
     """The texts of a drawn sample."""
+    for record in _records(path):
+        yield record["text"]
+
+
+def _records(path: Path) -> Iterator[dict]:
     with open(path, encoding="utf-8", newline="\n") as handle:
         for line in handle:
-            yield json.loads(line)["text"]
+            yield json.loads(line)
 
 
 def batches(path: Path, limit: int | None, count: int = 256) -> Iterator[tuple[str, list[str]]]:
-    """(source, texts) of one source each, of the first `limit` characters of a drawn sample."""
-    held: dict[str, list[str]] = {}
-    read = 0
-    with open(path, encoding="utf-8", newline="\n") as handle:
-        for line in handle:
-            record = json.loads(line)
-            batch = held.setdefault(record["source"], [])
-            batch.append(record["text"])
-            read += len(record["text"])
-            if len(batch) == count:
-                yield record["source"], held.pop(record["source"])
-            if limit is not None and read >= limit:
-                break
-    yield from sorted(held.items())
+    """(source, texts) of up to `count` texts of one source, of the first `limit` characters of a drawn sample."""
+    pending: dict[str, list[str]] = {}
+    num_characters = 0
+    for record in _records(path):
+        source, text = record["source"], record["text"]
+        batch = pending.setdefault(source, [])
+        batch.append(text)
+        num_characters += len(text)
+        if len(batch) == count:
+            yield source, pending.pop(source)
+        if limit is not None and num_characters >= limit:
+            break
+    yield from sorted(pending.items())

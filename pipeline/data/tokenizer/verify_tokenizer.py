@@ -1,18 +1,19 @@
-"""What a published tokenizer is worth, measured through the published folder: round trips, equal ids in all its
-forms, bytes and characters per token."""
+"""Measures a published tokenizer through its folder: round trips, equal ids in all its forms, bytes and characters per
+token."""
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.core.errors import UserError
-from pipeline.data.tokenizer import spm_trainer
+from pipeline.data.tokenizer import spm_model
 from pipeline.data.tokenizer.encode import encoder, pattern
 from pipeline.data.tokenizer.sample import batches
 
-# What breaks tokenizers that are not lossless: joined emoji, hanzi outside the basic plane, NUL, line ends, wide forms,
-# right-to-left, long runs, a byte order mark, and text that spells special tokens, byte tokens and sentencepiece's own
-# marks.
+# What breaks tokenizers that are not lossless: joined emoji, hanzi outside the basic plane, NUL, line ends, full-width
+# forms, right-to-left text, long runs, a byte order mark, and text that spells special tokens, byte tokens and
+# sentencepiece's own marks.
 HARD_TEXTS = (
     "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 e\u0301 \u00e9 \ufb01 \U00020000\U0002a6d6",
     "a\0b\r\nc\rd\n\n\n  e\t\tf \n",
@@ -28,101 +29,129 @@ HARD_TEXTS = (
     " ",
     "\n",
 )
-LOSSY_IN_SENTENCEPIECE = "a\u2581b \u2585 c"  # checked for the round trip alone: sentencepiece reads U+2581 as a space
+LOSSY_IN_SENTENCEPIECE = "a\u2581b \u2585 c"  # only its round trip is checked: sentencepiece reads U+2581 as a space
+SAMPLE_CHARACTERS = 2_000_000  # of the training sample that are checked
+
+OtherForm = Callable[[str], list[int] | None]
 
 
-def forms(folder: Path):
-    """Name of each further form of the vocabulary in the folder -> a function that gives the ids of a text, or None
-    for a text that it is known to read otherwise."""
-    found = {}
+def other_forms(folder: Path) -> dict[str, OtherForm]:
+    """File name of each further form of the vocabulary in the folder -> a function that returns the ids of a text, or
+    None for a text that this form is known to read differently."""
+    forms = {}
     if (folder / "tokenizer.model").is_file():
         import sentencepiece
 
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
-        found["tokenizer.model"] = lambda text: None if spm_trainer.SPACE in text else pieces.encode(text)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
+        forms["tokenizer.model"] = lambda text: None if spm_model.SPACE in text else processor.encode(text)
     if (folder / "tokenizer.tiktoken").is_file():
         import tiktoken
         from tiktoken.load import load_tiktoken_bpe
 
-        split = pattern(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        engine = tiktoken.Encoding(
-            "alma",
-            pat_str=split,
-            mergeable_ranks=load_tiktoken_bpe(str(folder / "tokenizer.tiktoken")),
-            special_tokens={},
-        )
-        found["tokenizer.tiktoken"] = engine.encode_ordinary
-    return found
+        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        ranks = load_tiktoken_bpe(str(folder / "tokenizer.tiktoken"))
+        engine = tiktoken.Encoding("alma", pat_str=pattern(spec), mergeable_ranks=ranks, special_tokens={})
+        forms["tokenizer.tiktoken"] = engine.encode_ordinary
+    return forms
 
 
-def prove(folder: Path, work: Path, ours: bool) -> dict:
-    """Encode and decode held-out text, two megabytes of the training sample and hard texts. A tokenizer that was
-    trained here must keep all of them.
+class _Checks:
+    """Encodes and decodes texts, and counts what is lost and where other forms give other ids."""
 
-    Bytes and characters per token come from the held-out text. `ids_equal`: for each further form, texts on which it
-    gives the same ids, of all compared.
-    """
-    from pipeline.data.cleaning.language import detect
-    from pipeline.data.tokens.store import encode_text, load_tokenizer
+    def __init__(self, folder: Path, trained_here: bool):
+        from pipeline.data.tokens.store import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
-    fast, others = encoder(folder), forms(folder)
-    special = set(tokenizer.all_special_ids)
-    by_source, by_language = defaultdict(lambda: [0, 0, 0]), defaultdict(lambda: [0, 0, 0])
-    equal = {name: [0, 0] for name in others}
-    checked, lost = 0, []
+        self.tokenizer = load_tokenizer(folder)
+        self.special_ids = set(self.tokenizer.all_special_ids)
+        self.fast_encode = encoder(folder)
+        self.forms = other_forms(folder)
+        self.trained_here = trained_here
+        self.num_texts = 0
+        self.changed_texts: list[str] = []
+        self.compared = dict.fromkeys(self.forms, 0)
+        self.equal = dict.fromkeys(self.forms, 0)
 
-    def check(batch: list[str]) -> list[int]:
-        nonlocal checked
-        encoded = encode_text(tokenizer, batch)
-        assert all(ids.tolist() == wanted for ids, wanted in zip(fast(batch), encoded, strict=True)), (
-            "the fast encoder gives other ids than tokenizer.json"
-        )
-        for text, ids, back in zip(
-            batch, encoded, tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False), strict=True
-        ):
-            checked += 1
-            if found := set(ids) & special:
-                name = tokenizer.convert_ids_to_tokens(min(found))
-                if not ours:
-                    raise UserError(
-                        f"the adopted tokenizer makes its special token {name!r} of the text {text[:80]!r}; in its"
-                        " files, let eos, bos and pad be tokens that no text is spelled with"
-                    )
-                raise AssertionError(f"text became the special token {name}: {text[:80]!r}")
-            if back != text:
-                assert not ours, f"round trip changed {text[:80]!r}"
-                lost.append(text)
-            for name, other in others.items():
-                wanted = other(text)
-                if wanted is not None:
-                    equal[name][0] += 1
-                    equal[name][1] += wanted == ids
+    def run(self, texts: list[str]) -> list[int]:
+        """Check the texts. Returns the number of tokens of each."""
+        from pipeline.data.tokens.store import encode_text
+
+        encoded = encode_text(self.tokenizer, texts)
+        for fast_ids, ids in zip(self.fast_encode(texts), encoded, strict=True):
+            assert fast_ids.tolist() == ids, "the fast encoder gives other ids than tokenizer.json"
+        decoded = self.tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False)
+        for text, ids, round_trip in zip(texts, encoded, decoded, strict=True):
+            self.num_texts += 1
+            self._check_special(text, ids)
+            if round_trip != text:
+                assert not self.trained_here, f"round trip changed {text[:80]!r}"
+                self.changed_texts.append(text)
+            self._compare_forms(text, ids)
         return [len(ids) for ids in encoded]
 
-    check([*HARD_TEXTS, LOSSY_IN_SENTENCEPIECE])
-    for source, batch in batches(work / "heldout.jsonl", None):
-        for text, tokens, code in zip(batch, check(batch), detect(batch)[0], strict=True):
-            for table, key in ((by_source, source), (by_language, code)):
-                for place, size in enumerate((len(text.encode()), len(text), tokens)):
-                    table[key][place] += size
-    for _, batch in batches(work / "sample.jsonl", 2_000_000):
-        check(batch)
+    def _check_special(self, text: str, ids: list[int]) -> None:
+        special = set(ids) & self.special_ids
+        if not special:
+            return
+        name = self.tokenizer.convert_ids_to_tokens(min(special))
+        if self.trained_here:
+            raise AssertionError(f"text became the special token {name}: {text[:80]!r}")
+        raise UserError(
+            f"the adopted tokenizer encodes the text {text[:80]!r} with its special token {name!r}; change its files"
+            " so that eos, bos and pad are tokens that no text is encoded with"
+        )
 
-    def rates(table: dict, place: int) -> dict[str, float]:
-        return {key: round(sizes[place] / sizes[2], 4) for key, sizes in sorted(table.items()) if sizes[2]}
+    def _compare_forms(self, text: str, ids: list[int]) -> None:
+        for name, encode in self.forms.items():
+            other_ids = encode(text)
+            if other_ids is not None:
+                self.compared[name] += 1
+                self.equal[name] += other_ids == ids
 
-    total = [sum(sizes[place] for sizes in by_source.values()) for place in range(3)]
-    found = {
-        "bytes_per_token": round(total[0] / total[2], 4) if total[2] else None,
-        "bytes_per_token_by_source": rates(by_source, 0),
-        "characters_per_token_by_source": rates(by_source, 1),
-        "bytes_per_token_by_language": rates(by_language, 0),
-        "characters_per_token_by_language": rates(by_language, 1),
-        "round_trip": {"texts": checked, "exact": checked - len(lost)},
-        "ids_equal": {name: {"texts": compared, "equal": same} for name, (compared, same) in equal.items()},
-        "encoder": fast.kind,
+
+def verify(folder: Path, work: Path, trained_here: bool) -> dict:
+    """Encode and decode held-out text, two million characters of the training sample, and hard texts. A tokenizer that
+    was trained here must keep all of them.
+
+    Bytes and characters per token are measured on the held-out text. `ids_equal`: for each further form, the number of
+    texts compared, and of those with equal ids.
+    """
+    from pipeline.data.cleaning.language import detect
+
+    checks = _Checks(folder, trained_here)
+    checks.run([*HARD_TEXTS, LOSSY_IN_SENTENCEPIECE])
+    # bytes, characters and tokens
+    by_source, by_language = defaultdict(lambda: [0, 0, 0]), defaultdict(lambda: [0, 0, 0])
+    for source, texts in batches(work / "heldout.jsonl", None):
+        languages, _ = detect(texts)
+        for text, num_tokens, language in zip(texts, checks.run(texts), languages, strict=True):
+            sizes = (len(text.encode()), len(text), num_tokens)
+            for totals in (by_source[source], by_language[language]):
+                for place, size in enumerate(sizes):
+                    totals[place] += size
+    for _, texts in batches(work / "sample.jsonl", SAMPLE_CHARACTERS):
+        checks.run(texts)
+
+    num_bytes = sum(sizes[0] for sizes in by_source.values())
+    num_tokens = sum(sizes[2] for sizes in by_source.values())
+    ids_equal = {name: {"texts": checks.compared[name], "equal": checks.equal[name]} for name in checks.forms}
+    report = {
+        "bytes_per_token": round(num_bytes / num_tokens, 4) if num_tokens else None,
+        "bytes_per_token_by_source": _per_token(by_source, 0),
+        "characters_per_token_by_source": _per_token(by_source, 1),
+        "bytes_per_token_by_language": _per_token(by_language, 0),
+        "characters_per_token_by_language": _per_token(by_language, 1),
+        "round_trip": {"texts": checks.num_texts, "exact": checks.num_texts - len(checks.changed_texts)},
+        "ids_equal": ids_equal,
+        "encoder": checks.fast_encode.kind,
     }
-    if lost:
-        found["round_trip"]["example"] = min(lost, key=len)[:200]
-    return found
+    if checks.changed_texts:
+        report["round_trip"]["example"] = min(checks.changed_texts, key=len)[:200]
+    return report
+
+
+def _per_token(sizes_of: dict[str, list[int]], place: int) -> dict[str, float]:
+    rates = {}
+    for name, sizes in sorted(sizes_of.items()):
+        if sizes[2]:
+            rates[name] = round(sizes[place] / sizes[2], 4)
+    return rates

@@ -60,7 +60,7 @@ thorough = settings(
 
 @pytest.fixture(scope="module")
 def engines():
-    """The expression itself, with the classes that the encoders' engines know (Python's regex follows a newer
+    """The expression itself, with the classes of the encoders' engines (Python's regex follows a newer
     Unicode)."""
     from tokenizers import Regex, pre_tokenizers
 
@@ -71,9 +71,9 @@ def engines():
 def test_words_are_those_of_the_expression(engines, policy):
     def check(texts):
         words, counts = count(texts, *policy)
-        wanted = Counter(word for text in texts for word, _ in engines[policy].pre_tokenize_str(text))
+        expected = Counter(word for text in texts for word, _ in engines[policy].pre_tokenize_str(text))
         assert dict(zip(words.to_pylist(), counts.tolist(), strict=True)) == {
-            word.encode(): number for word, number in wanted.items()
+            word.encode(): number for word, number in expected.items()
         }
         assert sum(len(word) * number for word, number in zip(words.to_pylist(), counts.tolist(), strict=True)) == sum(
             len(text.encode()) for text in texts
@@ -101,13 +101,13 @@ def test_classes_are_unicodes():
     kinds = classes()[old]
     text = "".join(map(chr, old))
     for kind, expression in ((1, r"\p{L}"), (2, r"\p{N}")):
-        mine = "".join(char for char, found in zip(text, kinds, strict=True) if found == kind)
-        assert mine == "".join(regex.findall(expression, text))
+        ours = "".join(char for char, its_kind in zip(text, kinds, strict=True) if its_kind == kind)
+        assert ours == "".join(regex.findall(expression, text))
     assert np.bincount(kinds, minlength=6)[3:6].tolist() == [2, 1, 22]
 
 
 def slow(texts, size, split, longest=128):
-    """Count all pairs, join the best of at most `longest` bytes, from the beginning each time: no shared code."""
+    """Count all pairs, merge the best of at most `longest` bytes, from the beginning each time: no shared code."""
     from pipeline.data.tokenizer.encode import alphabet
 
     order = {byte: index for index, (_, byte) in enumerate(sorted(alphabet().items()))}
@@ -167,7 +167,7 @@ def test_merges_of_any_text(texts, floor, longest):
 
 @pytest.mark.parametrize("longest", [3, 6, 128])
 def test_merges_are_those_of_tokenizers(longest):
-    """Its max_token_length counts the bytes of byte-level symbols, too, and is the first length that is too long."""
+    """Its max_token_length counts bytes as well, and is the first length that is too long."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     from pipeline.data.tokenizer.bpe_merges import train
@@ -191,14 +191,14 @@ def test_merges_are_those_of_tokenizers(longest):
         ),
     )
     bytes_of = alphabet()
-    wanted = [
+    expected = [
         bytes(map(bytes_of.__getitem__, token))
         for token, _ in sorted(peer.get_vocab().items(), key=lambda item: item[1])
     ]
-    assert train(*count(texts, False), 700, longest=longest)[0] == wanted
+    assert train(*count(texts, False), 700, longest=longest)[0] == expected
 
 
-def test_junk_buys_no_long_tokens():
+def test_junk_does_not_become_long_tokens():
     """A run of one letter, base64 without a line end, and a line of Chinese, each repeated: without a bound they are
     tokens of 40,000, 4,000 and 14,000 bytes."""
     from pipeline.data.tokenizer.bpe_merges import LONGEST, train

@@ -1,4 +1,4 @@
-"""The fast encoders give the ids of tokenizer.json, on any text, for any tokenizer that they take."""
+"""The fast encoders give the ids of tokenizer.json, on any text, for any tokenizer that they accept."""
 
 import json
 import random
@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import UserError
-from pipeline.data.tokenizer import spm_trainer
+from pipeline.data.tokenizer import spm_model, spm_trainer
 from pipeline.data.tokenizer.encode import LONG_RUN, encoder
 from pipeline.data.tokenizer.pretokenize import pattern
+from pipeline.data.tokenizer.special_tokens import SPECIAL
 from pipeline.data.tokenizer.verify_tokenizer import HARD_TEXTS
 from pipeline.data.tokens.store import encode_text
 
@@ -77,7 +78,7 @@ def byte_level(folder, splits, **model):
     tokenizer = Tokenizer(models.BPE(**model))
     tokenizer.pre_tokenizer = splits
     tokenizer.decoder = decoders.ByteLevel()
-    words = [AddedToken(word, normalized=False, special=True) for word in spm_trainer.SPECIAL]
+    words = [AddedToken(word, normalized=False, special=True) for word in SPECIAL]
     tokenizer.train_from_iterator(
         texts(0),
         trainers.BpeTrainer(
@@ -97,7 +98,7 @@ def build(kind, folder):
     if kind == "sentencepiece":
         model = spm_trainer.train_sentencepiece(texts(0), 420, True, 1.0, folder / "log")
         (folder / "tokenizer.model").write_bytes(model)
-        spm_trainer.from_sentencepiece(model).save(str(folder / "tokenizer.json"))
+        spm_model.to_fast_tokenizer(model).save(str(folder / "tokenizer.json"))
     elif kind == "gpt2":
         byte_level(folder, pre_tokenizers.ByteLevel(add_prefix_space=False))
     else:
@@ -115,16 +116,16 @@ def test_ids_are_those_of_tokenizer_json(kind, tmp_path):
     assert encode.kind == ("sentencepiece" if kind == "sentencepiece" else "tiktoken")
 
     def same(batch):
-        got = encode(batch)
-        assert all(ids.dtype == np.int32 for ids in got)
-        assert [ids.tolist() for ids in got] == encode_text(backend, batch)
+        arrays = encode(batch)
+        assert all(ids.dtype == np.int32 for ids in arrays)
+        assert [ids.tolist() for ids in arrays] == encode_text(backend, batch)
 
     same([*HARD_TEXTS, *texts(1), "a\u2581b"])
     same(["a" + " " * (LONG_RUN + 1) + "b", "\n" * 200_000, "x" * 200_000, "\u554a" * 50_000])
     thorough(given(ANY_TEXT)(lambda text: same([text])))()
 
 
-def test_a_million_spaces_do_not_end_the_encoder(tmp_path):
+def test_a_million_spaces_do_not_crash_the_encoder(tmp_path):
     build("cl100k", tmp_path)
     [ids] = encoder(tmp_path)([" " * 1_000_000 + "a"])
     assert len(ids) > 1000
@@ -158,12 +159,12 @@ def test_other_ids_than_the_merges_order_are_translated(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["merge from other parts", "missing merge", "normaliser", "added token", "dropout"])
-def test_what_tiktoken_would_encode_otherwise_stays_with_tokenizers(change, tmp_path):
+def test_a_tokenizer_that_tiktoken_would_encode_differently_stays_with_tokenizers(change, tmp_path):
     build("cl100k", tmp_path)
 
     def action(spec):
         model = spec["model"]
-        # a token of three parts is joined from its last two first, which its own merges never bring about
+        # a token of three parts is merged from its last two first, to which its own merges never lead
         if change == "merge from other parts":
             at = next(
                 i
@@ -200,7 +201,7 @@ def test_what_tiktoken_would_encode_otherwise_stays_with_tokenizers(change, tmp_
 
 def test_a_lone_surrogate_is_refused_with_its_place(tmp_path):
     build("cl100k", tmp_path)
-    with pytest.raises(UserError, match=r"text 1 of a batch holds a lone surrogate \(U\+D800\) at character 2"):
+    with pytest.raises(UserError, match=r"text 1 of a batch has a lone surrogate \(U\+D800\) at character 2"):
         encoder(tmp_path)(["good", "ab\ud800c"])
 
 
@@ -218,5 +219,5 @@ def test_both_engines_class_every_code_point_alike():
         other = pre_tokenizers.Split(Regex(expression), "removed")
         for begin in range(0, len(points), 4096):
             text = "".join(points[begin : begin + 4096])
-            kept = {char for part, _ in other.pre_tokenize_str(text) for char in part}
-            assert set(one.decode(one.encode_ordinary(text))) == set(text) - kept
+            not_matching = {char for part, _ in other.pre_tokenize_str(text) for char in part}
+            assert set(one.decode(one.encode_ordinary(text))) == set(text) - not_matching
