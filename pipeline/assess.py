@@ -19,12 +19,12 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
+from pipeline.core.config import EXECUTION, StageConfig, idle
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
-from pipeline.core.plural import many
-from pipeline.core.recipe import EXECUTION, StageConfig, idle
 from pipeline.core.seeds import derive
+from pipeline.core.terminal import many
 from pipeline.core.tracking import Progress
 from pipeline.data.chat.chat_sources import PromptSource
 from pipeline.train.config import Date
@@ -278,7 +278,7 @@ def held_out_prompts(config: Config, subjects: list[Subject], judge) -> tuple[li
     write or that leave no room for an answer."""
     if not config.sources:
         return [], {}
-    from pipeline.core.chain import say
+    from pipeline.core.terminal import say
     from pipeline.data.chat.conversations import load_prompts
     from pipeline.data.chat.record_accounting import NOTABLE
 
@@ -436,6 +436,6 @@ def win_rate(ours: list[float], theirs: list[float], config: Config, name: str) 
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("assess")

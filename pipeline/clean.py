@@ -28,12 +28,11 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.chain import say
+from pipeline.core.config import EXECUTION, Name, StageConfig
 from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import write_json
 from pipeline.core.output import Output
-from pipeline.core.plural import many
-from pipeline.core.recipe import EXECUTION, Name, StageConfig
+from pipeline.core.terminal import many, say
 from pipeline.core.tracking import Progress
 from pipeline.data.cleaning import accounting, unit_files, work_units
 from pipeline.data.cleaning.blocklist import Block
@@ -400,7 +399,7 @@ def _write_shards(config: Config, index, pieces: list, pool: Pool, output: Outpu
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     unit_files.without_pandas()
     keep_arrays()

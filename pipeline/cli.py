@@ -12,17 +12,16 @@ from pipeline import __version__
 from pipeline.checks import inspect_commands as inspection
 from pipeline.checks import verify_commands as verify
 from pipeline.core import chain
-from pipeline.core.arguments import Json, RecipeFile, Words, known, split
-from pipeline.core.chain import StageFailed
-from pipeline.core.closing import show_chain
+from pipeline.core.chain_summary import show_chain
+from pipeline.core.cli_arguments import Json, RecipeFile, Words, known, split
 from pipeline.core.errors import EXIT_USER, UserError
 from pipeline.core.files import write_atomic
-from pipeline.core.graph import examine
-from pipeline.core.plural import many
+from pipeline.core.launch import StageFailed
 from pipeline.core.precheck import checked
 from pipeline.core.recipe import load
-from pipeline.core.streams import keep_open
-from pipeline.core.terminal import show
+from pipeline.core.stage import guarded
+from pipeline.core.status import examine
+from pipeline.core.terminal import keep_open, many, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -179,7 +178,7 @@ def main() -> None:
                 raise UserError(f"{error.format_message().rstrip('.')}{_commands(error.ctx)}") from None
             raise
 
-    stopped = chain.guarded(action)
+    stopped = guarded(action)
     sys.exit(stopped or code or 0)
 
 

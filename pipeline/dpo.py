@@ -171,6 +171,6 @@ def reference(engine, pairs, split: str, indices: list[int], folder, output: Out
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("dpo")

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from pipeline.core import artifact, faults
 from pipeline.core.artifact import Artifact
+from pipeline.core.config import StageConfig
 from pipeline.core.files import write_atomic
 from pipeline.core.output import Output
-from pipeline.core.recipe import StageConfig
 from pipeline.core.seeds import derive
 
 # 2: also in the form that transformers 4.57 and llama.cpp's converter read
@@ -45,7 +45,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.core.chain import say
+    from pipeline.core.terminal import say
     from pipeline.data.tokenizer import export_tokenizer
     from pipeline.data.tokens.store import load_tokenizer
     from pipeline.models import cost
@@ -183,6 +183,6 @@ def _brief(entry) -> str:
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("export")

@@ -28,14 +28,13 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.chain import say
+from pipeline.core.config import EXECUTION, StageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
-from pipeline.core.plural import many
 from pipeline.core.processes import kill_workers, signals_held
-from pipeline.core.recipe import EXECUTION, StageConfig
 from pipeline.core.seeds import derive
+from pipeline.core.terminal import many, say
 from pipeline.core.tracking import Progress
 from pipeline.data.sources.arrow_values import open_parquet
 from pipeline.data.tokens.documents import check_columns, readable
@@ -336,6 +335,6 @@ def metrics(index: dict, bad: int, inexact: int, seconds: float) -> dict:
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("pack")

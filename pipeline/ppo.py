@@ -20,7 +20,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
-from pipeline.core.plural import many
+from pipeline.core.terminal import many
 from pipeline.data.chat.chat_sources import PromptSource
 from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollout, ValueOptimizer
 from pipeline.rl.rules import Rule
@@ -205,6 +205,6 @@ def headline(config: Config, before: dict, after: dict, prompts: int) -> tuple[s
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("ppo")

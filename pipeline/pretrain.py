@@ -16,12 +16,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.artifact import Artifact
-from pipeline.core.chain import say
+from pipeline.core.config import EXECUTION, Strict, seconds_of
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
-from pipeline.core.plural import many
-from pipeline.core.recipe import EXECUTION, Strict, seconds_of
+from pipeline.core.terminal import many, say
 from pipeline.data.tokens.fim import Fim
 from pipeline.train import train_length
 from pipeline.train.config import Schedule, TrainConfig
@@ -407,6 +406,6 @@ def metrics_of(output: Output, result: dict, heldout: list) -> dict:
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("pretrain")

@@ -149,6 +149,6 @@ def moments(engine, count: int, collate, config: Config) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("reward")

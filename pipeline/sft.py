@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.core.artifact import Artifact
+from pipeline.core.config import EXECUTION
 from pipeline.core.intervals import shares, unchanged
 from pipeline.core.output import Output
-from pipeline.core.plural import many
-from pipeline.core.recipe import EXECUTION
+from pipeline.core.terminal import many
 from pipeline.data.chat.chat_sources import ChatSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
@@ -160,6 +160,6 @@ def answers(engine, chat, heldout_ids, extra: dict, config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("sft")

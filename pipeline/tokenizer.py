@@ -17,12 +17,11 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.chain import say
+from pipeline.core.config import StageConfig, idle
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
-from pipeline.core.plural import many
-from pipeline.core.recipe import StageConfig, idle
+from pipeline.core.terminal import many, say
 from pipeline.core.tracking import Progress
 from pipeline.data.tokenizer.bpe_merges import LONGEST
 from pipeline.data.tokenizer.special_tokens import BOS, END_OF_TURN, EOS, PAD, SPECIAL, TURN, UNKNOWN
@@ -309,6 +308,6 @@ def _megabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    from pipeline.core.chain import main
+    from pipeline.core.stage import main
 
     main("tokenizer")

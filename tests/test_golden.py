@@ -18,7 +18,8 @@ from harness import succeed
 from paths import ROOT
 
 from pipeline.core.artifact import current
-from pipeline.core.recipe import identity, load, module_of
+from pipeline.core.config import identity
+from pipeline.core.recipe import load, module_of
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORD = os.environ.get("ALMA_RECORD_GOLDEN") == "1"

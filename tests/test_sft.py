@@ -85,7 +85,7 @@ def test_killed_at_a_random_moment(tmp_path):
 
 
 TWO_RANKS = """
-from pipeline.core.chain import run_stage
+from pipeline.core.stage import run_stage
 from pipeline.core.recipe import load
 from pipeline.train import distributed
 words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in ("steps=8", "parallel.zero=1", "micro_batch=2", "run.processes=2")]

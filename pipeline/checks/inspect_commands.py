@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from pipeline.core import artifact
-from pipeline.core.arguments import Json, RecipeFile, Words, known, one, split
+from pipeline.core.cli_arguments import Json, RecipeFile, Words, known, one, split
 from pipeline.core.errors import UserError
-from pipeline.core.graph import Node, examine, nodes
+from pipeline.core.graph import Node, nodes
 from pipeline.core.recipe import load
+from pipeline.core.status import examine
 
 app = typer.Typer(no_args_is_help=True, help="Look at what stages made.")
 

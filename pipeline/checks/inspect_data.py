@@ -17,7 +17,7 @@ from pipeline.checks.inspect_reasons import bad_input, left_out, one_reason, rea
 from pipeline.checks.report_tables import PLACES, line_of, percent, titled
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
-from pipeline.core.plural import many
+from pipeline.core.terminal import many
 
 WIDTH = 100  # columns where the output is no terminal
 TUNING = ("sft", "reward", "dpo", "ppo")

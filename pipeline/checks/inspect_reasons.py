@@ -9,7 +9,7 @@ from rich.text import Text
 from pipeline.checks.report_tables import PLACES, line_of, percent, titled
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
-from pipeline.core.plural import many
+from pipeline.core.terminal import many
 
 
 def reasons_of(report: dict, source: str | None) -> list[str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pipeline.checks import synthetic_tokens
 from pipeline.core import artifact
+from pipeline.core.config import RunConfig
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
-from pipeline.core.recipe import Recipe, RunConfig
+from pipeline.core.recipe import Recipe
 
 PARAMETERS = 5_000_000  # a larger model is shrunk: this one takes a third of a second a step on one CPU core
 ROWS, TOKENS = 8, 128  # of a row; 8 rows can be cut into 2 data ranks x 4 micro-batches

@@ -5,8 +5,7 @@ from pathlib import Path
 from pipeline.core import artifact
 from pipeline.core.errors import UserError
 from pipeline.core.graph import Node
-from pipeline.core.plural import many
-from pipeline.core.terminal import show
+from pipeline.core.terminal import many, show
 
 
 def prove(graph: dict[str, Node], stages: list[str], recipe: str) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core.arguments import RecipeFile, Words, known, one, split
+from pipeline.core.cli_arguments import RecipeFile, Words, known, one, split
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import load
 

@@ -11,10 +11,9 @@ import random
 import re
 from collections import defaultdict
 
-from pipeline.core.chain import say
 from pipeline.core.errors import UserError
-from pipeline.core.plural import many
 from pipeline.core.recipe import Recipe
+from pipeline.core.terminal import many, say
 
 LEVELS = tuple(i / 20 for i in range(6, 20))  # 0.30, 0.35, ... 0.95: where the copies aim at
 HIGH, LOW = 0.8, 0.6

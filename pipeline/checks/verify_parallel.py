@@ -16,12 +16,12 @@ from pathlib import Path
 from pipeline.checks import launch
 from pipeline.checks.layouts import REFERENCE, trials, with_own
 from pipeline.checks.small_recipe import ROWS, prepare, stage_of, workplace
-from pipeline.core.chain import say
+from pipeline.core.config import dump
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
-from pipeline.core.plural import many
-from pipeline.core.recipe import Recipe, dump
-from pipeline.core.software import software
+from pipeline.core.output import software
+from pipeline.core.recipe import Recipe
+from pipeline.core.terminal import many, say
 
 STEPS = 10
 MAX_GRAD_NORM = 0.1  # at most: low enough that every step is clipped

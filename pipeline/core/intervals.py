@@ -61,7 +61,7 @@ def unchanged(before: float, after: float) -> bool:
 
 def warn(stage: str, findings: list[str]) -> list[str]:
     """Say what shows that a stage learned nothing; the findings, for its metrics."""
-    from pipeline.core.chain import say
+    from pipeline.core.terminal import say
 
     for finding in findings:
         say(f"{stage}: WARNING: nothing was learned that can be shown: {finding}")

@@ -5,21 +5,33 @@ pipeline/core/artifact.py says where the folders are, and reads them.
 
 import contextlib
 import os
+import platform
 import shutil
+import subprocess
 import time
 import uuid
+from importlib import metadata
 from pathlib import Path
 
 from pipeline.core import faults
-from pipeline.core.artifact import SCHEMA_VERSION, Artifact, content_files, current, digest_of, read
+from pipeline.core.artifact import SCHEMA_VERSION, Artifact, content_files, digest_of, read
 from pipeline.core.changes import explain
 from pipeline.core.errors import Damaged, UserError
 from pipeline.core.files import hash_files, now, sync_folder, sync_tree, write_json
 from pipeline.core.fingerprint import fingerprint_of
-from pipeline.core.lock import Lock, lock_holder
-from pipeline.core.software import software
+from pipeline.core.lock import Lock
+from pipeline.core.partial_runs import (
+    can_fork,
+    fork_source,
+    has_work,
+    partials,
+    restarting,
+    run_info,
+    sweep_folder,
+    sweep_temporary,
+    worth_keeping,
+)
 from pipeline.core.terminal import show
-from pipeline.core.unfinished import can_fork, fork_source, has_work, partials, restarting, run_info, worth_keeping
 
 
 class Output:
@@ -57,7 +69,7 @@ class Output:
 
     def _open(self, config: dict, parents: dict, restart: bool, fork: bool) -> None:
         (self.folder / "requeue.json").unlink(missing_ok=True)  # the word that an earlier run left for its job script
-        _sweep_folder(self.folder)
+        sweep_folder(self.folder)
         if restart:
             self._set_damaged_aside()
         begun = restarting(self.path)  # a killed --restart is gone on with, by the same command and by the plain one
@@ -170,7 +182,7 @@ class Output:
 
     def publish(self, metrics: dict) -> Artifact:
         """Hash, sync, manifest, rename, link; in that order, so that a reader sees all or nothing."""
-        _sweep_temporary(self.path)
+        sweep_temporary(self.path)
         sync_tree(self.path)
         files = hash_files(self.path, content_files(self.path))
         if not files:
@@ -253,63 +265,6 @@ class Output:
             self.lock.release()
 
 
-def tidy(folder: Path) -> None:
-    """Remove what killed runs left behind in the folder of a stage that is not run now: it is published, and nobody
-    would open it for writing again."""
-    published = current(folder)
-    names = (".*.tmp", "lock.json", ".takeover", ".lock.*", ".ended")
-    left = [path for name in names for path in folder.glob(name)]
-    if published:
-        left += [published.path / "work"] if (published.path / "work").exists() else []
-        left += _temporary(published.path)
-    if not left:
-        return
-    lock, holder = Lock(folder), lock_holder(folder)
-    if holder and not holder["dead"]:
-        return  # who writes here tidies up too
-    try:
-        lock.acquire()
-    except (UserError, OSError):  # somebody was faster; or the folder is another user's, and its rest harms nobody
-        return
-    try:
-        _sweep_folder(folder)
-        shutil.rmtree(folder / ".ended", ignore_errors=True)  # of a job (launch/slurm/alma.sbatch) that was lost
-        if published:
-            shutil.rmtree(published.path / "work", ignore_errors=True)
-            _sweep_temporary(published.path)
-    finally:
-        lock.release()
-
-
-def _sweep_folder(folder: Path) -> None:
-    """Remove temporary files that killed runs left in a stage's folder, and in its unfinished outputs. The lock is
-    held."""
-    for path in folder.glob(".*.tmp"):
-        if not path.name.startswith("..lock."):  # of who waits for the lock
-            path.unlink(missing_ok=True)
-    for path in folder.glob("*.partial"):
-        _sweep_temporary(path)
-        if not (path / "run.json").exists() and not has_work(path) and not (path / "logs").exists():
-            shutil.rmtree(path)  # killed before it was begun
-
-
-def _sweep_temporary(path: Path) -> None:
-    for left in _temporary(path):
-        left.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> list[Path]:
-    """Files that were being written (files.write_atomic) when their process was killed. Other ranks may be writing
-    theirs in logs/ and in a checkpoint's hidden folder, which train/checkpoints.py removes itself."""
-    found = []
-    for left in path.rglob(".*.tmp"):
-        inside = left.relative_to(path).parts
-        hidden = any(part.startswith(".") and part.endswith(".tmp") for part in inside[:-1])
-        if left.is_file() and inside[0] not in ("logs", "wandb") and not hidden:
-            found.append(left)
-    return found
-
-
 def link(folder: Path, target: Path) -> None:
     """Swap `current`, atomically."""
     temporary = folder / f".current.{os.getpid()}.tmp"
@@ -328,3 +283,39 @@ def _set_aside(path: Path, why: str = "abandoned") -> Path:
     target = path.with_name(f"{path.name.removesuffix('.partial')}.{why}-{stamp}")
     os.rename(path, target)
     return target
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "trl",
+    "datasets",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+)
+
+
+def software() -> dict:
+    """Versions and commit that made an output. No paths, no environment: manifests get published."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    answer = (
+        subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+        )
+        if shutil.which("git")
+        else None
+    )
+    if answer and answer.returncode == 0:
+        versions["git"] = answer.stdout.strip()
+    return versions

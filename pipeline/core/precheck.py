@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import Problems, UserError
-from pipeline.core.graph import Node, check, nodes, source_identity
+from pipeline.core.graph import Node, check, nodes
 from pipeline.core.recipe import Recipe, load
+from pipeline.core.status import source_identity
 
 TUNING = ("sft", "reward", "dpo", "ppo", "assess")
 SMALL = 1_000_000  # bytes of sources that are read whole here, to see whether anything can be held out

@@ -7,7 +7,8 @@ from itertools import pairwise
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import ModelSchema
 
-from pipeline.core.recipe import KINDS, Recipe, Strict, module_of
+from pipeline.core.config import Strict
+from pipeline.core.recipe import KINDS, Recipe, module_of
 
 
 def schema() -> dict:

@@ -1,5 +1,7 @@
 """Text for people: on a terminal a line wraps at words, in a file or a pipe it stays whole."""
 
+import errno
+import io
 import os
 import re
 import sys
@@ -89,3 +91,63 @@ def time_left(seconds: float) -> str:
     if hours >= 48:
         return f"{hours // 24}d{hours % 24:02d}h"
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def many(number: int, noun: str, form: str = "") -> str:
+    """`1 source`, `2 sources`; `form` "," writes 12,000. Nouns with another plural come as `process/processes`."""
+    one, _, several = noun.partition("/")
+    return f"{number:{form}} {one if number == 1 else several or one + 's'}"
+
+
+def say(text: str, rank: int | None = None) -> None:
+    """A line for the user, from rank 0 alone."""
+    if (int(os.environ.get("RANK", 0)) if rank is None else rank) == 0:
+        show(text)
+
+
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+
+
+class _Unbroken(io.FileIO):
+    """A file descriptor whose reader may leave: what is written afterwards goes nowhere, also that of processes that
+    are started later."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def keep_open() -> None:
+    """Make this process's standard streams safe to write to. Call it first: a file opened while descriptor 1 is closed
+    would get its number, and with it what is printed."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the caller; the lowest free number is this one
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = _unbroken(1, sys.stdout)
+    sys.stderr = _unbroken(2, sys.stderr)
+
+
+def _unbroken(number: int, stream):
+    """A stream on descriptor `number` in place of `stream`, or `stream` itself if it writes elsewhere, such as into a
+    buffer of whoever called this program as a library."""
+    try:
+        if stream is not None and stream.fileno() != number:
+            return stream
+    except io.UnsupportedOperation:
+        return stream
+    encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
+    if stream:
+        stream.flush()
+    raw = _Unbroken(number, "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding, errors, line_buffering=number == 2 or raw.isatty(), write_through=number == 2
+    )

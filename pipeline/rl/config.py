@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.recipe import EXECUTION, Strict, idle
+from pipeline.core.config import EXECUTION, Strict, idle
 from pipeline.train.config import Optimizer, Schedule
 
 

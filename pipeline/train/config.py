@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pipeline.core.config import EXECUTION, StageConfig, Strict, idle
 from pipeline.core.errors import UserError
-from pipeline.core.recipe import EXECUTION, StageConfig, Strict, idle
 
 
 def _either(numbers: list[int]) -> str:

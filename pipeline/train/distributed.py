@@ -11,7 +11,7 @@ import time
 from datetime import timedelta
 
 from pipeline.core.errors import UserError
-from pipeline.core.plural import many
+from pipeline.core.terminal import many
 
 
 def rank() -> int:

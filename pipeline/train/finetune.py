@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.core.artifact import Artifact
-from pipeline.core.chain import say
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
-from pipeline.core.plural import many
+from pipeline.core.terminal import many, say
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokens.store import load_tokenizer, use_known_padding
 from pipeline.models import cost, families

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.core.recipe import EXECUTION
+from pipeline.core.config import EXECUTION
 from pipeline.data.chat.chat_sources import TuningSource
 from pipeline.data.dedup.decontaminate import Decontaminate
 from pipeline.train.config import Date, Optimizer, TrainConfig

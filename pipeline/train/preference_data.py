@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pipeline.core.output import Output
-from pipeline.core.plural import many
+from pipeline.core.terminal import many
 from pipeline.data.chat.conversations import Pair, load_pairs
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded

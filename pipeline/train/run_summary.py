@@ -4,7 +4,7 @@ and for pretraining memory and disk."""
 import shutil
 from dataclasses import dataclass
 
-from pipeline.core.plural import many
+from pipeline.core.terminal import many
 from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
 from pipeline.models.families import family_of

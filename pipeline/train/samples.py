@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
-from pipeline.core.recipe import Strict
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
 

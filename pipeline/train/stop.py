@@ -27,7 +27,7 @@ from pathlib import Path
 from pipeline.core.errors import Stopped
 from pipeline.core.files import read_record, write_json
 from pipeline.core.output import Output
-from pipeline.core.unfinished import finished_files
+from pipeline.core.partial_runs import finished_files
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # torchrun passes a terminal's Ctrl-C on to ranks that have had it from the terminal

@@ -7,10 +7,10 @@ ended. Learning rates of the steps before do not depend on it.
 
 import json
 
+from pipeline.core.config import seconds_of
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.output import Output
-from pipeline.core.recipe import seconds_of
 from pipeline.train.config import Schedule
 
 FILE = "horizon.json"

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.clean import Config
-from pipeline.core import artifact, files, lock, unfinished
-from pipeline.core.changes import explain
+from pipeline.core import artifact, files, lock, partial_runs
+from pipeline.core.changes import differences, explain, file_differences
 from pipeline.core.errors import UserError
-from pipeline.core.fingerprint import differences, file_differences, fingerprint_of
-from pipeline.core.graph import as_run, examine
+from pipeline.core.fingerprint import fingerprint_of
 from pipeline.core.lock import Lock
-from pipeline.core.output import Output, tidy
+from pipeline.core.output import Output
+from pipeline.core.partial_runs import NothingToFork, tidy
 from pipeline.core.recipe import load
-from pipeline.core.unfinished import NothingToFork
+from pipeline.core.status import as_run, examine
 
 IDENTITY = {"kind": "pack", "version": 1, "config": {"a": 1}, "parents": {}}
 MARKER = b'{"files": {}}'
@@ -666,7 +666,7 @@ def test_leftovers_of_killed_runs_are_removed_and_never_counted(tmp_path):
     ]
     for path in left:
         path.write_text(json.dumps(taker))
-    assert not unfinished.has_work(other) and unfinished.finished_files(output.path) == 2
+    assert not partial_runs.has_work(other) and partial_runs.finished_files(output.path) == 2
     make(folder)
     found = artifact.current(folder)
     assert not [path for path in left if path.exists()] and not other.exists()

@@ -18,10 +18,11 @@ from harness import files_of, stage, succeed
 
 from pipeline.core import artifact, chain
 from pipeline.core.errors import UserError
-from pipeline.core.graph import examine
 from pipeline.core.lock import Lock
 from pipeline.core.output import Output
 from pipeline.core.recipe import load
+from pipeline.core.stage import run_stage
+from pipeline.core.status import examine
 
 ALMA = [sys.executable, "-m", "pipeline.cli"]
 
@@ -284,7 +285,7 @@ def test_without_the_raw_text_later_stages_show_their_state_and_run(whole, tmp_p
         assert line in said
     assert capfd.readouterr().out == ""
     assert "sources.nouns: rows.jsonl does not exist" in refused(only=["clean"], restart=True)
-    chain.run_stage(load("r.yaml"), "clean")
+    run_stage(load("r.yaml"), "clean")
     assert "clean: up to date (as of its run; not on this machine" in capfd.readouterr().out
     # another option of a source is another result, which cannot be made here
     assert "animals.txt does not exist" in refused("clean.sources.animals.limit=3")
@@ -446,7 +447,7 @@ def test_another_run_between_publishing_and_checking(tmp_path, monkeypatch):
         succeed("clean", "r.yaml", cwd=tmp_path)
         meanwhile["do"](node)
 
-    monkeypatch.setattr(chain, "_launch", launch)
+    monkeypatch.setattr(chain, "launch", launch)
     other = Lock(tmp_path / "runs/whole/clean")
     meanwhile["do"] = lambda node: other.acquire()
     assert chain.run(load("r.yaml"), ["clean"])["clean"].state == "up to date"

@@ -14,6 +14,7 @@ from pipeline.core import chain
 from pipeline.core.errors import UserError
 from pipeline.core.precheck import checked
 from pipeline.core.recipe import load
+from pipeline.core.stage import run_stage
 
 TEXT = "a {words} {noun} is a {kind}, and the {noun} is {words}; {kind} {noun} {words} {noun}, {words} {kind}"
 TUNING = "steps: 1, batch_size: 2, sequence_length: 64"
@@ -172,7 +173,7 @@ def test_what_is_right_runs_and_published_stages_are_not_read_again(folder):
     """correctness 44: nothing is refused that would run, and what is up to date needs no source."""
     words = ["ppo=~"]
     checked("r.yaml", words, sources=True)
-    chain.run_stage(load("r.yaml", words), "clean")
+    run_stage(load("r.yaml", words), "clean")
     os.unlink("animals.txt")
     with pytest.raises(UserError) as caught:
         chain.run(load("r.yaml", [*words, "sft.sources.nouns.path=nowhere.jsonl"]))

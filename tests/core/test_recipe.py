@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from paths import ROOT
 
 from pipeline.core import recipe_schema
+from pipeline.core.config import dump, identity
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
 from pipeline.core.precheck import checked
-from pipeline.core.recipe import KINDS, dump, identity, load, module_of
+from pipeline.core.recipe import KINDS, load, module_of
 
 BASE = """\
 name: small

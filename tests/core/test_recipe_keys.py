@@ -200,10 +200,10 @@ def test_the_seed_of_a_recipe_is_no_part_of_a_pack_without_shards(least):
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_reach_every_stage(least, kind, monkeypatch):
     """correctness 4: run.threads counts where a stage is started by hand, too."""
-    from pipeline.core import chain
+    from pipeline.core import stage
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(chain, "find_inputs", lambda *_: (_ for _ in ()).throw(UserError("far enough")))
+    monkeypatch.setattr(stage, "find_inputs", lambda *_: (_ for _ in ()).throw(UserError("far enough")))
     with pytest.raises(UserError):
-        chain.run_stage(load("least.yaml", [f"{kind}.run.threads=3"]), kind)
+        stage.run_stage(load("least.yaml", [f"{kind}.run.threads=3"]), kind)
     assert os.environ["OMP_NUM_THREADS"] == "3"

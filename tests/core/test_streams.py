@@ -12,8 +12,10 @@ import tiny
 
 from pipeline.core import artifact, chain
 from pipeline.core.errors import UserError
-from pipeline.core.graph import examine
+from pipeline.core.launch import sweep_snapshots
 from pipeline.core.recipe import load
+from pipeline.core.stage import run_stage
+from pipeline.core.status import examine
 
 RECIPE = """
 name: two
@@ -29,7 +31,7 @@ def made(tmp_path_factory):
     (folder / "r.yaml").write_text(RECIPE)
     before = os.getcwd()
     os.chdir(folder)
-    chain.run_stage(load("r.yaml"), "clean")
+    run_stage(load("r.yaml"), "clean")
     yield folder
     os.chdir(before)
 
@@ -153,7 +155,7 @@ def test_what_stands_in_a_run_folder_is_told_and_made_good(made, tmp_path, monke
     harm(stage)
     node = examine(load("r.yaml"))["clean"]
     assert (node.state, said in node.reason) == (state, True), node.reason
-    chain.run_stage(load("r.yaml"), "clean")
+    run_stage(load("r.yaml"), "clean")
     assert examine(load("r.yaml"))["clean"].state == "up to date"
     assert artifact.current(stage).digest == digest and (stage / "current").is_symlink()
 
@@ -165,11 +167,11 @@ def test_snapshots_of_other_chains_stay(made, monkeypatch):
     names = [f".chain-{here}-999999999.yaml", ".chain-elsewhere-999999999.yaml", f".chain-{here}-{os.getpid()}.yaml"]
     for name in names:
         (folder / name).write_text("")
-    chain.sweep_snapshots(folder)
+    sweep_snapshots(folder)
     assert all((folder / name).exists() for name in names)
     for name in names:
         os.utime(folder / name, (1, 1))
-    chain.sweep_snapshots(folder)
+    sweep_snapshots(folder)
     assert [name for name in names if (folder / name).exists()] == names[1:]
     for name in names[1:]:
         (folder / name).unlink()

@@ -125,7 +125,7 @@ def test_lines_break_between_words(text, columns):
 TABLE = """
 from pathlib import Path
 from pipeline.core.artifact import Artifact
-from pipeline.core.closing import show_table
+from pipeline.core.chain_summary import show_table
 from pipeline.core.graph import Node
 ROWS = [
     ("clean", "52.2 MB, 139265 documents, 5 sources", "43.9 MB, 95147 documents (977 held out)",
@@ -253,7 +253,7 @@ def test_the_command_to_talk_to_a_model_works(world, monkeypatch):
     """Correctness 49: what the end of a chain prints can be pasted into a shell, and answers as the model does."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.core.closing import talk
+    from pipeline.core.chain_summary import talk
     from pipeline.data.tokens.store import load_tokenizer
 
     monkeypatch.chdir(world)

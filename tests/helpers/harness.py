@@ -22,7 +22,7 @@ _context.set_forkserver_preload(
         "transformers.models.auto.modeling_auto",
         "numpy",
         "pyarrow.parquet",
-        "pipeline.core.chain",
+        "pipeline.core.stage",
     ]
 )
 
@@ -35,9 +35,9 @@ def _child(kind: str, words: list[str], environment: dict, folder: str, log: str
     os.dup2(handle, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
-    from pipeline.core import chain
+    from pipeline.core.stage import main
 
-    chain.main(kind, words)
+    main(kind, words)
 
 
 def stage(

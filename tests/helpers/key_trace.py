@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pipeline
-from pipeline.core.recipe import Strict
+from pipeline.core.config import Strict
 
 HERE = str(Path(pipeline.__file__).parent)
 # These look at every key of every stage alike: identity, messages and records of a run.

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic_core import PydanticUndefined
 
-from pipeline.core.recipe import Strict, module_of
+from pipeline.core.config import Strict
+from pipeline.core.recipe import module_of
 
 
 def blocks(annotation: Any) -> list[type[Strict]]:

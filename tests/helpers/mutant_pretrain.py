@@ -3,7 +3,7 @@ zero. test_verify.py starts it."""
 
 import sys
 
-from pipeline.core import chain
+from pipeline.core import stage
 from pipeline.train.replicated import Replicated
 
 load = Replicated.load
@@ -18,4 +18,4 @@ def forgetful(self, folder):
 
 if __name__ == "__main__":
     Replicated.load = forgetful
-    chain.main("pretrain", sys.argv[1:])
+    stage.main("pretrain", sys.argv[1:])

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from pipeline.core.recipe import Strict, idle
+from pipeline.core.config import Strict, idle
 from pipeline.data.sources.sources import Source
 
 

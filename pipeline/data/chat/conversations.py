@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.core.errors import UserError
-from pipeline.core.plural import many
+from pipeline.core.terminal import many
 from pipeline.data.chat.chat_sources import ChatSource, Message, PreferenceSource, PromptSource, TuningSource
 from pipeline.data.chat.messages import (
     Rejected,

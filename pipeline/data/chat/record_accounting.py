@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.core.chain import say
 from pipeline.core.errors import UserError
-from pipeline.core.plural import many
+from pipeline.core.terminal import many, say
 
 PLACES = 20  # of each reason are named in report.json
 NOTABLE = 0.03  # share of a source's records above which a reason is worth a warning

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field, model_validator
 
+from pipeline.core.config import Strict, idle
 from pipeline.core.errors import UserError
-from pipeline.core.recipe import Strict, idle
 from pipeline.data.cleaning.text_arrays import Tokens, mixed, normalise, tokens
 
 BUILTIN = Path(__file__).parent / "lists"

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
+from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
-from pipeline.core.plural import many
-from pipeline.core.recipe import Strict
+from pipeline.core.terminal import many
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.core.recipe import Strict
+from pipeline.core.config import Strict
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.recipe import Strict, idle
+from pipeline.core.config import Strict, idle
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np

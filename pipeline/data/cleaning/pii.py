@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from pipeline.core.recipe import Strict, idle
+from pipeline.core.config import Strict, idle
 
 # in the order in which they are looked for: an identity number may pass for a card
 KINDS = ("secret", "email", "ip", "id_zh", "card", "mobile_zh", "phone")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.recipe import Strict, idle
+from pipeline.core.config import Strict, idle
 from pipeline.data.cleaning.filters import BASIC, Filters, measured
 
 if TYPE_CHECKING:  # the recipe's models load without numpy

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
-from pipeline.core.recipe import Strict
 from pipeline.data.cleaning.filters import MOJIBAKE
 
 _WIDE = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: 0x20}

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from pipeline.core.config import Name, Strict
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
-from pipeline.core.plural import many
-from pipeline.core.recipe import Name, Strict
+from pipeline.core.terminal import many
 from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import read, text_of

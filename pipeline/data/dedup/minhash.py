@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.recipe import Strict
+from pipeline.core.config import Strict
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np

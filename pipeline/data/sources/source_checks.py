@@ -3,9 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from pipeline.core.chain import say
 from pipeline.core.errors import UserError
-from pipeline.core.plural import many
+from pipeline.core.terminal import many, say
 from pipeline.data.sources import records as reading
 from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import Bad, FieldNames, Skipped

@@ -13,10 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.core.config import EXECUTION, PACKAGE, Strict, identity, idle
 from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import hashes
 from pipeline.core.fingerprint import Recorded
-from pipeline.core.recipe import EXECUTION, PACKAGE, Strict, identity, idle
 from pipeline.data.sources.arrow_values import first_duplicate
 from pipeline.data.sources.csv_files import csv_chunks
 from pipeline.data.sources.formats import Chunk, FieldNames

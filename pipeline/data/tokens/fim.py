@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field
 
+from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
-from pipeline.core.recipe import Strict
 from pipeline.core.seeds import derive
 
 MASK = 2**64 - 1

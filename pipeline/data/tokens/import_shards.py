@@ -18,11 +18,11 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from pipeline.core.config import EXECUTION, Strict, identity
 from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import hashes
 from pipeline.core.fingerprint import Recorded
-from pipeline.core.plural import many
-from pipeline.core.recipe import EXECUTION, Strict, identity
+from pipeline.core.terminal import many
 from pipeline.data.sources.globs import find
 from pipeline.data.tokens.store import DamagedArray, mapped_array
 

@@ -484,7 +484,7 @@ def test_the_date_is_part_of_the_identity():
     import pydantic
 
     from pipeline import assess, dpo, ppo, reward, sft
-    from pipeline.core.recipe import identity
+    from pipeline.core.config import identity
 
     for stage in (sft, reward, dpo, ppo):
         keys = {"sources": {"s": {"path": "x"}}, "steps": 1, "batch_size": 1, "sequence_length": 1024}

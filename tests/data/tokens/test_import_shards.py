@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.core import recipe
 from pipeline.core.errors import UserError
-from pipeline.core.graph import _packed_sources, check, examine, nodes
+from pipeline.core.graph import _packed_sources, check, nodes
+from pipeline.core.status import examine
 from pipeline.data.tokens import import_shards
 from pipeline.data.tokens.import_shards import Shards
 from pipeline.data.tokens.store import TokenStore

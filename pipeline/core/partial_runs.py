@@ -2,12 +2,14 @@
 that --fork goes on from. Nothing is written here."""
 
 import json
+import shutil
 from pathlib import Path
 
 from pipeline.core.artifact import current
 from pipeline.core.changes import explain
 from pipeline.core.errors import Damaged, UserError
 from pipeline.core.files import damage_of, read_record
+from pipeline.core.lock import Lock, lock_holder
 from pipeline.core.terminal import show
 
 
@@ -153,3 +155,60 @@ def worth_keeping(path: Path) -> bool:
     run = run_info(path)
     trains = "save" in run["config"]
     return has_work(path) and not trains and "ended" not in run
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed runs left behind in the folder of a stage that is not run now: it is published, and nobody
+    would open it for writing again."""
+    published = current(folder)
+    names = (".*.tmp", "lock.json", ".takeover", ".lock.*", ".ended")
+    left = [path for name in names for path in folder.glob(name)]
+    if published:
+        left += [published.path / "work"] if (published.path / "work").exists() else []
+        left += _temporary(published.path)
+    if not left:
+        return
+    lock, holder = Lock(folder), lock_holder(folder)
+    if holder and not holder["dead"]:
+        return  # who writes here tidies up too
+    try:
+        lock.acquire()
+    except (UserError, OSError):  # somebody was faster; or the folder is another user's, and its rest harms nobody
+        return
+    try:
+        sweep_folder(folder)
+        shutil.rmtree(folder / ".ended", ignore_errors=True)  # of a job (launch/slurm/alma.sbatch) that was lost
+        if published:
+            shutil.rmtree(published.path / "work", ignore_errors=True)
+            sweep_temporary(published.path)
+    finally:
+        lock.release()
+
+
+def sweep_folder(folder: Path) -> None:
+    """Remove temporary files that killed runs left in a stage's folder, and in its unfinished outputs. The lock is
+    held."""
+    for path in folder.glob(".*.tmp"):
+        if not path.name.startswith("..lock."):  # of who waits for the lock
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*.partial"):
+        sweep_temporary(path)
+        if not (path / "run.json").exists() and not has_work(path) and not (path / "logs").exists():
+            shutil.rmtree(path)  # killed before it was begun
+
+
+def sweep_temporary(path: Path) -> None:
+    for left in _temporary(path):
+        left.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> list[Path]:
+    """Files that were being written (files.write_atomic) when their process was killed. Other ranks may be writing
+    theirs in logs/ and in a checkpoint's hidden folder, which train/checkpoints.py removes itself."""
+    found = []
+    for left in path.rglob(".*.tmp"):
+        inside = left.relative_to(path).parts
+        hidden = any(part.startswith(".") and part.endswith(".tmp") for part in inside[:-1])
+        if left.is_file() and inside[0] not in ("logs", "wandb") and not hidden:
+            found.append(left)
+    return found

@@ -1,0 +1,203 @@
+"""One stage in this process: what `python pipeline/KIND.py recipe.yaml` does.
+
+A stage script ends in `main("pretrain")`; `alma run` starts the same scripts, so that a stage that is started by hand,
+by a launcher or by the chain goes through the same few lines (`run_stage`).
+"""
+
+import argparse
+import errno
+import io
+import os
+import sys
+import time
+
+from pipeline.core.artifact import Artifact
+from pipeline.core.chain_summary import result, shown_path
+from pipeline.core.config import dump
+from pipeline.core.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from pipeline.core.files import write_atomic
+from pipeline.core.graph import Node, ancestors, nodes
+from pipeline.core.output import Output
+from pipeline.core.processes import die_with_launcher
+from pipeline.core.recipe import Recipe, load, make_root, module_of, resolved
+from pipeline.core.status import examine_one, find_inputs, records
+from pipeline.core.terminal import keep_open, say, show
+
+# What a machine can refuse, and what its user can do.
+MACHINE = {
+    errno.ENOSPC: "make room or give another `output`",
+    errno.EDQUOT: "make room or give another `output`",
+    errno.EROFS: "give an `output` that can be written",
+    errno.EACCES: "give an `output` that can be written",
+    errno.EPERM: "give an `output` that can be written",
+    errno.ENOTDIR: "give an `output` that is a folder",
+    errno.EEXIST: "give an `output` that is a folder",
+}
+
+
+def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = False) -> Artifact | None:
+    """Run one stage in this process (one rank of it), or do nothing if its output is up to date. Returns the output
+    on the main rank."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    make_root(recipe)
+    graph = nodes(recipe)
+    node = graph[name]
+    if node.config.run.threads:
+        os.environ["OMP_NUM_THREADS"] = str(node.config.run.threads)
+    node.config.check(world)
+    for ancestor in [graph[other] for other in graph if other in ancestors(graph, [name]) - {name}]:
+        examine_one(ancestor, graph, running=False)
+    for source in node.parents.values():
+        parent = graph.get(source)
+        if parent is None or parent.state == "up to date" or parent.unavailable:
+            continue
+        if parent.state in ("missing", "waits"):
+            raise UserError(
+                f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run"
+                " that stage first, or the chain: alma run"
+            )
+        raise UserError(
+            f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
+            " first, or the chain: alma run"
+        )
+    find_inputs(node, graph)
+    if node.absent:  # what is published stands for them; nothing can be made again
+        examine_one(node, graph, running=False)
+        if restart or node.state != "up to date":
+            raise UserError(
+                f"stage {name} cannot be run again: not on this machine: {', '.join(node.absent)}; {node.reason}"
+            )
+        say(f"{name}: up to date ({node.reason})", rank)
+        return node.output
+    output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
+    output.open(config=dump(node.config), parents=records(node, graph), restart=restart, fork=fork)
+    try:
+        if output.published:
+            say(f"{name}: up to date ({shown_path(output.published)})", rank)
+            return output.published
+        if rank == 0:
+            write_atomic(output.path / "recipe.yaml", resolved(recipe))
+        return _work(node, output, rank, world)
+    except UserError as error:
+        output.end_with_error(str(error))
+        raise
+    finally:
+        output.close()
+
+
+def _published(output: Output, metrics: dict) -> Artifact:
+    artifact = output.publish(metrics)
+    say(result(artifact))
+    return artifact
+
+
+def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
+    """Do the work of a stage and publish it. Whatever ends it early leaves word of why."""
+    from pipeline.train.stop import leave_word, outside, saved_step
+
+    module = module_of(node.config.kind)
+    if not hasattr(node.config, "watch"):
+        with outside(output, module.KEPT):
+            return _published(output, module.run(node.config, node.inputs, output))
+    from pipeline.train.heartbeat import Watch
+
+    with outside(output):
+        try:
+            with Watch(output, node.config.watch):
+                metrics = module.run(node.config, node.inputs, output)
+        except Exception as error:
+            if world > 1 and not isinstance(error, UserError):
+                message = f"rank {rank} failed: {type(error).__name__}: {error}"
+                leave_word(output, "failed", saved_step(output), rank=rank, message=message)
+            raise
+        return _published(output, metrics) if rank == 0 else None
+
+
+def main(kind: str, argv: list[str] | None = None) -> None:
+    """Entry point of a stage script: `python pipeline/KIND.py recipe.yaml [--stage NAME] [--restart|--fork]
+    [key=value ...]`."""
+    # Before torch is loaded. Spinning threads cost a busy machine more than sleeping ones cost an idle one
+    # (docs/log.md, 3).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv is None:
+        keep_open()
+    parser = argparse.ArgumentParser(
+        prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("recipe", help="recipe file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change a key of the recipe, such as pretrain.optimizer.lr=3e-4",
+    )
+    parser.add_argument("--stage", help=f"which stage of kind {kind}, if the recipe has several")
+    parser.add_argument("--restart", action="store_true", help="set unfinished runs of this stage aside and begin anew")
+    parser.add_argument(
+        "--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made"
+    )
+    args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
+    from pipeline.train import stop
+
+    die_with_launcher()
+    code = guarded(lambda: _main(kind, args))
+    stop.finish()
+    sys.exit(code)
+
+
+def _main(kind: str, args: argparse.Namespace) -> None:
+    from pipeline.train import stop
+
+    stop.begin()  # raises Stopped if the chain was interrupted while this process was importing
+    recipe = load(args.recipe, args.overrides)
+    same = [name for name, config in recipe.stages.items() if config.kind == kind]
+    if args.stage and args.stage not in same:
+        raise UserError(
+            f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; there is"
+            f" {', '.join(same) or 'none'}"
+        )
+    if not same:
+        raise UserError(f"{args.recipe}: has no stage of kind {kind}; it has {', '.join(recipe.stages)}")
+    if len(same) > 1 and not args.stage:
+        raise UserError(
+            f"{args.recipe}: has {len(same)} stages of kind {kind} ({', '.join(same)}); say which with --stage NAME"
+        )
+    run_stage(recipe, args.stage or same[0], restart=args.restart, fork=args.fork)
+
+
+def guarded(action) -> int:
+    """Run `action`; a UserError becomes one sentence on stderr and exit code 2, a stop by signal its own code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        action()
+        return 0
+    except UserError as error:
+        if rank == 0:
+            show(f"error: {error}", sys.stderr)
+        else:
+            time.sleep(3)  # a launcher ends all ranks when the first one leaves: rank 0 must have spoken by then
+        return EXIT_USER
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        show(
+            f"error: {error.filename or 'the output folder'}: {error.strerror}; {MACHINE[error.errno]}, then the same"
+            " command goes on",
+            sys.stderr,
+        )
+        return EXIT_USER
+    except Stopped as stop:
+        if str(stop):
+            say(str(stop), rank)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        if rank == 0:
+            show("interrupted; stages that were finished are kept", sys.stderr)
+        return 130
+    finally:
+        if "torch.distributed" in sys.modules:
+            from pipeline.train.distributed import shutdown
+
+            shutdown()
