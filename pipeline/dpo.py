@@ -51,7 +51,7 @@ class Config(FinetuneConfig):
     def _no_margins(cls, value: dict[str, PreferenceSource]) -> dict[str, PreferenceSource]:
         for name, source in value.items():
             if source.margin is not None:
-                raise ValueError(f"{name}.margin is for reward models; the loss of DPO has no margin, so leave it out")
+                raise ValueError(f"{name}.margin is for reward models; the loss of DPO has no margin; remove the key")
         return value
 
     @model_validator(mode="after")

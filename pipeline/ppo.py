@@ -43,18 +43,18 @@ class Config(FinetuneConfig):
     ppo: Algorithm = Algorithm()
     """The algorithm."""
     rule: Rule | None = None
-    """How a response is compared with the prompt's `answer`: exact, contains or prefix; none: the reward model alone
+    """How a response is compared with the prompt's `answer`: exact, contains or prefix; none: only the reward model
     judges."""
     optimizer: PolicyOptimizer = PolicyOptimizer()
-    """Of the policy."""
+    """AdamW of the policy."""
     value_optimizer: ValueOptimizer = ValueOptimizer()
-    """Of the value model."""
+    """AdamW of the value model."""
     schedule: LinearSchedule = LinearSchedule()
-    """Of both learning rates, over iterations."""
+    """Schedule of both learning rates, over iterations."""
     evaluate_prompts: int = Field(128, ge=1)
     """Held-out prompts answered in an evaluation, once sampled and once greedily."""
     show: int = Field(8, ge=0)
-    """Of these, how many are written to samples.jsonl."""
+    """How many of these are written to samples.jsonl."""
 
     @model_validator(mode="after")
     def consistent(self):
@@ -161,7 +161,7 @@ def build_models(config: Config, policy, reward, prompts: int):
     value_size = cost.count(reward_model).total
     notes = (
         f"value      {value_size:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
-        "time       depends on how long the answers become; the progress line says how much is left",
+        "time       depends on how long the answers become; the progress line shows how much is left",
     )
     work = Work(data, updates=config.ppo.minibatches, notes=notes)
     policy_loss = functools.partial(policy_loss_fn, config)

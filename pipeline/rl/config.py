@@ -1,4 +1,4 @@
-"""What a recipe may say of PPO: the algorithm, its sampling, and the two optimizers. The rest is pipeline/ppo.py's."""
+"""Keys of PPO in a recipe: algorithm, sampling, and the two optimizers. The other keys are in pipeline/ppo.py."""
 
 from typing import Annotated, Literal
 
@@ -30,7 +30,7 @@ class ValueOptimizer(PolicyOptimizer):
 
 
 class LinearSchedule(Schedule):
-    """Learning rates over iterations, the same shape for policy and value model."""
+    """Learning rates over iterations, of the same shape for policy and value model."""
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "linear"
     """Annealed linearly, as in the original."""
@@ -39,24 +39,24 @@ class LinearSchedule(Schedule):
 
 
 class Rollout(Strict):
-    """Sampling of responses: the whole distribution, without top-k or top-p, whose truncated probabilities are not
-    those that are trained."""
+    """Sampling of responses, from the whole distribution: top-k or top-p would give other probabilities than those that
+    are trained."""
 
     max_new_tokens: int = Field(64, ge=1)
-    """Tokens of a response at most; one that has not ended by then is cut off and pays `missing_eos_penalty`."""
+    """Maximum tokens of a response; one that has not ended by then is cut off and pays `missing_eos_penalty`."""
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by this in sampling and in every log-probability."""
     batch: Annotated[int, EXECUTION] = Field(64, ge=1)
-    """Rows sampled or measured at a time on one process."""
+    """Rows that one process samples or measures at a time."""
 
 
 class Algorithm(Strict):
     """PPO itself."""
 
     epochs: int = Field(4, ge=1)
-    """Passes over an iteration's samples, each in a fresh order."""
+    """Passes over an iteration's samples, each in another order."""
     minibatches: int = Field(1, ge=1)
-    """Updates in a pass."""
+    """Updates per pass."""
     clip: float = Field(0.2, gt=0)
     """The ratio of new to old probability counts within 1 - clip and 1 + clip."""
     clip_high: float | None = Field(None, gt=0)
@@ -71,13 +71,13 @@ class Algorithm(Strict):
     lambda_: float = Field(0.95, ge=0, le=1)
     """GAE's trade of bias (0) against variance (1)."""
     kl_coef: float = Field(0.05, ge=0)
-    """Weight of the KL penalty in each token's reward, in standard deviations of the reward a nat."""
+    """Weight of the KL penalty in each token's reward, in standard deviations of the reward per nat."""
     kl_target: float | None = Field(None, gt=0)
-    """Steer `kl_coef` so that the KL of a response comes to this many nats; none: it stays."""
+    """Adapt `kl_coef` so that the KL of a response comes to this many nats; none: it is constant."""
     kl_horizon: int = Field(10_000, ge=1)
-    """Samples over which the steering takes effect."""
+    """Samples over which `kl_coef` is adapted."""
     kl_estimator: Literal["k1", "k3"] = "k1"
-    """Of the KL in the reward: k1 = log ratio (unbiased), k3 = never negative."""
+    """Estimator of the KL in the reward: k1 = log ratio (unbiased); k3 is never negative."""
     reward_clip: float | None = Field(10.0, gt=0)
     """Scores are clipped to this many standard deviations, before the KL; none: no clip."""
     missing_eos_penalty: float = Field(1.0, ge=0)
@@ -86,24 +86,22 @@ class Algorithm(Strict):
     """Divide token rewards by their standard deviation over the batch; their mean is kept. Advantages are always
     whitened."""
     rule_coef: float = Field(0.0, ge=0)
-    """Weight of the task's `rule` in the score, beside the reward model; 0: the rule only measures."""
+    """Weight of the task's `rule` in the score, in addition to the reward model; 0: the rule only measures."""
     target_kl: float | None = Field(None, gt=0)
-    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats a
+    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats per
     token; none: never."""
     critic_warmup: int = Field(0, ge=0)
-    """First iterations, in which only the value model is trained."""
+    """Number of first iterations in which only the value model is trained."""
     ratio_limit: float = Field(10.0, gt=1)
-    """A response whose mean ratio is above this has gone wrong and carries no policy loss; counted as
-    skipped_fraction."""
+    """A response whose mean ratio is above this carries no policy loss; counted as skipped_fraction."""
     importance_cap: float | None = Field(None, ge=1)
-    """Weigh tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no
+    """Weight tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no
     weights."""
     calibrate: int = Field(256, ge=0)
-    """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores are taken as they
-    come."""
+    """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores stay as they are."""
 
     @model_validator(mode="after")
     def nothing_idle(self):
         if self.kl_target is None:
-            idle(self, "kl_horizon", "says how fast kl_coef is steered, and without kl_target it stays")
+            idle(self, "kl_horizon", "is how fast kl_coef is adapted, and without kl_target it is constant")
         return self

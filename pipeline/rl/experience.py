@@ -1,14 +1,16 @@
 """One iteration's experience: sample with the policy, score with the reward model and the rule, measure each token with
 policy, reference and value model.
 
-Every process does its share; then all hold the whole batch, so that whitening, logging and the cut into minibatches see
-the same samples whatever the number of processes. What travels is token ids and a few numbers a token.
+Every process does its share. Afterwards all have the whole batch, so that whitening, logging and the cut into
+minibatches use the same samples whatever the number of processes. Only token ids and a few numbers per token travel.
 """
 
 import functools
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from pipeline.train.scores import reward_scores
 
 @dataclass
 class Models:
-    """Who takes part. `policy` and `value` are trained; `reference` and `reward` are frozen, without gradients or
+    """The models of a run. `policy` and `value` are trained; `reference` and `reward` are frozen, without gradients or
     optimizer."""
 
     policy: Engine
@@ -52,6 +54,20 @@ class Models:
         return self.chat.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
 
 
+class Clock:
+    """Seconds of an iteration's parts, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The part `name` has just ended."""
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"] = round(now - self._last, 4)
+        self._last = now
+
+
 def share(items: list) -> list:
     """This process's part of a list that is equal on all."""
     size = -(-len(items) // distributed.world())
@@ -65,19 +81,20 @@ def collect(
     seeds: list[int],
     *,
     temperature: float,
-    clock,
-    measure: str = "all",
+    clock: Clock | None = None,
+    measure: Literal["score", "kl", "all"] = "all",
 ) -> list[Sample]:
     """Samples of the whole list `tasks`, on every process. Collective.
 
-    measure: "score" (reward and rule alone), "kl" (also the reference's log-probabilities of sampled tokens) or "all"
-    (everything that an update needs). `clock(name)` is called after each phase.
+    measure: "score" (only reward and rule), "kl" (also the reference's log-probabilities of sampled tokens) or "all"
+    (everything that an update needs).
     """
+    clock = clock or Clock()
     tasks, indices, seeds = share(tasks), share(indices), share(seeds)
     config = models.config
     samples: list[Sample] = []
     with models.policy.gathered():
-        made = generate(
+        completions = generate(
             models.policy.model,
             [task.ids for task in tasks],
             max_new_tokens=config.rollout.max_new_tokens,
@@ -87,41 +104,44 @@ def collect(
             seeds=seeds,
             batch=config.rollout.batch,
         )
-        for task, index, completion in zip(tasks, indices, made, strict=True):
+        for task, index, completion in zip(tasks, indices, completions, strict=True):
             samples.append(Sample(index, task.ids, completion.ids, completion.stopped, completion.logprobs))
-        clock("rollout")
+        clock.lap("rollout")
         if measure == "all":
-            for sample, (logprobs, entropies) in zip(
-                samples, _logprobs(models, models.policy.model, samples), strict=True
-            ):
+            measured = _logprobs(models, models.policy.model, samples)
+            for sample, (logprobs, entropies) in zip(samples, measured, strict=True):
                 sample.logprobs, sample.entropies = logprobs, entropies
     if measure != "score":
-        for sample, (logprobs, _) in zip(samples, _logprobs(models, models.reference, samples), strict=True):
+        measured = _logprobs(models, models.reference, samples)
+        for sample, (logprobs, _) in zip(samples, measured, strict=True):
             sample.ref_logprobs = logprobs
     if measure == "all":
         with models.value.gathered():
-            for sample, values in zip(samples, _values(models, models.value.model, samples), strict=True):
-                sample.values = values
-    clock("measure")
+            measured = _values(models, models.value.model, samples)
+        for sample, values in zip(samples, measured, strict=True):
+            sample.values = values
+    clock.lap("measure")
     for sample, task, value in zip(samples, tasks, score(models, samples, tasks), strict=True):
         sample.score = value
         if config.rule is not None:
             sample.rule = rules.score(config.rule, models.text(sample), task.answer)
-    clock("score")
+    clock.lap("score")
     return distributed.all_gather(samples)
 
 
 def score(models: Models, samples: list[Sample], tasks: list[Task]) -> list[float]:
     """The reward model's score at the last token of each response, as published (calibrated by the reward stage on
     its own answers)."""
-    rows = [_row(models, sample, task) for sample, task in zip(samples, tasks, strict=True)]
+    if not samples:
+        return []
+    conversations = [_read_by_reward(models, sample, task) for sample, task in zip(samples, tasks, strict=True)]
     with _autocast(models):
-        return reward_scores(models.reward, rows, models.config.rollout.batch).tolist() if rows else []
+        return reward_scores(models.reward, conversations, models.config.rollout.batch).tolist()
 
 
-def _row(models: Models, sample: Sample, task: Task) -> list[int]:
+def _read_by_reward(models: Models, sample: Sample, task: Task) -> list[int]:
     """What the reward model reads: the policy's own ids, or the same conversation in its own tokens. A response that
-    was cut off stays open."""
+    was cut off gets no end of turn."""
     chat = models.reward_chat
     if chat is None:
         return sample.prompt_ids + sample.response_ids
@@ -129,6 +149,8 @@ def _row(models: Models, sample: Sample, task: Task) -> list[int]:
 
 
 def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[float], list[float]]]:
+    """(log-probability, entropy) at each response token of each sample."""
+
     def read(batch):
         logits = model(**policy_inputs(model, batch)).logits
         return token_statistics(logits, batch["responses"], models.config.rollout.temperature)
@@ -137,19 +159,23 @@ def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[f
 
 
 def _values(models: Models, model: ValueModel, samples: list[Sample]) -> list[list[float]]:
+    """The value at each response token of each sample."""
+
     def read(batch):
         return (at_responses(model(**batch["inputs"]).logits[..., 0], batch["responses"].shape[1]),)
 
-    return [row for (row,) in _forward(models, model, samples, read)]
+    return [values for (values,) in _forward(models, model, samples, read)]
 
 
 @torch.no_grad()
-def _forward(models: Models, model, samples: list[Sample], read: Callable) -> list[tuple[list[float], ...]]:
-    """For each sample the numbers at its response's tokens, of each tensor [B, R] that `read(batch)` gives; in
+def _forward(
+    models: Models, model, samples: list[Sample], read: Callable[[dict], tuple[torch.Tensor, ...]]
+) -> list[tuple[list[float], ...]]:
+    """For each sample, the numbers at its response's tokens, of each tensor [B, R] that read(batch) returns; in
     batches, without gradient."""
     device = next(model.parameters()).device
     model.eval()
-    found = []
+    results = []
     for start in range(0, len(samples), models.config.rollout.batch):
         part = samples[start : start + models.config.rollout.batch]
         batch = layout(part, models.pad_id, device)
@@ -157,8 +183,9 @@ def _forward(models: Models, model, samples: list[Sample], read: Callable) -> li
             tensors = read(batch)
         lists = [tensor.float().tolist() for tensor in tensors]
         for row, sample in enumerate(part):
-            found.append(tuple(values[row][: len(sample.response_ids)] for values in lists))
-    return found
+            length = len(sample.response_ids)
+            results.append(tuple(values[row][:length] for values in lists))
+    return results
 
 
 def _autocast(models: Models):
@@ -167,10 +194,14 @@ def _autocast(models: Models):
 
 
 def tensors_of(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """What was measured, as [B, longest] float tensors with `mask`; zero after each response."""
+    """What was measured, as [B, longest] float tensors, and `mask`; zero after each response."""
     names = ("sampled_logprobs", "logprobs", "ref_logprobs", "entropies", "values")
-    made = {name: rows([getattr(sample, name) for sample in samples], 0.0) for name in names}
-    return {**made, "mask": rows([[1.0] * len(sample.response_ids) for sample in samples], 0.0)}
+    tensors = {name: rows([getattr(sample, name) for sample in samples], 0.0) for name in names}
+    tensors["mask"] = rows([[1.0] * len(sample.response_ids) for sample in samples], 0.0)
+    return tensors
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
@@ -178,58 +209,60 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
     samples.jsonl. Collective."""
     config = models.config
     tasks = heldout[: config.evaluate_prompts]
-    indices, seeds = (
-        list(range(len(tasks))),
-        [derive(config.seed or 0, "evaluate", index) for index in range(len(tasks))],
-    )
-    sampled = collect(
-        models, tasks, indices, seeds, temperature=config.rollout.temperature, clock=lambda _: None, measure="kl"
-    )
-    greedy = collect(models, tasks, indices, seeds, temperature=0.0, clock=lambda _: None, measure="score")
+    indices = list(range(len(tasks)))
+    seeds = [derive(config.seed or 0, "evaluate", index) for index in indices]
+    sampled = collect(models, tasks, indices, seeds, temperature=config.rollout.temperature, measure="kl")
+    greedy = collect(models, tasks, indices, seeds, temperature=0.0, measure="score")
 
-    def mean(values) -> float:
-        values = list(values)
-        return math.fsum(values) / len(values)
-
+    divergences = [math.fsum(sample.sampled_logprobs) - math.fsum(sample.ref_logprobs) for sample in sampled]
     numbers = {
-        "reward": mean(sample.score for sample in sampled),
-        "reward_greedy": mean(sample.score for sample in greedy),
-        "kl": mean(math.fsum(sample.sampled_logprobs) - math.fsum(sample.ref_logprobs) for sample in sampled),
-        "eos_rate": mean(sample.stopped for sample in sampled),
-        "length": mean(len(sample.response_ids) for sample in sampled),
-        "repetition": mean(repetition(sample.response_ids) for sample in sampled),
+        "reward": _mean(sample.score for sample in sampled),
+        "reward_greedy": _mean(sample.score for sample in greedy),
+        "kl": _mean(divergences),
+        "eos_rate": _mean(sample.stopped for sample in sampled),
+        "length": _mean(len(sample.response_ids) for sample in sampled),
+        "repetition": _mean(repetition(sample.response_ids) for sample in sampled),
     }
     if len(sampled) > 1:  # half of the reward's 95% interval
         numbers["reward_half"] = mean_half([sample.score for sample in sampled])
     if config.rule:
-        numbers |= {
-            "rule": mean(sample.rule for sample in sampled),
-            "rule_greedy": mean(sample.rule for sample in greedy),
-        }
-    rows = []
-    for task, one, best in list(zip(tasks, sampled, greedy, strict=True))[: config.show]:
-        sampled_row = {"sampled": models.text(one), "sampled_reward": round(one.score, 4)}
-        rows.append(
-            {
-                "prompt": task.text,
-                "answer": task.answer,
-                **sampled_row,
-                "greedy": models.text(best),
-                "greedy_reward": round(best.score, 4),
-            }
-        )
-    return numbers, rows
+        numbers["rule"] = _mean(sample.rule for sample in sampled)
+        numbers["rule_greedy"] = _mean(sample.rule for sample in greedy)
+    answered = list(zip(tasks, sampled, greedy, strict=True))
+    return numbers, [_shown(models, *answers) for answers in answered[: config.show]]
+
+
+def _shown(models: Models, task: Task, sampled: Sample, greedy: Sample) -> dict:
+    """A row of samples.jsonl."""
+    return {
+        "prompt": task.text,
+        "answer": task.answer,
+        "sampled": models.text(sampled),
+        "sampled_reward": round(sampled.score, 4),
+        "greedy": models.text(greedy),
+        "greedy_reward": round(greedy.score, 4),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
 
 
 def repetition(ids: list[int]) -> float:
-    """Share of a response's trigrams that stand in it more than once before: 0 without repetition, near 1 for a
+    """Share of a response's trigrams that are repetitions of an earlier one: 0 without repetition, near 1 for a
     loop."""
     trigrams = [tuple(ids[start : start + 3]) for start in range(len(ids) - 2)]
-    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+    if not trigrams:
+        return 0.0
+    return 1 - len(set(trigrams)) / len(trigrams)
+
+
+# ---- which prompts ---------------------------------------------------------------------------------------------------
 
 
 def draw(seed: int, index: int, count: int) -> int:
-    """Which of `count` prompts sample `index` of the run answers: each once a pass, every pass in an order of its
+    """Which of `count` prompts sample `index` of the run answers: each once per pass, every pass in an order of its
     own. A pure function, so there is no cursor to save."""
     return _order(seed, index // count, count)[index % count]
 

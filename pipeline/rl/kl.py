@@ -11,8 +11,9 @@ def estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Esti
     """Per-token estimates of KL(policy || reference), of the shape of its inputs, from tokens that the policy sampled
     (Schulman, 2020).
 
-    k1 = log(p/q): unbiased, any sign; the right one in a reward. k2 = log(p/q)^2 / 2: biased, its gradient is that of
-    the KL. k3 = q/p - 1 - log(q/p): unbiased, never negative, smaller variance where the two are close.
+    k1 = log(p/q): unbiased, may be negative; the right one in a reward.
+    k2 = log(p/q)^2 / 2: biased; its gradient is that of the KL.
+    k3 = q/p - 1 - log(q/p): unbiased, never negative, smaller variance where the two are close.
     """
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
@@ -20,12 +21,12 @@ def estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Esti
     if estimator == "k2":
         return log_ratio.square() / 2
     # Beyond 20 the exponential is larger than any reward and soon infinite.
-    back = (-log_ratio).clamp(-20, 20)
-    return back.exp() - 1 - back
+    inverse = (-log_ratio).clamp(-20, 20)
+    return inverse.exp() - 1 - inverse
 
 
 def adapted(coef: float, kl: float, target: float, horizon: float, samples: int) -> float:
-    """The next KL coefficient: up when the measured `kl` (nats a response) is above `target`, by at most 20% of
-    samples/horizon (Ziegler et al., 2019, section 2.2)."""
+    """The next KL coefficient: higher if the measured `kl` (nats per response) is above `target`, lower if it is below,
+    by at most 20% of samples/horizon (Ziegler et al., 2019, section 2.2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * samples / horizon)

@@ -21,14 +21,18 @@ def policy_loss(
     ratio_limit: float | None = None,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate, equation 7. `clip_high` widens the upper side (DAPO, Yu et al., 2025); `dual_clip` bounds
-    the loss where the advantage is negative (Ye et al., 2020, equation 5). Rows whose mean ratio is above
-    `ratio_limit` have gone wrong and carry no loss; they are counted. `weights` corrects for a sampler whose
-    distribution is not that of `old_logprobs` (Yao et al., 2025: truncated importance sampling)."""
+    """Clipped surrogate, equation 7.
+
+    clip_high: another upper side of the clip range (DAPO, Yu et al., 2025). dual_clip: bound of the loss where the
+    advantage is negative (Ye et al., 2020, equation 5). ratio_limit: rows with a larger mean ratio carry no loss; they
+    are counted. weights: correction for a sampler whose distribution is not that of `old_logprobs` (Yao et al., 2025:
+    truncated importance sampling).
+    """
     log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
+    upper = clip if clip_high is None else clip_high
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + upper)
     loss = torch.maximum(plain, clipped)
     bounded = torch.zeros_like(mask, dtype=torch.bool)
     if dual_clip is not None:
@@ -39,9 +43,11 @@ def policy_loss(
         loss = loss * weights
     with torch.no_grad():
         row_ratio = (ratio * mask).sum(1) / mask.sum(1).clamp(min=1)
-        # A ratio that is no number is left in: the engine refuses the whole step then, and says so.
-        wild = row_ratio > ratio_limit if ratio_limit is not None else torch.zeros_like(row_ratio, dtype=torch.bool)
-        kept = mask * (~wild)[:, None]
+        # A ratio that is not a number stays in, so that the engine refuses the whole step and reports it.
+        excessive = torch.zeros_like(row_ratio, dtype=torch.bool)
+        if ratio_limit is not None:
+            excessive = row_ratio > ratio_limit
+        kept = mask * (~excessive)[:, None]
         metrics = {
             "ratio_mean": (ratio * mask).sum(),
             "ratio_square": (ratio.square() * mask).sum(),
@@ -57,17 +63,16 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, *, clip: float | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Half the squared error; with `clip`, the larger of it and that of values held within `clip` of the old ones."""
+    """Half the squared error; with `clip`, the larger one of it and of the error of values within `clip` of the old
+    ones."""
     plain = (values - returns).square()
     loss = plain
     if clip is not None:
-        held = old_values + (values - old_values).clamp(-clip, clip)
-        loss = torch.maximum(plain, (held - returns).square())
+        near_values = old_values + (values - old_values).clamp(-clip, clip)
+        loss = torch.maximum(plain, (near_values - returns).square())
     clipped = (loss > plain).to(mask.dtype)
-    return 0.5 * torch.where(mask.bool(), loss, 0.0).sum(), {
-        "value_clip_fraction": (clipped * mask).sum().detach(),
-        "value_mean": (values * mask).sum().detach(),
-    }
+    metrics = {"value_clip_fraction": (clipped * mask).sum().detach(), "value_mean": (values * mask).sum().detach()}
+    return 0.5 * torch.where(mask.bool(), loss, 0.0).sum(), metrics
 
 
 def importance(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:

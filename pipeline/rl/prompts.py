@@ -72,5 +72,5 @@ def _check_answer(config, prompt: Prompt) -> None:
     if config.rule and not (prompt.answer or "").strip():
         raise UserError(
             f"stage {config.kind}: rule: {config.rule} needs an answer to compare with, but source {prompt.source}"
-            f" gives none ({prompt.place}); give `answer` for the source, or leave `rule` out"
+            f" gives none ({prompt.place}); give `answer` for the source, or remove `rule`"
         )

@@ -9,6 +9,9 @@ import torch
 from pipeline.rl.rollout import left_pad
 from pipeline.train.scores import calibrated
 
+# Attributes by which transformers' attention and MLP modules keep a dropout rate that is not in an nn.Dropout.
+DROPOUT_RATES = ("attention_dropout", "dropout", "activation_dropout", "resid_dropout", "hidden_dropout")
+
 
 @dataclass
 class Sample:
@@ -16,24 +19,28 @@ class Sample:
     nothing is decoded and encoded again."""
 
     index: int
-    """Number of this sample in the whole run: what its seed is derived from."""
+    """Number of this sample in the whole run; its seed is derived from it."""
     prompt_ids: list[int]
     response_ids: list[int]
     stopped: bool
+    """The response ended with a stop token."""
     sampled_logprobs: list[float]
+    """Log-probability of each response token, as the sampler computed it."""
     logprobs: list[float] = field(default_factory=list)
+    """The same under the policy, as the trainer computes it before the first update."""
     ref_logprobs: list[float] = field(default_factory=list)
+    """The same under the reference."""
     entropies: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     score: float = 0.0
-    """The reward model's, as it comes."""
+    """Of the reward model, as published."""
     rule: float = 0.0
-    """By the task's rule, 0 without one."""
+    """By the task's rule; 0 without one."""
 
 
 def layout(samples: list[Sample], pad_id: int, device=None) -> dict:
     """{"inputs", "responses" [B, R], "mask" [B, R] float}: prompts padded on the left and responses on the right, so
-    that responses stand in the same columns.
+    that responses are in the same columns.
 
     Padding is known by length, never by token id: a pad id that equals a stop id does no harm.
     """
@@ -51,16 +58,17 @@ def layout(samples: list[Sample], pad_id: int, device=None) -> dict:
 
 
 def accepted(model: torch.nn.Module, inputs: dict) -> dict:
-    """Of the keyword inputs those that the model's forward knows: families without absolute positions take no
-    position_ids."""
-    known = inspect.signature(model.forward).parameters
-    return {key: value for key, value in inputs.items() if key in known}
+    """The keyword inputs that the model's forward has: families without absolute positions take no position_ids."""
+    parameters = inspect.signature(model.forward).parameters
+    return {key: value for key, value in inputs.items() if key in parameters}
 
 
 def policy_inputs(model: torch.nn.Module, batch: dict) -> dict:
-    """Inputs of a causal LM, with logits for the response's tokens alone where the family can leave the prompt's
-    out."""
-    return accepted(model, {**batch["inputs"], "use_cache": False, "logits_to_keep": batch["responses"].shape[1] + 1})
+    """Inputs of a causal LM. Logits are computed for the response's tokens only, where the family can do that."""
+    inputs = dict(batch["inputs"])
+    inputs["use_cache"] = False
+    inputs["logits_to_keep"] = batch["responses"].shape[1] + 1
+    return accepted(model, inputs)
 
 
 def rows(values: list[list], fill, device=None) -> torch.Tensor:
@@ -70,8 +78,8 @@ def rows(values: list[list], fill, device=None) -> torch.Tensor:
 
 
 def at_responses(outputs: torch.Tensor, length: int) -> torch.Tensor:
-    """Of a model's outputs [B, T, ...] those that predict the `length` last tokens: what stands at a token speaks of
-    the next."""
+    """The part of a model's outputs [B, T, ...] that predicts the `length` last tokens: an output at one token is about
+    the next one."""
     return outputs[:, -length - 1 : -1]
 
 
@@ -93,28 +101,31 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # attention takes its rate from a number, not a module
-        for name in ("attention_dropout", "dropout", "activation_dropout", "resid_dropout", "hidden_dropout"):
+        for name in DROPOUT_RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 
 
 class ValueModel(torch.nn.Module):
-    """A value at each token from a reward model: its backbone and head, in the units of the run's rewards. At the
-    start it says what the reward model would score if the text ended there (Stiennon et al., 2020: initialised from
-    the reward model)."""
+    """A value at each token, from a reward model: its backbone and head, in the units of the run's rewards. At the
+    start it is what the reward model would score if the text ended there (Stiennon et al., 2020: initialised from the
+    reward model)."""
 
     def __init__(self, classifier):
         super().__init__()
         self.classifier = classifier
-        # constants of the run (rewards.calibration), set once and kept in the checkpoint's state
-        self.mean, self.deviation = 0.0, 1.0
         self.config = classifier.config
+        self.set_units(0.0, 1.0)
+
+    def set_units(self, mean: float, deviation: float) -> None:
+        """Constants of the run (rewards.calibration), set once and kept in the checkpoint's state."""
+        self.mean, self.deviation = mean, deviation
 
     def forward(self, **inputs):
         from transformers.modeling_outputs import TokenClassifierOutput
 
         backbone = self.classifier.base_model
-        hidden = backbone(**accepted(backbone, {**inputs, "use_cache": False})).last_hidden_state
+        inputs["use_cache"] = False
+        hidden = backbone(**accepted(backbone, inputs)).last_hidden_state
         scores = calibrated(self.classifier, self.classifier.score(hidden))
         return TokenClassifierOutput(logits=(scores - self.mean) / self.deviation)

@@ -1,4 +1,4 @@
-"""From one score a response to one reward a token."""
+"""From one score per response to one reward per token."""
 
 import torch
 
@@ -7,8 +7,8 @@ from pipeline.rl import kl
 
 def calibration(scores: list[float]) -> tuple[float, float]:
     """(mean, standard deviation) of the reward model on samples of the initial policy. Scores are shifted and scaled
-    by them, so that clip range and KL coefficient mean the same for every reward model (Ziegler et al., 2019). A
-    model that scores all alike keeps its scale."""
+    by them, so that clip range and KL coefficient mean the same for every reward model (Ziegler et al., 2019). If all
+    scores are equal, the scale stays as it is."""
     values = torch.tensor(scores, dtype=torch.float64)
     deviation = float(values.std(correction=0))
     return float(values.mean()), deviation if deviation > 1e-6 else 1.0
@@ -17,8 +17,8 @@ def calibration(scores: list[float]) -> tuple[float, float]:
 def shaped(
     scores: torch.Tensor, stopped: torch.Tensor, *, clip: float | None, missing_eos_penalty: float
 ) -> torch.Tensor:
-    """Calibrated scores [B] -> scores clipped to [-clip, clip]; then the penalty is subtracted where the response
-    was cut off before a stop token."""
+    """Calibrated scores [B], clipped to [-clip, clip], less the penalty where the response was cut off before a stop
+    token."""
     if clip is not None:
         scores = scores.clamp(-clip, clip)
     return scores - missing_eos_penalty * (~stopped).to(scores.dtype)
@@ -37,6 +37,6 @@ def per_token(
     after it."""
     rewards = -kl_coef * kl.estimate(logprobs, ref_logprobs, estimator) * mask
     last = mask.sum(1).long() - 1
-    assert bool((last >= 0).all()), "a response without tokens has nowhere to put its score"
+    assert bool((last >= 0).all()), "a response without tokens has no token to carry its score"
     rewards[torch.arange(len(rewards), device=rewards.device), last] += scores
     return rewards

@@ -1,13 +1,13 @@
-"""Sampling from a causal language model in batches, with a key-value cache and one seed a row.
+"""Sampling from a causal language model in batches, with a key-value cache and one seed per row.
 
     completions = generate(model, prompts, max_new_tokens=16, temperature=1.0, stop_ids=[2, 5], pad_id=0, seeds=seeds)
 
-Row i depends on (weights, prompts[i], seeds[i]) alone, not on what else is in its batch, nor on the number of ranks:
-its random numbers are a function of (seed, position). What is left is float noise (matrix products of other shapes
-round differently), which moves a sampled token only if its random number lies within that noise of the border between
-two tokens.
+Row i depends on (weights, prompts[i], seeds[i]) only, not on the other rows of its batch, nor on the number of
+processes: its random numbers are a function of (seed, position). What remains is float noise (matrix products of other
+shapes round differently), which changes a sampled token only if its random number is within that noise of the border
+between two tokens.
 
-The whole distribution is sampled: no top-k and no top-p, because the log-probabilities of a truncated distribution are
+The whole distribution is sampled, without top-k or top-p, because the log-probabilities of a truncated distribution are
 not those that the trainer computes (the mean log ratio is off by the log of the kept mass).
 """
 
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+# Rows that have ended are dropped from the batch when this share of it is left: each drop copies the cache once.
+DROP_AT = 0.75
 
 
 @dataclass(frozen=True)
@@ -46,35 +49,32 @@ def generate(
     Without `stop_ids` each has `max_new_tokens`.
 
     `model` is a transformers causal LM; it is put into evaluation mode (no dropout) and back. `batch` rows are sampled
-    at a time, prompts of like length together, so that little is padded.
+    at a time, prompts of similar length together, so that little is padded.
     """
     assert len(prompts) == len(seeds) and all(prompts), "each prompt needs a token and a seed"
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
-    found: list[Completion | None] = [None] * len(prompts)
+    completions: list[Completion | None] = [None] * len(prompts)
     training = model.training
     model.eval()
     try:
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
+            part = [prompts[row] for row in rows]
             uniforms = uniform([seeds[row] for row in rows], max_new_tokens)
-            for row, completion in zip(
-                rows,
-                _batch([prompts[row] for row in rows], model, max_new_tokens, temperature, stop_ids, pad_id, uniforms),
-                strict=True,
-            ):
-                found[row] = completion
+            sampled = _sample_batch(part, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms)
+            for row, completion in zip(rows, sampled, strict=True):
+                completions[row] = completion
     finally:
         model.train(training)
-    return found
+    return completions
 
 
 def uniform(seeds: list[int], length: int) -> np.ndarray:
     """Numbers in [0, 1), [len(seeds), length] float64: entry (i, t) is a function of (seeds[i], t). SplitMix64
     (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
-        state = np.array(seeds, dtype=np.uint64)[:, None] + np.uint64(0x9E3779B97F4A7C15) * np.arange(
-            1, length + 1, dtype=np.uint64
-        )
+        steps = np.uint64(0x9E3779B97F4A7C15) * np.arange(1, length + 1, dtype=np.uint64)
+        state = np.array(seeds, dtype=np.uint64)[:, None] + steps
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
@@ -90,26 +90,26 @@ def left_pad(rows: list[list[int]], pad_id: int, device=None) -> tuple[torch.Ten
     return input_ids, attention_mask, (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms) -> list[Completion]:
+def _sample_batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms) -> list[Completion]:
     device = next(model.parameters()).device
-    accepted = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     input_ids, mask, positions = left_pad(prompts, pad_id, device)
     width = input_ids.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
     stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
     draws = torch.from_numpy(uniforms).to(device)
-    active = torch.arange(len(prompts), device=device)  # rows that are still in the batch
     tokens_BT = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
     logprobs_BT = torch.zeros((len(prompts), max_new_tokens), device=device)
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
-    # of the rows in the batch, those that have not stopped
+    # Rows that are still in the batch, and which of those have not stopped
+    active = torch.arange(len(prompts), device=device)
     live = torch.ones(len(prompts), dtype=torch.bool, device=device)
     cache, step_ids, step_positions = None, input_ids, positions
     for t in range(max_new_tokens):
         extra = {}
-        if "position_ids" in accepted:  # families with relative positions alone (bloom) read the mask
+        if "position_ids" in parameters:  # families that have only relative positions (bloom) use the mask
             extra["position_ids"] = step_positions
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in parameters:
             extra["logits_to_keep"] = 1
         outputs = model(
             input_ids=step_ids, attention_mask=mask[:, : width + t], past_key_values=cache, use_cache=True, **extra
@@ -125,35 +125,28 @@ def _batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, unifor
         if remaining == 0 or t + 1 == max_new_tokens:
             break
         step_ids, step_positions = chosen[:, None], step_positions[:, -1:] + 1
-        # Rows that have ended are dropped when a quarter of the batch has: each drop copies the cache once.
-        if remaining <= 0.75 * len(active) and hasattr(cache, "batch_select_indices"):
+        if remaining <= DROP_AT * len(active) and hasattr(cache, "batch_select_indices"):
             kept = live.nonzero()[:, 0]
             cache.batch_select_indices(kept)
-            active, mask, step_ids, step_positions, live = (
-                active[kept],
-                mask[kept],
-                step_ids[kept],
-                step_positions[kept],
-                live[kept],
-            )
-    ids, logprobs, lengths = tokens_BT.tolist(), logprobs_BT.tolist(), lengths.tolist()
-    stop_set = set(stop_ids)
-    return [
-        Completion(row[:n], values[:n], row[n - 1] in stop_set)
-        for row, values, n in zip(ids, logprobs, lengths, strict=True)
-    ]
+            active, live, mask = active[kept], live[kept], mask[kept]
+            step_ids, step_positions = step_ids[kept], step_positions[kept]
+    completions = []
+    for ids, logprobs, length in zip(tokens_BT.tolist(), logprobs_BT.tolist(), lengths.tolist(), strict=True):
+        completions.append(Completion(ids[:length], logprobs[:length], ids[length - 1] in stop_ids))
+    return completions
 
 
 def choose(logits_BV: torch.Tensor, temperature: float, draws_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token [B] by inverse transform of the uniform numbers `draws_B` (float64), and its log-probability [B]
-    float32. Temperature 0: the likeliest."""
+    """(token [B], its log-probability [B] in fp32), by inverse transform of the uniform numbers `draws_B` (float64).
+    Temperature 0: the likeliest token."""
     logits_BV = logits_BV.float()
     if temperature == 0:
         chosen = logits_BV.argmax(-1)
         return chosen, logits_BV.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
     logprobs_BV = (logits_BV / temperature).log_softmax(-1)
-    # In float64: over a vocabulary of 100,000 a float32 sum has lost the tail's tokens.
+    # In float64: over a vocabulary of 100,000, a sum in float32 loses the tokens of the tail.
     cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-    chosen = torch.searchsorted(cumulative_BV, (draws_B * cumulative_BV[:, -1])[:, None], right=True)[:, 0]
+    thresholds_B1 = (draws_B * cumulative_BV[:, -1])[:, None]
+    chosen = torch.searchsorted(cumulative_BV, thresholds_B1, right=True)[:, 0]
     chosen = chosen.clamp(max=logits_BV.shape[-1] - 1)
     return chosen, logprobs_BV.gather(-1, chosen[:, None])[:, 0]

@@ -50,24 +50,24 @@ class Parent:
 
 
 def load_parent(config: FinetuneConfig, artifact: Artifact, name: str) -> Parent:
-    """Tokenizer and chat template of a model. name: who is speaking, in messages. Raises UserError for a folder, a
-    tokenizer or a template that the stage cannot use."""
+    """Tokenizer and chat template of a model. name: of the stage or model, for messages. Raises UserError for a folder,
+    a tokenizer or a template that the stage cannot use."""
     folder = model_folder(artifact)
     tokenizer = tokenizer_of(folder, config.sequence_length)
     chat = Chat(tokenizer, date=config.date)
     if chat.writes_date and config.date is None:
-        say(f"{name}: the chat template writes today's date; {chat.date} is written in every row (key `date`)")
+        say(f"{name}: the chat template writes today's date; {chat.date} is used in every row (key `date`)")
     return Parent(folder, tokenizer, chat)
 
 
 def tokenizer_of(folder: Path, sequence_length: int):
-    """The tokenizer in a model's folder, with a padding token that the model knows. Raises UserError if the model
-    cannot take rows of `sequence_length` tokens, or has no embedding for tokens that rows would have."""
+    """The tokenizer in a model's folder, with a padding token that the model has an embedding for. Raises UserError if
+    the model cannot take rows of `sequence_length` tokens, or has no embedding for tokens that rows may contain."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         raise UserError(
-            f"{folder}: holds no model with its tokenizer (config.json, tokenizer_config.json); expected a folder in"
+            f"{folder}: contains no model with a tokenizer (config.json, tokenizer_config.json); expected a folder in"
             " the Hugging Face layout"
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
@@ -84,7 +84,7 @@ def tokenizer_of(folder: Path, sequence_length: int):
 
 
 def _check_embedding(folder: Path, tokenizer, rows: int) -> None:
-    """Raise UserError for a token that rows would have and that lies beyond the `rows` of the model's embedding:
+    """Raise UserError for a token that rows may contain and whose id is beyond the `rows` of the model's embedding:
     tokens of text, and added ones that the chat template writes."""
     added = tokenizer.added_tokens_decoder
     template = tokenizer.chat_template or ""
@@ -106,8 +106,8 @@ def _check_embedding(folder: Path, tokenizer, rows: int) -> None:
 
 
 def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model") -> tuple[Engine, Text]:
-    """The engine of a model that is to be trained, and what the meters compare their times with. Before that, the lines
-    that say what the stage is about to do and how long it may take. Collective."""
+    """Print what the stage will compute and how long that may take, then build the engine of the model. Returns the
+    engine and the expected time for the meters. Collective."""
     size = cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     peak = total_peak(config)
@@ -121,7 +121,7 @@ def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: st
 
 
 class RowOrder(Protocol):
-    """Which row is taken when: ShuffledRows or PackedRows (finetune_data.py)."""
+    """The order of rows over a run: ShuffledRows or PackedRows (finetune_data.py)."""
 
     per_epoch: int
 
@@ -176,7 +176,7 @@ def publish_model(engine: Engine, parent: Parent, output: Output) -> Path:
 def say_counts(output: Output, counts: Counts, detail: str = "") -> None:
     say(
         f"{output.stage}: {many(counts.train, counts.noun)} to train on{detail}, {counts.heldout} held out;"
-        f" {many(counts.rejected, 'record')} left out (report.json says why)"
+        f" {many(counts.rejected, 'record')} dropped (the reasons are in report.json)"
     )
 
 

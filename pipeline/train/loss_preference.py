@@ -1,8 +1,6 @@
-"""Losses over pairs of answers, and what is measured beside them. Pairs stand in a batch as [chosen 0..B-1, rejected
-0..B-1].
+"""Losses over pairs of answers, with their metrics. A batch of pairs is [chosen 0..B-1, rejected 0..B-1].
 
-Each takes what the model says and returns (sum over pairs, sums of metrics); the engine divides by the number of pairs
-of the global batch.
+Each loss returns (sum over pairs, sums of metrics); the engine divides both by the number of pairs of the global batch.
 """
 
 import torch
@@ -18,7 +16,7 @@ def answer_logprobs(logits_BTV: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 def answer_lengths(batch: dict) -> torch.Tensor:
-    """Number of tokens of each answer, its end of turn among them. Shape: [B]."""
+    """Number of tokens of each answer, its end of turn included. Shape: [B]."""
     return (batch["labels"] != IGNORE).sum(-1)
 
 
@@ -27,12 +25,14 @@ def bradley_terry(
 ) -> tuple[torch.Tensor, dict]:
     """-log P(chosen beats rejected) under Bradley & Terry (1952): -log sigmoid(s_chosen - s_rejected - margin).
 
-    scores: [2B]. margin: [B], how much better the chosen answer was found (Llama 2, section 3.2.2). centering:
-    coefficient of (s_chosen + s_rejected)^2, which pins the scores' free offset near 0 (Eisenstein et al., 2023).
+    scores: [2B]. margin: [B], how much better the chosen answer is, according to its labels (Llama 2, section 3.2.2).
+    centering: coefficient of (s_chosen + s_rejected)^2, which keeps the scores' free offset near 0 (Eisenstein et al.,
+    2023).
     """
     chosen, rejected = scores.float().chunk(2)
     difference = chosen - rejected
-    losses = -F.logsigmoid(difference if margin is None else difference - margin)
+    logits = difference if margin is None else difference - margin
+    losses = -F.logsigmoid(logits)
     if centering:
         losses = losses + centering * (chosen + rejected) ** 2
     with torch.no_grad():
@@ -43,12 +43,11 @@ def bradley_terry(
 def dpo(
     logps: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, dict]:
-    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), with labels that are wrong with probability
-    `label_smoothing` (cDPO: Mitchell, 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3; 0 is
-    plain DPO).
+    """Direct preference optimisation (Rafailov et al., 2023, eq. 7).
 
     logps, reference: [2B], log-probability of each answer, summed over its tokens, under the policy and under the
-    frozen reference.
+    frozen reference. label_smoothing: probability that a label is wrong (cDPO: Mitchell, 2023, "A note on DPO with
+    noisy preferences & relationship to IPO", eq. 3); 0 is plain DPO.
     """
     ratios = logps.float() - reference.float()
     chosen, rejected = ratios.chunk(2)
@@ -70,8 +69,8 @@ def dpo(
 
 
 def ipo(logps: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, beta: float) -> tuple[torch.Tensor, dict]:
-    """Identity preference optimisation (Azar et al., 2024, eq. 17): the log ratio of chosen to rejected is drawn to
-    1 / (2 beta) instead of as far as it goes, so that pairs that are always won do not overrule the reference.
+    """Identity preference optimisation (Azar et al., 2024, eq. 17): the target of the log ratio of chosen to rejected
+    is 1 / (2 beta), not as much as possible, so that pairs that are always won do not overrule the reference.
 
     logps, reference: [2B] as in `dpo`. lengths: [2B], answer tokens; log-probabilities are averaged over them, as in
     TRL, because sums of long answers would need another beta.
@@ -86,5 +85,7 @@ def ipo(logps: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, bet
 
 
 def _wins(difference: torch.Tensor) -> torch.Tensor:
-    """Pairs ranked right; a tie counts half, so that a model that tells nothing apart scores 0.5 and not 0."""
-    return ((difference > 0).float() + (difference == 0).float() / 2).sum()
+    """Number of pairs ranked right. A tie counts half, so that a model that ranks nothing has an accuracy of 0.5."""
+    wins = (difference > 0).float()
+    ties = (difference == 0).float()
+    return (wins + ties / 2).sum()

@@ -62,13 +62,13 @@ def _unusable(
     if isinstance(rejected, str):
         return rejected
     if pair.margin and not margins:
-        return "has a margin, which this loss does not know; give the source `ignore: [margin]`"
+        return "has a margin, which this loss cannot use; give the source `ignore: [margin]`"
     if max(len(chosen.ids), len(rejected.ids)) > sequence_length:
         return "longer than sequence_length"
     if chosen.ids == rejected.ids:
         return "chosen and rejected are the same tokens"
     if chosen.ids[: chosen.start] != rejected.ids[: rejected.start]:
-        return "the chat template writes its prompt in two ways"
+        return "the chat template writes its prompt differently for the two answers"
     return None
 
 

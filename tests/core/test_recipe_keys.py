@@ -169,7 +169,7 @@ def test_every_key_of_every_stage_is_read_or_refused(least):
         ("clean.mask.form='<{}>'", "form: '<{}>' says how a mask is written"),
         ("clean.examples={good: {path: rows.jsonl}}", "examples.good: no model is trained from it"),
         ("clean.sources.animals.split=test", "split: 'test' belongs to dataset"),
-        ("ppo.ppo.kl_horizon=5", "kl_horizon: 5 says how fast kl_coef is steered, and without kl_target it stays"),
+        ("ppo.ppo.kl_horizon=5", "kl_horizon: 5 is how fast kl_coef is adapted, and without kl_target it is constant"),
         ("assess.bootstrap=500", "bootstrap: 500 is of the intervals of comparisons"),
         ("assess.rule=exact", "rule: 'exact' says how answers are compared with `answer`, and no source has one"),
         ("tokenizer.run.processes=2", "stage tokenizer runs in one process"),

@@ -90,7 +90,8 @@ def test_logprobs_are_those_of_a_forward_pass(temperature):
     for prompt, completion in zip(prompts, completions, strict=True):
         logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
         wanted = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
-        np.testing.assert_allclose(completion.logprobs, wanted.detach(), atol=1e-5)
+        # rounding of other batch shapes; one processor gave 1.05e-5
+        np.testing.assert_allclose(completion.logprobs, wanted.detach(), atol=2e-5)
 
 
 def test_completions_end_with_the_first_stop_token():
