@@ -14,7 +14,6 @@ flight; the shards are then joined from the units in the order of the input.
 """
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +31,7 @@ from pipeline.core.config import EXECUTION, StageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
-from pipeline.core.processes import kill_workers, signals_held
+from pipeline.core.processes import cores, kill_workers, signals_held
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import many, say
 from pipeline.core.tracking import Progress
@@ -105,9 +104,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     with Progress(
         "pack", rows, unit="parts" if config.shards else "documents", start=rows - sum(unit.rows for unit in todo)
     ) as bar:
-        for unit in made(
-            todo, config.workers or len(os.sched_getaffinity(0)), folder, tokenizer.eos_token_id, dtype.str
-        ):
+        for unit in made(todo, config.workers or cores(), folder, tokenizer.eos_token_id, dtype.str):
             bar.update(unit.rows)
             output.note_time()
             faults.point("work")

@@ -119,10 +119,9 @@ class Config(TrainConfig):
     loss_chunk: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, EXECUTION] = "auto"
     """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks where the family allows it
     (pipeline/train/chunked_loss.py)."""
-    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "blocks", "eager"], EXECUTION] = "auto"
+    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "eager"], EXECUTION] = "auto"
     """auto: FlashAttention-2 where it is installed and precision is bf16 on a GPU, but not with `document_mask` and
-    more than one row in a micro-batch; `blocks` (pipeline/models/cpu_attention.py) on a CPU in bf16 with `compile`;
-    else torch's scaled_dot_product_attention."""
+    more than one row in a micro-batch; else torch's scaled_dot_product_attention."""
     samples: Annotated[Samples | None, EXECUTION] = None
     """Texts that the model continues from time to time, to logs/samples.jsonl and the terminal; none: no samples."""
     compile: Annotated[bool, EXECUTION] = False

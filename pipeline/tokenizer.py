@@ -21,7 +21,7 @@ from pipeline.core.config import StageConfig, idle
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import byte_size, many, say
 from pipeline.core.tracking import Progress
 from pipeline.data.tokenizer.bpe_merges import LONGEST
 from pipeline.data.tokenizer.special_tokens import BOS, END_OF_TURN, EOS, PAD, SPECIAL, TURN, UNKNOWN
@@ -142,7 +142,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     else:
         algorithm = config.algorithm
         say(
-            f"tokenizer: {algorithm} of {config.vocab_size} tokens on {_megabytes(sample_bytes)} from"
+            f"tokenizer: {algorithm} of {config.vocab_size} tokens on {byte_size(sample_bytes)} from"
             f" {many(len(sample['bytes']), 'source')}"
         )
         if algorithm == "byte-bpe":
@@ -172,9 +172,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     metrics["seconds"] = round(time.time() - began, 3)
     rate = measured["bytes_per_token"]
     round_trip = f"{num_changed} texts changed" if num_changed else "round trip exact"
-    available = _megabytes(sum(sample["available"].values()))
+    available = byte_size(sum(sample["available"].values()))
     metrics["summary"] = {
-        "input": f"{_megabytes(sample_bytes)} of {available}, {many(len(sample['bytes']), 'source')}",
+        "input": f"{byte_size(sample_bytes)} of {available}, {many(len(sample['bytes']), 'source')}",
         "output": f"{size} tokens, {algorithm}",
         "measure": f"{rate:.2f} bytes per token held out, {round_trip}" if rate else round_trip,
     }
@@ -301,10 +301,6 @@ def adopt(config: Config, folder: Path) -> str:
     for remark in imported.remarks:
         say(f"tokenizer: {remark}")
     return imported.algorithm
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"
 
 
 if __name__ == "__main__":

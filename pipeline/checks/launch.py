@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from pipeline.core.processes import Ranks
+from pipeline.core.processes import Ranks, cores
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ALMA_FAULT")
 
@@ -21,11 +21,10 @@ def run(
 ) -> tuple[int, str]:
     """Exit code (negative: killed by that signal) and what was printed, of a launch with an environment of its own.
     `program` is a script with its words, or `-m` with a module and its words."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     settings |= {
         "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": str(max(1, int(settings.get("OMP_NUM_THREADS", cores)) // processes)),
+        "OMP_NUM_THREADS": str(max(1, int(settings.get("OMP_NUM_THREADS", cores())) // processes)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not on_gpu:

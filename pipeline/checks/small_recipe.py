@@ -119,7 +119,7 @@ def prepare(
     if config.optimizer.kind == "muon":
         lines.append("optimizer  AdamW in Muon's place, which needs whole matrices and so has no ZeRO and no pipeline")
     attention = config.attention
-    if attention in ("flash_attention_2", "blocks"):  # these need bf16, which not every layout of a proof has
+    if attention == "flash_attention_2":  # it needs bf16, which not every layout of a proof has
         attention = "auto"
         lines.append(f"attention  auto in place of {config.attention}, which fp32 does not have")
     # Changes of the mixture come inside the few steps, evenly, in their order.

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.processes import cores
+
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole file or nothing: temporary name, fsync, rename, fsync of the folder."""
@@ -111,7 +113,7 @@ def damage_of(path: Path, entry: dict) -> str | None:
 
 def hash_files(folder: Path, paths: list[Path]) -> dict[str, dict]:
     """Path below `folder` -> {sha256, size, mtime}; several files at a time (hashlib leaves the interpreter lock)."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         digests = list(pool.map(sha256_file, paths))
     return {
         path.relative_to(folder).as_posix(): {

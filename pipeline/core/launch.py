@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.core.errors import EXIT_STOPPED, EXIT_USER, Stopped
 from pipeline.core.files import read_record, write_atomic
 from pipeline.core.graph import Node
-from pipeline.core.processes import Ranks, signals_held
+from pipeline.core.processes import Ranks, cores, signals_held
 from pipeline.core.recipe import Recipe, module_of, resolved
 
 
@@ -32,7 +32,7 @@ def launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
         *(["--fork"] if fork else []),
     ]
     run_config = node.config.run
-    threads = run_config.threads or max(1, _cores() // run_config.processes)
+    threads = run_config.threads or max(1, cores() // run_config.processes)
     environment = {**os.environ, "ALMA_CHAIN": str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
     (node.folder / "requeue.json").unlink(missing_ok=True)
     try:
@@ -125,7 +125,3 @@ class StageFailed(Exception):
     def __init__(self, stage: str, code: int, text: str = ""):
         super().__init__(f"{stage}: {text}")
         self.stage, self.code, self.text = stage, code, text
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,6 +22,13 @@ KILL_AFTER = 40.0
 FOR_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # signals that workers leave to them
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the process `parent` ends, also by SIGKILL; end now if it is gone already.
 

@@ -84,6 +84,17 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def byte_size(number: float) -> str:
+    """512 bytes, 0.5 MB, 12.5 GB, 1.2 TB."""
+    if number < 1e5:
+        return f"{number:.0f} bytes"
+    if number < 1e8:
+        return f"{number / 1e6:.1f} MB"
+    if number < 1e12:
+        return f"{number / 1e9:.1f} GB"
+    return f"{number / 1e12:.1f} TB"
+
+
 def time_left(seconds: float) -> str:
     """0m12s, 3h05m, 2d04h."""
     minutes, seconds = divmod(int(seconds), 60)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.core.seeds import splitmix64
+
 # Rows that have ended are dropped from the batch when this share of it is left: each drop copies the cache once.
 DROP_AT = 0.75
 
@@ -74,10 +76,7 @@ def uniform(seeds: list[int], length: int) -> np.ndarray:
     (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
         steps = np.uint64(0x9E3779B97F4A7C15) * np.arange(1, length + 1, dtype=np.uint64)
-        state = np.array(seeds, dtype=np.uint64)[:, None] + steps
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
+        state = splitmix64(np.array(seeds, dtype=np.uint64)[:, None] + steps)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -21,7 +21,7 @@ from pipeline.core import faults
 from pipeline.core.errors import UserError
 from pipeline.core.files import damage_of, sha256_file, sync_folder, write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import show
+from pipeline.core.terminal import byte_size, show
 from pipeline.train import distributed, state
 from pipeline.train.config import Save
 
@@ -151,9 +151,9 @@ class Saver:
         free, there, needed = distributed.from_main((free, there, needed))
         if needed > free:
             raise UserError(
-                f"{self.output.path}: {count} checkpoints of {_gb(one)} (save.keep: {options.keep}, and one being"
-                f" written) and a model of {_gb(model)} need {_gb(needed)} more, {_gb(free)} are free; make room, give"
-                " another `output`, or save less (save.keep, save.keep_every)"
+                f"{self.output.path}: {count} checkpoints of {byte_size(one)} (save.keep: {options.keep}, and one being"
+                f" written) and a model of {byte_size(model)} need {byte_size(needed)} more, {byte_size(free)} are"
+                " free; make room, give another `output`, or save less (save.keep, save.keep_every)"
             )
 
     def _size(self) -> int:
@@ -164,8 +164,8 @@ class Saver:
         free = distributed.from_main(shutil.disk_usage(self.output.path).free if self.output.is_main else 0)
         if self._size() > free:
             raise UserError(
-                f"{self.folder}: the checkpoint of step {step} takes {_gb(self._size())}, {_gb(free)} are free;"
-                f" {self._advice()}"
+                f"{self.folder}: the checkpoint of step {step} takes {byte_size(self._size())}, {byte_size(free)} are"
+                f" free; {self._advice()}"
             )
 
     def _advice(self) -> str:
@@ -330,7 +330,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden)
     path.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

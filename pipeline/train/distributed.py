@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 
 from pipeline.core.errors import UserError
+from pipeline.core.processes import cores
 from pipeline.core.terminal import many
 
 
@@ -49,7 +50,7 @@ def setup(config=None) -> None:
     threads = (
         getattr(getattr(config, "run", None), "threads", None)
         or int(os.environ.get("OMP_NUM_THREADS", 0))
-        or max(1, _cores() // local)
+        or max(1, cores() // local)
     )
     torch.set_num_threads(threads)
     _settle_vector_math()
@@ -252,7 +253,3 @@ def shutdown() -> None:
     gc.collect()
     if world() > 1:
         time.sleep(0.5)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

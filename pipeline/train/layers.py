@@ -33,7 +33,7 @@ def prepare(model, config) -> None:
     """Attention, output layer and compilation as a pretraining stage's config says. Raises UserError for what this
     model cannot have."""
     rows = config.micro_rows(distributed.world()) if config.document_mask else 1
-    attention.choose(model, config.attention, config.precision, config.compile, rows)
+    attention.choose(model, config.attention, config.precision, rows)
     can_chunk = family_of(model.config).chunked_loss
     if isinstance(config.loss_chunk, int) and not can_chunk:
         raise UserError(

@@ -4,7 +4,7 @@ and for pretraining memory and disk."""
 import shutil
 from dataclasses import dataclass
 
-from pipeline.core.terminal import many
+from pipeline.core.terminal import byte_size, many
 from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
 from pipeline.models.families import family_of
@@ -169,8 +169,8 @@ def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sa
     found.append(f"compute    {total}{flops.full:.2e} a token, {flops.causal:.2e} with causal attention halved{guess}")
     parts = cost.memory(model_config, size, config.sequence_length, layout)
     found.append(
-        f"memory     about {gigabytes(sum(parts.values()))} a process: "
-        + ", ".join(f"{name} {gigabytes(value)}" for name, value in parts.items())
+        f"memory     about {byte_size(sum(parts.values()))} a process: "
+        + ", ".join(f"{name} {byte_size(value)}" for name, value in parts.items())
     )
     if distributed.device().type == "cuda":
         import torch
@@ -178,7 +178,7 @@ def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sa
         there = torch.cuda.get_device_properties(distributed.device()).total_memory
         if sum(parts.values()) > there:
             found.append(
-                f"           this GPU has {gigabytes(there)}: a smaller micro_batch, activation_checkpointing, or more"
+                f"           this GPU has {byte_size(there)}: a smaller micro_batch, activation_checkpointing, or more"
                 " ranks under zero take less"
             )
     each = cost.checkpoint_bytes(size, config.optimizer.kind)
@@ -187,14 +187,10 @@ def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sa
     kept = save.keep + 1 + save.keep_best + (config.steps // save.keep_every if save.keep_every and config.steps else 0)
     free = shutil.disk_usage(folder).free
     found.append(
-        f"disk       {gigabytes(each)} a checkpoint, at most {kept} at a time: {gigabytes(kept * each)};"
-        f" {gigabytes(free)} are free"
+        f"disk       {byte_size(each)} a checkpoint, at most {kept} at a time: {byte_size(kept * each)};"
+        f" {byte_size(free)} are free"
     )
     return found + (sampler.warnings(config.steps * config.batch_size) if config.steps else [])
-
-
-def gigabytes(number: float) -> str:
-    return f"{number / 1e9:.3g} GB" if number >= 1e8 else f"{number / 1e6:.3g} MB"
 
 
 def duration(seconds: float) -> str:

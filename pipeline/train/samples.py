@@ -14,7 +14,7 @@ from pydantic import Field
 from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive
-from pipeline.core.terminal import show
+from pipeline.core.terminal import byte_size, show
 
 FILE = "logs/samples.jsonl"
 
@@ -131,8 +131,8 @@ class Sampler:
             return True
         if not self.begun:
             show(
-                f"samples are left out: the whole model takes {self.bytes / 1e9:.1f} GB, more than half of the"
-                f" {free / 1e9:.1f} GB that are free beside the main process"
+                f"samples are left out: the whole model takes {byte_size(self.bytes)}, more than half of the"
+                f" {byte_size(free)} that are free beside the main process"
             )
             self.begun = True
         return False

@@ -168,7 +168,13 @@ def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
     [
         ["parallel={zero: 1, offload: true}", "compile=true", "activation_checkpointing=selective", "precision=bf16"],
         ["parallel={zero: 3, offload: true}", "activation_checkpointing=full"],
-        ["parallel.pipeline=2", "compile=true", "activation_checkpointing=full", "attention=blocks", "precision=bf16"],
+        [
+            "parallel.pipeline=2",
+            "compile=true",
+            "activation_checkpointing=full",
+            "attention=flash_attention_2",
+            "precision=bf16",
+        ],
     ],
     ids=["zero1", "zero3", "pipeline"],
 )

@@ -41,7 +41,7 @@ def calls(monkeypatch):
     process = functools.partial(flash._process_flash_attention_kwargs, supports_mapping=takes)
     kernels = (recording("dense"), recording("varlen"), None, None, None)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: (kernels, (process, None)))
-    monkeypatch.setattr(attention, "_lacking_for_flash", lambda *_: None)
+    monkeypatch.setattr(attention, "flash_obstacle", lambda *_: None)
     return found
 
 

@@ -5,12 +5,11 @@ import concurrent.futures
 import concurrent.futures.process
 import ctypes
 import multiprocessing
-import os
 import sys
 from pathlib import Path
 
 from pipeline.core.errors import Stopped, UserError
-from pipeline.core.processes import begin_worker, kill_workers, signals_held
+from pipeline.core.processes import begin_worker, cores, kill_workers, signals_held
 from pipeline.data.cleaning.unit_files import without_pandas
 
 LIBC = ctypes.CDLL(None)
@@ -28,9 +27,7 @@ class Pool:
             self.executor = Ray(workers) if engine == "ray" else Slurm(workers, folder)
             self.workers = self.executor.workers
             return
-        self.workers = workers or (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self.workers = workers or cores()
 
     def __enter__(self) -> "Pool":
         return self

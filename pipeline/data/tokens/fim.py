@@ -17,9 +17,8 @@ from pydantic import Field
 
 from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
-from pipeline.core.seeds import derive
+from pipeline.core.seeds import derive, splitmix64_of
 
-MASK = 2**64 - 1
 SPARE = 3  # tokens that a piece may grow by
 
 
@@ -55,11 +54,11 @@ class Cutter(NamedTuple):
         a piece that is left as it is."""
         if text < 2:
             return None
-        key = self.key ^ mixed(row << 20 | piece)
-        if mixed(key) >= self.rate * 2**64:
+        key = self.key ^ splitmix64_of(row << 20 | piece)
+        if splitmix64_of(key) >= self.rate * 2**64:
             return None
-        a, b = mixed(key + 1) % (text + 1), mixed(key + 2) % (text + 1)
-        return (a, b, mixed(key + 3) < self.spm * 2**64) if a < b else (b, a, mixed(key + 3) < self.spm * 2**64)
+        start, end = sorted(splitmix64_of(key + number) % (text + 1) for number in (1, 2))
+        return start, end, splitmix64_of(key + 3) < self.spm * 2**64
 
     def turn(
         self, tokens: np.ndarray, text: int, begin: int, end: int, suffix_first: bool, into: np.ndarray
@@ -109,10 +108,3 @@ def cutter(config: Fim, tokenizer, sources: list[str], seed: int) -> Cutter:
     return Cutter(
         config.rate, config.spm, chosen, tuple(vocabulary[name] for name in names.values()), derive(seed, "fim")
     )
-
-
-def mixed(value: int) -> int:
-    """splitmix64's finaliser (Steele, Lea & Flood, 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
-    return value ^ (value >> 31)

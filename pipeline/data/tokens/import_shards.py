@@ -22,6 +22,7 @@ from pipeline.core.config import EXECUTION, Strict, identity
 from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import hashes
 from pipeline.core.fingerprint import Recorded
+from pipeline.core.seeds import splitmix64
 from pipeline.core.terminal import many
 from pipeline.data.sources.globs import find
 from pipeline.data.tokens.store import DamagedArray, mapped_array
@@ -270,10 +271,8 @@ def _border(shard: Shard, place: int, eos_id: int) -> int:
 
 def held_out(places: np.ndarray, key: int, share: float) -> np.ndarray:
     """Which documents, given by their first tokens, are held out: bool."""
-    from pipeline.data.tokens.row_sampler import scrambled
-
     return (
-        scrambled(places.astype(np.uint64) ^ np.uint64(key)) < np.uint64(int(share * 2**64))
+        splitmix64(places.astype(np.uint64) ^ np.uint64(key)) < np.uint64(int(share * 2**64))
         if share
         else np.zeros(len(places), bool)
     )

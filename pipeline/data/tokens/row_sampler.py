@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from pipeline.core.errors import UserError
-from pipeline.core.seeds import derive
+from pipeline.core.seeds import derive, splitmix64
 from pipeline.data.tokens import packing as packs
 from pipeline.data.tokens.fim import SPARE, Cutter
 from pipeline.data.tokens.mixture import Mixture
@@ -295,21 +295,14 @@ def permuted(index: np.ndarray, size: int, keys: list[int]) -> np.ndarray:
         left, right = value // b, value % b
         for turn, key in enumerate(keys):
             if turn % 2:
-                left = (left + scrambled(right ^ np.uint64(key)) % a) % a
+                left = (left + splitmix64(right ^ np.uint64(key)) % a) % a
             else:
-                right = (right + scrambled(left ^ np.uint64(key)) % b) % b
+                right = (right + splitmix64(left ^ np.uint64(key)) % b) % b
         value = left * b + right
         inside = value < size
         found[todo[inside]] = value[inside]
         value, todo = value[~inside], todo[~inside]
     return found
-
-
-def scrambled(value: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea & Flood, 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def documents_of(row: Row, store: TokenStore) -> list[dict]:
