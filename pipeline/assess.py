@@ -217,7 +217,7 @@ class Subject:
 def held_out_rows(config: Config, tokens: Artifact, subjects: list[Subject]) -> list:
     """Fixed rows of held-out text. Raises UserError for a model that reads these tokens as other text, or that has no
     positions for a row."""
-    from pipeline.data.tokens.row_sampler import heldout_rows
+    from pipeline.data.tokens.heldout_rows import heldout_rows
     from pipeline.data.tokens.store import TokenStore
 
     store = TokenStore(tokens.path, "heldout")

@@ -213,7 +213,7 @@ class Config(TrainConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.data.tokens.row_sampler import heldout_rows
+    from pipeline.data.tokens.heldout_rows import heldout_rows
     from pipeline.models import cost
     from pipeline.models.initial_values import initialise
     from pipeline.models.publish import publish

@@ -77,7 +77,7 @@ def rows_of(home, split):
     ]
 
 
-def test_every_document_stands_in_its_source_in_order_and_ends_with_eos(home):
+def test_every_document_is_in_its_source_in_order_and_ends_with_eos(home):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(home / "tokenizer")
@@ -85,12 +85,14 @@ def test_every_document_stands_in_its_source_in_order_and_ends_with_eos(home):
         packed, rows = store(home, split), rows_of(home, split)
         assert packed.sources == ["wiki/en", "诗"] and packed.dtype == np.uint16
         for source in packed.sources:
-            wanted = [row["text"] for row in rows if row["source"] == source]
+            expected = [row["text"] for row in rows if row["source"] == source]
             ends = packed.documents(source)
-            assert ends[-1, 0] == packed.num_tokens(source) and len(ends) == packed.num_documents(source) == len(wanted)
-            assert packed.num_bytes(source) == sum(len(text.encode()) for text in wanted)
+            assert ends[-1, 0] == packed.num_tokens(source) and len(ends) == packed.num_documents(source) == len(
+                expected
+            )
+            assert packed.num_bytes(source) == sum(len(text.encode()) for text in expected)
             begin = 0
-            for (end, size), document in zip(ends, wanted, strict=True):
+            for (end, size), document in zip(ends, expected, strict=True):
                 ids = packed.read(source, begin, end - begin).tolist()
                 assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
                 assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == document and size == len(
@@ -103,7 +105,7 @@ def test_every_document_stands_in_its_source_in_order_and_ends_with_eos(home):
 
 
 def test_every_token_leads_to_its_document(home):
-    """Stretches of all sizes, also over shards: each token's document, by id, and its place in that document."""
+    """Ranges of all sizes, also across shards: each token's document, by id, and its place in that document."""
     packed, generator = store(home), random.Random(3)
     for source in packed.sources:
         ids = [row["id"] for row in rows_of(home, "train") if row["source"] == source]
@@ -116,33 +118,31 @@ def test_every_token_leads_to_its_document(home):
             (total - 1, 1),
             *((at := generator.randrange(total), generator.randint(1, min(90, total - at))) for _ in range(40)),
         ]:
-            pieces = packed.pieces(source, start, length)
-            assert [id_ for piece in pieces for id_ in [piece.id] * piece.length] == [
+            spans = packed.document_spans(source, start, length)
+            assert [id_ for span in spans for id_ in [span.id] * span.length] == [
                 ids[number] for number in owner[start : start + length]
             ]
-            assert [piece.start for piece in pieces] == np.cumsum(
-                [0, *(piece.length for piece in pieces[:-1])]
-            ).tolist()
+            assert [span.start for span in spans] == np.cumsum([0, *(span.length for span in spans[:-1])]).tolist()
             assert all(
-                piece.offset == start + piece.start - (ends[ids.index(piece.id) - 1] if ids.index(piece.id) else 0)
-                for piece in pieces
+                span.offset == start + span.start - (ends[ids.index(span.id) - 1] if ids.index(span.id) else 0)
+                for span in spans
             )
 
 
 def test_the_same_bytes_for_any_number_of_workers_and_after_any_kill(home, tmp_path):
-    wanted = files_of(home / "runs/t/pack/current")
+    expected = files_of(home / "runs/t/pack/current")
     path = recipe(tmp_path, home)
     for fault in ("save:2", "work:2", "publish:1", "publish:2"):
         assert stage("pack", path, "pack.workers=1", cwd=tmp_path, fault=fault)[0] == -9, fault
     succeed("pack", path, "pack.workers=1", cwd=tmp_path)
-    assert files_of(tmp_path / "runs/t/pack/current") == wanted
+    assert files_of(tmp_path / "runs/t/pack/current") == expected
     (tmp_path / "two").mkdir()
     path = recipe(tmp_path / "two", home)
-    code, said = stage("pack", path, "pack.workers=2", cwd=tmp_path / "two", fault="save:2")
-    assert code == 2 and "goes on from here" in said, "the death of a worker is told"
+    code, output = stage("pack", path, "pack.workers=2", cwd=tmp_path / "two", fault="save:2")
+    assert code == 2 and "resumes here" in output, "the death of a worker is reported"
     stage("pack", path, "pack.workers=1", cwd=tmp_path / "two", kill_after=random.Random().uniform(0.05, 0.5))
     succeed("pack", path, "pack.workers=2", cwd=tmp_path / "two")
-    assert files_of(tmp_path / "two/runs/t/pack/current") == wanted
+    assert files_of(tmp_path / "two/runs/t/pack/current") == expected
 
 
 def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
@@ -150,7 +150,7 @@ def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
 
     parts = [("unit", 0, {"tokens": n}) for n in (5, 3, 9, 1, 1)]
     monkeypatch.setattr(pack, "SHARD_TOKENS", 8)
-    assert [[part[2]["tokens"] for part in shard] for shard in pack.shards(parts)] == [[5, 3], [9], [1, 1]]
+    assert [[part[2]["tokens"] for part in shard] for shard in pack.grouped(parts)] == [[5, 3], [9], [1, 1]]
 
     def rerun(folder):
         folder.mkdir()
@@ -168,10 +168,10 @@ def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
         assert (many.documents(source) == one.documents(source)).all()
         for start, length in [(0, total), (1, total - 2), (total // 2, 7), (total, 0)]:
             assert (many.read(source, start, length) == one.read(source, start, length)).all()
-            assert many.pieces(source, start, length) == one.pieces(source, start, length)
+            assert many.document_spans(source, start, length) == one.document_spans(source, start, length)
 
 
-def test_bad_documents_are_kept_aside_with_their_place(home, tmp_path):
+def test_bad_documents_are_listed_with_their_place(home, tmp_path):
     path = tmp_path / "data/train/part-00000.parquet"
     write(path, [("good", "a"), (None, "a"), ("", "a"), ("no source", None), ("also good", "a")], row_group_size=2)
     table = pyarrow.parquet.read_table(path)
@@ -189,11 +189,11 @@ def test_bad_documents_are_kept_aside_with_their_place(home, tmp_path):
     assert store(tmp_path).num_documents("a") == 1
 
 
-def test_mistakes_end_in_a_sentence(home, tmp_path):
+def test_mistakes_are_reported(home, tmp_path):
     def refused():
-        code, said = stage("pack", recipe(tmp_path), "pack.workers=1", "--restart", cwd=tmp_path)
-        assert code == 2 and "Traceback" not in said, said
-        return said
+        code, output = stage("pack", recipe(tmp_path), "pack.workers=1", "--restart", cwd=tmp_path)
+        assert code == 2 and "Traceback" not in output, output
+        return output
 
     shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "data/train").mkdir(parents=True)
@@ -210,14 +210,14 @@ def test_mistakes_end_in_a_sentence(home, tmp_path):
     spec["model"]["vocab"][token] += 7
     spec["model"]["merges"] = []
     (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(spec))
-    assert "some ids have none" in refused() and "adopt:" in refused()
+    assert "some ids have no token" in refused() and "adopt:" in refused()
     (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(spec)[:5000])
     assert "tokenizer.json: cannot be read" in refused()
     (tmp_path / "tokenizer/tokenizer.json").unlink()
     assert "no tokenizer.json" in refused()
 
 
-def test_damage_is_found_on_opening(home, tmp_path):
+def test_damage_is_detected_on_opening(home, tmp_path):
     from pipeline.data.tokens.store import TokenStore, misfit
 
     def damaged(change):
@@ -238,7 +238,7 @@ def test_damage_is_found_on_opening(home, tmp_path):
             f / documents.replace("documents", "id_ends"), np.load(f / documents.replace("documents", "id_ends")) - 1
         )
     )
-    # What opening does not read is looked at where shards come from elsewhere.
+    # What opening does not read is checked for folders that stage pack did not write.
     folder = tmp_path / "order"
     shutil.copytree(home / "runs/t/pack/current", folder)
     swapped = np.load(folder / documents)
@@ -260,7 +260,7 @@ def test_damage_is_found_on_opening(home, tmp_path):
 def test_heldout_rows_count_each_label_and_its_bytes_once(home):
     from transformers import AutoTokenizer
 
-    from pipeline.data.tokens.row_sampler import heldout_rows
+    from pipeline.data.tokens.heldout_rows import heldout_rows
 
     tokenizer, packed = AutoTokenizer.from_pretrained(home / "tokenizer"), store(home, "heldout")
     for length, most in ((32, 5), (17, 10**6)):
@@ -268,22 +268,22 @@ def test_heldout_rows_count_each_label_and_its_bytes_once(home):
         assert len(rows) == min(most, sum(packed.num_tokens(source) // length for source in packed.sources))
         assert all(row.tokens.shape == (length + 1,) and row.tokens.dtype == np.int64 for row in rows)
         for source in packed.sources:
-            mine = [row for row in rows if row.source == source]
-            labels = np.concatenate([row.tokens[1:] for row in mine])
-            assert (labels == packed.read(source, 0, len(labels))).all() and mine[0].tokens[0] == packed.eos_id
-            assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(mine, mine[1:], strict=False)), (
+            source_rows = [row for row in rows if row.source == source]
+            labels = np.concatenate([row.tokens[1:] for row in source_rows])
+            assert (labels == packed.read(source, 0, len(labels))).all() and source_rows[0].tokens[0] == packed.eos_id
+            assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(source_rows, source_rows[1:], strict=False)), (
                 "the context of a row's first label is the label before"
             )
-            begun = {int(end) for end in packed.documents(source)[:, 0]} | {0}
+            begins = {int(end) for end in packed.documents(source)[:, 0]} | {0}
             assert all(  # slot s of row k holds token k * length + s - 1
                 {number * length + slot - 1 for slot in row.starts.tolist()}
-                == {place for place in begun if number * length <= place < (number + 1) * length}
-                for number, row in enumerate(mine)
+                == {place for place in begins if number * length <= place < (number + 1) * length}
+                for number, row in enumerate(source_rows)
             ), "a document begins where one has ended"
             spelled = re.sub(
                 "\ufffd+$", "", tokenizer.decode([i for i in labels if i != packed.eos_id], skip_special_tokens=False)
             )
-            assert 0 <= sum(row.bytes for row in mine) - len(spelled.encode()) <= 3, (
+            assert 0 <= sum(row.bytes for row in source_rows) - len(spelled.encode()) <= 3, (
                 "a cut character has up to three bytes that do not decode"
             )
     with pytest.raises(UserError, match="shorten sequence_length"):
@@ -292,7 +292,7 @@ def test_heldout_rows_count_each_label_and_its_bytes_once(home):
 
 def test_bytes_of_whole_documents_are_exact_under_a_tokenizer_that_is_not(home, tmp_path):
     """A tokenizer that puts a space before every text: its tokens spell one byte more than each document has."""
-    from pipeline.data.tokens.row_sampler import heldout_rows
+    from pipeline.data.tokens.heldout_rows import heldout_rows
 
     shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
     spec = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
@@ -300,8 +300,8 @@ def test_bytes_of_whole_documents_are_exact_under_a_tokenizer_that_is_not(home, 
     (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(spec))
     for split in ("train", "heldout"):
         write(tmp_path / f"data/{split}/part-00000.parquet", [("abc " * n, "a") for n in range(1, 9)])
-    said = succeed("pack", recipe(tmp_path), "pack.workers=1", cwd=tmp_path)
-    assert "16 documents do not spell" in said
+    output = succeed("pack", recipe(tmp_path), "pack.workers=1", cwd=tmp_path)
+    assert "16 documents do not spell" in output
     packed = store(tmp_path, "heldout")
     divisor = next(n for n in range(8, 200) if packed.num_tokens("a") % n == 0)
     assert sum(row.bytes for row in heldout_rows(packed, divisor, 10**6)) == packed.num_bytes("a")
@@ -311,9 +311,9 @@ def test_document_starts_of_a_row(home):
     from pipeline.data.tokens.row_sampler import RowSampler
 
     packed = store(home)
-    made = RowSampler(packed, 64, None, 3)
+    sampler = RowSampler(packed, 64, None, 3)
     for index in range(50):
-        row = made.row(index)
+        row = sampler.row(index)
         begins = packed.documents(row.source)[:, 0] - row.index * 64
         assert row.starts.tolist() == [begin for begin in begins if 0 < begin <= 64]
 
@@ -327,7 +327,7 @@ def test_rows_of_a_recipe_that_ends_with_pack_are_shown(home, monkeypatch, capsy
 
     monkeypatch.chdir(home)
 
-    def said(*words):
+    def inspect(*words):
         monkeypatch.setattr("sys.argv", ["alma", "inspect", "tokens", "r.yaml", *words])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -337,15 +337,15 @@ def test_rows_of_a_recipe_that_ends_with_pack_are_shown(home, monkeypatch, capsy
 
     packed = store(home)
     rows = RowSampler(packed, 40, None, 0)
-    code, text = said("--json", "--length", "40", "--row", "3")
+    code, text = inspect("--json", "--length", "40", "--row", "3")
     lines = [json.loads(line) for line in text.splitlines()]
     assert code == 0 and [line["row"] for line in lines] == [3, 4, 5]
     for line in lines:
         tokens = rows.row(line["row"]).tokens.tolist()
         assert line["inputs"] == tokens[:-1] and line["labels"] == tokens[1:]
-    code, text = said()
+    code, text = inspect()
     assert code == 0 and "rows of 512 (concat)" in text and text.count("512 of 512 labels count") == 3
-    code, text = said("pack", "--length", "100000000")
+    code, text = inspect("pack", "--length", "100000000")
     assert code == 2 and "give at most" in text
-    code, text = said("clean")
+    code, text = inspect("clean")
     assert code == 2 and "no stage of kind pretrain or pack; these are: pack" in text

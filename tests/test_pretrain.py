@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.core import recipe
 from pipeline.core.errors import UserError
 from pipeline.core.graph import check, nodes
-from pipeline.data.tokens.row_sampler import heldout_rows
+from pipeline.data.tokens.heldout_rows import heldout_rows
 from pipeline.data.tokens.store import TokenStore
 from pipeline.models import build
 from pipeline.models.model_block import changed_config
@@ -303,7 +303,7 @@ def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(fi
             with torch.no_grad():
                 logits = model(ids).logits[0].log_softmax(-1)
             for place in range(begin, min(end, 32)):
-                if row.counted[place]:
+                if row.label_mask[place]:
                     nats -= logits[place - begin, row.tokens[place + 1]].item()
                     weight += 1
                     bare += int(packed.token_bytes[row.tokens[place + 1]])
@@ -360,7 +360,7 @@ def test_packed_rows_survive_kills(filled):
     "word, said",
     [
         ("pretrain.packing=concat", "fim: needs packing: best_fit"),
-        ("pretrain.fim.prefix=<|fim_prefix|>", "is no special token of the tokenizer"),
+        ("pretrain.fim.prefix=<|fim_prefix|>", "is not a special token of the tokenizer"),
         ("pretrain.fim.sources=[three]", "fim.sources: the tokens have no source 'three'"),
         (
             "pretrain.mixture_changes=[{tokens: 700, mixture: {three: 1}}]",

@@ -8,7 +8,8 @@ from pipeline.core import artifact
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import Recipe
-from pipeline.data.tokens.row_sampler import Row, RowSampler, documents_of, positions_of
+from pipeline.data.tokens.row_sampler import RowSampler
+from pipeline.data.tokens.rows import Row, documents_of, positions_of
 from pipeline.data.tokens.store import TokenStore, load_tokenizer
 
 LENGTH = 512  # of the rows of a stage `pack`, unless another one is asked for
@@ -60,8 +61,8 @@ def show(
 def as_numbers(index: int, row: Row, store: TokenStore, document_mask: bool) -> dict:
     """A row in full: inputs, labels (-100 where none counts) and positions are what the model is given."""
     labels = row.tokens[1:].copy()
-    if row.counted is not None:
-        labels[~row.counted] = -100
+    if row.label_mask is not None:
+        labels[~row.label_mask] = -100
     positions = positions_of(row).tolist() if document_mask else list(range(len(labels)))
     return {
         "row": index,
@@ -147,7 +148,7 @@ def _print(
     from rich.text import Text
 
     console, length = Console(highlight=False, soft_wrap=True), len(row.tokens) - 1
-    labels = length if row.counted is None else int(row.counted.sum())
+    labels = length if row.label_mask is None else int(row.label_mask.sum())
     apart = "documents apart" if document_mask else "documents see those before them"
     place = f"{row.source}, epoch {row.epoch}, row {row.index:,} of {sampler.rows_per_epoch[row.source]:,}"
     console.print(Text(f"row {index:,}: {place}; {labels} of {length} labels count; {apart}", style="bold"))
@@ -178,7 +179,7 @@ def _print(
 def _stretches(row: Row, slot: int, slots: int):
     """Neighbouring tokens that are labels, or are none, together: characters of several tokens can only be read so."""
     counts = [
-        place > 0 and (row.counted is None or bool(row.counted[place - 1])) for place in range(slot, slot + slots)
+        place > 0 and (row.label_mask is None or bool(row.label_mask[place - 1])) for place in range(slot, slot + slots)
     ]
     begin = 0
     for end in range(1, slots + 1):

@@ -7,7 +7,8 @@ import numpy as np
 
 from pipeline.core.output import Output
 from pipeline.data.tokens import fim
-from pipeline.data.tokens.row_sampler import RowSampler, positions_of
+from pipeline.data.tokens.row_sampler import RowSampler
+from pipeline.data.tokens.rows import positions_of
 from pipeline.train import distributed
 
 
@@ -70,9 +71,9 @@ def to_batch(rows: list, store, document_mask: bool) -> dict:
         inputs["position_ids"] = torch.from_numpy(np.stack([positions_of(row) for row in rows]))
     labels = tokens[:, 1:].contiguous()
     size = torch.from_numpy(store.token_bytes[labels.numpy()])
-    if any(getattr(row, "counted", None) is not None for row in rows):
-        left_out = torch.from_numpy(np.stack([~row.counted for row in rows]))
-        labels, size = labels.masked_fill(left_out, -100), size.masked_fill(left_out, 0)
+    if any(row.label_mask is not None for row in rows):
+        not_counted = torch.from_numpy(np.stack([~row.label_mask for row in rows]))
+        labels, size = labels.masked_fill(not_counted, -100), size.masked_fill(not_counted, 0)
     return {
         "inputs": inputs,
         "labels": labels,

@@ -138,7 +138,7 @@ def lines(config, model_config, size: Size, flops: Flops, peak: float | None, sa
             " about 20)"
         )
         rows = config.steps * config.batch_size
-        epochs, given = sampler.epochs(rows), sampler.rows_of(rows)
+        epochs, given = sampler.epochs(rows), sampler.rows_by_source(rows)
         shares = sampler.weights if not sampler.changes else {source: count / rows for source, count in given.items()}
         told = [
             f"{source} {100 * shares[source]:.3g}% of the rows, {epochs[source]:.2f} epochs of"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.data.tokens.row_sampler import documents_of
+from pipeline.data.tokens.rows import documents_of
 from pipeline.train import distributed, phases
 from pipeline.train.loss import Tally
 
@@ -18,7 +18,7 @@ def describer(
 
     A row has: row (global index), source, epoch, window (which of the source), loss (mean nats a label under the
     weights of now, dropout off), documents (id, first and number of tokens in the row, tokens of the document before
-    them; see Stretch of data/sampler.py) and the decoded text. Rows are a function of their index, so the main process
+    them; see Span in data/tokens/rows.py) and the decoded text. Rows are a function of their index, so the main process
     reads those of all data ranks itself; the losses come from one forward pass.
     """
 
@@ -40,7 +40,7 @@ def describer(
             index = batch * config.batch_size + number
             row = sampler.row(index)
             documents = documents_of(row, store)
-            labels = config.sequence_length if row.counted is None else int(row.counted.sum())
+            labels = config.sequence_length if row.label_mask is None else int(row.label_mask.sum())
             text = tokenizer.decode(row.tokens.tolist(), skip_special_tokens=False)
             rows.append(
                 {

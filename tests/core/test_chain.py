@@ -142,7 +142,7 @@ def test_assess_against_transformers_own_loss(whole):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.data.tokens.row_sampler import heldout_rows
+    from pipeline.data.tokens.heldout_rows import heldout_rows
 
     report = json.loads((whole / "runs/whole/assess/current/report.json").read_text())
     rows = heldout_rows(whole / "runs/whole/pack/current", 64, 8)

@@ -293,8 +293,8 @@ def _read_shards(folder: Path, draw: random.Random) -> None:
         shard = import_shards.open_shard(path, source)
         for begin in range(0, len(shard.tokens), 128):
             unit = pack_units.Unit("train", path, folder / "out.npz", 0, 0, "x", source, 0, begin, begin + 128, 7)
-            pack_units._worker.update(sizes=np.ones(1 << 16, np.int32), eos_id=3, dtype=np.dtype(np.uint16))
-            pack_units.adopted(unit)
+            pack_units._worker.update(token_bytes=np.ones(1 << 16, np.int32), eos_id=3, dtype=np.dtype(np.uint16))
+            pack_units.imported(unit)
 
 
 def _read_packed(folder: Path, draw: random.Random) -> None:
@@ -316,7 +316,7 @@ def _read_packed(folder: Path, draw: random.Random) -> None:
     if store.misfit() is None:
         for source in store.sources:
             store.read(source, 0, store.num_tokens(source))
-            store.pieces(source, 0, store.num_tokens(source))
+            store.document_spans(source, 0, store.num_tokens(source))
             store.documents(source)
 
 
@@ -330,7 +330,7 @@ def _read_documents(folder: Path, draw: random.Random) -> None:
     for _ in documents(Artifact(folder, {}), "train"):
         pass
     pack_units._worker.update(
-        sizes=np.ones(300, np.int32),
+        token_bytes=np.ones(300, np.int32),
         eos_id=3,
         encode=lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts],
     )

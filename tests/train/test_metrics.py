@@ -68,7 +68,7 @@ def test_losses_and_bits_per_byte_are_those_of_the_rows(world):
         for source in ("one", "two"):
             mine = [row for row in rows if row.source == source]
             assert line[f"loss/{source}"] == pytest.approx(nats(mine) / len(mine) / 32, rel=1e-5)
-            seen = sampler.rows_of(line["step"] * 8)[source]
+            seen = sampler.rows_by_source(line["step"] * 8)[source]
             assert line[f"tokens/{source}"] == seen * 32 and line[f"epochs/{source}"] == pytest.approx(
                 seen / sampler.rows_per_epoch[source], abs=1e-4
             )

@@ -1,4 +1,4 @@
-"""Reading what `clean` published."""
+"""Reading what stage clean published."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +12,28 @@ COLUMNS = {"text": "string", "source": "string", "id": "string"}
 
 
 def documents(artifact: Artifact, split: str) -> Iterator[tuple[str, str, str]]:
-    """(text, source, id) of each document of the split `train` or `heldout`, in the published order; one row group
-    in memory at a time. Raises UserError for a damaged file."""
+    """(text, source, id) of each document of the split `train` or `heldout`, in the published order; one row group in
+    memory at a time. Raises UserError for a damaged file."""
     for path in sorted((artifact.path / split).glob("part-*.parquet")):
-        with readable(path), open_parquet(path) as opened:
-            check_columns(opened, path)
-            for batch in opened.iter_batches(batch_size=1024, columns=["text", "source", "id"], use_threads=False):
-                yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        with damage_reported(path), open_parquet(path) as table:
+            check_columns(table, path)
+            for batch in table.iter_batches(batch_size=1024, columns=["text", "source", "id"], use_threads=False):
+                columns = [column.to_pylist() for column in batch.columns]
+                yield from zip(*columns, strict=True)
 
 
-def check_columns(opened, path: Path) -> None:
-    """Raises UserError for a file that stage clean did not write."""
-    schema = opened.schema_arrow
-    found = {field.name: str(field.type).removeprefix("large_") for field in schema}
-    if {name: found.get(name) for name in COLUMNS} != COLUMNS or len(found) < len(schema):
-        raise UserError(f"{path}: has the columns {found}, expected {COLUMNS}")
+def check_columns(table, path: Path) -> None:
+    """Raise UserError for a parquet file that stage clean did not write."""
+    schema = table.schema_arrow
+    types = {field.name: str(field.type).removeprefix("large_") for field in schema}
+    has_columns = all(types.get(name) == kind for name, kind in COLUMNS.items())
+    if not has_columns or len(types) < len(schema):  # fewer: two columns have the same name
+        raise UserError(f"{path}: has the columns {types}, expected {COLUMNS}; give the output of stage clean")
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """A file of stage clean is read while this is open; its damage is a UserError."""
+def damage_reported(path: Path) -> Iterator[None]:
+    """While a file of stage clean is read: damage becomes a UserError."""
     try:
         yield
     except UserError:

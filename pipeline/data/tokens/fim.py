@@ -1,13 +1,13 @@
-"""Fill-in-the-middle: a piece of a document is cut in two places and its middle put last.
+"""Fill-in-the-middle: a segment of a document is cut at two places, and its middle is written last.
 
 Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", 2022:
 
     PSM   <prefix> P <suffix> S <middle> M eos
     SPM   <prefix> <suffix> S <middle> P M eos         (their second variant, which shares its sentinels with PSM)
 
-In both the text is what stands between <prefix> and <suffix>, then what follows <middle>, then what stands between
-<suffix> and <middle>: nothing is lost. Whether, how and where a piece is cut depends on the seed, the row's number and
-the piece's place in the row alone.
+Nothing is lost: in both, the text is what is between <prefix> and <suffix>, then what follows <middle>, then what is
+between <suffix> and <middle>. Whether, how and where a segment is cut depends only on the seed, the row's number and
+the segment's place in the row.
 """
 
 from typing import NamedTuple
@@ -19,14 +19,14 @@ from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive, splitmix64_of
 
-SPARE = 3  # tokens that a piece may grow by
+SENTINELS = 3  # tokens by which a segment grows
 
 
 class Fim(Strict):
-    """Which pieces of documents are turned round. Cuts fall between tokens."""
+    """Which segments of documents are trained on in fill-in-the-middle order. Cuts are between tokens."""
 
     rate: float = Field(0.5, gt=0, le=1)
-    """Share of the pieces; Bavarian et al. (2022) train with 0.5 to 0.9 and see left-to-right losses unchanged."""
+    """Share of the segments; Bavarian et al. (2022) train with 0.5 to 0.9 and see left-to-right losses unchanged."""
     spm: float = Field(0.5, ge=0, le=1)
     """Share of these with the suffix first (SPM); Bavarian et al. (2022) train on both."""
     sources: list[str] | None = None
@@ -40,71 +40,69 @@ class Fim(Strict):
 
 
 class Cutter(NamedTuple):
-    """What the sampler needs of it."""
+    """Decides where segments are cut, and writes them."""
 
     rate: float
     spm: float
     sources: frozenset | None
     ids: tuple[int, int, int]
-    """Of prefix, suffix and middle."""
+    """Of the sentinels before prefix, suffix and middle."""
     key: int
 
-    def cut(self, text: int, row: int, piece: int) -> tuple[int, int, bool] | None:
-        """Where the middle of a piece of `text` tokens begins and ends, and whether its suffix comes first; None for
-        a piece that is left as it is."""
-        if text < 2:
+    def cut(self, size: int, row: int, segment: int) -> tuple[int, int, bool] | None:
+        """(begin of the middle, its end, whether the suffix comes first) for a segment of `size` tokens of text; None
+        for a segment that stays as it is."""
+        if size < 2:
             return None
-        key = self.key ^ splitmix64_of(row << 20 | piece)
+        key = self.key ^ splitmix64_of(row << 20 | segment)
         if splitmix64_of(key) >= self.rate * 2**64:
             return None
-        start, end = sorted(splitmix64_of(key + number) % (text + 1) for number in (1, 2))
-        return start, end, splitmix64_of(key + 3) < self.spm * 2**64
+        first, second = splitmix64_of(key + 1) % (size + 1), splitmix64_of(key + 2) % (size + 1)
+        suffix_first = splitmix64_of(key + 3) < self.spm * 2**64
+        return min(first, second), max(first, second), suffix_first
 
-    def turn(
-        self, tokens: np.ndarray, text: int, begin: int, end: int, suffix_first: bool, into: np.ndarray
+    def write(
+        self, tokens: np.ndarray, size: int, begin: int, end: int, suffix_first: bool, into: np.ndarray
     ) -> tuple[int, int, int]:
-        """Write a piece, turned round, to into[: len(tokens) + 3]; what follows its `text`, the end of the document if
-        it has one, stays last.
-
-        Returns where the sentinels stand.
-        """
-        before, after, last = self.ids
-        first = 0 if suffix_first else begin  # of the prefix, what stands before the suffix
-        middle = first + text - end + 2
-        into[0], into[first + 1], into[middle] = before, after, last
-        if first:
-            into[1 : first + 1] = tokens[:first]
-        if end < text:
-            into[first + 2 : middle] = tokens[end:text]
-        if first < end:
-            into[middle + 1 : text + 3] = tokens[first:end]
-        if text < len(tokens):
-            into[text + 3] = tokens[text]
-        return 0, first + 1, middle
+        """Write a segment whose middle is begin .. end to into[: len(tokens) + 3]. `tokens` is `size` tokens of text,
+        and the end of the document if the segment has it, which stays last. Returns the slots of the sentinels."""
+        prefix_id, suffix_id, middle_id = self.ids
+        prefix_end = 0 if suffix_first else begin  # tokens between <prefix> and <suffix>
+        suffix_slot = prefix_end + 1
+        middle_slot = suffix_slot + 1 + size - end
+        into[0], into[suffix_slot], into[middle_slot] = prefix_id, suffix_id, middle_id
+        if prefix_end:
+            into[1:suffix_slot] = tokens[:prefix_end]
+        if end < size:
+            into[suffix_slot + 1 : middle_slot] = tokens[end:size]
+        if prefix_end < end:
+            into[middle_slot + 1 : size + SENTINELS] = tokens[prefix_end:end]
+        if size < len(tokens):
+            into[size + SENTINELS] = tokens[size]
+        return 0, suffix_slot, middle_slot
 
 
 def cutter(config: Fim, tokenizer, sources: list[str], seed: int) -> Cutter:
-    """Raises UserError where the tokenizer has no such special tokens, or a source does not exist."""
+    """Raises UserError if the tokenizer lacks one of the sentinels as a special token, or if a source does not
+    exist."""
     vocabulary = tokenizer.get_vocab()
-    special = set(tokenizer.all_special_tokens) | {
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-    }
-    names = {"prefix": config.prefix, "suffix": config.suffix, "middle": config.middle}
-    for key, name in names.items():
+    special = set(tokenizer.all_special_tokens)
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    sentinels = {"prefix": config.prefix, "suffix": config.suffix, "middle": config.middle}
+    for key, name in sentinels.items():
         if name not in vocabulary or name not in special:
-            has = ", ".join(sorted(special))
             raise UserError(
-                f"fim.{key}: {name!r} is no special token of the tokenizer; it has {has}. Train it with the three"
-                " sentinels, or name its own"
+                f"fim.{key}: {name!r} is not a special token of the tokenizer; it has {', '.join(sorted(special))}."
+                " Train it with the three sentinels in special_tokens, or set fim.prefix, fim.suffix and fim.middle to"
+                " its own"
             )
-    if len(set(names.values())) < 3:
+    if len(set(sentinels.values())) < SENTINELS:
         raise UserError(
-            f"fim: prefix, suffix and middle must be three different tokens, found {', '.join(names.values())}"
+            f"fim: prefix, suffix and middle must be three different tokens, found {', '.join(sentinels.values())}"
         )
     for source in config.sources or ():
         if source not in sources:
             raise UserError(f"fim.sources: the tokens have no source {source!r}; they have {', '.join(sources)}")
     chosen = frozenset(config.sources) if config.sources is not None else None
-    return Cutter(
-        config.rate, config.spm, chosen, tuple(vocabulary[name] for name in names.values()), derive(seed, "fim")
-    )
+    ids = tuple(vocabulary[name] for name in sentinels.values())
+    return Cutter(config.rate, config.spm, chosen, ids, derive(seed, "fim"))

@@ -1,12 +1,11 @@
-"""Token shards made elsewhere, as sources of stage `pack`: Megatron's .bin/.idx, datatrove's .ds, and numpy arrays or
-plain memory maps.
+"""Token files that other tools wrote, as sources of stage `pack`: Megatron's .bin/.idx, datatrove's .ds, and numpy
+arrays or plain memory maps.
 
-    shard = open_shard(path, Shards(path=...), eos_id=2)     # checked: an index that does not fit its data is refused
-    documents_in(shard, 0, 1_000_000)                        # where documents begin and end, of those that begin in
-                                                             # this stretch
+    shard = open_shard(path, Shards(path=...))               # checked: an index that does not fit its data is refused
+    first, ends = documents_in(shard, 0, 1_000_000, eos_id)  # the documents that begin in this range
 
-A document is what the index says, and a file without one is cut after each end-of-document token. One in the middle of
-an indexed document cuts it, too: our form has it at the end alone.
+A document is what the index says; a file without an index is cut after each end-of-document token. Such a token in the
+middle of an indexed document cuts it as well, because in our form it is only at the end of a document.
 """
 
 import glob
@@ -29,23 +28,24 @@ from pipeline.data.tokens.store import DamagedArray, mapped_array
 
 # megatron/core/datasets/indexed_dataset.py, DType
 MEGATRON = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+MEGATRON_HEADER = 34  # bytes: magic, version, dtype, sequences, documents
 SUFFIXES = {"megatron": ".bin", "datatrove": ".ds", "numpy": ".npy"}
-BESIDE = (".idx", ".index", ".metadata", ".loss")  # what stands beside token files and is none
-UNIT_TOKENS = 2**23  # of a unit of work
+COMPANIONS = (".idx", ".index", ".metadata", ".loss")  # suffixes of files next to token files
+UNIT_TOKENS = 2**23  # per unit of work
 
 
 class Shards(Strict):
-    """Tokens that another tool wrote, with this recipe's tokenizer."""
+    """Token files that another tool wrote, with this recipe's tokenizer."""
 
     path: Annotated[str | list[str], EXECUTION]
-    """A file, a folder, a glob, or a list of them: .bin (its .idx beside it), .ds (its .ds.index beside it), .npy,
-    or any file of plain numbers with `dtype`."""
+    """A file, a folder, a glob, or a list of them: .bin (with its .idx), .ds (with its .ds.index), .npy, or any file of
+    plain numbers with `dtype`."""
     format: Literal["megatron", "datatrove", "numpy"] | None = None
-    """By default from what is there: .bin with an .idx beside it, .ds, else numpy."""
+    """By default from the files: .bin with an .idx is megatron, .ds is datatrove, all else is numpy."""
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
-    """Of numpy files without a header, which say nothing of it themselves (nanoGPT's and OLMo's are such)."""
+    """Type of numpy files without a header (nanoGPT's and OLMo's are such)."""
     holdout: float = Field(0.01, ge=0, lt=1)
-    """Share of the documents, chosen by their place, that is never trained on."""
+    """Share of the documents that is held out, chosen by their place."""
 
 
 class Shard(NamedTuple):
@@ -54,53 +54,64 @@ class Shard(NamedTuple):
     path: Path
     tokens: np.ndarray
     ends: np.ndarray | None
-    """Where documents end by its index, int64, ascending; None: it has none."""
+    """Where documents end by the index, int64, ascending; None: there is no index."""
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def files(source: Shards, name: str) -> list[Path]:
-    """The files of a source in order, without their indexes. Raises UserError if there is none."""
-    where, found = f"shards.{name}.path", []
+    """The token files of a source in order, without their indexes. Raises UserError if there is none."""
+    key = f"shards.{name}.path"
+    suffixes = [SUFFIXES[source.format]] if source.format else list(SUFFIXES.values())
+    result = []
     for path in [source.path] if isinstance(source.path, str) else source.path:
         place = Path(path).expanduser()
-        suffixes = [SUFFIXES[source.format]] if source.format else list(SUFFIXES.values())
         if place.is_dir():
-            here = [file for _, file in find(f"{glob.escape(str(place))}/*", where) if file.suffix in suffixes]
+            entries = [file for _, file in find(f"{glob.escape(str(place))}/*", key)]
+            token_files = [file for file in entries if file.suffix in suffixes]
         else:
-            here = [file for _, file in find(path, where) if file.suffix not in BESIDE]
-        if not here:
-            raise UserError(f"{where}: {path}: has no file that ends in {', '.join(suffixes)}")
-        found += here
-    twice = len(found) - len(set(map(os.path.realpath, found)))
-    if twice:
-        raise UserError(f"{where}: names {many(twice, 'file')} twice; each is read once")
-    return found
+            entries = [file for _, file in find(path, key)]
+            token_files = [file for file in entries if file.suffix not in COMPANIONS]
+        if not token_files:
+            raise UserError(
+                f"{key}: {path}: has no file that ends in {', '.join(suffixes)}; give a path with such files"
+            )
+        result += token_files
+    num_duplicates = len(result) - len(set(map(os.path.realpath, result)))
+    if num_duplicates:
+        raise UserError(f"{key}: names {many(num_duplicates, 'file')} twice; name each file once")
+    return result
 
 
 def companions(path: Path, source: Shards) -> list[Path]:
-    """The file and its index: what decides what is read."""
+    """A token file and its index: what decides which tokens and documents are read."""
     kind = kind_of(path, source)
-    beside = {"megatron": path.with_suffix(".idx"), "datatrove": Path(f"{path}.index")}.get(kind)
-    return [path, beside] if beside else [path]
+    if kind == "megatron":
+        return [path, path.with_suffix(".idx")]
+    if kind == "datatrove":
+        return [path, Path(f"{path}.index")]
+    return [path]
 
 
 def identify(shards: dict[str, Shards], cache: Path, recorded: Recorded | None = None) -> dict:
-    """What decides the content of shards, as JSON: what the files hold, their order and their names, which
-    documents' ids have; not where they stand. Shards that are not on this machine count as `recorded` has them, or
+    """What decides the content of shards, as JSON: the contents of the files, their order, and their names, which the
+    documents' ids contain; but not their folder. Shards that are not on this machine count as `recorded` has them, or
     raise Absent."""
-    value = {}
+    identities = {}
     with hashes(cache) as sha256:
         for name, source in sorted(shards.items()):
             try:
-                listed = [
-                    [path.name, *(sha256(part) for part in companions(path, source) if part.is_file())]
-                    for path in files(source, name)
-                ]
+                listed = []
+                for path in files(source, name):
+                    existing = [part for part in companions(path, source) if part.is_file()]
+                    listed.append([path.name, *map(sha256, existing)])
             except Absent:
                 if recorded is None or not recorded.has(name):
                     raise
                 listed = recorded.take(name, f"shards.{name}")
-            value[name] = {**identity(source), "files": listed}
-    return value
+            identities[name] = identity(source) | {"files": listed}
+    return identities
 
 
 def kind_of(path: Path, source: Shards) -> str:
@@ -108,26 +119,36 @@ def kind_of(path: Path, source: Shards) -> str:
         return source.format
     if path.suffix == ".ds":
         return "datatrove"
-    return "megatron" if path.suffix == ".bin" and path.with_suffix(".idx").is_file() else "numpy"
+    if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
+        return "megatron"
+    return "numpy"
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
 
 
 def open_shard(path: Path, source: Shards) -> Shard:
-    """Raises UserError, with the file, for what is damaged, does not fit together, or is no array of token ids."""
+    """Raises UserError, with the file, for damaged files, an index of other tokens, and arrays that are not token
+    ids."""
     kind = kind_of(path, source)
     if source.dtype and kind != "numpy":
         raise UserError(
-            f"{path}: dtype: {source.dtype} is for numpy files without a header; {kind} says its own, leave dtype out"
+            f"{path}: dtype: {source.dtype} is for numpy files without a header; {kind} files have their own type,"
+            " remove dtype"
         )
+    open_file = {"megatron": _megatron, "datatrove": _datatrove, "numpy": _numpy}[kind]
     try:
-        shard = {"megatron": _megatron, "datatrove": _datatrove, "numpy": _numpy}[kind](path, source)
+        shard = open_file(path, source)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: is missing; {kind} files have it beside their tokens") from None
-    if shard.ends is not None and len(shard.ends) and (shard.ends[0] < 0 or (np.diff(shard.ends) < 0).any()):
-        raise UserError(f"{path}: the document ends of its index do not ascend; it does not fit these tokens")
-    if shard.ends is not None and (int(shard.ends[-1]) if len(shard.ends) else 0) != len(shard.tokens):
-        last = int(shard.ends[-1]) if len(shard.ends) else 0
+        raise UserError(f"{error.filename}: is missing; {kind} files need it next to their tokens") from None
+    if shard.ends is None:
+        return shard
+    if len(shard.ends) and (shard.ends[0] < 0 or (np.diff(shard.ends) < 0).any()):
+        raise UserError(f"{path}: the document ends in its index do not ascend; give the index of these tokens")
+    last = int(shard.ends[-1]) if len(shard.ends) else 0
+    if last != len(shard.tokens):
         raise UserError(
-            f"{path}: its index ends at token {last}, the file has {len(shard.tokens)}; they do not fit together"
+            f"{path}: its index ends at token {last}, the file has {len(shard.tokens)}; give the index of these tokens"
         )
     return shard
 
@@ -135,90 +156,101 @@ def open_shard(path: Path, source: Shards) -> Shard:
 def _mapped(path: Path, dtype) -> np.ndarray:
     size, item = path.stat().st_size, np.dtype(dtype).itemsize
     if size % item:
-        kind = f"{np.dtype(dtype).name} ({item} bytes each)"
         raise UserError(
-            f"{path}: has {size} bytes, which are no whole number of {kind}; it was cut off, or is of another type"
+            f"{path}: has {size} bytes, which is not a multiple of {item}, the size of {np.dtype(dtype).name}; it was"
+            " truncated, or has another type"
         )
     return np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
 
 
 def _megatron(path: Path, source: Shards) -> Shard:
-    """Header (magic, version, dtype, sequences, documents), int32 lengths, int64 byte offsets, int64 first sequence
-    of each document, perhaps int8 modes."""
-    place = path.with_suffix(".idx")
-    raw = np.memmap(place, np.uint8, "r") if place.stat().st_size else np.zeros(0, np.uint8)
-    head = raw[:34].tobytes()
-    if len(head) < 34 or not head.startswith(b"MMIDIDX\x00\x00"):
+    """Header (magic, version, dtype, sequences, documents), int32 lengths, int64 byte offsets, int64 first sequence of
+    each document, optionally int8 modes."""
+    index = path.with_suffix(".idx")
+    raw = np.memmap(index, np.uint8, "r") if index.stat().st_size else np.zeros(0, np.uint8)
+    header = raw[:MEGATRON_HEADER].tobytes()
+    if len(header) < MEGATRON_HEADER or not header.startswith(b"MMIDIDX\x00\x00"):
         raise UserError(
-            f"{place}: is no index of Megatron's indexed data set (it begins with {head[:9]!r}); "
+            f"{index}: is not an index of Megatron's indexed data set (it begins with {header[:9]!r}); "
             "the older TNTIDX form has to be converted with Megatron's own tools"
         )
-    version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
-    if version != 1 or MEGATRON.get(code, "float").startswith("float"):
-        kind = MEGATRON.get(code, "unknown")
+    version, code, num_sequences, num_documents = struct.unpack("<QBQQ", header[9:])
+    kind = MEGATRON.get(code, "unknown")
+    if version != 1 or kind == "unknown" or kind.startswith("float"):
         raise UserError(
-            f"{place}: version {version} and type {code} ({kind}) are not token ids of version 1; write it again with"
+            f"{index}: version {version} and type {code} ({kind}) are not token ids of version 1; write it again with"
             " Megatron's preprocess_data.py"
         )
-    wanted = 34 + 12 * sequences + 8 * documents
-    if len(raw) not in (wanted, wanted + sequences):
+    lengths_end = MEGATRON_HEADER + 4 * num_sequences
+    offsets_end = lengths_end + 8 * num_sequences
+    borders_end = offsets_end + 8 * num_documents
+    if len(raw) not in (borders_end, borders_end + num_sequences):
         raise UserError(
-            f"{place}: has {len(raw)} bytes, {wanted} are needed for the {sequences} sequences and {documents} document"
-            " borders that it announces; it was cut off or overwritten"
+            f"{index}: has {len(raw)} bytes, but {borders_end} are needed for the {num_sequences} sequences and"
+            f" {num_documents} document borders in its header; it was truncated or overwritten"
         )
-    lengths = raw[34 : 34 + 4 * sequences].view("<i4")
-    offsets = raw[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
-    borders = raw[34 + 12 * sequences : wanted].view("<i8")
-    tokens = _mapped(path, np.dtype(MEGATRON[code]).newbyteorder("<"))
+    lengths = raw[MEGATRON_HEADER:lengths_end].view("<i4")
+    offsets = raw[lengths_end:offsets_end].view("<i8")
+    borders = raw[offsets_end:borders_end].view("<i8")
+    tokens = _mapped(path, np.dtype(kind).newbyteorder("<"))
     ends = np.cumsum(lengths, dtype=np.int64)
-    expected = (ends - lengths) * tokens.dtype.itemsize
-    if (lengths < 0).any() or not np.array_equal(offsets, expected):
-        wrong = int(np.flatnonzero((offsets != expected) | (lengths < 0))[0])
-        begins, ends_at = int(offsets[wrong]), int(expected[wrong])
-        raise UserError(
-            f"{place}: sequence {wrong} begins at byte {begins}, those before it end at {ends_at}; the index does not"
-            " fit itself"
-        )
-    if documents and (borders[0] != 0 or borders[-1] != sequences or (np.diff(borders) < 0).any()):
-        raise UserError(
-            f"{place}: its document borders run from {int(borders[0])} to {int(borders[-1])} over {sequences}"
-            " sequences; they must ascend from 0 to their number"
-        )
-    if not documents and sequences:
-        raise UserError(
-            f"{place}: has {sequences} sequences and no document border; write it again with Megatron's"
-            " preprocess_data.py"
-        )
+    _check_sequences(index, lengths, offsets, (ends - lengths) * tokens.dtype.itemsize)
+    _check_borders(index, borders, num_sequences)
     return Shard(path, tokens, np.concatenate([[0], ends])[borders[1:]].astype(np.int64))
 
 
+def _check_sequences(index: Path, lengths: np.ndarray, offsets: np.ndarray, expected: np.ndarray) -> None:
+    wrong = (offsets != expected) | (lengths < 0)
+    if wrong.any():
+        number = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{index}: sequence {number} begins at byte {int(offsets[number])}, but those before it end at byte"
+            f" {int(expected[number])}; the index is damaged"
+        )
+
+
+def _check_borders(index: Path, borders: np.ndarray, num_sequences: int) -> None:
+    if not len(borders):
+        if num_sequences:
+            raise UserError(
+                f"{index}: has {num_sequences} sequences and no document border; write it again with Megatron's"
+                " preprocess_data.py"
+            )
+        return
+    if borders[0] != 0 or borders[-1] != num_sequences or (np.diff(borders) < 0).any():
+        raise UserError(
+            f"{index}: its document borders go from {int(borders[0])} to {int(borders[-1])}; they must ascend from 0 to"
+            f" {num_sequences}, the number of sequences"
+        )
+
+
 def _datatrove(path: Path, source: Shards) -> Shard:
-    """Plain uint16 or uint32, and uint64 document ends. Which of the two follows from the last end and the file's
-    size."""
+    """Plain uint16 or uint32, and uint64 document ends. The last end and the file's size decide which of the two."""
     if Path(f"{path}.loss").exists():
         raise UserError(
-            f"{path}.loss: loss masks are not read; take it away to train on every token, or write the tokens"
+            f"{path}.loss: loss masks are not supported; remove the file to train on every token, or write the tokens"
             " without it"
         )
     ends = _mapped(Path(f"{path}.index"), "<u8").astype(np.int64)
-    size, total = path.stat().st_size, int(ends[-1]) if len(ends) else 0
+    size = path.stat().st_size
+    num_tokens = int(ends[-1]) if len(ends) else 0
     for dtype in ("<u2", "<u4"):
-        if total * np.dtype(dtype).itemsize == size:
+        if num_tokens * np.dtype(dtype).itemsize == size:
             return Shard(path, _mapped(path, dtype), ends)
     raise UserError(
-        f"{path}: has {size} bytes, its index ends at token {total}: neither 2 nor 4 bytes each; they do not fit"
-        " together"
+        f"{path}: has {size} bytes, and its index ends at token {num_tokens}: neither 2 nor 4 bytes per token; give"
+        " the index of these tokens"
     )
 
 
 def _numpy(path: Path, source: Shards) -> Shard:
     with open(path, "rb") as handle:
-        headed = handle.read(6) == b"\x93NUMPY"
-    if not headed:
+        has_header = handle.read(6) == b"\x93NUMPY"
+    if not has_header:
         if source.dtype is None:
             raise UserError(
-                f"{path}: has no numpy header, so that nothing says what its numbers are; give dtype: uint16 (or"
-                " uint32, int32, int64)"
+                f"{path}: has no numpy header, so the type of its numbers is unknown; give dtype: uint16 (or uint32,"
+                " int32, int64)"
             )
         return Shard(path, _mapped(path, np.dtype(source.dtype).newbyteorder("<")), None)
     try:
@@ -227,10 +259,14 @@ def _numpy(path: Path, source: Shards) -> Shard:
         raise UserError(f"{path}: cannot be read as a numpy array ({error}); write it again") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise UserError(
-            f"{path}: holds {tokens.dtype} {list(tokens.shape)}; expected one row of token ids, such as uint16"
+            f"{path}: has type {tokens.dtype} and shape {list(tokens.shape)}; expected one row of token ids, such as"
+            " uint16"
         )
     if source.dtype and tokens.dtype != np.dtype(source.dtype):
-        raise UserError(f"{path}: its header says {tokens.dtype}, the recipe dtype: {source.dtype}; leave dtype out")
+        raise UserError(
+            f"{path}: its header says {tokens.dtype}, the recipe says dtype: {source.dtype}; remove dtype from the"
+            " recipe"
+        )
     return Shard(path, tokens, None)
 
 
@@ -238,24 +274,24 @@ def _numpy(path: Path, source: Shards) -> Shard:
 
 
 def documents_in(shard: Shard, begin: int, end: int, eos_id: int) -> tuple[int, np.ndarray]:
-    """The documents that begin in begin .. end: the first token of the first, and where each ends (int64). Empty
-    ones among an index's stand there twice."""
-    first, last = _border(shard, begin, eos_id), _border(shard, end, eos_id)
+    """The documents that begin in begin .. end: the first token of the first one, and where each ends (int64). An
+    empty document of an index ends where the one before it ends."""
+    first, last = _document_begin(shard, begin, eos_id), _document_begin(shard, end, eos_id)
     if first >= last:
         return first, np.zeros(0, np.int64)
     cuts = np.flatnonzero(shard.tokens[first:last] == eos_id) + first + 1
     if shard.ends is None:
-        return first, cuts if len(cuts) and cuts[-1] == last else np.append(cuts, last)
-    inside = shard.ends[
-        np.searchsorted(shard.ends, first, side="right" if first else "left") : np.searchsorted(
-            shard.ends, last, side="right"
-        )
-    ]
-    return first, np.sort(np.concatenate([inside, np.setdiff1d(cuts, inside)]))
+        is_closed = len(cuts) and cuts[-1] == last
+        return first, cuts if is_closed else np.append(cuts, last)
+    # empty documents at the very beginning of the file belong to the first range
+    begin_index = np.searchsorted(shard.ends, first, side="right" if first else "left")
+    end_index = np.searchsorted(shard.ends, last, side="right")
+    indexed = shard.ends[begin_index:end_index]
+    return first, np.sort(np.concatenate([indexed, np.setdiff1d(cuts, indexed)]))
 
 
-def _border(shard: Shard, place: int, eos_id: int) -> int:
-    """The first token at or behind `place` with which a document of the file begins; its end if there is none."""
+def _document_begin(shard: Shard, place: int, eos_id: int) -> int:
+    """The first token at or after `place` at which a document begins; the end of the file if there is none."""
     if place <= 0:
         return 0
     if place >= len(shard.tokens):
@@ -263,16 +299,14 @@ def _border(shard: Shard, place: int, eos_id: int) -> int:
     if shard.ends is not None:
         return int(shard.ends[np.searchsorted(shard.ends, place)])
     for start in range(place - 1, len(shard.tokens), 2**20):
-        found = np.flatnonzero(shard.tokens[start : start + 2**20] == eos_id)
-        if len(found):
-            return start + int(found[0]) + 1
+        eos_places = np.flatnonzero(shard.tokens[start : start + 2**20] == eos_id)
+        if len(eos_places):
+            return start + int(eos_places[0]) + 1
     return len(shard.tokens)
 
 
 def held_out(places: np.ndarray, key: int, share: float) -> np.ndarray:
-    """Which documents, given by their first tokens, are held out: bool."""
-    return (
-        splitmix64(places.astype(np.uint64) ^ np.uint64(key)) < np.uint64(int(share * 2**64))
-        if share
-        else np.zeros(len(places), bool)
-    )
+    """bool: which documents, given by their first tokens, are held out."""
+    if not share:
+        return np.zeros(len(places), bool)
+    return splitmix64(places.astype(np.uint64) ^ np.uint64(key)) < np.uint64(int(share * 2**64))
