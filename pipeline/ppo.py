@@ -31,8 +31,8 @@ INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
 
 
 class Config(FinetuneConfig):
-    """Keys of stage `ppo`. steps: iterations. batch_size: prompts of an iteration. sequence_length: tokens of a
-    prompt with its response."""
+    """Keys of stage `ppo`. steps: iterations. epochs: passes over the prompts; those over an iteration's samples are
+    `ppo.epochs`. batch_size: prompts of an iteration. sequence_length: tokens of a prompt with its response."""
 
     sources: dict[str, PromptSource]
     """Prompts, by name."""
@@ -101,6 +101,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     encode = functools.partial(encoded_prompts, config, policy.chat, reward.chat, output)
     _, extra = encode_once(output, config, encode)
     counts = extra["counts"]
+    config = finetune.in_steps(config, counts["train_prompts"])
 
     # Build
     models = build_models(config, policy, reward, counts["train_prompts"])

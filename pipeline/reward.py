@@ -60,6 +60,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     arrays, extra = encode_once(output, config, encode)
     counts = pair_counts(arrays, extra)
     rows = ShuffledRows(config.seed, counts.train)
+    config = finetune.in_steps(config, rows.per_epoch)
 
     # Build
     model = build.load(parent.folder, head="reward")

@@ -65,6 +65,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     # Rows: in each epoch the conversations are packed in another order
     capacity = config.sequence_length if config.packing else None
     rows = PackedRows(config.seed, ids.lengths, capacity)
+    config = finetune.in_steps(config, rows.per_epoch)
     heldout_order = permutation(0, 0, len(heldout_ids)) if config.packing else range(len(heldout_ids))
     heldout_rows = pack(heldout_ids.lengths, capacity, heldout_order)
     collate = functools.partial(conversation_batch, arrays, parent.pad_id)

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.config import EXECUTION, Strict, idle
-from pipeline.train.config import Optimizer, Schedule
+from pipeline.train.finetune_config import FinetuneOptimizer, FinetuneSchedule
 
 
-class PolicyOptimizer(Optimizer):
+class PolicyOptimizer(FinetuneOptimizer):
     """AdamW as PPO on language models uses it."""
 
     lr: float = Field(3e-6, gt=0)
@@ -18,8 +18,6 @@ class PolicyOptimizer(Optimizer):
     eps: float = Field(1e-5, gt=0)
     """Added to the denominator; 1e-5 as in the original, where it matters in the first steps (Huang et al., 2024,
     detail 7)."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of matrices."""
 
 
 class ValueOptimizer(PolicyOptimizer):
@@ -29,7 +27,7 @@ class ValueOptimizer(PolicyOptimizer):
     """Peak learning rate; the value model may learn faster than the policy."""
 
 
-class LinearSchedule(Schedule):
+class LinearSchedule(FinetuneSchedule):
     """Learning rates over iterations, of the same shape for policy and value model."""
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "linear"

@@ -24,8 +24,8 @@ from pipeline.data.chat.template import Chat
 from pipeline.data.tokens.store import load_tokenizer, use_known_padding
 from pipeline.models import cost, families
 from pipeline.models.publish import publish
+from pipeline.train import distributed, loop
 from pipeline.train import engine as engines
-from pipeline.train import loop
 from pipeline.train.engine import Engine, Loss
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import Counts, heldout_share, model_folder
@@ -100,6 +100,14 @@ def _check_embedding(folder: Path, tokenizer, rows: int) -> None:
             " that was added needs a row (model.resize_token_embeddings(len(tokenizer)), then save both); otherwise the"
             " tokenizer belongs to another model"
         )
+
+
+def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
+    """The config of a run over epochs of `rows` rows, with its length in steps. Raises UserError if other keys do not
+    fit that length."""
+    config = config.in_steps(rows)
+    config.check(distributed.world())
+    return config
 
 
 # ---- build -----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Keys that sft, reward, dpo and ppo share. The steps they share are in train/finetune.py."""
 
-from typing import Annotated
+import math
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.core.config import EXECUTION
+from pipeline.core.config import EXECUTION, idle
 from pipeline.data.chat.chat_sources import TuningSource
 from pipeline.data.dedup.decontaminate import Decontaminate
-from pipeline.train.config import Date, Optimizer, TrainConfig
+from pipeline.train.config import Date, Optimizer, Schedule, TrainConfig
 
 
 class FinetuneOptimizer(Optimizer):
@@ -17,9 +18,27 @@ class FinetuneOptimizer(Optimizer):
     """Decoupled decay of matrices."""
 
 
+class FinetuneSchedule(Schedule):
+    """Learning rate over steps: warmup, then decay to `min_ratio` of the peak."""
+
+    warmup_ratio: float | None = Field(None, gt=0, le=1)
+    """Warmup as a share of all steps, rounded up; instead of warmup_steps."""
+
+    @model_validator(mode="after")
+    def one_warmup(self):
+        if self.warmup_ratio is not None:
+            idle(self, "warmup_steps", "and warmup_ratio both say how long the warmup is")
+        return self
+
+
 class FinetuneConfig(TrainConfig):
     """A stage that starts from a published model and learns from records with a chat template."""
 
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Exactly one of steps and epochs is given."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training rows, each in another order; rounded up to whole steps, so that the last one may begin
+    another pass."""
     sources: dict[str, TuningSource]
     """Records by name."""
     decontaminate: Decontaminate | None = None
@@ -28,9 +47,39 @@ class FinetuneConfig(TrainConfig):
     """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
     optimizer: FinetuneOptimizer = FinetuneOptimizer()
     """AdamW."""
+    schedule: FinetuneSchedule = FinetuneSchedule()
+    """Learning rate over steps."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
     """Largest share of a source's records that may be unusable. Duplicates, rows like a held-out one and rows that are
     too long do not count. The stage ends if there are more, because then the source is not what the recipe says."""
     date: Date = None
     """Date that a chat template gets if it asks for today's, as YYYY-MM-DD; by default 2024-07-26, the fallback of
     Llama 3.2's own template."""
+
+    @model_validator(mode="after")
+    def one_length(self):
+        if self.steps is None and self.epochs is None:
+            raise ValueError("the length of the run is missing; give steps or epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps: {self.steps} and epochs: {self.epochs:g} both say how long the run is; remove one (on the"
+                " command line: KEY=~)"
+            )
+        return self
+
+    def in_steps(self, rows: int) -> Self:
+        """This config with `steps` and `schedule.warmup_steps`, where the recipe gives epochs of `rows` rows and a
+        ratio of the steps."""
+        steps = self.steps
+        if self.epochs is not None:
+            steps = max(1, _ceil(self.epochs * rows / self.batch_size))
+        schedule = self.schedule
+        if schedule.warmup_ratio is not None:
+            warmup_steps = _ceil(schedule.warmup_ratio * steps)
+            schedule = schedule.model_copy(update={"warmup_steps": warmup_steps, "warmup_ratio": None})
+        return self.model_copy(update={"steps": steps, "epochs": None, "schedule": schedule})
+
+
+def _ceil(value: float) -> int:
+    """Rounded up, but for the error of a float: 1.1 * 100 / 10 is 11."""
+    return math.ceil(value - 1e-9)
