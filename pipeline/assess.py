@@ -95,7 +95,7 @@ class Config(StageConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.chat.template import Chat
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.train import distributed
     from pipeline.train.finetune_data import model_folder
 
@@ -200,7 +200,7 @@ class Subject:
         from transformers import AutoConfig
 
         from pipeline.data.chat.template import Chat
-        from pipeline.data.tokens.store import load_tokenizer, use_known_padding
+        from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
         from pipeline.models.families import positions
         from pipeline.train.finetune_data import model_folder
 
@@ -240,7 +240,7 @@ def held_out_rows(config: Config, tokens: Artifact, subjects: list[Subject]) -> 
 
 def tokenizer_of_pack(tokens: Artifact):
     """The tokenizer that packed these tokens, if its folder is still where it was, else None."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     parent = tokens.manifest.get("parents", {}).get("tokenizer")
     folder = (tokens.path.parent / parent["path"]).resolve() if parent else None
@@ -252,7 +252,7 @@ def foreign(store, packed_with, subject: Subject) -> str | None:
     packed with."""
     import numpy as np
 
-    from pipeline.data.tokens.store import token_bytes
+    from pipeline.data.tokenizer.fast_tokenizer import token_bytes
 
     if subject.vocabulary < store.vocab_size:
         return f"they have {store.vocab_size} ids, the model has {subject.vocabulary}"

@@ -47,7 +47,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     from pipeline.core.terminal import say
     from pipeline.data.tokenizer import export_tokenizer
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import cost
     from pipeline.models.build import load, quiet
     from pipeline.models.transformers_4 import add_older_keys

@@ -74,8 +74,8 @@ class Config(StageConfig):
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import numpy as np
 
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.data.tokens.pack_units import meta_of
-    from pipeline.data.tokens.store import load_tokenizer
 
     began = time.time()
     folder = inputs["tokenizer"].path
@@ -126,7 +126,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 def _token_bytes(folder: Path, tokenizer):
     """Bytes of each token, int32 [vocabulary]. Raises UserError for a tokenizer whose tokens cannot be packed."""
-    from pipeline.data.tokens.store import token_bytes
+    from pipeline.data.tokenizer.fast_tokenizer import token_bytes
 
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -299,7 +299,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def read_inputs(config: Config, inputs: dict[str, Artifact]):
     """(packed tokens, their tokenizer). Raises UserError if they do not belong together, or a sample's prompt does not
     fit into a row."""
-    from pipeline.data.tokens.store import TokenStore, load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+    from pipeline.data.tokens.store import TokenStore
     from pipeline.train import samples
 
     store = TokenStore(inputs["tokens"].path)
@@ -334,7 +335,7 @@ def check_rows(config: Config, inputs: dict[str, Artifact], output: Output, stor
 def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     """The model that training starts from: new, or that of another stage or folder. Raises UserError for one that
     does not fit the tokens."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build, model_block, mup
     from pipeline.train.finetune_data import model_folder
 

@@ -117,9 +117,9 @@ class Config(StageConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.data.tokenizer.sample import draw
     from pipeline.data.tokenizer.verify_tokenizer import verify
-    from pipeline.data.tokens.store import load_tokenizer
 
     began = time.time()
     work = output.path / "work"

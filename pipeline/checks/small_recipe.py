@@ -77,7 +77,7 @@ def prepare(
     recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = False, width: int = 64, layers: int = 4
 ) -> Prepared:
     """Tokens and a config of `stage` for a proof. Raises UserError for what the recipe says wrong."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build, cost, model_block
     from pipeline.train import train_length
 

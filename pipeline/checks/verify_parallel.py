@@ -183,7 +183,7 @@ def _difference(found: list[dict], expected: list[dict], key: str) -> float:
 def _seeds(config, ready, work: Path) -> dict[str, str]:
     """One checkpoint with tied and one with untied embeddings, in the Hugging Face layout; every layout starts from
     these files."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build, model_block
     from pipeline.models.publish import publish
 

@@ -111,7 +111,7 @@ def _check_shards(node: Node, gather: _Gather) -> None:
 
 def _adopted(node: Node) -> Any:
     """The tokenizer that a stage takes over, as it will publish it, or None if its files are not here."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.tokenizer import adopt
 
     if not Path(node.config.adopt).expanduser().exists():
@@ -179,7 +179,7 @@ def _chat(node: Node, source: str, graph: dict[str, Node]) -> Any:
 
 def _tokenizer(source: str, graph: dict[str, Node]) -> Any:
     """The tokenizer of a stage's model, or of the folder of one, as far as it is there before the stage has run."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     node = graph.get(source)
     folder = Path(source) if node is None else node.output and node.output.path
