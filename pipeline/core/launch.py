@@ -60,15 +60,14 @@ def _passing_on(ranks: Ranks, stage: str):
             ranks.kill()
             return
         if number == signal.SIGINT:
-            stop.tell(f"Ctrl-C: {stage} saves what is finished and stops; Ctrl-C again ends it at once")
+            stop.print_in_handler(f"Ctrl-C: {stage} saves what is finished and stops; Ctrl-C again ends it at once")
         ranks.send(number)
 
-    previous = stop.listen(handle)
+    previous = stop.set_handlers(handle)
     try:
         yield asked
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        stop.restore_handlers(previous)
 
 
 def _judge(node: Node, codes: list[int], asked: list[int], killed: bool) -> None:

@@ -92,23 +92,23 @@ def _published(output: Output, metrics: dict) -> Artifact:
 
 
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
-    """Do the work of a stage and publish it. Whatever ends it early leaves word of why."""
-    from pipeline.train.stop import leave_word, outside, saved_step
+    """Do the work of a stage and publish it. Whatever ends it early leaves a marker that says why."""
+    from pipeline.train.stop import interruptible, saved_step, write_requeue_marker
 
     module = module_of(node.config.kind)
     if not hasattr(node.config, "watch"):
-        with outside(output, module.KEPT):
+        with interruptible(output, module.KEPT):
             return _published(output, module.run(node.config, node.inputs, output))
     from pipeline.train.heartbeat import Watch
 
-    with outside(output):
+    with interruptible(output):
         try:
             with Watch(output, node.config.watch):
                 metrics = module.run(node.config, node.inputs, output)
         except Exception as error:
             if world > 1 and not isinstance(error, UserError):
                 message = f"rank {rank} failed: {type(error).__name__}: {error}"
-                leave_word(output, "failed", saved_step(output), rank=rank, message=message)
+                write_requeue_marker(output, "failed", saved_step(output), rank=rank, message=message)
             raise
         return _published(output, metrics) if rank == 0 else None
 

@@ -173,7 +173,7 @@ class Spikes(Strict):
 
 
 class Watchdog(Strict):
-    """How long silence may last before the run is ended and put back into the queue (train/watch.py)."""
+    """How long silence may last before the run is ended and put back into the queue (train/heartbeat.py)."""
 
     hang: float = Field(600, gt=0)
     """Seconds without progress of any rank inside a step. Then the rank that the others wait for is named, stacks

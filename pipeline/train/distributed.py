@@ -68,7 +68,7 @@ def setup(config=None) -> None:
     # wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if world() > 1:
-        # The watch (train/watch.py) knows who lags and says it, so it must be the first to lose patience.
+        # The watch (train/heartbeat.py) knows who lags and says it, so it must be the first to lose patience.
         watch = getattr(config, "watch", None)
         seconds = 2 * max(watch.start, watch.hang) if watch else 0
         timeout = timedelta(seconds=max(1800, seconds))

@@ -34,7 +34,7 @@ def token_logprobs(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.T
 
 
 def next_token(outputs, labels_BT: torch.Tensor, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """(sum of cross-entropy, losses [B, T] without gradient, further sums) of logits, or of TokenLosses (head.py),
+    """(sum of cross-entropy, losses [B, T] without gradient, further sums) of logits, or of TokenLosses (chunked_loss.py),
     which were made with the same `z_loss`.
 
     z_loss * logsumexp(logits)^2 (PaLM: Chowdhery et al., 2022, section 5) is in the gradient and in the sums, but not
