@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION, StageConfig, idle
+from pipeline.core.config import EXECUTION, PlannedInput, SourceBlock, StageConfig, idle
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
@@ -27,15 +27,18 @@ from pipeline.core.seeds import derive
 from pipeline.core.terminal import many
 from pipeline.core.tracking import Progress
 from pipeline.data.chat.chat_sources import PromptSource
+from pipeline.data.chat.record_checks import check_chat_records
+from pipeline.train import planned_model
 from pipeline.train.config import Date
 
 VERSION = 2  # 2: ends of answers as generation_config.json says, rewards of foreign tokenizers, prompts that fit
 INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "ppo")}
-KEPT = "models that were measured are kept, the one in work starts over"  # of the work of a run that was stopped
 
 
 class Config(StageConfig):
     """What to measure; every model input is measured on the same rows and prompts."""
+
+    KEPT = "models that were measured are kept, the one in work starts over"
 
     sequence_length: int | None = Field(None, ge=8)
     """Tokens of one row of held-out text; none: 1024, or as many as every model has positions for."""
@@ -88,6 +91,18 @@ class Config(StageConfig):
     @classmethod
     def uses_device(cls) -> bool:
         return True
+
+    @classmethod
+    def external(cls) -> list[SourceBlock]:
+        return [SourceBlock("sources", lambda config: config.sources)]
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        if self.sequence_length and self.max_rows and "tokens" in inputs:
+            models = [model for key, model in inputs.items() if key not in ("tokens", "reward")]
+            planned_model.check_positions(models, self.sequence_length)
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        check_chat_records(self.sources, self.holdout, chat=None, measures_only=True)
 
     def optional(self) -> set[str]:
         return {"tokens"} if self.sources else set()

@@ -16,10 +16,10 @@ from pathlib import Path
 from pipeline.checks import launch
 from pipeline.checks.layouts import REFERENCE, trials, with_own
 from pipeline.checks.small_recipe import ROWS, prepare, stage_of, workplace
+from pipeline.core.artifact import software
 from pipeline.core.config import dump
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
-from pipeline.core.output import software
 from pipeline.core.recipe import Recipe
 from pipeline.core.terminal import many, say
 

@@ -20,12 +20,12 @@ for people), and further details. Exit codes do not survive launchers, so the jo
 
 import contextlib
 import os
-import re
 import signal
 import time
 from pathlib import Path
 
-from pipeline.core.errors import Stopped
+from pipeline.core.checkpoint_folder import newest_step
+from pipeline.core.errors import EXIT_INTERRUPTED, Stopped
 from pipeline.core.files import read_record, write_json
 from pipeline.core.output import Output
 from pipeline.core.partial_runs import finished_files
@@ -33,7 +33,6 @@ from pipeline.core.partial_runs import finished_files
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # Seconds in which a second Ctrl-C is taken for the first: a rank gets it from the terminal and from torchrun.
 SAME_CTRL_C = 1.0
-EXIT_INTERRUPTED = 130  # a shell's exit code for SIGINT
 
 _first_signal_at: float | None = None  # when this process was first asked to stop
 _output: Output | None = None  # of the stage that runs in this process
@@ -66,13 +65,6 @@ def write_requeue_marker(output: Output, reason: str, step: int, **details) -> N
 def saved_step(output: Output) -> int:
     """The step of the newest complete checkpoint, 0 if there is none."""
     return newest_step(output.path)
-
-
-def newest_step(path: Path) -> int:
-    """The same for the folder of an unfinished output."""
-    names = [marker.parent.name for marker in path.glob("checkpoints/step-*/complete.json")]
-    matches = [re.fullmatch(r"step-(\d+)", name) for name in names]
-    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def resume_place(output: Output) -> str:

@@ -22,7 +22,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.core.config import PlannedInput
 from pipeline.core.errors import UserError
+
+
+def planned_sources(tokens: PlannedInput) -> list[str] | None:
+    """Names of the sources in packed tokens, before they are packed; None if they are not known."""
+    if tokens.config is not None:
+        return tokens.config.planned_sources(tokens.inputs)
+    try:
+        return list(json.loads((tokens.folder / "index.json").read_text())["splits"]["train"])
+    except (OSError, ValueError, LookupError, TypeError):  # the stage that reads them reports what is wrong
+        return None
 
 
 class DamagedArray(Exception):
