@@ -16,7 +16,7 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.config import EXECUTION
 from pipeline.core.intervals import shares, unchanged
 from pipeline.core.output import Output
-from pipeline.core.terminal import many
+from pipeline.core.terminal import many, say
 from pipeline.data.chat.chat_sources import ChatSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
@@ -60,7 +60,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     encode = functools.partial(encoded_conversations, config, parent.chat, output)
     arrays, extra = encode_once(output, config, encode)
     ids, heldout_ids = arrays["train.ids"], arrays["heldout.ids"]
-    counts = finetune.Counts("conversation", len(ids), len(heldout_ids), extra["rejected"])
+    count = extra["conversations"]
+    counts = finetune.Counts("conversation", count["train"], count["heldout"], extra["rejected"])
 
     # Rows: in each epoch the conversations are packed in another order
     capacity = config.sequence_length if config.packing else None
@@ -84,6 +85,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     engine, text = finetune.build_engine(model, loss, config, work)
     fill = float(ids.lengths.sum() / (rows.per_epoch * config.sequence_length))
     finetune.say_counts(output, counts, f" in {many(rows.per_epoch, 'row')}, {fill:.0%} filled")
+    if len(ids) > counts.train:
+        say(
+            f"{output.stage}: {many(counts.train, 'conversation', ',')} to train on are {len(ids):,} sequences: the"
+            " chat template writes an earlier answer differently from the last one, so that such a conversation is"
+            " learned answer by answer, as inference will show it"
+        )
 
     # Fit and publish
     measure = functools.partial(answers, engine, parent.chat, heldout_ids, extra, config)
@@ -101,8 +108,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 
 def loss(logits, batch: dict):
-    from pipeline.train.loss import cross_entropy_sum
+    from pipeline.train.loss import cross_entropy_sum, weighted_cross_entropy_sum
 
+    if "label_weights" in batch:
+        return weighted_cross_entropy_sum(logits, batch["labels"], batch["label_weights"]), {}
     return cross_entropy_sum(logits, batch["labels"]), {}
 
 
@@ -140,7 +149,7 @@ def answers(engine, chat, heldout_ids, extra: dict, config: Config) -> dict:
             prompts,
             max_new_tokens=config.max_new_tokens,
             temperature=0,
-            stop_ids=[chat.end_id],
+            stop_ids=chat.end_ids,
             pad_id=chat.tokenizer.pad_token_id,
             seeds=[0] * len(prompts),
         )

@@ -6,17 +6,15 @@ by a launcher or by the chain goes through the same few lines (`run_stage`).
 
 import argparse
 import errno
-import functools
 import io
 import os
 import sys
 import time
-from collections.abc import Callable
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.chain_summary import result, shown_path
 from pipeline.core.config import dump
-from pipeline.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from pipeline.core.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.graph import Node, ancestors, nodes
 from pipeline.core.output import Output
@@ -25,8 +23,8 @@ from pipeline.core.recipe import Recipe, load, make_root, module_of, resolved
 from pipeline.core.status import examine_one, find_inputs, records
 from pipeline.core.terminal import keep_open, say, show
 
-# What an operating system can refuse, and what the user can do about it.
-ADVICE = {
+# What a machine can refuse, and what its user can do.
+MACHINE = {
     errno.ENOSPC: "make room or give another `output`",
     errno.EDQUOT: "make room or give another `output`",
     errno.EROFS: "give an `output` that can be written",
@@ -37,12 +35,9 @@ ADVICE = {
 }
 
 
-# ---- running a stage -------------------------------------------------------------------------------------------------
-
-
 def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = False) -> Artifact | None:
-    """Run one stage in this process, which is one rank of it, or do nothing if its output is up to date. Returns the
-    output on the main rank."""
+    """Run one stage in this process (one rank of it), or do nothing if its output is up to date. Returns the output
+    on the main rank."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     make_root(recipe)
     graph = nodes(recipe)
@@ -50,9 +45,23 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
     if node.config.run.threads:
         os.environ["OMP_NUM_THREADS"] = str(node.config.run.threads)
     node.config.check(world)
-    _examine_parents(node, graph)
+    for ancestor in [graph[other] for other in graph if other in ancestors(graph, [name]) - {name}]:
+        examine_one(ancestor, graph, running=False)
+    for source in node.parents.values():
+        parent = graph.get(source)
+        if parent is None or parent.state == "up to date" or parent.unavailable:
+            continue
+        if parent.state in ("missing", "waits"):
+            raise UserError(
+                f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run"
+                " that stage first, or the chain: alma run"
+            )
+        raise UserError(
+            f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
+            " first, or the chain: alma run"
+        )
     find_inputs(node, graph)
-    if node.absent:  # there is a published output that counts as made from them, but it cannot be made again here
+    if node.absent:  # what is published stands for them; nothing can be made again
         examine_one(node, graph, running=False)
         if restart or node.state != "up to date":
             raise UserError(
@@ -61,13 +70,7 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
         say(f"{name}: up to date ({node.reason})", rank)
         return node.output
     output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
-    output.open(
-        config=dump(node.config),
-        parents=records(node, graph),
-        restart=restart,
-        fork=fork,
-        last_step=node.config.last_step(),
-    )
+    output.open(config=dump(node.config), parents=records(node, graph), restart=restart, fork=fork)
     try:
         if output.published:
             say(f"{name}: up to date ({shown_path(output.published)})", rank)
@@ -82,71 +85,45 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
         output.close()
 
 
-def _examine_parents(node: Node, graph: dict[str, Node]) -> None:
-    """Raise UserError unless everything that a stage is made from is up to date, or at least published."""
-    needed = ancestors(graph, [node.name]) - {node.name}
-    for name, ancestor in graph.items():
-        if name in needed:
-            examine_one(ancestor, graph, running=False)
-    for source in node.parents.values():
-        parent = graph.get(source)
-        if parent is None or parent.state == "up to date" or parent.unavailable:
-            continue
-        if parent.state in ("missing", "waits"):
-            raise UserError(
-                f"stage {node.name} needs the output of {source} ({parent.folder}/current), which does not exist; run"
-                " that stage first, or the chain: alma run"
-            )
-        raise UserError(
-            f"stage {node.name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
-            " first, or the chain: alma run"
-        )
+def _published(output: Output, metrics: dict) -> Artifact:
+    artifact = output.publish(metrics)
+    say(result(artifact))
+    return artifact
 
 
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
-    """Do the work of a stage and publish it. If several ranks run and this one fails, a marker says why."""
-    from pipeline.train.stop import interruptible, saved_step, write_requeue_marker
+    """Do the work of a stage and publish it. Whatever ends it early leaves word of why."""
+    from pipeline.train.stop import leave_word, outside, saved_step
 
-    config = node.config
-    with interruptible(output, config.KEPT):
+    module = module_of(node.config.kind)
+    if not hasattr(node.config, "watch"):
+        with outside(output, module.KEPT):
+            return _published(output, module.run(node.config, node.inputs, output))
+    from pipeline.train.heartbeat import Watch
+
+    with outside(output):
         try:
-            with config.supervised(output):
-                metrics = module_of(config.kind).run(config, node.inputs, output)
+            with Watch(output, node.config.watch):
+                metrics = module.run(node.config, node.inputs, output)
         except Exception as error:
             if world > 1 and not isinstance(error, UserError):
                 message = f"rank {rank} failed: {type(error).__name__}: {error}"
-                write_requeue_marker(output, "failed", saved_step(output), rank=rank, message=message)
+                leave_word(output, "failed", saved_step(output), rank=rank, message=message)
             raise
-        if rank != 0:
-            return None
-        artifact = output.publish(metrics)
-        say(result(artifact))
-        return artifact
-
-
-# ---- the program -----------------------------------------------------------------------------------------------------
+        return _published(output, metrics) if rank == 0 else None
 
 
 def main(kind: str, argv: list[str] | None = None) -> None:
     """Entry point of a stage script: `python pipeline/KIND.py recipe.yaml [--stage NAME] [--restart|--fork]
     [key=value ...]`."""
-    # Before torch is loaded. On a busy machine spinning threads cost more than sleeping ones cost on an idle one
+    # Before torch is loaded. Spinning threads cost a busy machine more than sleeping ones cost an idle one
     # (docs/log.md, 3).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if argv is None:
         keep_open()
-    args = _arguments(kind, argv)
-    from pipeline.train import stop
-
-    die_with_launcher()
-    code = guarded(functools.partial(_main, kind, args))
-    stop.finish()
-    sys.exit(code)
-
-
-def _arguments(kind: str, argv: list[str] | None) -> argparse.Namespace:
-    description = (module_of(kind).__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog=f"pipeline/{kind}.py", description=description)
+    parser = argparse.ArgumentParser(
+        prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("recipe", help="recipe file")
     parser.add_argument(
         "overrides",
@@ -155,13 +132,17 @@ def _arguments(kind: str, argv: list[str] | None) -> argparse.Namespace:
         help="change a key of the recipe, such as pretrain.optimizer.lr=3e-4",
     )
     parser.add_argument("--stage", help=f"which stage of kind {kind}, if the recipe has several")
+    parser.add_argument("--restart", action="store_true", help="set unfinished runs of this stage aside and begin anew")
     parser.add_argument(
-        "--restart", action="store_true", help="set unfinished runs of this stage aside and start from the beginning"
+        "--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made"
     )
-    parser.add_argument(
-        "--fork", action="store_true", help="resume from the last checkpoint of a run that another recipe made"
-    )
-    return parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
+    args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
+    from pipeline.train import stop
+
+    die_with_launcher()
+    code = guarded(lambda: _main(kind, args))
+    stop.finish()
+    sys.exit(code)
 
 
 def _main(kind: str, args: argparse.Namespace) -> None:
@@ -169,26 +150,25 @@ def _main(kind: str, args: argparse.Namespace) -> None:
 
     stop.begin()  # raises Stopped if the chain was interrupted while this process was importing
     recipe = load(args.recipe, args.overrides)
-    names = [name for name, config in recipe.stages.items() if config.kind == kind]
-    if args.stage and args.stage not in names:
+    same = [name for name, config in recipe.stages.items() if config.kind == kind]
+    if args.stage and args.stage not in same:
         raise UserError(
-            f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; expected one of"
-            f" {', '.join(names) or 'none'}"
+            f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; there is"
+            f" {', '.join(same) or 'none'}"
         )
-    if not names:
+    if not same:
         raise UserError(f"{args.recipe}: has no stage of kind {kind}; it has {', '.join(recipe.stages)}")
-    if len(names) > 1 and not args.stage:
+    if len(same) > 1 and not args.stage:
         raise UserError(
-            f"{args.recipe}: has {len(names)} stages of kind {kind} ({', '.join(names)}); choose one with --stage NAME"
+            f"{args.recipe}: has {len(same)} stages of kind {kind} ({', '.join(same)}); say which with --stage NAME"
         )
-    run_stage(recipe, args.stage or names[0], restart=args.restart, fork=args.fork)
+    run_stage(recipe, args.stage or same[0], restart=args.restart, fork=args.fork)
 
 
-def guarded(action: Callable[[], None]) -> int:
-    """Run `action` and return the exit code of the process: a UserError becomes a message on stderr and exit code 2, a
-    stop by signal has its own code."""
+def guarded(action) -> int:
+    """Run `action`; a UserError becomes one sentence on stderr and exit code 2, a stop by signal its own code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
     rank = int(os.environ.get("RANK", 0))
     try:
         action()
@@ -197,13 +177,16 @@ def guarded(action: Callable[[], None]) -> int:
         if rank == 0:
             show(f"error: {error}", sys.stderr)
         else:
-            time.sleep(3)  # a launcher ends all ranks when the first one ends, so rank 0 must have printed by then
+            time.sleep(3)  # a launcher ends all ranks when the first one leaves: rank 0 must have spoken by then
         return EXIT_USER
     except OSError as error:
-        if error.errno not in ADVICE:
+        if error.errno not in MACHINE:
             raise
-        where = error.filename or "the output folder"
-        show(f"error: {where}: {error.strerror}; {ADVICE[error.errno]}, then run the same command again", sys.stderr)
+        show(
+            f"error: {error.filename or 'the output folder'}: {error.strerror}; {MACHINE[error.errno]}, then the same"
+            " command goes on",
+            sys.stderr,
+        )
         return EXIT_USER
     except Stopped as stop:
         if str(stop):
@@ -211,8 +194,8 @@ def guarded(action: Callable[[], None]) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         if rank == 0:
-            show("interrupted; finished stages are kept", sys.stderr)
-        return EXIT_INTERRUPTED
+            show("interrupted; stages that were finished are kept", sys.stderr)
+        return 130
     finally:
         if "torch.distributed" in sys.modules:
             from pipeline.train.distributed import shutdown

@@ -30,7 +30,7 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     import torch
     import transformers
 
-    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+    from pipeline.data.tokens.store import load_tokenizer
 
     model_class = getattr(transformers, model_config.architectures[0])
     with torch.device("meta"):
@@ -78,18 +78,14 @@ def generation_settings(folder: Path, tokenizer) -> dict:
 
 def stop_ids(folder: Path, tokenizer) -> list[int]:
     """Ids at which generation with the model in `folder` ends, each once: those of its generation_config.json, or else
-    of its config.json, or else the tokenizer's end of text; and the end of turn that the chat template teaches. May
+    of its config.json, or else the tokenizer's end of text; and the ends of turns that the chat template teaches. May
     be empty."""
-    from pipeline.data.chat.turns import end_of_turn
+    from pipeline.data.chat.answers import ends_of_turn
 
     candidates = [_read_json(folder / name).get("eos_token_id") for name in (GENERATION, "config.json")]
     candidates.append(tokenizer.eos_token_id)
     first = next((value for value in candidates if value is not None), None)
-    ids = _as_list(first)
-    turn_end = end_of_turn(tokenizer)
-    if turn_end is not None:
-        ids.append(turn_end)
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys([*_as_list(first), *ends_of_turn(tokenizer)]))
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -48,7 +48,7 @@ class Models:
 
     @property
     def stop_ids(self) -> list[int]:
-        return sorted({self.chat.end_id, self.chat.tokenizer.eos_token_id} - {None})
+        return sorted({*self.chat.end_ids, self.chat.tokenizer.eos_token_id} - {None})
 
     def text(self, sample: Sample) -> str:
         return self.chat.tokenizer.decode(sample.response_ids, skip_special_tokens=True)

@@ -9,65 +9,82 @@ from pipeline.core.errors import UserError
 from pipeline.core.output import Output
 from pipeline.data.chat.conversations import Conversation, load_conversations
 from pipeline.data.chat.record_accounting import Ledger
-from pipeline.data.chat.template import Chat, Encoded, cut
+from pipeline.data.chat.template import Chat, Encoded
 from pipeline.train.chunked_loss import IGNORE
 from pipeline.train.finetune_data import SPLITS, Arrays, Ragged, report_records
 
 
 def encoded_conversations(config, chat: Chat, output: Output) -> tuple[Arrays, dict]:
-    """Token rows of the conversations of both splits: `ids`, and `trained` (which of them carry loss); writes
-    report.json. For `encode_once`.
+    """Token rows of the conversations of both splits: `ids`, `trained` (which of them carry loss) and, if a record
+    gives weights, `weights` (of each token in the loss); writes report.json. For `encode_once`.
 
-    JSON: `rejected`; and of each held-out conversation `starts` (index of the last answer's first token) and `answers`
-    (rule and known answer).
+    JSON: `rejected`; `conversations` of both splits, of which some may be several rows; and of each held-out row
+    `starts` (index of the last answer's first token) and `answers` (rule and known answer).
     """
     *splits, ledger = load_conversations(config.sources, config.holdout, config.decontaminate)
     arrays: Arrays = {}
-    extra: dict = {}
+    extra: dict = {"conversations": {}}
     tokens, trained_tokens = {}, {}
     for split, conversations in zip(SPLITS, splits, strict=True):
-        usable, encoded = _encode(conversations, split, chat, config.sequence_length, config.too_long, ledger)
+        usable, rows = _encode(conversations, split, chat, config.sequence_length, config.too_long, ledger)
+        encoded = [row for several in rows for row in several]
         ids = Ragged.of([row.ids for row in encoded], np.int32)
         trained = Ragged.of([row.trained for row in encoded], np.bool_)
         arrays[f"{split}.ids"], arrays[f"{split}.trained"] = ids, trained
+        if any(row.weights is not None for row in encoded):
+            weights = [row.trained if row.weights is None else row.weights for row in encoded]
+            arrays[f"{split}.weights"] = Ragged.of(weights, np.float32)
         tokens[split], trained_tokens[split] = len(ids.values), int(trained.values.sum())
+        extra["conversations"][split] = len(usable)
         if split == "heldout":
             extra["starts"] = [row.start for row in encoded]
-            extra["answers"] = [[conversation.rule, conversation.answer] for conversation in usable]
+            extra["answers"] = _known_answers(usable, rows)
     report_records(ledger, config, output, tokens=tokens, trained_tokens=trained_tokens)
     extra["rejected"] = ledger.rejected()
     return arrays, extra
 
 
+def _known_answers(conversations: list[Conversation], rows: list[list[Encoded]]) -> list[list]:
+    """[rule, known answer] of each row: a record gives that of its last answer."""
+    known = []
+    for conversation, several in zip(conversations, rows, strict=True):
+        known += [[conversation.rule, None]] * (len(several) - 1)
+        known.append([conversation.rule, conversation.answer])
+    return known
+
+
 def _encode(
     conversations: list[Conversation], split: str, chat: Chat, sequence_length: int, too_long: str, ledger: Ledger
-) -> tuple[list[Conversation], list[Encoded]]:
-    """(conversations that can be used, their tokens); the ledger counts why the others cannot."""
-    rows: list[Encoded] = []
+) -> tuple[list[Conversation], list[list[Encoded]]]:
+    """(conversations that can be used, the rows of each); the ledger counts why the others cannot."""
+    rows: list[list[Encoded]] = []
     reasons: list[str | None] = []
-    for conversation, encoded in zip(conversations, chat.encode([row.messages for row in conversations]), strict=True):
+    for conversation, encoded in zip(conversations, chat.rows([row.messages for row in conversations]), strict=True):
         if isinstance(encoded, str):
             reasons.append(encoded)
             continue
         reason = None
-        if len(encoded.ids) > sequence_length:
+        entry = ledger.sources[conversation.source]
+        if any(len(row.ids) > sequence_length for row in encoded):
+            cut = [row.cut(sequence_length) for row in encoded]
+            encoded = [row for row in cut if row is not None]
             if too_long == "drop":
                 reason = "longer than sequence_length"
-            elif not any(encoded.trained[:sequence_length]):
+            elif not encoded:
                 reason = "its answers begin after sequence_length"
             else:
-                encoded = cut(encoded.ids[:sequence_length], encoded.trained[:sequence_length])
-                entry = ledger.sources[conversation.source]
                 entry["truncated"] = entry.get("truncated", 0) + 1
         reasons.append(reason)
         if reason is None:
             rows.append(encoded)
+            if len(encoded) > 1:
+                entry["in_several_rows"] = entry.get("in_several_rows", 0) + 1
     return ledger.keep(conversations, split, reasons), rows
 
 
 def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[int]]) -> dict:
     """A micro-batch of packed rows. rows: the conversations of each. Gives input_ids, position_ids that start at 0 in
-    each conversation, and labels, already shifted.
+    each conversation, and labels, already shifted; if records give weights, also those of the labels.
 
     There is no attention mask: without one, transformers takes the borders of conversations from the positions
     (masking_utils.find_packed_sequence_indices). With a mask of ones, conversations would see each other. Padding at
@@ -78,6 +95,8 @@ def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     labels = np.full((len(rows), length), IGNORE, np.int64)
     positions = np.zeros((len(rows), length), np.int64)
+    all_weights = arrays.get(f"{split}.weights")
+    label_weights = np.zeros((len(rows), length), np.float32)
     for number, row in enumerate(rows):
         start = 0
         for conversation in row:
@@ -86,10 +105,16 @@ def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[
             input_ids[number, start:end] = ids
             positions[number, start:end] = np.arange(len(ids))
             labels[number, start : end - 1] = np.where(trained[1:], ids[1:], IGNORE)
+            if all_weights is not None:
+                label_weights[number, start : end - 1] = all_weights[conversation][1:]
             start = end
         positions[number, start:] = np.arange(length - start)
     inputs = {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(positions), "use_cache": False}
-    return {"inputs": inputs, "weight": float((labels != IGNORE).sum()), "labels": torch.from_numpy(labels)}
+    batch = {"inputs": inputs, "weight": float((labels != IGNORE).sum()), "labels": torch.from_numpy(labels)}
+    if all_weights is not None:
+        batch["weight"] = float(label_weights.sum(dtype=np.float64))
+        batch["label_weights"] = torch.from_numpy(label_weights)
+    return batch
 
 
 def check_packing(model, token: int) -> None:

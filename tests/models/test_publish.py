@@ -9,8 +9,8 @@ from harness import succeed
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from pipeline.core.errors import UserError
-from pipeline.data.chat.turns import end_of_turn
-from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+from pipeline.data.chat.answers import ends_of_turn
+from pipeline.data.tokens.store import load_tokenizer
 from pipeline.models import build
 from pipeline.models.publish import generation_settings, publish, stop_ids
 
@@ -110,8 +110,8 @@ def test_damaged_settings_name_their_file(parent, tmp_path):
         ("{% for m in messages %}{{ m.content | trim + '<|end_of_turn|>\n' }}{% endfor %}", "<|end_of_turn|>"),
         ("{% for m in messages %}{{ '[INST] ' + m.content + ' </s>' }}{% endfor %}", "</s>"),
         ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "<|end_of_text|>"),
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", None),
-        ("{% for m in messages %}{{ m.role + '\n' + m.content }}{% endfor %}", None),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "<|end_of_text|>"),
+        ("{% for m in messages %}{{ m.role + '\n' + m.content }}{% endfor %}", "<|end_of_text|>"),
         ("{{ raise_exception('needs a system message') }}", None),
         ("{% for m in messages %}{{ m.content[0]['text'] + 1 }}{% endfor %}", None),
         (None, None),
@@ -121,8 +121,7 @@ def test_the_end_of_turn_is_the_templates(parent, template, expected):
     """Correctness 14: no token is assumed, the template shows it."""
     tokenizer = load_tokenizer(parent)
     tokenizer.chat_template = template
-    found = end_of_turn(tokenizer)
-    assert found == (None if expected is None else tokenizer.convert_tokens_to_ids(expected))
+    assert ends_of_turn(tokenizer) == ([] if expected is None else [tokenizer.convert_tokens_to_ids(expected)])
 
 
 @pytest.mark.parametrize("sentencepiece", [False, True])
@@ -130,7 +129,7 @@ def test_the_end_of_turn_is_what_is_trained(tmp_path, sentencepiece):
     from pipeline.data.chat.template import Chat
 
     tokenizer = tuned.tokenizer(tmp_path, sentencepiece)
-    assert end_of_turn(tokenizer) == Chat(tokenizer).end_id
+    assert ends_of_turn(tokenizer) == [Chat(tokenizer).end_id] == Chat(tokenizer).end_ids
 
 
 def test_export_keeps_the_settings(parent, tmp_path):

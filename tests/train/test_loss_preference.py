@@ -124,7 +124,7 @@ def test_sft(tiny, tmp_path):
     )
     inputs = batch_of(trainer)
 
-    encoded = chat.encode(conversations())
+    encoded = [row for (row,) in chat.rows(conversations())]
     arrays = {
         "train.ids": Ragged.of([row.ids for row in encoded], np.int32),
         "train.trained": Ragged.of([row.trained for row in encoded], np.bool_),

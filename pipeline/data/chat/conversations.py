@@ -39,7 +39,7 @@ from pipeline.data.sources.templates import MissingField, parse_template, render
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages up to the last answer that is trained on. An answer with `train: False` carries no loss."""
+    """Messages up to the last answer that is trained on. An answer with `weight: 0` carries no loss."""
 
     id: str
     source: str
@@ -139,7 +139,7 @@ def _conversation(source: ChatSource, name: str, record: Record, fields: dict) -
         content = _brought([message.content for message in source.messages], fields)
     if all(message["role"] != "assistant" for message in messages):
         raise Rejected("no message of the assistant")
-    while messages and (messages[-1]["role"] != "assistant" or "train" in messages[-1]):
+    while messages and (messages[-1]["role"] != "assistant" or messages[-1].get("weight") == 0):
         messages.pop()  # nothing that is learned can see it
     if not messages:
         raise Rejected("all messages of the assistant are marked not to be trained on")

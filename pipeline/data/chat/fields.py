@@ -78,7 +78,7 @@ METADATA_PATTERN = re.compile(
 )
 
 # Flags that say whether a message, or a whole record, carries loss.
-FLAGS = ("weight", "train", "loss", "training", "trainable", "loss_weight")
+FLAGS = ("weight", "train", "loss", "training", "trainable", "loss_weight", "sample_weight")
 # Reference answers say nothing about which of two answers is better.
 REFERENCES = set(
     "completion output response responses answer answers solution solutions target reference references ground_truth"

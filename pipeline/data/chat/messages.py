@@ -2,9 +2,11 @@
 completion, Alpaca's instruction + input + output, and pairs of answers. Each becomes a list of {role, content}.
 
 Text is kept as it was written, white space included. A message that is marked not to be trained on (`train: false`,
-`weight: 0`) gets `train: False`. A record with a field that changes what should be learned, and that is not supported,
+`weight: 0`) gets `weight: 0.0`. A record with a field that changes what should be learned, and that is not supported,
 is rejected (pipeline/data/chat/fields.py).
 """
+
+import math
 
 from pipeline.data.chat.fields import (
     ANSWERS,
@@ -114,27 +116,29 @@ def _complete(fields: dict, used: set[str], where: str, harmless: set[str] = fro
     )
 
 
-def _flag(value, name: str, where: str) -> bool:
-    """A flag that says whether something carries loss."""
-    if isinstance(value, str):
-        value = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}.get(
-            value.strip().lower(), value
-        )
-    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-        raise Rejected(f"{where} has `{name}`: a value other than 0 and 1 is not supported")
-    return bool(value)
+def _weight(value, name: str, where: str) -> float:
+    """The weight in the loss that a flag or a number gives."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        value = value.strip().lower() == "true"
+    try:
+        weight = float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise Rejected(f"{where} has `{name}`: expected true, false, or a number of at least 0")
+    return weight
 
 
-def _trained(fields: dict, where: str) -> bool | None:
-    """What the flags of a message or a record say, None if there are none."""
-    said = None
-    for name, value in fields.items():
-        if snake(name) in FLAGS and not empty(value):
-            flag = _flag(value, shown(name), where)
-            if said is not None and flag != said:
-                raise Rejected(f"{where} is marked both to be trained on and not")
-            said = flag
-    return said
+def _trained(fields: dict, where: str) -> float | None:
+    """The weight in the loss that the flags of a message or a record give, None if there are none."""
+    weights = [
+        _weight(value, shown(name), where)
+        for name, value in fields.items()
+        if snake(name) in FLAGS and not empty(value)
+    ]
+    if any(weights) and not all(weights):
+        raise Rejected(f"{where} is marked both to be trained on and not")
+    return math.prod(weights) if weights else None
 
 
 def _flags(fields: dict) -> set[str]:
@@ -145,8 +149,7 @@ def _flags(fields: dict) -> set[str]:
 
 
 def normalised(messages: list) -> list[dict]:
-    """Messages as {role, content}, with `train: False` where an answer is marked not to be trained on. Raises
-    Rejected."""
+    """Messages as {role, content}, with `weight` where that of an answer in the loss is not 1. Raises Rejected."""
     return [_message(message) for message in messages]
 
 
@@ -165,10 +168,10 @@ def _message(message) -> dict:
     if keys[1] not in message:
         raise Rejected("a message has no role and content")
     found = {"role": role, "content": checked_text(message[keys[1]], where)}
-    trained = _trained(message, where)
-    if role == "assistant" and trained is False:
-        found["train"] = False
-    if role != "assistant" and trained:
+    weight = _trained(message, where)
+    if role == "assistant" and weight not in (None, 1):
+        found["weight"] = weight
+    if role != "assistant" and weight:
         raise Rejected(f"{where} is marked to be trained on, and only answers are")
     return found
 
@@ -296,11 +299,19 @@ def conversation_of(record: dict, named: set[str] = frozenset()) -> list[dict]:
         )
     messages, system = _with_system(fields, messages)
     _good(fields, named)
+    _weigh(messages, _trained(fields, "the record"))
     # The rejected answer of a pair, and scores of both, say nothing about the conversation that stands beside them.
     pair = {"rejected", *(name for names in PAIR_SCORES for name in names)} if "chosen" in fields else set()
     used = used | named | system | _flags(fields) | {"label", "kto_tag"} | _repeated(fields, messages)
     _complete(fields, used, "the record", {"name"} | pair)
     return messages
+
+
+def _weigh(messages: list[dict], weight: float | None) -> None:
+    """Multiply the weights of answers by that of their record."""
+    for message in messages:
+        if message["role"] == "assistant" and weight not in (None, 1):
+            message["weight"] = message.get("weight", 1.0) * weight
 
 
 def _good(fields: dict, named: set[str]) -> None:
@@ -316,7 +327,7 @@ def _good(fields: dict, named: set[str]) -> None:
                 f"the record has `{name}` that is neither true nor false",
                 f"if it says nothing about what should be learned, give the source `ignore: [{name}]`",
             )
-    if _trained(fields, "the record") is False:
+    if _trained(fields, "the record") == 0:
         raise Rejected("the record is marked not to be trained on")
 
 
@@ -344,10 +355,10 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> tuple[list[dict], st
             answer = answers[key] = answer[len(prompt) :]
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise Rejected(f"{key} is not one message of the assistant")
-        if "train" in answer[0]:
+        if answer[0].get("weight") == 0:
             raise Rejected(f"{key} is marked not to be trained on")
     prompt, system = _with_system(fields, [_plain(message) for message in prompt])
-    if _trained(fields, "the record") is False:
+    if _trained(fields, "the record") == 0:
         raise Rejected("the record is marked not to be trained on")
     whole = [*prompt, *answers["chosen"]]
     used = used | named | system | _flags(fields) | {"chosen", "rejected", "margin"} | _ordered(fields)

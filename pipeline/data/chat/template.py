@@ -1,139 +1,152 @@
 """Conversations as token ids, by the tokenizer's own chat template, with the tokens that carry loss.
 
     chat = Chat(tokenizer)
-    # Encoded, or a reason why not
-    row = chat.encode([[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]])[0]
+    # the rows of each conversation, or a reason why it has none
+    (row,) = chat.rows([[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]])[0]
     # ids that a model answers to
     prompt = chat.prompt([{"role": "user", "content": "2+2?"}])
 
+Any template will do. Loss is on what a model generates after the prompt that waits for it: the answer and the end of
+its turn (pipeline/data/chat/answers.py). That is proved for each row: its trained tokens decode to that text.
+
 Three things differ from `tokenizer.apply_chat_template(..., return_assistant_tokens_mask=True)`, all on purpose. An
-added token spelled out in a message's text stays text, whether it is marked special or not (else a user could close
-their own turn and speak as the assistant); in an answer this holds for special tokens and those that begin or end a
-turn, and not for others such as `<think>`, which the model writes itself. What follows the last token that carries loss
-is cut off, because no token that counts can see it. And a template that writes today's date writes a fixed one, so that
-the same records give the same tokens on every day.
+added token spelled out in a message's text stays text (pipeline/data/chat/quoting.py). What follows the last token that
+carries loss is cut off, because no token that counts can see it. And a template that writes today's date writes a fixed
+one, so that the same records give the same tokens on every day.
 """
 
-import datetime
 import json
-import re
-from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from pipeline.core.errors import UserError
-from pipeline.data.chat.turns import end_of_turn
+from pipeline.data.chat.answers import Answers, Row
+from pipeline.data.chat.quoting import Quoting
+from pipeline.data.chat.rendering import Dialogue, Template, Unusable
+from pipeline.data.tokenizer.encode import alphabet
 
-# Stand-ins for special tokens, from a private-use plane of Unicode: two characters for each token, so that a string
-# keeps its length.
-PRIVATE = 0xF0000
 # Contents of the messages that show what a template writes around them: private-use characters, which no template has.
 PROBES = [chr(0x10FFF1 + index) for index in range(3)]
-# The date that a template gets where it asks for today's. Llama 3.2's template itself falls back on this day.
-DATE = "2024-07-26"
+BATCH = 1000  # texts that are encoded at a time
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation."""
+    """One row: a conversation up to the end of one of its answers."""
 
     ids: list[int]
-    """Token ids; the last one is the end of the last assistant turn."""
+    """Token ids; the last one is the end of an assistant's turn."""
     trained: list[bool]
-    """Same length: is this token the assistant's (its answer and the end of its turn)?"""
+    """Same length: does this token carry loss (an answer's, or the end of its turn)?"""
+    weights: list[float] | None = None
+    """Same length: the weight of each token in the loss; None if all that carry loss have 1."""
 
     @property
     def start(self) -> int:
-        """Where the last assistant turn begins: `ids[:start]` is the prompt that it answers."""
+        """Where the last answer begins: `ids[:start]` is the prompt that it answers."""
         end = len(self.trained)
         while end and self.trained[end - 1]:
             end -= 1
         return end
 
+    def cut(self, length: int) -> "Encoded | None":
+        """The first `length` tokens; None if none of them carries loss."""
+        if not any(self.trained[:length]):
+            return None
+        weights = None if self.weights is None else self.weights[:length]
+        return Encoded(self.ids[:length], self.trained[:length], weights)
+
 
 class Chat:
-    """The chat template of a tokenizer, checked once: it must mark what the assistant says, the end of its turn
-    included. With trained=False for questions and answers that nothing is learned from: any template will do, and
-    `end_id` is None where it writes no end of a turn."""
+    """The chat template of a tokenizer, checked once. With trained=False for questions and answers that nothing is
+    learned from: a template whose answers have no end will do, and `end_id` is then None."""
 
     def __init__(self, tokenizer, trained: bool = True, date: str | None = None):
-        """`date` is what a template is given that asks for today's date: YYYY-MM-DD, by default DATE. Raises
+        """`date` is what a template is given that asks for today's date: YYYY-MM-DD, by default 2024-07-26. Raises
         UserError for a tokenizer or a template that cannot be used."""
         self.tokenizer = tokenizer
-        self.date = datetime.date.fromisoformat(date or DATE)
-        self.writes_date = False
-        """Whether the template has asked for the date."""
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not tokenizer.is_fast:
             raise UserError(
                 f"{name}: has no tokenizer.json; a fast tokenizer is needed, for the tokens that carry loss are found"
                 " by character offsets"
             )
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"{name}: has no chat template; use a tokenizer made by stage `tokenizer`, or add chat_template.jinja"
-            )
-        self._template = self._compiled(name)
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        quotable = _quotable(tokenizer, backend)
-        self._spelled = _any_of(quotable)
-        # stands for the text of a token
-        self._quoted = {token: chr(PRIVATE + 2 * i) * len(token) for i, token in enumerate(quotable)}
-        # stands for the token itself
-        self._named = {token: chr(PRIVATE + 2 * i + 1) * len(token) for i, token in enumerate(quotable)}
-        self._texts = {stand_in: token for token, stand_in in self._quoted.items()}
-        self._text_of = _any_of(self._texts)
-        self._private = re.compile(f"[{chr(PRIVATE)}-{chr(PRIVATE + 2 * len(quotable) + 1)}]")
-        self._renamed = _renamed(tokenizer, backend, self._named)
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        markers = self._markers()
-        self._spelled_in_answers = _any_of([token for token in quotable if token in special | markers])
-        if trained:
-            self._probe(name)
-        else:
-            self._cuttable, self.end_id = False, end_of_turn(tokenizer)
+        self._template = Template(tokenizer, date)
+        self._quoting = Quoting(tokenizer)
+        self._encoder = self._quoting.tokenizer
+        self._decode = decoder_of(tokenizer)
+        self._normalizer = tokenizer.backend_tokenizer.normalizer
+        self._answers: Answers | None = None
+        self._cuttable = False
+        self.end_id: int | None = None
+        """Token that ends the assistant's turn."""
+        self.end_ids: list[int] = []
+        """Tokens that end a turn of the assistant: `end_id` first, then that of turns that call tools."""
+        try:
+            self._answers = Answers.of(tokenizer, self._template)
+            self._quoting.let_answers_write(self._markers())
+            self._probe()
+            self.end_ids = self._answers.end_ids(tokenizer)
+            self.end_id = self.end_ids[0]
+        except Unusable as error:
+            if trained:
+                raise UserError(f"{name}: its chat template cannot be trained with: {error}") from None
+            self._answers = None
 
-    def encode(self, conversations: list[list[dict]]) -> list[Encoded | str]:
-        """Ids and mask of each conversation, or the reason why it cannot be trained on."""
-        found: list[Encoded | str] = []
-        rendered: list[tuple[str, list]] = []
-        for messages in conversations:
-            try:
-                rendered.append(self._render(messages))
-                found.append("")
-            except _Unusable as error:
-                rendered.append(("", []))
-                found.append(str(error))
-        encodings = self._renamed.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        for row, (encoding, (text, spans)) in enumerate(zip(encodings, rendered, strict=True)):
-            if not found[row]:
-                try:
-                    found[row] = cut(*self._ids(encoding, text, spans))
-                except _Unusable as error:
-                    found[row] = str(error)
-        return found
+    @property
+    def date(self):
+        """What a template is given that asks for today's date."""
+        return self._template.date
 
-    def prompt(self, messages: list[dict]) -> list[int]:
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template has asked for the date."""
+        return self._template.writes_date
+
+    def rows(self, conversations: list[list[dict] | Dialogue]) -> list[list[Encoded] | str]:
+        """The rows of each conversation, in which each of its answers carries loss once, or the reason why it cannot
+        be trained on. More than one where the template writes an answer differently once it is history."""
+        return self._encoded(conversations, lambda dialogue: self._answers.rows(dialogue))
+
+    def encode(self, conversations: list[list[dict] | Dialogue]) -> list[Encoded | str]:
+        """The last message of each conversation, an answer, which alone carries loss, after the prompt that it
+        answers; or the reason why it cannot be trained on."""
+
+        def last(dialogue: Dialogue) -> list[Row]:
+            *before, answer = dialogue.messages
+            unweighted = {key: value for key, value in answer.items() if key != "weight"}
+            return [self._answers.row(replace(dialogue, messages=[*before, unweighted]), len(before))]
+
+        return [rows if isinstance(rows, str) else rows[0] for rows in self._encoded(conversations, last)]
+
+    def prompt(self, messages: list[dict] | Dialogue) -> list[int]:
         """Ids of a conversation that waits for the assistant. Raises ValueError if it cannot be written with this
         template."""
         try:
-            text, spans = self._render(messages, add_generation_prompt=True)
-            return self._ids(self._renamed.encode(text, add_special_tokens=False), text, spans)[0]
-        except _Unusable as error:
+            dialogue = self._quoting.dialogue(_dialogue(messages))
+            if self._answers is None:
+                text = self._template.write(dialogue, generation_prompt=True)[0]
+            else:
+                text = self._answers.prompt(dialogue)
+        except Unusable as error:
             raise ValueError(str(error)) from None
+        return self._encode(self._quoting.named(text))
 
-    def answered(self, asked: list[dict], answer: str, ended: bool) -> list[int]:
+    def answered(self, asked: list[dict] | Dialogue, answer: str, ended: bool) -> list[int]:
         """Ids of a prompt and its answer, as a reward model reads them. An answer that was cut off (`ended` false)
-        stays open; one that ended is followed by the end of its turn or, where the template has no generation marks, by
-        all that the template writes. Raises ValueError if the template cannot write it."""
+        stays open; one that ended is followed by the end of its turn or, where the template has none, by all that the
+        template writes. Raises ValueError if the template cannot write it."""
+        asked = _dialogue(asked)
         try:
-            text, spans = self._render([*asked, {"role": "assistant", "content": answer}])
-        except _Unusable as error:
+            said = self._quoting.named(self._quoting.text(answer))
+            if ended and self.end_id is None:
+                messages = [*asked.messages, {"role": "assistant", "content": answer}]
+                dialogue = self._quoting.dialogue(Dialogue(messages, asked.tools, asked.options))
+                text = self._quoting.named(self._template.write(dialogue)[0])
+                return self._encode(text)
+        except Unusable as error:
             raise ValueError(str(error)) from None
-        if ended and not spans:
-            return self._renamed.encode(text, add_special_tokens=False).ids
-        said = self._restored(self._quote({"role": "assistant", "content": answer})["content"])
-        ids = self._renamed.encode(said, add_special_tokens=False).ids
-        return [*self.prompt(asked), *ids, *([self.end_id] if ended and self.end_id is not None else [])]
+        return [*self.prompt(asked), *self._encode(said), *([self.end_id] if ended else [])]
 
     def reads_like(self, other: "Chat") -> bool:
         """Do both read every conversation as the same ids?"""
@@ -144,100 +157,84 @@ class Chat:
         rules = {key: value for key, value in spec.items() if key not in ("truncation", "padding")}
         return rules, self.tokenizer.chat_template, self.tokenizer.special_tokens_map
 
-    def _ids(self, encoding, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """A token carries loss if it lies in a span. None may reach over the edge of one (a newline of the template
-        joined with the answer's first word): the model, asked for an answer, would not see that token. Such a text
-        is encoded in pieces, cut at the edges."""
-        starts = [offset[0] for offset in encoding.offsets]
-        edges = sorted({edge for span in spans for edge in span if 0 < edge < len(text)})
-        before = [bisect_left(starts, edge) - 1 for edge in edges]
-        if any(index >= 0 and encoding.offsets[index][1] > edge for index, edge in zip(before, edges, strict=True)):
-            if not self._cuttable:
-                raise _Unusable("a token reaches over the edge of an answer")
-            return self._pieces(text, spans, edges)
-        trained = [False] * len(starts)
-        for begin, end in spans:
-            first, last = bisect_left(starts, begin), bisect_left(starts, end)
-            trained[first:last] = [True] * (last - first)
-        return encoding.ids, trained
+    # ---- rows --------------------------------------------------------------------------------------------------------
 
-    def _pieces(self, text: str, spans: list[tuple[int, int]], edges: list[int]) -> tuple[list[int], list[bool]]:
-        ids, trained = [], []
-        for begin, end in zip([0, *edges], [*edges, len(text)], strict=True):
-            piece = self._renamed.encode(text[begin:end], add_special_tokens=False).ids
-            ids += piece
-            trained += [any(span[0] <= begin and end <= span[1] for span in spans)] * len(piece)
-        return ids, trained
+    def _encoded(self, conversations, rows_of) -> list[list[Encoded] | str]:
+        results: list[list[Encoded] | str] = []
+        written: list[tuple[int, Row]] = []
+        for index, conversation in enumerate(conversations):
+            try:
+                rows = rows_of(self._quoting.dialogue(_dialogue(conversation)))
+                results.append([])
+                written += [(index, row) for row in rows]
+            except Unusable as error:
+                results.append(str(error))
+        for index, encoded in self._tokens(written):
+            if isinstance(encoded, str):
+                results[index] = encoded
+            elif not isinstance(results[index], str):
+                results[index].append(encoded)
+        return results
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The template's text, added tokens under their stand-ins, and the character spans that carry loss."""
-        if any(self._private.search(message["content"]) for message in messages):
-            raise _Unusable("holds private-use characters that stand for special tokens")
-        text, spans = self._written([self._quote(message) for message in messages], add_generation_prompt)
-        text = self._restored(text)
-        answers = [message for message in messages if message["role"] == "assistant"]
-        if all("train" not in answer for answer in answers):
-            return text, spans
-        if len(spans) != len(answers):
-            raise _Unusable(
-                "has answers that are not to be trained on, and the chat template does not mark each answer"
-            )
-        return text, [span for span, answer in zip(spans, answers, strict=True) if answer.get("train", True)]
+    def _tokens(self, written: list[tuple[int, Row]]) -> Iterator[tuple[int, Encoded | str]]:
+        for start in range(0, len(written), BATCH):
+            batch = written[start : start + BATCH]
+            texts = [self._quoting.named(row.text) for _, row in batch]
+            encodings = self._encoder.encode_batch(texts, add_special_tokens=False)
+            tokenized = [
+                self._ids(encoding, text, row.spans)
+                for (_, row), text, encoding in zip(batch, texts, encodings, strict=True)
+            ]
+            proofs = self._proofs([row for _, row in batch], tokenized)
+            for (index, _), (ids, spans), proof in zip(batch, tokenized, proofs, strict=True):
+                yield index, proof or _encoded(ids, spans)
 
-    def _restored(self, text: str) -> str:
-        """Text with stand-ins for the tokens in it, and as it was spelled where those of _quote are."""
-        text = self._spelled.sub(lambda found: self._named[found[0]], text)
-        return self._text_of.sub(lambda found: self._texts[found[0]], text)
+    def _ids(self, encoding, text: str, spans: list[tuple[int, int, float]]) -> tuple[list[int], list]:
+        """(ids, spans of them that carry loss: first, after the last, weight). No token may reach over the edge of a
+        span (a newline of the template joined with the answer's first word): the model, asked for an answer, would not
+        see that token. Such a text is encoded in pieces, cut at the edges; no ids if it cannot be."""
+        ids = encoding.ids
+        token_spans = []
+        for begin, end, weight in spans:
+            first, last = _token_at(encoding, begin, len(ids)), _token_at(encoding, end, len(ids))
+            if first is None or last is None:
+                return self._pieces(text, spans) if self._cuttable else ([], [])
+            token_spans.append((first, last, weight))
+        return ids, token_spans
 
-    def _quote(self, message: dict) -> dict:
-        """Role and content of a message, with stand-ins for the added tokens that its text spells."""
-        spelled = self._spelled_in_answers if message["role"] == "assistant" else self._spelled
-        content = spelled.sub(lambda found: self._quoted[found[0]], message["content"])
-        return {"role": message["role"], "content": content}
+    def _pieces(self, text: str, spans: list[tuple[int, int, float]]) -> tuple[list[int], list]:
+        ids, token_spans, at = [], [], 0
+        for begin, end, weight in spans:
+            before, said = self._encode(text[at:begin]), self._encode(text[begin:end])
+            first = len(ids) + len(before)
+            ids += before + said
+            token_spans.append((first, len(ids), weight))
+            at = end
+        return ids, token_spans
 
-    def _written(self, messages: list[dict], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        """What the template makes of messages, and the spans of its generation marks. Raises _Unusable."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+    def _encode(self, text: str) -> list[int]:
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
-        try:
-            return _render_with_assistant_indices(
-                compiled_template=self._template,
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except TemplateError as error:
-            raise _Unusable(f"the chat template refuses it: {error}") from None
-        except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # what a template computes may fail
-            raise _Unusable(f"the chat template fails on it: {type(error).__name__}: {error}") from None
+    def _proofs(self, rows: list[Row], tokenized: list[tuple[list[int], list]]) -> list[str | None]:
+        """Why a row is no good, or None where the tokens that carry loss decode to the text that should."""
+        said = [sum((ids[first:last] for first, last, _ in spans), []) for ids, spans in tokenized]
+        texts = self._decode(said)
+        return [
+            self._proof(row, text) if spans else "a token reaches over the edge of an answer"
+            for row, text, (_, spans) in zip(rows, texts, tokenized, strict=True)
+        ]
 
-    def _compiled(self, name: str):
-        """The tokenizer's template as transformers compiles it, but with a fixed date. Raises UserError."""
-        from jinja2 import TemplateError, nodes
-        from transformers.utils.chat_template_utils import _compile_jinja_template
+    def _proof(self, row: Row, decoded: str) -> str | None:
+        expected = "".join(self._quoting.plain(row.text[begin:end]) for begin, end, _ in row.spans)
+        if decoded == expected:
+            return None
+        if self._normalizer is not None:  # NFC, for example; sentencepiece's writes a space as ▁
+            expected = self._normalizer.normalize_str(expected).replace("▁", " ")
+        if decoded.lstrip(" ") == expected.lstrip(" "):  # sentencepiece puts a space in front of a text
+            return None
+        return "the tokens of its answers do not decode to their text: the tokenizer lacks a character of it"
 
-        def strftime_now(form: str) -> str:
-            self.writes_date = True
-            return self.date.strftime(form)
-
-        try:
-            source = self.tokenizer.get_chat_template()
-        except ValueError:
-            raise UserError(
-                f"{name}: has several chat templates ({', '.join(sorted(self.tokenizer.chat_template))}) and none of"
-                " them is called default; leave the one to train with in chat_template.jinja"
-            ) from None
-        try:
-            environment = _compile_jinja_template(source).environment
-            filters = {node.name for node in environment.parse(source).find_all(nodes.Filter)}
-        except TemplateError as error:
-            raise UserError(f"{name}: its chat template is no valid Jinja: {error}") from None
-        if "random" in filters:
-            raise UserError(f"{name}: its chat template draws at random, so that rows would differ from run to run")
-        return environment.from_string(source, globals={"strftime_now": strftime_now})
+    # ---- what is checked once ----------------------------------------------------------------------------------------
 
     def _markers(self) -> set[str]:
         """Added tokens that begin or end a turn: all that the template writes in front of a user's message, and the
@@ -245,103 +242,70 @@ class Chat:
         changes or refuses the probing messages, all that there are."""
         roles = ("user", "assistant", "user")
         messages = [{"role": role, "content": content} for role, content in zip(roles, PROBES, strict=True)]
+        spelled = self._quoting.spelled
         try:
-            text, _ = self._written(messages, add_generation_prompt=False)
-        except _Unusable:
-            return set(self._quoted)
+            text, _ = self._template.write(Dialogue(messages))
+        except Unusable:
+            return set(self.tokenizer.get_added_vocab())
         before, asked, rest = text.partition(PROBES[0])
         header, answered, rest = rest.partition(PROBES[1])
         between, again, _ = rest.partition(PROBES[2])
         if not (asked and answered and again):
-            return set(self._quoted)
-        return {*self._spelled.findall(before), *self._spelled.findall(header)[:1], *self._spelled.findall(between)}
+            return set(self.tokenizer.get_added_vocab())
+        return {*spelled.findall(before), *spelled.findall(header)[:1], *spelled.findall(between)}
 
-    def _probe(self, name: str) -> None:
-        messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-        try:
-            text, spans = self._render(messages)
-        except _Unusable as error:
-            raise UserError(f"{name}: its chat template cannot be trained with: {error}") from None
-        whole = self._renamed.encode(text, add_special_tokens=False).ids
+    def _probe(self) -> None:
+        """Raise Unusable if a question and its answer cannot be trained on."""
+        dialogue = Dialogue([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
+        row = self._answers.row(dialogue, 1)
+        if not row.spans:
+            raise Unusable(
+                "it has generation marks, and none of them is around an answer. Put what the assistant says between"
+                " {% generation %} and {% endgeneration %}, or remove the marks"
+            )
         # Some tokenizers write the beginning of a text differently (a space in front): their texts cannot be cut.
-        edges = [edge for span in spans for edge in span if 0 < edge < len(text)]
-        self._cuttable = self._pieces(text, spans, edges)[0] == whole
-        row = self.encode([messages])[0]
-        if isinstance(row, str):
-            raise UserError(
-                f"{name}: its chat template cannot be trained with: {row}. It must put what the assistant says, the end"
-                " of its turn included, between {% generation %} and {% endgeneration %}"
-            )
-        self.end_id = row.ids[-1]
-        """Token that ends the assistant's turn."""
-        if (
-            self.end_id not in self.tokenizer.added_tokens_decoder
-            or not self.tokenizer.added_tokens_decoder[self.end_id].special
-        ):
-            raise UserError(
-                f"{name}: by its chat template the last token that carries loss is"
-                f" {self.tokenizer.convert_ids_to_tokens(self.end_id)!r}, which is no special token: the model would"
-                " never learn to end its turn. Move the end-of-turn token to before {% endgeneration %}"
-            )
-        if row.ids[: row.start] != self.prompt(messages[:1]):
-            raise UserError(
-                f"{name}: its chat template writes a prompt that waits for an answer differently from one that has it;"
-                " the model would be asked what it was never taught"
-            )
+        self._cuttable = any(
+            self._encode(f"{mark}two") == [*self._encode(mark), *self._encode("two")] for mark in "\n>:"
+        )
+        encoded = self.rows([dialogue])[0]
+        if isinstance(encoded, str):
+            raise Unusable(encoded)
 
 
-class _Unusable(Exception):
-    """Why a conversation cannot be encoded."""
+def decoder_of(tokenizer) -> Callable[[list[list[int]]], list[str]]:
+    """What turns rows of ids into texts, special tokens included. Of a byte-level tokenizer by a table of bytes, which
+    takes a tenth of the time of its own decoder."""
+    backend = tokenizer.backend_tokenizer
+    if (json.loads(backend.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+        return lambda rows: backend.decode_batch(rows, skip_special_tokens=False)
+    byte_of = alphabet()
+    table = {}
+    for token, index in backend.get_vocab(with_added_tokens=True).items():
+        table[index] = bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode()
+    for index, token in tokenizer.added_tokens_decoder.items():
+        table[index] = token.content.encode()
+    return lambda rows: [b"".join([table[index] for index in row]).decode(errors="replace") for row in rows]
 
 
-def cut(ids: list[int], trained: list[bool]) -> Encoded | str:
-    """Without what follows the last token that carries loss."""
-    if not any(trained):
-        return "no token of it carries loss: the chat template marks none as the assistant's"
-    length = len(ids) - trained[::-1].index(True)
-    return Encoded(ids[:length], trained[:length])
+def _dialogue(conversation: list[dict] | Dialogue) -> Dialogue:
+    return conversation if isinstance(conversation, Dialogue) else Dialogue(conversation)
 
 
-def _any_of(texts) -> re.Pattern:
-    """A pattern that finds any of `texts`, the longest first; of none, nothing."""
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
+def _token_at(encoding, place: int, count: int) -> int | None:
+    """The token of an encoding of `count` tokens that begins at a character; None if none does."""
+    token = encoding.char_to_token(place)
+    if token is None:  # the end of the text, or white space that the tokenizer drops
+        before = encoding.offsets[-1][1] if count else 0
+        return count if place >= before else None
+    return token if encoding.token_to_chars(token)[0] == place else None
 
 
-def _quotable(tokenizer, backend: dict) -> list[str]:
-    """Added tokens that text must not become by spelling them. All but two kinds, which are ordinary text: runs of
-    white space, and what the merges of the vocabulary make of text anyway (Gemma's tokenizer has both)."""
-    merged = set()
-    for merge in backend["model"].get("merges", []):
-        merged.add("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1))
-    return [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or not (token.content.isspace() or token.content in merged)
-    ]
-
-
-def _renamed(tokenizer, backend: dict, names: dict[str, str]):
-    """The same tokenizer with other spellings of some added tokens, so that text that spells one of the old ones is
-    text.
-
-    The merges, the normaliser and the way in which added tokens split a text stay the tokenizer's own: ids of
-    ordinary text are equal. `backend` is its tokenizer.json.
-    """
-    from tokenizers import Tokenizer
-
-    spec = {**backend, "model": dict(backend["model"])}
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in names}
-    spec["added_tokens"] = [
-        {**token, "content": names.get(token["content"], token["content"])} for token in backend["added_tokens"]
-    ]
-    vocabulary = spec["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        spec["model"]["vocab"] = {names.get(token, token): index for token, index in vocabulary.items()}
-    else:  # Unigram: [token, score]
-        spec["model"]["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
-    if spec["model"].get("unk_token") in names:
-        spec["model"]["unk_token"] = names[spec["model"]["unk_token"]]
-    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-    renamed = Tokenizer.from_str(json.dumps(spec))
-    assert all(renamed.token_to_id(names[token]) == index for token, index in ids.items()), "an added token lost its id"
-    return renamed
+def _encoded(ids: list[int], spans: list[tuple[int, int, float]]) -> Encoded:
+    """A row without what follows the last token that carries loss."""
+    length = spans[-1][1]
+    trained, weights = [False] * length, [0.0] * length
+    for first, last, weight in spans:
+        trained[first:last] = [True] * (last - first)
+        weights[first:last] = [weight] * (last - first)
+    plain = all(weight == 1 for _, _, weight in spans)
+    return Encoded(ids[:length], trained, None if plain else weights)

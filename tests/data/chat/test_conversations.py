@@ -295,7 +295,7 @@ def test_ids_and_mask_are_the_templates(tokenizer):
             turns += [{"role": "user", "content": next(said)}, {"role": "assistant", "content": next(said)}]
         conversations.append(turns)
     equal = 0
-    for turns, row in zip(conversations, chat.encode(conversations), strict=True):
+    for turns, (row,) in zip(conversations, chat.rows(conversations), strict=True):
         oracle = tokenizer.apply_chat_template(
             turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -501,7 +501,7 @@ def test_templates_that_differ_from_run_to_run_are_refused(tmp_path):
     template = tokenizer.chat_template
     for added, message in (
         ("{{ ['a', 'b'] | random }}", "draws at random"),
-        ("{% if %}", "no valid Jinja"),
+        ("{% if %}", "not valid Jinja"),
         ("{{ raise_exception('no') }}", "cannot be trained with: the chat template refuses it: no"),
         ("{{ 1 / 0 }}", "fails on it: ZeroDivisionError"),
     ):
@@ -521,17 +521,16 @@ def changed(tokenizer, old, new):
 
 def test_templates_that_cannot_teach_are_refused(tokenizer):
     for old, new, message in [
+        ("{{- message['content'] + '<|im_end|>' -}}", "{{- 'x' -}}", "does not write what the messages say"),
         (
             "{% generation %}{{- message['content'] + '<|im_end|>' -}}{% endgeneration %}",
-            "{{- message['content'] + '<|im_end|>' -}}",
-            "no token of it carries loss",
+            "{% generation %}{% endgeneration %}{{- message['content'] + '<|im_end|>' -}}",
+            "none of them is around an answer",
         ),
-        (
-            "+ '<|im_end|>' -}}{% endgeneration %}",
-            "-}}{% endgeneration %}{{- '<|im_end|>' -}}",
-            "never learn to end its turn",
-        ),
+        ("'<|im_end|>'", "'<|fin|>'", r"ends an answer with '<\|fin\|>', which is not a token of the tokenizer"),
         ("{{- '<|im_start|>assistant\\n' -}}", "{{- '<|im_start|>assistant: ' -}}", "differently from one that has it"),
+        ("{%- endfor -%}", "{%- endfor -%}{% if x %}", r"not valid Jinja: .* \(line \d+ of the template\)"),
+        ("{%- endfor -%}", "{%- endfor -%}\n{{ 'x' + 1 }}", r"TypeError: .* \(line 10 of the template\)"),
     ]:
         with pytest.raises(UserError, match=message):
             Chat(changed(tokenizer, old, new))
@@ -540,6 +539,18 @@ def test_templates_that_cannot_teach_are_refused(tokenizer):
         setattr(other, key, value)
         with pytest.raises(UserError, match=message):
             Chat(other)
+
+
+def test_marks_say_what_of_an_answer_is_learned(tokenizer):
+    """Where the marks leave out the end of the turn, or the template has none, the end is learned all the same."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    alone = Chat(tokenizer).rows([turns])
+    marked = "{% generation %}{{- message['content'] + '<|im_end|>' -}}{% endgeneration %}"
+    for new in (
+        "{{- message['content'] + '<|im_end|>' -}}",
+        "{% generation %}{{- message['content'] -}}{% endgeneration %}{{- '<|im_end|>' -}}",
+    ):
+        assert Chat(changed(tokenizer, marked, new)).rows([turns]) == alone
 
 
 def test_a_template_that_refuses_a_row(tokenizer):
@@ -551,9 +562,8 @@ def test_a_template_that_refuses_a_row(tokenizer):
     )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     fine, refused = Chat(strict).encode([turns, [{"role": "system", "content": "s"}, *turns]])
-    assert (
-        fine.ids == Chat(tokenizer).encode([turns])[0].ids and refused == "the chat template refuses it: no system here"
-    )
+    assert fine.ids == Chat(tokenizer).encode([turns])[0].ids
+    assert refused == "the chat template refuses it: no system here (line 1 of the template)"
 
 
 def test_lists_of_texts_in_templates_have_a_separator(tmp_path):

@@ -87,8 +87,8 @@ def answer(**fields):
         ),
         (answer(content=["a", "b"]), "a message of the assistant is no text"),
         # what carries loss
-        (answer(weight=0.5), "a message of the assistant has `weight`: a value other than 0 and 1"),
-        (answer(weight="much"), "a message of the assistant has `weight`: a value other"),
+        (answer(weight=-0.5), "a message of the assistant has `weight`: expected true, false, or a number of at least"),
+        (answer(weight="much"), "a message of the assistant has `weight`: expected"),
         (answer(weight=0, train=True), "a message of the assistant is marked both"),
         (answer(train=False), "all messages of the assistant are marked not to be trained on"),
         (
@@ -99,7 +99,10 @@ def answer(**fields):
         ({"messages": [{**ASKED, "train": True}, ANSWERED]}, "a message of the user is marked to be trained on"),
         ({"messages": TURNS, "weight": 0}, "the record is marked not to be trained on"),
         ({"messages": TURNS, "loss_mask": [0, 1]}, "the record has `loss_mask` (which tokens carry loss)"),
-        ({"messages": TURNS, "sample_weight": 2.0}, "the record has `sample_weight`, and nobody knows"),
+        (
+            {"messages": TURNS, "sample_weight": -2.0},
+            "the record has `sample_weight`: expected true, false, or a number",
+        ),
         # how good it is
         ({"messages": TURNS, "label": False}, "`label` is false: a bad answer"),
         ({"prompt": "q", "completion": "a", "label": False}, "`label` is false: a bad answer"),
@@ -216,7 +219,7 @@ def test_metadata_and_empty_fields_do_not(tmp_path):
     rows, ledger = loaded(tmp_path / "a.jsonl", records)
     assert {place for place in range(1, 9) if place not in rows} == {3}  # the conversation of the first, again
     assert list(ledger.sources["s"]["rejected"]) == ["duplicate"]
-    assert all("train" not in message for row in rows.values() for message in row.messages)
+    assert all("weight" not in message for row in rows.values() for message in row.messages)
 
 
 def test_ignored_fields_are_read_as_though_they_were_not_there(tmp_path):
@@ -304,7 +307,7 @@ def test_a_message_marked_not_to_be_trained_on_carries_no_loss(tmp_path, flag):
     }
     rows, _ = loaded(tmp_path / "a.jsonl", [record])
     assert len(rows[1].messages) == 4  # nothing that is learned can see what follows
-    (row,) = Chat(tokenizer).encode([rows[1].messages])
+    ((row,),) = Chat(tokenizer).rows([rows[1].messages])
     assert (
         tokenizer.decode([token for token, trained in zip(row.ids, row.trained, strict=True) if trained])
         == "animal<|im_end|>"
@@ -312,20 +315,27 @@ def test_a_message_marked_not_to_be_trained_on_carries_no_loss(tmp_path, flag):
     plain = [{key: message[key] for key in ("role", "content")} for message in rows[1].messages]
     assert row.ids == Chat(tokenizer).encode([plain])[0].ids
     # in another order the first is learned alone, and the second is cut off
-    flipped = [{"role": "user", "content": "q"}, ANSWERED, ASKED, {**ANSWERED, "content": "b", "train": False}]
-    (row,) = Chat(tokenizer).encode([flipped])
+    flipped = [{"role": "user", "content": "q"}, ANSWERED, ASKED, {**ANSWERED, "content": "b", "weight": 0.0}]
+    ((row,),) = Chat(tokenizer).rows([flipped])
     assert row.ids == Chat(tokenizer).encode([flipped[:2]])[0].ids
 
 
-def test_a_template_that_does_not_mark_each_answer_cannot_leave_one_out(tmp_path):
-    """correctness 2"""
+def test_weights_of_messages_and_records_reach_the_tokens(tmp_path):
+    """A weight of an answer, times that of its record, is the weight of each of its tokens in the loss."""
     tokenizer = tuned.tokenizer(tmp_path)
-    tokenizer.chat_template = "{% generation %}{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}{% endgeneration %}"
-    chat = object.__new__(Chat)  # such a template is refused; what a row says must not depend on that
-    with pytest.raises(UserError):
-        chat.__init__(tokenizer)
-    (found,) = chat.encode([[ASKED, {**ANSWERED, "train": False}, ASKED, ANSWERED]])
-    assert found.startswith("has answers that are not to be trained on")
+    record = {
+        "messages": [ASKED, {**ANSWERED, "weight": 0.5}, ASKED, {"role": "assistant", "content": "b"}],
+        "sample_weight": "3",
+    }
+    rows, _ = loaded(tmp_path / "a.jsonl", [record])
+    ((row,),) = Chat(tokenizer).rows([rows[1].messages])
+    plain = [{key: message[key] for key in ("role", "content")} for message in rows[1].messages]
+    ((oracle,),) = Chat(tokenizer).rows([plain])
+    assert (row.ids, row.trained) == (oracle.ids, oracle.trained) and oracle.weights is None
+    weights = [weight for weight, trained in zip(row.weights, row.trained, strict=True) if trained]
+    first = len(tokenizer.encode("a", add_special_tokens=False)) + 1
+    assert weights == [1.5] * first + [3.0] * (len(weights) - first)
+    assert all(weight == 0 for weight, trained in zip(row.weights, row.trained, strict=True) if not trained)
 
 
 def test_scores_of_a_pair_stop_neither_its_prompt_nor_its_order(tmp_path):
@@ -416,7 +426,7 @@ def test_pairs(tmp_path):
     assert {place for place in range(1, 19) if place in rows} == {1, 2, 3, 4, 18}
     assert [rows[place].margin for place in (1, 2, 3, 4)] == [0.0, 0.0, 2.0, 0.0]
     assert rows[3].prompt[0] == {"role": "system", "content": "s"} and rows[18].chosen == "  indented"
-    assert all("train" not in message for message in rows[4].prompt)
+    assert all("weight" not in message for message in rows[4].prompt)
     found = {place: reason for reason, entry in ledger.sources["s"]["rejected"].items() for place in entry["first"]}
     for place, reason in {
         5: "score_chosen is below score_rejected",

@@ -1,0 +1,414 @@
+"""Where the assistant's answers are in the text of any chat template.
+
+An answer is what a template writes after the prompt that waits for it: with the messages up to an answer, its text is
+that of the prompt (`add_generation_prompt`) and then the answer, up to the end of its turn. So what is learned is what
+inference asks for, whatever the template writes, and no generation marks are needed.
+
+A template may write a turn differently once it is history: Qwen 3 and DeepSeek-R1 drop earlier reasoning, gpt-oss ends
+the last answer with another token. A conversation is then several rows, each with the history as inference will show
+it, and each answer carries loss in one of them. Where the text up to one answer is how the text up to the next begins,
+both are in one row.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+
+from pipeline.core.errors import UserError
+from pipeline.data.chat.quoting import any_of
+from pipeline.data.chat.rendering import Dialogue, Style, Template, Unusable
+
+# Contents of messages that show what a template writes around them.
+ASKED, SAID, NEXT = "qz7 asked zq7", "qz7 said zq7", "qz7 next zq7"
+CALLED, GIVEN, RESULT = "qz7_called_zq7", "qz7 given zq7", "qz7 result zq7"
+PARAMETERS = {"type": "object", "properties": {"x": {"type": "string", "description": "d"}}, "required": ["x"]}
+TOOL = {"type": "function", "function": {"name": CALLED, "description": "d", "parameters": PARAMETERS}}
+THINK, END_THINK = "<think>", "</think>"
+SHAPES = 4096  # of conversations, whose check is remembered
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ends."""
+
+    token: str
+    how: str
+    """written: the template writes the token after each answer; next: it writes it where the next turn begins; added:
+    it writes nothing, and the answer is followed by the tokenizer's end of text."""
+    gap: str = ""
+    """White space in front of the token of the next turn."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Text of a conversation up to the end of one of its answers."""
+
+    text: str
+    spans: list[tuple[int, int, float]]
+    """What carries loss: first character, character after the last, weight."""
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, calls: int = 0) -> dict:
+    message = {"role": "assistant", "content": content}
+    if calls:
+        numbers = range(1, calls + 1)
+        message["tool_calls"] = [
+            {"id": f"call_{number}", "name": CALLED, "arguments": {"x": f"{GIVEN}{number}"}} for number in numbers
+        ]
+    return message
+
+
+def tool(content: str) -> dict:
+    return {"role": "tool", "content": content, "tool_call_id": "call_1", "name": CALLED}
+
+
+class Answers:
+    """The answers of conversations in a template's text. Raises Unusable for a template that writes no conversation of
+    one question and one answer, and for one in which the end of an answer is not a token.
+
+    Sets the style of the template. `added`: the tokenizer's added tokens; `eos`: its end of text.
+    """
+
+    def __init__(self, template: Template, added: list[str], eos: str | None):
+        self.template, self._eos = template, eos
+        self._added = any_of([token for token in added if token.strip()])
+        self._dropped: dict[tuple, str | None] = {}
+        template.style = self._content_style()
+        self.end = self._plain_end()
+        self.tool_end: End | None = None
+        """The end of an answer that calls tools; None if the template cannot write one."""
+        style = self._tool_style()
+        if style is not None:
+            template.style = style
+            self.tool_end = self._tool_end()
+
+    @classmethod
+    def of(cls, tokenizer, template: Template | None = None) -> "Answers":
+        """The answers by a tokenizer's own template."""
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        return cls(template or Template(tokenizer), added, tokenizer.eos_token)
+
+    def end_ids(self, tokenizer) -> list[int]:
+        """Ids of the tokens that end a turn: first that of an answer, then that of one that calls tools."""
+        ends = [self.end] if self.tool_end is None else [self.end, self.tool_end]
+        return tokenizer.convert_tokens_to_ids(list(dict.fromkeys(end.token for end in ends)))
+
+    # ---- conversations -----------------------------------------------------------------------------------------------
+
+    def rows(self, dialogue: Dialogue) -> list[Row]:
+        """The text of a conversation as rows in which each answer carries loss once. Raises Unusable."""
+        rows: list[Row] = []
+        for number, message in enumerate(dialogue.messages):
+            if message["role"] != "assistant" or message.get("weight", 1) == 0:
+                continue
+            row = self.row(dialogue, number)
+            if rows and row.text.startswith(rows[-1].text):
+                rows[-1] = Row(row.text, rows[-1].spans + row.spans)
+            else:
+                rows.append(row)
+        rows = [row for row in rows if row.spans]
+        if not rows:
+            raise Unusable("no token of it carries loss: the chat template marks none as the assistant's")
+        return rows
+
+    def row(self, dialogue: Dialogue, number: int) -> Row:
+        """The text up to the end of message `number`, an answer, which alone carries loss."""
+        message = dialogue.messages[number]
+        answered = dialogue.until(number + 1)
+        asked = self._text(dialogue.until(number), generation_prompt=True)
+        text, marks = self.template.write(answered)
+        if text.startswith(asked) and asked.rstrip().endswith(THINK) and THINK in text[len(asked) :]:
+            message = _with_reasoning(message)  # else it would think twice
+            answered = replace(answered, messages=[*answered.messages[:-1], message])
+            text, marks = self.template.write(answered)
+        if not text.startswith(asked):
+            text, marks = _after_open_thought(asked, text, marks, message)
+        end = self._end_of(text, len(asked), message)
+        text = end[0]
+        self._check_written(answered, text, len(asked))
+        spans = [(len(asked), len(text), message.get("weight", 1.0))]
+        if self.template.has_marks:
+            spans = _marked(spans[0], marks, end[1])
+        return Row(text, spans)
+
+    def prompt(self, dialogue: Dialogue) -> str:
+        """The text of a conversation that waits for an answer. Raises Unusable."""
+        text = self._text(dialogue, generation_prompt=True)
+        self._check_written(dialogue, text, len(text))
+        return text
+
+    def _text(self, dialogue: Dialogue, generation_prompt: bool = False) -> str:
+        return self.template.write(dialogue, generation_prompt)[0]
+
+    def _end_of(self, text: str, begin: int, message: dict) -> tuple[str, int]:
+        """(text up to the end of the turn of an answer that begins at `begin`, where the token that ends it begins)."""
+        ends = [self.end]
+        if message.get("tool_calls"):
+            if self.tool_end is None:
+                raise Unusable("the chat template does not write tool calls")
+            ends = [self.tool_end, self.end]
+        for end in ends:
+            if end.how == "written" and (at := text.find(end.token, begin)) >= 0:
+                return text[: at + len(end.token)], at
+        if ends[0].how == "written":
+            raise Unusable(f"the chat template does not end the answer with {ends[0].token}")
+        if ends[0].how == "added":
+            kept = message["content"] if text.endswith(message["content"]) else message["content"].rstrip()
+            text = text if text.endswith(kept) else text.rstrip()
+        text += ends[0].gap
+        return text + ends[0].token, len(text)
+
+    # ---- what a template drops ---------------------------------------------------------------------------------------
+
+    def _check_written(self, dialogue: Dialogue, text: str, begin: int) -> None:
+        """Raise Unusable if a template has left out something of a conversation. Its last message may be an answer,
+        which begins at `begin` in its text."""
+        reason = self._dropped_of_shape(dialogue)
+        if reason is not None:
+            raise Unusable(reason)
+        for message in dialogue.messages:
+            answer = message is dialogue.messages[-1] and begin < len(text)
+            where = text[begin:] if answer else text
+            what = f"the content of a message of the {message['role']}"
+            content = message["content"]
+            if message["role"] == "assistant" and END_THINK in content:
+                thought, _, content = content.rpartition(END_THINK)
+                if answer and not _is_in(thought.strip().removeprefix(THINK), where):
+                    raise Unusable("the chat template drops the reasoning of an answer")
+            if not _is_in(content, where):
+                raise Unusable(f"the chat template does not write {what} as it is")
+            if answer and not _is_in(message.get("reasoning_content", ""), where):
+                raise Unusable("the chat template does not write the reasoning of an answer")
+            for call in message.get("tool_calls", ()):
+                if not (_is_in(call["name"], where) and _holds(call["arguments"], where)):
+                    raise Unusable("the chat template does not write a tool call as it is")
+        for function in dialogue.tools or ():
+            if not _is_in(str(function.get("function", function).get("name", "")), text):
+                raise Unusable("the chat template does not write the tools")
+
+    def _dropped_of_shape(self, dialogue: Dialogue) -> str | None:
+        """What a template drops of conversations with these roles, whatever they say; None for nothing."""
+        messages = dialogue.messages
+        shape = (
+            bool(dialogue.tools),
+            *(
+                (one["role"], bool(one["content"]), bool(one.get("reasoning_content")), bool(one.get("tool_calls")))
+                for one in messages
+            ),
+        )
+        if shape not in self._dropped:
+            if len(self._dropped) > SHAPES:
+                self._dropped.clear()
+            self._dropped[shape] = self._probe_shape(dialogue)
+        return self._dropped[shape]
+
+    def _probe_shape(self, dialogue: Dialogue) -> str | None:
+        contents = [f"qz{number} content zq" for number in range(len(dialogue.messages))]
+        messages = [
+            {**message, "content": content if message["content"] else ""}
+            for message, content in zip(dialogue.messages, contents, strict=True)
+        ]
+        try:
+            text = self._text(replace(dialogue, messages=messages))
+        except Unusable:  # it reads what messages say
+            return None
+        for message, content in zip(messages, contents, strict=True):
+            if message["content"] and content not in text:
+                return f"the chat template does not write the content of a message of the {message['role']}"
+        return None
+
+    # ---- what a template is like -------------------------------------------------------------------------------------
+
+    def _content_style(self) -> Style:
+        """Whether content is a text or a list of parts."""
+        reasons = []
+        for style in (Style(), Style(parts=True)):
+            self.template.style = style
+            try:
+                text = self._text(Dialogue([user(ASKED), assistant(SAID)]))
+            except Unusable as error:
+                reasons.append(str(error))
+                continue
+            if ASKED in text and SAID in text:
+                return style
+        raise Unusable(reasons[0] if reasons else "the chat template does not write what the messages say")
+
+    def _tokens_at(self, text: str) -> tuple[list[str], str]:
+        """(added tokens that a text begins with, white space aside, what follows them)."""
+        tokens = []
+        while match := self._added.match(text := text.lstrip()):
+            tokens.append(match[0])
+            text = text[match.end() :]
+        return tokens, text
+
+    def _plain_end(self) -> End:
+        after = self._text(Dialogue([user(ASKED), assistant(SAID)])).rpartition(SAID)[2]
+        tokens, rest = self._tokens_at(after)
+        try:
+            both = self._text(Dialogue([user(ASKED), assistant(SAID), user(NEXT)]))
+        except Unusable:  # only one question
+            both = ""
+        between = both.partition(SAID)[2].partition(NEXT)[0]
+        as_history, _ = self._tokens_at(between)
+        if tokens:  # some templates end the last turn, or the whole text, with one more
+            return End(self._first([token for token in tokens if token in as_history] or tokens), "written")
+        if rest.strip():
+            raise Unusable(
+                f"the chat template ends an answer with {rest.strip()[:40]!r}, which is not a token of the tokenizer:"
+                " the model would never learn to end its turn. Add the token, or give the stage a template by name"
+                " (chat_template: chatml)"
+            )
+        if as_history:
+            return End(self._first(as_history), "next", _gap(between.removeprefix(after)))
+        if self._eos is None:
+            raise Unusable("neither the chat template nor the tokenizer has a token that ends an answer")
+        return End(self._eos, "added")
+
+    def _first(self, tokens: list[str]) -> str:
+        return self._eos if self._eos in tokens else tokens[0]
+
+    def _tool_style(self) -> Style | None:
+        """How a template reads tool calls; None if it cannot write them with their results."""
+        messages = [user(ASKED), assistant("", calls=1), tool(RESULT), assistant(SAID)]
+        for short_ids in (False, True):
+            for as_text in (False, True):
+                for none_content in (False, True):
+                    style = replace(
+                        self.template.style, arguments_as_text=as_text, none_content=none_content, short_ids=short_ids
+                    )
+                    if self._writes_calls(style, messages):
+                        return style
+        return None
+
+    def _writes_calls(self, style: Style, messages: list[dict]) -> bool:
+        before, self.template.style = self.template.style, style
+        try:
+            text = self._text(Dialogue(messages, tools=[TOOL]))
+        except Unusable:
+            return False
+        finally:
+            self.template.style = before
+        twice_quoted = f'\\"{GIVEN}1' in text  # JSON text that the template has quoted as JSON again
+        return all(content in text for content in (CALLED, f"{GIVEN}1", RESULT, SAID)) and not twice_quoted
+
+    def _tool_end(self) -> End | None:
+        """How an answer with tool calls ends; None if it is not ended."""
+        called = Dialogue([user(ASKED), assistant("", calls=1)], tools=[TOOL])
+        try:
+            text = self._text(called)
+            if self.end.how == "next":
+                messages = [*called.messages, tool(RESULT)]
+                following = self._text(replace(called, messages=messages))
+                if not following.startswith(text):
+                    return None
+                between = following.removeprefix(text)
+                tokens, _ = self._tokens_at(between)
+                return End(tokens[0], "next", _gap(between)) if tokens else None
+        except Unusable:
+            return None
+        tail = text.rpartition(f"{GIVEN}1")[2]
+        if self.end.how == "added" or self.end.token in tail:
+            return self.end
+        token = next((token for token in self._added.findall(tail)[::-1] if tail.rstrip().endswith(token)), None)
+        if token is None:
+            return None
+        try:
+            twice = self._text(replace(called, messages=[user(ASKED), assistant("", calls=2)]))
+        except Unusable:
+            return End(token, "written")
+        # a token that closes each call does not end the turn
+        return End(token, "written") if f"{GIVEN}2" not in twice or twice.count(token) == text.count(token) else None
+
+
+def ends_of_turn(tokenizer) -> list[int]:
+    """Ids of the tokens that end a turn of the assistant by a tokenizer's chat template: of an answer, and of one that
+    calls tools. None without a template, and for one that answers cannot be found in."""
+    try:
+        answers = Answers.of(tokenizer)
+    except (UserError, Unusable):
+        return []
+    return answers.end_ids(tokenizer)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _after_open_thought(
+    asked: str, text: str, marks: list[tuple[int, int]], message: dict
+) -> tuple[str, list[tuple[int, int]]]:
+    """An answer after a prompt that ends with an open <think>, where the template writes answers without what they
+    thought (DeepSeek-R1): the reasoning, </think>, and the answer; and the generation marks in that text. Raises
+    Unusable for any other difference between the prompt and the answered text."""
+    before, opened, space = asked.rpartition(THINK)
+    if not opened or space.strip() or not text.startswith(before):
+        if asked.rstrip().endswith(END_THINK):
+            raise Unusable(
+                "the chat template asks for answers without reasoning, and this one has some; let it think"
+                " (chat_template_kwargs: {enable_thinking: true})"
+            )
+        raise Unusable(
+            "the chat template writes a prompt that waits for an answer differently from one that has it; the model"
+            " would be asked what it was never taught"
+        )
+    answer = text[len(before) :]
+    marked = any(stop > len(before) for _, stop in marks)
+    thought = message.get("reasoning_content", "").strip("\n")
+    if answer.startswith(THINK):  # it writes an empty thought differently
+        whole = asked + answer.removeprefix(THINK).lstrip()
+    elif not thought and END_THINK in message["content"]:
+        thought = message["content"].rpartition(END_THINK)[0].strip().removeprefix(THINK).lstrip()
+        whole = f"{asked}{thought}\n{END_THINK}{answer}"
+    else:
+        whole = f"{asked}{thought}\n{END_THINK}\n\n{answer}"
+    return whole, [(len(asked), len(whole))] if marked else []
+
+
+def _with_reasoning(message: dict) -> dict:
+    """An answer whose content begins with <think>...</think>, with what it thought as a field of its own."""
+    thought, closed, content = message["content"].partition(END_THINK)
+    if not closed or not thought.lstrip().startswith(THINK):
+        return message
+    reasoning = thought.lstrip().removeprefix(THINK)
+    return {**message, "reasoning_content": reasoning.strip("\n"), "content": content.lstrip("\n")}
+
+
+def _marked(span: tuple[int, int, float], marks: list[tuple[int, int]], end: int) -> list[tuple[int, int, float]]:
+    """What of an answer is between generation marks, and the end of its turn, which begins at `end`; nothing if
+    nothing of it is marked."""
+    first, last, weight = span
+    inside = [(max(first, begin), min(last, stop), weight) for begin, stop in marks]
+    inside = [(begin, stop, weight) for begin, stop, weight in inside if begin < stop]
+    if not inside:
+        return []
+    begin, stop, _ = inside[-1]
+    if stop >= end:
+        return [*inside[:-1], (begin, last, weight)]
+    return [*inside, (end, last, weight)]
+
+
+def _gap(text: str) -> str:
+    """The white space that a text begins with."""
+    return text[: len(text) - len(text.lstrip())]
+
+
+def _is_in(value: str, text: str) -> bool:
+    """Whether a text has been written, white space at its ends aside, perhaps as JSON."""
+    value = value.strip()
+    if value in text:
+        return True
+    return any(json.dumps(value, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True))
+
+
+def _holds(value, text: str) -> bool:
+    """Whether all texts and numbers at any depth of an object have been written."""
+    if isinstance(value, dict):
+        return all(_is_in(str(key), text) and _holds(inner, text) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(_holds(inner, text) for inner in value)
+    if isinstance(value, str):
+        return _is_in(value, text)
+    return value is None or isinstance(value, bool) or re.search(re.escape(str(value)), text) is not None

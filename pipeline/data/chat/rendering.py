@@ -1,0 +1,174 @@
+"""A tokenizer's chat template as text: compiled in transformers' sandbox, given messages in the form that the template
+reads, and its errors as sentences that name the line of the template.
+
+    template = Template(tokenizer)
+    text, marks = template.write(Dialogue([{"role": "user", "content": "2+2?"}]), generation_prompt=True)
+"""
+
+import copy
+import datetime
+import json
+import traceback
+from dataclasses import dataclass, field, replace
+
+from pipeline.core.errors import UserError
+
+# The date that a template gets where it asks for today's. Llama 3.2's template itself falls back on this day.
+DATE = "2024-07-26"
+SOURCE = "<template>"  # the file name that jinja gives a template in tracebacks
+
+
+class Unusable(Exception):
+    """Why a conversation cannot be written with a chat template."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a template writes: messages, and what stands next to them in a record."""
+
+    messages: list[dict]
+    """role and content (text); of an answer also reasoning_content (text), tool_calls (list of {id, name, arguments})
+    and weight (of its loss, by default 1); of a tool's message also tool_call_id and name."""
+    tools: list[dict] | None = None
+    """Functions that the assistant may call, in OpenAI's form."""
+    options: dict = field(default_factory=dict)
+    """Further variables of the template, such as enable_thinking."""
+
+    def until(self, number: int) -> "Dialogue":
+        """The first `number` messages."""
+        return replace(self, messages=self.messages[:number])
+
+
+@dataclass(frozen=True)
+class Style:
+    """The form in which a template reads messages."""
+
+    parts: bool = False
+    """content is a list of parts; else a text."""
+    arguments_as_text: bool = False
+    """arguments of a tool call are JSON text; else an object."""
+    none_content: bool = False
+    """content of a tool call without text is none; else an empty text."""
+    short_ids: bool = False
+    """ids of tool calls are nine digits (Mistral)."""
+
+
+class Template:
+    """The chat template of a tokenizer. Raises UserError for one that is missing, cannot be parsed, or draws at
+    random."""
+
+    def __init__(self, tokenizer, date: str | None = None):
+        """`date` is what a template is given that asks for today's date: YYYY-MM-DD, by default DATE."""
+        self.date = datetime.date.fromisoformat(date or DATE)
+        self.writes_date = False
+        """Whether the template has asked for the date."""
+        self.name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        self.style = Style()
+        self._tokens = dict(tokenizer.special_tokens_map)
+        self._compiled = self._compile(tokenizer)
+
+    def write(self, dialogue: Dialogue, generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """(text, its character spans between generation marks). Raises Unusable."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+
+        values = {
+            "messages": self._messages(dialogue.messages),
+            "tools": copy.deepcopy(dialogue.tools) or None,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+            **self._tokens,
+            **dialogue.options,
+        }
+        try:
+            if self.has_marks:
+                return _render_with_assistant_indices(self._compiled, **values)
+            return self._compiled.render(**values), []
+        except TemplateError as error:
+            raise Unusable(f"the chat template refuses it: {error}{_line(error)}") from None
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"  # what a template computes may fail
+            raise Unusable(f"the chat template fails on it: {reason}{_line(error)}") from None
+
+    def _messages(self, messages: list[dict]) -> list[dict]:
+        """Messages as transformers hands them to a template, in the template's style."""
+        numbers: dict[str, str] = {}
+        return [self._message(message, numbers) for message in messages]
+
+    def _message(self, message: dict, numbers: dict[str, str]) -> dict:
+        written = {"role": message["role"], "content": message["content"]}
+        if reasoning := message.get("reasoning_content"):
+            written["reasoning_content"] = written["thinking"] = reasoning  # the names that transformers fills
+        if calls := message.get("tool_calls"):
+            written["tool_calls"] = [self._call(call, numbers) for call in calls]
+            if self.style.none_content and not message["content"]:
+                written["content"] = None
+        if "tool_call_id" in message:
+            written["tool_call_id"] = self._id(message["tool_call_id"], numbers)
+        if "name" in message:
+            written["name"] = message["name"]
+        if self.style.parts and written["content"] is not None:
+            written["content"] = [{"type": "text", "text": written["content"]}]
+        return written
+
+    def _call(self, call: dict, numbers: dict[str, str]) -> dict:
+        arguments = copy.deepcopy(call["arguments"])
+        if self.style.arguments_as_text:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        written = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+        if self.style.short_ids or "id" in call:
+            written["id"] = self._id(call.get("id"), numbers)
+        return written
+
+    def _id(self, given: str | None, numbers: dict[str, str]) -> str | None:
+        """The id of a tool call, the same for the call and its result."""
+        if not self.style.short_ids:
+            return given
+        if given is None:
+            given = f"call {len(numbers)}"
+        return numbers.setdefault(given, f"{len(numbers):09d}")
+
+    def _compile(self, tokenizer):
+        """The tokenizer's template as transformers compiles it, but with a fixed date."""
+        from jinja2 import TemplateSyntaxError, nodes
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        def strftime_now(form: str) -> str:
+            self.writes_date = True
+            return self.date.strftime(form)
+
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{self.name}: has no chat template; give the stage one by name (chat_template: chatml), or add"
+                " chat_template.jinja to the folder"
+            )
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError:
+            raise UserError(
+                f"{self.name}: has several chat templates ({', '.join(sorted(tokenizer.chat_template))}) and none of"
+                " them is called default; leave the one to train with in chat_template.jinja"
+            ) from None
+        try:
+            environment = _compile_jinja_template(source).environment
+            tree = environment.parse(source)
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"{self.name}: its chat template is not valid Jinja: {error.message} (line {error.lineno} of the"
+                " template)"
+            ) from None
+        for node in tree.find_all(nodes.Filter):
+            if node.name == "random":
+                raise UserError(
+                    f"{self.name}: its chat template draws at random (line {node.lineno}), so that rows would differ"
+                    " from run to run"
+                )
+        self.has_marks = any(node.name == "_generation_support" for node in tree.find_all(nodes.ExtensionAttribute))
+        """Whether the template has generation marks."""
+        return environment.from_string(source, globals={"strftime_now": strftime_now})
+
+
+def _line(error: Exception) -> str:
+    """Where in the template an error was raised, for the end of a sentence."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == SOURCE]
+    return f" (line {lines[-1]} of the template)" if lines else ""
