@@ -322,8 +322,21 @@ def _clean_source(
 def _steps(config: Config, work: Path) -> "Steps":
     from pipeline.data.cleaning.steps import Steps
 
-    blocks = {field: getattr(config, field) for field in Steps.__dataclass_fields__ if field not in ("runs", "models")}
-    return Steps(**blocks, runs=work / "evaluation" if config.decontaminate else None, models=work.parent / "models")
+    return Steps(
+        filters=config.filters,
+        rules=config.rules,
+        language=config.language,
+        repair=config.repair,
+        block=config.block,
+        mask=config.mask,
+        quality=config.quality,
+        perplexity=config.perplexity,
+        models=work.parent / "models",
+        dedup=config.dedup,
+        decontaminate=config.decontaminate,
+        keep_rejected=config.keep_rejected,
+        runs=work / "evaluation" if config.decontaminate else None,
+    )
 
 
 def _prefix(records: dict[int, int]) -> int:

@@ -34,6 +34,40 @@ def test_no_private_name_is_imported_from_another_module():
     assert not private, "make these public or move them: " + "; ".join(private)
 
 
+def looked_up(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, first argument) of every getattr and hasattr."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [(node.lineno, ast.unparse(node.args[0])) for node in calls if node.func.id in ("getattr", "hasattr")]
+
+
+def test_what_the_core_asks_of_a_stage_is_a_method():
+    """The core has no getattr and no hasattr, and nothing has one on a stage's config (StageConfig in core/config.py).
+    In models/ a config is one of transformers, whose attributes depend on the family."""
+    calls = []
+    for path in FILES:
+        for line, subject in looked_up(ast.parse(path.read_text(encoding="utf-8"))):
+            is_config = subject.split(".")[-1] == "config" and not subject.endswith("model.config")
+            of_config = is_config and path.parent.name != "models"
+            if path.parent.name == "core" or of_config:
+                calls.append(f"{path.relative_to(ROOT)}:{line} {subject}")
+    assert not calls, "give StageConfig a method for these: " + "; ".join(calls)
+
+
+def test_the_core_names_no_stage():
+    """Except in KINDS, the list that names them all."""
+    from pipeline.core.recipe import KINDS
+
+    named = []
+    for path in (ROOT / "pipeline/core").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in KINDS:
+                named.append(f"{path.name}:{node.lineno} {node.value!r}")
+    line = next(
+        text for text in (ROOT / "pipeline/core/recipe.py").read_text().splitlines() if text.startswith("KINDS")
+    )
+    assert len(named) == len(KINDS) == sum(f'"{kind}"' in line for kind in KINDS), named
+
+
 def test_no_module_beside_the_stage_scripts_hides_another_one():
     """A script's own folder is first on sys.path, so pipeline/tokens.py would be what `import tokens` finds."""
     from importlib.metadata import packages_distributions

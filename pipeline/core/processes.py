@@ -24,7 +24,7 @@ FOR_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # 
 
 def cores() -> int:
     """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
+    if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

@@ -111,7 +111,8 @@ def _parsed(text: str, path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    text = text or str(error) or type(error).__name__
     return text.splitlines()[0][:200]
 
 

@@ -76,6 +76,14 @@ def _docstrings(model: type[Strict]) -> dict[str, str]:
         for field, below in pairwise((*body, ast.Pass())):
             if isinstance(field, ast.AnnAssign):
                 found.pop(field.target.id, None)
-                if isinstance(below, ast.Expr) and isinstance(getattr(below.value, "value", None), str):
-                    found[field.target.id] = inspect.cleandoc(below.value.value)
+                docstring = _text_of(below)
+                if docstring is not None:
+                    found[field.target.id] = inspect.cleandoc(docstring)
     return found
+
+
+def _text_of(statement: ast.stmt) -> str | None:
+    """The text of a statement that is only a string, or None."""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
+        return None
+    return statement.value.value if isinstance(statement.value.value, str) else None

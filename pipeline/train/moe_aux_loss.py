@@ -19,16 +19,16 @@ from pipeline.models.families import family_of, num_experts, supporting
 from pipeline.train import distributed
 
 
-def coefficient(config) -> float:
+def coefficient(model_config) -> float:
     """The model's `router_aux_loss_coef`; 0 for a model without experts. Raises UserError for routers that were not
     checked."""
-    if not hasattr(config, "num_experts_per_tok"):
+    if not hasattr(model_config, "num_experts_per_tok"):
         return 0.0
-    value = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
-    if value and family_of(config).router is None:
+    value = getattr(model_config, "router_aux_loss_coef", 0.0) or 0.0
+    if value and family_of(model_config).router is None:
         raise UserError(
-            f"router_aux_loss_coef: the balancing loss was not verified with the routers of {config.model_type}, only"
-            f" with {', '.join(supporting('router'))}; set it to 0"
+            f"router_aux_loss_coef: the balancing loss was not verified with the routers of {model_config.model_type},"
+            f" only with {', '.join(supporting('router'))}; set it to 0"
         )
     return value
 
