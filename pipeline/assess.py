@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION, StageConfig, idle
+from pipeline.core.config import EXECUTION, PlannedInput, SourceBlock, StageConfig, idle
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
@@ -27,15 +27,18 @@ from pipeline.core.seeds import derive
 from pipeline.core.terminal import many
 from pipeline.core.tracking import Progress
 from pipeline.data.chat.chat_sources import PromptSource
+from pipeline.data.chat.record_checks import check_chat_records
+from pipeline.train import planned_model
 from pipeline.train.config import Date
 
 VERSION = 2  # 2: ends of answers as generation_config.json says, rewards of foreign tokenizers, prompts that fit
 INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "ppo")}
-KEPT = "models that were measured are kept, the one in work starts over"  # of the work of a run that was stopped
 
 
 class Config(StageConfig):
     """What to measure; every model input is measured on the same rows and prompts."""
+
+    KEPT = "models that were measured are kept, the one in work starts over"
 
     sequence_length: int | None = Field(None, ge=8)
     """Tokens of one row of held-out text; none: 1024, or as many as every model has positions for."""
@@ -89,13 +92,25 @@ class Config(StageConfig):
     def uses_device(cls) -> bool:
         return True
 
+    @classmethod
+    def external(cls) -> list[SourceBlock]:
+        return [SourceBlock("sources", lambda config: config.sources)]
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        if self.sequence_length and self.max_rows and "tokens" in inputs:
+            models = [model for key, model in inputs.items() if key not in ("tokens", "reward")]
+            planned_model.check_positions(models, self.sequence_length)
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        check_chat_records(self.sources, self.holdout, chat=None, measures_only=True)
+
     def optional(self) -> set[str]:
         return {"tokens"} if self.sources else set()
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.chat.template import Chat
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.train import distributed
     from pipeline.train.finetune_data import model_folder
 
@@ -200,7 +215,7 @@ class Subject:
         from transformers import AutoConfig
 
         from pipeline.data.chat.template import Chat
-        from pipeline.data.tokens.store import load_tokenizer, use_known_padding
+        from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
         from pipeline.models.families import positions
         from pipeline.train.finetune_data import model_folder
 
@@ -240,7 +255,7 @@ def held_out_rows(config: Config, tokens: Artifact, subjects: list[Subject]) -> 
 
 def tokenizer_of_pack(tokens: Artifact):
     """The tokenizer that packed these tokens, if its folder is still where it was, else None."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     parent = tokens.manifest.get("parents", {}).get("tokenizer")
     folder = (tokens.path.parent / parent["path"]).resolve() if parent else None
@@ -252,7 +267,7 @@ def foreign(store, packed_with, subject: Subject) -> str | None:
     packed with."""
     import numpy as np
 
-    from pipeline.data.tokens.store import token_bytes
+    from pipeline.data.tokenizer.fast_tokenizer import token_bytes
 
     if subject.vocabulary < store.vocab_size:
         return f"they have {store.vocab_size} ids, the model has {subject.vocabulary}"

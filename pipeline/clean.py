@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION, Name, StageConfig
+from pipeline.core.config import EXECUTION, ExternalFiles, Name, PlannedInput, SourceBlock, StageConfig
 from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import write_json
 from pipeline.core.output import Output
@@ -54,11 +54,12 @@ if TYPE_CHECKING:
 
 VERSION = 13
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
-KEPT = "finished units are kept"  # of the work of a run that was stopped
 SHARD_BYTES = 32 << 20  # of text: one shard is held in memory while it is written
 
 
 class Config(StageConfig):
+    KEPT = "finished units are kept"
+
     sources: dict[Name, Source] = Field(min_length=1)
     """Name -> where its records come from. The names come back in the mixture of `pretrain` and in every report."""
     filters: Filters = Filters()
@@ -123,16 +124,33 @@ class Config(StageConfig):
                 )
         return self
 
-    @property
-    def lists(self) -> list[str]:
-        """Files of the user's that decide the result beside the sources. Raises UserError if one is not there."""
-        found = [path for path in (*self.block.words, *self.block.urls) if path != "spam"]
-        for path in found:
-            if not Path(path).expanduser().is_file():
+    @classmethod
+    def external(cls) -> list[SourceBlock | ExternalFiles]:
+        return [
+            SourceBlock("sources", lambda config: config.sources),
+            decontaminate.SETS,
+            SourceBlock("examples", lambda config: config.examples, group="@examples", drop_key=False),
+            ExternalFiles("block", cls.block_lists, entry="@lists", drop_key=False),
+        ]
+
+    def block_lists(self) -> list[Path]:
+        """The user's own block lists. Raises Absent if one does not exist."""
+        lists = [Path(path).expanduser() for path in (*self.block.words, *self.block.urls) if path != "spam"]
+        for path in lists:
+            if not path.is_file():
                 raise Absent(
-                    f"block: {path} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam"
+                    f"block: {path} does not exist (in {Path.cwd()}); give a file with one entry per line, or spam"
                 )
-        return found
+        return lists
+
+    def planned_sources(self, inputs: dict[str, PlannedInput]) -> list[str]:
+        return list(self.sources)
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        blocks = {"sources": self.sources, "examples": self.examples}
+        if self.decontaminate:
+            blocks["decontaminate.sets"] = self.decontaminate.sets
+        source_checks.check_first_records(blocks)
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str, Any]:

@@ -15,15 +15,15 @@ from pydantic import Field
 
 from pipeline.core import artifact, faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import StageConfig
+from pipeline.core.config import PublishedModel, StageConfig
 from pipeline.core.files import write_atomic
 from pipeline.core.output import Output
+from pipeline.core.recipe import KINDS, module_of
 from pipeline.core.seeds import derive
 
 # 2: also in the form that transformers 4.57 and llama.cpp's converter read
 VERSION = 2
 INPUTS = {"model": ("ppo", "dpo", "sft", "pretrain")}
-KEPT = "this stage starts over"  # of the work of a run that was stopped
 
 # Largest difference of a logit that is taken for the same model. fp32 is the same arithmetic on the same numbers, so
 # the file must give it back exactly; bf16 keeps 8 bits of each weight (2^-9 relative), so there the likeliest token is
@@ -40,6 +40,15 @@ class Config(StageConfig):
     compare_tokens: int = Field(512, ge=16)
     """Random tokens on which the exported model's logits are compared with the training model's."""
 
+    @classmethod
+    def published_model(cls, artifact: Artifact) -> PublishedModel:
+        kind = artifact.manifest["parents"]["model"]["kind"]
+        if kind in KINDS:
+            use = module_of(kind).Config.MODEL.use
+        else:  # a folder made elsewhere
+            use = "chat" if (artifact.path / "chat_template.jinja").exists() else "completion"
+        return PublishedModel("", use, for_users=True)
+
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
@@ -47,7 +56,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     from pipeline.core.terminal import say
     from pipeline.data.tokenizer import export_tokenizer
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import cost
     from pipeline.models.build import load, quiet
     from pipeline.models.transformers_4 import add_older_keys

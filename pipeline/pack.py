@@ -25,8 +25,8 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION, StageConfig
-from pipeline.core.errors import UserError
+from pipeline.core.config import EXECUTION, PlannedInput, SourceBlock, StageConfig
+from pipeline.core.errors import Problems, UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
 from pipeline.core.processes import cores, kill_workers, signals_held
@@ -34,13 +34,13 @@ from pipeline.core.seeds import derive
 from pipeline.core.terminal import many, say
 from pipeline.core.tracking import Progress
 from pipeline.data.sources.arrow_values import open_parquet
+from pipeline.data.tokens import import_shards
 from pipeline.data.tokens.documents import check_columns, damage_reported
 from pipeline.data.tokens.import_shards import Shards
 from pipeline.data.tokens.pack_units import Unit
 
 VERSION = 2  # 2: ids of documents
 INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
-KEPT = "finished units are kept"  # after a run was stopped
 
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 2**28  # a shard ends with the unit that reaches this: 0.5 GB of uint16
@@ -48,6 +48,8 @@ SHARD_TOKENS = 2**28  # a shard ends with the unit that reaches this: 0.5 GB of 
 
 class Config(StageConfig):
     """How documents become tokens. The result depends only on the inputs and `shards`."""
+
+    KEPT = "finished units are kept"
 
     workers: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Encoding processes; by default one per core."""
@@ -70,12 +72,31 @@ class Config(StageConfig):
     def uses_seed(cls, block: dict) -> bool:
         return bool(block.get("shards"))
 
+    @classmethod
+    def external(cls) -> list[SourceBlock]:
+        return [SourceBlock("shards", lambda config: config.shards)]
+
+    def planned_sources(self, inputs: dict[str, PlannedInput]) -> list[str] | None:
+        documents: list[str] | None = []
+        if "data" in inputs:
+            data = inputs["data"]
+            documents = None if data.config is None else data.config.planned_sources(data.inputs)
+        return None if documents is None else [*documents, *self.shards]
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        problems = Problems()
+        for name, source in self.shards.items():
+            with problems.gather():
+                for path in import_shards.files(source, name)[:1]:
+                    import_shards.open_shard(path, source)
+        problems.refuse()
+
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import numpy as np
 
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.data.tokens.pack_units import meta_of
-    from pipeline.data.tokens.store import load_tokenizer
 
     began = time.time()
     folder = inputs["tokenizer"].path
@@ -126,7 +147,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 def _token_bytes(folder: Path, tokenizer):
     """Bytes of each token, int32 [vocabulary]. Raises UserError for a tokenizer whose tokens cannot be packed."""
-    from pipeline.data.tokens.store import token_bytes
+    from pipeline.data.tokenizer.fast_tokenizer import token_bytes
 
     if tokenizer.eos_token_id is None:
         raise UserError(

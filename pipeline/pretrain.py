@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION, Strict, seconds_of
-from pipeline.core.errors import UserError
+from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, Strict, check_source_names, seconds_of
+from pipeline.core.errors import Problems, UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import many, say
@@ -76,6 +76,8 @@ class MixtureChange(Strict):
 
 class Config(TrainConfig):
     """One step reads batch_size rows of sequence_length tokens."""
+
+    MODEL = PublishedModel("model", "completion")
 
     steps: int | None = Field(None, ge=1)
     """Horizon in optimizer steps. Exactly one of steps, tokens, tokens_per_parameter and time is given."""
@@ -167,6 +169,41 @@ class Config(TrainConfig):
     @classmethod
     def supports_pipeline(cls) -> bool:
         return True
+
+    def last_step(self) -> int | None:
+        if self.tokens is None:
+            return self.steps
+        return math.ceil(self.tokens / (self.batch_size * self.sequence_length))
+
+    def planned_positions(self, inputs: dict[str, PlannedInput]) -> int | None:
+        from pipeline.models import families
+        from pipeline.train import planned_model
+
+        if "model" in inputs:
+            before = planned_model.num_positions(inputs["model"])
+            return max(before, self.sequence_length) if before else None
+        family = str((self.model or {}).get("family"))
+        if families.FAMILIES.get(family, families.UNKNOWN).unlimited_positions:
+            return None
+        return self.sequence_length
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        from pipeline.data.tokens.store import planned_sources
+        from pipeline.train import planned_model
+
+        problems = Problems()
+        sources = planned_sources(inputs["tokens"]) if "tokens" in inputs else None
+        if sources:
+            with problems.gather():
+                check_source_names({"mixture": self.mixture or {}}, sources)
+            for change in self.mixture_changes:
+                with problems.gather():
+                    check_source_names({"mixture_changes": change.mixture}, sources)
+        if "model" in inputs and "rope_parameters" not in self.model_changes:
+            advice = " (or scale positions, model_changes: {rope_parameters: ...})"
+            with problems.gather():
+                planned_model.check_positions([inputs["model"]], self.sequence_length, advice)
+        problems.refuse()
 
     def check(self, world: int) -> None:
         super().check(world)
@@ -299,7 +336,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def read_inputs(config: Config, inputs: dict[str, Artifact]):
     """(packed tokens, their tokenizer). Raises UserError if they do not belong together, or a sample's prompt does not
     fit into a row."""
-    from pipeline.data.tokens.store import TokenStore, load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+    from pipeline.data.tokens.store import TokenStore
     from pipeline.train import samples
 
     store = TokenStore(inputs["tokens"].path)
@@ -334,7 +372,7 @@ def check_rows(config: Config, inputs: dict[str, Artifact], output: Output, stor
 def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     """The model that training starts from: new, or that of another stage or folder. Raises UserError for one that
     does not fit the tokens."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build, model_block, mup
     from pipeline.train.finetune_data import model_folder
 

@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.core.artifact import Artifact
+from pipeline.core.config import PublishedModel
 from pipeline.core.files import write_json
 from pipeline.core.intervals import shares, wilson
 from pipeline.core.output import Output
@@ -34,6 +35,8 @@ class RewardOptimizer(FinetuneOptimizer):
 
 class Config(FinetuneConfig):
     """Reward model."""
+
+    MODEL = PublishedModel("model", "score")
 
     sources: dict[str, PreferenceSource]
     """Pairs by name."""

@@ -7,17 +7,18 @@ Reads the output of `clean`. Writes a Hugging Face folder (tokenizer.json, token
 and tokenizer.model or tokenizer.tiktoken) and report.json. Measurements and choices: docs/tokenizer.md.
 """
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import StageConfig, idle
+from pipeline.core.config import ExternalFiles, PlannedInput, StageConfig, check_source_names, idle
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
@@ -32,11 +33,12 @@ from pipeline.data.tokenizer.tokenizer_folder import CHAT_TEMPLATE, publish
 # no pad token
 VERSION = 4
 INPUTS = {"data": ("clean",)}
-KEPT = "a sample that was drawn is kept, training the vocabulary starts over"  # after a run was stopped
 
 
 class Config(StageConfig):
     """How the tokenizer is made."""
+
+    KEPT = "a sample that was drawn is kept, training the vocabulary starts over"
 
     algorithm: Literal["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"] = "sentencepiece-bpe"
     """sentencepiece-bpe: characters, and bytes for rare ones; sentencepiece-unigram: the same alphabet, a language
@@ -109,17 +111,43 @@ class Config(StageConfig):
         reserved = [f"<|reserved_{number}|>" for number in range(self.reserved_tokens)]
         return [*self.special_tokens, *duplicates, *reserved]
 
-    def outside(self) -> list[Path]:
-        """Files besides the inputs that decide the result."""
-        from pipeline.data.tokenizer.import_tokenizer import files
+    @classmethod
+    def external(cls) -> list[ExternalFiles]:
+        return [ExternalFiles("adopt", cls.adopted_files, entry="@outside")]
 
-        return files(self.adopt) if self.adopt else []
+    def adopted_files(self) -> list[Path]:
+        from pipeline.data.tokenizer import import_tokenizer
+
+        return import_tokenizer.files(self.adopt) if self.adopt else []
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        if not self.weights or "data" not in inputs:
+            return
+        data = inputs["data"]
+        names = data.config and data.config.planned_sources(data.inputs)
+        if names is not None:
+            check_source_names({"weights": self.weights}, names)
+
+    def planned_tokenizer(self, inputs: dict[str, PlannedInput]) -> Any:
+        """The tokenizer that will be adopted, as it will be published."""
+        from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+
+        if not self.adopt or not Path(self.adopt).expanduser().exists():
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            adopt(self, Path(folder))
+            tokenizer = load_tokenizer(Path(folder))
+        tokenizer.name_or_path = self.adopt  # for messages
+        return tokenizer
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        self.planned_tokenizer(inputs)
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.data.tokenizer.sample import draw
     from pipeline.data.tokenizer.verify_tokenizer import verify
-    from pipeline.data.tokens.store import load_tokenizer
 
     began = time.time()
     work = output.path / "work"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.core.errors import UserError
 from pipeline.data.chat.template import Chat
-from pipeline.data.tokens.store import load_tokenizer
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.models import build
 from pipeline.models.publish import publish, stop_ids
 from pipeline.train.scores import reward_scores
@@ -161,7 +161,7 @@ def test_a_classifier_of_many_labels_is_refused(folder):
     config = json.loads((folder / "classifier/config.json").read_text())
     config |= {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
     (folder / "classifier/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="gives 3 scores a sequence"):
+    with pytest.raises(UserError, match="gives 3 scores per sequence"):
         build.load(folder / "classifier", head="judge")
 
 

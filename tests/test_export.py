@@ -59,7 +59,7 @@ def model(family: str, tokenizer_folder: Path, folder: Path) -> Path:
     """A tiny model of a family as a training stage publishes it, with weights that its positions matter to."""
     import torch
 
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build
     from pipeline.models.publish import publish
 
@@ -91,7 +91,7 @@ def test_config_json_says_the_same_to_both_versions_of_transformers(family, toke
     because they are there."""
     from transformers import AutoConfig
 
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models.model_block import full_config
     from pipeline.models.transformers_4 import add_older_keys
 
@@ -122,7 +122,7 @@ def test_the_written_files_are_those_that_other_programs_read(form, tokenizers, 
     """correctness 18: a class that transformers 4.57 has, no list where it wants a mapping, the names of all added
     tokens, add_prefix_space, and the sentencepiece model under the name by which it is read rightly or not at all."""
     from pipeline.data.tokenizer import export_tokenizer
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     source = tokenizers[form]
     export_tokenizer.write(load_tokenizer(source), source, tmp_path, 1000)
@@ -148,7 +148,7 @@ def test_the_written_files_are_those_that_other_programs_read(form, tokenizers, 
 def test_a_sentencepiece_model_of_another_vocabulary_is_not_handed_over(tokenizers, tmp_path):
     """correctness 18: as the tokenizer.model of Llama 3, which is a tiktoken file."""
     from pipeline.data.tokenizer import export_tokenizer
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     source = tmp_path / "source"
     shutil.copytree(tokenizers["byte-bpe"], source)
@@ -244,7 +244,7 @@ def test_transformers_4_57_reads_the_same_ids_and_logits(tokenizers, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     python = aside(tmp_path / "venv", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
     folders = {

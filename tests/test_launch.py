@@ -308,11 +308,11 @@ SIGNALLED = """
 import os, signal, sys, time
 from pathlib import Path
 from pipeline.core.output import Output
-from pipeline.train.stop import outside
+from pipeline.train.stop import interruptible
 
 output = Output(Path(sys.argv[1]), "pretrain", "pretrain", {})
 output.path.mkdir(parents=True)
-with outside(output):
+with interruptible(output):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
 """

@@ -111,7 +111,7 @@ def test_publishes_a_fast_tokenizer_with_five_distinct_special_ids(trained):
 
 
 def test_any_text_survives_and_becomes_no_special_token(trained):
-    from pipeline.data.tokens.store import encode_text, token_bytes
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text, token_bytes
 
     tokenizer = loaded(trained)
     special = set(tokenizer.all_special_ids)
@@ -150,7 +150,7 @@ def test_any_text_survives_and_becomes_no_special_token(trained):
 def test_ids_are_those_of_sentencepiece(trained, data):
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     if not (trained / "tokenizer.model").exists():
         pytest.skip("byte-bpe has no sentencepiece model")
@@ -190,7 +190,7 @@ def test_overlapping_pairs_merge_as_in_sentencepiece(tmp_path):
 
 def test_byte_bpe_ids_are_those_of_a_slow_reference(trained, data):
     """Split by the cl100k pattern, then join the best-ranked pair until there is none: 15 lines, no shared code."""
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     spec = json.loads((trained / "tokenizer.json").read_text())
     if spec["decoder"]["type"] != "ByteLevel":
@@ -264,7 +264,7 @@ def test_every_stage_reads_the_same_ids_whatever_family_the_model_is_of(trained,
 
 def same_ids_in_every_family(folder, copy):
     from pipeline.data.tokenizer.encode import encoder
-    from pipeline.data.tokens.store import encode_text, load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text, load_tokenizer
     from pipeline.models.families import supporting
     from pipeline.train.finetune import tokenizer_of
 
@@ -380,7 +380,7 @@ def small(tmp_path_factory):
 def test_unigram_keeps_every_text_and_agrees_with_sentencepiece(small, tmp_path):
     from sentencepiece import SentencePieceProcessor
 
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     succeed("tokenizer", recipe(tmp_path, small, algorithm="sentencepiece-unigram", vocab_size=450), cwd=tmp_path)
     folder = tmp_path / "runs/t/tokenizer/current"
@@ -450,7 +450,7 @@ def test_the_trainers_log_is_shown_while_it_trains(kind, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("algorithm", ["sentencepiece-bpe", "byte-bpe"])
 def test_special_and_reserved_tokens_and_the_white_space_policy(algorithm, small, tmp_path):
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     keys = {"special_tokens": ["<|tool|>"], "reserved_tokens": 3, "merge_whitespace": False, "vocab_size": 480}
     succeed("tokenizer", recipe(tmp_path, small, algorithm=algorithm, **keys), cwd=tmp_path)
@@ -530,7 +530,7 @@ def adopted(folder, data, path, **keys):
 
 
 def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plain, small, tmp_path):
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     texts = [
         "the  ther 1984\n\n床前明月光 it's",
@@ -580,7 +580,7 @@ def test_a_model_with_the_default_prefix_is_adopted_with_its_own_ids(kind, name,
     from sentencepiece import SentencePieceProcessor
 
     from pipeline.data.tokenizer.encode import encoder
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
     (tmp_path / name).write_bytes(prefixed(texts, kind))
@@ -609,7 +609,7 @@ def test_user_defined_pieces_that_are_not_marks_are_recognized_in_text(small, tm
     from sentencepiece import SentencePieceProcessor
 
     from pipeline.data.tokenizer import spm_model, spm_trainer
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     texts = pyarrow.parquet.read_table(small / "train/part-00000.parquet")["text"].to_pylist()
     model = spm_trainer.train_sentencepiece(texts, 440, True, 0.999, tmp_path / "log")
@@ -629,7 +629,7 @@ def test_a_tiktoken_file_is_recognized_by_its_content(name, tmp_path):
     """Llama 3's tokenizer.model, and the files of tiktoken's cache, alone and in a folder."""
     from pipeline.core.errors import UserError
     from pipeline.data.tokenizer import byte_bpe, import_tokenizer
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     folder = tmp_path / "llama3"
     folder.mkdir()
@@ -666,9 +666,9 @@ def test_published_tokenizers_are_adopted_with_their_own_ids(tmp_path):
     from sentencepiece import SentencePieceProcessor
     from tiktoken.load import load_tiktoken_bpe
 
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
     from pipeline.data.tokenizer.pretokenize import pattern
     from pipeline.data.tokenizer.verify_tokenizer import HARD_TEXTS
-    from pipeline.data.tokens.store import encode_text
     from pipeline.tokenizer import Config, adopt
 
     packages = ["mistral-common==1.13.1", "llama-models==0.3.0", "litellm==1.109.1", "dashscope==2.0.2"]
@@ -818,8 +818,8 @@ def test_ids_without_a_token_are_filled_in_a_tiktoken_file(small, tmp_path):
     import tiktoken
 
     from pipeline.data.tokenizer import byte_bpe
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
     from pipeline.data.tokenizer.pretokenize import pattern
-    from pipeline.data.tokens.store import encode_text
 
     tokens = BYTES | {b"th": 256, b"er": 258, b"the": 259, "月".encode(): 263}
     (tmp_path / "holes.tiktoken").write_bytes(byte_bpe.dump(tokens))
@@ -855,7 +855,7 @@ def holed(folder, last):
 
 
 def test_ids_without_a_token_are_filled_in_a_folder_and_declared_ids_are_kept(small, tmp_path):
-    from pipeline.data.tokens.store import encode_text, token_bytes
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text, token_bytes
 
     source = holed(tmp_path / "source", 260)
     (code, output), folder = adopted(tmp_path / "run", small, source)

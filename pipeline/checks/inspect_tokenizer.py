@@ -13,8 +13,8 @@ from pipeline.core import terminal
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.data.tokenizer.encode import alphabet, encoder, pattern, ranks
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.data.tokens.documents import documents
-from pipeline.data.tokens.store import load_tokenizer
 
 BATCH = 256
 # tiktoken's own files, under the names by which it looks for them in its cache, in a package that ships them: no other

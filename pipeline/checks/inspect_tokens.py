@@ -8,9 +8,10 @@ from pipeline.core import artifact
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import Recipe
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.data.tokens.row_sampler import RowSampler
 from pipeline.data.tokens.rows import Row, documents_of, positions_of
-from pipeline.data.tokens.store import TokenStore, load_tokenizer
+from pipeline.data.tokens.store import TokenStore
 
 LENGTH = 512  # of the rows of a stage `pack`, unless another one is asked for
 MARKS = ("⟦", "⟧")  # around text whose labels do not count, where there are no colours

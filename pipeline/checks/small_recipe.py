@@ -18,6 +18,7 @@ from pipeline.core.graph import nodes
 from pipeline.core.recipe import Recipe
 
 PARAMETERS = 5_000_000  # a larger model is shrunk: this one takes a third of a second a step on one CPU core
+VOCABULARY = 4096
 ROWS, TOKENS = 8, 128  # of a row; 8 rows can be cut into 2 data ranks x 4 micro-batches
 # Keys by which transformers' families say how large a model is, by what they must keep to each other.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -77,13 +78,13 @@ def prepare(
     recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = False, width: int = 64, layers: int = 4
 ) -> Prepared:
     """Tokens and a config of `stage` for a proof. Raises UserError for what the recipe says wrong."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build, cost, model_block
     from pipeline.train import train_length
 
     config = recipe.stages[stage]
     lines = []
-    tokens, tokenizer, origin = _tokens(recipe, stage, work)
+    tokens, tokenizer, origin = _tokens(recipe, stage, work, full)
     lines.append(f"tokens     {origin}")
     if config.model is None:
         raise UserError(f"stages.{stage}: has no model block to prove anything of; give the recipe a top-level `model`")
@@ -226,8 +227,9 @@ def shrunk(block: dict, width: int, layers: int) -> dict:
     return small
 
 
-def _tokens(recipe: Recipe, stage: str, work: Path) -> tuple[Path, Path, str]:
-    """Folders of packed tokens and of their tokenizer, and where they come from."""
+def _tokens(recipe: Recipe, stage: str, work: Path, full: bool) -> tuple[Path, Path, str]:
+    """Folders of packed tokens and of their tokenizer, and where they come from. Unless `full`, a vocabulary made here
+    has at most VOCABULARY words: a small model with 256,000 of them computes logits and little else."""
     node = nodes(recipe)[stage]
     found = {}
     for key in ("tokens", "tokenizer"):
@@ -241,7 +243,9 @@ def _tokens(recipe: Recipe, stage: str, work: Path) -> tuple[Path, Path, str]:
         return found["tokens"], found["tokenizer"], f"the recipe's own, from {node.parents['tokens']}"
     tokenizer = recipe.stages.get(node.parents["tokenizer"])
     config = recipe.stages[stage]
-    vocabulary = getattr(tokenizer, "vocab_size", 4096)
+    vocabulary = getattr(tokenizer, "vocab_size", VOCABULARY)
+    if not full:
+        vocabulary = min(vocabulary, VOCABULARY)
     sources = sorted(
         {
             source

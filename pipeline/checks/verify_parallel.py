@@ -16,10 +16,10 @@ from pathlib import Path
 from pipeline.checks import launch
 from pipeline.checks.layouts import REFERENCE, trials, with_own
 from pipeline.checks.small_recipe import ROWS, prepare, stage_of, workplace
+from pipeline.core.artifact import software
 from pipeline.core.config import dump
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
-from pipeline.core.output import software
 from pipeline.core.recipe import Recipe
 from pipeline.core.terminal import many, say
 
@@ -183,7 +183,7 @@ def _difference(found: list[dict], expected: list[dict], key: str) -> float:
 def _seeds(config, ready, work: Path) -> dict[str, str]:
     """One checkpoint with tied and one with untied embeddings, in the Hugging Face layout; every layout starts from
     these files."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build, model_block
     from pipeline.models.publish import publish
 

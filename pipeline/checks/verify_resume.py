@@ -22,10 +22,10 @@ from pipeline.checks import launch
 from pipeline.checks.layouts import road
 from pipeline.checks.small_recipe import prepare, stage_of, workplace
 from pipeline.core import artifact
+from pipeline.core.artifact import software
 from pipeline.core.config import dump
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
-from pipeline.core.output import software
 from pipeline.core.recipe import Recipe
 from pipeline.core.terminal import say
 from pipeline.train.row_trace import read as rows_of

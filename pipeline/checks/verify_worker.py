@@ -48,7 +48,8 @@ def train(config, job: dict, seed: Path) -> dict:
     more."""
     import torch
 
-    from pipeline.data.tokens.store import TokenStore, load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+    from pipeline.data.tokens.store import TokenStore
     from pipeline.models import build, mup
     from pipeline.train import distributed, engine, layers
     from pipeline.train.batches import loss_of, sampler_of, to_batch

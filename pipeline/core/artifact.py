@@ -1,27 +1,33 @@
-"""A stage's output: one folder, complete or absent.
+"""A stage's output: one folder, complete or not there.
 
     runs/<recipe>/<stage>/<fingerprint12>/            published; manifest.json was written last
     runs/<recipe>/<stage>/<fingerprint12>.partial/    being made, or interrupted
     runs/<recipe>/<stage>/current                     link to the published output in use, swapped last
-    runs/<recipe>/<stage>/lock.json                   who writes here now
+    runs/<recipe>/<stage>/lock.json                   which process writes here now
 
-The content digest covers the files that later stages read. Logs and training checkpoints stay in the folder and are not
-content: they differ between two runs whose results are equal. Reading is here; pipeline/core/output.py writes.
+The content digest covers the files that later stages read. Logs and training checkpoints stay in the folder but are not
+content: they differ between two runs with equal results. This module reads; pipeline/core/output.py writes.
 """
 
 import contextlib
 import hashlib
 import itertools
 import os
+import platform
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from pipeline.core.errors import Absent, Damaged, UserError
-from pipeline.core.files import hash_files, read_record, sha256_file
+from pipeline.core.files import damage_of, hash_files, read_record
 
 SCHEMA_VERSION = 1
-MOST_FILES = 100_000  # of a folder made elsewhere, which is hashed at each start; `/` by mistake has millions
+# Of a folder made elsewhere, which is hashed at each start; `/`, given by mistake, has millions.
+MAX_FILES = 100_000
+# Keys of manifest.json that are always there, and the types of their values.
 MANIFEST = {
     "schema_version": int,
     "stage": str,
@@ -51,23 +57,24 @@ NOT_CONTENT = {
 
 
 def digest_of(files: dict[str, dict]) -> str:
-    """Content digest of a set of hashed files; order does not matter, names do."""
+    """Content digest of a set of hashed files. Their order does not matter, their names do."""
     lines = [f"{name}\0{entry['sha256']}\n" for name, entry in sorted(files.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def content_files(folder: Path) -> list[Path]:
-    found = []
+    """Files of an output that later stages read."""
+    paths = []
     for path in sorted(folder.rglob("*")):
         top = path.relative_to(folder).parts[0]
         if path.is_file() and top not in NOT_CONTENT and not path.name.endswith(".tmp"):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published output. `path` holds its files; everything else comes from the manifest."""
+    """A published output. `path` has its files; everything else comes from the manifest."""
 
     path: Path
     manifest: dict = field(repr=False)
@@ -93,27 +100,19 @@ class Artifact:
         return self.manifest["metrics"]
 
     def damage(self, full: bool = False) -> str | None:
-        """What is wrong with the files, in words, or None. Size and mtime decide; a file whose mtime moved, or any
-        file if `full`, is hashed again."""
+        """What is wrong with the files, or None. Files whose size and mtime are as in the manifest are not hashed,
+        unless `full`."""
         for name, entry in self.manifest["files"].items():
-            path = self.path / name
-            if not path.is_file():
-                return f"{path} is missing"
-            status = path.stat()
-            if status.st_size != entry["size"]:
-                return f"{path} has {status.st_size} bytes, the manifest says {entry['size']}"
-            if full or status.st_mtime_ns != entry["mtime"]:
-                found = sha256_file(path)
-                if found != entry["sha256"]:
-                    return f"{path} has sha256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…"
+            problem = damage_of(self.path / name, entry, trust_mtime=not full)
+            if problem:
+                return problem
         if digest_of(self.manifest["files"]) != self.manifest["digest"]:
-            return f"{self.path / 'manifest.json'} has been edited: its digest does not fit its list of files"
+            return f"{self.path / 'manifest.json'} was edited: its digest is not that of its list of files"
         return None
 
 
 def read(path: Path) -> Artifact | None:
-    """The artifact in a folder, or None if there is none. A manifest that cannot be read is Damaged, not an
-    absence."""
+    """The artifact in a folder, or None if there is none. Raises Damaged for a manifest that cannot be read."""
     manifest = path / "manifest.json"
     try:
         value = read_record(manifest, MANIFEST)
@@ -124,7 +123,7 @@ def read(path: Path) -> Artifact | None:
         return None
     except ValueError as error:
         raise Damaged(f"{manifest}: {error}; run the stage again with --restart") from None
-    except OSError as error:  # a folder, no permission, a disk that gives an error
+    except OSError as error:  # a folder, no permission, a disk error
         raise Damaged(f"{manifest}: cannot be read ({error.strerror}); run the stage again with --restart") from None
     if value["schema_version"] > SCHEMA_VERSION:
         raise UserError(
@@ -137,27 +136,29 @@ def read(path: Path) -> Artifact | None:
 def current(folder: Path) -> Artifact | None:
     """The published output of a stage folder that is in use."""
     link = folder / "current"
-    if link.is_symlink() or link.is_dir():  # some ways of copying follow links, and make a folder of it
+    if link.is_symlink() or link.is_dir():  # some ways of copying follow links and make a folder of it
         return read(Path(os.path.realpath(link)))
     return None
 
 
 def published(folder: Path) -> list[Artifact]:
-    """All published outputs of a stage folder, the one in use first. One that cannot be read is left out, unless it is
+    """All published outputs of a stage folder, the one in use first. One that cannot be read is skipped, unless it is
     in use."""
-    first = current(folder)
-    found = [first] if first else []
+    in_use = current(folder)
+    outputs = [in_use] if in_use else []
     for path in sorted(folder.glob("*/manifest.json")):
-        if not re.fullmatch("[0-9a-f]{12}", path.parent.name) or first and path.parent.resolve() == first.path:
+        if not re.fullmatch("[0-9a-f]{12}", path.parent.name):
+            continue
+        if in_use and path.parent.resolve() == in_use.path:
             continue
         with contextlib.suppress(UserError):
-            found.append(read(path.parent))
-    return found
+            outputs.append(read(path.parent))
+    return outputs
 
 
 def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
-    """A folder made elsewhere, as an artifact: hashed at each start. If a stage published it, it must be whole and
-    of one of `kinds`."""
+    """A folder made elsewhere, as an artifact for the input `name`. It is hashed at each start. If a stage published
+    it, it must be undamaged and of one of `kinds`. Raises Absent, or UserError for one that cannot be used."""
     if not os.path.isdir(path):
         raise Absent(f"inputs.{name}: {path} is not a folder; give the name of a stage or an existing folder")
     try:
@@ -175,8 +176,8 @@ def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
             raise UserError(f"inputs.{name}: {path} is damaged: {damage}; copy it again, or run the stage that made it")
         return published
     try:
-        if sum(1 for _ in itertools.islice(path.rglob("*"), MOST_FILES + 1)) > MOST_FILES:
-            raise UserError(f"inputs.{name}: {path} has more than {MOST_FILES:,} files; name the folder that is meant")
+        if sum(1 for _ in itertools.islice(path.rglob("*"), MAX_FILES + 1)) > MAX_FILES:
+            raise UserError(f"inputs.{name}: {path} has more than {MAX_FILES:,} files; name the folder that is meant")
         files = hash_files(path, content_files(path))
     except OSError as error:
         raise UserError(f"inputs.{name}: {error.filename or path} cannot be read: {error.strerror}") from None
@@ -192,3 +193,34 @@ def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
         "metrics": {},
     }
     return Artifact(path.resolve(), manifest)
+
+
+# Packages whose versions are recorded.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "trl",
+    "datasets",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+)
+
+
+def software() -> dict:
+    """Versions and commit that made an output. No paths and no environment, because manifests are published."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    if shutil.which("git"):
+        folder = str(Path(__file__).parent)
+        command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode == 0:
+            versions["git"] = answer.stdout.strip()
+    return versions

@@ -5,17 +5,16 @@
 """
 
 import contextlib
-from pathlib import Path
 
-from pipeline.core import artifact
 from pipeline.core.errors import Problems, UserError
-from pipeline.core.graph import Node, accepts, ancestors, check, nodes
+from pipeline.core.fork import NothingToFork, fork_source
+from pipeline.core.graph import Node, ancestors, nodes
 from pipeline.core.launch import launch
 from pipeline.core.output import link
-from pipeline.core.partial_runs import NothingToFork, fork_source, tidy
-from pipeline.core.precheck import check_sources
+from pipeline.core.partial_runs import tidy
+from pipeline.core.precheck import check_records, check_runnable
 from pipeline.core.recipe import Recipe, make_root
-from pipeline.core.status import as_run, examine_one, mark_absent, source_identity
+from pipeline.core.status import as_run, examine_one, mark_absent
 from pipeline.core.terminal import say
 
 
@@ -25,15 +24,15 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     graph = nodes(recipe)
     for name in only:
         if name not in graph:
-            raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; there is {', '.join(graph)}")
-    wanted = ancestors(graph, only) if only else set(graph)
+            raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; expected one of {', '.join(graph)}")
+    needed = ancestors(graph, only) if only else set(graph)
     make_root(recipe)
     forced = set(only) if only else set(graph)
-    absent = _refuse_early(recipe, graph, wanted, forced if restart else set(), set(only))
+    absent = _check_first(recipe, graph, needed, forced if restart else set(), set(only))
     if fork:
-        _refuse_forks(graph, wanted - absent)
+        _check_forks(graph, needed - absent)
     for name, node in graph.items():
-        if name not in wanted:
+        if name not in needed:
             continue
         if name in absent:
             say(f"{name}: {node.state} ({node.reason}); no stage needs it")
@@ -46,12 +45,13 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
             if node.reason:
                 link(node.folder, node.output.path)
             tidy(node.folder)
-            say(f"{name}: up to date{f' ({node.reason})' if node.absent else ''}")
+            say(f"{name}: up to date ({node.reason})" if node.absent else f"{name}: up to date")
             continue
-        say(f"{name}: {node.state}{' (' + node.reason + ')' if node.reason else ''}, running")
+        reason = f" ({node.reason})" if node.reason else ""
+        say(f"{name}: {node.state}{reason}, running")
         launch(node, recipe, restart=again, fork=fork and _can_fork(node, graph, named=name in only))
-        examine_one(node, graph, running=False)  # another run may have started here since
-        if node.state != "up to date":
+        examine_one(node, graph, running=False)
+        if node.state != "up to date":  # another run may have started here since
             raise UserError(
                 f"stage {name} finished, but is now {node.state}: {node.reason or 'its output is gone'}; another run"
                 " started here, or its sources changed meanwhile: run the same command again"
@@ -59,74 +59,48 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     return graph
 
 
-def _refuse_early(
-    recipe: Recipe, graph: dict[str, Node], wanted: set[str], again: set[str], named: set[str]
+def _check_first(
+    recipe: Recipe, graph: dict[str, Node], needed: set[str], again: set[str], named: set[str]
 ) -> set[str]:
-    """Refuse before the first hour is spent what can be refused, of all stages that must run, in one UserError.
-    Returns the stages that need not run although they have no output here. `again`: stages that are run again even if
-    they are up to date; `named`: stages that the command line names."""
-    problems = Problems()
-    for name in graph:
-        if name in wanted:
-            examine_one(graph[name], graph)
-    absent = mark_absent({name: node for name, node in graph.items() if name in wanted}) - named
-    for name, node in graph.items():
-        if name not in wanted or name in absent or node.state == "up to date" and name not in again:
-            continue
-        with problems.gather(lambda message, name=name: recipe.located(name, message)):
-            check(node, graph)
-        with problems.gather(lambda message, name=name: recipe.located(name, message)):
-            if (node.config.run.nodes or 1) > 1:
-                raise UserError(
-                    f"stage {name} asks for {node.config.run.nodes} nodes; alma run starts processes on this machine:"
-                    f" start launch/slurm/alma.sbatch, or give {name}.run.nodes=1"
-                )
-            if node.config.run.device == "cuda":
-                from pipeline.train.distributed import choose_device
+    """Check all stages that must run before the first one does. Raises one UserError with everything that is wrong.
+    Returns the stages that need not run although they have no output here.
 
-                choose_device(node.config, node.config.run.processes)
-        with problems.gather(lambda message, name=name: recipe.located(name, message)):
-            source_identity(node)
-        for key, source in node.parents.items():
-            if source not in graph:
-                with problems.gather(lambda message, name=name: recipe.located(name, message)):
-                    artifact.external(key, Path(source), accepts(node, key))
-            if source in absent:
-                problems.add(
-                    recipe.located(
-                        name,
-                        f"stages.{name}.inputs.{key}: {source} has no output on this machine and cannot be run:"
-                        f" {graph[source].reason}",
-                    )
-                )
-    must_run = [graph[name] for name in graph if name in wanted - absent]
-    check_sources(recipe, graph, [node for node in must_run if node.state != "up to date"], problems)
+    again: stages that are run even if they are up to date. named: stages that the command line names.
+    """
+    problems = Problems()
+    for name, node in graph.items():
+        if name in needed:
+            examine_one(node, graph)
+    absent = mark_absent({name: node for name, node in graph.items() if name in needed}) - named
+    runnable = [node for name, node in graph.items() if name in needed - absent]
+    for node in runnable:
+        if node.state != "up to date" or node.name in again:
+            check_runnable(recipe, graph, node, absent, problems)
+    check_records(recipe, graph, [node for node in runnable if node.state != "up to date"], problems)
     problems.refuse()
     return absent
 
 
-def _refuse_forks(graph: dict[str, Node], wanted: set[str]) -> None:
-    """Refuse a --fork whose checkpoints cannot be used before any stage runs, where that can be told already."""
+def _check_forks(graph: dict[str, Node], needed: set[str]) -> None:
+    """Raise UserError for a --fork whose checkpoints cannot be used, before any stage runs, where that is known by
+    now."""
     for name, node in graph.items():
-        if name in wanted and node.identity and node.state not in ("up to date", "interrupted") and _trains(node):
+        is_forked = node.config.HAS_STEPS and node.state not in ("up to date", "interrupted")
+        if name in needed and node.identity and is_forked:
             with contextlib.suppress(NothingToFork):
-                fork_source(node.folder, as_run(node, graph), name)
+                fork_source(node.folder, as_run(node, graph), name, node.config.last_step())
 
 
 def _can_fork(node: Node, graph: dict[str, Node], named: bool) -> bool:
-    """Whether --fork gives a stage that is about to run a checkpoint to continue from. Says so if not; a stage that
-    the command line names, or one whose checkpoints cannot be used, is refused."""
-    if node.state == "interrupted" or not _trains(node):
+    """Whether --fork gives a stage that is about to run a checkpoint to continue from. If not, says so; raises
+    UserError for a stage that the command line names, or whose checkpoints cannot be used."""
+    if node.state == "interrupted" or not node.config.HAS_STEPS:
         return False
     try:
-        fork_source(node.folder, as_run(node, graph), node.name)
+        fork_source(node.folder, as_run(node, graph), node.name, node.config.last_step())
     except NothingToFork as nothing:
         if named:
             raise
         say(f"{node.name}: --fork has no checkpoint to continue from ({nothing.reason}): it starts from step 0")
         return False
     return True
-
-
-def _trains(node: Node) -> bool:
-    return "save" in type(node.config).model_fields

@@ -5,27 +5,27 @@ import shlex
 import sys
 
 from pipeline.core.artifact import Artifact
+from pipeline.core.config import PublishedModel
 from pipeline.core.graph import Node
+from pipeline.core.recipe import KINDS, module_of
 from pipeline.core.terminal import columns, show
 
-CHAT = ("sft", "dpo", "ppo")
-BASE = ("pretrain",)
-PIPED = 160  # columns of the table in a file
-LEAST = {"in": 10, "out": 10, "measured": 20}  # columns that these need to be read
+FILE_WIDTH = 160  # columns of the table in a file
+MIN_WIDTHS = {"in": 10, "out": 10, "measured": 20}  # columns that these need to be readable
 TITLES = ("stage", "in", "out", "measured", "time")
 QUESTION = """\
     chat = [{"role": "user", "content": text.strip()}]
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True,
         return_tensors="pt", return_dict=True)
-    made = model.generate(**ids, max_new_tokens=64)
-    new = made[0, ids["input_ids"].shape[1]:]
+    output = model.generate(**ids, max_new_tokens=64)
+    new = output[0, ids["input_ids"].shape[1]:]
     print(tokenizer.decode(new, skip_special_tokens=True))
 """
 CONTINUATION = """\
     ids = tokenizer(text.strip(), return_tensors="pt")
-    made = model.generate(**ids, max_new_tokens=64)
-    print(tokenizer.decode(made[0], skip_special_tokens=True))
+    output = model.generate(**ids, max_new_tokens=64)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
 
 
@@ -34,25 +34,28 @@ def shown_path(artifact: Artifact) -> str:
     return os.path.relpath(artifact.path.parent / "current")
 
 
-def model_of(artifact: Artifact) -> str | None:
-    """The folder for from_pretrained that a stage made, or None."""
-    if artifact.kind == "export":
-        return shown_path(artifact)
-    if artifact.kind in (*CHAT, *BASE, "reward"):
-        return os.path.join(shown_path(artifact), "model")
-    return None
+def published_model(artifact: Artifact) -> PublishedModel | None:
+    return module_of(artifact.kind).Config.published_model(artifact) if artifact.kind in KINDS else None
+
+
+def model_folder(artifact: Artifact) -> str | None:
+    """The folder for from_pretrained that a stage published, or None."""
+    model = published_model(artifact)
+    return None if model is None else os.path.normpath(os.path.join(shown_path(artifact), model.folder))
 
 
 def result(artifact: Artifact) -> str:
     """One line: time, what was measured, and where the result is."""
-    summary = artifact.metrics.get("summary", {})
-    told = [f"done in {seconds(artifact.manifest['seconds'])}", summary.get("measure", "")]
-    place = model_of(artifact) or shown_path(artifact)
-    return f"{artifact.stage}: {', '.join(part for part in told if part)}; the result is in {place}"
+    parts = [f"done in {seconds(artifact.manifest['seconds'])}"]
+    measured = artifact.metrics.get("summary", {}).get("measure", "")
+    if measured:
+        parts.append(measured)
+    place = model_folder(artifact) or shown_path(artifact)
+    return f"{artifact.stage}: {', '.join(parts)}; the result is in {place}"
 
 
 def seconds(number: float) -> str:
-    """Whole seconds up to an hour, as a table of a short run compares them; hours and minutes above."""
+    """Whole seconds below an hour, because the table of a short run compares them; hours and minutes above."""
     if number < 3600:
         return f"{number:.0f} s"
     hours, minutes = divmod(round(number / 60), 60)
@@ -62,13 +65,15 @@ def seconds(number: float) -> str:
 def show_chain(graph: dict[str, Node]) -> None:
     """The table of all stages that are up to date, and how to talk to the model that they made."""
     show_table(graph)
-    made = [
-        node.output for node in graph.values() if node.state == "up to date" and node.output and model_of(node.output)
-    ]
-    models = [output for output in made if output.kind != "reward"]
-    if models:
-        chosen = next((output for output in models if output.kind == "export"), models[-1])
-        show(f"model      {model_of(chosen)}")
+    chosen = None
+    for node in graph.values():
+        model = published_model(node.output) if node.state == "up to date" and node.output else None
+        if model is None or model.use == "score":
+            continue
+        if chosen is None or model.for_users or not published_model(chosen).for_users:
+            chosen = node.output
+    if chosen:
+        show(f"model      {model_folder(chosen)}")
         show("           To talk to it, paste this into a shell:\n")
         print(talk(chosen), flush=True)
 
@@ -76,18 +81,14 @@ def show_chain(graph: dict[str, Node]) -> None:
 def talk(artifact: Artifact) -> str:
     """A shell command that reads lines from the terminal and prints the model's answers, or for a base model its
     continuations."""
-    kind = artifact.kind
-    if kind == "export":
-        kind = artifact.manifest["parents"]["model"]["kind"]
     loader = artifact.metrics.get("tokenizer_class", "PreTrainedTokenizerFast")
-    folder = model_of(artifact)
-    chats = kind in CHAT or kind not in BASE and os.path.exists(os.path.join(folder, "chat_template.jinja"))
+    chats = published_model(artifact).use == "chat"
     verb = "Ask" if chats else "Begin"
     program = f"""
 import sys
 from transformers import AutoModelForCausalLM
 from transformers import {loader}
-folder = {quoted(folder)}
+folder = {quoted(model_folder(artifact))}
 tokenizer = {loader}.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 print("{verb} something; Ctrl-D ends.")
@@ -97,13 +98,13 @@ for text in sys.stdin:
 
 
 def quoted(text: str) -> str:
-    """A Python literal with double quotes, so that the program can stand in a shell's single ones."""
+    """A Python literal in double quotes, so that the program can be in a shell's single ones."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 
 
 def show_table(graph: dict[str, Node]) -> None:
-    """The story of the chain: a line a stage. What went in, what came out, its metric before and after, time."""
+    """One row per stage: what went in, what came out, its metric before and after, time."""
     rows, total = [], 0.0
     for name, node in graph.items():
         if node.state != "up to date" or node.output is None:
@@ -112,42 +113,47 @@ def show_table(graph: dict[str, Node]) -> None:
         total += spent
         rows.append([name, *(summary.get(key, "") for key in ("input", "output", "measure")), seconds(spent)])
     rows.append(["all", "", "", "", seconds(total)])
-    width = columns(sys.stdout) or PIPED
-    if needed(rows) <= width:
-        _as_table(rows, width)
+    width = columns(sys.stdout) or FILE_WIDTH
+    if table_width(rows) <= width:
+        _print_table(rows, width)
     else:
-        _as_paragraphs(rows)
+        _print_paragraphs(rows)
 
 
-def needed(rows: list[list[str]]) -> int:
+def table_width(rows: list[list[str]]) -> int:
     """Columns of a terminal below which the table would break words or times."""
-    least = zip(TITLES, _least_widths(rows), strict=True)
-    return sum(max(width, LEAST.get(title, 0)) for title, width in least) + 3 * len(TITLES)
+    total = 3 * len(TITLES)
+    for title, width in zip(TITLES, _word_widths(rows), strict=True):
+        total += max(width, MIN_WIDTHS.get(title, 0))
+    return total
 
 
-def _least_widths(rows: list[list[str]]) -> list[int]:
-    """The longest word of each column; of times, which are not broken, the longest."""
+def _word_widths(rows: list[list[str]]) -> list[int]:
+    """Width of the longest word of each column; of the longest time, because times are not broken."""
     from rich.cells import cell_len
 
-    found = []
+    widths = []
     for title, cells in zip(TITLES, zip(*rows, strict=True), strict=True):
-        pieces = [title, *cells] if title == "time" else [title, *(word for cell in cells for word in cell.split())]
-        found.append(max(map(cell_len, pieces)))
-    return found
+        words = [title]
+        for cell in cells:
+            words += [cell] if title == "time" else cell.split()
+        widths.append(max(map(cell_len, words)))
+    return widths
 
 
-def _as_table(rows: list[list[str]], width: int) -> None:
+def _print_table(rows: list[list[str]], width: int) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title, least in zip(TITLES, _least_widths(rows), strict=True):
-        # what was measured is the longest: where there is little room, it gets what the others can spare
-        most = max(least, width // 5) if title in ("in", "out") and width < PIPED else None
+    for title, word_width in zip(TITLES, _word_widths(rows), strict=True):
+        # "measured" is the longest: on a narrow terminal the others are limited in its favour
+        limited = title in ("in", "out") and width < FILE_WIDTH
+        most = max(word_width, width // 5) if limited else None
         justify = "right" if title == "time" else "left"
-        table.add_column(title, min_width=least, max_width=most, no_wrap=title == "time", justify=justify)
+        table.add_column(title, min_width=word_width, max_width=most, no_wrap=title == "time", justify=justify)
     for row in rows[:-1]:
         table.add_row(*map(Text, row))
     table.add_section()
@@ -155,8 +161,8 @@ def _as_table(rows: list[list[str]], width: int) -> None:
     Console(width=width, highlight=False).print(table)
 
 
-def _as_paragraphs(rows: list[list[str]]) -> None:
-    """For a narrow terminal: a stage and its time, and below it a line for each of the rest."""
+def _print_paragraphs(rows: list[list[str]]) -> None:
+    """For a narrow terminal: a stage and its time, and below it one line for each other column."""
     for name, *cells, spent in rows:
         show(f"{name}  {spent}")
         for title, cell in zip(TITLES[1:-1], cells, strict=True):

@@ -1,30 +1,34 @@
-"""What a recipe may contain, as far as all stages share it: the base of every block, and the keys that every stage has.
+"""What all blocks of a recipe share, and what the core asks of a stage.
 
-The `Config` of a stage is next to the code that uses it (`pipeline/STAGE.py`).
-"""
+The `Config` of a stage is in its script (`pipeline/KIND.py`). The core knows no stage by name: whatever it needs to
+know of one is an attribute or a method of `StageConfig`."""
 
+import contextlib
 import math
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from pipeline.core.errors import UserError
+from pipeline.core.artifact import Artifact
+from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe_file import shown
 
-# Marks a key that changes how a stage is run and not what comes out (ranks, workers, saving, logging): recorded, not
-# fingerprinted.
+# Marks a key that changes how a stage is run and not what comes out (ranks, workers, saving, logging): it is recorded,
+# but is not part of the fingerprint.
 EXECUTION = Field(json_schema_extra={"execution": True})
 
-
 NAME, PACKAGE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$", r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
+# What messages say instead of a regular expression.
 PATTERNS = {
-    NAME: "Latin letters, digits, '.', '_' and '-', of which the first is a letter or a digit: files are called so",
+    NAME: "Latin letters, digits, '.', '_' and '-', beginning with a letter or a digit, because files get this name",
     PACKAGE: "NAME==VERSION",
 }
-LONGEST_NAME = 100  # of a recipe, stage or source, in characters: folders and files are called so
-Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)]
+MAX_NAME_LENGTH = 100  # characters of the name of a recipe, stage or source, because files and folders get this name
+Name = Annotated[str, Field(pattern=NAME, max_length=MAX_NAME_LENGTH)]
 
 
 class Strict(BaseModel):
@@ -37,64 +41,66 @@ class Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1."""
-        wanted = str(cls.model_fields[info.field_name].annotation)
-        if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
+    def _refuse_boolean_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read true as 1."""
+        annotation = str(cls.model_fields[info.field_name].annotation)
+        takes_number = "int" in annotation or "float" in annotation
+        if isinstance(value, bool) and takes_number and "bool" not in annotation:
             raise ValueError(f"is {str(value).lower()}, expected a number")
         return value
 
 
 def idle(block: Strict, key: str, why: str) -> None:
-    """Refuse a key that would change a run's identity, or be read by nobody, and not its result. At its default it may
-    stand: a recipe that is written out has all keys. Raises ValueError."""
-    value = getattr(block, key)
+    """Refuse a key that would have no effect, because it would change the identity of a run and not its result. The
+    default value is allowed, because a recipe that is written out in full has every key. Raises ValueError."""
+    value = dict(block)[key]
     if value != type(block).model_fields[key].get_default(call_default_factory=True):
-        raise ValueError(f"{key}: {shown(value, 40)} {why}; leave it out")
+        raise ValueError(f"{key}: {shown(value, 40)} {why}; remove it")
 
 
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def seconds_of(text: str) -> float:
     """Seconds of a duration such as 2h, 90m, 1h30m or 1.5d. Raises ValueError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
-        raise ValueError(f"{shown(text)} is no length of time; write for example 2h, 90m or 1h30m (d, h, m, s)")
-    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
-    if not 0 < seconds < 10 * 365 * UNITS["d"]:
+        raise ValueError(f"{shown(text)} is not a duration; write for example 2h, 90m or 1h30m (d, h, m, s)")
+    seconds = sum(float(number) * SECONDS_PER_UNIT[unit] for number, unit in parts)
+    if not 0 < seconds < 10 * 365 * SECONDS_PER_UNIT["d"]:
         raise ValueError(f"{shown(text)} is not between a second and ten years")
     return seconds
 
 
 class RunConfig(Strict):
-    """Where a stage runs. `alma run` starts the processes; under `accelerate launch`, torchrun or srun the
-    launcher's count is taken."""
+    """Where a stage runs. `alma run` starts this many processes; under `accelerate launch`, torchrun or srun the
+    launcher decides."""
 
     processes: int = Field(1, ge=1, le=1024)
-    """Processes on each node: one per GPU, or one per group of CPU cores."""
+    """Processes per node: one per GPU, or one per group of CPU cores."""
     nodes: int | None = Field(None, ge=1, le=100_000)
-    """Nodes; more than one needs a launcher that spans them. The job script (launch/slurm/alma.sbatch) asks Slurm for
-    so many, uses so many of its job's, and refuses a job that has fewer; none: all nodes of the job, elsewhere one."""
+    """Nodes. More than one needs a launcher that spans them: the job script (launch/slurm/alma.sbatch) asks Slurm for
+    this many, uses this many of its job's, and refuses a job that has fewer. By default all nodes of the job, or one
+    without Slurm."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of one process; by default the cores of the machine divided by `processes`."""
+    """CPU threads per process; by default the cores of the machine divided by `processes`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What training computes on. cuda: a GPU for each process, or the stage is refused; cpu: no GPU even where there
+    """What training computes on. cuda: one GPU per process, and an error if there are fewer; cpu: no GPU even if there
     is one; auto: a GPU if there is one."""
     time: str | None = None
-    """Wall-clock limit of one start of the stage under Slurm, such as 48h: the job script asks for a job of this length
-    and gives it to srun, which has the stage save two minutes before. It is then queued again."""
+    """Wall-clock limit of one start of the stage under Slurm, such as 48h. The job script asks for a job of this length
+    and gives it to srun, which has the stage save two minutes before the end. The job is then queued again."""
 
     @field_validator("time")
     @classmethod
-    def _a_duration(cls, value: str | None) -> str | None:
+    def _is_duration(cls, value: str | None) -> str | None:
         if value is not None:
             seconds_of(value)
         return value
 
     @property
     def minutes(self) -> int | None:
-        """`time` as Slurm takes it."""
+        """`time` in the unit that Slurm takes."""
         return None if self.time is None else math.ceil(seconds_of(self.time) / 60)
 
     @property
@@ -103,20 +109,108 @@ class RunConfig(Strict):
         return self.processes * (self.nodes or 1)
 
 
+# ---- what a stage reads from outside the run folder ------------------------------------------------------------------
+
+
+class ExternalSource(Strict):
+    """One entry of a block of sources: data from outside the run folder. Its options and the contents of its files are
+    part of the stage's identity."""
+
+    UNUSED: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the recipe's top-level `sources` that mean nothing to stages that read sources of this class."""
+
+    def content(self, where: str, sha256: Callable[[Path], str]) -> list[list[str]] | None:
+        """[name, sha256] of each file, in order; None if the options alone determine the content. `where` is the key of
+        the source in the recipe, for messages. Raises Absent for files that are not on this machine."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SourceBlock:
+    """A block of a stage's keys that names sources."""
+
+    key: str
+    """In the recipe, such as `decontaminate.sets`."""
+    sources: Callable[[Any], dict[str, ExternalSource]]
+    """From the stage's config: name -> source."""
+    prefix: str = ""
+    """Of each name in the stage's identity."""
+    group: str = ""
+    """Entry of the identity that holds the whole block; by default each source is an entry."""
+    drop_key: bool = True
+    """The entries replace the key in the identity, so that only the content counts. False where the identity has had
+    both from the start: a fingerprint must not change."""
+
+
+@dataclass(frozen=True)
+class ExternalFiles:
+    """Files that a key of a stage names. They count by name and content."""
+
+    key: str
+    """In the recipe."""
+    files: Callable[[Any], list[Path]]
+    """From the stage's config. May raise Absent with a better message than that a file is missing."""
+    entry: str = ""
+    """Of the identity; by default `@key`."""
+    drop_key: bool = True
+    """As for SourceBlock."""
+
+    @property
+    def name_of_entry(self) -> str:
+        return self.entry or f"@{self.key}"
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """An input of a stage, as far as it is known before the stage runs."""
+
+    name: str
+    """Of the stage that publishes it, or the path of a folder made elsewhere."""
+    config: "StageConfig | None" = None
+    """Of that stage; None for a folder."""
+    inputs: dict[str, "PlannedInput"] = field(default_factory=dict)
+    """Of that stage."""
+    folder: Path | None = None
+    """The published output, if it is up to date, or the folder made elsewhere."""
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model for `from_pretrained` in a stage's output."""
+
+    folder: str
+    """Relative to the output; empty if it is the output."""
+    use: Literal["chat", "completion", "score"]
+    """What its user can do: ask it, have it continue a text, or have it score an answer."""
+    for_users: bool = False
+    """It was made to be handed to users, so it is named before later ones."""
+
+
 class StageConfig(Strict):
-    """Keys that every stage has."""
+    """Keys that every stage has, and what the core asks of a stage."""
 
     kind: str = ""
-    """Which stage this is; defaults to the name that the recipe gives it."""
+    """Which kind of stage this is; defaults to the name that the recipe gives it."""
     inputs: dict[str, str] = {}
-    """Input name -> stage of this recipe, or the path of a folder made elsewhere (begins with `.` or `/`)."""
+    """Name of an input -> a stage of this recipe, or the path of a folder made elsewhere (begins with `.` or `/`)."""
     seed: int | None = Field(None, ge=0)
-    """Seed of everything random here; defaults to the recipe's."""
+    """Seed of everything random in this stage; defaults to the recipe's."""
     run: Annotated[RunConfig, EXECUTION] = RunConfig()
     """Processes, nodes, threads."""
 
+    HAS_STEPS: ClassVar[bool] = False
+    """Whether the stage works in steps, in one or more processes, and resumes from checkpoints. Other stages run in one
+    process and resume from finished files."""
+    KEPT: ClassVar[str | None] = "this stage starts over"
+    """What a stopped run keeps, for messages. None for a stage with steps: the message names the step."""
+
+    MODEL: ClassVar[PublishedModel | None] = None
+    """The model in its output."""
+
+    # ---- keys
+
     def optional(self) -> set[str]:
-        """Inputs that this stage, as its keys stand, can do without where no earlier stage has them."""
+        """Names of inputs that this stage, with these keys, does not need."""
         return set()
 
     @classmethod
@@ -126,32 +220,91 @@ class StageConfig(Strict):
 
     @classmethod
     def uses_seed(cls, block: dict) -> bool:
-        """Whether the result of a stage with these keys, as the recipe has them, depends on its seed."""
+        """Whether the result of a stage with these keys, as they are in the recipe, depends on its seed."""
         return True
 
+    @classmethod
+    def external(cls) -> list[SourceBlock | ExternalFiles]:
+        """What the stage reads from outside the run folder. It is hashed into the fingerprint."""
+        return []
+
+    # ---- checks before anything expensive; each raises UserError
+
     def check(self, world: int) -> None:
-        """Raise UserError if this stage cannot run in `world` processes. Called before anything expensive."""
+        """Check that this stage can run in `world` processes."""
         if self.run.device != "auto" and not self.uses_device():
             raise UserError(
-                f"stage {self.kind}: run.device: {self.run.device} is for stages that train or assess, and this one"
-                " computes on the CPU; leave it out"
+                f"stage {self.kind}: run.device: {self.run.device} has no effect, because only stages that train or"
+                " assess use a GPU; remove it"
             )
         if world != 1:
             raise UserError(
-                f"stage {self.kind} runs in one process and spreads its work over `workers`, but {world} processes were"
-                " launched; launch it with one"
+                f"stage {self.kind}: {world} processes were launched, but it runs in one process (`workers` spreads its"
+                " work over cores); launch one"
             )
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        """Check what this stage needs of its inputs, as far as it is known. Messages begin with a key of the stage."""
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        """Read the first records of every source that is on this machine. A missing file is reported elsewhere."""
+
+    # ---- what is known of the output before the stage has run
+
+    def planned_sources(self, inputs: dict[str, PlannedInput]) -> list[str] | None:
+        """Names of the sources in the text or tokens that this stage publishes; None if they are not known."""
+        return None
+
+    def planned_positions(self, inputs: dict[str, PlannedInput]) -> int | None:
+        """Most tokens of a row that the published model has positions for; None if there is no limit or it is not
+        known."""
+        return None
+
+    def planned_tokenizer(self, inputs: dict[str, PlannedInput]) -> Any:
+        """The tokenizer that this stage publishes, if its files are there already; else None."""
+        return None
+
+    # ---- running
+
+    def last_step(self) -> int | None:
+        """The step that the stage ends with; None if it has no steps, or if only the running stage can tell."""
+        return None
+
+    def supervised(self, output) -> contextlib.AbstractContextManager:
+        """Context around the run, such as a watchdog. output: where it writes (core/output.py)."""
+        return contextlib.nullcontext()
+
+    @classmethod
+    def published_model(cls, artifact: Artifact) -> PublishedModel | None:
+        """The model in this output, if it has one."""
+        return cls.MODEL
+
+
+def check_source_names(named: dict[str, Iterable[str]], names: list[str]) -> None:
+    """Raise UserError for sources that a stage's text does not have. named: key of the stage -> sources that it names;
+    names: the sources of its text."""
+    problems = Problems()
+    for key, sources in named.items():
+        for source in sources:
+            if source not in names:
+                problems.add(f"{key}: its text has no source {source!r}; it has {', '.join(sorted(names))}")
+    problems.refuse()
+
+
+# ---- JSON of a config ------------------------------------------------------------------------------------------------
 
 
 def identity(value: Any) -> Any:
-    """What of a config decides the result: execution keys and keys at their default are left out. JSON types only."""
+    """The part of a config that decides the result: without execution keys and without keys at their default. JSON
+    types only."""
     if isinstance(value, BaseModel):
         kept = {}
-        for name, field in type(value).model_fields.items():
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"):
+        fields = type(value).model_fields
+        for name, item in value:
+            extra = fields[name].json_schema_extra
+            if isinstance(extra, dict) and extra.get("execution"):
                 continue
-            item = getattr(value, name)
-            if field.is_required() or item != field.get_default(call_default_factory=True):
+            if fields[name].is_required() or item != fields[name].get_default(call_default_factory=True):
                 kept[name] = identity(item)
         return kept
     if isinstance(value, dict):
@@ -164,5 +317,5 @@ def identity(value: Any) -> Any:
 
 
 def dump(config: BaseModel) -> dict:
-    """A config as plain JSON types, everything written out."""
+    """A config as plain JSON types, with every key written out."""
     return config.model_dump(mode="json")

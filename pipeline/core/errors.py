@@ -4,7 +4,9 @@ and the exit codes of a stage."""
 from collections.abc import Callable
 from contextlib import contextmanager
 
-EXIT_USER, EXIT_STOPPED = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
+EXIT_USER = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130  # what a shell gives for SIGINT
 
 
 class UserError(ValueError):

@@ -102,13 +102,20 @@ def hashes(cache: Path):
         write_json(cache, fresh)
 
 
-def damage_of(path: Path, entry: dict) -> str | None:
-    """How a file differs from its {sha256, size}, in words, or None."""
+def damage_of(path: Path, entry: dict, trust_mtime: bool = False) -> str | None:
+    """How a file differs from its {sha256, size} when it was written, or None. With `trust_mtime`, a file that still
+    has its size and the `mtime` of `entry` is not hashed."""
     if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != entry["size"]:
-        return f"{path.name} has {path.stat().st_size} bytes, expected {entry['size']}"
-    return None if sha256_file(path) == entry["sha256"] else f"{path.name} has another sha256 than when it was written"
+        return f"{path} is missing"
+    status = path.stat()
+    if status.st_size != entry["size"]:
+        return f"{path} has {status.st_size} bytes, expected {entry['size']}"
+    if trust_mtime and status.st_mtime_ns == entry["mtime"]:
+        return None
+    sha256 = sha256_file(path)
+    if sha256 != entry["sha256"]:
+        return f"{path} has sha256 {sha256[:12]}…, expected {entry['sha256'][:12]}…"
+    return None
 
 
 def hash_files(folder: Path, paths: list[Path]) -> dict[str, dict]:

@@ -1,53 +1,62 @@
-"""The graph of a recipe: its stages, what each one reads, what decides its result, and which are out of date and why.
+"""The graph of a recipe: its stages, and which inputs each of them reads.
 
-`nodes` gives the stages in order, `check` says what their recipe alone tells of them, `examine` compares each with what
-is published. Running them is pipeline/core/chain.py's.
+`nodes` returns the stages in order, and `check` finds what the recipe alone shows to be wrong. Which stages are out of
+date is decided in pipeline/core/status.py, and pipeline/core/chain.py runs them.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import StageConfig
+from pipeline.core.config import PlannedInput, StageConfig
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe import Recipe, module_of
 from pipeline.core.recipe_file import shown
 
+State = Literal["up to date", "stale", "interrupted", "missing", "damaged", "waits", "running", "absent"]
+"""waits: a stage before it is not up to date. absent: no output and no sources on this machine, and nothing needs
+them."""
+
 
 @dataclass
 class Node:
-    """A stage in its chain. `state` is one of: up to date, stale, interrupted, missing, damaged, waits, running, and
-    absent: without output and sources on this machine, which nothing needs."""
+    """A stage in its chain."""
 
     name: str
     config: StageConfig
-    parents: dict[str, str]  # input -> stage name, or path of an outside folder
+    parents: dict[str, str]  # input -> name of a stage, or path of a folder made elsewhere
     folder: Path
     inputs: dict[str, Artifact] = field(default_factory=dict)
     identity: dict | None = None
     output: Artifact | None = None
-    state: str = "missing"
+    state: State = "missing"
     reason: str = ""
     absent: list[str] = field(default_factory=list)
     """Sources and inputs that are not on this machine: the stage cannot be run here."""
 
     @property
     def unavailable(self) -> bool:
-        """Whether the stage has no output here and cannot be given one."""
+        """Whether the stage has no output here and cannot be run here either."""
         return bool(self.absent) and self.output is None
+
+    @property
+    def hash_cache(self) -> Path:
+        """File with the hashes of external files, shared by the stages of a recipe."""
+        return self.folder.parent / ".hashes.json"
 
 
 def nodes(recipe: Recipe, problems: Problems | None = None) -> dict[str, Node]:
-    """Stages in an order in which parents come first. Raises UserError for inputs that cannot be had; with `problems`
+    """Stages in an order in which parents come first. Raises UserError for inputs that do not exist; with `problems`
     they are added there instead."""
-    gathered = Problems() if problems is None else problems
-    found: dict[str, Node] = {}
+    collected = Problems() if problems is None else problems
+    unordered: dict[str, Node] = {}
     for name, config in recipe.stages.items():
-        found[name] = Node(name, config, _parents(recipe, name, config, gathered), recipe.root / name)
+        parents = _parents(recipe, name, config, collected)
+        unordered[name] = Node(name, config, parents, recipe.root / name)
     if problems is None:
-        gathered.refuse()
+        collected.refuse()
     ordered: dict[str, Node] = {}
     trail: list[str] = []
 
@@ -55,70 +64,72 @@ def nodes(recipe: Recipe, problems: Problems | None = None) -> dict[str, Node]:
         if name in ordered:
             return
         if name in trail:
-            circle = " -> ".join([*trail[trail.index(name) :], name])
-            raise UserError(recipe.located(name, f"stages.{name}.inputs: inputs go round in a circle: {circle}"))
+            cycle = " -> ".join([*trail[trail.index(name) :], name])
+            raise UserError(recipe.located(name, f"stages.{name}.inputs: cyclic inputs: {cycle}"))
         trail.append(name)
-        for parent in found[name].parents.values():
-            if parent in found:
+        for parent in unordered[name].parents.values():
+            if parent in unordered:
                 visit(parent)
         trail.pop()
-        ordered[name] = found[name]
+        ordered[name] = unordered[name]
 
-    for name in found:
+    for name in unordered:
         visit(name)
     return ordered
 
 
 def _parents(recipe: Recipe, name: str, config: StageConfig, problems: Problems) -> dict[str, str]:
-    """Input -> stage. `INPUTS` of a kind: name -> kinds it accepts; `name?` may be absent; `*` takes any number, by
-    default all earlier ones."""
-    wanted = dict(module_of(config.kind).INPUTS)
-    anything = wanted.pop("*", ())
-    optional = {key.removesuffix("?") for key in wanted if key.endswith("?")}
-    wanted = {key.removesuffix("?"): kinds for key, kinds in wanted.items()}
+    """Input -> stage or folder.
+
+    `INPUTS` of a kind: name of an input -> kinds of stages that it accepts. `name?` is optional; `*` stands for any
+    number of inputs, by default all earlier stages of these kinds.
+    """
+    declared = dict(module_of(config.kind).INPUTS)
+    any_number = declared.pop("*", ())
+    optional = {key.removesuffix("?") for key in declared if key.endswith("?")}
+    declared = {key.removesuffix("?"): kinds for key, kinds in declared.items()}
     earlier = list(recipe.stages)[: list(recipe.stages).index(name)]
     parents: dict[str, str] = {}
     for key, source in config.inputs.items():
-        kinds = wanted.get(key, anything)
-        wrong = _wrong_input(recipe, name, key, source, kinds, list(wanted))
-        if wrong:
-            problems.add(recipe.located(name, wrong))
+        kinds = declared.get(key, any_number)
+        problem = _input_problem(recipe, name, key, source, kinds, list(declared))
+        if problem:
+            problems.add(recipe.located(name, problem))
         elif source not in recipe.broken:
             parents[key] = source
-    for key, kinds in wanted.items():
+    for key, kinds in declared.items():
         if key in parents or key in optional or key in config.inputs:
             continue
-        nearest = [stage for stage in earlier if recipe.stages[stage].kind in kinds]
-        if nearest:
-            parents[key] = nearest[-1]
-        elif key not in config.optional() and not recipe.broken:  # a stage whose keys are wrong may be the one
-            problems.add(
-                recipe.located(
-                    name,
-                    f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, and none stands"
-                    f" before it; add one or give inputs.{key}",
-                )
+        candidates = [stage for stage in earlier if recipe.stages[stage].kind in kinds]
+        if candidates:
+            parents[key] = candidates[-1]
+        elif key not in config.optional() and not recipe.broken:  # a stage with wrong keys may be the one that is meant
+            message = (
+                f"stages.{name}: needs the input {key!r}, a stage of kind {' or '.join(kinds)}, but there is none"
+                f" before it; add one or give inputs.{key}"
             )
-    if anything and not set(parents) - set(wanted):
-        parents.update(
-            {stage: stage for stage in earlier if recipe.stages[stage].kind in anything and stage not in parents}
-        )
+            problems.add(recipe.located(name, message))
+    if any_number and not set(parents) - set(declared):
+        for stage in earlier:
+            if recipe.stages[stage].kind in any_number and stage not in parents:
+                parents[stage] = stage
     return parents
 
 
-def _wrong_input(
-    recipe: Recipe, name: str, key: str, source: str, kinds: tuple[str, ...], takes: list[str]
+def _input_problem(
+    recipe: Recipe, name: str, key: str, source: str, kinds: tuple[str, ...], declared: list[str]
 ) -> str | None:
     """What is wrong with an input that the recipe names, or None."""
+    kind = recipe.stages[name].kind
     if not kinds:
-        kind = recipe.stages[name].kind
-        return f"stages.{name}.inputs: {kind} has no input {key!r}; it takes {', '.join(takes) or 'none'}"
+        return f"stages.{name}.inputs: {kind} has no input {key!r}; expected {', '.join(declared) or 'none'}"
     if source.startswith((".", "/")) or source in recipe.broken:
         return None
     if source not in recipe.stages or source == name:
+        others = ", ".join(stage for stage in recipe.stages if stage != name)
         return (
-            f"stages.{name}.inputs.{key}: {shown(source)} is no other stage of this recipe; it has"
-            f" {', '.join(s for s in recipe.stages if s != name)} (the path of a folder begins with . or /)"
+            f"stages.{name}.inputs.{key}: {shown(source)} is not another stage of this recipe; expected one of {others}"
+            " (the path of a folder begins with . or /)"
         )
     if recipe.stages[source].kind not in kinds:
         return (
@@ -128,114 +139,50 @@ def _wrong_input(
     return None
 
 
+def accepted_kinds(node: Node, key: str) -> tuple[str, ...]:
+    """Kinds of stages that an input may come from."""
+    declared = module_of(node.config.kind).INPUTS
+    return declared.get(key) or declared.get(f"{key}?") or declared.get("*", ())
+
+
+def planned_inputs(node: Node, graph: dict[str, Node]) -> dict[str, PlannedInput]:
+    """The inputs of a stage, as far as they are known before it runs."""
+    views: dict[str, PlannedInput] = {}
+
+    def view(source: str) -> PlannedInput:
+        if source not in graph:
+            return PlannedInput(source, folder=Path(source))
+        if source not in views:
+            parent = graph[source]
+            is_current = parent.state == "up to date" and parent.output is not None
+            folder = parent.output.path if is_current else None
+            inputs = {key: view(name) for key, name in parent.parents.items()}
+            views[source] = PlannedInput(source, parent.config, inputs, folder)
+        return views[source]
+
+    return {key: view(source) for key, source in node.parents.items()}
+
+
 def check(node: Node, graph: dict[str, Node]) -> None:
-    """What can be told of a stage from its recipe alone. Raises UserError with all that is wrong."""
+    """Check what the recipe alone says of a stage. Raises UserError with everything that is wrong."""
     problems = Problems()
     with problems.gather():
         node.config.check(node.config.run.world)
-    if node.config.kind == "tokenizer" and node.config.weights and node.parents.get("data") in graph:
-        there = graph[node.parents["data"]].config.sources
-        for source in node.config.weights:
-            if source not in there:
-                problems.add(
-                    f"stages.{node.name}.weights: its text has no source {source!r}; it has {', '.join(sorted(there))}"
-                )
-    known = _packed_sources(node, graph)
-    mixtures = [
-        ("mixture", getattr(node.config, "mixture", None) or {}),
-        *(("mixture_changes", change.mixture) for change in getattr(node.config, "mixture_changes", [])),
-    ]
-    for key, source in [(key, source) for key, mixture in mixtures for source in mixture] if known else []:
-        if source not in known:
-            problems.add(
-                f"stages.{node.name}.{key}: its text has no source {source!r}; it has {', '.join(sorted(known))}"
-            )
     for key, source in node.parents.items():
-        with problems.gather():
-            _check_parent(node, key, source, graph)
+        if source not in graph and (not os.path.isdir(source) or not os.listdir(source)):
+            problems.add(f"stages.{node.name}.inputs.{key}: {shown(source)} is not a folder with files in it")
+    with problems.gather(lambda message: f"stages.{node.name}.{message}"):
+        node.config.check_inputs(planned_inputs(node, graph))
     problems.refuse()
 
 
-def _check_parent(node: Node, key: str, source: str, graph: dict[str, Node]) -> None:
-    if source not in graph and (not os.path.isdir(source) or not os.listdir(source)):
-        raise UserError(f"stages.{node.name}.inputs.{key}: {shown(source)} is not a folder with files in it")
-    wanted = getattr(node.config, "sequence_length", None)
-    if not wanted or not _reads_rows(node, key):
-        return
-    longest = model_positions(source, graph)
-    pretrains = node.config.kind == "pretrain"
-    if longest and wanted > longest and not (pretrains and "rope_parameters" in node.config.model_changes):
-        if source in graph:
-            found = f"{wanted} tokens are more than the {longest} positions that {source} gives its model"
-        else:
-            found = f"{wanted} is more than the {longest} positions of the model in {shown(source)}"
-        raise UserError(
-            f"stages.{node.name}.sequence_length: {found}; use {longest} or fewer, or a model that was pretrained with"
-            " more" + " (or scale positions, model_changes: {rope_parameters: ...})" * pretrains
-        )
-
-
-def _reads_rows(node: Node, key: str) -> bool:
-    """Does this stage give rows of its sequence_length to the model behind this input?"""
-    if node.config.kind == "assess":
-        return key not in ("tokens", "reward") and "tokens" in node.parents and node.config.max_rows > 0
-    return key in ("model", "policy", "reward")
-
-
-def model_positions(source: str, graph: dict[str, Node]) -> int | None:
-    """Most tokens of a row that the model of a stage, or of an outside folder, has positions for; None for any number,
-    or if it cannot be told. Pretraining decides it (its sequence_length), and what comes after keeps it."""
-    from pipeline.models.families import FAMILIES, UNKNOWN
-
-    if source not in graph:
-        return _folder_positions(Path(source))
-    config, parents = graph[source].config, graph[source].parents
-    above = parents.get("model") or parents.get("policy")
-    if config.kind != "pretrain":
-        return model_positions(above, graph) if above else None
-    if above is None:
-        family = FAMILIES.get((config.model or {}).get("family"), UNKNOWN)
-        return None if family.unlimited_positions else config.sequence_length
-    before = model_positions(above, graph)
-    return max(before, config.sequence_length) if before else None
-
-
-def _folder_positions(path: Path) -> int | None:
-    from transformers import AutoConfig
-
-    from pipeline.models.families import positions
-
-    folder = path / "model" if (path / "model").is_dir() else path
-    try:
-        made = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):  # the stage itself says what is wrong with it
-        return None
-    return positions(made.get_text_config())
-
-
-def _packed_sources(node: Node, graph: dict[str, Node]) -> list[str]:
-    """Names of the sources in the tokens that a stage reads, as far as they can be told before they are made."""
-    tokens = node.parents.get("tokens")
-    if tokens in graph:
-        data, shards = graph[tokens].parents.get("data"), list(getattr(graph[tokens].config, "shards", {}))
-        return [*graph[data].config.sources, *shards] if data in graph else shards if data is None else []
-    try:
-        return list(json.loads((Path(tokens or "") / "index.json").read_text())["splits"]["train"])
-    except (OSError, ValueError, KeyError):  # the stage itself says what is wrong with it
-        return []
-
-
-def accepts(node: Node, key: str) -> tuple[str, ...]:
-    wanted = module_of(node.config.kind).INPUTS
-    return wanted.get(key) or wanted.get(f"{key}?") or wanted.get("*", ())
-
-
 def ancestors(graph: dict[str, Node], names: list[str]) -> set[str]:
-    found: set[str] = set()
-    todo = list(names)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += [parent for parent in graph[name].parents.values() if parent in graph]
-    return found
+    """These stages and all that they are made from."""
+    visited: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name not in visited:
+            visited.add(name)
+            pending += [parent for parent in graph[name].parents.values() if parent in graph]
+    return visited

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pipeline.core.errors import EXIT_STOPPED
 
-# Seconds that the other ranks have to end by themselves after one has failed: their watch (train/watch.py) takes up to
-# fifteen to find out why, and a rank that is still starting has none.
+# Seconds that the other ranks have to end by themselves after one has failed: their watch (train/heartbeat.py) takes up
+# to fifteen to find out why, and a rank that is still starting has none.
 KILL_AFTER = 40.0
 FOR_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # signals that workers leave to them
 

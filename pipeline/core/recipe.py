@@ -1,11 +1,10 @@
-"""What a recipe may say: YAML 1.2 in, one strict pydantic model per stage out.
+"""A recipe: one strict pydantic model per stage, from a YAML 1.2 file.
 
     recipe = load("recipes/quickstart.yaml", ["pretrain.optimizer.lr=3e-4"])
     recipe.stages["pretrain"].optimizer.lr
 
-A mistake ends in a UserError that names file, line, key, what was found and the nearest key that would have been right.
-The models of the stages stand beside the code that uses them (`pipeline/STAGE.py: Config`); this file holds what all
-share.
+A mistake raises a UserError with file, line, key, what was found and the nearest key or value that is valid. The models
+of the stages are next to the code that uses them (`pipeline/STAGE.py: Config`); core/config.py has what they share.
 """
 
 import importlib
@@ -15,33 +14,38 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 from ruamel.yaml import YAML
 
-from pipeline.core.config import LONGEST_NAME, PATTERNS, Name, StageConfig, Strict, dump
+from pipeline.core.config import MAX_NAME_LENGTH, Name, StageConfig, Strict, dump
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe_file import nearest, override, place_of, read, shown
+from pipeline.core.recipe_messages import block_class, validated
 
+# Kinds of stages, each a script `pipeline/KIND.py`. To add one, write the script and add its name here.
 KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "ppo", "assess", "export")
+
+MAX_FILE_NAME, MAX_PATH = 255, 3000  # bytes
 
 
 class Recipe(Strict):
-    """A whole recipe. Build it with `load`, which injects `seed` and `model` into the stages that have these keys."""
+    """A whole recipe. Build it with `load`, which gives `seed`, `sources` and `model` to the stages that have these
+    keys."""
 
     name: Name
     """Folder of this recipe's runs below `output`."""
     output: Path = Path("runs")
-    """Where runs are kept, relative to the folder the command is started in."""
+    """Where runs are kept, relative to the folder in which the command is started."""
     seed: int = Field(0, ge=0)
-    """Seed of every stage that does not give its own."""
+    """Seed of every stage that does not set its own."""
     sources: dict[str, dict[str, Any]] = {}
-    """Places of records that several stages read: a stage's source takes one over with `from: NAME` and adds its own
+    """Sources of records that several stages read: a stage's source takes one over with `from: NAME` and adds its own
     keys."""
     model: dict[str, Any] | None = None
     """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration. A stage's own
-    `model` changes single keys of it, or is another with its own `family` or `from`."""
+    `model` changes single keys of it, or replaces it if it has `family` or `from`."""
     stages: dict[str, Any]
-    """Stages in order; each key is a name, and its kind unless `kind` says otherwise."""
+    """Stages in order; each key is the name of a stage, and its kind unless `kind` gives another."""
 
     _places: dict[tuple, str] = PrivateAttr(default_factory=dict)
     _path: str = PrivateAttr("")
@@ -49,8 +53,8 @@ class Recipe(Strict):
 
     @field_validator("output")
     @classmethod
-    def _can_be_a_path(cls, value: Path) -> Path:
-        if any(len(os.fsencode(part)) > 255 for part in value.parts) or len(os.fsencode(value)) > 3000:
+    def _fits_a_path(cls, value: Path) -> Path:
+        if any(len(os.fsencode(part)) > MAX_FILE_NAME for part in value.parts) or len(os.fsencode(value)) > MAX_PATH:
             raise ValueError(f"is too long for a path ({len(str(value)):,} characters)")
         return value
 
@@ -60,29 +64,33 @@ class Recipe(Strict):
 
     @property
     def broken(self) -> frozenset[str]:
-        """Stages whose keys are wrong and that `stages` therefore lacks (`load` with `problems`)."""
+        """Stages with wrong keys, which `stages` therefore does not have (`load` with `problems`)."""
         return self._broken
 
     def _place(self, key: tuple) -> str:
-        """Where a key or block was given: on the command line, if a word changed something of it."""
-        within = [place for inner, place in self._places.items() if inner[: len(key)] == key]
-        return next((place for place in reversed(within) if place.startswith("command line")), self._places[key])
+        """Where a key or block was given: on the command line if an override changed something of it."""
+        places = [place for inner, place in self._places.items() if inner[: len(key)] == key]
+        for place in reversed(places):
+            if place.startswith("command line"):
+                return place
+        return self._places[key]
 
     def located(self, stage: str, message: str) -> str:
-        """A message about a stage with file and line before it: of the first key that the message names, else of the
+        """A message about a stage, with file and line in front: of the first key that the message names, or else of the
         stage's block."""
         if not self._path:
             return message
         for word in re.findall(r"[A-Za-z_][\w.-]*", message):
             key = tuple(word.rstrip(".").split("."))
-            for candidate in ((*key,) if key[0] == "stages" else ("stages", stage, *key), key):
+            in_stage = key if key[0] == "stages" else ("stages", stage, *key)
+            for candidate in (in_stage, key):
                 if candidate in self._places and candidate != ("stages", stage):
                     return f"{self._place(candidate)}: {message}"
         return f"{place_of(('stages', stage), self._places, self._path)}: {message}"
 
 
 def module_of(kind: str):
-    """The module of a stage kind: it has `Config`, `VERSION`, `INPUTS` and `run`. Heavy imports stay inside its
+    """The module of a kind of stage: it has `Config`, `VERSION`, `INPUTS` and `run`. Its heavy imports are inside
     functions."""
     return importlib.import_module(f"pipeline.{kind}")
 
@@ -91,56 +99,58 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), problems
     """Read a recipe, apply `extends` and `key=value` overrides, check every key.
 
     Raises UserError with all mistakes. With `problems` they are added there instead, and the recipe has the stages
-    that are right; what leaves no recipe at all is raised all the same.
+    without mistakes; only what leaves no recipe at all is raised.
     """
-    found = Problems()
+    collected = Problems()
     places: dict[tuple, str] = {}
     tree = read(Path(path), places)
     for word in overrides:
-        with found.gather():
+        with collected.gather():
             override(tree, word, places, list(Recipe.model_fields))
     top = {key: value for key, value in tree.items() if key != "stages"}
     recipe = None
-    with found.gather():
-        recipe = _validated(Recipe, {**top, "stages": {}}, (), places, str(path))
-    stages = tree.get("stages")
-    if not isinstance(stages, dict) or not stages:
-        found.add(
+    with collected.gather():
+        recipe = validated(Recipe, top | {"stages": {}}, (), places, str(path))
+    blocks = tree.get("stages")
+    if not isinstance(blocks, dict) or not blocks:
+        collected.add(
             f"{place_of(('stages',), places, path)}: `stages` must name at least one stage; the kinds are"
             f" {', '.join(KINDS)}"
         )
-        stages = {}
-    # With a mistake at the top, the stages are checked against a recipe that has none of it.
-    shared = recipe or Recipe(name="unnamed", stages={}, sources=_blocks(top.get("sources")))
-    parsed: dict[str, StageConfig] = {}
+        blocks = {}
+    # If the top level has mistakes, the stages are checked without it.
+    shared = recipe or Recipe(name="unnamed", stages={}, sources=_inner_blocks(top.get("sources")))
+    stages: dict[str, StageConfig] = {}
     broken: set[str] = set()
-    for name, block in stages.items():
-        if block is None:  # `dpo: ~` in a recipe that extends another takes the stage out
+    for name, block in blocks.items():
+        if block is None:  # `dpo: ~` in a recipe that extends another removes the stage
             continue
         try:
-            parsed[name] = _stage(name, block, shared, places, path)
+            stages[name] = _stage(name, block, shared, places, path)
         except UserError as error:
-            found.take(error)
+            collected.take(error)
             broken.add(name)
-    if stages and not parsed and not broken:
-        found.add(f"{path}: every stage was taken out; keep at least one")
+    if blocks and not stages and not broken:
+        collected.add(f"{path}: every stage was removed; keep at least one")
     if problems is None or recipe is None:
-        found.refuse()
+        collected.refuse()
     else:
-        for line in found.lines:
+        for line in collected.lines:
             problems.add(line)
-    recipe = recipe.model_copy(update={"stages": parsed})
+    recipe = recipe.model_copy(update={"stages": stages})
     recipe._places, recipe._path, recipe._broken = places, str(path), frozenset(broken)
     return recipe
 
 
-def _blocks(value: Any) -> dict:
-    """The blocks of a block, where some of it may be anything."""
-    return {key: block for key, block in value.items() if isinstance(block, dict)} if isinstance(value, dict) else {}
+def _inner_blocks(value: Any) -> dict:
+    """The blocks in a block that may be anything."""
+    if not isinstance(value, dict):
+        return {}
+    return {key: block for key, block in value.items() if isinstance(block, dict)}
 
 
 def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> StageConfig:
-    """One stage of a recipe, with what it takes over from the top. Raises UserError."""
+    """One stage of a recipe, with what it takes over from the top level. Raises UserError."""
     where = ("stages", name)
     place = place_of(where, places, path)
     if not isinstance(block, dict):
@@ -152,124 +162,71 @@ def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> St
             f"{place}: no stage may be called {name}, because that is a top-level key; choose another name and give"
             " `kind`"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > LONGEST_NAME:
-        raise UserError(f"{place}: stage name {shown(name)} must be letters, digits, - and _, at most {LONGEST_NAME}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > MAX_NAME_LENGTH:
+        raise UserError(
+            f"{place}: stage name {shown(name)} must be letters, digits, - and _, at most {MAX_NAME_LENGTH}"
+        )
     kind = block.get("kind", name)
     if kind not in KINDS:
         raise UserError(f"{place}: stages.{name} has the unknown kind {shown(kind)}; {nearest(str(kind), KINDS)}")
     model = module_of(kind).Config
-    filled = {**block, "kind": kind}
+    filled = block | {"kind": kind}
     filled.setdefault("seed", recipe.seed if model.uses_seed(block) else 0)
     problems = Problems()
     if isinstance(block.get("sources"), dict) and "sources" in model.model_fields:
-        unused = _inner_model(model.model_fields["sources"].annotation, None).UNUSED
+        unused = block_class(model.model_fields["sources"].annotation).UNUSED
         filled["sources"] = {}
         for key, source in block["sources"].items():
             with problems.gather():
-                filled["sources"][key] = _from(source, (*where, "sources", key), recipe.sources, unused, places, path)
+                at = (*where, "sources", key)
+                filled["sources"][key] = _with_shared_keys(source, at, recipe.sources, unused, places, path)
     if "model" in model.model_fields and recipe.model is not None:
         own = filled.get("model", {})
-        # a few keys, as in pretrain.model.hidden_size=64, and not a model of its own
+        # A few keys, as in pretrain.model.hidden_size=64, and not another model.
         if isinstance(own, dict) and not {"family", "from"} & own.keys():
-            filled["model"] = {**recipe.model, **own}
+            filled["model"] = recipe.model | own
     config = None
     with problems.gather():
-        config = _validated(model, filled, where, places, str(path))
+        config = validated(model, filled, where, places, str(path))
     problems.refuse()
     return config
 
 
-def _from(source: Any, where: tuple, shared: dict, without: frozenset[str], places: dict, path: Any) -> Any:
-    """A stage's source with `from: NAME` replaced by what the top-level `sources` say of NAME, but for the keys
-    `without`, which mean nothing to this stage; the stage's own keys win."""
+def _with_shared_keys(source: Any, where: tuple, shared: dict, unused: frozenset[str], places: dict, path: Any) -> Any:
+    """A stage's source with `from: NAME` replaced by the keys of NAME in the top-level `sources`, except those that are
+    `unused` by this stage. The stage's own keys win."""
     if not isinstance(source, dict) or "from" not in source:
         return source
     name = source["from"]
     if not isinstance(name, str) or name not in shared:
+        alternatives = nearest(str(name), shared) if shared else "there are none"
         raise UserError(
             f"{place_of((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no"
-            f" {shown(name)}; {nearest(str(name), shared) if shared else 'there are none'}"
+            f" {shown(name)}; {alternatives}"
         )
     for key in list(places):
         if key[:2] == ("sources", name):
             places.setdefault((*where, *key[2:]), places[key])
-    taken = {key: value for key, value in shared[name].items() if key not in without}
-    return {**taken, **{key: value for key, value in source.items() if key != "from"}}
-
-
-# ---- messages --------------------------------------------------------------------------------------------------------
-
-
-def _validated(model: type[BaseModel], tree: dict, prefix: tuple, places: dict, path: str):
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        problems = Problems()
-        for item in error.errors():
-            problems.add(_sentence(item, model, prefix, places, path))
-    problems.refuse()
-
-
-def _sentence(item: dict, model: type[BaseModel], prefix: tuple, places: dict, path: str) -> str:
-    # pydantic's location holds names of union members too; only what stands in the file is a key
-    location = list(item["loc"])
-    key = (*prefix, *location)
-    dotted = ".".join(str(part) for part in key)
-    place = place_of(key, places, path)
-    found = item.get("input")
-    if item["type"] == "extra_forbidden":
-        owner = _fields_at(model, location[:-1])
-        return f"{place}: unknown key {dotted[:300]}; {nearest(str(location[-1])[:300], owner)}"
-    if item["type"] == "missing":
-        return f"{place}: the key {dotted} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{place}: {dotted + ': ' if location else ''}{message}"
-    wanted = PATTERNS.get(item.get("ctx", {}).get("pattern")) or {"path_type": "a path"}.get(
-        item["type"],
-        message.removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("a valid ", "a "),
-    )
-    if location[-1:] == ["[key]"]:
-        return f"{place}: {dotted.removesuffix(f'.{found}.[key]')} has the name {shown(found)}, expected {wanted}"
-    return f"{place}: {dotted} is {shown(found)}, expected {wanted}"
-
-
-def _fields_at(model: Any, location: list) -> list[str]:
-    """Names of the keys that the block at `location` may have."""
-    for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        annotation = field.annotation if field else model
-        model = _inner_model(annotation, model)
-    return list(getattr(model, "model_fields", {}))
-
-
-def _inner_model(annotation: Any, fallback: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _inner_model(inner, None)
-        if found is not None:
-            return found
-    return fallback
+    filled = {key: value for key, value in shared[name].items() if key not in unused}
+    filled.update(source)
+    del filled["from"]
+    return filled
 
 
 def resolved(recipe: Recipe) -> str:
-    """The recipe with everything written out, in its order (the order of stages decides their default inputs)."""
+    """The recipe as YAML with every key written out. The order of stages is kept, because it decides default inputs."""
+    tree = dump(recipe.model_copy(update={"stages": {}}))
+    tree["stages"] = {name: dump(config) for name, config in recipe.stages.items()}
     buffer = io.StringIO()
-    YAML(typ="rt", pure=True).dump(
-        {
-            **dump(recipe.model_copy(update={"stages": {}})),
-            "stages": {name: dump(config) for name, config in recipe.stages.items()},
-        },
-        buffer,
-    )
+    YAML(typ="rt", pure=True).dump(tree, buffer)
     return buffer.getvalue()
 
 
 def make_root(recipe: Recipe) -> None:
+    """Create the folder of a recipe's runs. Raises UserError."""
     try:
         recipe.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"output: the folder {recipe.root} cannot be made ({error.strerror}); give another `output`"
+            f"output: the folder {recipe.root} cannot be created ({error.strerror}); give another `output`"
         ) from None

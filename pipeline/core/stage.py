@@ -6,15 +6,17 @@ by a launcher or by the chain goes through the same few lines (`run_stage`).
 
 import argparse
 import errno
+import functools
 import io
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.chain_summary import result, shown_path
 from pipeline.core.config import dump
-from pipeline.core.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from pipeline.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.graph import Node, ancestors, nodes
 from pipeline.core.output import Output
@@ -23,8 +25,8 @@ from pipeline.core.recipe import Recipe, load, make_root, module_of, resolved
 from pipeline.core.status import examine_one, find_inputs, records
 from pipeline.core.terminal import keep_open, say, show
 
-# What a machine can refuse, and what its user can do.
-MACHINE = {
+# What an operating system can refuse, and what the user can do about it.
+ADVICE = {
     errno.ENOSPC: "make room or give another `output`",
     errno.EDQUOT: "make room or give another `output`",
     errno.EROFS: "give an `output` that can be written",
@@ -35,9 +37,12 @@ MACHINE = {
 }
 
 
+# ---- running a stage -------------------------------------------------------------------------------------------------
+
+
 def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = False) -> Artifact | None:
-    """Run one stage in this process (one rank of it), or do nothing if its output is up to date. Returns the output
-    on the main rank."""
+    """Run one stage in this process, which is one rank of it, or do nothing if its output is up to date. Returns the
+    output on the main rank."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     make_root(recipe)
     graph = nodes(recipe)
@@ -45,23 +50,9 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
     if node.config.run.threads:
         os.environ["OMP_NUM_THREADS"] = str(node.config.run.threads)
     node.config.check(world)
-    for ancestor in [graph[other] for other in graph if other in ancestors(graph, [name]) - {name}]:
-        examine_one(ancestor, graph, running=False)
-    for source in node.parents.values():
-        parent = graph.get(source)
-        if parent is None or parent.state == "up to date" or parent.unavailable:
-            continue
-        if parent.state in ("missing", "waits"):
-            raise UserError(
-                f"stage {name} needs the output of {source} ({recipe.root / source}/current), which does not exist; run"
-                " that stage first, or the chain: alma run"
-            )
-        raise UserError(
-            f"stage {name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
-            " first, or the chain: alma run"
-        )
+    _examine_parents(node, graph)
     find_inputs(node, graph)
-    if node.absent:  # what is published stands for them; nothing can be made again
+    if node.absent:  # there is a published output that counts as made from them, but it cannot be made again here
         examine_one(node, graph, running=False)
         if restart or node.state != "up to date":
             raise UserError(
@@ -70,7 +61,13 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
         say(f"{name}: up to date ({node.reason})", rank)
         return node.output
     output = Output(node.folder, name, node.config.kind, node.identity, is_main=rank == 0)
-    output.open(config=dump(node.config), parents=records(node, graph), restart=restart, fork=fork)
+    output.open(
+        config=dump(node.config),
+        parents=records(node, graph),
+        restart=restart,
+        fork=fork,
+        last_step=node.config.last_step(),
+    )
     try:
         if output.published:
             say(f"{name}: up to date ({shown_path(output.published)})", rank)
@@ -85,45 +82,71 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
         output.close()
 
 
-def _published(output: Output, metrics: dict) -> Artifact:
-    artifact = output.publish(metrics)
-    say(result(artifact))
-    return artifact
+def _examine_parents(node: Node, graph: dict[str, Node]) -> None:
+    """Raise UserError unless everything that a stage is made from is up to date, or at least published."""
+    needed = ancestors(graph, [node.name]) - {node.name}
+    for name, ancestor in graph.items():
+        if name in needed:
+            examine_one(ancestor, graph, running=False)
+    for source in node.parents.values():
+        parent = graph.get(source)
+        if parent is None or parent.state == "up to date" or parent.unavailable:
+            continue
+        if parent.state in ("missing", "waits"):
+            raise UserError(
+                f"stage {node.name} needs the output of {source} ({parent.folder}/current), which does not exist; run"
+                " that stage first, or the chain: alma run"
+            )
+        raise UserError(
+            f"stage {node.name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
+            " first, or the chain: alma run"
+        )
 
 
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
-    """Do the work of a stage and publish it. Whatever ends it early leaves word of why."""
-    from pipeline.train.stop import leave_word, outside, saved_step
+    """Do the work of a stage and publish it. If several ranks run and this one fails, a marker says why."""
+    from pipeline.train.stop import interruptible, saved_step, write_requeue_marker
 
-    module = module_of(node.config.kind)
-    if not hasattr(node.config, "watch"):
-        with outside(output, module.KEPT):
-            return _published(output, module.run(node.config, node.inputs, output))
-    from pipeline.train.heartbeat import Watch
-
-    with outside(output):
+    config = node.config
+    with interruptible(output, config.KEPT):
         try:
-            with Watch(output, node.config.watch):
-                metrics = module.run(node.config, node.inputs, output)
+            with config.supervised(output):
+                metrics = module_of(config.kind).run(config, node.inputs, output)
         except Exception as error:
             if world > 1 and not isinstance(error, UserError):
                 message = f"rank {rank} failed: {type(error).__name__}: {error}"
-                leave_word(output, "failed", saved_step(output), rank=rank, message=message)
+                write_requeue_marker(output, "failed", saved_step(output), rank=rank, message=message)
             raise
-        return _published(output, metrics) if rank == 0 else None
+        if rank != 0:
+            return None
+        artifact = output.publish(metrics)
+        say(result(artifact))
+        return artifact
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
 
 
 def main(kind: str, argv: list[str] | None = None) -> None:
     """Entry point of a stage script: `python pipeline/KIND.py recipe.yaml [--stage NAME] [--restart|--fork]
     [key=value ...]`."""
-    # Before torch is loaded. Spinning threads cost a busy machine more than sleeping ones cost an idle one
+    # Before torch is loaded. On a busy machine spinning threads cost more than sleeping ones cost on an idle one
     # (docs/log.md, 3).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if argv is None:
         keep_open()
-    parser = argparse.ArgumentParser(
-        prog=f"pipeline/{kind}.py", description=(module_of(kind).__doc__ or "").splitlines()[0]
-    )
+    args = _arguments(kind, argv)
+    from pipeline.train import stop
+
+    die_with_launcher()
+    code = guarded(functools.partial(_main, kind, args))
+    stop.finish()
+    sys.exit(code)
+
+
+def _arguments(kind: str, argv: list[str] | None) -> argparse.Namespace:
+    description = (module_of(kind).__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog=f"pipeline/{kind}.py", description=description)
     parser.add_argument("recipe", help="recipe file")
     parser.add_argument(
         "overrides",
@@ -132,17 +155,13 @@ def main(kind: str, argv: list[str] | None = None) -> None:
         help="change a key of the recipe, such as pretrain.optimizer.lr=3e-4",
     )
     parser.add_argument("--stage", help=f"which stage of kind {kind}, if the recipe has several")
-    parser.add_argument("--restart", action="store_true", help="set unfinished runs of this stage aside and begin anew")
     parser.add_argument(
-        "--fork", action="store_true", help="go on from the last checkpoint of a run that another recipe made"
+        "--restart", action="store_true", help="set unfinished runs of this stage aside and start from the beginning"
     )
-    args = parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
-    from pipeline.train import stop
-
-    die_with_launcher()
-    code = guarded(lambda: _main(kind, args))
-    stop.finish()
-    sys.exit(code)
+    parser.add_argument(
+        "--fork", action="store_true", help="resume from the last checkpoint of a run that another recipe made"
+    )
+    return parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
 
 
 def _main(kind: str, args: argparse.Namespace) -> None:
@@ -150,25 +169,26 @@ def _main(kind: str, args: argparse.Namespace) -> None:
 
     stop.begin()  # raises Stopped if the chain was interrupted while this process was importing
     recipe = load(args.recipe, args.overrides)
-    same = [name for name, config in recipe.stages.items() if config.kind == kind]
-    if args.stage and args.stage not in same:
+    names = [name for name, config in recipe.stages.items() if config.kind == kind]
+    if args.stage and args.stage not in names:
         raise UserError(
-            f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; there is"
-            f" {', '.join(same) or 'none'}"
+            f"{args.recipe}: --stage {args.stage}: no stage of kind {kind} has this name; expected one of"
+            f" {', '.join(names) or 'none'}"
         )
-    if not same:
+    if not names:
         raise UserError(f"{args.recipe}: has no stage of kind {kind}; it has {', '.join(recipe.stages)}")
-    if len(same) > 1 and not args.stage:
+    if len(names) > 1 and not args.stage:
         raise UserError(
-            f"{args.recipe}: has {len(same)} stages of kind {kind} ({', '.join(same)}); say which with --stage NAME"
+            f"{args.recipe}: has {len(names)} stages of kind {kind} ({', '.join(names)}); choose one with --stage NAME"
         )
-    run_stage(recipe, args.stage or same[0], restart=args.restart, fork=args.fork)
+    run_stage(recipe, args.stage or names[0], restart=args.restart, fork=args.fork)
 
 
-def guarded(action) -> int:
-    """Run `action`; a UserError becomes one sentence on stderr and exit code 2, a stop by signal its own code."""
+def guarded(action: Callable[[], None]) -> int:
+    """Run `action` and return the exit code of the process: a UserError becomes a message on stderr and exit code 2, a
+    stop by signal has its own code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files need not be UTF-8
     rank = int(os.environ.get("RANK", 0))
     try:
         action()
@@ -177,16 +197,13 @@ def guarded(action) -> int:
         if rank == 0:
             show(f"error: {error}", sys.stderr)
         else:
-            time.sleep(3)  # a launcher ends all ranks when the first one leaves: rank 0 must have spoken by then
+            time.sleep(3)  # a launcher ends all ranks when the first one ends, so rank 0 must have printed by then
         return EXIT_USER
     except OSError as error:
-        if error.errno not in MACHINE:
+        if error.errno not in ADVICE:
             raise
-        show(
-            f"error: {error.filename or 'the output folder'}: {error.strerror}; {MACHINE[error.errno]}, then the same"
-            " command goes on",
-            sys.stderr,
-        )
+        where = error.filename or "the output folder"
+        show(f"error: {where}: {error.strerror}; {ADVICE[error.errno]}, then run the same command again", sys.stderr)
         return EXIT_USER
     except Stopped as stop:
         if str(stop):
@@ -194,8 +211,8 @@ def guarded(action) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         if rank == 0:
-            show("interrupted; stages that were finished are kept", sys.stderr)
-        return 130
+            show("interrupted; finished stages are kept", sys.stderr)
+        return EXIT_INTERRUPTED
     finally:
         if "torch.distributed" in sys.modules:
             from pipeline.train.distributed import shutdown

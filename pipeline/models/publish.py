@@ -30,7 +30,7 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     import torch
     import transformers
 
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     model_class = getattr(transformers, model_config.architectures[0])
     with torch.device("meta"):

@@ -50,7 +50,7 @@ def loss_of(sources: list[str], z_loss: float = 0.0):
         for source, nats, tokens in zip(sources, *of_source, strict=True):
             sums[Tally("nats", source)] = nats
             sums[Tally("tokens", source)] = tokens
-        if "row" in batch:  # each row's own, for train/forensics.py
+        if "row" in batch:  # each row's own, for train/spike_report.py
             nats_of_row = of_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], of_row[0])
             for number, nats in enumerate(nats_of_row):
                 sums[Tally("nats", number)] = nats

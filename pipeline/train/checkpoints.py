@@ -12,20 +12,19 @@ and renames the folder. Threads make no collective calls. One checkpoint is in f
 
 import json
 import math
-import re
 import shutil
 import threading
 from pathlib import Path
 
-from pipeline.core import faults
+from pipeline.core import checkpoint_folder, faults
+from pipeline.core.checkpoint_folder import complete_checkpoints, step_of
 from pipeline.core.errors import UserError
-from pipeline.core.files import damage_of, sha256_file, sync_folder, write_json
+from pipeline.core.files import sha256_file, sync_folder, write_json
 from pipeline.core.output import Output
 from pipeline.core.terminal import byte_size, show
 from pipeline.train import distributed, state
 from pipeline.train.config import Save
 
-MARKER = "complete.json"
 LOSSES = "losses.json"
 
 
@@ -39,7 +38,7 @@ class Saver:
 
     def __init__(self, output: Output, engines: list, options: Save):
         self.output, self.engines, self.options = output, engines, options
-        self.folder = output.path / "checkpoints"
+        self.folder = checkpoint_folder.folder_of(output.path)
         self.copiers = {engine.name: state.Copier() for engine in engines}
         self.step: int | None = None  # of the checkpoint in flight
         self.loop_state: dict = {}
@@ -126,7 +125,7 @@ class Saver:
         """Remember the held-out loss after `step` steps, for save.keep_best."""
         if not self.output.is_main or loss is None or not math.isfinite(loss):
             return
-        there = {str(_step(path)) for path in complete(self.folder)} | {str(self.step), str(step)}
+        there = {str(step_of(path)) for path in complete_checkpoints(self.output.path)} | {str(self.step), str(step)}
         self.losses = {**{key: value for key, value in self.losses.items() if key in there}, str(step): loss}
         if self.options.keep_best:
             write_json(self.folder / LOSSES, self.losses)
@@ -142,7 +141,7 @@ class Saver:
             )
         model = 4 * sum(math.prod(shape) for shape in self.engines[0].shapes.values())
         there = (
-            sum(file.stat().st_size for path in complete(self.folder) for file in path.iterdir())
+            sum(file.stat().st_size for path in complete_checkpoints(self.output.path) for file in path.iterdir())
             if self.output.is_main
             else 0
         )
@@ -169,7 +168,7 @@ class Saver:
             )
 
     def _advice(self) -> str:
-        there = complete(self.folder)
+        there = complete_checkpoints(self.output.path)
         return (
             f"make room, then the same command resumes from {there[-1].name}"
             if there
@@ -194,7 +193,7 @@ class Saver:
 
     @property
     def _temporary(self) -> Path:
-        return self.folder / f".step-{self.step:06d}.tmp"
+        return checkpoint_folder.hidden_path(checkpoint_folder.path_of(self.output.path, self.step))
 
     def _write(self, parts: dict[str, state.Part]) -> None:
         self._temporary.mkdir(parents=True, exist_ok=True)
@@ -210,8 +209,9 @@ class Saver:
     def _publish(self, files: dict) -> None:
         sync_folder(self._temporary)
         faults.point("save")
-        write_json(self._temporary / MARKER, {"step": self.step, "state": self.loop_state, "files": files})
-        final = self.folder / f"step-{self.step:06d}"
+        marker = {"step": self.step, "state": self.loop_state, "files": files}
+        write_json(self._temporary / checkpoint_folder.MARKER, marker)
+        final = checkpoint_folder.path_of(self.output.path, self.step)
         if final.exists():  # damaged: a valid one would have been resumed from
             _remove(final)
         self._temporary.rename(final)
@@ -221,14 +221,14 @@ class Saver:
         self.output.note_time()
 
     def _superfluous(self) -> list[Path]:
-        there = complete(self.folder)
+        there = complete_checkpoints(self.output.path)
         kept = set(there[-self.options.keep :])
         if self.options.keep_every:
-            kept |= {path for path in there if _step(path) % self.options.keep_every == 0}
+            kept |= {path for path in there if step_of(path) % self.options.keep_every == 0}
         losses = self.losses
-        measured = [path for path in there if str(_step(path)) in losses]
+        measured = [path for path in there if str(step_of(path)) in losses]
         if self.options.keep_best and measured:
-            kept.add(min(measured, key=lambda path: losses[str(_step(path))]))
+            kept.add(min(measured, key=lambda path: losses[str(step_of(path))]))
         return [path for path in there if path not in kept]
 
     def _fail(self) -> None:
@@ -256,76 +256,58 @@ class Saver:
 
 
 def newest(output: Output) -> tuple[Path, dict] | None:
-    """The newest valid checkpoint and the state saved with it; a damaged one is named and passed over. Collective."""
-    folder = output.path / "checkpoints"
+    """The newest valid checkpoint and the loop's state in it. Damaged ones are reported and skipped. Collective."""
+    run = output.path
     if output.is_main:
-        for left in folder.glob(".step-*.tmp"):  # of a run that was killed while saving
-            shutil.rmtree(left)
-    there = distributed.from_main(complete(folder))
-    for path in reversed(there):
-        found = damage(path)
-        if found is None:
-            return path, state_of(path)
-        if output.is_main:  # under a name that counts as none, so that nobody takes it for what the run goes on from
-            aside = path.with_name(f"damaged-{path.name}")
-            show(f"checkpoint {path} is damaged ({found}) and passed over; it is kept as {aside.name}")
+        for leftover in checkpoint_folder.leftovers(run):
+            shutil.rmtree(leftover)
+    checkpoints = distributed.from_main(complete_checkpoints(run))
+    for path in reversed(checkpoints):
+        problem = damage(path)
+        if problem is None:
+            return path, checkpoint_folder.loop_state(path)
+        if output.is_main:  # under a hidden name, so it is never resumed from
+            aside = checkpoint_folder.damaged_path(path)
+            show(f"checkpoint {path} is damaged ({problem}), skipping it; it is kept as {aside.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-    if there and output.is_main:
-        show(f"{output.stage}: no valid checkpoint is left in {folder}, so it begins anew")
+    if checkpoints and output.is_main:
+        folder = checkpoint_folder.folder_of(run)
+        show(f"{output.stage}: no valid checkpoint is left in {folder}, starting from step 0")
     return None
 
 
-def state_of(path: Path) -> dict:
-    """The loop's state, saved with a checkpoint."""
-    return json.loads((path / MARKER).read_text(encoding="utf-8"))["state"]
-
-
-def of_step(folder: Path, step: int, what: str) -> Path:
-    """The checkpoint of a step in a run's folder, whole. Raises UserError that names the steps there are. `what`:
-    who asks. Collective."""
-    there = distributed.from_main(complete(folder / "checkpoints"))
-    path = folder / "checkpoints" / f"step-{step:06d}"
-    if path not in there:
-        steps = ", ".join(str(_step(found)) for found in there)
-        has = f"those of steps {steps}" if steps else "none"
+def of_step(run: Path, step: int, name: str) -> Path:
+    """The checkpoint of a step in the folder of a run. Raises UserError if there is none, with the steps that there
+    are, or if it is damaged. name: the key that asks for it. Collective."""
+    checkpoints = distributed.from_main(complete_checkpoints(run))
+    path = checkpoint_folder.path_of(run, step)
+    if path not in checkpoints:
+        steps = ", ".join(str(step_of(checkpoint)) for checkpoint in checkpoints)
+        kept = f"those of steps {steps}" if steps else "none"
         raise UserError(
-            f"{what}: {folder} has no checkpoint of step {step}; it has {has} (save.keep and save.keep_every say which"
-            " stay)"
+            f"{name}: {run} has no checkpoint of step {step}; it has {kept} (save.keep and save.keep_every decide which"
+            " are kept)"
         )
-    if found := damage(path):
-        raise UserError(f"{what}: {path} is damaged ({found}); name another step, or run the stage again that made it")
+    problem = damage(path)
+    if problem:
+        raise UserError(f"{name}: {path} is damaged ({problem}); name another step, or run that stage again")
     return path
 
 
-def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [
-        path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and (path / MARKER).exists()
-    ]
-    return sorted(found, key=_step)
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words. Each process hashes some of them. Collective."""
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Each process hashes some of them. Collective."""
     try:
-        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
-        mine = sorted(files)[distributed.rank() :: distributed.world()]
-        own = next((words for words in (damage_of(path / name, files[name]) for name in mine) if words), None)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        own = f"{MARKER} cannot be read: {error}"
-    except OSError as error:  # on this process alone, it may be: the others wait for its word below
+        own = checkpoint_folder.damage(checkpoint, distributed.rank(), distributed.world())
+    except OSError as error:  # maybe on this process only, and the others wait for its answer
         own = f"process {distributed.rank()} cannot read it: {error.strerror} ({error.filename})"
-    return next((words for words in distributed.gathered_object(own) if words), None)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    problems = [problem for problem in distributed.gathered_object(own) if problem]
+    return problems[0] if problems else None
 
 
 def _remove(path: Path) -> None:
-    """Under its hidden name first, so that a kill in between leaves no damaged checkpoint."""
-    hidden = path.with_name(f".{path.name}.old.tmp")
+    """Remove a checkpoint, under a hidden name first, so that a kill in between leaves no damaged one."""
+    hidden = checkpoint_folder.removal_path(path)
     if hidden.exists():
         shutil.rmtree(hidden)
     path.rename(hidden)

@@ -1,12 +1,13 @@
 """Keys that every training stage has. What a stage adds stands in its own script."""
 
+import contextlib
 import datetime
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.core.config import EXECUTION, StageConfig, Strict, idle
+from pipeline.core.config import EXECUTION, PlannedInput, StageConfig, Strict, idle
 from pipeline.core.errors import UserError
 
 
@@ -173,7 +174,7 @@ class Spikes(Strict):
 
 
 class Watchdog(Strict):
-    """How long silence may last before the run is ended and put back into the queue (train/watch.py)."""
+    """How long silence may last before the run is ended and put back into the queue (train/heartbeat.py)."""
 
     hang: float = Field(600, gt=0)
     """Seconds without progress of any rank inside a step. Then the rank that the others wait for is named, stacks
@@ -189,6 +190,9 @@ class Watchdog(Strict):
 class TrainConfig(StageConfig):
     """A stage that updates weights. One step is one update over `batch_size` rows, however many processes share
     them."""
+
+    HAS_STEPS = True
+    KEPT = None
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
@@ -302,3 +306,25 @@ class TrainConfig(StageConfig):
     @classmethod
     def uses_device(cls) -> bool:
         return True
+
+    def last_step(self) -> int | None:
+        return self.steps
+
+    def supervised(self, output) -> contextlib.AbstractContextManager:
+        from pipeline.train.heartbeat import Watch
+
+        return Watch(output, self.watch)
+
+    def planned_positions(self, inputs: dict[str, PlannedInput]) -> int | None:
+        """Those of the model that training starts from."""
+        from pipeline.train import planned_model
+
+        parent = inputs.get("model") or inputs.get("policy")
+        return planned_model.num_positions(parent) if parent else None
+
+    def planned_tokenizer(self, inputs: dict[str, PlannedInput]) -> Any:
+        """That of the model that training starts from, or the one that packed the text."""
+        from pipeline.train import planned_model
+
+        parent = inputs.get("model") or inputs.get("policy") or inputs.get("tokenizer")
+        return planned_model.tokenizer_of(parent) if parent else None

@@ -9,10 +9,15 @@ import os
 import sys
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
+from pipeline.core.config import StageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.processes import cores
 from pipeline.core.terminal import many
+
+if TYPE_CHECKING:
+    from pipeline.train.config import TrainConfig
 
 
 def rank() -> int:
@@ -36,23 +41,16 @@ def device():
     return torch.device("cpu")
 
 
-def setup(config=None) -> None:
-    """Threads, GPU and process group of this process. May be called again. Raises UserError if the launcher wants
-    something else than the recipe."""
+def setup(config: "TrainConfig | None" = None) -> None:
+    """Threads, GPU and process group of this process; without a config only threads and GPU as the environment says.
+    May be called again. Raises UserError if the launcher asks for something else than the recipe."""
     import torch
     import torch.distributed as dist
 
     if config is not None:
         _agree_with_launcher(config)
-        if getattr(config, "run", None):
-            choose_device(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = (
-        getattr(getattr(config, "run", None), "threads", None)
-        or int(os.environ.get("OMP_NUM_THREADS", 0))
-        or max(1, cores() // local)
-    )
-    torch.set_num_threads(threads)
+        choose_device(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(_num_threads(config))
     _settle_vector_math()
     here = device()
     if here.type == "cuda":
@@ -68,13 +66,21 @@ def setup(config=None) -> None:
     # wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if world() > 1:
-        # The watch (train/watch.py) knows who lags and says it, so it must be the first to lose patience.
-        watch = getattr(config, "watch", None)
-        seconds = 2 * max(watch.start, watch.hang) if watch else 0
+        # The watchdog (train/heartbeat.py) can name the rank that the others wait for, so its limits must end first.
+        seconds = 2 * max(config.watch.start, config.watch.hang) if config else 0
         timeout = timedelta(seconds=max(1800, seconds))
         dist.init_process_group(backend, store=_store(timeout), rank=rank(), world_size=world(), timeout=timeout)
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _num_threads(config: "TrainConfig | None") -> int:
+    """CPU threads of this process."""
+    if config is not None and config.run.threads:
+        return config.run.threads
+    from_environment = int(os.environ.get("OMP_NUM_THREADS", 0))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return from_environment or max(1, cores() // local)
 
 
 def _store(timeout: timedelta):
@@ -110,7 +116,7 @@ def _settle_vector_math() -> None:
             getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype))
 
 
-def choose_device(config, local: int) -> None:
+def choose_device(config: StageConfig, local: int) -> None:
     """Make `run.device` hold for `local` processes on this machine. Raises UserError if it cannot."""
     import torch
 
@@ -140,10 +146,10 @@ def choose_device(config, local: int) -> None:
         )
 
 
-def _agree_with_launcher(config) -> None:
-    """`accelerate config` may name a ZeRO stage too. Whoever wrote it meant it, so a disagreement is refused and not
-    decided here."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true" or not hasattr(config, "parallel"):
+def _agree_with_launcher(config: "TrainConfig") -> None:
+    """Raise UserError if an `accelerate config` file names another ZeRO stage than the recipe. Both were chosen by the
+    user, so neither wins."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
     launched = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if launched is None:

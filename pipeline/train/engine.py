@@ -4,7 +4,7 @@ updates of them.
 A micro-batch is a dict: `inputs` (keyword tensors of the model's forward), `weight` (what the loss is averaged over:
 tokens, pairs), and whatever else the loss reads. `loss_fn(outputs, batch)` returns the SUM of the loss over the
 micro-batch and a dict of further sums; outputs are logits, or TokenLosses where the model's output layer computes the
-losses itself (head.py), from the batch's `labels`.
+losses itself (chunked_loss.py), from the batch's `labels`.
 
 One step minimises (sum over the whole global batch) / (its total weight), so that micro-batch size, accumulation and
 number of processes do not change the gradient. A non-finite loss or gradient norm leaves the weights untouched
@@ -317,7 +317,7 @@ def decayed(parameter: torch.Tensor) -> bool:
 
 
 def lr_scale(parameter: torch.Tensor) -> float:
-    """A parameter's share of the learning rate: 1, or what mu-P says (models/scaling.py)."""
+    """A parameter's share of the learning rate: 1, or what mu-P says (models/mup.py)."""
     return getattr(parameter, "lr_scale", 1.0)
 
 

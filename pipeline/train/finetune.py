@@ -21,7 +21,7 @@ from pipeline.core.intervals import warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import many, say
 from pipeline.data.chat.template import Chat
-from pipeline.data.tokens.store import load_tokenizer, use_known_padding
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
 from pipeline.models import cost, families
 from pipeline.models.publish import publish
 from pipeline.train import distributed, loop

@@ -5,9 +5,10 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.core.config import EXECUTION, idle
+from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, SourceBlock, idle
+from pipeline.core.errors import Problems
 from pipeline.data.chat.chat_sources import TuningSource
-from pipeline.data.dedup.decontaminate import Decontaminate
+from pipeline.data.dedup.decontaminate import SETS, Decontaminate
 from pipeline.train.config import Date, Optimizer, Schedule, TrainConfig
 
 
@@ -33,6 +34,8 @@ class FinetuneSchedule(Schedule):
 
 class FinetuneConfig(TrainConfig):
     """A stage that starts from a published model and learns from records with a chat template."""
+
+    MODEL = PublishedModel("model", "chat")
 
     steps: int | None = Field(None, ge=1)
     """Optimizer steps. Exactly one of steps and epochs is given."""
@@ -78,6 +81,29 @@ class FinetuneConfig(TrainConfig):
             warmup_steps = _ceil(schedule.warmup_ratio * steps)
             schedule = schedule.model_copy(update={"warmup_steps": warmup_steps, "warmup_ratio": None})
         return self.model_copy(update={"steps": steps, "epochs": None, "schedule": schedule})
+
+    @classmethod
+    def external(cls) -> list[SourceBlock]:
+        return [SourceBlock("sources", lambda config: config.sources), SETS]
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        from pipeline.train import planned_model
+
+        planned_model.check_positions(self._models(inputs), self.sequence_length)
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        from pipeline.data.chat.record_checks import check_chat_records
+        from pipeline.train import planned_model
+
+        problems = Problems()
+        chat = planned_model.chat_of(self._models(inputs), self.date, problems)
+        with problems.gather():
+            check_chat_records(self.sources, self.holdout, chat)
+        problems.refuse()
+
+    def _models(self, inputs: dict[str, PlannedInput]) -> list[PlannedInput]:
+        """The models that get rows of this stage."""
+        return [inputs[key] for key in ("model", "policy", "reward") if key in inputs]
 
 
 def _ceil(value: float) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.core import faults
+from pipeline.core.checkpoint_folder import loop_state
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
 from pipeline.core.seeds import derive
@@ -184,7 +185,7 @@ class Loop:
         elif branch:
             changed = self.updates.load(branch)
             self._say_resumed(str(branch), changed, "")
-            self.state.update(inherited(checkpoints.state_of(branch)))
+            self.state.update(inherited(loop_state(branch)))
         self.updates.begin(self.state)
         self.horizon = Horizon(self.config, self.output, self.updates.step_count)
         self.saver.check_room(self.horizon.steps)

@@ -10,8 +10,8 @@ from pipeline.train.chunked_loss import IGNORE, TokenLosses
 
 
 class Tally(NamedTuple):
-    """Key of a sum that a loss function returns for counting, not for the log: the meters and the spike report read
-    it. A plain string as key is a metric that is divided by the step's weight and logged.
+    """Key of a sum that a loss function returns to be counted, not logged: Meters and the spike report read it. A sum
+    under a string is a metric: it is divided by the step's weight and logged.
 
     quantity: nats, tokens or bytes. group: name of a source, number of a row in the global batch, or None for all.
     """
@@ -34,27 +34,32 @@ def weighted_cross_entropy_sum(
 
 def token_logprobs(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """log p(label) in nats at each position, 0 where the label is -100. Shape: [B, T], fp32."""
-    loss = F.cross_entropy(
-        logits_BTV.flatten(0, -2).float(), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return -loss.view(labels_BT.shape)
+    return -_token_losses(logits_BTV, labels_BT)
+
+
+def _token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    logits_NV = logits_BTV.flatten(0, -2).float()
+    losses_N = F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses_N.view(labels_BT.shape)
 
 
 def next_token(outputs, labels_BT: torch.Tensor, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """(sum of cross-entropy, losses [B, T] without gradient, further sums) of logits, or of TokenLosses (head.py),
-    which were made with the same `z_loss`.
+    """(sum of cross-entropy, losses [B, T] without gradient, further sums) of logits, or of TokenLosses that were
+    computed with the same `z_loss` (chunked_loss.py).
 
-    z_loss * logsumexp(logits)^2 (PaLM: Chowdhery et al., 2022, section 5) is in the gradient and in the sums, but not
-    in the value of the first.
+    z_loss * logsumexp(logits)^2 (PaLM: Chowdhery et al., 2022, section 5) is in the gradient and in the further sums,
+    but not in the value of the first.
     """
+    sums = {}
     if isinstance(outputs, TokenLosses):
-        total, nll, lse = outputs
-        return total, nll, {"z_loss": z_loss * lse.square().sum()} if z_loss else {}
-    loss = F.cross_entropy(
-        outputs.flatten(0, -2).float(), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view(labels_BT.shape)
-    total, metrics = loss.sum(), {}
+        total, nll_BT, lse_BT = outputs
+        if z_loss:
+            sums["z_loss"] = z_loss * lse_BT.square().sum()
+        return total, nll_BT, sums
+    nll_BT = _token_losses(outputs, labels_BT)
+    total = nll_BT.sum()
     if z_loss:
         extra = z_loss * (outputs.float().logsumexp(-1).square() * (labels_BT != IGNORE)).sum()
-        total, metrics = total + (extra - extra.detach()), {"z_loss": extra.detach()}
-    return total, loss.detach(), metrics
+        total = total + (extra - extra.detach())
+        sums["z_loss"] = extra.detach()
+    return total, nll_BT.detach(), sums

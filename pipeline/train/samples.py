@@ -35,7 +35,7 @@ class Samples(Strict):
 def encoded(config, tokenizer) -> list[list[int]]:
     """Ids of the prompts, of none where no samples are asked for. Raises UserError for one that leaves no room in a
     row: called before anything expensive, too."""
-    from pipeline.data.tokens.store import encode_text
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     if config.samples is None:
         return []

@@ -19,9 +19,10 @@ from pipeline.core import artifact, files, lock, partial_runs
 from pipeline.core.changes import differences, explain, file_differences
 from pipeline.core.errors import UserError
 from pipeline.core.fingerprint import fingerprint_of
+from pipeline.core.fork import NothingToFork
 from pipeline.core.lock import Lock
 from pipeline.core.output import Output
-from pipeline.core.partial_runs import NothingToFork, tidy
+from pipeline.core.partial_runs import tidy
 from pipeline.core.recipe import load
 from pipeline.core.status import as_run, examine
 
@@ -136,7 +137,7 @@ def test_fork_goes_on_from_the_last_complete_checkpoint(tmp_path):
     "harm, said",
     [
         (lambda path: (path / "two.json").unlink(), "two.json is missing"),
-        (lambda path: (path / "two.json").write_bytes(b"{ }"), "has 3 bytes, the manifest says 2"),
+        (lambda path: (path / "two.json").write_bytes(b"{ }"), "has 3 bytes, expected 2"),
         (lambda path: (path / "two.json").write_bytes(b"[]"), "has sha256"),
     ],
 )
@@ -351,33 +352,38 @@ def test_sources_that_come_and_go_and_lists_are_named():
     """correctness 46: sources, shards, decontaminate sets, examples, block lists, adopted files."""
     listed = [["a.txt", "1"], ["b.txt", "2"]]
     before = {
-        "old": {"files": listed}, "decontaminate.gsm": {"files": listed}, "@lists": listed, "@outside": listed,
-        "@examples": {"good": {"files": listed}}, "tokens": {"files": listed}, "kept": {"limit": 3, "files": listed},
+        "old": {"files": listed}, "decontaminate.gsm": {"files": listed}, "@lists": listed,
+        "@examples": {"good": {"files": listed}}, "kept": {"limit": 3, "files": listed},
     }  # fmt: skip
     after = {
-        "new": {"files": listed}, "decontaminate.gsm": {"files": listed[:1]}, "@lists": listed[1:], "@outside": [],
-        "@examples": {"good": {"files": [["a.txt", "3"], listed[1]]}}, "tokens": {"files": listed[::-1]},
+        "new": {"files": listed}, "decontaminate.gsm": {"files": listed[:1]}, "@lists": listed[1:],
+        "@examples": {"good": {"files": [["a.txt", "3"], listed[1]]}},
         "kept": {"files": listed},
     }  # fmt: skip
-    config = {"shards": {"tokens": {}}, "sources": {"kept": {"limit": None}}}
-    config_before = {**config, "sources": {"kept": {"limit": 3}}}
-    assert differences({"sources": before}, {"sources": after}, config_before, config) == [
+    config = {"sources": {"kept": {"limit": None}}}
+    config_before = {"sources": {"kept": {"limit": 3}}}
+    assert differences({"sources": before}, {"sources": after}, config_before, config, "clean") == [
         "examples.good: 1 file changed (a.txt)",
         "block: 1 file removed (a.txt)",
-        "adopt: 2 files removed (a.txt, b.txt)",
         "decontaminate.sets.gsm: 1 file removed (b.txt)",
         "sources.kept.limit: 3 -> none (default)",
         "sources.new: added (2 files: a.txt, b.txt)",
         "sources.old: removed (2 files: a.txt, b.txt)",
-        "shards.tokens: 2 files in another order",
+    ]
+    before, after = {"tokens": {"files": listed}}, {"tokens": {"files": listed[::-1]}}
+    assert differences({"sources": before}, {"sources": after}, kind="pack") == [
+        "shards.tokens: 2 files in another order"
+    ]
+    assert differences({"sources": {"@outside": listed}}, {"sources": {"@outside": []}}, kind="tokenizer") == [
+        "adopt: 2 files removed (a.txt, b.txt)"
     ]
 
 
 @pytest.mark.parametrize("mistake", ["ended with an error", "training without a checkpoint"])
 def test_an_unfinished_run_that_cannot_be_resumed_does_not_block_a_corrected_recipe(tmp_path, mistake, capsys):
     """correctness 48."""
-    config = {"save": {}} if mistake.startswith("training") else {"a": 1}
-    output = Output(tmp_path / "pack", "pack", "pack", IDENTITY).open(config=config, parents={})
+    kind = "pretrain" if mistake.startswith("training") else "pack"
+    output = Output(tmp_path / "pack", "pack", kind, IDENTITY).open(config={"a": 1}, parents={})
     files.write_atomic(output.path / "work/units/1", b"hours of work")
     if mistake.startswith("ended"):
         output.end_with_error("no document is left for heldout; change `holdout`")
@@ -441,13 +447,12 @@ def test_a_fork_that_fails_leaves_the_run_it_came_from(tmp_path):
     make(tmp_path / "pack", content=content)  # the first recipe continues
 
 
-@pytest.mark.parametrize("horizon", [{"steps": 5}, {"tokens": 160, "batch_size": 2, "sequence_length": 16}])
-def test_a_fork_to_fewer_steps_than_any_checkpoint_is_refused(tmp_path, horizon):
+def test_a_fork_to_fewer_steps_than_any_checkpoint_is_refused(tmp_path):
     """correctness 48."""
     make(tmp_path / "pack", content=(("x", b"x"), ("checkpoints/step-000010/complete.json", MARKER)))
     output = Output(tmp_path / "pack", "pack", "pack", {**IDENTITY, "config": {"a": 3}})
     with pytest.raises(UserError, match=r"is at step-000010 already and the recipe asks for 5 steps") as caught:
-        output.open(config=horizon, parents={}, fork=True)
+        output.open(config={}, parents={}, fork=True, last_step=5)
     assert not isinstance(caught.value, NothingToFork)  # which alma run would take for "start from step 0"
 
 
@@ -480,7 +485,7 @@ def test_a_fork_needs_the_same_inputs_and_steps_left(tmp_path):
         make(tmp_path / "pack", {**IDENTITY, "parents": {"data": "aaa"}}, fork=True)
     output = Output(tmp_path / "pack", "pack", "pack", {**IDENTITY, "config": {"a": 3}})
     with pytest.raises(UserError, match="is at step-000010 already and the recipe asks for 10 steps"):
-        output.open(config={"steps": 10}, parents={}, fork=True)
+        output.open(config={}, parents={}, fork=True, last_step=10)
 
 
 @pytest.mark.parametrize("words", [{}, {"restart": True}], ids=["plain", "restart"])

@@ -372,9 +372,9 @@ def test_a_stage_without_its_parent_says_which(tmp_path):
 def test_two_stages_of_a_kind_need_a_name(tmp_path):
     (tmp_path / "r.yaml").write_text(RECIPE + "  export2: {kind: export, inputs: {model: sft}}\n")
     code, said = stage("export", "r.yaml", cwd=tmp_path)
-    assert code == 2 and "has 2 stages of kind export (export, export2); say which with --stage NAME" in said
+    assert code == 2 and "has 2 stages of kind export (export, export2); choose one with --stage NAME" in said
     code, said = stage("export", "r.yaml", "--stage", "export3", cwd=tmp_path)
-    assert code == 2 and "no stage of kind export has this name; there is export, export2" in said
+    assert code == 2 and "no stage of kind export has this name; expected one of export, export2" in said
 
 
 FORKED = (

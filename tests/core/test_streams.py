@@ -191,7 +191,7 @@ def test_inputs_that_cannot_be_used_do_not_hide_the_other_stages(made, tmp_path)
 
 def test_a_folder_that_cannot_be_an_input_is_refused_at_once(made, monkeypatch):
     """correctness 32, 33: the root of a disk by mistake, a file that another program removes meanwhile."""
-    monkeypatch.setattr(artifact, "MOST_FILES", 5)
+    monkeypatch.setattr(artifact, "MAX_FILES", 5)
     with pytest.raises(UserError, match="has more than 5 files; name the folder that is meant"):
         artifact.external("data", Path("/usr"))
     monkeypatch.undo()

@@ -254,7 +254,7 @@ def test_the_command_to_talk_to_a_model_works(world, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     from pipeline.core.chain_summary import talk
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     monkeypatch.chdir(world)
     if current(world / "runs/tiny/sft") is None:

@@ -27,13 +27,14 @@ import zstandard
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
+from pipeline.core.fingerprint import ExternalContent
 from pipeline.data.chat.chat_sources import ChatSource, PreferenceSource, PromptSource
 from pipeline.data.chat.conversations import load_conversations, load_pairs, load_prompts
 from pipeline.data.cleaning.blocklist import Block, blocked, phrases
 from pipeline.data.sources.byte_ranges import cut_source, read_piece
 from pipeline.data.sources.packages import fetch
 from pipeline.data.sources.records import Record, parse, read, text_of
-from pipeline.data.sources.sources import Source, identify, needed_fields
+from pipeline.data.sources.sources import Source, needed_fields
 from pipeline.data.sources.templates import MissingField
 from pipeline.data.tokens import import_shards, pack_units
 from pipeline.data.tokens.documents import documents
@@ -250,7 +251,7 @@ def _read_source(folder: Path, draw: random.Random) -> None:
     (folder / name).write_bytes(data)
     source = Source(path=str(folder / name), **keys)
     needed = draw.choice([None, needed_fields(source, "url", "{meta.b.0}")])
-    identify({"x": source}, folder / "hashes.json")
+    ExternalContent(folder / "hashes.json").sources({"x": source})
     for item in read(source, "x", needed=needed):
         _use(source, item)
     for piece in cut_source(source, "x", draw.choice([64, 4096, 1 << 20]), needed):
@@ -288,7 +289,7 @@ def _read_shards(folder: Path, draw: random.Random) -> None:
     for name, data in files.items():
         (folder / name).write_bytes(changed(data, draw) if name == which else data)
     source = import_shards.Shards(path=str(folder / next(iter(files))), dtype="uint16" if kind == "raw" else None)
-    import_shards.identify({"x": source}, folder / "hashes.json")
+    ExternalContent(folder / "hashes.json").sources({"x": source}, "shards")
     for path in import_shards.files(source, "x"):
         shard = import_shards.open_shard(path, source)
         for begin in range(0, len(shard.tokens), 128):

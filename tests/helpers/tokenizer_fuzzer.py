@@ -179,7 +179,7 @@ def read(folder: Path, out: Path, generator: random.Random | None = None) -> Non
     from pipeline.core.errors import UserError
     from pipeline.data.tokenizer import export_tokenizer
     from pipeline.data.tokenizer.encode import encoder
-    from pipeline.data.tokens.store import encode_text, load_tokenizer, token_bytes
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text, load_tokenizer, token_bytes
     from pipeline.tokenizer import Config, adopt
     from pipeline.train.finetune import tokenizer_of
 

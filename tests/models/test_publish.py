@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from pipeline.core.errors import UserError
 from pipeline.data.chat.answers import ends_of_turn
-from pipeline.data.tokens.store import load_tokenizer
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.models import build
 from pipeline.models.publish import generation_settings, publish, stop_ids
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import ROWS, batch_of, config, loss_fn, output_in, tiny
 
+from pipeline.core.checkpoint_folder import complete_checkpoints
 from pipeline.core.errors import UserError
 from pipeline.train import checkpoints, engine, state
 from pipeline.train.loop import fit
@@ -154,7 +155,7 @@ def same(one, other) -> bool:
 
 
 def steps_in(path) -> list[int]:
-    return [int(found.name.removeprefix("step-")) for found in checkpoints.complete(path / "checkpoints")]
+    return [int(found.name.removeprefix("step-")) for found in complete_checkpoints(path)]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_one_waits(tmp_path, monkeypatch, capsys):
@@ -232,7 +233,7 @@ def test_what_stays_is_the_newest_those_of_a_grid_and_the_best(tmp_path):
 
 
 def test_a_damaged_checkpoint_ahead_of_the_run_crowds_no_valid_one_out(tmp_path, monkeypatch):
-    """The newest of keep: 1 is damaged and passed over; what the run saves before it gets there again must stay, so
+    """The newest of keep: 1 is damaged and skipped; what the run saves before it gets there again must stay, so
     that a kill on the way loses nothing."""
     *_, path = run(tmp_path, save={"every_steps": 2, "keep": 9})
     file = path / "checkpoints" / "step-000006" / "model-00000.safetensors"
@@ -345,7 +346,7 @@ def test_a_branch_from_a_damaged_checkpoint_is_refused(world):
         code, text = stage("pretrain", "recipe.yaml", "--stage", "decay", "decay.steps=7", cwd=world)
     finally:
         file.write_bytes(data)
-    assert code == 2 and "another sha256" in text and "Traceback" not in text, text
+    assert code == 2 and "has sha256" in text and "Traceback" not in text, text
 
 
 @pytest.mark.parametrize(

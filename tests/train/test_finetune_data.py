@@ -91,7 +91,7 @@ def usual(tmp_path_factory):
 def test_the_padding_token_changes_no_weight(stage, pad, usual, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     folder = tuned.world(tmp_path)
     changed(folder, pad)
@@ -112,7 +112,7 @@ def test_a_token_that_ends_text_and_pads_is_learned(tmp_path):
     """transformers gives the embedding of config.pad_token_id no gradient, and zeros at the start."""
     import torch
 
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build
     from pipeline.models.publish import publish
 

@@ -80,7 +80,7 @@ def at_step(step: int, folder: Path, rank: int = 1):
     def reached() -> bool:
         for path in (folder / "runs/tiny/pretrain").glob(f"*.partial/logs/heartbeat/rank-{rank:05d}.json"):
             found = json.loads(path.read_text())
-            return found["step"] >= step and found["patience"] == "hang" and found["word"] is None
+            return found["step"] >= step and found["patience"] == "hang" and found["ending"] is None
         return False
 
     return reached
@@ -209,7 +209,7 @@ def test_of_two_in_the_same_phase_the_silent_one_is_named(tmp_path):
         if alive:
             assert found["rank"] == 0 and "ranks 0-1 have been in phase reduce of step 7 for" in text, text
         else:
-            assert found["rank"] == 1 and "it gives no sign of life" in text and "rank 0 waits in reduce" in text, text
+            assert found["rank"] == 1 and "it gives no heartbeat" in text and "rank 0 waits in reduce" in text, text
             assert text in said(tmp_path / case, 0)
 
 
@@ -226,22 +226,22 @@ other = subprocess.Popen(["sleep", "60"])
 output = Output(Path(sys.argv[1]), "pretrain", "pretrain", {})
 (output.path / "logs/heartbeat").mkdir(parents=True)
 
-def beat(watch, beats, word):
+def beat(watch, beats, ending):
     path = output.path / "logs/heartbeat/rank-00001.json"
     state = {"rank": 1, "pid": other.pid, "born": watch.born, "step": 7, "place": 1, "phase": "reduce"}
     path.with_suffix(".new").write_text(json.dumps(
-        {**watch.me, **state, "patience": "hang", "beats": beats, "word": word, "seconds": 0}
+        {**watch.own, **state, "patience": "hang", "beats": beats, "ending": ending, "seconds": 0}
     ))
     path.with_suffix(".new").rename(path)
 
 class Suspended(Watch):
     looked, born = 0, born(other.pid)
 
-    def _look_at_all(self):
-        super()._look_at_all()
+    def read_others(self):
+        super().read_others()
         self.looked += 1
-        if self.looked == 2:  # SIGSTOP comes here, and SIGCONT when the other has said why it ends, and is gone
-            beat(self, 2, {"why": "hang", "rank": 0, "phase": "data", "step": 7, "message": "hang: of rank 0", "code": 76})
+        if self.looked == 2:  # SIGSTOP comes here, and SIGCONT when the other has written why it ends, and is gone
+            beat(self, 2, {"reason": "hang", "rank": 0, "phase": "data", "step": 7, "message": "hang: of rank 0", "code": 76})
             other.kill()
             other.wait()
 

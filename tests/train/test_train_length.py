@@ -117,7 +117,7 @@ def test_lengths_of_time(text, seconds):
     [
         (["pretrain.tokens=100"], "2 horizons (steps, tokens)"),
         (["pretrain.steps=~"], "give one of steps, tokens, tokens_per_parameter, time"),
-        (["pretrain.steps=~", "pretrain.time=soon"], "'soon' is no length of time"),
+        (["pretrain.steps=~", "pretrain.time=soon"], "'soon' is not a duration"),
         (["pretrain.schedule.warmup_tokens=100"], "warmup_steps 2 and warmup_tokens 100"),
         (["pretrain.schedule.decay_ratio=0.5"], "decay_ratio: 0.5 is of kind: wsd alone"),
         (["pretrain.schedule={kind: wsd, decay_ratio: 0.5, decay_steps: 2}"], "decay_steps both"),
@@ -171,7 +171,7 @@ def test_a_decay_of_so_many_steps():
 
 
 def test_lengths_that_are_none_are_refused():
-    with pytest.raises(ValueError, match="no length of time"):
+    with pytest.raises(ValueError, match="is not a duration"):
         train_length.seconds_of("2 weeks")
     with pytest.raises(UserError, match="beyond|behind|at step"):
         train_length.Horizon(type("C", (), {"steps": 3, "time": None, "kind": "pretrain"}), None, 4)

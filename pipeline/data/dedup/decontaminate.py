@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.core.config import Name, Strict
+from pipeline.core.config import Name, SourceBlock, Strict
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.terminal import many
@@ -42,6 +42,15 @@ class Decontaminate(Strict):
     """The same where more than half of them are CJK characters."""
     min_hits: int = Field(1, ge=1)
     """Different runs that a document must have in common with one set to be left out."""
+
+
+# The key `decontaminate` of a stage, as its Config.external has it.
+SETS = SourceBlock(
+    "decontaminate.sets",
+    lambda config: config.decontaminate.sets if config.decontaminate else {},
+    prefix="decontaminate.",
+    drop_key=False,
+)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from collections import Counter
 from pathlib import Path
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import Problems, UserError
 from pipeline.core.terminal import many, say
 from pipeline.data.sources import records as reading
 from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import Bad, FieldNames, Skipped
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.line_chunks import WITHOUT_MARK
-from pipeline.data.sources.sources import Source, chunks
+from pipeline.data.sources.sources import Source, chunks, needed_fields
 from pipeline.data.sources.templates import MissingField
 
 
@@ -36,6 +36,18 @@ def first_record(source: Source, name: str, needed: FieldNames, key: str = "sour
             first_bad = first_bad or item
             bad += 1
     raise UserError(f"{key}.{name}: {_why_none(source, first_bad, bad, not_selected)}")
+
+
+def check_first_records(blocks: dict[str, dict[str, Source]]) -> None:
+    """Read the first record of every source that is on this machine. blocks: key of the recipe -> name -> source.
+    Raises UserError with all sources that have no good record."""
+    problems = Problems()
+    for key, block in blocks.items():
+        for name, source in block.items():
+            if source.is_here():
+                with problems.gather():
+                    first_record(source, name, needed_fields(source), key)
+    problems.refuse()
 
 
 def _why_none(source: Source, first_bad: Bad | None, bad: int, not_selected: Counter) -> str:

@@ -7,16 +7,14 @@ pipeline/data/sources/records.py reads the records.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.config import EXECUTION, PACKAGE, Strict, identity, idle
-from pipeline.core.errors import Absent, UserError
-from pipeline.core.files import hashes
-from pipeline.core.fingerprint import Recorded
+from pipeline.core.config import EXECUTION, PACKAGE, ExternalSource, idle
+from pipeline.core.errors import UserError
 from pipeline.data.sources.arrow_values import first_duplicate
 from pipeline.data.sources.csv_files import csv_chunks
 from pipeline.data.sources.formats import Chunk, FieldNames
@@ -57,11 +55,8 @@ ONLY_FOR = {
 }
 
 
-class Source(Strict):
+class Source(ExternalSource):
     """Where records come from. Give exactly one of `path`, `package` and `dataset`."""
-
-    UNUSED: ClassVar[frozenset[str]] = frozenset()
-    """Keys without effect in the stages that read sources of this class."""
 
     path: Annotated[str | list[str] | None, EXECUTION] = None
     """A local file, a glob (`**` allowed), an address (https://, s3://, hf://, anything fsspec supports; copied
@@ -166,6 +161,25 @@ class Source(Strict):
         """Member -> sha256 of a package source."""
         return self.member if isinstance(self.member, dict) else {self.member: self.sha256}
 
+    def content(self, where: str, sha256: Callable[[Path], str]) -> list[list[str]] | None:
+        if self.package:  # pinned, so that it is known without the network
+            return [[member, digest] for member, digest in self.members.items()]
+        if self.path is None:  # a data set, which its revision determines
+            return None
+        key, _, name = where.rpartition(".")
+        return [[relative, sha256(path)] for relative, path in files(self, name, key)]
+
+    def is_here(self) -> bool:
+        """Whether it consists of local files, and all of them are on this machine."""
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        if paths is None or any(is_address(path) for path in paths):
+            return False
+        try:
+            files(self, "")
+        except UserError:
+            return False
+        return True
+
 
 def files(source: Source, name: str, key: str = "sources") -> list[tuple[str, Path]]:
     """(name in places and identity, local path) of each file of a `path` or `package` source in the block `key` of the
@@ -210,30 +224,6 @@ def format_of(source: Source, path: Path, where: str) -> str:
             f"{where}: {path} is a compressed parquet file; decompress it first (parquet is compressed internally)"
         )
     return kind
-
-
-def identify(sources: dict[str, Source], cache: Path, key: str = "sources", recorded: Recorded | None = None) -> dict:
-    """What decides the content of sources, as JSON: their options and the sha256 of each file. Hashes are cached in
-    the file `cache` by path, size and mtime. `key` is their block in the recipe, for messages. For a source that is not
-    on this machine `recorded` is used; raises Absent if it has none."""
-    value, missing = {}, []
-    with hashes(cache) as sha256:
-        for name, source in sorted(sources.items()):
-            value[name] = identity(source)
-            if source.package:  # pinned: known without the network
-                value[name]["files"] = [[member, digest] for member, digest in source.members.items()]
-            elif source.path is not None:
-                try:
-                    listed = [[relative, sha256(path)] for relative, path in files(source, name, key)]
-                except Absent as error:
-                    if recorded is None or not recorded.has(name):
-                        missing += error.lines
-                        continue
-                    listed = recorded.take(name, f"{key}.{name}")
-                value[name]["files"] = listed
-    if missing:
-        raise Absent(*missing)
-    return value
 
 
 def needed_fields(source: Source, *templates: str | None) -> frozenset[str]:

@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.errors import UserError
+from pipeline.data.tokenizer.fast_tokenizer import encode_text
 from pipeline.data.tokenizer.tokenizer_folder import read_backend
-from pipeline.data.tokens.store import encode_text
 
 # the split of ByteLevel(use_regex=True)
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from pipeline.data.tokenizer import spm_model
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
 from pipeline.data.tokenizer.tokenizer_folder import adds_space, read_object, recoverable, save
-from pipeline.data.tokens.store import load_tokenizer, use_known_padding
 
 # sentencepiece's unigram models get the name that T5 and ALBERT gave theirs: llama.cpp's converter reads every
 # tokenizer.model as BPE and would give other ids without an error

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from pipeline.core.errors import Absent, UserError
 from pipeline.data.tokenizer import byte_bpe, encode, pretokenize, spm_model
 from pipeline.data.tokenizer.contradictions import contradiction, declared_tokens
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.data.tokenizer.file_forms import form_of
 from pipeline.data.tokenizer.id_gaps import fill_gaps
 from pipeline.data.tokenizer.tokenizer_folder import AGAIN, NAMED, read_object
-from pipeline.data.tokens.store import load_tokenizer
 
 TIKTOKEN = "adopted tiktoken"  # a form without special tokens
 

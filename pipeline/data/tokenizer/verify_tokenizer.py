@@ -59,7 +59,7 @@ class _Checks:
     """Encodes and decodes texts, and counts what is lost and where other forms give other ids."""
 
     def __init__(self, folder: Path, trained_here: bool):
-        from pipeline.data.tokens.store import load_tokenizer
+        from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(folder)
         self.special_ids = set(self.tokenizer.all_special_ids)
@@ -73,7 +73,7 @@ class _Checks:
 
     def run(self, texts: list[str]) -> list[int]:
         """Check the texts. Returns the number of tokens of each."""
-        from pipeline.data.tokens.store import encode_text
+        from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
         encoded = encode_text(self.tokenizer, texts)
         for fast_ids, ids in zip(self.fast_encode(texts), encoded, strict=True):

@@ -11,16 +11,15 @@ middle of an indexed document cuts it as well, because in our form it is only at
 import glob
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.core.config import EXECUTION, Strict, identity
-from pipeline.core.errors import Absent, UserError
-from pipeline.core.files import hashes
-from pipeline.core.fingerprint import Recorded
+from pipeline.core.config import EXECUTION, ExternalSource
+from pipeline.core.errors import UserError
 from pipeline.core.seeds import splitmix64
 from pipeline.core.terminal import many
 from pipeline.data.sources.globs import find
@@ -34,7 +33,7 @@ COMPANIONS = (".idx", ".index", ".metadata", ".loss")  # suffixes of files next 
 UNIT_TOKENS = 2**23  # per unit of work
 
 
-class Shards(Strict):
+class Shards(ExternalSource):
     """Token files that another tool wrote, with this recipe's tokenizer."""
 
     path: Annotated[str | list[str], EXECUTION]
@@ -46,6 +45,15 @@ class Shards(Strict):
     """Type of numpy files without a header (nanoGPT's and OLMo's are such)."""
     holdout: float = Field(0.01, ge=0, lt=1)
     """Share of the documents that is held out, chosen by their place."""
+
+    def content(self, where: str, sha256: Callable[[Path], str]) -> list[list[str]]:
+        """Name of each file and sha256 of the file and its index. Names and order count, because ids of documents
+        contain them; folders do not."""
+        listed = []
+        for path in files(self, where.removeprefix("shards.")):
+            digests = [sha256(part) for part in companions(path, self) if part.is_file()]
+            listed.append([path.name, *digests])
+        return listed
 
 
 class Shard(NamedTuple):
@@ -92,26 +100,6 @@ def companions(path: Path, source: Shards) -> list[Path]:
     if kind == "datatrove":
         return [path, Path(f"{path}.index")]
     return [path]
-
-
-def identify(shards: dict[str, Shards], cache: Path, recorded: Recorded | None = None) -> dict:
-    """What decides the content of shards, as JSON: the contents of the files, their order, and their names, which the
-    documents' ids contain; but not their folder. Shards that are not on this machine count as `recorded` has them, or
-    raise Absent."""
-    identities = {}
-    with hashes(cache) as sha256:
-        for name, source in sorted(shards.items()):
-            try:
-                listed = []
-                for path in files(source, name):
-                    existing = [part for part in companions(path, source) if part.is_file()]
-                    listed.append([path.name, *map(sha256, existing)])
-            except Absent:
-                if recorded is None or not recorded.has(name):
-                    raise
-                listed = recorded.take(name, f"shards.{name}")
-            identities[name] = identity(source) | {"files": listed}
-    return identities
 
 
 def kind_of(path: Path, source: Shards) -> str:

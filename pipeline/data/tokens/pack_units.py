@@ -56,8 +56,8 @@ _worker: dict = {}
 def prepare(tokenizer: str, eos_id: int, dtype: str) -> None:
     """Once per process. The library's own threads are off, because units run in several processes."""
     from pipeline.data.tokenizer.encode import encoder
+    from pipeline.data.tokenizer.fast_tokenizer import token_bytes
     from pipeline.data.tokenizer.tokenizer_folder import read_backend
-    from pipeline.data.tokens.store import token_bytes
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sizes = token_bytes(read_backend(tokenizer))

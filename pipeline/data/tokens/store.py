@@ -1,6 +1,5 @@
-"""Text as token ids, and the packed tokens that stage `pack` publishes.
+"""The packed tokens that stage `pack` publishes.
 
-    ids = encode_text(tokenizer, ["raw text, in which <|im_end|> is ordinary characters"])
     store = TokenStore(folder)                 # split="heldout" for the other split
     store.read("wiki", 0, 512)                 # a view of the memory-mapped tokens
 
@@ -18,107 +17,23 @@ A packed folder:
 
 import bisect
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.core.config import PlannedInput
 from pipeline.core.errors import UserError
-from pipeline.data.tokenizer.tokenizer_folder import CONFIG, check_config, read_backend, readable, recoverable
 
 
-def load_tokenizer(folder: Path | str):
-    """The fast tokenizer (transformers) of a folder, exactly as its tokenizer.json says. Every stage uses this loader.
-    Raises UserError if there is none, or if it cannot be read.
-
-    AutoTokenizer does the same unless a config.json in the folder names a family whose tokenizer class transformers
-    forces (qwen2 in 5.23): that class rebuilds the pre-tokenizer and adds a normalizer, and the ids change.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    folder = Path(folder)
-    backend = read_backend(folder)
-    check_config(folder)
-    fast = readable(folder, lambda: PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
-    for part in ("normalizer", "pre_tokenizer"):
-        if _state(getattr(fast.backend_tokenizer, part)) != _state(getattr(backend, part)):
-            raise UserError(
-                f"{folder}: transformers loads another {part} than tokenizer.json has, so that ids would depend on the"
-                f" program; remove the key of {CONFIG} that changes it (fix_mistral_regex), or save the tokenizer again"
-            )
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for token in fast.added_tokens_decoder.values():
-        if not token.special and token.content not in added:
-            raise UserError(
-                f"{folder}: {CONFIG} adds the token {token.content!r}, which tokenizer.json does not have, so that ids"
-                " of ordinary text would depend on the program; save the tokenizer again, with both files"
-            )
-    return fast
-
-
-def use_known_padding(tokenizer, rows: int) -> None:
-    """Let the tokenizer pad with a token that a model with `rows` embeddings has: its own pad token, else its end of
-    text, else token 0.
-
-    Padding is masked by position, never by id, so any token will do. A pad token that was added without resizing the
-    embedding has an id beyond the embedding.
-    """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-        end = tokenizer.eos_token_id
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end if end is not None and end < rows else 0)
-
-
-def _state(part) -> bytes | None:
-    return None if part is None else part.__getstate__()
-
-
-def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of raw text: documents, and the contents of chat messages. Text never becomes a special token, and none is
-    added.
-
-    `tokenizer`: a fast transformers tokenizer or a `tokenizers.Tokenizer`.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    previous = backend.encode_special_tokens
-    backend.encode_special_tokens = True  # "encode the characters of special tokens": do not recognize them
+def planned_sources(tokens: PlannedInput) -> list[str] | None:
+    """Names of the sources in packed tokens, before they are packed; None if they are not known."""
+    if tokens.config is not None:
+        return tokens.config.planned_sources(tokens.inputs)
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    except BaseException as error:
-        if not recoverable(error):
-            raise
-        raise UserError(
-            f"the tokenizer cannot encode text ({type(error).__name__}: {str(error)[:200]}); its tokenizer.json is"
-            " damaged or lacks a part, such as an unknown token; copy it again from where it was published"
-        ) from error
-    finally:
-        backend.encode_special_tokens = previous
-
-
-def token_bytes(tokenizer) -> np.ndarray:
-    """int32 [vocab_size]: bytes of text that each token spells; 0 for special tokens. From the tokenizer's own decoder.
-
-    Exact where decoding is the identity, as for every tokenizer trained here; pack checks it on each document.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    spec = json.loads(backend.to_str())
-    decoder = spec["decoder"] or {}
-    decoder_types = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
-    special = {token["id"] for token in spec["added_tokens"] if token["special"]}
-    vocabulary = backend.get_vocab()
-    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
-    for token, index in vocabulary.items():
-        if index in special:
-            continue
-        if "ByteLevel" in decoder_types:
-            sizes[index] = len(token)  # one character per byte
-        elif "ByteFallback" in decoder_types and re.fullmatch("<0x..>", token, re.DOTALL):
-            sizes[index] = 1
-        else:
-            sizes[index] = len(token.replace("\u2581", " ").encode())
-    return sizes
+        return list(json.loads((tokens.folder / "index.json").read_text())["splits"]["train"])
+    except (OSError, ValueError, LookupError, TypeError):  # the stage that reads them reports what is wrong
+        return None
 
 
 class DamagedArray(Exception):

@@ -413,7 +413,7 @@ def test_a_full_disk_is_one_sentence_and_the_work_goes_on(tmp_path):
     assert (
         (path.parent / "code").read_text() == "2\n"
         and "No space left on device" in said
-        and "the same command goes on" in said
+        and "run the same command again" in said
         and "Traceback" not in said
     )
     before, after = (set((path.parent / name).read_text().splitlines()) for name in ("before", "after"))

@@ -13,10 +13,11 @@ import pytest
 from harness import succeed
 
 from pipeline.core.errors import UserError
+from pipeline.core.fingerprint import ExternalContent
 from pipeline.data.sources import globs
 from pipeline.data.sources.globs import find
 from pipeline.data.sources.records import Record, read
-from pipeline.data.sources.sources import Source, files, identify
+from pipeline.data.sources.sources import Source, files
 from pipeline.data.tokens import import_shards
 
 LINE = b'{"text": "a"}\n'
@@ -178,8 +179,8 @@ def test_names_that_are_not_utf8(tmp_path):
         name + b".parquet",
     }
     cache = tmp_path / "cache/hashes.json"
-    first = identify({"x": source}, cache)
-    assert identify({"x": source}, cache) == first and len(json.loads(cache.read_text())) == 2
+    first = ExternalContent(cache).sources({"x": source})
+    assert ExternalContent(cache).sources({"x": source}) == first and len(json.loads(cache.read_text())) == 2
     keys = {"sources": {"a": {"path": "*.jsonl"}, "b": {"path": "*.parquet"}}, "holdout": 0.1, "unit_bytes": 4096}
     stages = {"clean": keys | {"workers": 2, "dedup": {"near": None, "exact": False}}}
     (tmp_path / "r.yaml").write_text(json.dumps({"name": "t", "stages": stages}))

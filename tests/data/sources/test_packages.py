@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UserError
+from pipeline.core.fingerprint import ExternalContent
 from pipeline.data.sources.records import read
-from pipeline.data.sources.sources import Source, identify
+from pipeline.data.sources.sources import Source
 
 ROWS = [
     {"title": "晨风", "body": "1.清晨的风。\n2.鸟名。"},
@@ -71,7 +72,7 @@ def test_a_member_of_a_package(package):
     for path in shelf.iterdir():
         path.unlink()
     assert [item.fields for item in records(**package)] == ROWS  # from the cache
-    assert identify({"x": Source(**package)}, Path("unused"))["x"]["files"] == [
+    assert ExternalContent(Path("unused")).sources({"x": Source(**package)})["x"]["files"] == [
         ["tinytext/rows.jsonl", package["sha256"]]
     ]
 

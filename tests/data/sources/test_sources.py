@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import UserError
+from pipeline.core.fingerprint import ExternalContent
 from pipeline.data.cleaning.classifiers import Perplexity, Quality, train
 from pipeline.data.dedup.decontaminate import Decontaminate, build
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.records import Record, fraction, parse, read, text_of
-from pipeline.data.sources.sources import Source, chunks, identify
+from pipeline.data.sources.sources import Source, chunks
 
 ROWS = [
     {"title": "晨风", "body": "1.清晨的风。\n2.鸟名。"},
@@ -280,11 +281,15 @@ def test_lists_of_paragraphs_have_a_separator(tmp_path, keys, text):
 def test_identity_is_content_not_place(tmp_path):
     one, two = write(tmp_path / "1" / "a.jsonl", lines(ROWS)), write(tmp_path / "2" / "a.jsonl", lines(ROWS))
     cache = tmp_path / "hashes.json"
-    first = identify({"x": Source(path=one)}, cache)
-    assert first == identify({"x": Source(path=two)}, cache) == identify({"x": Source(path=one)}, cache)
-    assert first != identify({"x": Source(path=one, limit=1)}, cache)
+    first = ExternalContent(cache).sources({"x": Source(path=one)})
+    assert (
+        first
+        == ExternalContent(cache).sources({"x": Source(path=two)})
+        == ExternalContent(cache).sources({"x": Source(path=one)})
+    )
+    assert first != ExternalContent(cache).sources({"x": Source(path=one, limit=1)})
     write(Path(two), lines(ROWS[:2]))
-    assert first != identify({"x": Source(path=two)}, cache)
+    assert first != ExternalContent(cache).sources({"x": Source(path=two)})
 
 
 @pytest.mark.parametrize(

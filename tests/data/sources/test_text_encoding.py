@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import UserError
+from pipeline.core.fingerprint import ExternalContent
 from pipeline.data.chat.chat_sources import ChatSource
 from pipeline.data.chat.conversations import load_conversations
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, parse
-from pipeline.data.sources.sources import Source, chunks, identify
+from pipeline.data.sources.sources import Source, chunks
 
 ENCODINGS = ["gb18030", "gbk", "big5", "utf-16", "utf-16-be", "utf-32", "shift_jis", "euc_jp", "iso2022_jp", "hz"]
 TEXTS = ["清水在山", 'tea, "green"', "一\n二", "山" * 300]  # in every one of these encodings
@@ -127,7 +128,11 @@ def test_an_encoding_where_there_is_none_is_refused(tmp_path):
 def test_identity_counts_an_encoding_and_not_how_it_is_spelled(tmp_path):
     path = str(write(tmp_path / "a.txt", "山", "gbk"))
     found = {
-        name: json.dumps(identify({"x": Source(path=path, **({"encoding": name} if name else {}))}, tmp_path / "cache"))
+        name: json.dumps(
+            ExternalContent(tmp_path / "cache").sources(
+                {"x": Source(path=path, **({"encoding": name} if name else {}))}
+            )
+        )
         for name in ("", "utf-8", "UTF8", "gbk", "GBK", "936", "gb18030")
     }
     assert found[""] == found["utf-8"] == found["UTF8"] and "encoding" not in found[""]

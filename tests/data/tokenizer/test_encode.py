@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pipeline.core.errors import UserError
 from pipeline.data.tokenizer import spm_model, spm_trainer
 from pipeline.data.tokenizer.encode import LONG_RUN, encoder
+from pipeline.data.tokenizer.fast_tokenizer import encode_text
 from pipeline.data.tokenizer.pretokenize import pattern
 from pipeline.data.tokenizer.special_tokens import SPECIAL
 from pipeline.data.tokenizer.verify_tokenizer import HARD_TEXTS
-from pipeline.data.tokens.store import encode_text
 
 PARTS = [
     "it's",

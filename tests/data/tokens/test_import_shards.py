@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.core import recipe
 from pipeline.core.errors import UserError
-from pipeline.core.graph import _packed_sources, check, nodes
+from pipeline.core.graph import check, nodes
 from pipeline.core.status import examine
 from pipeline.data.tokens import import_shards
 from pipeline.data.tokens.import_shards import Shards
@@ -329,4 +329,4 @@ def test_pretraining_on_shards_alone(home):
     assert "6 steps" in succeed("pretrain", "chain.yaml", "output=shards-only", cwd=folder)
     graph = nodes(recipe.load(folder / "chain.yaml", ["pretrain.mixture={other: 1}"]))
     with pytest.raises(UserError, match="its text has no source 'other'; it has mine"):
-        _packed_sources(graph["pretrain"], graph) and check(graph["pretrain"], graph)
+        check(graph["pretrain"], graph)

@@ -1,0 +1,70 @@
+"""What is known of a stage's input model before any stage runs: its positions, its tokenizer and its chat template."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.config import PlannedInput
+from pipeline.core.errors import Problems
+from pipeline.core.recipe_file import shown
+from pipeline.data.chat.template import Chat
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+
+# Names of inputs that a stage continues to train, or else takes its tokenizer from.
+STARTS_FROM = ("model", "policy")
+
+
+def num_positions(model: PlannedInput) -> int | None:
+    """Most tokens of a row that a model has positions for; None if there is no limit or it is not known."""
+    if model.config is not None:
+        return model.config.planned_positions(model.inputs)
+    from transformers import AutoConfig
+
+    from pipeline.models.families import positions
+
+    try:
+        config = AutoConfig.from_pretrained(_model_folder(model.folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # the stage that reads it reports what is wrong
+        return None
+    return positions(config.get_text_config())
+
+
+def check_positions(models: Iterable[PlannedInput], num_tokens: int, advice: str = "") -> None:
+    """Raise UserError if a model has fewer positions than a row has tokens. advice: what else to do."""
+    problems = Problems()
+    for model in models:
+        longest = num_positions(model)
+        if longest is None or num_tokens <= longest:
+            continue
+        if model.config is None:
+            reason = f"{num_tokens} is more than the {longest} positions of the model in {shown(model.name)}"
+        else:
+            reason = f"{num_tokens} tokens are more than the {longest} positions that {model.name} gives its model"
+        problems.add(
+            f"sequence_length: {reason}; use {longest} or fewer, or a model that was pretrained with more{advice}"
+        )
+    problems.refuse()
+
+
+def tokenizer_of(model: PlannedInput) -> Any:
+    """The tokenizer of a model, or of a stage that publishes one, if its files are there already; else None."""
+    if model.folder is not None:
+        folder = _model_folder(model.folder)
+        return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    return model.config.planned_tokenizer(model.inputs)
+
+
+def chat_of(models: Iterable[PlannedInput], date: str | None, problems: Problems) -> Chat | None:
+    """The chat template of the first of these models whose tokenizer is there already. Those that cannot be used are
+    added to `problems`."""
+    chats = []
+    for model in models:
+        with problems.gather():
+            tokenizer = tokenizer_of(model)
+            if tokenizer is not None:
+                chats.append(Chat(tokenizer, date=date))
+    return chats[0] if chats else None
+
+
+def _model_folder(folder: Path) -> Path:
+    return folder / "model" if (folder / "model").is_dir() else folder
