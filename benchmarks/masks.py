@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import corpus  # noqa: E402
 import rules  # noqa: E402
 
-from pipeline.data.cleaning.pii import KINDS, Mask, masked  # noqa: E402
+from pipeline.data.cleaning.pii import KINDS, Mask, mask_text  # noqa: E402
 from pipeline.data.sources.web_pages import extract_text  # noqa: E402
 
 OPEN, CLOSE = "\ue000", "\ue001"  # of no text, so that what was replaced is found again
@@ -66,7 +66,7 @@ def local(pattern: str) -> list[str]:
 
 def found(text: str, kind: str) -> list[str]:
     """Each mask of a text with 40 characters around it: before, what was replaced, behind."""
-    marked, counts = masked(text, Mask(use=[kind], form=f"{OPEN}{CLOSE}"))
+    marked, counts = mask_text(text, Mask(use=[kind], form=f"{OPEN}{CLOSE}"))
     if not counts:
         return []
     pieces = marked.split(f"{OPEN}{CLOSE}")
@@ -149,7 +149,7 @@ def recall(kind: str, values: list[str]) -> float:
     right = 0
     for value in values:
         for before, after in CONTEXTS:
-            right += masked(before + value + after, mask)[0] == f"{before}[{kind.upper()}]{after}"
+            right += mask_text(before + value + after, mask)[0] == f"{before}[{kind.upper()}]{after}"
     return right / len(values) / len(CONTEXTS)
 
 

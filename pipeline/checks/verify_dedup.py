@@ -80,7 +80,7 @@ def _config(recipe: Recipe, stage: str | None):
 def _sampled(config, number: int, near) -> dict[str, list[str]]:
     """Normalised texts by language (zh where most tokens are Han characters), evenly from all sources, long enough
     to be edited, no two nearly alike."""
-    from pipeline.data.cleaning.text_arrays import normalise
+    from pipeline.data.cleaning.normal_form import normalise
     from pipeline.data.dedup.minhash import near_duplicates
     from pipeline.data.sources.formats import Bad
     from pipeline.data.sources.records import read, text_of

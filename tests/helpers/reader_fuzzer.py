@@ -30,7 +30,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.fingerprint import ExternalContent
 from pipeline.data.chat.chat_sources import ChatSource, PreferenceSource, PromptSource
 from pipeline.data.chat.conversations import load_conversations, load_pairs, load_prompts
-from pipeline.data.cleaning.blocklist import Block, blocked, phrases
+from pipeline.data.cleaning.blocklist import Block, is_blocked, load_phrases
 from pipeline.data.sources.byte_ranges import cut_source, read_piece
 from pipeline.data.sources.packages import fetch
 from pipeline.data.sources.records import Record, parse, read, text_of
@@ -342,8 +342,8 @@ def _read_list(folder: Path, draw: random.Random) -> None:
     path = folder / f"{draw.random()}.txt"
     path.write_bytes(changed("buy cheap pills\n# remark\n赌博网站\nexample.com\nexample.com/path\n".encode(), draw))
     block = Block(words=[str(path)], urls=[str(path)])
-    phrases(tuple(block.words))
-    blocked("http://www.example.com/path?x", tuple(block.urls))
+    load_phrases(tuple(block.words))
+    is_blocked("http://www.example.com/path?x", tuple(block.urls))
 
 
 def _read_package(folder: Path, draw: random.Random) -> None:

@@ -31,7 +31,7 @@ from pipeline.data.chat.messages import (
     prompt_of,
 )
 from pipeline.data.chat.record_accounting import Ledger
-from pipeline.data.dedup.decontaminate import Decontaminate, contaminated
+from pipeline.data.dedup.decontaminate import Decontaminate, find_contaminated
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, encoding_advice, fraction, read
 from pipeline.data.sources.templates import MissingField, parse_template, render
@@ -266,7 +266,7 @@ def _gathered(sources: dict, key: Callable, decontaminate: Decontaminate | None)
                 rows.append(row)
         _refuse_empty(source, name, ledger)
     if decontaminate:
-        found, ledger.evaluation = contaminated(map(_read, rows), decontaminate)
+        found, ledger.evaluation = find_contaminated(map(_read, rows), decontaminate)
         for row, match in zip(rows, found, strict=True):
             if match:
                 ledger.reject(row.source, row.place, f"has text of the evaluation set {match}")

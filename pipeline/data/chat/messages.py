@@ -90,7 +90,7 @@ def _part(part, what: str) -> str:
 
 def normal(text: str) -> str:
     """Normalised as in cleaning: what texts are compared by."""
-    from pipeline.data.cleaning.text_arrays import normalise
+    from pipeline.data.cleaning.normal_form import normalise
 
     return normalise(text).strip()
 

@@ -1,36 +1,37 @@
-"""Block lists: phrases and addresses that documents are left out for. Small lists of spam for English and Chinese
-come with the program; larger ones are files of the user's."""
+"""Block lists: phrases and addresses for which documents are dropped. Small spam lists for English and Chinese are
+included; larger ones are files of the user."""
 
 import functools
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.core.config import Strict, idle
 from pipeline.core.errors import UserError
-from pipeline.data.cleaning.text_arrays import Tokens, mixed, normalise, tokens
+
+if TYPE_CHECKING:  # the recipe's models load without numpy
+    from pipeline.data.cleaning.phrase_matcher import PhraseMatcher
 
 BUILTIN = Path(__file__).parent / "lists"
-_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Block(Strict):
-    """Documents with listed phrases, or from listed addresses, are left out. Off by default."""
+    """Drop documents with listed phrases, or from listed addresses. Off by default."""
 
     words: list[str] = []
-    """Files of phrases, one a line, `#` begins a remark; `spam` stands for the lists that come with the program
-    (gambling, forged papers, pills, adult services; English and Chinese). A phrase matches whole words, whatever its
-    case and the signs between; Chinese matches anywhere."""
+    """Files of phrases, one per line, `#` begins a comment; `spam` means the included lists (gambling, forged papers,
+    pills, adult services; English and Chinese). A phrase matches whole words, whatever their case and the punctuation
+    between them; Chinese matches anywhere."""
     min_words: int = Field(3, ge=1)
-    """blocked_words: so many different listed phrases and more. C4 leaves a page out for one word of its list, and
-    with it much of what is written about medicine and sex."""
+    """blocked_words: this many different listed phrases or more. C4 drops a page for one word of its list, and with it
+    much of what is written about medicine and sex."""
     urls: list[str] = []
-    """Files of domains (example.com, with all below it), beginnings of addresses (example.com/path) and words, one a
-    line; `spam` stands for the words that come with the program."""
+    """Files of domains (example.com, with its subdomains), beginnings of addresses (example.com/path) and words, one
+    per line; `spam` means the included words."""
     url: str = "{url}"
-    """Where a record has its address: a field or a template. Records without one pass."""
+    """The address of a record: a field or a template. Records without one pass."""
 
     @model_validator(mode="after")
     def nothing_idle(self):
@@ -41,69 +42,24 @@ class Block(Strict):
         return self
 
 
-# ---- phrases ---------------------------------------------------------------------------------------------------------
-
-
-class Phrases:
-    """Phrases as runs of token hashes."""
-
-    def __init__(self, listed: list[str]):
-        texts = sorted({text for text in map(normalise, listed) if text})  # the form of the texts that are searched
-        hashed = tokens(texts) if texts else None
-        self.by_length: dict[int, np.ndarray] = {}
-        first = []
-        for index in range(len(texts)):
-            run = hashed.hashes[hashed.starts[index] : hashed.starts[index + 1]]
-            if len(run):
-                first.append(run[0])
-                self.by_length.setdefault(len(run), []).append(_rolled(run[None, :])[0])
-        self.by_length = {
-            number: np.unique(np.array(keys, np.uint64)) for number, keys in sorted(self.by_length.items())
-        }
-        self.begins = np.zeros(1 << 16, bool)  # a sieve: nearly all tokens begin no phrase
-        if first:
-            self.begins[(np.array(first, np.uint64) >> np.uint64(48)).astype(np.int64)] = True
-
-    def count(self, batch: Tokens) -> np.ndarray:
-        """How many different phrases stand in each text, int64 [N]."""
-        number = len(batch.starts) - 1
-        at = np.flatnonzero(self.begins[(batch.hashes >> np.uint64(48)).astype(np.int64)])
-        owner = np.searchsorted(batch.starts, at, "right") - 1
-        found = []
-        for length, keys in self.by_length.items():
-            fits = at + length <= batch.starts[owner + 1]
-            begin, text = at[fits], owner[fits]
-            rolled = _rolled(batch.hashes[begin[:, None] + np.arange(length)]) if len(begin) else np.zeros(0, np.uint64)
-            place = np.minimum(np.searchsorted(keys, rolled), len(keys) - 1)
-            hit = keys[place] == rolled
-            found.append(np.stack((text[hit], place[hit] + length * (1 << 32))))
-        if not found:
-            return np.zeros(number, np.int64)
-        pairs = np.unique(np.concatenate(found, axis=1), axis=1)
-        return np.bincount(pairs[0], minlength=number)
-
-
-def _rolled(runs: np.ndarray) -> np.ndarray:
-    """One hash for each row, uint64 [N]."""
-    value = np.zeros(len(runs), np.uint64)
-    for column in range(runs.shape[1]):
-        value = value * _ODD + runs[:, column]
-    return mixed(value)
-
-
 @functools.lru_cache(8)
-def phrases(files: tuple[str, ...]) -> Phrases:
-    return Phrases(_lines(files, ("spam_en.txt", "spam_zh.txt"), "block.words"))
+def load_phrases(files: tuple[str, ...]) -> "PhraseMatcher":
+    from pipeline.data.cleaning.phrase_matcher import PhraseMatcher
+
+    return PhraseMatcher(_read_lines(files, ("spam_en.txt", "spam_zh.txt"), "block.words"))
 
 
 # ---- addresses -------------------------------------------------------------------------------------------------------
 
 
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
+
+
 @functools.lru_cache(8)
-def _addresses(files: tuple[str, ...]) -> tuple[frozenset, tuple[str, ...], frozenset]:
+def _load_addresses(files: tuple[str, ...]) -> tuple[frozenset, tuple[str, ...], frozenset]:
     domains, beginnings, words = set(), [], set()
-    for line in _lines(files, ("spam_urls.txt",), "block.urls"):
-        line = re.sub(r"^[a-z][a-z0-9+.-]*://", "", line.lower()).removeprefix("www.")
+    for line in _read_lines(files, ("spam_urls.txt",), "block.urls"):
+        line = _SCHEME.sub("", line.lower()).removeprefix("www.")
         if "/" in line.rstrip("/"):
             beginnings.append(line)
         elif "." in line:
@@ -113,34 +69,37 @@ def _addresses(files: tuple[str, ...]) -> tuple[frozenset, tuple[str, ...], froz
     return frozenset(domains), tuple(beginnings), frozenset(words)
 
 
-def blocked(address: str, files: tuple[str, ...]) -> bool:
-    """Whether an address is listed: its domain or one above it, how it begins, or a word in it."""
-    domains, beginnings, words = _addresses(files)
-    address = re.sub(r"^[a-z][a-z0-9+.-]*://", "", address.strip().lower()).removeprefix("www.")
+def is_blocked(address: str, files: tuple[str, ...]) -> bool:
+    """Whether an address is listed: its domain or one above it, its beginning, or a word in it."""
+    domains, beginnings, words = _load_addresses(files)
+    address = _SCHEME.sub("", address.strip().lower()).removeprefix("www.")
     host = re.split(r"[/?#]", address, maxsplit=1)[0].rpartition("@")[2].partition(":")[0]
     parts = host.split(".")
     if any(".".join(parts[i:]) in domains for i in range(len(parts))):
         return True
-    return (
-        address.startswith(beginnings)
-        if beginnings and address.startswith(beginnings)
-        else not words.isdisjoint(re.split(r"[^a-z0-9\u4e00-\u9fff]+", address))
-    )
+    if address.startswith(beginnings):
+        return True
+    return not words.isdisjoint(re.split(r"[^a-z0-9\u4e00-\u9fff]+", address))
 
 
-def _lines(files: tuple[str, ...], builtin: tuple[str, ...], where: str) -> list[str]:
-    found = []
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_lines(files: tuple[str, ...], builtin: tuple[str, ...], where: str) -> list[str]:
+    """The entries of list files; raises UserError, which begins with `where`."""
+    entries = []
     for name in files:
-        for path in [BUILTIN / part for part in builtin] if name == "spam" else [Path(name).expanduser()]:
+        paths = [BUILTIN / file for file in builtin] if name == "spam" else [Path(name).expanduser()]
+        for path in paths:
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()
             except FileNotFoundError:
                 raise UserError(
-                    f"{where}: {name} does not exist (in {Path.cwd()}); give a file with one entry a line, or spam"
+                    f"{where}: {name} does not exist (in {Path.cwd()}); give a file with one entry per line, or spam"
                 ) from None
             except UnicodeDecodeError:
-                raise UserError(f"{where}: {name} is no UTF-8 text; give a file with one entry a line") from None
+                raise UserError(f"{where}: {name} is not UTF-8 text; give a file with one entry per line") from None
             except OSError as error:
                 raise UserError(f"{where}: {name} cannot be read: {error.strerror}") from None
-            found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return found
+            entries += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return entries

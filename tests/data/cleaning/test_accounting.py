@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from harness import files_of, succeed
 
-from pipeline.data.cleaning.text_arrays import normalise
+from pipeline.data.cleaning.normal_form import normalise
 
 ALMA = [sys.executable, "-m", "pipeline.cli"]
 QUESTION = "which of the seven bridges over the old river was built before the great fire of the year"

@@ -142,13 +142,13 @@ def test_cleaning_reads_tables_with_odd_columns(tmp_path):
 
 def test_evaluation_sets_and_examples_refuse_a_repeated_column(tmp_path):
     """correctness 13"""
-    from pipeline.data.cleaning.classifiers import Perplexity, Quality, train
-    from pipeline.data.dedup.decontaminate import Decontaminate, build
+    from pipeline.data.cleaning.perplexity_model import Perplexity, train
+    from pipeline.data.dedup.decontaminate import Decontaminate, build_runs
 
     table = pyarrow.Table.from_arrays([pyarrow.array(TEXTS)] * 2, names=["text"] * 2)
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     source = Source(path=str(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match="decontaminate.sets.a: a.parquet:1: two columns of one name"):
-        build(Decontaminate(sets={"a": source}))
+        build_runs(Decontaminate(sets={"a": source}))
     with pytest.raises(UserError, match="examples.a: a.parquet:1: two columns of one name"):
-        train({"a": source}, Quality(), Perplexity(like=["a"]), tmp_path)
+        train({"a": source}, Perplexity(like=["a"]), tmp_path)

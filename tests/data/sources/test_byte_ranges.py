@@ -52,7 +52,7 @@ def serial(source: Source, size: int = 1 << 30) -> list:
 def ranged(source: Source, size: int) -> list:
     """As the stage does it: unit by unit, with the lines of the units before added."""
     found, before = [], 0
-    for unit in work_units.cut(source, "x", size):
+    for unit in work_units.cut_units(source, "x", size):
         items, lines = [], 0
         for piece in unit:
             assert isinstance(piece, Range), "data were read to be sent"
@@ -60,7 +60,7 @@ def ranged(source: Source, size: int) -> list:
             items, lines = items + [item for chunk in loaded for item in parse(chunk)], lines + number
         before = before if unit[0].continued else 0
         if items:
-            places = unit_files.at_lines(pyarrow.table({"place": [item.place for item in items]}), before)
+            places = unit_files.with_file_lines(pyarrow.table({"place": [item.place for item in items]}), before)
             for item, place in zip(items, places["place"].to_pylist(), strict=True):
                 object.__setattr__(item, "place", place)
         found, before = found + items, before + lines

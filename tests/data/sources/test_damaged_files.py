@@ -245,25 +245,25 @@ def test_a_changed_byte_of_an_outcome_is_refused_or_changes_nothing(tmp_path):
             path.write_bytes(whole[:at] + bytes([byte ^ mask]) + whole[at + 1 :])
             try:
                 assert unit_files.read(path, ["a", "b"]).to_pydict() == {"a": [1, 2], "b": [3, 4]}, (at, mask)
-            except unit_files.Torn as torn:
-                refused[torn.why.split(" (")[0]] += 1
+            except unit_files.CorruptFile as corrupt:
+                refused[corrupt.why.split(" (")[0]] += 1
     assert refused["is damaged"] > len(whole)
 
 
-def test_only_one_file_that_is_torn_three_times_ends_the_stage(tmp_path, monkeypatch):
+def test_only_one_file_that_is_damaged_three_times_ends_the_stage(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     config = clean.Config.model_validate({"kind": "clean", "sources": {"a": {"path": str(tmp_path / "a.jsonl")}}})
     found = []
 
-    def torn(*_):
+    def corrupt(*_):
         if not left:
             return {"done": True}
-        raise unit_files.Torn(tmp_path / left.pop(), "cut")
+        raise unit_files.CorruptFile(tmp_path / left.pop(), "cut")
 
-    monkeypatch.setattr(clean, "_run", torn)
+    monkeypatch.setattr(clean, "_run", corrupt)
     monkeypatch.setattr(clean, "say", found.append)
     left = ["b", "a", "b", "a"]  # two files, each made again twice: a bad disk, but the work goes on
     assert clean.run(config, {}, SimpleNamespace(path=tmp_path)) == {"done": True} and len(found) == 4
     left = ["a", "b", "a", "a"]
-    with pytest.raises(UserError, match="/a: cut, for the third time; look at the disk"):
+    with pytest.raises(UserError, match="/a: cut, for the third time; check the disk"):
         clean.run(config, {}, SimpleNamespace(path=tmp_path))

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import UserError
 from pipeline.core.fingerprint import ExternalContent
-from pipeline.data.cleaning.classifiers import Perplexity, Quality, train
-from pipeline.data.dedup.decontaminate import Decontaminate, build
+from pipeline.data.cleaning.perplexity_model import Perplexity, train
+from pipeline.data.dedup.decontaminate import Decontaminate, build_runs
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.records import Record, fraction, parse, read, text_of
@@ -325,10 +325,10 @@ def test_a_file_that_is_not_there_is_named_by_its_key_of_the_recipe(tmp_path):
         assert code == 2 and f"{key}: nosuch does not exist" in text, text
     wanted = Decontaminate(sets={"gsm": Source(path=str(tmp_path / "nosuch"))})
     with pytest.raises(UserError, match="^decontaminate.sets.gsm: .*nosuch does not exist"):
-        build(wanted)
-    quality = Quality(good=["g"], bad=["g"])
+        build_runs(wanted)
+    perplexity = Perplexity(like=["g"])
     with pytest.raises(UserError, match="^examples.g: .*nosuch does not exist"):
-        train({"g": Source(path=str(tmp_path / "nosuch"))}, quality, Perplexity(), tmp_path)
+        train({"g": Source(path=str(tmp_path / "nosuch"))}, perplexity, tmp_path)
 
 
 @pytest.mark.parametrize("keys", [{"sample_by": "line"}, {"columns": ["a"]}, {"records": "a[*]"}, {"extract": "all"}])

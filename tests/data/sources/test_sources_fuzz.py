@@ -15,8 +15,9 @@ from paths import HELPERS
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
-from pipeline.data.cleaning.blocklist import phrases
-from pipeline.data.cleaning.text_arrays import normalise, tokens
+from pipeline.data.cleaning.blocklist import load_phrases
+from pipeline.data.cleaning.normal_form import normalise
+from pipeline.data.cleaning.token_hashes import tokens
 from pipeline.data.sources.formats import NULS, Bad
 from pipeline.data.sources.line_chunks import WITHOUT_MARK
 from pipeline.data.sources.packages import fetch
@@ -163,4 +164,4 @@ def test_phrases_of_block_lists_have_the_form_of_the_texts(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("cafe\u0301 noir\nbad\0 word\n\0\n", encoding="utf-8")
     batch = tokens([normalise("un caf\u00e9 noir"), normalise("a bad word"), normalise("nothing")])
-    assert phrases((str(path),)).count(batch).tolist() == [1, 1, 0]
+    assert load_phrases((str(path),)).count(batch).tolist() == [1, 1, 0]

@@ -17,7 +17,7 @@ from paths import ROOT
 from word_corpus import words, write
 
 from pipeline.core.errors import UserError
-from pipeline.data.cleaning import executors
+from pipeline.data.cleaning import slurm_executor
 
 # sbatch starts the script for each task of the array and says a number; squeue lists the job while one of them lives.
 SBATCH = """#!/usr/bin/env python3
@@ -158,8 +158,8 @@ def test_ray_that_is_not_installed_is_a_sentence(corpus, tmp_path):
 def two(slurm, tmp_path, monkeypatch):
     """An array job of two workers."""
     monkeypatch.setenv("PATH", slurm["PATH"])
-    monkeypatch.setattr(executors, "BEAT", 0.5)
-    executor = executors.Slurm(2, tmp_path / "tasks")
+    monkeypatch.setattr(slurm_executor, "HEARTBEAT", 0.5)
+    executor = slurm_executor.SlurmExecutor(2, tmp_path / "tasks")
     yield executor
     executor.shutdown()
 
@@ -194,8 +194,8 @@ def test_a_unit_whose_worker_was_killed_is_done_by_another(two, capfd):
 def test_a_unit_that_kills_its_workers_ends_the_stage(slurm, tmp_path, monkeypatch):
     """correctness 36: three workers and no more, or it would go round for ever."""
     monkeypatch.setenv("PATH", slurm["PATH"])
-    monkeypatch.setattr(executors, "BEAT", 0.5)
-    executor = executors.Slurm(4, tmp_path / "tasks")
+    monkeypatch.setattr(slurm_executor, "HEARTBEAT", 0.5)
+    executor = slurm_executor.SlurmExecutor(4, tmp_path / "tasks")
     try:
         with pytest.raises(UserError, match="3 workers of the array job were lost with the same unit of work"):
             executor.submit(os.abort).result(90)
@@ -238,13 +238,13 @@ def test_the_array_job_ends_with_its_stage_however_that_ends(slurm, tmp_path, mo
         "import sys\n(pathlib.Path(__file__).parent / 'cancelled').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
     )
     (tmp_path / "bin/scancel").write_text(scancel)
-    executor = executors.Slurm(1, tmp_path / "tasks")
+    executor = slurm_executor.SlurmExecutor(1, tmp_path / "tasks")
     assert executor.submit(max, 1, 2).result(60) == 2
     executor.shutdown()
     assert calls.read_text() == "4711\n"
     # a stage that is killed: its array job is cancelled at once, and its folder is removed by the next one
-    program = "import sys; from pathlib import Path; from pipeline.data.cleaning.executors import Slurm; import time\n"
-    program += "Slurm(1, Path(sys.argv[1])); print('up', flush=True); time.sleep(60)"
+    program = "import sys; from pathlib import Path; from pipeline.data.cleaning.slurm_executor import SlurmExecutor; import time\n"
+    program += "SlurmExecutor(1, Path(sys.argv[1])); print('up', flush=True); time.sleep(60)"
     killed = subprocess.Popen(
         [sys.executable, "-c", program, tmp_path / "tasks"], stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT
     )
@@ -253,6 +253,6 @@ def test_the_array_job_ends_with_its_stage_however_that_ends(slurm, tmp_path, mo
     killed.communicate()
     until(lambda: calls.read_text().count("4711") >= 3)  # the second: it ended what was left of the first
     left = next((tmp_path / "tasks").iterdir())
-    after = executors.Slurm(1, tmp_path / "tasks")
+    after = slurm_executor.SlurmExecutor(1, tmp_path / "tasks")
     assert calls.read_text().count("4711") == 4 and not left.exists()
     after.shutdown()

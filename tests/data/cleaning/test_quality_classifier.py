@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from harness import files_of, stage, succeed
 
-from pipeline.data.cleaning import classifiers
-from pipeline.data.cleaning.text_arrays import tokens
+from pipeline.data.cleaning import perplexity_model, quality_classifier
+from pipeline.data.cleaning.token_hashes import tokens
 from pipeline.data.sources.sources import Source
 
 EN = (
@@ -49,30 +49,28 @@ def examples(folder: Path) -> dict[str, Source]:
 
 
 def test_the_classifier_tells_its_kinds_apart_in_both_languages(tmp_path):
-    classifiers.train(
-        examples(tmp_path), classifiers.Quality(good=["good"], bad=["bad"]), classifiers.Perplexity(), tmp_path / "m"
-    )
+    quality = quality_classifier.Quality(good=["good"], bad=["bad"])
+    quality_classifier.train(examples(tmp_path), quality, tmp_path / "m")
     rng = random.Random(9)
     texts = [
         sentences(rng, words, 50, by)
         for words, by in ((EN, " "), (list(ZH), ""), (SPAM, " "), (list(ZH_SPAM), ""))
         for _ in range(20)
     ]
-    found = classifiers.scores(tokens(texts), tmp_path / "m")
+    found = quality_classifier.quality_scores(tokens(texts), tmp_path / "m")
     assert (found[:40] > 0.9).all() and (found[40:] < 0.1).all()
-    assert classifiers.report(tmp_path / "m")["quality"] == {"examples": 600, "accuracy": 1.0, "auc": 1.0}
+    assert quality_classifier.describe(tmp_path / "m") == {"examples": 600, "accuracy": 1.0, "auc": 1.0}
     # whatever the batch
-    assert [float(classifiers.scores(tokens([text]), tmp_path / "m")[0]) for text in texts] == found.tolist()
-    classifiers._load.cache_clear()
+    assert [
+        float(quality_classifier.quality_scores(tokens([text]), tmp_path / "m")[0]) for text in texts
+    ] == found.tolist()
     again = tmp_path / "again"
-    classifiers.train(
-        examples(tmp_path), classifiers.Quality(good=["good"], bad=["bad"]), classifiers.Perplexity(), again
-    )
+    quality_classifier.train(examples(tmp_path), quality, again)
     assert (again / "quality.npz").read_bytes() == (tmp_path / "m/quality.npz").read_bytes()
 
 
 def test_perplexity_against_a_plain_model(tmp_path):
-    classifiers.train(examples(tmp_path), classifiers.Quality(), classifiers.Perplexity(like=["good"]), tmp_path / "m")
+    perplexity_model.train(examples(tmp_path), perplexity_model.Perplexity(like=["good"]), tmp_path / "m")
     learned = [json.loads(line)["text"] for line in (tmp_path / "good.jsonl").read_text().splitlines()]
     grams: dict[tuple, int] = {}
     split = [text.split() if " " in text else list(text) for text in learned]
@@ -102,12 +100,14 @@ def test_perplexity_against_a_plain_model(tmp_path):
         sentences(rng, SPAM, 30, " "),
         "one",
     ]
-    found = classifiers.perplexities(tokens([*texts, ""]), tmp_path / "m")
+    found = perplexity_model.perplexities(tokens([*texts, ""]), tmp_path / "m")
     np.testing.assert_allclose(
         found[:5], [plain(text.split() if " " in text or text == "one" else list(text)) for text in texts], rtol=1e-3
     )
     assert np.isnan(found[5]) and found[0] < found[2] < found[3]
-    assert [float(classifiers.perplexities(tokens([text]), tmp_path / "m")[0]) for text in texts] == found[:5].tolist()
+    assert [float(perplexity_model.perplexities(tokens([text]), tmp_path / "m")[0]) for text in texts] == found[
+        :5
+    ].tolist()
 
 
 def test_a_recipe_trains_and_applies_both(tmp_path):
