@@ -1,4 +1,4 @@
-"""Assessing models of other makers: foreign tokenizers, plain folders, no pack, no end of text."""
+"""Assessing models that were made elsewhere: other tokenizers, plain folders, no pack, no end of text."""
 
 import json
 import shutil
@@ -31,7 +31,8 @@ ASSESS = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """sft: an alma model; reward: a plain folder of a reward model with another tokenizer; llama3: a model with
-    Llama-3's template, no padding token; endless: without any end; tokens: packed by a third tokenizer."""
+    Llama 3's template, without a padding token; endless: without an end of answers; tokens: packed with a third
+    tokenizer."""
     here = tmp_path_factory.mktemp("assess")
     tuned.write_rows(here / "rows.jsonl")
     plain = tuned.plain() / "runs/tiny"
@@ -39,8 +40,8 @@ def folder(tmp_path_factory):
     other = tuned.tokenizer(here / "other", sentencepiece=True)
     block = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     block["intermediate_size"] = 32
-    made = build.new(block, other, 64, seed=1)
-    publish(made.state_dict(), made.config, here / "other", here / "start")
+    model = build.new(block, other, 64, seed=1)
+    publish(model.state_dict(), model.config, here / "other", here / "start")
     judge = build.load(here / "start", head="reward", seed=2)
     publish(judge.state_dict(), judge.config, here / "other", here / "reward")
     _foreign(here, "llama3", LLAMA3, LLAMA3_TOKENS[1])
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def _foreign(here, name: str, template: str, eos: str | None) -> None:
-    """A model with another maker's tokenizer: no generation marks, no padding token."""
+    """A model with a tokenizer made elsewhere: no generation marks, no padding token."""
     backend = PreTrainedTokenizerFast.from_pretrained(here / "sft").backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=LLAMA3_TOKENS[0], eos_token=eos, extra_special_tokens=LLAMA3_TOKENS[2:]
@@ -58,21 +59,21 @@ def _foreign(here, name: str, template: str, eos: str | None) -> None:
     tokenizer.chat_template = template
     tokenizer.save_pretrained(here / f"{name}-tokenizer")
     block = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    made = build.new({**block, "intermediate_size": 32}, load_tokenizer(here / f"{name}-tokenizer"), 64, seed=3)
-    publish(made.state_dict(), made.config, here / f"{name}-tokenizer", here / name)
+    model = build.new({**block, "intermediate_size": 32}, load_tokenizer(here / f"{name}-tokenizer"), 64, seed=3)
+    publish(model.state_dict(), model.config, here / f"{name}-tokenizer", here / name)
 
 
 def assess(folder, inputs: str, keys: str = "", code: int = 0) -> tuple[dict, str]:
     shutil.rmtree(folder / "runs/a", ignore_errors=True)
     (folder / "a.yaml").write_text(ASSESS.format(inputs=inputs, keys=keys), encoding="utf-8")
-    found, said = stage("assess", "a.yaml", cwd=folder)
-    assert found == code and "Traceback" not in said, said
+    exit_code, output = stage("assess", "a.yaml", cwd=folder)
+    assert exit_code == code and "Traceback" not in output, output
     report = folder / "runs/a/assess/current/report.json"
-    return json.loads(report.read_text()) if code == 0 else {}, said
+    return json.loads(report.read_text()) if code == 0 else {}, output
 
 
 def test_a_reward_model_reads_text_with_its_own_tokenizer(folder):
-    """Correctness 15: without a pack, with a plain reward folder whose tokenizer is not the model's."""
+    """Without a pack, with a plain reward folder whose tokenizer is not the model's."""
     report, _ = assess(folder, "sft: ./sft, reward: ./reward")
     metrics = json.loads((folder / "runs/a/assess/current/manifest.json").read_text())["metrics"]
     assert "bits_per_byte" not in report["models"]["sft"] and "(n=6)" in metrics["summary"]["measure"]
@@ -89,14 +90,14 @@ def test_a_reward_model_reads_text_with_its_own_tokenizer(folder):
 
 
 def test_the_same_tokenizer_is_read_as_ids(folder):
-    """Correctness 15: alma's own reward model still reads the very ids that the model wrote."""
+    """Alma's own reward model still reads the very ids that the model wrote."""
     shutil.copytree(tuned.plain() / "runs/tiny/reward/current/model", folder / "own", dirs_exist_ok=True)
     report, _ = assess(folder, "sft: ./sft, reward: ./own")
     assert report["models"]["sft"]["answers"] == 6 and report["models"]["sft"]["end_of_turn_rate"] == 1.0
 
 
-def test_llama3_is_asked_and_ends_its_turn(folder):
-    """Correctness 15: its template has no marks, and it has no padding token and no <|im_end|>."""
+def test_llama3_answers_and_ends_its_turn(folder):
+    """Its template has no marks, and it has no padding token and no <|im_end|>."""
     report, _ = assess(folder, "llama3: ./llama3, sft: ./sft, reward: ./reward", ", compare: [[sft, llama3]]")
     assert report["models"]["llama3"]["answers"] == 6 and report["win_rates"]["sft over llama3"]["prompts"] == 6
     tokenizer = load_tokenizer(folder / "llama3")
@@ -105,17 +106,17 @@ def test_llama3_is_asked_and_ends_its_turn(folder):
 
 
 def test_a_model_without_an_end(folder):
-    """Correctness 38: None was sorted among integers."""
+    """None was sorted among integers."""
     assert stop_ids(folder / "endless", load_tokenizer(folder / "endless")) == []
-    found = assess(folder, "endless: ./endless, reward: ./reward")[0]["models"]["endless"]
-    assert found["end_of_turn_rate"] is None and found["answer_tokens"] == 4
+    model = assess(folder, "endless: ./endless, reward: ./reward")[0]["models"]["endless"]
+    assert model["end_of_turn_rate"] is None and model["answer_tokens"] == 4
 
 
 def test_tokens_of_another_tokenizer_are_refused(folder):
-    """Correctness 15: bits per byte of ids that mean other text to the model. Without them it is measured."""
+    """Bits per byte of ids that mean other text to the model. Without them it is measured."""
     keys = ", sequence_length: 32"
-    said = assess(folder, "tokens: ./tokens, sft: ./sft", keys, code=2)[1]
-    assert "was packed with another tokenizer than that of sft" in said and "max_rows: 0" in said
+    output = assess(folder, "tokens: ./tokens, sft: ./sft", keys, code=2)[1]
+    assert "was packed with another tokenizer than that of sft" in output and "max_rows: 0" in output
     moved = shutil.copytree(folder / "tokens", folder / "moved")  # nothing says which tokenizer packed it
     (moved / "manifest.json").unlink()
     assert "than that of sft" in assess(folder, "tokens: ./moved, sft: ./sft", keys, code=2)[1]
@@ -125,38 +126,38 @@ def test_tokens_of_another_tokenizer_are_refused(folder):
 
 @pytest.mark.parametrize("packed", ["tokens", "moved"])
 def test_tokens_of_the_same_tokenizer_are_accepted(folder, packed):
-    """Correctness 15: also where the folder of the tokenizer is gone. Rows are as long as the model has positions."""
+    """Also where the folder of the tokenizer is gone. Rows are as long as the model has positions."""
     if packed == "moved":
         shutil.copytree(folder / "tokens", folder / "own-pack", dirs_exist_ok=True)
         (folder / "own-pack/manifest.json").unlink()
         packed = "own-pack"
     tokenizer = load_tokenizer(folder / "tokenizer")
     block = {"family": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}
-    made = build.new(block, tokenizer, 48, seed=3)
-    publish(made.state_dict(), made.config, folder / "tokenizer", folder / "gpt2")
+    model = build.new(block, tokenizer, 48, seed=3)
+    publish(model.state_dict(), model.config, folder / "tokenizer", folder / "gpt2")
     report, _ = assess(folder, f"tokens: ./{packed}, gpt2: ./gpt2", ", max_rows: 4")
     assert report["models"]["gpt2"]["heldout_tokens"] == 4 * 48
-    said = assess(folder, f"tokens: ./{packed}, gpt2: ./gpt2", ", sequence_length: 64", code=2)[1]
-    assert "64 is more than the 48 positions of gpt2" in said
+    output = assess(folder, f"tokens: ./{packed}, gpt2: ./gpt2", ", sequence_length: 64", code=2)[1]
+    assert "64 is more than the 48 positions of gpt2" in output
 
 
 def test_a_reward_folder_without_a_score_layer_is_refused(folder):
-    """Correctness 15: its scores would be drawn at random."""
-    said = assess(folder, "sft: ./sft, reward: ./start", code=2)[1]
-    assert "is not a reward model: it has no score layer" in said
+    """Its scores would be drawn at random."""
+    output = assess(folder, "sft: ./sft, reward: ./start", code=2)[1]
+    assert "is not a reward model: it has no score layer" in output
 
 
 def test_prompts_that_leave_no_room_are_counted(folder):
-    """Correctness 15: positions beyond the model's crashed."""
+    """Positions beyond the model's crashed."""
     (folder / "a.yaml").write_text(
         ASSESS.format(inputs="sft: ./sft", keys="").replace("max_new_tokens: 4", "max_new_tokens: 60")
     )
-    found, said = stage("assess", "a.yaml", cwd=folder)
-    assert found == 2 and "none of" in said and "64 positions" in said and "Traceback" not in said
+    exit_code, output = stage("assess", "a.yaml", cwd=folder)
+    assert exit_code == 2 and "none of" in output and "64 positions" in output and "Traceback" not in output
 
 
 def test_a_classifier_of_many_labels_is_refused(folder):
-    """Correctness 15: which of its scores would be the reward?"""
+    """Which of its scores would be the reward?"""
     shutil.copytree(folder / "reward", folder / "classifier")
     config = json.loads((folder / "classifier/config.json").read_text())
     config |= {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
@@ -165,8 +166,8 @@ def test_a_classifier_of_many_labels_is_refused(folder):
         build.load(folder / "classifier", head="judge")
 
 
-def test_records_that_are_left_out_are_named(folder):
-    """Correctness 45: also where nothing is learned from them."""
+def test_dropped_records_are_reported(folder):
+    """Also where nothing is learned from them."""
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [*rows, *({"text": str(index)} for index in range(len(rows)))]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -174,5 +175,5 @@ def test_records_that_are_left_out_are_named(folder):
     recipe = ASSESS.format(inputs="sft: ./sft", keys="").replace("rows.jsonl", "half.jsonl")
     shutil.rmtree(folder / "runs/a", ignore_errors=True)
     (folder / "half.yaml").write_text(recipe, encoding="utf-8")
-    code, said = stage("assess", "half.yaml", cwd=folder)
-    assert code == 0 and "WARNING sources.nouns" in said and "(50%) left out: no field 'words'" in said, said
+    code, output = stage("assess", "half.yaml", cwd=folder)
+    assert code == 0 and "WARNING sources.nouns" in output and "(50%) left out: no field 'words'" in output, output

@@ -424,8 +424,8 @@ def test_rows_are_shown_as_the_model_reads_them(filled, monkeypatch, capsys):
     assert "⟦<fill-1>⟧" in text and "documents apart" in text
     for word, wanted in (
         ("pretrain.mixture={one: 0}", "no source has a weight above 0"),
-        ("wrong", "no stage of kind pretrain"),
-        ("--length=64", "those of pretrain have its sequence_length"),
+        ("wrong", "is not a stage of kind pretrain"),
+        ("--length=64", "the rows of pretrain have its sequence_length"),
         ("pretrain.inputs.tokens=./none", "is not a folder"),
     ):
         code, text = said(word)

@@ -1,20 +1,22 @@
-"""`alma inspect tokens`: the packed tokens by source, and rows of a pretraining stage as its model reads them, or of a
-stage `pack` as a pretraining stage with nothing but a length would."""
+"""`alma inspect tokens`: the packed tokens by source, and rows as the model of a pretraining stage reads them, or for a
+stage `pack` as a pretraining stage with no other keys would."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.checks import tables
 from pipeline.core import artifact
 from pipeline.core.errors import UserError
-from pipeline.core.graph import nodes
+from pipeline.core.graph import Node, nodes
 from pipeline.core.recipe import Recipe
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.data.tokens.row_sampler import RowSampler
 from pipeline.data.tokens.rows import Row, documents_of, positions_of
 from pipeline.data.tokens.store import TokenStore
 
-LENGTH = 512  # of the rows of a stage `pack`, unless another one is asked for
-MARKS = ("⟦", "⟧")  # around text whose labels do not count, where there are no colours
+LENGTH = 512  # of the rows of a stage `pack`, by default
+MARKS = ("⟦", "⟧")  # around text whose labels do not count, where there are no colors
 
 
 def show(
@@ -26,10 +28,8 @@ def show(
     ids: bool = False,
     length: int | None = None,
 ) -> None:
-    """Print a table of the sources and `rows` rows from number `first` on, of `length` labels where the stage is
-    `pack`. Raises UserError where there are no tokens yet."""
-    from pipeline.train.batches import sampler_of
-
+    """Print a table of the sources and `rows` rows, beginning with number `first`; for a stage `pack` rows of `length`
+    labels. Raises UserError if there are no tokens yet."""
     node, tokens, tokenizer_folder = _stage(recipe, stage)
     store, tokenizer = TokenStore(tokens), load_tokenizer(tokenizer_folder)
     if len(tokenizer) != store.vocab_size:
@@ -37,30 +37,35 @@ def show(
             f"{tokenizer_folder} has {len(tokenizer)} tokens, {tokens} was packed with {store.vocab_size}; give the"
             " tokenizer that packed them"
         )
+    sampler = _sampler(node, store, tokenizer, length)
+    document_mask = node.config.kind != "pack" and node.config.document_mask
+    if as_json:
+        for index in range(first, first + rows):
+            print(json.dumps(as_numbers(index, sampler.row(index), store, document_mask), ensure_ascii=False))
+        return
+    _print_sources(sampler, store, node)
+    for index in range(first, first + rows):
+        _print_row(index, sampler, store, tokenizer, document_mask, ids)
+
+
+def _sampler(node: Node, store: TokenStore, tokenizer, length: int | None) -> RowSampler:
+    from pipeline.train.batches import sampler_of
+
     if node.config.kind == "pack":
         most = max(map(store.num_tokens, store.sources)) - 1
         if (length or 1) > most:
-            raise UserError(f"--length {length}: no source of {tokens} has so many tokens; give at most {most}")
-        sampler, document_mask = RowSampler(store, length or min(LENGTH, most), None, node.config.seed), False
-    elif length is not None:
+            raise UserError(f"--length {length}: no source of {store.folder} has so many tokens; give at most {most}")
+        return RowSampler(store, length or min(LENGTH, most), None, node.config.seed)
+    if length is not None:
         raise UserError(
-            f"--length is for rows of a stage of kind pack; those of {node.name} have its sequence_length, which"
+            f"--length is for stages of kind pack; the rows of {node.name} have its sequence_length, which"
             f" {node.name}.sequence_length={length} changes"
         )
-    else:
-        sampler, document_mask = sampler_of(node.config, store, tokenizer), node.config.document_mask
-    found = [(index, sampler.row(index)) for index in range(first, first + rows)]
-    if as_json:
-        for index, row in found:
-            print(json.dumps(as_numbers(index, row, store, document_mask), ensure_ascii=False))
-        return
-    _table(sampler, store, node)
-    for index, row in found:
-        _print(index, row, store, sampler, tokenizer, document_mask, ids)
+    return sampler_of(node.config, store, tokenizer)
 
 
 def as_numbers(index: int, row: Row, store: TokenStore, document_mask: bool) -> dict:
-    """A row in full: inputs, labels (-100 where none counts) and positions are what the model is given."""
+    """A row in full: inputs, labels (-100 where they do not count) and positions are what the model gets."""
     labels = row.tokens[1:].copy()
     if row.label_mask is not None:
         labels[~row.label_mask] = -100
@@ -77,113 +82,114 @@ def as_numbers(index: int, row: Row, store: TokenStore, document_mask: bool) -> 
     }
 
 
-def _stage(recipe: Recipe, name: str | None):
-    """A stage of kind pretrain, or of kind pack where there is none or it is named, and the folders of its tokens and
-    tokenizer."""
-    able = [stage for kind in ("pretrain", "pack") for stage, of in recipe.stages.items() if of.kind == kind]
-    if not able:
+def _stage(recipe: Recipe, name: str | None) -> tuple[Node, Path, Path]:
+    """A stage of kind pretrain, or of kind pack if there is none or if it is named, and the folders of its tokens and
+    its tokenizer."""
+    possible = []
+    for kind in ("pretrain", "pack"):
+        possible += [stage for stage, config in recipe.stages.items() if config.kind == kind]
+    if not possible:
         raise UserError(
             f"recipe {recipe.name}: has no stage of kind pretrain or pack, whose rows could be shown; it has"
             f" {', '.join(recipe.stages)}"
         )
-    if name is not None and name not in able:
+    if name is not None and name not in possible:
         raise UserError(
-            f"recipe {recipe.name}: {name!r} is no stage of kind pretrain or pack; these are: {', '.join(able)}"
+            f"recipe {recipe.name}: {name!r} is not a stage of kind pretrain or pack; these are: {', '.join(possible)}"
         )
-    graph = nodes(recipe)
-    node = graph[name or able[0]]
-    wanted = {"tokens": node.name if node.config.kind == "pack" else node.parents["tokens"]}
-    wanted["tokenizer"] = node.parents["tokenizer"]
-    folders = []
-    for key, source in wanted.items():
-        found = (
-            artifact.current(recipe.root / source) if source in recipe.stages else artifact.external(key, Path(source))
+    node = nodes(recipe)[name or possible[0]]
+    tokens = node.name if node.config.kind == "pack" else node.parents["tokens"]
+    tokenizer = node.parents["tokenizer"]
+    return node, _output(recipe, "tokens", tokens), _output(recipe, "tokenizer", tokenizer)
+
+
+def _output(recipe: Recipe, key: str, source: str) -> Path:
+    """The folder of an input: `source` is a stage of the recipe, or a path."""
+    if source not in recipe.stages:
+        return artifact.external(key, Path(source)).path
+    output = artifact.current(recipe.root / source)
+    if output is None:
+        raise UserError(
+            f"stage {source} has no output yet ({recipe.root / source}/current); run it first: alma run RECIPE {source}"
         )
-        if found is None:
-            raise UserError(
-                f"stage {source} has no output yet ({recipe.root / source}/current); run it first: alma run RECIPE"
-                f" {source}"
-            )
-        folders.append(found.path)
-    return node, *folders
+    return output.path
 
 
-def _table(sampler: RowSampler, store: TokenStore, node) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
+def _print_sources(sampler: RowSampler, store: TokenStore, node: Node) -> None:
     reader = "a stage of kind pretrain" if node.config.kind == "pack" else f"stage {node.name}"
     title = f"{store.folder}, as {reader} reads it in rows of {sampler.sequence_length} ({sampler.packing})"
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for title in (
-        "source",
-        "documents",
-        "tokens",
-        "bytes a token",
-        "share of rows",
-        "rows an epoch",
-        "padding",
-        "documents cut",
-    ):
-        shown.add_column(title, justify="left" if title == "source" else "right")
-    padding, cut = sampler.padding(), sampler.cut_documents()
+    columns = ("source", "documents", "tokens", "bytes per token", "share of rows", "rows per epoch", "padding")
+    table = tables.new_table(*columns, "documents cut", text=("source",), title=title)
+    padding, num_cut = sampler.padding(), sampler.cut_documents()
     for source in store.sources:
-        tokens = store.num_tokens(source)
-        cells = [f"{store.num_documents(source):,}", f"{tokens:,}", f"{store.num_bytes(source) / tokens:.2f}"]
+        num_tokens = store.num_tokens(source)
+        cells = [f"{store.num_documents(source):,}", f"{num_tokens:,}", f"{store.num_bytes(source) / num_tokens:.2f}"]
         if source in sampler.sources:
-            cells += [
-                f"{100 * sampler.weights.get(source, 0):.3g}%",
-                f"{sampler.rows_per_epoch[source]:,}",
-                f"{100 * padding[source]:.2g}%",
-                f"{cut[source]:,}",
-            ]
-        shown.add_row(source, *cells, *["not read"] * (source not in sampler.sources))
-    Console(width=160).print(shown)
+            cells.append(f"{100 * sampler.weights.get(source, 0):.3g}%")
+            cells.append(f"{sampler.rows_per_epoch[source]:,}")
+            cells.append(f"{100 * padding[source]:.2g}%")
+            cells.append(f"{num_cut[source]:,}")
+        else:
+            cells.append("not read")
+        table.add_row(source, *cells)
+    tables.console().print(table)
 
 
-def _print(
-    index: int, row: Row, store: TokenStore, sampler: RowSampler, tokenizer, document_mask: bool, ids: bool
-) -> None:
+def _print_row(index: int, sampler: RowSampler, store: TokenStore, tokenizer, document_mask: bool, ids: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    row = sampler.row(index)
     console, length = Console(highlight=False, soft_wrap=True), len(row.tokens) - 1
-    labels = length if row.label_mask is None else int(row.label_mask.sum())
-    apart = "documents apart" if document_mask else "documents see those before them"
+    num_labels = length if row.label_mask is None else int(row.label_mask.sum())
+    visibility = "documents apart" if document_mask else "documents see those before them"
     place = f"{row.source}, epoch {row.epoch}, row {row.index:,} of {sampler.rows_per_epoch[row.source]:,}"
-    console.print(Text(f"row {index:,}: {place}; {labels} of {length} labels count; {apart}", style="bold"))
-    documents = documents_of(row, store)
-    lines = [(entry["start"], entry["tokens"], f"{entry['id']} from token {entry['offset']}") for entry in documents]
-    if lines[0][0] == 1:
-        lines.insert(0, (0, 1, "context"))
-    end = lines[-1][0] + lines[-1][1]
-    if end <= length:
-        lines.append((end, length + 1 - end, "padding"))
-    for number, (slot, slots, name) in enumerate(lines):
-        text = Text(f"{slot:>7} {name} │ ", style="dim")
-        for counts, part in _stretches(row, slot, slots) if name != "padding" else ():
-            said = (
-                " ".join(map(str, part)) + " "
-                if ids
-                else tokenizer.decode(part, skip_special_tokens=False).replace("\n", "⏎")
-            )
-            text.append(
-                said if counts or console.is_terminal else f"{MARKS[0]}{said}{MARKS[1]}",
-                style=("cyan", "green")[number % 2] if counts else "dim strike",
-            )
+    heading = f"row {index:,}: {place}; {num_labels} of {length} labels count; {visibility}"
+    console.print(Text(heading, style="bold"))
+    for number, (slot, slots, name) in enumerate(_sections(row, store)):
+        line = Text(f"{slot:>7} {name} │ ", style="dim")
         if name == "padding":
-            text.append(f"{slots} slots without labels", style="dim")
-        console.print(text)
+            line.append(f"{slots} slots without labels", style="dim")
+            console.print(line)
+            continue
+        for counts, tokens in _runs(row, slot, slots):
+            if ids:
+                text = " ".join(map(str, tokens)) + " "
+            else:
+                text = tokenizer.decode(tokens, skip_special_tokens=False).replace("\n", "⏎")
+            if counts:
+                line.append(text, style=("cyan", "green")[number % 2])
+            else:
+                marked = text if console.is_terminal else f"{MARKS[0]}{text}{MARKS[1]}"
+                line.append(marked, style="dim strike")
+        console.print(line)
 
 
-def _stretches(row: Row, slot: int, slots: int):
-    """Neighbouring tokens that are labels, or are none, together: characters of several tokens can only be read so."""
-    counts = [
-        place > 0 and (row.label_mask is None or bool(row.label_mask[place - 1])) for place in range(slot, slot + slots)
-    ]
+def _sections(row: Row, store: TokenStore) -> list[tuple[int, int, str]]:
+    """(first slot, slots, name) of the row's documents, and of the context before them and the padding after them."""
+    sections = []
+    for document in documents_of(row, store):
+        name = f"{document['id']} from token {document['offset']}"
+        sections.append((document["start"], document["tokens"], name))
+    if sections[0][0] == 1:
+        sections.insert(0, (0, 1, "context"))
+    end = sections[-1][0] + sections[-1][1]
+    if end < len(row.tokens):
+        sections.append((end, len(row.tokens) - end, "padding"))
+    return sections
+
+
+def _runs(row: Row, slot: int, slots: int) -> Iterator[tuple[bool, list[int]]]:
+    """(do they count, tokens) of neighbouring tokens that are labels or are not, because only several tokens together
+    may spell a character."""
+    counts = [_counts(row, place) for place in range(slot, slot + slots)]
     begin = 0
     for end in range(1, slots + 1):
         if end == slots or counts[end] != counts[begin]:
             yield counts[begin], row.tokens[slot + begin : slot + end].tolist()
             begin = end
+
+
+def _counts(row: Row, slot: int) -> bool:
+    """Is the token at `slot` a label that counts?"""
+    return slot > 0 and (row.label_mask is None or bool(row.label_mask[slot - 1]))

@@ -1,97 +1,148 @@
-"""Which layouts `alma verify` proves: those of LAYOUTS or some of them, and the one that the recipe's stage is
-configured with."""
+"""The layouts that `alma verify` compares: LAYOUTS, and the one that the recipe's stage is configured with."""
+
+from typing import NamedTuple
 
 from pipeline.checks.small_recipe import ROWS
+from pipeline.core.terminal import many
+
+
+class Layout(NamedTuple):
+    name: str
+    processes: int
+    parallel: dict
+    """The block `parallel` of the recipe."""
+    changes: dict = {}
+    """Other keys of the stage that belong to the layout: `compile`."""
+
+    @property
+    def depth(self) -> int:
+        """Stages of the pipeline."""
+        return self.parallel.get("pipeline", 1)
+
 
 REFERENCE = "one process"
-# name, processes, `parallel` of the recipe. Pipelines last: in a process that has had one, DeepSpeed cannot build a
-# plain engine any more.
+# Pipelines last: in a process that has had one, DeepSpeed cannot build a plain engine any more.
 LAYOUTS = (
-    (REFERENCE, 1, {}),
-    ("one process, 4 micro-batches", 1, {}),
-    ("DDP", 2, {}),
-    ("ZeRO-0", 2, {"zero": 0}),
-    ("ZeRO-1", 2, {"zero": 1}),
-    ("ZeRO-2", 2, {"zero": 2}),
-    ("ZeRO-3", 2, {"zero": 3}),
-    ("pipeline of 2", 2, {"pipeline": 2}),
-    ("pipeline of 2 x 2 data ranks, ZeRO-1", 4, {"pipeline": 2, "zero": 1}),
+    Layout(REFERENCE, 1, {}),
+    Layout("one process, 4 micro-batches", 1, {}),
+    Layout("DDP", 2, {}),
+    Layout("ZeRO-0", 2, {"zero": 0}),
+    Layout("ZeRO-1", 2, {"zero": 1}),
+    Layout("ZeRO-2", 2, {"zero": 2}),
+    Layout("ZeRO-3", 2, {"zero": 3}),
+    Layout("pipeline of 2", 2, {"pipeline": 2}),
+    Layout("pipeline of 2 x 2 data ranks, ZeRO-1", 4, {"pipeline": 2, "zero": 1}),
 )
+# Those through which `alma verify resume` moves a run, before it ends in the recipe's own.
+ROUTE = (REFERENCE, "DDP", "ZeRO-3", "pipeline of 2")
 
 
-# Those that `alma verify resume` moves a run through, before it ends in the recipe's own.
-ROAD = (REFERENCE, "DDP", "ZeRO-3", "pipeline of 2")
-
-
-def own_layout(config, num_layers: int) -> tuple[str, int, dict, dict]:
-    """The layout that a stage is configured with, for a model of `num_layers` layers, on as few processes as have it;
-    it may be one of LAYOUTS. Last, other keys of the stage that belong to it: `compile`."""
-    depth, launched = min(config.parallel.pipeline, num_layers), config.run.world
+def own_layout(config, num_layers: int) -> Layout:
+    """The layout that a stage is configured with, for a model of `num_layers` layers, on as few processes as can have
+    it; one of LAYOUTS if it is the same."""
+    depth = min(config.parallel.pipeline, num_layers)
     parallel = config.parallel.model_dump(exclude_defaults=True, exclude={"pipeline"})
-    parallel |= {"pipeline": depth} if depth > 1 else {}
-    if parallel.get("layers") and (len(parallel["layers"]) != depth or sum(parallel["layers"]) != num_layers):
-        del parallel["layers"]  # it counts those of the whole model
+    if depth > 1:
+        parallel["pipeline"] = depth
+    layers = parallel.get("layers")
+    if layers and (len(layers) != depth or sum(layers) != num_layers):
+        del parallel["layers"]  # it is for the layers of the model as the recipe has it
 
-    def meant(options: dict) -> dict:  # a pipeline has ZeRO-1 in any case
-        return {"pipeline": 1, **options} | ({"zero": 1} if options.get("pipeline", 1) > 1 else {})
-
-    processes = depth if depth > 1 else 2 if parallel.get("zero") is not None or launched > 1 else 1
+    processes = 1
+    if depth > 1:
+        processes = depth
+    elif "zero" in parallel or config.run.world > 1:
+        processes = 2
     if not config.compile:
-        for name, count, known in LAYOUTS:
-            if meant(known) == meant(parallel) and (count > 1) == (processes > 1):
-                return name, count, known, {}
-    kind = f"pipeline of {depth}" if depth > 1 else f"ZeRO-{parallel['zero']}" if "zero" in parallel else "DDP"
-    words = [kind if processes > 1 else REFERENCE]
-    words += ["offload"] * config.parallel.offload + ["compiled"] * config.compile
-    words += [f"{key} {parallel[key]}" for key in ("partition", "layers") if key in parallel]
-    return f"the recipe's own: {', '.join(words)}", processes, parallel, {"compile": True} if config.compile else {}
+        for layout in LAYOUTS:
+            if _same(layout.parallel, parallel) and (layout.processes > 1) == (processes > 1):
+                return layout
+    name = ", ".join([_kind(processes, parallel), *_options(config, parallel)])
+    return Layout(f"the recipe's own: {name}", processes, parallel, {"compile": True} if config.compile else {})
 
 
-def with_own(config, num_layers: int) -> tuple[list[tuple], str]:
+def _same(one: dict, other: dict) -> bool:
+    return _with_defaults(one) == _with_defaults(other)
+
+
+def _with_defaults(parallel: dict) -> dict:
+    options = {"pipeline": 1} | parallel
+    if options["pipeline"] > 1:
+        options["zero"] = 1  # a pipeline always has ZeRO-1
+    return options
+
+
+def _kind(processes: int, parallel: dict) -> str:
+    if processes == 1:
+        return REFERENCE
+    if "pipeline" in parallel:
+        return f"pipeline of {parallel['pipeline']}"
+    return f"ZeRO-{parallel['zero']}" if "zero" in parallel else "DDP"
+
+
+def _options(config, parallel: dict) -> list[str]:
+    words = []
+    if config.parallel.offload:
+        words.append("offload")
+    if config.compile:
+        words.append("compiled")
+    return words + [f"{key} {parallel[key]}" for key in ("partition", "layers") if key in parallel]
+
+
+def with_own(config, num_layers: int) -> tuple[list[Layout], str]:
     """LAYOUTS and the recipe's own, and a line that says so."""
-    known, own = [(*layout, {}) for layout in LAYOUTS], own_layout(config, num_layers)
-    if own in known:
-        return known, f"layouts    {len(known)}, among them the recipe's own: {own[0]}"
-    plain = [layout for layout in known if layout[2].get("pipeline", 1) == 1]
-    layouts = [*plain, own, *known[len(plain) :]] if "pipeline" not in own[2] else [*known, own]
-    depth = config.parallel.pipeline
-    fewer = f"; {depth} stages need as many layers, {num_layers} are here" if depth > num_layers else ""
-    return layouts, f"layouts    {len(known)}, and {own[0]} ({own[1]} process{'es' * (own[1] > 1)}){fewer}"
+    own = own_layout(config, num_layers)
+    layouts = list(LAYOUTS)
+    if own in layouts:
+        return layouts, f"layouts    {len(layouts)}, among them the recipe's own: {own.name}"
+    line = f"layouts    {len(layouts)}, and {own.name} ({many(own.processes, 'process/processes')})"
+    if config.parallel.pipeline > num_layers:
+        line += f"; {config.parallel.pipeline} stages need as many layers, here are {num_layers}"
+    if own.depth > 1:
+        return [*layouts, own], line
+    without_pipeline = [layout for layout in layouts if layout.depth == 1]
+    return [*without_pipeline, own, *layouts[len(without_pipeline) :]], line
 
 
-def road(config, shape) -> tuple[list[tuple], str]:
-    """The layouts that a run is moved through, and a line that says so: ROAD, without a pipeline where the model's
-    `shape` cannot be cut, and then the recipe's own, or one process if that was on the way."""
+def route(config, shape) -> tuple[list[Layout], str]:
+    """The layouts through which a run is moved, and a line that says so: ROUTE, without a pipeline if the model's
+    `shape` cannot be cut into stages, and then the recipe's own, or one process if the recipe's own is on the route."""
     from pipeline.models.families import family_of
 
-    known = {name: (name, *layout, {}) for name, *layout in LAYOUTS}
+    can_be_cut = family_of(shape).pipeline and shape.num_hidden_layers > 1
+    by_name = {layout.name: layout for layout in LAYOUTS}
+    result = [by_name[name] for name in ROUTE if can_be_cut or by_name[name].depth == 1]
     own = own_layout(config, shape.num_hidden_layers)
-    cut = family_of(shape).pipeline and shape.num_hidden_layers > 1
-    way = [known[name] for name in ROAD if cut or known[name][2].get("pipeline", 1) == 1]
-    way.append(own if own[0] not in ROAD else known[REFERENCE])
-    why = "" if cut else "; no pipeline, since this model cannot be cut into stages"
-    return way, f"moved      {' -> '.join(name for name, *_ in way)}{why}"
+    result.append(by_name[REFERENCE] if own.name in ROUTE else own)
+    line = f"moved      {' -> '.join(layout.name for layout in result)}"
+    if not can_be_cut:
+        line += "; no pipeline, because this model cannot be cut into stages"
+    return result, line
 
 
-def trials(precisions: list[str], layouts: list[tuple]) -> list[dict]:
-    """What is trained: each layout with tied embeddings in 4 micro-batches and with untied ones in a single one; the
-    reference always in a single one."""
-    found = []
-    for name, processes, parallel, changes in layouts:
+def trials(precisions: list[str], layouts: list[Layout]) -> list[dict]:
+    """What is trained: each layout with tied embeddings in 4 micro-batches, and with untied ones in one; the reference
+    always in one. With one process both are in 4 micro-batches."""
+    result = []
+    for layout in layouts:
+        rows = ROWS // (layout.processes // layout.depth)
         for precision in precisions:
-            rows = ROWS // (processes // parallel.get("pipeline", 1))
             for embeddings in ("tied", "untied"):
-                cut = 1 if name == REFERENCE else 4 if processes == 1 or embeddings == "tied" else 1
-                found.append(
-                    {
-                        "layout": name,
-                        "processes": processes,
-                        "parallel": parallel,
-                        "changes": {"activation_checkpointing": "none"} if name == REFERENCE else changes,
-                        "embeddings": embeddings,
-                        "micro_batches": cut,
-                        "micro_batch": rows // cut,
-                        "precision": precision,
-                    }
-                )
-    return found
+                micro_batches = 1
+                if layout.name != REFERENCE and (layout.processes == 1 or embeddings == "tied"):
+                    micro_batches = 4
+                changes = layout.changes
+                if layout.name == REFERENCE:
+                    changes = {"activation_checkpointing": "none"}
+                trial = {
+                    "layout": layout.name,
+                    "processes": layout.processes,
+                    "parallel": layout.parallel,
+                    "changes": changes,
+                    "embeddings": embeddings,
+                    "micro_batches": micro_batches,
+                    "micro_batch": rows // micro_batches,
+                    "precision": precision,
+                }
+                result.append(trial)
+    return result

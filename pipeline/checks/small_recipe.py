@@ -1,46 +1,29 @@
 """A recipe's pretraining stage, small enough to be run a dozen times: the same family, the same ratios, the same
-options.
+options. `Prepared.lines` tell the user what had to be changed."""
 
-What a proof must change it says: `lines` of `prepare` are for the user.
-"""
-
-import math
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checks import synthetic_tokens
+from pipeline.checks.smaller_model import SHOWN, smaller
 from pipeline.core import artifact
 from pipeline.core.config import RunConfig
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import Recipe
 
-PARAMETERS = 5_000_000  # a larger model is shrunk: this one takes a third of a second a step on one CPU core
-VOCABULARY = 4096
-ROWS, TOKENS = 8, 128  # of a row; 8 rows can be cut into 2 data ranks x 4 micro-batches
-# Keys by which transformers' families say how large a model is, by what they must keep to each other.
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "attention_hidden_size")
-INNER = (
-    "intermediate_size",
-    "n_inner",
-    "ffn_dim",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "q_lora_rank",
-    "kv_lora_rank",
-)
-HEADS = ("num_attention_heads", "n_head", "num_heads")
-HEAD_SIZES = ("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+PARAMETERS = 5_000_000  # larger models are made smaller: this size takes a third of a second per step on one CPU core
+ROWS = 8  # of a batch, which can be divided into 2 data ranks x 4 micro-batches
+TOKENS = 128  # of a row
+VOCABULARY = 4096  # words of the synthetic tokenizer, at most: with 256,000 a small model computes little but logits
 
 
 @dataclass
 class Prepared:
-    """A stage ready to be proven: its small config, where its tokens and tokenizer are, and what was changed and
+    """A stage ready for a proof: its small config, the folders of its tokens and tokenizer, and what was changed and
     why."""
 
     name: str
@@ -51,19 +34,21 @@ class Prepared:
 
 
 def stage_of(recipe: Recipe, name: str | None) -> str:
-    """The stage of kind pretrain that is meant. Raises UserError."""
-    same = [stage for stage, config in recipe.stages.items() if config.kind == "pretrain"]
-    if not same:
+    """The named stage of kind pretrain, or the first one. Raises UserError."""
+    stages = [stage for stage, config in recipe.stages.items() if config.kind == "pretrain"]
+    if not stages:
         raise UserError(f"recipe {recipe.name}: has no stage of kind pretrain; it has {', '.join(recipe.stages)}")
-    if name is not None and name not in same:
-        raise UserError(f"recipe {recipe.name}: {name!r} is no stage of kind pretrain; these are: {', '.join(same)}")
-    return name or same[0]
+    if name is not None and name not in stages:
+        raise UserError(
+            f"recipe {recipe.name}: {name!r} is not a stage of kind pretrain; these are: {', '.join(stages)}"
+        )
+    return name or stages[0]
 
 
 @contextmanager
-def workplace(recipe: Recipe, what: str, keep: bool):
-    """runs/NAME/verify/WHAT.work/: an empty folder for one proof, removed afterwards unless it is to be kept."""
-    folder = recipe.root / "verify" / f"{what}.work"
+def workplace(recipe: Recipe, proof: str, keep: bool) -> Iterator[Path]:
+    """runs/NAME/verify/PROOF.work/: an empty folder for one proof, removed afterwards unless `keep` is set."""
+    folder = recipe.root / "verify" / f"{proof}.work"
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -77,188 +62,134 @@ def workplace(recipe: Recipe, what: str, keep: bool):
 def prepare(
     recipe: Recipe, stage: str, work: Path, steps: int, *, full: bool = False, width: int = 64, layers: int = 4
 ) -> Prepared:
-    """Tokens and a config of `stage` for a proof. Raises UserError for what the recipe says wrong."""
+    """Tokens and a config of `stage` for a proof. Raises UserError for mistakes in the recipe."""
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
-    from pipeline.models import build, cost, model_block
+    from pipeline.models import model_block
     from pipeline.train import train_length
 
     config = recipe.stages[stage]
-    lines = []
-    tokens, tokenizer, origin = _tokens(recipe, stage, work, full)
-    lines.append(f"tokens     {origin}")
+    tokens, tokenizer_folder, origin = _tokens(recipe, stage, work, full)
+    lines = [f"tokens     {origin}"]
     if config.model is None:
-        raise UserError(f"stages.{stage}: has no model block to prove anything of; give the recipe a top-level `model`")
+        raise UserError(f"stages.{stage}: has no model to prove anything of; give the recipe a top-level `model`")
     model_block.check(config.model)
-    reader = load_tokenizer(tokenizer)
-    block = dict(config.model)
-    size = cost.count(build.new(block, reader, config.sequence_length, 0, materialise=False)).total
-    length = config.sequence_length
-    if full or size <= PARAMETERS:
-        lines.append(f"model      {block['family']}, {size / 1e6:.1f} M parameters, as the recipe has it")
-    else:
-        block, length = shrunk(block, width, layers), min(length, TOKENS)
-        small = cost.count(build.new(block, reader, length, 0, materialise=False)).total
-        shape = ", ".join(
-            f"{key} {block[key]}"
-            for key in (*LAYERS, *WIDTHS, *HEADS, "num_key_value_heads", *INNER, *EXPERTS)
-            if block.get(key) is not None
-        )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    block, length, line = _small_model(config, tokenizer, full, width, layers)
+    lines.append(line)
+    dropouts = _dropouts(block, tokenizer, length)
+    if dropouts:
         lines.append(
-            f"model      {block['family']}, shrunk from {size / 1e6:.1f} M to {small / 1e6:.1f} M parameters ({shape},"
-            f" rows of {length} tokens); --full takes it as it is"
+            f"dropout    off ({', '.join(dropouts)}): each data rank draws its own masks, so layouts would differ"
         )
-    dropped = [
-        key
-        for key, value in model_block.full_config(block, reader, length).to_dict().items()
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0
-    ]
-    if dropped:
-        lines.append(
-            f"dropout    off ({', '.join(dropped)}): its masks are drawn on each data rank, so layouts must differ"
-        )
-    block.update(dict.fromkeys(dropped, 0.0))
+        block.update(dict.fromkeys(dropouts, 0.0))
     if config.optimizer.kind == "muon":
-        lines.append("optimizer  AdamW in Muon's place, which needs whole matrices and so has no ZeRO and no pipeline")
+        lines.append("optimizer  AdamW instead of Muon, which needs complete matrices, so no ZeRO and no pipeline")
     attention = config.attention
     if attention == "flash_attention_2":  # it needs bf16, which not every layout of a proof has
         attention = "auto"
-        lines.append(f"attention  auto in place of {config.attention}, which fp32 does not have")
-    # Changes of the mixture come inside the few steps, evenly, in their order.
+        lines.append(f"attention  auto instead of {config.attention}, which fp32 does not have")
+    # Changes of the mixture happen within the few steps, evenly, in their order.
     total = steps * ROWS * length
-    changes = [
-        change.model_copy(update={"tokens": total * number // (len(config.mixture_changes) + 1)})
-        for number, change in enumerate(config.mixture_changes, 1)
-    ]
+    changes = []
+    for number, change in enumerate(config.mixture_changes, 1):
+        at = total * number // (len(config.mixture_changes) + 1)
+        changes.append(change.model_copy(update={"tokens": at}))
     if changes:
         lines.append(
             f"mixture    changes at {', '.join(f'{change.tokens:,}' for change in changes)} tokens of {total:,}"
         )
     fim = config.fim
-    if fim and fim.prefix not in reader.get_vocab():
+    if fim and fim.prefix not in tokenizer.get_vocab():
         lines.append("fim        off: the synthetic tokenizer has no such tokens")
         fim = None
-    settings = config.model_copy(
-        update={
-            "model": block,
-            "inputs": {"tokens": str(tokens), "tokenizer": str(tokenizer)},
-            "model_changes": {},
-            "from_step": None,
-            **dict.fromkeys(train_length.KINDS),
-            "steps": steps,
-            "schedule": type(config.schedule)(kind="constant"),
-            "sequence_length": length,
-            "batch_size": ROWS,
-            "micro_batch": None,
-            "optimizer": config.optimizer.model_copy(update={"kind": "adamw"}),
-            "parallel": type(config.parallel)(),
-            "attention": attention,
-            "compile": False,
-            "run": RunConfig(),
-            "log": type(config.log)(every_steps=1),
-            "mixture_changes": changes,
-            "fim": fim,
-            "samples": None,  # prompts may be longer than the shortened rows
-            # among so few steps none may be both saved and evaluated
-            "save": config.save.model_copy(update={"keep_best": False}),
-        }
+    update = dict.fromkeys(train_length.KINDS)
+    update |= {
+        "model": block,
+        "inputs": {"tokens": str(tokens), "tokenizer": str(tokenizer_folder)},
+        "model_changes": {},
+        "from_step": None,
+        "steps": steps,
+        "schedule": type(config.schedule)(kind="constant"),
+        "sequence_length": length,
+        "batch_size": ROWS,
+        "micro_batch": None,
+        "optimizer": config.optimizer.model_copy(update={"kind": "adamw"}),
+        "parallel": type(config.parallel)(),
+        "attention": attention,
+        "compile": False,
+        "run": RunConfig(),
+        "log": type(config.log)(every_steps=1),
+        "mixture_changes": changes,
+        "fim": fim,
+        "samples": None,  # prompts may be longer than the shortened rows
+        # in so few steps, none may be both saved and evaluated
+        "save": config.save.model_copy(update={"keep_best": False}),
+    }
+    return Prepared(stage, config.model_copy(update=update), tokens, tokenizer_folder, lines)
+
+
+def _small_model(config, tokenizer, full: bool, width: int, layers: int) -> tuple[dict, int, str]:
+    """(model block, tokens of a row, line for the user)."""
+    block, length = dict(config.model), config.sequence_length
+    size = _parameters(block, tokenizer, length)
+    if full or size <= PARAMETERS:
+        line = f"model      {block['family']}, {size / 1e6:.1f} M parameters, as the recipe has it"
+        return block, length, line
+    block, length = smaller(block, width, layers), min(length, TOKENS)
+    small_size = _parameters(block, tokenizer, length)
+    sizes = ", ".join(f"{key} {block[key]}" for key in SHOWN if block.get(key) is not None)
+    line = (
+        f"model      {block['family']}, reduced from {size / 1e6:.1f} M to {small_size / 1e6:.1f} M parameters"
+        f" ({sizes}, rows of {length} tokens); --full keeps it as it is"
     )
-    return Prepared(stage, settings, tokens, tokenizer, lines)
+    return block, length, line
 
 
-def shrunk(block: dict, width: int, layers: int) -> dict:
-    """A model block of at most `width` and `layers`, with the ratios of the given one: inner sizes to width, heads
-    to key-value heads."""
-    from transformers import AutoConfig
+def _parameters(block: dict, tokenizer, length: int) -> int:
+    from pipeline.models import build, cost
 
-    from pipeline.models.model_block import OWN_KEYS
+    return cost.count(build.new(block, tokenizer, length, 0, materialise=False)).total
 
-    whole = AutoConfig.for_model(block["family"], **{key: value for key, value in block.items() if key not in OWN_KEYS})
-    # n_embd for hidden_size, where a family says so
-    names = {value: key for key, value in getattr(whole, "attribute_map", {}).items()}
-    had = {key: value for key, value in whole.to_dict().items() if value is not None}
-    small = dict(block)
 
-    def put(key: str, value: int) -> None:
-        if key in block or names.get(key) not in block:
-            small[key] = value
+def _dropouts(block: dict, tokenizer, length: int) -> list[str]:
+    """Keys of the model with a dropout above 0."""
+    from pipeline.models import model_block
 
-    old = next(had[key] for key in WIDTHS if key in had)
-    new = min(width, old)
-    share = new / old
-    for key in WIDTHS:
-        if key in had:
-            put(key, max(8, round(had[key] * share / 8) * 8))
-    for key in INNER:
-        if isinstance(had.get(key), int):
-            put(key, max(8, round(had[key] * share / 8) * 8))
-    for key in LAYERS:
-        if key in had:
-            put(key, min(layers, had[key]))
-    if heads := next((had[key] for key in HEADS if key in had), None):
-        groups = had.get("num_key_value_heads", heads)
-        ratio = max(1, heads // groups)
-        kept = min(groups, 2)
-        while kept > 1 and ratio * kept > new // 8:
-            kept -= 1
-        many = min(ratio * kept, max(1, new // 8))
-        many = 2 ** int(math.log2(many))  # divides the width, which is a multiple of 8
-        for key in HEADS:
-            if key in had:
-                put(key, many)
-        if "num_key_value_heads" in had:
-            put("num_key_value_heads", max(1, many // ratio))
-        for key in HEAD_SIZES:
-            if isinstance(had.get(key), int) and had[key] * heads != old:
-                put(key, max(4, round(had[key] * heads * share / many / 2) * 2))
-            elif key in block:
-                put(key, new // many)
-    for key in EXPERTS:
-        if isinstance(had.get(key), int):
-            put(key, min(had[key], 4))
-    # DeepSeek-V3's groups of experts are among these
-    for key, most in (("num_experts_per_tok", 2), ("n_group", 2), ("topk_group", 1)):
-        if isinstance(had.get(key), int):
-            put(key, min(had[key], most))
-    if block.get("mup"):
-        small["mup"] = {**block["mup"], "base_width": max(8, round(block["mup"]["base_width"] * share / 8) * 8)}
-    for key in ("layer_types", "mlp_layer_types"):
-        if key in block:
-            small[key] = block[key][:layers]
-    return small
+    keys = []
+    for key, value in model_block.full_config(block, tokenizer, length).to_dict().items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0:
+            keys.append(key)
+    return keys
 
 
 def _tokens(recipe: Recipe, stage: str, work: Path, full: bool) -> tuple[Path, Path, str]:
-    """Folders of packed tokens and of their tokenizer, and where they come from. Unless `full`, a vocabulary made here
-    has at most VOCABULARY words: a small model with 256,000 of them computes logits and little else."""
+    """Folders of packed tokens and of their tokenizer, and where they come from. A synthetic tokenizer has at most
+    VOCABULARY words unless `full` is set."""
     node = nodes(recipe)[stage]
-    found = {}
-    for key in ("tokens", "tokenizer"):
-        source = node.parents[key]
-        if source in recipe.stages:
-            published = artifact.current(recipe.root / source)
-            found[key] = published.path if published and not published.damage() else None
-        else:
-            found[key] = Path(source).resolve() if Path(source).is_dir() else None
-    if all(found.values()):
-        return found["tokens"], found["tokenizer"], f"the recipe's own, from {node.parents['tokens']}"
-    tokenizer = recipe.stages.get(node.parents["tokenizer"])
+    folders = {key: _existing(recipe, node.parents[key]) for key in ("tokens", "tokenizer")}
+    missing = [node.parents[key] for key, folder in folders.items() if folder is None]
+    if not missing:
+        return folders["tokens"], folders["tokenizer"], f"the recipe's own, from {node.parents['tokens']}"
     config = recipe.stages[stage]
-    vocabulary = getattr(tokenizer, "vocab_size", VOCABULARY)
-    if not full:
-        vocabulary = min(vocabulary, VOCABULARY)
-    sources = sorted(
-        {
-            source
-            for mixture in (config.mixture or {"synthetic": 1}, *(change.mixture for change in config.mixture_changes))
-            for source in mixture
-        }
-    )
-    synthetic_tokens.write(
-        work / "synthetic", vocabulary, sources, max(60_000, 30 * config.sequence_length), recipe.seed
-    )
-    missing = " and ".join(node.parents[key] for key, path in found.items() if path is None)
-    return (
-        work / "synthetic" / "tokens",
-        work / "synthetic" / "tokenizer",
-        f"synthetic, vocabulary of {vocabulary}: {missing} of this recipe has not been run",
-    )
+    vocab_size = VOCABULARY
+    tokenizer_stage = recipe.stages.get(node.parents["tokenizer"])
+    if tokenizer_stage is not None and tokenizer_stage.vocab_size is not None:  # None: it adopts a tokenizer
+        vocab_size = tokenizer_stage.vocab_size
+        if not full:
+            vocab_size = min(vocab_size, VOCABULARY)
+    sources = set(config.mixture or {"synthetic": 1})
+    for change in config.mixture_changes:
+        sources |= set(change.mixture)
+    num_tokens = max(60_000, 30 * config.sequence_length)
+    folder = work / "synthetic"
+    synthetic_tokens.write(folder, vocab_size, sorted(sources), num_tokens, recipe.seed)
+    reason = f"{' and '.join(missing)} of this recipe has not been run"
+    return folder / "tokens", folder / "tokenizer", f"synthetic, vocabulary of {vocab_size}: {reason}"
+
+
+def _existing(recipe: Recipe, source: str) -> Path | None:
+    """The folder of an input, a stage of the recipe or a path, if it is there and complete."""
+    if source in recipe.stages:
+        output = artifact.current(recipe.root / source)
+        return output.path if output and not output.damage() else None
+    return Path(source).resolve() if Path(source).is_dir() else None

@@ -1,56 +1,74 @@
-"""Text that nobody wrote and a tokenizer of any size, packed by the stage that packs, so that a proof needs no data and
-no earlier stage.
+"""Synthetic text and a tokenizer of any size, packed by stage pack, so that a proof needs no data and no earlier stage.
 
-A word is followed by the next of the vocabulary in three of four cases and by any other, low numbers more often, in the
-fourth: there is something to learn.
+In three of four cases a word is followed by the next word of the vocabulary, else by any word, low numbers more often.
+So there is something to learn.
 """
 
 from pathlib import Path
 from types import SimpleNamespace
 
-WORDS = 100  # of a document
+WORDS = 100  # per document
 
 
-def write(folder: Path, vocab_size: int, sources: list[str], tokens: int, seed: int) -> None:
-    """folder/tokenizer with `vocab_size` tokens, and folder/tokens with `tokens` training tokens of each source and
-    a tenth of that held out."""
+def write(folder: Path, vocab_size: int, sources: list[str], num_tokens: int, seed: int) -> None:
+    """folder/tokenizer with `vocab_size` tokens, and folder/tokens with `num_tokens` training tokens of each source,
+    and a tenth of that held out."""
+    from pipeline import pack
+    from pipeline.core import artifact
+
+    words = _write_tokenizer(folder / "tokenizer", vocab_size)
+    for split, split_tokens in (("train", num_tokens), ("heldout", num_tokens // 10)):
+        _write_documents(folder / "clean" / split, split, words, sources, split_tokens, seed)
+    inputs = {
+        "data": artifact.external("data", folder / "clean"),
+        "tokenizer": artifact.external("tokenizer", folder / "tokenizer"),
+    }
+    (folder / "tokens").mkdir()
+    output = SimpleNamespace(path=folder / "tokens", note_time=lambda: None)
+    pack.run(pack.Config(kind="pack", workers=1), inputs, output)
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> list[str]:
+    """Returns the words of the vocabulary, each a token."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    from pipeline.data.tokenizer.special_tokens import SPECIAL
+    from pipeline.data.tokenizer.tokenizer_folder import publish
+
+    words = [f"w{number} " for number in range(vocab_size - len(SPECIAL))]
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=words[-1]))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
+    publish(backend, folder)
+    return words
+
+
+def _write_documents(
+    folder: Path, split: str, words: list[str], sources: list[str], num_tokens: int, seed: int
+) -> None:
     import numpy as np
     import pyarrow
     import pyarrow.parquet
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-    from pipeline import pack
-    from pipeline.core import artifact
     from pipeline.core.seeds import derive
-    from pipeline.data.tokenizer.special_tokens import SPECIAL
-    from pipeline.tokenizer import publish
 
-    words = [f"w{number} " for number in range(vocab_size - len(SPECIAL))]
-    backend = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate([*SPECIAL, *words])}, unk_token=words[-1])
-    )
-    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL])
-    publish(backend, folder / "tokenizer")
+    rows: dict[str, list[str]] = {"text": [], "source": [], "id": []}
+    for source in sources:
+        generator = np.random.default_rng(derive(seed, "synthetic", split, source))
+        for number in range(-(-num_tokens // (WORDS + 1))):
+            rows["text"].append("".join(words[index] for index in _word_indices(generator, len(words))))
+            rows["source"].append(source)
+            rows["id"].append(f"{source}/{split}/{number}")
+    folder.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "part-00000.parquet")
 
-    for split, count in (("train", tokens), ("heldout", tokens // 10)):
-        rows: dict[str, list[str]] = {"text": [], "source": [], "id": []}
-        for source in sources:
-            draw = np.random.default_rng(derive(seed, "synthetic", split, source))
-            for number in range(-(-count // (WORDS + 1))):
-                any_other = (draw.random(WORDS) ** 3 * len(words)).astype(int)
-                follows, at = draw.random(WORDS) < 0.75, 0
-                text = []
-                for place in range(WORDS):
-                    at = (at + 1) % len(words) if follows[place] else int(any_other[place])
-                    text.append(words[at])
-                rows["text"].append("".join(text))
-                rows["source"].append(source)
-                rows["id"].append(f"{source}/{split}/{number}")
-        (folder / "clean" / split).mkdir(parents=True)
-        pyarrow.parquet.write_table(pyarrow.table(rows), folder / "clean" / split / "part-00000.parquet")
-    made = {
-        name: artifact.external(name, folder / path) for name, path in (("data", "clean"), ("tokenizer", "tokenizer"))
-    }
-    (folder / "tokens").mkdir()
-    pack.run(pack.Config(kind="pack", workers=1), made, SimpleNamespace(path=folder / "tokens", note_time=lambda: None))
+
+def _word_indices(generator, num_words: int) -> list[int]:
+    any_word = (generator.random(WORDS) ** 3 * num_words).astype(int).tolist()
+    is_next = (generator.random(WORDS) < 0.75).tolist()
+    indices, index = [], 0
+    for place in range(WORDS):
+        index = (index + 1) % num_words if is_next[place] else any_word[place]
+        indices.append(index)
+    return indices

@@ -1,49 +1,53 @@
-"""Whether what stages published is still what they wrote."""
+"""`alma verify artifacts`: whether published outputs are still what their stages wrote."""
 
 from pathlib import Path
 
 from pipeline.core import artifact
+from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.graph import Node
-from pipeline.core.terminal import many, show
+from pipeline.core.terminal import byte_size, many, show
 
 
-def prove(graph: dict[str, Node], stages: list[str], recipe: str) -> None:
-    """Hash what each of `stages` (none: all) has published and print a line for each. Raises UserError if one is
-    missing, damaged, or made from what its parents no longer are."""
-    bad = 0
+def verify(graph: dict[str, Node], stages: list[str], recipe: str) -> None:
+    """Hash what each of `stages` (none: all) has published, and print a line for each. Raises UserError if one is
+    missing, damaged, or made from parents that have changed."""
+    num_bad = 0
     for name, node in graph.items():
         if stages and name not in stages:
             continue
-        found = artifact.current(node.folder)
-        if found is None:
+        output = artifact.current(node.folder)
+        if output is None:
             show(f"{name:<12} missing      nothing is published")
-            bad += 1
+            num_bad += 1
             continue
-        problem = found.damage(full=True) or _lineage(found, node.folder)
-        size = sum(entry["size"] for entry in found.manifest["files"].values())
-        bad += problem is not None
-        whole = f"{many(len(found.manifest['files']), 'file')}, {size / 1e6:.1f} MB, digest {found.digest[:12]}"
-        show(f"{name:<12} damaged      {problem}" if problem else f"{name:<12} whole        {whole}")
-    if bad:
+        problem = output.damage(full=True) or _changed_parent(output, node.folder)
+        if problem:
+            show(f"{name:<12} damaged      {problem}")
+            num_bad += 1
+        else:
+            files = output.manifest["files"].values()
+            size = byte_size(sum(entry["size"] for entry in files))
+            show(f"{name:<12} complete     {many(len(files), 'file')}, {size}, digest {output.digest[:12]}")
+    if num_bad:
+        verb, pronoun = ("is", "it") if num_bad == 1 else ("are", "them")
         raise UserError(
-            f"{recipe}: {bad} of {many(len(stages or graph), 'output')} {'is' if bad == 1 else 'are'} missing or"
-            f" damaged; alma run {recipe} makes {'it' if bad == 1 else 'them'} again"
+            f"{recipe}: {num_bad} of {many(len(stages or graph), 'output')} {verb} missing or damaged; alma run"
+            f" {recipe} makes {pronoun} again"
         )
 
 
-def _lineage(found: artifact.Artifact, folder: Path) -> str | None:
-    """Whether the parents that an output names are still what it was made from."""
-    for key, parent in found.manifest.get("parents", {}).items():
+def _changed_parent(output: Artifact, folder: Path) -> str | None:
+    """A parent that is not any more what the output was made from, in words, or None."""
+    for key, parent in output.manifest.get("parents", {}).items():
         if parent["kind"] == "external":
             continue
         path = (folder / parent["path"]).resolve()
-        made_from = artifact.read(path)
-        if made_from is None:
-            return f"its parent {key} ({path}) is gone"
-        if made_from.digest != parent["digest"]:
+        current = artifact.read(path)
+        if current is None:
+            return f"its parent {key} ({path}) does not exist any more"
+        if current.digest != parent["digest"]:
             return (
-                f"its parent {key} ({path}) has digest {made_from.digest[:12]}, it was made from"
-                f" {parent['digest'][:12]}"
+                f"its parent {key} ({path}) has digest {current.digest[:12]}, it was made from {parent['digest'][:12]}"
             )
     return None

@@ -1,4 +1,4 @@
-"""`alma verify`: its commands and their options. The proofs are in the files beside this one."""
+"""`alma verify`: its commands and their options. Each proof has its own module, verify_NAME.py."""
 
 from typing import Annotated
 
@@ -13,20 +13,20 @@ app = typer.Typer(no_args_is_help=True, help="Prove on this machine what the doc
 
 @app.command("artifacts")
 def verify_artifacts(recipe: RecipeFile, words: Words = None) -> None:
-    """Hash every file of every published output again and compare it with its manifest, and each parent with what it
-    was."""
-    from pipeline.checks.verify_artifacts import prove
+    """Hash every file of every published output again and compare it with its manifest, and each parent with its
+    recorded digest."""
+    from pipeline.checks.verify_artifacts import verify
 
     stages, overrides = split(words)
     graph = nodes(load(recipe, overrides))
     known(stages, graph, recipe)
-    prove(graph, stages, recipe)
+    verify(graph, stages, recipe)
 
 
-Keep = Annotated[bool, typer.Option("--keep", help="Leave the proof's working folder in place.")]
-Full = Annotated[bool, typer.Option("--full", help="The model as the recipe has it, however large.")]
-Width = Annotated[int, typer.Option("--width", min=8, help="Width that a model above 5 M parameters is shrunk to.")]
-Layers = Annotated[int, typer.Option("--layers", min=2, help="Layers that it is shrunk to.")]
+Keep = Annotated[bool, typer.Option("--keep", help="Keep the proof's working folder.")]
+Full = Annotated[bool, typer.Option("--full", help="The model as the recipe has it, whatever its size.")]
+Width = Annotated[int, typer.Option("--width", min=8, help="Width to which a model above 5 M parameters is reduced.")]
+Layers = Annotated[int, typer.Option("--layers", min=2, help="Layers to which it is reduced.")]
 
 
 @app.command("parallel")
@@ -40,10 +40,10 @@ def verify_parallel(
 ) -> None:
     """Train one process, DDP, ZeRO 0-3 and pipelines from one checkpoint and compare every loss and gradient norm.
     Exit code 1: a layout differs."""
-    from pipeline.checks.verify_parallel import prove
+    from pipeline.checks.verify_parallel import verify
 
     stages, overrides = split(words)
-    if not prove(load(recipe, overrides), one(stages), full=full, width=width, layers=layers, keep=keep):
+    if not verify(load(recipe, overrides), one(stages), full=full, width=width, layers=layers, keep=keep):
         raise typer.Exit(1)
 
 
@@ -51,7 +51,7 @@ def verify_parallel(
 def verify_resume(
     recipe: RecipeFile,
     words: Words = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the moments at which runs are killed.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Decides the moments at which runs are killed.")] = 0,
     elastic: Annotated[
         bool, typer.Option("--elastic/--same-layout", help="Also move a run from layout to layout.")
     ] = True,
@@ -62,10 +62,10 @@ def verify_resume(
 ) -> None:
     """Kill a run twice, move another from layout to layout, and compare rows, losses and weights with an undisturbed
     one. Exit code 1: they differ."""
-    from pipeline.checks.verify_resume import prove
+    from pipeline.checks.verify_resume import verify
 
     stages, overrides = split(words)
-    if not prove(
+    if not verify(
         load(recipe, overrides),
         one(stages),
         seed=seed,
@@ -82,28 +82,28 @@ def verify_resume(
 def verify_dedup(
     recipe: RecipeFile,
     words: Words = None,
-    pairs: Annotated[int, typer.Option("--pairs", min=50, help="Near duplicates to plant in each language.")] = 600,
+    pairs: Annotated[int, typer.Option("--pairs", min=50, help="Near duplicates to plant per language.")] = 600,
     recall: Annotated[
         float | None,
         typer.Option(
             "--recall",
             help=(
-                "Least recall at similarities of 0.8 and above; by default what theory expects, less three standard"
-                " errors."
+                "Lowest recall allowed at similarities of 0.8 and above; by default what theory expects, less three"
+                " standard errors."
             ),
         ),
     ] = None,
     false_merges: Annotated[
         float, typer.Option("--false-merges", help="Largest share of pairs below 0.6 that may be merged.")
     ] = 0.08,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sample's edits.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which documents are copied, and how.")] = 0,
 ) -> None:
-    """Plant known near duplicates in a sample of the recipe's own corpus and count what is found. Exit code 1: less
+    """Plant near duplicates in a sample of the recipe's own corpus and count how many are found. Exit code 1: fewer
     than the bar."""
-    from pipeline.checks.verify_dedup import prove
+    from pipeline.checks.verify_dedup import verify
 
     stages, overrides = split(words)
-    if not prove(
+    if not verify(
         load(recipe, overrides), one(stages), pairs=pairs, recall=recall, false_merges=false_merges, seed=seed
     ):
         raise typer.Exit(1)

@@ -1,9 +1,10 @@
-"""`alma verify dedup`: known near duplicates in a sample of the recipe's own corpus, and how many of them its
+"""`alma verify dedup`: planted near duplicates in a sample of the recipe's own corpus, and how many of them its
 deduplication finds.
 
-Documents that the recipe would keep are sampled, no two of them alike; edited copies of some are planted at known
-similarities (exact Jaccard over sets of runs of tokens, counted here in plain Python); then the recipe's near-duplicate
-step runs on all of them. What it finds stands beside what theory expects of its bands and rows.
+The sample is documents that the recipe would keep, no two of them similar. Edited copies of some are planted at
+similarities from 0.3 to 0.95 (exact Jaccard similarity of the sets of token runs, computed here in plain Python). Then
+the recipe's near-duplicate step runs on all of them, and what it finds is shown next to what theory expects of its
+bands and rows.
 """
 
 import math
@@ -15,8 +16,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.recipe import Recipe
 from pipeline.core.terminal import many, say
 
-LEVELS = tuple(i / 20 for i in range(6, 20))  # 0.30, 0.35, ... 0.95: where the copies aim at
+LEVELS = tuple(i / 20 for i in range(6, 20))  # similarities that copies aim at: 0.30, 0.35, ... 0.95
 HIGH, LOW = 0.8, 0.6
+LEAST_DOCUMENTS = 40  # of a language, for a judgement
+SHORTEST, LONGEST = 50, 20_000  # tokens of a sampled document
 TOKEN = re.compile(
     r"[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
     r"|[^\W_\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
@@ -24,7 +27,7 @@ TOKEN = re.compile(
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
-def prove(
+def verify(
     recipe: Recipe,
     stage: str | None,
     *,
@@ -33,183 +36,238 @@ def prove(
     false_merges: float = 0.08,
     seed: int = 0,
 ) -> bool:
-    """Whether recall at similarities of 0.8 and above reaches `recall`, and merges below 0.6 stay at or under
+    """Whether recall at similarities of 0.8 and above reaches `recall`, and merges below 0.6 are at most
     `false_merges`, in each language that has enough documents.
 
     By default, `recall` is what theory expects of the bands at the planted similarities, less three standard errors, at
     most 0.98.
     """
-    config = _config(recipe, stage)
+    config = _clean_config(recipe, stage)
     near = config.dedup.near
     if near is None:
         raise UserError(
-            "stages.clean.dedup.near is off, so there is nothing to verify; leave the key out, or give it bands and"
-            " rows"
+            "stages.clean.dedup.near is off, so there is nothing to verify; remove the key, or give it bands and rows"
         )
-    rng = random.Random(seed)
-    sampled = _sampled(config, 2 * pairs, near)
+    generator = random.Random(seed)
+    by_language = _sample(config, 2 * pairs)
     say(
-        f"near duplicates: {near.bands} bands of {near.rows} rows, runs of {near.shingle} tokens, believed from"
-        f" {near.similarity:g} on"
+        f"near duplicates: {near.bands} bands of {near.rows} rows, runs of {near.shingle} tokens, accepted from a"
+        f" similarity of {near.similarity:g}"
     )
-    passed, judged = True, 0
-    for language, texts in sorted(sampled.items()):
-        if len(texts) < 40:
+    passed, num_judged = True, 0
+    for language, texts in sorted(by_language.items()):
+        if len(texts) < LEAST_DOCUMENTS:
+            verb = "is" if len(texts) == 1 else "are"
             say(
-                f"{language}: only {many(len(texts), 'document')} of the sample {'is' if len(texts) == 1 else 'are'}"
-                " long enough for copies of known similarity; not judged"
+                f"{language}: only {many(len(texts), 'document')} of the sample {verb} long enough for copies of a"
+                " given similarity; not judged"
             )
             continue
-        judged += 1
-        passed &= _judge(language, texts, pairs, near, recall, false_merges, rng)
-    if not judged:
-        raise UserError("no source has 40 documents of at least 50 tokens; verify needs a larger sample of the corpus")
+        num_judged += 1
+        planted = _Planted(language, texts, pairs, near, generator)
+        planted.print_table()
+        passed &= planted.judge(recall, false_merges)
+    if not num_judged:
+        raise UserError(
+            f"no source has {LEAST_DOCUMENTS} documents of at least {SHORTEST} tokens; verify needs a larger sample of"
+            " the corpus"
+        )
     return passed
 
 
-def _config(recipe: Recipe, stage: str | None):
-    found = {name: config for name, config in recipe.stages.items() if config.kind == "clean" and stage in (None, name)}
-    if not found:
-        raise UserError(
-            f"the recipe has no stage of kind clean{f' called {stage}' if stage else ''}; it has"
-            f" {', '.join(recipe.stages)}"
-        )
-    return next(iter(found.values()))
+def _clean_config(recipe: Recipe, stage: str | None):
+    for name, config in recipe.stages.items():
+        if config.kind == "clean" and stage in (None, name):
+            return config
+    wanted = f"of kind clean with the name {stage}" if stage else "of kind clean"
+    raise UserError(f"recipe {recipe.name}: has no stage {wanted}; it has {', '.join(recipe.stages)}")
 
 
-def _sampled(config, number: int, near) -> dict[str, list[str]]:
-    """Normalised texts by language (zh where most tokens are Han characters), evenly from all sources, long enough
-    to be edited, no two nearly alike."""
-    from pipeline.data.cleaning.normal_form import normalise
+# ---- the sample ------------------------------------------------------------------------------------------------------
+
+
+def _sample(config, number: int) -> dict[str, list[str]]:
+    """Normalised texts by language (zh if most tokens are Han characters), evenly from all sources, long enough to be
+    edited, no two of them similar."""
     from pipeline.data.dedup.minhash import near_duplicates
+
+    by_language: dict[str, list[str]] = defaultdict(list)
+    for name, source in config.sources.items():
+        for text in _texts_of(source, name, number):
+            by_language[_language(text)].append(text)
+    result = {}
+    for language, texts in by_language.items():
+        labels = near_duplicates(texts, similarity=0.2)
+        different = [text for place, text in enumerate(texts) if labels[place] == place]
+        result[language] = different[:number]
+    return result
+
+
+def _texts_of(source, name: str, number: int):
+    """At most `number` texts of a source, from its first 50 * `number` records."""
+    from pipeline.data.cleaning.normal_form import normalise
     from pipeline.data.sources.formats import Bad
     from pipeline.data.sources.records import read, text_of
     from pipeline.data.sources.templates import MissingField
 
-    by_language: dict[str, list[str]] = defaultdict(list)
-    for name, source in config.sources.items():
-        taken = seen = 0
-        for record in read(source, name):
-            seen += 1
-            if taken == number or seen == 50 * number:
-                break
-            try:
-                text = normalise(text_of(source, record)) if not isinstance(record, Bad) else ""
-            except MissingField:
-                continue
-            known = TOKEN.findall(text.lower())
-            if 50 <= len(known) <= 20_000:
-                taken += 1
-                by_language["zh" if 2 * sum(map(bool, map(HAN.match, known))) > len(known) else "not zh"].append(text)
-    for language, texts in by_language.items():
-        labels = near_duplicates(texts, similarity=0.2)
-        by_language[language] = [text for place, text in enumerate(texts) if labels[place] == place][:number]
-    return by_language
+    num_texts = 0
+    for num_records, record in enumerate(read(source, name)):
+        if num_texts == number or num_records == 50 * number:
+            return
+        if isinstance(record, Bad):
+            continue
+        try:
+            text = normalise(text_of(source, record))
+        except MissingField:
+            continue
+        if SHORTEST <= len(_tokens(text)) <= LONGEST:
+            num_texts += 1
+            yield text
 
 
-def _judge(
-    language: str, texts: list[str], pairs: int, near, recall: float | None, false_merges: float, rng: random.Random
-) -> bool:
-    from pipeline.data.dedup.minhash import near_duplicates
-
-    bases = [rng.choice(texts) for _ in range(pairs)] if len(texts) < pairs else rng.sample(texts, pairs)
-    bases = list(dict.fromkeys(bases))
-    copies = [
-        _edited(text, LEVELS[i % len(LEVELS)], rng.choice(texts), near.shingle, language, rng)
-        for i, text in enumerate(bases)
-    ]
-    exact = [_jaccard(a, b, near.shingle) for a, b in zip(bases, copies, strict=True)]
-    others = [text for text in texts if text not in set(bases)]
-    labels = near_duplicates([*bases, *copies, *others], near=near).tolist()
-    hits = [labels[i] == labels[i + len(bases)] for i in range(len(bases))]
-    say(f"\n{language}: {len(bases)} planted pairs among {len(texts) + len(copies)} documents")
-    say(f"  {'similarity':<12}{'pairs':>6}{'found':>8}{'bands alone':>13}{'expected':>10}")
-    for begin in range(2, 10):
-        inside = [i for i, similarity in enumerate(exact) if begin / 10 <= similarity < (begin + 1) / 10]
-        if inside:
-            alone = sum(chance(exact[i], near, believed=False) for i in inside) / len(inside)
-            expected = sum(chance(exact[i], near) for i in inside) / len(inside)
-            say(
-                f"  {begin / 10:.1f} to {(begin + 1) / 10:.1f} "
-                f" {len(inside):>6}{sum(hits[i] for i in inside) / len(inside):>8.3f}{alone:>13.3f}{expected:>10.3f}"
-            )
-    high, low = (
-        [i for i, similarity in enumerate(exact) if test(similarity)]
-        for test in (lambda s: s >= HIGH, lambda s: s < LOW)
-    )
-    found = sum(hits[i] for i in high) / max(1, len(high))
-    expected = sum(chance(exact[i], near) for i in high) / max(1, len(high))
-    bar = (
-        recall
-        if recall is not None
-        else min(0.98, expected) - 3 * math.sqrt(max(1e-4, expected * (1 - expected)) / max(1, len(high)))
-    )
-    wrong = sum(hits[i] for i in low) / max(1, len(low))
-    families = defaultdict(set)
-    for i, label in enumerate(labels):
-        families[label].add(i - len(bases) if len(bases) <= i < 2 * len(bases) else i)
-    strangers = sum(len(members) > 1 for members in families.values())
-    good = found >= bar and wrong <= false_merges and strangers == 0
-    say(
-        f"  recall at {HIGH} and above {found:.3f} (bar {bar:.3f}), merged below {LOW} {wrong:.3f} (bar"
-        f" {false_merges:g}), unrelated documents merged {strangers}: {'holds' if good else 'FAILS'}"
-    )
-    return good
+def _tokens(text: str) -> list[str]:
+    return TOKEN.findall(text.lower())
 
 
-def chance(similarity: float, near, believed: bool = True) -> float:
-    """Probability that a pair is found: at least one band of equal rows, and, if `believed`, an estimate of
-    `near.similarity` or more.
+def _language(text: str) -> str:
+    tokens = _tokens(text)
+    num_han = sum(HAN.match(token) is not None for token in tokens)
+    return "zh" if 2 * num_han > len(tokens) else "not zh"
 
-    The estimate counts equal places of bands * rows independent ones, so its joint distribution with the bands is
+
+# ---- planted pairs ---------------------------------------------------------------------------------------------------
+
+
+class _Planted:
+    """Documents of one language with edited copies of some of them, deduplicated."""
+
+    def __init__(self, language: str, texts: list[str], pairs: int, near, generator: random.Random):
+        from pipeline.data.dedup.minhash import near_duplicates
+
+        self.language, self.near = language, near
+        if len(texts) < pairs:
+            originals = [generator.choice(texts) for _ in range(pairs)]
+        else:
+            originals = generator.sample(texts, pairs)
+        originals = list(dict.fromkeys(originals))
+        copies = []
+        for number, text in enumerate(originals):
+            similarity = LEVELS[number % len(LEVELS)]
+            copies.append(_edited(text, similarity, generator.choice(texts), near.shingle, language, generator))
+        others = [text for text in texts if text not in set(originals)]
+        self.num_pairs = len(originals)
+        self.num_documents = len(texts) + len(copies)
+        self.similarities = [_jaccard(one, other, near.shingle) for one, other in zip(originals, copies, strict=True)]
+        self.labels = near_duplicates([*originals, *copies, *others], near=near).tolist()
+        self.is_found = [
+            self.labels[number] == self.labels[number + self.num_pairs] for number in range(self.num_pairs)
+        ]
+
+    def found_share(self, pairs: list[int]) -> float:
+        return sum(self.is_found[pair] for pair in pairs) / max(1, len(pairs))
+
+    def expected_share(self, pairs: list[int], estimated: bool = True) -> float:
+        chances = [chance(self.similarities[pair], self.near, estimated) for pair in pairs]
+        return sum(chances) / max(1, len(pairs))
+
+    def print_table(self) -> None:
+        say(f"\n{self.language}: {self.num_pairs} planted pairs among {self.num_documents} documents")
+        say(f"  {'similarity':<12}{'pairs':>6}{'found':>8}{'bands alone':>13}{'expected':>10}")
+        for tenth in range(2, 10):
+            low, high = tenth / 10, (tenth + 1) / 10
+            pairs = [pair for pair, similarity in enumerate(self.similarities) if low <= similarity < high]
+            if pairs:
+                bands_alone = self.expected_share(pairs, estimated=False)
+                say(
+                    f"  {low:.1f} to {high:.1f}  {len(pairs):>6}{self.found_share(pairs):>8.3f}{bands_alone:>13.3f}"
+                    f"{self.expected_share(pairs):>10.3f}"
+                )
+
+    def judge(self, recall: float | None, false_merges: float) -> bool:
+        similar = [pair for pair, similarity in enumerate(self.similarities) if similarity >= HIGH]
+        different = [pair for pair, similarity in enumerate(self.similarities) if similarity < LOW]
+        found, merged = self.found_share(similar), self.found_share(different)
+        if recall is None:
+            expected = self.expected_share(similar)
+            standard_error = math.sqrt(max(1e-4, expected * (1 - expected)) / max(1, len(similar)))
+            recall = min(0.98, expected) - 3 * standard_error
+        num_unrelated = self._unrelated_merges()
+        passed = found >= recall and merged <= false_merges and num_unrelated == 0
+        say(
+            f"  recall at {HIGH} and above {found:.3f} (bar {recall:.3f}), merged below {LOW} {merged:.3f} (bar"
+            f" {false_merges:g}), unrelated documents merged {num_unrelated}: {'holds' if passed else 'FAILS'}"
+        )
+        return passed
+
+    def _unrelated_merges(self) -> int:
+        """Clusters with documents that are not copies of each other."""
+        originals_of = defaultdict(set)
+        for number, label in enumerate(self.labels):
+            is_copy = self.num_pairs <= number < 2 * self.num_pairs
+            originals_of[label].add(number - self.num_pairs if is_copy else number)
+        return sum(len(originals) > 1 for originals in originals_of.values())
+
+
+def _jaccard(one: str, other: str, size: int) -> float:
+    one_runs, other_runs = _runs(one, size), _runs(other, size)
+    return len(one_runs & other_runs) / len(one_runs | other_runs)
+
+
+def _runs(text: str, size: int) -> set[tuple[str, ...]]:
+    tokens = _tokens(text)
+    return {tuple(tokens[begin : begin + size]) for begin in range(max(1, len(tokens) - size + 1))}
+
+
+def _edited(text: str, similarity: float, other: str, size: int, language: str, generator: random.Random) -> str:
+    """A copy of about this similarity: scattered tokens replaced, a block removed, or a block of another document
+    inserted."""
+    ends = [0, *(match.end() for match in TOKEN.finditer(text))]
+    parts = [text[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]  # each a token and what is before it
+    space = "" if language == "zh" else " "
+    foreign = [space + token for token in TOKEN.findall(other)]
+    number, kind = len(parts), generator.randrange(3)
+    if kind == 0:  # m replaced tokens far apart change size * m of n runs on both sides
+        num_replaced = round(number * (1 - similarity) / (1 + similarity) / size * 1.15)
+        for place in generator.sample(range(number), min(number, num_replaced)):
+            parts[place] = generator.choice(foreign)
+    elif kind == 1:
+        length = round(number * (1 - similarity))
+        begin = generator.randrange(number - length + 1)
+        del parts[begin : begin + length]
+    else:
+        begin = generator.randrange(number + 1)
+        length = round(number * (1 / similarity - 1))
+        parts[begin:begin] = [generator.choice(foreign) for _ in range(length)]
+    return "".join(parts).strip()
+
+
+# ---- theory ----------------------------------------------------------------------------------------------------------
+
+
+def chance(similarity: float, near, estimated: bool = True) -> float:
+    """Probability that a pair is found: at least one band has equal rows, and, if `estimated`, the estimated similarity
+    is at least `near.similarity`.
+
+    The estimate counts equal places among bands * rows independent ones. Its joint distribution with the bands is
     exact: a band is equal or it is not.
     """
     bands, rows = near.bands, near.rows
-    if not believed or not near.similarity:
+    if not estimated or not near.similarity:
         return 1 - (1 - similarity**rows) ** bands
     least = math.ceil(near.similarity * bands * rows - 1e-9)
-    # Distribution of equal places when no band is whole: each band has 0 ... rows - 1 equal places.
-    one = [math.comb(rows, k) * similarity**k * (1 - similarity) ** (rows - k) for k in range(rows + 1)]
-    every, none = [1.0], [1.0]
+    # distribution of the equal places in one band, 0 .. rows
+    band = [math.comb(rows, k) * similarity**k * (1 - similarity) ** (rows - k) for k in range(rows + 1)]
+    incomplete_band = [*band[:-1], 0.0]
+    all_pairs, without_equal_band = [1.0], [1.0]
     for _ in range(bands):
-        every = _convolved(every, one)
-        none = _convolved(none, [*one[:-1], 0.0])
-    return sum(every[least:]) - sum(none[least:])
+        all_pairs = _convolved(all_pairs, band)
+        without_equal_band = _convolved(without_equal_band, incomplete_band)
+    return sum(all_pairs[least:]) - sum(without_equal_band[least:])
 
 
 def _convolved(a: list[float], b: list[float]) -> list[float]:
-    found = [0.0] * (len(a) + len(b) - 1)
+    result = [0.0] * (len(a) + len(b) - 1)
     for i, x in enumerate(a):
         for j, y in enumerate(b):
-            found[i + j] += x * y
-    return found
-
-
-def _jaccard(a: str, b: str, size: int) -> float:
-    a, b = (TOKEN.findall(text.lower()) for text in (a, b))
-    a, b = ({tuple(known[i : i + size]) for i in range(max(1, len(known) - size + 1))} for known in (a, b))
-    return len(a & b) / len(a | b)
-
-
-def _edited(text: str, similarity: float, other: str, size: int, language: str, rng: random.Random) -> str:
-    """A copy of about this similarity: scattered tokens replaced, a block cut out, or a block of another document
-    put in."""
-    spans = [match.span() for match in TOKEN.finditer(text)]
-    ends = [0, *(end for _, end in spans)]
-    pieces = [text[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
-    space = "" if language == "zh" else " "
-    foreign = [space + token for token in TOKEN.findall(other)]
-    number, kind = len(pieces), rng.randrange(3)
-    if kind == 0:  # of n runs, m replaced tokens far apart change size * m on both sides
-        for at in rng.sample(
-            range(number), min(number, round(number * (1 - similarity) / (1 + similarity) / size * 1.15))
-        ):
-            pieces[at] = rng.choice(foreign)
-    elif kind == 1:
-        length = round(number * (1 - similarity))
-        begin = rng.randrange(number - length + 1)
-        del pieces[begin : begin + length]
-    else:
-        at = rng.randrange(number + 1)
-        pieces[at:at] = [rng.choice(foreign) for _ in range(round(number * (1 / similarity - 1)))]
-    return "".join(pieces).strip()
+            result[i + j] += x * y
+    return result

@@ -1,9 +1,9 @@
-"""`alma verify resume`: a killed run ends as one that was not killed, shown on this machine, through the stage's own
+"""`alma verify resume`: a killed run ends like one that was not killed, proved on this machine through the stage's own
 entry point.
 
-Four runs of a small copy of the stage: one undisturbed; one killed twice with SIGKILL, once inside a save and once
-between two; one killed and moved from layout to layout with each start; and on GPUs, where sums may come in another
-order, a second undisturbed one to measure the others against.
+Three runs of a small copy of the stage: one undisturbed; one killed twice with SIGKILL, once during a save and once
+between two saves; one killed and moved to another layout with each start. On GPUs, where sums may be in another order,
+a second undisturbed run shows how much two such runs differ.
 """
 
 import hashlib
@@ -12,33 +12,32 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline.checks import launch
-from pipeline.checks.layouts import road
+from pipeline.checks import launch, tables
+from pipeline.checks.layouts import route
 from pipeline.checks.small_recipe import prepare, stage_of, workplace
 from pipeline.core import artifact
-from pipeline.core.artifact import software
+from pipeline.core.artifact import Artifact, software
 from pipeline.core.config import dump
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.recipe import Recipe
-from pipeline.core.terminal import say
-from pipeline.train.row_trace import read as rows_of
+from pipeline.core.terminal import many, say
+from pipeline.train import row_trace
 
 STEPS, SAVE_EVERY = 12, 2
-# steps after which a start has left a checkpoint: the second save waits for the first, which is written beside the
-# training
+# Steps after which a start has left a checkpoint: a save is written during the next steps, and the second one waits for
+# the first.
 SETTLED = 2 * SAVE_EVERY + 1
-TOLERANCE = 1e-5  # relative, of losses and gradient norms on other layouts, in fp32
+TOLERANCE = 1e-5  # relative, of losses and gradient norms in other layouts, in fp32
 SCRIPT = Path(__file__).parents[1] / "pretrain.py"
 
 
-def prove(
+def verify(
     recipe: Recipe,
     stage: str | None,
     *,
@@ -49,7 +48,7 @@ def prove(
     layers: int = 4,
     keep: bool = False,
 ) -> bool:
-    """Make the runs, compare them, write runs/NAME/verify/resume.json. Returns whether all is as promised."""
+    """Make the runs, compare them, write runs/NAME/verify/resume.json. Returns whether all agree."""
     from pipeline.models import model_block
 
     stage = stage_of(recipe, stage)
@@ -57,54 +56,43 @@ def prove(
     with workplace(recipe, "resume", keep) as work:
         ready = prepare(recipe, stage, work, STEPS, full=full, width=width, layers=layers)
         save = ready.config.save.model_copy(update={"every_steps": SAVE_EVERY, "keep": STEPS})
-        config = ready.config.model_copy(
-            update={"precision": "fp32", "save": save, "heldout_rows": 8, "evaluate_every": None}
-        )
-        gpus = launch.gpus()
-        if not gpus:
+        update = {"precision": "fp32", "save": save, "heldout_rows": 8, "evaluate_every": None}
+        config = ready.config.model_copy(update=update)
+        on_gpu = launch.gpus() > 0
+        if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         first, second = kills(seed)
-        way, moves = road(recipe.stages[stage], model_block.block_config(config.model))
-        for line in (
-            *ready.lines,
-            (
-                f"steps      {STEPS}, a checkpoint after every {SAVE_EVERY}; killed at {first} and {second} (seed"
-                f" {seed}); fp32; on {'GPUs' if gpus else 'the CPU'}"
-            ),
-            *([moves] if elastic else ()),
-        ):
+        layouts, layouts_line = route(recipe.stages[stage], model_block.block_config(config.model))
+        for line in ready.lines:
             say(line)
+        say(
+            f"steps      {STEPS}, a checkpoint after every {SAVE_EVERY}; killed at {first} and {second} (seed {seed});"
+            f" fp32; on {'GPUs' if on_gpu else 'the CPU'}"
+        )
+        if elastic:
+            say(layouts_line)
         write_recipe(work / "recipe.yaml", stage, config)
 
-        whole = Run(work, "whole", gpus > 0)
+        undisturbed = Run(work, "undisturbed", on_gpu)
         try:
-            whole.go([Start()])
-        except RunFailed as failure:  # nothing to compare with: what the stage said is what there is to say
+            undisturbed.start_all([Start()])
+        except RunFailed as failure:  # there is nothing to compare with
             raise UserError(str(failure)) from None
-        killed = [Start(fault=first), Start(fault=second), Start()]
-        results = [
-            compare(
-                "killed twice, one process", Run(work, "killed", gpus > 0), killed, whole, TOLERANCE if gpus else 0.0
-            )
-        ]
-        if gpus:
-            results.append(
-                {
-                    **compare(
-                        "two undisturbed runs, for comparison", Run(work, "again", True), [Start()], whole, TOLERANCE
-                    ),
-                    "passed": None,
-                }
-            )
+        starts = [Start(fault=first), Start(fault=second), Start()]
+        tolerance = TOLERANCE if on_gpu else 0.0
+        results = [compare("killed twice, one process", Run(work, "killed", on_gpu), starts, undisturbed, tolerance)]
+        if on_gpu:
+            name = "two undisturbed runs, for comparison"
+            result = compare(name, Run(work, "again", True), [Start()], undisturbed, TOLERANCE)
+            result["passed"] = None
+            results.append(result)
         if elastic:
-            moved = [Start(count, parallel, f"work:{SETTLED}", changes) for _, count, parallel, changes in way]
-            moved[-1].fault = None
-            results.append(
-                compare(" -> ".join(name for name, *_ in way), Run(work, "moved", gpus > 0), moved, whole, TOLERANCE)
-            )
-    passed = all(row["passed"] is not False for row in results)
-    path = recipe.root / "verify" / "resume.json"
-    conditions = {
+            starts = [Start(layout.processes, layout.parallel, f"work:{SETTLED}", layout.changes) for layout in layouts]
+            starts[-1].fault = None
+            name = " -> ".join(layout.name for layout in layouts)
+            results.append(compare(name, Run(work, "moved", on_gpu), starts, undisturbed, TOLERANCE))
+    passed = all(result["passed"] is not False for result in results)
+    report = {
         "recipe": recipe.name,
         "stage": stage,
         "conditions": ready.lines,
@@ -112,25 +100,41 @@ def prove(
         "kills": [first, second],
         "seed": seed,
         "software": software(),
+        "passed": passed,
+        "runs": results,
+        "seconds": round(time.time() - began, 1),
     }
-    write_json(path, conditions | {"passed": passed, "runs": results, "seconds": round(time.time() - began, 1)})
-    table(results)
-    verdict = (
-        f"killed runs end as the undisturbed one, moved ones within {TOLERANCE:g} of it (largest relative difference of"
-        " a step)"
-    )
-    said = verdict if passed else "RUNS DIFFER"
-    say(f"{said}; {time.time() - began:.0f} s; every number is in {os.path.relpath(path)}")
+    path = recipe.root / "verify" / "resume.json"
+    write_json(path, report)
+    print_table(results)
+    verdict = "RUNS DIFFER"
+    if passed:
+        verdict = (
+            f"killed runs end like the undisturbed one, moved ones within {TOLERANCE:g} of it (largest relative"
+            " difference of a step)"
+        )
+    say(f"{verdict}; {time.time() - began:.0f} s; every number is in {os.path.relpath(path)}")
     return passed
 
 
 def kills(seed: int) -> list[str]:
-    """Two fault points in random order: inside the writing of a checkpoint, and after a step. The second counts from
-    where the first left the run."""
-    draw = random.Random(seed)
-    found = [f"save:{draw.randint(2, 3)}", f"work:{draw.randint(SETTLED, SETTLED + 1)}"]
-    draw.shuffle(found)
-    return found
+    """Two fault points in random order: during the writing of a checkpoint, and after a step. The second one counts
+    from where the first one left the run."""
+    generator = random.Random(seed)
+    faults = [f"save:{generator.randint(2, 3)}", f"work:{generator.randint(SETTLED, SETTLED + 1)}"]
+    generator.shuffle(faults)
+    return faults
+
+
+def write_recipe(path: Path, stage: str, config) -> None:
+    """Only this stage, under the name `pretrain`, with its tokens as a folder outside the recipe."""
+    block = {key: value for key, value in dump(config).items() if value is not None and key != "kind"}
+    recipe = {"name": "proof", "seed": config.seed, "stages": {"pretrain": block}}
+    with open(path, "w", encoding="utf-8") as handle:
+        YAML(typ="safe", pure=True).dump(recipe, handle)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -140,136 +144,134 @@ class Start:
     processes: int = 1
     parallel: dict = field(default_factory=dict)
     fault: str | None = None
-    changes: dict = field(default_factory=dict)  # other keys of the stage that are its layout's
+    changes: dict = field(default_factory=dict)
+    """Other keys of the stage that belong to its layout."""
 
     def __str__(self) -> str:
-        layout = ", ".join(f"{key}: {value}" for key, value in (self.parallel | self.changes).items())
-        processes = f"{self.processes} process{'es' * (self.processes > 1)}"
-        return processes + f", {layout}" * bool(layout) + (f", killed at {self.fault}" if self.fault else "")
-
-
-class Run:
-    """A run of the stage in a folder of its own, in as many starts as it takes."""
-
-    def __init__(self, work: Path, name: str, on_gpu: bool):
-        self.work, self.name, self.on_gpu = work, name, on_gpu
-        self.folder, self.rows = work / name, work / f"{name}.rows"
-        self.said: list[str] = []
-
-    def go(self, starts: list[Start]) -> None:
-        """Start it again and again. Raises RunFailed if one ends in another way than it should."""
-        for start in starts:
-            begun = time.time()
-            words = [
-                str(SCRIPT),
-                str(self.work / "recipe.yaml"),
-                f"output={self.folder}",
-                f"pretrain.parallel={json.dumps(start.parallel)}",
-                *(f"pretrain.{key}={json.dumps(value)}" for key, value in start.changes.items()),
-            ]
-            settings = {"ALMA_WITNESS": str(self.rows)} | ({"ALMA_FAULT": start.fault} if start.fault else {})
-            code, text = launch.run(words, start.processes, on_gpu=self.on_gpu, environment=settings)
-            self.said.append(text)
-            if bool(code) != bool(start.fault) or "error:" in text:
-                log = self.work.parent / f"resume-{self.name}.log"
-                log.write_text("\n".join(self.said), encoding="utf-8")
-                wrong = next(
-                    (line for line in text.splitlines() if line.startswith("error:")),
-                    f"exit code {code}{f', to be killed at {start.fault}' if start.fault else ''}",
-                )
-                raise RunFailed(f"{wrong.removeprefix('error: ')} ({os.path.relpath(log)})")
-            found = re.search(r"resuming from step-0*(\d+)", text)
-            if start is not starts[0] and not found:  # else nothing would have been resumed, and all would be equal
-                raise RunFailed(f"start {starts.index(start) + 1} began anew, where it was to go on from a checkpoint")
-            say(f"{self.name:<7} {start}{f', from step {found[1]}' if found else ''}: {time.time() - begun:.0f} s")
-
-    @property
-    def published(self) -> artifact.Artifact:
-        return artifact.current(self.folder / "proof" / "pretrain")
-
-    def curve(self) -> dict[int, tuple[float, float]]:
-        """Step -> loss and gradient norm, as the stage logged them."""
-        lines = [
-            json.loads(line)
-            for line in (self.published.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line}
-
-    def weights(self) -> str:
-        """sha256 over the published model's tensors."""
-        whole = hashlib.sha256()
-        for path in sorted((self.published.path / "model").glob("*.safetensors")):
-            whole.update(path.read_bytes())
-        return whole.hexdigest()
+        parts = [many(self.processes, "process/processes")]
+        parts += [f"{key}: {value}" for key, value in (self.parallel | self.changes).items()]
+        if self.fault:
+            parts.append(f"killed at {self.fault}")
+        return ", ".join(parts)
 
 
 class RunFailed(Exception):
     """A start did not end as it should have."""
 
 
+class Run:
+    """A run of the stage in its own folder, with as many starts as it takes."""
+
+    def __init__(self, work: Path, name: str, on_gpu: bool):
+        self.work, self.name, self.on_gpu = work, name, on_gpu
+        self.folder, self.row_folder = work / name, work / f"{name}.rows"
+        self.outputs: list[str] = []
+
+    def start_all(self, starts: list[Start]) -> None:
+        """Start it once for each of `starts`. Raises RunFailed if one ends in another way than expected."""
+        for number, start in enumerate(starts, 1):
+            began = time.time()
+            text = self._start(start)
+            resumed = re.search(r"resuming from step-0*(\d+)", text)
+            if number > 1 and not resumed:  # a run that starts over would be equal without proving anything
+                raise RunFailed(f"start {number} began at the first step, expected to resume from a checkpoint")
+            position = f", from step {resumed[1]}" if resumed else ""
+            say(f"{self.name:<11} {start}{position}: {time.time() - began:.0f} s")
+
+    def _start(self, start: Start) -> str:
+        words = [
+            str(SCRIPT),
+            str(self.work / "recipe.yaml"),
+            f"output={self.folder}",
+            f"pretrain.parallel={json.dumps(start.parallel)}",
+        ]
+        words += [f"pretrain.{key}={json.dumps(value)}" for key, value in start.changes.items()]
+        environment = {"ALMA_WITNESS": str(self.row_folder)}
+        if start.fault:
+            environment["ALMA_FAULT"] = start.fault
+        code, text = launch.run(words, start.processes, on_gpu=self.on_gpu, environment=environment)
+        self.outputs.append(text)
+        if bool(code) == bool(start.fault) and "error:" not in text:
+            return text
+        log = self.work.parent / f"resume-{self.name}.log"
+        log.write_text("\n".join(self.outputs), encoding="utf-8")
+        errors = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error:")]
+        expected = f", expected to be killed at {start.fault}" if start.fault else ""
+        reason = errors[0] if errors else f"exit code {code}{expected}"
+        raise RunFailed(f"{reason} ({os.path.relpath(log)})")
+
+    @property
+    def published(self) -> Artifact:
+        return artifact.current(self.folder / "proof" / "pretrain")
+
+    def curve(self) -> dict[int, tuple[float, float]]:
+        """Step -> loss and gradient norm, as the stage logged them."""
+        curve = {}
+        for line in (self.published.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if "grad_norm" in values:
+                curve[values["step"]] = (values["loss"], values["grad_norm"])
+        return curve
+
+    def weights(self) -> str:
+        """sha256 over the files of the published model."""
+        sha256 = hashlib.sha256()
+        for path in sorted((self.published.path / "model").glob("*.safetensors")):
+            sha256.update(path.read_bytes())
+        return sha256.hexdigest()
+
+
 def compare(name: str, run: Run, starts: list[Start], expected: Run, tolerance: float) -> dict:
-    """Make a run and compare rows read, losses, gradient norms and weights. With a tolerance of 0 all must be equal
-    to the bit."""
-    found = {
-        "run": name,
-        "tolerance": tolerance,
-        "starts": [str(start) for start in starts],
-        "passed": False,
-        "reason": "",
-    }
+    """Make a run and compare the rows it read, losses, gradient norms and weights. With a tolerance of 0 all must be
+    equal bit for bit."""
+    result = {"run": name, "tolerance": tolerance, "starts": [str(start) for start in starts]}
+    result |= {"passed": False, "reason": ""}
     try:
-        run.go(starts)
+        run.start_all(starts)
     except RunFailed as failure:
-        return {**found, "loss": None, "reason": str(failure)}
-    one, other = run.curve(), expected.curve()
-    losses, norms = (
-        (
-            max(_relative(one[step][place], other[step][place]) for step in other)
-            if one.keys() == other.keys()
-            else float("inf")
-        )
-        for place in (0, 1)
-    )
-    rows, weights = rows_of(run.rows) == rows_of(expected.rows), run.weights() == expected.weights()
-    passed = rows and losses <= tolerance and norms <= tolerance and (weights or tolerance > 0)
-    return {
-        **found,
-        "rows": rows,
-        "loss": losses,
-        "grad_norm": norms,
-        "weights": weights,
-        "sha256": run.weights(),
-        "passed": passed,
-    }
+        result["loss"] = None
+        result["reason"] = str(failure)
+        return result
+    curve, expected_curve = run.curve(), expected.curve()
+    loss_difference = _largest_difference(curve, expected_curve, 0)
+    norm_difference = _largest_difference(curve, expected_curve, 1)
+    same_rows = row_trace.read(run.row_folder) == row_trace.read(expected.row_folder)
+    same_weights = run.weights() == expected.weights()
+    result["rows"] = same_rows
+    result["loss"] = loss_difference
+    result["grad_norm"] = norm_difference
+    result["weights"] = same_weights
+    result["sha256"] = run.weights()
+    is_close = loss_difference <= tolerance and norm_difference <= tolerance
+    result["passed"] = same_rows and is_close and (same_weights or tolerance > 0)
+    return result
 
 
-def _relative(one: float | None, other: float | None) -> float:
-    return float("inf") if one is None or other is None else abs(one - other) / abs(other)
+def _largest_difference(curve: dict, expected: dict, place: int) -> float:
+    """Largest relative difference over the steps; infinite where a step or a number is missing."""
+    if curve.keys() != expected.keys():
+        return float("inf")
+    largest = 0.0
+    for step, numbers in expected.items():
+        number, reference = curve[step][place], numbers[place]
+        if number is None or reference is None:
+            return float("inf")
+        largest = max(largest, abs(number - reference) / abs(reference))
+    return largest
 
 
-def write_recipe(path: Path, stage: str, config) -> None:
-    """The stage alone, under the name `pretrain`, with its tokens as a folder made elsewhere."""
-    block = {key: value for key, value in dump(config).items() if value is not None and key != "kind"}
-    with open(path, "w", encoding="utf-8") as handle:
-        YAML(typ="safe", pure=True).dump({"name": "proof", "seed": config.seed, "stages": {"pretrain": block}}, handle)
-
-
-def table(rows: Iterable[dict]) -> None:
-    """A line a run: what it shares with the undisturbed one."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("run", "rows read", "loss", "gradient norm", "weights", "result"):
-        shown.add_column(title, overflow="fold", justify="right" if title in ("loss", "gradient norm") else "left")
-    for row in rows:
-        if row["loss"] is None:
-            shown.add_row(row["run"], "", "", "", "", f"FAILED: {row['reason']}")
+def print_table(results: list[dict]) -> None:
+    """A line per run: how it compares with the undisturbed one."""
+    columns = ("run", "rows read", "loss", "gradient norm", "weights", "result")
+    table = tables.new_table(*columns, text=("run", "rows read", "weights", "result"))
+    for result in results:
+        if result["loss"] is None:
+            table.add_row(result["run"], "", "", "", "", f"FAILED: {result['reason']}")
             continue
-        numbers = ("equal" if value == 0 else f"{value:.1e}" for value in (row["loss"], row["grad_norm"]))
-        verdict = "compared with" if row["passed"] is None else "passed" if row["passed"] else "FAILED"
-        shown.add_row(
-            row["run"], "same" if row["rows"] else "OTHERS", *numbers, "equal" if row["weights"] else "differ", verdict
-        )
-    Console(width=None if os.isatty(1) else 160).print(shown)
+        differences = []
+        for key in ("loss", "grad_norm"):
+            differences.append("equal" if result[key] == 0 else f"{result[key]:.1e}")
+        verdict = {None: "for comparison", True: "passed", False: "FAILED"}[result["passed"]]
+        rows = "same" if result["rows"] else "OTHERS"
+        table.add_row(result["run"], rows, *differences, "equal" if result["weights"] else "differ", verdict)
+    tables.console().print(table)

@@ -1,10 +1,10 @@
-"""Runs in each process of a launch of `alma verify parallel`: trains every layout of a job, one after another, from the
-same seed checkpoint.
+"""Runs in each process of a launch of `alma verify parallel`: trains every layout of a job from the same seed
+checkpoint.
 
     torchrun --nproc-per-node 2 -m pipeline.checks.verify_worker job.json
 
-A launch costs ten seconds and a layout one or two, so that all layouts of one number of processes share a launch. The
-main process appends a line to the job's results as each layout ends.
+A launch takes ten seconds and a layout one or two, so all layouts with the same number of processes share a launch. The
+main process appends a line to the job's results when a layout ends.
 """
 
 import gc
@@ -32,20 +32,20 @@ def main(path: str) -> None:
             fresh_compiler()
         try:
             config.check(distributed.world())
-            found = train(config, job, Path(job["seeds"][trial["embeddings"]]))
-        except UserError as error:  # raised alike on every process, before anything collective
-            found = {"refused": str(error)}
+            result = train(config, job, Path(job["seeds"][trial["embeddings"]]))
+        except UserError as error:  # raised by every process, before the first collective
+            result = {"refused": str(error)}
         if distributed.is_main():
             with open(job["results"], "a", encoding="utf-8") as handle:
-                handle.write(json.dumps({**trial, **found}) + "\n")
+                handle.write(json.dumps(trial | result) + "\n")
         gc.collect()
     distributed.barrier()
     distributed.shutdown()
 
 
 def train(config, job: dict, seed: Path) -> dict:
-    """`job["steps"]` steps from the seed checkpoint, one with a NaN in one gradient of the last process, and one
-    more."""
+    """`job["steps"]` steps from the seed checkpoint, one step with a NaN in one gradient of the last process, and one
+    more step."""
     import torch
 
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
@@ -59,48 +59,48 @@ def train(config, job: dict, seed: Path) -> dict:
     sampler = sampler_of(config, store, load_tokenizer(job["tokenizer"]))
     model = build.load(seed)
     mup.scale_learning_rates(model)
-    expected = {key: value.clone() for key, value in model.state_dict().items()} if distributed.is_main() else {}
+    seed_weights = {}
+    if distributed.is_main():
+        seed_weights = {key: value.clone() for key, value in model.state_dict().items()}
     layers.prepare(model, config)
     trainer = engine.build(model, loss_of(store.sources, config.z_loss), config)
-    begun = trainer.consolidated()
-    from_seed = all(torch.equal(value, expected[key]) for key, value in (begun or {}).items())
+    first_weights = trainer.consolidated() or {}
+    from_seed = all(torch.equal(value, seed_weights[key]) for key, value in first_weights.items())
 
     def step() -> dict:
         number = trainer.step_count
         seed_step(config, number, trainer.data_rank)
-        stats = trainer.step(
-            [
-                to_batch([sampler.row(index) for index in rows], store, config.document_mask)
-                for rows in share(config, trainer, number)
-            ],
-            lr=config.optimizer.lr,
-        )
+        micro_batches = []
+        for indices in share(config, trainer, number):
+            rows = [sampler.row(index) for index in indices]
+            micro_batches.append(to_batch(rows, store, config.document_mask))
+        stats = trainer.step(micro_batches, lr=config.optimizer.lr)
         return {key: stats[key] for key in NUMBERS}
 
     steps = [step() for _ in range(job["steps"])]
-    before = digest(trainer)
-    poison = None
-    # a layout that looks at one process's norm alone, or at the sum before it is whole, lets this pass
+    digest_before = digest(trainer)
+    hook = None
+    # not noticed by a layout that looks only at the norm of one process, or at the sum before it is complete
     if distributed.rank() == distributed.world() - 1:
-        poison = last_vector(trainer).register_hook(lambda gradient: gradient * float("nan"))
-    harmed = step()
-    if poison:
-        poison.remove()
-    unharmed = before == digest(trainer)
-    after = step()
-    kept_out = not harmed["applied"] and unharmed and after["applied"]
+        hook = last_vector(trainer).register_hook(lambda gradient: gradient * float("nan"))
+    nan_step = step()
+    if hook:
+        hook.remove()
+    is_unchanged = digest_before == digest(trainer)
+    next_step = step()
+    steps += [nan_step | {"grad_norm": None}, next_step]
     return {
         "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if config.compile else 0,
-        "steps": [*steps, {**harmed, "grad_norm": None}, after],
+        "steps": steps,
         "from_seed": from_seed,
-        "nan_kept_out": kept_out,
-        "weights": before,
+        "nan_kept_out": not nan_step["applied"] and is_unchanged and next_step["applied"],
+        "weights": digest_before,
     }
 
 
 def fresh_compiler() -> None:
-    """Forget what earlier trials compiled. Of one function torch keeps eight variants and runs the ninth without
-    compiling it, and says nothing: here each trial has its own."""
+    """Forget what earlier trials compiled. torch keeps eight variants of a function, and runs the ninth without
+    compiling it and without saying so; here each trial has its own eight."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -108,11 +108,13 @@ def fresh_compiler() -> None:
 
 
 def last_vector(trainer):
-    """The last parameter of this process that no other stage shares: of the final norm in most families."""
+    """The last parameter of this process that is on no other pipeline stage: in most families that of the final
+    norm."""
     module = trainer.part if trainer.layout == "pipelined" else trainer.model
-    found = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    vectors = [parameter for parameter in found if len(getattr(parameter, "ds_shape", parameter.shape)) == 1]
-    return (vectors or found)[-1]
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # with ZeRO-3 the true shape is ds_shape
+    vectors = [parameter for parameter in trainable if len(getattr(parameter, "ds_shape", parameter.shape)) == 1]
+    return (vectors or trainable)[-1]
 
 
 def digest(trainer) -> str | None:
@@ -120,10 +122,10 @@ def digest(trainer) -> str | None:
     state = trainer.consolidated()
     if state is None:
         return None
-    whole = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for key in sorted(state):
-        whole.update(key.encode() + state[key].contiguous().numpy().tobytes())
-    return whole.hexdigest()
+        sha256.update(key.encode() + state[key].contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`alma verify parallel` and `alma verify resume`: what they say of a sound machine, and that they find faults."""
+"""`alma verify parallel` and `alma verify resume`: they pass on a sound machine, and they detect faults."""
 
 import json
 import sys
@@ -36,27 +36,27 @@ def report(folder: Path, what: str) -> dict:
 
 
 def test_all_layouts_agree(tmp_path, monkeypatch, capsys):
-    """Without any stage run. Every layout is there, no number differs by more than 1e-5, and the folder is left
-    clean."""
+    """Without running any stage. Every layout is in the table, no number differs by more than 1e-5, and the folder is
+    clean afterwards."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 0, capsys.readouterr().out
-    said, found = capsys.readouterr().out, report(tmp_path, "parallel")
-    assert "synthetic" in said and "all layouts agree" in said
-    assert {(row["layout"], row["precision"]) for row in found["layouts"]} == {
+    output, result = capsys.readouterr().out, report(tmp_path, "parallel")
+    assert "synthetic" in output and "all layouts agree" in output
+    assert {(row["layout"], row["precision"]) for row in result["layouts"]} == {
         (name, precision) for name, *_ in layouts.LAYOUTS for precision in ("fp32",)
     }
-    for trial in found["trials"]:
+    for trial in result["trials"]:
         assert len(trial["steps"]) == 12 and trial["steps"][0]["loss"] > trial["steps"][9]["loss"] + 0.1, (
             "it learns, so that weights matter"
         )
         assert [step["applied"] for step in trial["steps"]] == [True] * 10 + [False, True]
-    assert sum(row["passed"] for row in found["layouts"]) == len(layouts.LAYOUTS)
+    assert sum(row["passed"] for row in result["layouts"]) == len(layouts.LAYOUTS)
     assert [path.name for path in (tmp_path / "runs" / "tiny" / "verify").iterdir()] == ["parallel.json"]
 
 
-def test_faults_are_found(tmp_path, monkeypatch, capsys):
-    """Four layouts, each with a fault of its own (mutant_worker.py): all four fail, for their own reason, and the
-    command ends with 1."""
+def test_faults_are_detected(tmp_path, monkeypatch, capsys):
+    """Four layouts, each with its own fault (mutant_worker.py): all four fail, each for its own reason, and the exit code
+    is 1."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(verify_parallel, "WORKER", "mutant_worker")
     monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_faults_are_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify_parallel, "STEPS", 5)
     assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 1, capsys.readouterr().out
     rows = {row["layout"]: row for row in report(tmp_path, "parallel")["layouts"]}
-    assert rows["one process"]["passed"] and rows["ZeRO-0"]["passed"], "no fault, no finding"
+    assert rows["one process"]["passed"] and rows["ZeRO-0"]["passed"], "no fault, not reported"
     assert rows["DDP"]["grad_norm"] == pytest.approx(0.5, abs=0.1) and not rows["DDP"]["passed"]
     assert rows["ZeRO-1"]["loss"] > 1e-5 and not rows["ZeRO-1"]["passed"]
     assert rows["ZeRO-2"]["loss"] > 1e-3 and not rows["ZeRO-2"]["passed"]
@@ -83,8 +83,9 @@ def test_faults_are_found(tmp_path, monkeypatch, capsys):
     assert "LAYOUTS DIFFER" in capsys.readouterr().out
 
 
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
-    """SIGKILL inside a save and after a step, on one layout: rows, losses, gradient norms and weights to the bit."""
+def test_a_killed_run_ends_like_one_that_was_not_killed(tmp_path, monkeypatch, capsys):
+    """SIGKILL inside a save and after a step, on one layout: rows, losses, gradient norms and weights are equal bit for
+    bit."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout", "--seed", "3") == 0, (
         capsys.readouterr().out
@@ -95,9 +96,9 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_forgets_its_moments_is_found(tmp_path, monkeypatch, capsys):
+def test_a_run_that_loses_its_moments_is_detected(tmp_path, monkeypatch, capsys):
     """A fault in loading (mutant_pretrain.py): Adam's moments are zero after a resume. The rows are right, the rest
-    is not, and the command ends with 1."""
+    is not, and the exit code is 1."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(verify_resume, "SCRIPT", HELPERS / "mutant_pretrain.py")
     monkeypatch.setattr(verify_resume, "kills", lambda seed: ["work:5", "work:5"])
@@ -109,7 +110,7 @@ def test_a_run_that_forgets_its_moments_is_found(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys):
-    """As the README says, from layout to layout too, without any stage run; bf16 beside fp32."""
+    """As the README says, also from layout to layout, without running any stage; bf16 and fp32."""
     recipe = ROOT / "recipes" / "quickstart.yaml"
     assert alma(monkeypatch, tmp_path, "verify", "parallel", recipe, "pretrain.precision=bf16") == 0, (
         capsys.readouterr().out
@@ -140,29 +141,29 @@ def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
-    """For a model that was shrunk to 4 layers."""
+    """For a model that was reduced to 4 layers."""
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     config = load(tmp_path / "recipe.yaml", [f"pretrain.{word}" for word in words]).stages["pretrain"]
-    chosen, said = layouts.with_own(config, 4)
+    chosen, line = layouts.with_own(config, 4)
     if isinstance(own, str):
-        assert len(chosen) == len(layouts.LAYOUTS) and f"among them the recipe's own: {own}" in said
+        assert len(chosen) == len(layouts.LAYOUTS) and f"among them the recipe's own: {own}" in line
     else:
         name, processes, parallel = own
-        ((*found, changes),) = [layout for layout in chosen if layout[0].startswith("the recipe's own")]
-        assert found == [f"the recipe's own: {name}", processes, parallel]
-        assert changes == ({"compile": True} if config.compile else {}) and found[0] in said
-        depths = [layout[2].get("pipeline", 1) > 1 for layout in chosen]
+        [layout] = [layout for layout in chosen if layout.name.startswith("the recipe's own")]
+        assert layout[:3] == (f"the recipe's own: {name}", processes, parallel)
+        assert layout.changes == ({"compile": True} if config.compile else {}) and layout.name in line
+        depths = [layout.depth > 1 for layout in chosen]
         assert len(chosen) == len(layouts.LAYOUTS) + 1 and depths == sorted(depths), "pipelines last"
     shape = SimpleNamespace(model_type="llama", num_hidden_layers=4)
-    way, _ = layouts.road(config, shape)
-    assert [layout[0] for layout in way[:4]] == ["one process", "DDP", "ZeRO-3", "pipeline of 2"]
+    route, _ = layouts.route(config, shape)
+    assert [layout.name for layout in route[:4]] == ["one process", "DDP", "ZeRO-3", "pipeline of 2"]
     if isinstance(own, str):
-        assert way[4][0] == (own if own not in layouts.ROAD else "one process")
+        assert route[4].name == (own if own not in layouts.ROUTE else "one process")
     else:
-        assert way[4] in chosen and way[4][0].startswith("the recipe's own")
+        assert route[4] in chosen and route[4].name.startswith("the recipe's own")
     if config.parallel.pipeline == 1:
         shape.model_type = "gemma"
-        assert layouts.road(config, shape)[0] == [layout for layout in way if layout[0] != "pipeline of 2"]
+        assert layouts.route(config, shape)[0] == [layout for layout in route if layout.name != "pipeline of 2"]
 
 
 @pytest.mark.slow
@@ -181,7 +182,7 @@ def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
     ],
     ids=["zero1", "zero3", "pipeline"],
 )
-def test_a_compiled_or_offloaded_recipe_is_proven_as_it_is(tmp_path, monkeypatch, capsys, words):
+def test_a_compiled_or_offloaded_recipe_is_proved_as_it_is(tmp_path, monkeypatch, capsys, words):
     """Against a reference that is neither, and recomputes nothing: 1e-5 in fp32, 1% in bf16. No other layouts."""
     monkeypatch.setattr(layouts, "LAYOUTS", layouts.LAYOUTS[:1])
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
@@ -208,22 +209,22 @@ def test_a_family_without_a_pipeline_is_refused_there_and_passes_elsewhere(tmp_p
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
-        (["parallel", "recipe.yaml", "pack"], "'pack' is no stage of kind pretrain"),
+        (["parallel", "recipe.yaml", "pack"], "'pack' is not a stage of kind pretrain"),
         (["parallel", "recipe.yaml", "pretrain.stepz=3"], "did you mean 'steps'"),
         (["parallel", "recipe.yaml", "model.family=lama"], "did you mean llama"),
         (["resume", "recipe.yaml", "pretrain", "pack"], "one stage at a time"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
+def test_mistakes_are_reported(tmp_path, monkeypatch, capsys, words, message):
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     assert alma(monkeypatch, tmp_path, "verify", *words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_keys_that_a_small_copy_cannot_have_are_left_out(tmp_path):
-    """Samples longer than its rows, and keep_best on a grid of thousands of steps: the recipe is sound, so the proof
+def test_keys_that_a_small_copy_cannot_have_are_dropped(tmp_path):
+    """Samples longer than its rows, and keep_best on a grid of thousands of steps: the recipe is valid, so the proof
     must be possible."""
     more = "    evaluate_every: 1000\n    samples: {every_steps: 10, prompts: [ape], max_new_tokens: 1000}\n"
     (tmp_path / "recipe.yaml").write_text(

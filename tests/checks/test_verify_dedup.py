@@ -23,7 +23,7 @@ def test_the_theoretical_curve_against_simulation():
 
 
 def test_verify_finds_what_is_planted_and_fails_below_the_bar(tmp_path, capsys):
-    from pipeline.checks.verify_dedup import prove
+    from pipeline.checks.verify_dedup import verify
     from pipeline.core.recipe import load
 
     rng = random.Random(7)
@@ -36,9 +36,9 @@ def test_verify_finds_what_is_planted_and_fails_below_the_bar(tmp_path, capsys):
     for name, source in block["stages"]["clean"]["sources"].items():
         source["path"] = str(tmp_path / f"{name}.jsonl")
     path.write_text(json.dumps(block))
-    assert prove(load(str(path), []), None, pairs=100)
+    assert verify(load(str(path), []), None, pairs=100)
     assert "holds" in capsys.readouterr().out
-    assert not prove(
+    assert not verify(
         load(str(path), ["clean.dedup.near.bands=2", "clean.dedup.near.rows=20"]), None, pairs=100, recall=0.9
     )
     assert "FAILS" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_every_stage_is_up_to_date_and_a_second_run_does_nothing(whole):
 
 def test_every_output_is_whole_and_knows_its_parents(whole):
     said = alma("verify", "artifacts", "r.yaml", cwd=whole)
-    assert said.count("whole ") == 10
+    assert said.count("complete ") == 10
     card = (whole / "runs/whole/export/current/README.md").read_text()
     for name in ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "ppo"):
         assert f"| {name} | {name} |" in card
@@ -162,7 +162,7 @@ def test_assess_against_transformers_own_loss(whole):
 def test_win_rate_and_its_interval():
     from types import SimpleNamespace
 
-    from pipeline.assess import win_rate
+    from pipeline.assessment.measures import win_rate
 
     config = SimpleNamespace(seed=0, bootstrap=4000)
     win = win_rate([1.0] * 60 + [0.0] * 30 + [0.5] * 10, [0.5] * 100, config, "x")

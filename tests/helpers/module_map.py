@@ -21,6 +21,7 @@ FOLDERS = {
     "train": "Engines, the training loop, checkpoints, metrics",
     "rl": "PPO",
     "models": "Building models and knowing what they cost",
+    "assessment": "What stage assess reads and measures",
     "checks": "`alma verify` and `alma inspect`",
 }
 

@@ -193,12 +193,12 @@ def test_inspect_shows_that_counts_reconcile(made):
 def test_inspect_goes_deep(made):
     code, text = inspect(made, "a.yaml", "--reason", "too_short", "--samples", "2")
     entry = json.loads((made / "runs/a/clean/current/report.json").read_text())["rules"]["rules"]["too_short"]
-    assert code == 0 and "filters.min_tokens: other bounds" in text and "left out by all rules" in text
+    assert code == 0 and "filters.min_tokens: other bounds" in text and "dropped by all rules" in text
     for sample in entry["samples"][:2]:
         assert f"[{sample['value']:g}] {sample['source']} {sample['place']}" in text and sample["excerpt"] in text
     assert entry["samples"][2]["place"] + "\n" not in text
     code, text = inspect(made, "a.yaml", "--reason", "contaminated", "--source", "books_zh")
-    assert "left out by all rules" not in text
+    assert "dropped by all rules" not in text
     assert code == 0 and text.count("[exam] books_zh 书.jsonl:") == 5 and "web.jsonl" not in text
     code, text = inspect(made, "a.yaml", "--reason", "near")
     assert code == 0 and text.count("kept for it: ") == 5 and "signatures alike" in text
@@ -209,7 +209,7 @@ def test_inspect_goes_deep(made):
 def test_inspect_refuses_what_is_not_there(made):
     for words, said in (
         (["--source", "wab"], "no such source; it has books_zh, web"),
-        (["--reason", "garbeld"], "nothing was left out for it"),
+        (["--reason", "garbeld"], "nothing was dropped for it"),
         (["tokenizer"], "no stage is called"),
         (["clean.holdout=0.2", "output=elsewhere"], "has published nothing yet"),
     ):
