@@ -157,8 +157,9 @@ class Answers:
         if ends[0].how == "written":
             raise Unusable(f"the chat template does not end the answer with {ends[0].token}")
         if ends[0].how == "added":
-            kept = message["content"] if text.endswith(message["content"]) else message["content"].rstrip()
-            text = text if text.endswith(kept) else text.rstrip()
+            content = message["content"]
+            at = text.rfind(content, begin)  # what follows it is white space in front of the next turn
+            text = text[: at + len(content)] if content and at >= 0 else text.rstrip()
         text += ends[0].gap
         return text + ends[0].token, len(text)
 

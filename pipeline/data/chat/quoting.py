@@ -21,8 +21,8 @@ REASONING_TOKENS = {"<think>", "</think>"}
 class Quoting:
     """Stand-ins of a tokenizer's added tokens."""
 
-    def __init__(self, tokenizer):
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    def __init__(self, tokenizer, backend: dict):
+        """`backend`: the tokenizer's tokenizer.json."""
         quotable = quotable_tokens(tokenizer, backend)
         self.spelled = any_of(quotable)
         """Finds the spelling of an added token."""

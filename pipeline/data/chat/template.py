@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pipeline.core.errors import UserError
 from pipeline.data.chat.answers import Answers, Row
 from pipeline.data.chat.quoting import Quoting
-from pipeline.data.chat.rendering import Dialogue, Template, Unusable
+from pipeline.data.chat.rendering import Dialogue, Style, Template, Unusable
 from pipeline.data.tokenizer.encode import alphabet
 
 # Contents of the messages that show what a template writes around them: private-use characters, which no template has.
@@ -72,9 +72,10 @@ class Chat:
                 " by character offsets"
             )
         self._template = Template(tokenizer, date)
-        self._quoting = Quoting(tokenizer)
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        self._quoting = Quoting(tokenizer, backend)
         self._encoder = self._quoting.tokenizer
-        self._decode = decoder_of(tokenizer)
+        self._decode = decoder_of(tokenizer, backend)
         self._normalizer = tokenizer.backend_tokenizer.normalizer
         self._answers: Answers | None = None
         self._cuttable = False
@@ -92,6 +93,11 @@ class Chat:
             if trained:
                 raise UserError(f"{name}: its chat template cannot be trained with: {error}") from None
             self._answers = None
+
+    @property
+    def style(self) -> Style:
+        """The form in which the template reads messages."""
+        return self._template.style
 
     @property
     def date(self):
@@ -272,11 +278,11 @@ class Chat:
             raise Unusable(encoded)
 
 
-def decoder_of(tokenizer) -> Callable[[list[list[int]]], list[str]]:
+def decoder_of(tokenizer, spec: dict) -> Callable[[list[list[int]]], list[str]]:
     """What turns rows of ids into texts, special tokens included. Of a byte-level tokenizer by a table of bytes, which
-    takes a tenth of the time of its own decoder."""
+    takes a tenth of the time of its own decoder. `spec`: its tokenizer.json."""
     backend = tokenizer.backend_tokenizer
-    if (json.loads(backend.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+    if (spec["decoder"] or {}).get("type") != "ByteLevel":
         return lambda rows: backend.decode_batch(rows, skip_special_tokens=False)
     byte_of = alphabet()
     table = {}
