@@ -87,6 +87,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
 
     model = build.load(parent.folder)
+    finetune.adapt(config, parent, model)
     engine, text = finetune.build_engine(model, loss, config, pair_work(config, arrays, reference=True))
     finetune.say_counts(output, counts)
 
@@ -108,7 +109,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Fit and publish
     result = finetune.fit(engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs")
-    finetune.publish_model(engine, parent, output)
+    finetune.publish_model(engine, config, parent, output)
 
     interval = wilson(result["after"]["accuracy"], counts.heldout)
     measures, nothing = headline(result["before"], result["after"], interval, counts.heldout)

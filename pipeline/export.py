@@ -69,7 +69,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     tokenizer = load_tokenizer(source)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
     with quiet():
-        AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True).save_pretrained(output.path)
+        load(source).to(dtype).save_pretrained(output.path)
     add_older_keys(output.path)
     export_tokenizer.write(tokenizer, source, output.path, trained.get_input_embeddings().num_embeddings)
     faults.point("save")

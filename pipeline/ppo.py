@@ -9,6 +9,7 @@ Sources: Schulman et al., 2017 (PPO); Ziegler et al., 2019 and Stiennon et al., 
 2024 (the details). docs/ppo.md has the checklist and its tests.
 """
 
+import copy
 import functools
 import json
 import math
@@ -65,6 +66,11 @@ class Config(FinetuneConfig):
             )
         if self.ppo.rule_coef and self.rule is None:
             raise ValueError("ppo.rule_coef needs `rule`: exact, contains or prefix")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout: {self.lora.dropout:g} would make the ratio of two passes over the same tokens noise;"
+                " remove it"
+            )
         return self
 
     @classmethod
@@ -116,7 +122,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Fit and publish
     result = loop.run(iterations, config, output, loop.Hooks(evaluate=measure))
-    finetune.publish_model(models.policy, policy, output)
+    finetune.publish_model(models.policy, config, policy, output)
     if output.is_main:
         write_samples(output, result["shown"])
 
@@ -145,13 +151,14 @@ def build_models(config: Config, policy, reward, prompts: int):
     from pipeline.train import engine, finetune
     from pipeline.train.run_summary import Work, schedule_text
 
-    policy_model, reference = build.load(policy.folder), build.load(policy.folder)
-    value_model = ValueModel(build.load(reward.folder, head="judge"))
-    reward_model = build.load(reward.folder, head="judge")
-    for model in (policy_model, reference, value_model, reward_model):
-        disable_dropout(model)
-    for model in (reference, reward_model):
-        model.requires_grad_(False).eval()
+    policy_model, classifier = build.load(policy.folder), build.load(reward.folder, head="judge")
+    disable_dropout(policy_model)
+    disable_dropout(classifier)
+    reference, reward_model = frozen_models(config, policy_model, classifier)
+    value_size = cost.count(classifier).total
+    finetune.adapt(config, policy, policy_model)
+    finetune.adapt(config, reward, classifier, complete=("score",))
+    value_model = ValueModel(classifier)
 
     data = (
         f"{many(config.steps, 'iteration', ',')} x {many(config.batch_size, 'prompt')}, answered with at most"
@@ -159,7 +166,6 @@ def build_models(config: Config, policy, reward, prompts: int):
         f" {many(prompts, 'prompt', ',')}; {many(config.ppo.epochs, 'pass/passes')} over each iteration's answers, in"
         f" {many(config.ppo.minibatches, 'update')} each"
     )
-    value_size = cost.count(reward_model).total
     notes = (
         f"value      {value_size:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
         "time       depends on how long the answers become; the progress line shows how much is left",
@@ -169,15 +175,31 @@ def build_models(config: Config, policy, reward, prompts: int):
     policy_engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
     value_config = config.model_copy(update={"optimizer": config.value_optimizer})
     value_engine = engine.build(value_model, functools.partial(value_loss_fn, config), value_config, name="value")
+    if reference is not None:
+        reference.to(policy_engine.device)
     return Models(
         policy=policy_engine,
         value=value_engine,
-        reference=reference.to(policy_engine.device),
+        reference=reference,
         reward=reward_model.to(policy_engine.device),
         chat=policy.chat,
         reward_chat=None if policy.chat.reads_like(reward.chat) else reward.chat,
         config=config,
     )
+
+
+def frozen_models(config: Config, policy_model, classifier):
+    """(reference, reward model), which are never trained: copies of the two models that will be. With `lora` no copies
+    are needed: the reference is None, for the policy without its adapter, and the reward model shares the value model's
+    backbone."""
+    from pipeline.rl.responses import SharedReward
+
+    if config.lora is not None:
+        return None, SharedReward(classifier)
+    reference, reward_model = copy.deepcopy(policy_model), copy.deepcopy(classifier)
+    for model in (reference, reward_model):
+        model.requires_grad_(False).eval()
+    return reference, reward_model
 
 
 def write_samples(output: Output, shown: dict[str, list[dict]]) -> None:

@@ -70,6 +70,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     initial_score(model, config.seed)
     pad_id = padding(parent.tokenizer, parent.chat.end_id, model.get_input_embeddings().num_embeddings)
     model.config.pad_token_id = pad_id  # transformers finds a row's last token by it
+    finetune.adapt(config, parent, model, complete=("score",))
     collate = functools.partial(pair_batch, arrays, pad_id)
 
     def loss(logits, batch: dict):
@@ -83,7 +84,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     mean, deviation = moments(engine, counts.train, collate, config)
     model_config = engine.model.config
     model_config.alma_reward_gain, model_config.alma_reward_bias = 1 / deviation, -mean / deviation
-    folder = finetune.publish_model(engine, parent, output)
+    folder = finetune.publish_model(engine, config, parent, output)
     if output.is_main:
         pad_with(folder, parent.tokenizer, pad_id)
 

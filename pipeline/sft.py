@@ -75,6 +75,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     model = build.load(parent.folder)
     if config.packing:
         check_packing(model, parent.chat.end_id)
+    finetune.adapt(config, parent, model)
     epochs = config.steps * config.batch_size / rows.per_epoch
     kind = "packed rows" if config.packing else "conversations"
     work = Work(
@@ -95,7 +96,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     # Fit and publish
     measure = functools.partial(answers, engine, parent.chat, heldout_ids, extra, config)
     result = finetune.fit(engine, config, output, text, rows, heldout_rows, collate, measure=measure)
-    finetune.publish_model(engine, parent, output)
+    finetune.publish_model(engine, config, parent, output)
 
     measures, nothing = headline(result["before"], result["after"], counts.heldout)
     metrics = finetune.summarise(

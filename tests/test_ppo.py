@@ -299,6 +299,48 @@ def test_a_spike_rolls_back_and_the_next_one_stops(world):
     assert "back to step" in text and "rows" in text and "The newest checkpoint is from before it" in text
 
 
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+ADAPTED = ("ppo.lora={rank: 4}", "ppo.optimizer.lr=3e-2", "ppo.value_optimizer.lr=3e-2")
+
+
+@pytest.fixture(scope="module")
+def adapted(world):
+    return ppo(world, *ADAPTED, output="adapted")
+
+
+def test_adapters_are_trained_and_resumed(world, adapted):
+    """40: the merged policy is a complete model; a run that is killed twice ends with its bytes."""
+    found, metrics, said = adapted
+    assert abs(metrics["kl_before"]) < 1e-5 < abs(metrics["kl_after"]) and "adapter merged" in said
+    start, end = weights(world / "policy"), weights(found)
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert start.keys() == end.keys() and changed == {name for name in start if "_proj" in name}
+    for fault in ("save:1", "work:1"):
+        code, text = stage("ppo", "recipe.yaml", "output=adapted-killed", *ADAPTED, cwd=world, fault=fault)
+        assert code == -9, text
+    assert files_of(ppo(world, *ADAPTED, output="adapted-killed")[0]) == files_of(found)
+
+
+@pytest.mark.parametrize("zero", [pytest.param("null", marks=pytest.mark.slow), 3])
+def test_adapters_on_two_processes(world, adapted, zero):
+    found, _ = ranks(world, *ADAPTED, f"ppo.parallel.zero={zero}", output=f"adapted-{zero}")
+    lines, wanted = logged(found), logged(adapted[0])
+    for key in ("reward", "kl", "grad_norm", "value_grad_norm", "policy_loss", "value_loss"):
+        np.testing.assert_allclose(
+            [line[key] for line in lines if key in line],
+            [line[key] for line in wanted if key in line],
+            rtol=1e-3,
+            atol=1e-5,
+            err_msg=key,
+        )
+
+
+def test_dropout_of_adapters_is_refused(world):
+    code, text = stage("ppo", "recipe.yaml", "ppo.lora={dropout: 0.1}", "output=refused", cwd=world)
+    assert code == 2 and "lora.dropout: 0.1 would make the ratio" in text, text
+
+
 # ---- learning ---------------------------------------------------------------------------------------------------------
 
 

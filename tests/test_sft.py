@@ -4,14 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import tuned
-from harness import stage
+from harness import launch, stage
 
 
 def test_what_is_learned_and_measured():
@@ -103,21 +101,7 @@ def test_two_ranks_with_zero_like_one_process(tmp_path):
     tuned.copy_until("sft", tmp_path)
     shutil.copytree((tuned.plain() / "runs/tiny/sft/current").resolve(), tmp_path / "learned")
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        "two.py",
-    ]
-    answer = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    answer = launch(2, "two.py", cwd=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for name in ("sft", "reward", "dpo"):
         one, two = (

@@ -42,6 +42,10 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from pipeline.models import lora
+
+    if lora.is_adapter(folder):
+        return _load_adapted(Path(folder), head, seed, config)
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: contains no model (no config.json); expected a folder in the Hugging Face layout")
     folder_config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -72,6 +76,28 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
             " publish the model again, or name another folder"
         )
     _prepare(model)
+    return model
+
+
+def _load_adapted(folder: Path, head: str, seed: int, config):
+    """The model of a folder that contains an adapter, merged into its base."""
+    from transformers import AutoConfig
+
+    from pipeline.models import lora
+
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: is an adapter without config.json; copy config.json, generation_config.json and the tokenizer's"
+            " files of its base model into it, or merge it with peft"
+        )
+    if config is None:
+        labels = {} if head == "causal" else {"num_labels": 1}
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **labels)
+    has_score = lora.trains_completely(folder, "score")
+    base_head = "reward" if head == "judge" and has_score else head
+    model = load(lora.base_of(folder), base_head, seed, config)
+    lora.load(model, folder)
+    lora.merge(model)
     return model
 
 

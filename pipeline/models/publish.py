@@ -30,8 +30,6 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     import torch
     import transformers
 
-    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
-
     model_class = getattr(transformers, model_config.architectures[0])
     with torch.device("meta"):
         skeleton = model_class._from_config(model_config)
@@ -49,8 +47,30 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     with quiet():
         skeleton.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     add_older_keys(folder)
+    _write_beside_weights(folder, tokenizer_folder, Path(parent or tokenizer_folder), can_generate)
+
+
+def publish_adapter(model, parent: Path, folder: Path) -> None:
+    """Write the adapter of a model (models/lora.py) in peft's format, with configuration, generation settings and
+    tokenizer files, so that the folder can be used wherever a model folder is expected. `parent` is the folder of the
+    complete model, which must stay."""
+    from pipeline.models import lora
+
+    if folder.exists():  # of a run that was killed while writing
+        shutil.rmtree(folder)
+    lora.save(model, folder, parent.resolve())
+    with quiet():
+        model.config.save_pretrained(folder)
+    add_older_keys(folder)
+    _write_beside_weights(folder, parent, parent, model.can_generate())
+
+
+def _write_beside_weights(folder: Path, tokenizer_folder: Path, parent: Path, can_generate: bool) -> None:
+    """Generation settings and tokenizer files."""
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+
     if can_generate:
-        settings = generation_settings(Path(parent or tokenizer_folder), load_tokenizer(tokenizer_folder))
+        settings = generation_settings(parent, load_tokenizer(tokenizer_folder))
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / GENERATION).write_text(text, encoding="utf-8")
     for name in TOKENIZER_FILES:

@@ -5,10 +5,11 @@ Every process does its share. Afterwards all have the whole batch, so that white
 minibatches use the same samples whatever the number of processes. Only token ids and a few numbers per token travel.
 """
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ import torch
 from pipeline.core.intervals import mean_half
 from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
+from pipeline.models import lora
 from pipeline.rl import rules
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, ValueModel, at_responses, layout, policy_inputs, rows, token_statistics
@@ -34,13 +36,33 @@ class Models:
 
     policy: Engine
     value: Engine
-    reference: torch.nn.Module
+    reference: torch.nn.Module | None
+    """None: the policy without its adapter."""
     reward: torch.nn.Module
+    """A model of its own, or the backbone of the value model without its adapter (SharedReward)."""
     chat: Chat
     reward_chat: Chat | None
     """Set if the reward model has a tokenizer of its own: then it reads text, not the policy's ids."""
     config: object
     """The stage's Config."""
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[torch.nn.Module]:
+        """The reference. Collective."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with self.policy.gathered(), lora.disabled(self.policy.model):
+            yield self.policy.model
+
+    @contextlib.contextmanager
+    def as_reward(self) -> Iterator[torch.nn.Module]:
+        """The reward model. Collective."""
+        if self.reference is not None:
+            yield self.reward
+            return
+        with self.value.gathered():
+            yield self.reward
 
     @property
     def pad_id(self) -> int:
@@ -112,7 +134,8 @@ def collect(
             for sample, (logprobs, entropies) in zip(samples, measured, strict=True):
                 sample.logprobs, sample.entropies = logprobs, entropies
     if measure != "score":
-        measured = _logprobs(models, models.reference, samples)
+        with models.as_reference() as reference:
+            measured = _logprobs(models, reference, samples)
         for sample, (logprobs, _) in zip(samples, measured, strict=True):
             sample.ref_logprobs = logprobs
     if measure == "all":
@@ -131,12 +154,12 @@ def collect(
 
 def score(models: Models, samples: list[Sample], tasks: list[Task]) -> list[float]:
     """The reward model's score at the last token of each response, as published (calibrated by the reward stage on
-    its own answers)."""
-    if not samples:
-        return []
+    its own answers). Collective."""
     conversations = [_read_by_reward(models, sample, task) for sample, task in zip(samples, tasks, strict=True)]
-    with _autocast(models):
-        return reward_scores(models.reward, conversations, models.config.rollout.batch).tolist()
+    with models.as_reward() as reward, _autocast(models):
+        if not conversations:
+            return []
+        return reward_scores(reward, conversations, models.config.rollout.batch).tolist()
 
 
 def _read_by_reward(models: Models, sample: Sample, task: Task) -> list[int]:

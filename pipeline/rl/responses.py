@@ -1,11 +1,13 @@
 """Prompts with their sampled responses, as tensors: layout of a batch, log-probabilities and values at response
 tokens."""
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 
 import torch
 
+from pipeline.models import lora
 from pipeline.rl.rollout import left_pad
 from pipeline.train.scores import calibrated
 
@@ -104,6 +106,27 @@ def disable_dropout(model: torch.nn.Module) -> None:
         for name in DROPOUT_RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+class SharedReward(torch.nn.Module):
+    """The reward model inside a value model that is trained through adapters: the same backbone with its adapters off,
+    and a copy of the score layer as it was."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.score = copy.deepcopy(classifier.score).requires_grad_(False)
+        self.config = classifier.config
+        self._classifier = [classifier]  # in a list, so that its parameters are not this module's
+
+    def base_model(self, **inputs):
+        classifier = self._classifier[0]
+        training = classifier.training
+        classifier.eval()
+        try:
+            with lora.disabled(classifier):
+                return classifier.base_model(**inputs)
+        finally:
+            classifier.train(training)
 
 
 class ValueModel(torch.nn.Module):

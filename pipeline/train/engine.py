@@ -241,6 +241,10 @@ class Engine:
         Collective."""
         raise AssertionError("an engine implements this")
 
+    def trained_weights(self) -> dict[str, torch.Tensor] | None:
+        """Like `consolidated`, but only the parameters that have gradients. Collective."""
+        raise AssertionError("an engine implements this")
+
     def _admitted(self, loss_sum: float, norm: float) -> bool:
         """Whether a finite update may be made. Collective if there is somebody to ask: one process must not leave
         out what another applies."""

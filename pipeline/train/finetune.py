@@ -2,18 +2,22 @@
 
     parent = load_parent(config, inputs["model"], output.stage)       # folder, tokenizer and chat template
     arrays, extra = encode_once(output, config, encode)               # finetune_data.py: records become token rows
+    adapt(config, parent, model)                                      # with `lora`
     engine, text = build_engine(model, loss, config, work)            # says what will be computed
     result = fit(engine, config, output, text, rows, heldout, collate)
-    publish_model(engine, parent, output)
+    publish_model(engine, config, parent, output)
     return summarise(config, output, result, ...)
 
 A stage adds its loss, how its records become rows and batches, and what it says of the result.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
@@ -22,8 +26,8 @@ from pipeline.core.output import Output
 from pipeline.core.terminal import many, say
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
-from pipeline.models import cost, families
-from pipeline.models.publish import publish
+from pipeline.models import build, cost, families, lora
+from pipeline.models.publish import publish, publish_adapter
 from pipeline.train import distributed, loop
 from pipeline.train import engine as engines
 from pipeline.train.engine import Engine, Loss
@@ -113,6 +117,18 @@ def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
 # ---- build -----------------------------------------------------------------------------------------------------------
 
 
+def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ...] = ()) -> None:
+    """With `lora`, freeze the model and give it adapters; `complete` names modules that are trained as they are."""
+    if config.lora is None:
+        return
+    if config.lora.publish == "adapter" and lora.is_adapter(parent.folder):
+        raise UserError(
+            f"stage {config.kind}: lora.publish: adapter needs a complete model to start from, and {parent.folder} is"
+            " an adapter itself; use publish: merged here, or in the stage that made it"
+        )
+    lora.attach(model, config.lora, config.seed, complete)
+
+
 def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model") -> tuple[Engine, Text]:
     """Print what the stage will compute and how long that may take, then build the engine of the model. Returns the
     engine and the expected time for the meters. Collective."""
@@ -121,6 +137,12 @@ def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: st
     peak = total_peak(config)
     for line in tuning_lines(config, model.config, size, flops, peak, work):
         say(line)
+    lr = config.optimizer.lr
+    if config.lora is not None and "lr" not in config.optimizer.model_fields_set:
+        say(
+            f"{config.kind}: WARNING: optimizer.lr: {lr:g} is the default for training all weights; adapters usually"
+            f" take about ten times as much, {10 * lr:g}"
+        )
     engine = engines.build(model, loss, config, name=name)
     return engine, Text(expected=work.seconds(flops, peak))
 
@@ -172,13 +194,34 @@ def fit(
 # ---- publish and summarise -------------------------------------------------------------------------------------------
 
 
-def publish_model(engine: Engine, parent: Parent, output: Output) -> Path:
+def publish_model(engine: Engine, config: FinetuneConfig, parent: Parent, output: Output) -> Path:
     """Write the trained model to model/, with the parent's tokenizer files. Returns that folder. Collective."""
     folder = output.path / "model"
+    if config.lora is not None:
+        weights = engine.trained_weights()
+        if output.is_main:
+            _publish_adapted(engine.model, weights, config, parent, folder)
+        return folder
     weights = engine.consolidated()
     if output.is_main:
         publish(weights, engine.model.config, parent.folder, folder)
     return folder
+
+
+def _publish_adapted(
+    trained, weights: dict[str, torch.Tensor], config: FinetuneConfig, parent: Parent, folder: Path
+) -> None:
+    """Publish an adapter, or the parent's model with the adapter merged into its fp32 weights."""
+    head = "reward" if trained.adapter.complete else "causal"
+    model = build.load(parent.folder, head=head, config=copy.deepcopy(trained.config))
+    lora.attach(model, config.lora, config.seed, trained.adapter.complete)
+    lora.fill(model, weights)
+    if config.lora.publish == "adapter":
+        publish_adapter(model, parent.folder, folder)
+        return
+    difference = lora.merge_and_compare(model, config.sequence_length)
+    say(f"{config.kind}: adapter merged; logits differ by at most {difference:.1e} of the largest one")
+    publish(model.state_dict(), model.config, parent.folder, folder)
 
 
 def say_counts(output: Output, counts: Counts, detail: str = "") -> None:

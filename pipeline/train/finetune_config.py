@@ -9,6 +9,7 @@ from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, Source
 from pipeline.core.errors import Problems
 from pipeline.data.chat.chat_sources import TuningSource
 from pipeline.data.dedup.decontaminate import SETS, Decontaminate
+from pipeline.models.lora_config import Lora
 from pipeline.train.config import Date, Optimizer, Schedule, TrainConfig
 
 
@@ -52,6 +53,8 @@ class FinetuneConfig(TrainConfig):
     """AdamW."""
     schedule: FinetuneSchedule = FinetuneSchedule()
     """Learning rate over steps."""
+    lora: Lora | None = None
+    """Train low-rank adapters in place of the whole model; none: all weights."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
     """Largest share of a source's records that may be unusable. Duplicates, rows like a held-out one and rows that are
     too long do not count. The stage ends if there are more, because then the source is not what the recipe says."""

@@ -97,3 +97,12 @@ class Replicated(Engine):
             key: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).clone()
             for key, value in self.model.state_dict().items()
         }
+
+    def trained_weights(self):
+        if not distributed.is_main():
+            return None
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in self.named.items()
+            if name not in self.fixed
+        }

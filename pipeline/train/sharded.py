@@ -217,6 +217,18 @@ class Sharded(Engine):
                     state[key] = value.detach().cpu().clone()
         return state if distributed.is_main() else None
 
+    def trained_weights(self):
+        import deepspeed
+
+        weights = {}
+        for name, parameter in self.named.items():
+            if name in self.fixed:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter] if self.stage == 3 else []):
+                if distributed.is_main():
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights if distributed.is_main() else None
+
     def _held(self):
         common = shards.buffers(self.model)
         if self.stage == 0:

@@ -56,8 +56,10 @@ BESIDE = {
         ["clean.dedup.near.shingle=3"],
     ],
     "pretrain": [["pretrain.optimizer.kind=muon", "pretrain.schedule={kind: wsd, decay_steps: 1}"]],
-    "sft": [["sft.sequence_length=16", "sft.too_long=truncate", "sft.spikes.policy=skip"]],
-    "ppo": [["ppo.ppo.kl_target=1.0", "ppo.rule=exact", "ppo.sources.nouns.answer='{kind}'"]],
+    "sft": [["sft.sequence_length=16", "sft.too_long=truncate", "sft.spikes.policy=skip"], ["sft.lora={rank: 2}"]],
+    "reward": [["reward.lora={rank: 2}"]],
+    "dpo": [["dpo.lora={rank: 2}"]],
+    "ppo": [["ppo.ppo.kl_target=1.0", "ppo.rule=exact", "ppo.sources.nouns.answer='{kind}'"], ["ppo.lora={rank: 2}"]],
     "assess": [
         ["assess.sources.nouns.answer='{kind}'"],
         ["assess.inputs={tokens: pack, sft: sft, dpo: dpo, reward: reward}", "assess.compare=[[sft, dpo]]"],

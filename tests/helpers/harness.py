@@ -9,6 +9,7 @@ from a server process and returns (exit code, stdout + stderr). The child can be
 import contextlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -74,6 +75,14 @@ def succeed(kind: str, *words, **options) -> str:
     code, text = stage(kind, *words, **options)
     assert code == 0, f"pipeline/{kind}.py {' '.join(str(w) for w in words)} ended with {code}:\n{text}"
     return text
+
+
+def launch(processes: int, *words: str, cwd: Path) -> subprocess.CompletedProcess:
+    """A script in so many processes, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -8,12 +8,17 @@ import torch
 
 
 @pytest.fixture
-def inside(tmp_path, monkeypatch):
-    """Models, prompts and state as the stage has them before its first iteration."""
+def world(tmp_path, monkeypatch):
     ppo_world.write_world(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return ppo_world.inside(tmp_path, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def inside(world):
+    """Models, prompts and state as the stage has them before its first iteration."""
+    return ppo_world.inside(world, world)
 
 
 def test_the_reference_and_the_reward_model_stay(inside):
@@ -83,3 +88,30 @@ def test_an_update_that_is_no_number_is_skipped_and_counted(inside, monkeypatch)
     stats = iterate(models, pool, state)
     assert state["skipped_updates"] == stats["skipped_updates"] == stats["policy_updates"] == 4
     assert all(torch.equal(value, start[key]) for key, value in models.policy.model.state_dict().items())
+
+
+def test_without_their_adapters_the_trained_models_are_reference_and_reward_model(world):
+    """41: bitwise those of the parents' folders, after two iterations, and no copy of a model is kept."""
+    from pipeline.models import build, lora
+    from pipeline.rl.iteration import iterate
+    from pipeline.train.scores import reward_scores
+
+    models, pool, _, state = ppo_world.inside(world, world, ["ppo.steps=4", "ppo.lora={rank: 4}"])
+    assert models.reference is None and sum(p.numel() for p in models.reward.parameters()) == 32
+    ids = torch.randint(6, 30, (2, 12), generator=torch.Generator().manual_seed(0))
+    for state["step"] in range(2):
+        stats = iterate(models, pool, state)
+    assert stats["kl"] > 0
+    policy, reward = build.load(world / "policy/model").eval(), build.load(world / "reward/model", head="judge").eval()
+    with torch.no_grad():
+        with models.as_reference() as reference:
+            assert torch.equal(reference.eval()(ids).logits, policy(ids).logits)
+        assert not torch.equal(models.policy.model.eval()(ids).logits, policy(ids).logits)
+    with models.as_reward() as shared:
+        assert torch.equal(reward_scores(shared, ids.tolist()), reward_scores(reward, ids.tolist()))
+    value = models.value.model.classifier
+    assert not torch.equal(value.score.weight, reward.score.weight)
+    for trained, parent in ((models.policy.model, policy), (value, reward)):
+        frozen = {name for name, p in trained.named_parameters() if not p.requires_grad}
+        assert all(torch.equal(trained.get_parameter(name), parent.get_parameter(name)) for name in frozen)
+        assert len(lora.adapted_layers(trained)) == 7 * trained.config.num_hidden_layers

@@ -1,15 +1,21 @@
-"""What sft, reward, dpo and ppo share: the length of a run in epochs."""
+"""What sft, reward, dpo and ppo share: the length of a run in epochs, and adapters."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
+import torch
 import tuned
-from harness import files_of, stage, succeed
+from harness import files_of, launch, stage, succeed
+from safetensors import safe_open
 
 from pipeline.core.config import identity
 from pipeline.core.errors import UserError
 from pipeline.dpo import Config
+from pipeline.models import build
 from pipeline.train.finetune_config import FinetuneSchedule
+from pipeline.train.scores import reward_scores
 
 KEYS = {"sources": {"s": {"path": "x"}}, "batch_size": 10, "sequence_length": 64}
 
@@ -75,3 +81,165 @@ def test_a_length_that_other_keys_do_not_fit_is_refused(tmp_path):
 def test_user_errors_name_the_stage():
     with pytest.raises(UserError, match="stage dpo: batch_size 10 is not divisible by 3 data-parallel ranks"):
         Config(**KEYS, kind="dpo", epochs=1).check(3)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+LORA = "lora: {rank: 8}, "
+LORA_RECIPE = (
+    tuned.RECIPE.replace("steps: 40, optimizer: {lr: 5e-3}", LORA + "steps: 24, optimizer: {lr: 1e-2}")
+    .replace("steps: 30, optimizer: {lr: 3e-3}", LORA + "steps: 8, optimizer: {lr: 1e-2}")
+    .replace("steps: 20, optimizer: {lr: 1e-3}", LORA + "steps: 8, optimizer: {lr: 1e-2}")
+    .replace("name: tiny", "name: lora")
+)
+
+
+def current(folder, kind):
+    return (folder / "runs/lora" / kind / "current").resolve()
+
+
+def numbers(folder, kind):
+    return json.loads((current(folder, kind) / "manifest.json").read_text())["metrics"]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """All three stages with adapters, uninterrupted."""
+    folder = tuned.world(tmp_path_factory.mktemp("adapted"))
+    (folder / "lora.yaml").write_text(LORA_RECIPE)
+    assert LORA_RECIPE.count("rank: 8") == 3
+    texts = {kind: succeed(kind, "lora.yaml", cwd=folder) for kind in ("sft", "reward", "dpo")}
+    return folder, texts
+
+
+def parent_of(folder, kind):
+    return folder / "base/model" if kind == "sft" else current(folder, "sft") / "model"
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_adapters_learn_and_are_merged(adapted, kind):
+    """The base stays as it was, checkpoints hold the adapter only, and the published model has the parent's names."""
+    from safetensors.torch import load_file
+
+    folder, texts = adapted
+    metrics = numbers(folder, kind)
+    assert metrics["heldout_loss_after"] < metrics["heldout_loss_before"]
+    assert "adapter merged; logits differ by at most" in texts[kind]
+    parent = load_file(parent_of(folder, kind) / "model.safetensors")
+    published = load_file(current(folder, kind) / "model/model.safetensors")
+    score = {"score.weight"} if kind == "reward" else set()
+    names = parent.keys() - ({"lm_head.weight"} if kind == "reward" else set())
+    assert published.keys() == names | score
+    changed = {name for name in names if not torch.equal(parent[name], published[name])}
+    assert changed == {name for name in names if "_proj" in name}
+    saved = set()
+    for path in (current(folder, kind) / "checkpoints").glob("step-*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved |= {key.partition("/")[2].partition("@")[0] for key in file.keys()}  # noqa: SIM118
+    assert {name for name in saved if "lora_" not in name} == score and len(saved) > 20
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_adapters_killed_and_resumed(adapted, kind, tmp_path):
+    """Twice, with the bytes of the run that was not killed."""
+    folder, _ = adapted
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs/lora" / kind)
+    for fault in ("save:2", "work:3"):
+        code, text = stage(kind, "lora.yaml", cwd=tmp_path, fault=fault)
+        assert code == -9, text
+    succeed(kind, "lora.yaml", cwd=tmp_path)
+    assert files_of(current(tmp_path, kind)) == files_of(current(folder, kind))
+
+
+TWO_RANKS = """
+import sys
+from pipeline.core.recipe import load
+from pipeline.core.stage import run_stage
+from pipeline.train import distributed
+zero = sys.argv[1]
+words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in
+         (f"parallel.zero={zero}", "micro_batch=2", "run.processes=2", "steps=4")]
+recipe = load("lora.yaml", [*words, "reward.inputs.model=./learned", "dpo.inputs.model=./learned"])
+for name in ("sft", "reward", "dpo"):
+    run_stage(recipe, name)
+    distributed.barrier()
+distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    "zero", ["null", pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_adapters_on_two_ranks_like_one_process(adapted, zero, tmp_path):
+    """Losses of the first steps and the evaluation before them within 1e-5, for every engine."""
+    folder, _ = adapted
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    shutil.copytree(current(folder, "sft"), tmp_path / "learned")
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    answer = launch(2, "two.py", str(zero), cwd=tmp_path)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    for kind in ("sft", "reward", "dpo"):
+        one, two = (logged_losses(where, kind) for where in (folder, tmp_path))
+        assert len(two) == 4
+        np.testing.assert_allclose(two, one[:4], atol=1e-5, err_msg=kind)
+        before = [numbers(where, kind)["heldout_loss_before"] for where in (folder, tmp_path)]
+        assert before[0] == pytest.approx(before[1], abs=1e-5)
+
+
+def logged_losses(folder, kind):
+    lines = (current(folder, kind) / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_an_adapter_is_published_for_peft_and_for_the_next_stage(adapted, tmp_path):
+    """peft's model of the parent and the published adapter has the logits of the merged model; dpo, with and without an
+    adapter of its own, starts from it; export writes a complete model."""
+    from transformers import AutoModelForCausalLM
+
+    peft = pytest.importorskip("peft")
+    folder, _ = adapted
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    with (tmp_path / "lora.yaml").open("a") as file:
+        file.write("  export: {inputs: {model: sft}}\n")
+    words = ["sft.lora.publish=adapter", "dpo.steps=2"]
+    succeed("sft", "lora.yaml", *words, cwd=tmp_path)
+    published = current(tmp_path, "sft") / "model"
+    assert {path.name for path in published.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base/model")
+    theirs = peft.PeftModel.from_pretrained(base, published).eval()
+    merged = AutoModelForCausalLM.from_pretrained(current(folder, "sft") / "model").eval()
+    ids = torch.randint(5, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = merged(ids).logits
+    torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(build.load(published).eval()(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+    before = numbers(folder, "dpo")["heldout_logp_chosen_before"]
+    for more in (["dpo.lora=~"], []):
+        succeed("dpo", "lora.yaml", *words, *more, cwd=tmp_path)
+        assert numbers(tmp_path, "dpo")["heldout_logp_chosen_before"] == pytest.approx(before, abs=1e-4)
+    code, text = stage("dpo", "lora.yaml", *words, "dpo.lora.publish=adapter", cwd=tmp_path)
+    assert code == 2 and "is an adapter itself; use publish: merged here" in text and "Traceback" not in text, text
+    succeed("export", "lora.yaml", *words, cwd=tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(current(tmp_path, "export"), dtype=torch.float32)
+    torch.testing.assert_close(exported(ids).logits, expected, atol=0.05, rtol=0.05)  # bf16
+
+
+def test_an_adapter_of_a_reward_model(adapted, tmp_path):
+    """Its score layer is in the adapter, its calibration in config.json."""
+    folder, _ = adapted
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    succeed("reward", "lora.yaml", "reward.lora.publish=adapter", cwd=tmp_path)
+    models = [build.load(current(where, "reward") / "model", head="judge") for where in (folder, tmp_path)]
+    rows = [[7, 8, 9], [20, 30, 40, 50]]
+    merged, adapter = (reward_scores(model, rows) for model in models)
+    torch.testing.assert_close(adapter, merged, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(merged[0], merged[1])
+
+
+def test_the_usual_learning_rate_is_named(adapted, tmp_path):
+    folder, _ = adapted
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    text = succeed("dpo", "lora.yaml", "dpo.optimizer={}", "dpo.steps=1", cwd=tmp_path)
+    assert "WARNING: optimizer.lr: 1e-06 is the default for training all weights" in text
