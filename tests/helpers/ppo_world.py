@@ -36,7 +36,7 @@ def samples_of(lengths):
     ]
 
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz \n?"
+LETTERS = "abcdefghijklmnopqrstuvwxyz \n?12"  # the digits are in the question that each chat template is tried with
 SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{"

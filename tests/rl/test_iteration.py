@@ -101,7 +101,7 @@ def test_without_their_adapters_the_trained_models_are_reference_and_reward_mode
     ids = torch.randint(6, 30, (2, 12), generator=torch.Generator().manual_seed(0))
     for state["step"] in range(2):
         stats = iterate(models, pool, state)
-    assert stats["kl"] > 0
+    assert abs(stats["kl"]) > 1e-3  # estimated from samples, so of either sign
     policy, reward = build.load(world / "policy/model").eval(), build.load(world / "reward/model", head="judge").eval()
     with torch.no_grad():
         with models.as_reference() as reference:
