@@ -313,7 +313,9 @@ def test_masks_equal_those_of_trls_training_templates(name):
     chat = Chat(tokenizer)
     compared = 0
     for case in ("single", "system", "multi", "reasoning", "tool"):
-        dialogue = CASES[case]
+        # transformers leaves tokens out that are a part of a character
+        messages = [{**one, "content": one["content"].replace("第二。", "Second.")} for one in CASES[case].messages]
+        dialogue = replace(CASES[case], messages=messages)
         rows = chat.rows([dialogue])[0]
         if isinstance(rows, str) or name.startswith(OPEN_THOUGHT):
             continue
