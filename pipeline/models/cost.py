@@ -69,15 +69,19 @@ class Flops:
     """Training FLOPs per token, forward and backward, without what activation checkpointing computes again."""
 
     full: float
-    """6 per parameter that multiplies, and 12 * layers * heads * head size * length for attention, not halved: PaLM
-    (2022, appendix B), torchtitan."""
+    """6 per parameter that multiplies (4 if it is frozen), and 12 * layers * heads * head size * length for attention,
+    not halved: PaLM (2022, appendix B), torchtitan."""
     causal: float
     """With half of the attention term: what a causal kernel has to compute."""
 
 
 def training_flops(model, size: Size, sequence_length: int) -> Flops:
     attention = 6.0 * attention_width(model.config) * sequence_length
-    dense = 6.0 * (size.active - size.lookup)
+    multiplied = size.active - size.lookup
+    # A frozen weight is multiplied twice, not three times: it has no gradient of its own. What is trained beside frozen
+    # weights (adapters, a score layer) is taken to be multiplied.
+    frozen = max(0, multiplied - (size.total - size.frozen))
+    dense = 6.0 * multiplied - 2.0 * frozen
     return Flops(dense + attention, dense + attention / 2)
 
 

@@ -88,7 +88,10 @@ def tuning_lines(config, model_config, size: Size, flops: Flops, peak: float | N
 def model_line(model_config, size: Size) -> str:
     picked, experts = cost.routed(model_config)
     active = f"; {size.active:,} active for a token ({picked} of {experts} experts)" if experts > 1 else ""
-    return f"model      {size.total:,} parameters: {size.body:,} in layers, {size.embedding:,} in embeddings{active}"
+    trained = size.total - size.frozen
+    adapted = f"; {trained:,} trained ({trained / size.total:.2%})" if size.frozen else ""
+    parts = f"{size.body:,} in layers, {size.embedding:,} in embeddings{active}{adapted}"
+    return f"model      {size.total:,} parameters: {parts}"
 
 
 def schedule_text(optimizer, schedule) -> str:

@@ -76,6 +76,23 @@ def test_flops_are_what_torch_counts(name):
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
+def test_flops_of_adapters_are_what_torch_counts():
+    """To 5%: the first layer's inputs need no gradient, which the estimate does not know."""
+    from pipeline.models import lora
+    from pipeline.models.lora_config import Lora
+
+    model = built(*MODELS["llama"], attention="eager")
+    full = cost.training_flops(model, cost.count(model), 256).full
+    lora.attach(model, Lora(rank=8), seed=0)
+    size = cost.count(model)
+    assert size.total - size.frozen == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ids = torch.randint(0, 512, (2, 256), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.float().sum().backward()
+    expected = cost.training_flops(model, size, 256).full
+    assert counter.get_total_flops() == pytest.approx(expected * ids.numel(), rel=0.05) and expected < 0.9 * full
+
+
 @pytest.mark.parametrize(
     "family, keys",
     [("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 96})],
