@@ -59,16 +59,16 @@ def run_command(
         bool,
         typer.Option(
             "--restart",
-            help="Set unfinished runs aside and begin anew; with stage names, run these again even if up to date.",
+            help="Set unfinished runs aside and start again; with stage names, run these even if they are up to date.",
         ),
     ] = False,
     fork: Annotated[
-        bool, typer.Option("--fork", help="Go on from the last checkpoint of a run that another recipe made.")
+        bool, typer.Option("--fork", help="Resume from the last checkpoint of a run that another recipe made.")
     ] = False,
 ) -> None:
-    """Run the chain: what is up to date is skipped, what was interrupted goes on."""
+    """Run the chain: stages that are up to date are skipped, interrupted ones resume."""
     if restart and fork:
-        raise UserError("--restart begins anew and --fork goes on from a checkpoint: give one of the two")
+        raise UserError("--restart starts again and --fork resumes from a checkpoint: give one of the two")
     stages, overrides = split(words)
     graph = chain.run(load(recipe, overrides), stages, restart=restart, fork=fork)
     show_chain(graph)
@@ -76,7 +76,7 @@ def run_command(
 
 @app.command("status")
 def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = False) -> None:
-    """A line a stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where."""
+    """One line per stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where."""
     stages, overrides = split(words)
     graph = examine(load(recipe, overrides))
     known(stages, graph, recipe)
@@ -112,8 +112,8 @@ def recipe_check(
         bool, typer.Option("--sources", help="Read the first records of every local source, too, and chat templates.")
     ] = False,
 ) -> None:
-    """Read a recipe and check every key, every input, and that the layout can be had; nothing is run. All mistakes of
-    all stages are reported."""
+    """Read a recipe and check every key, every input and every parallel layout; nothing is run. All mistakes of all
+    stages are reported."""
     stages, overrides = split(words)
     _, graph = checked(recipe, overrides, sources)
     known(stages, graph, recipe)
@@ -142,7 +142,8 @@ def recipe_schema(
 
 
 def _commands(context) -> str:
-    """After a mistake in a command line: what there is. `context`: click's, of the command that the mistake is in."""
+    """The commands there are, for a message about a wrong command line. `context`: click's, of the command with the
+    mistake."""
     if context is None:
         return ""
     group = getattr(context.command, "commands", None)
@@ -161,7 +162,7 @@ def main() -> None:
         nonlocal code
         try:
             code = app(standalone_mode=False) or 0
-            if code == 130:  # what typer makes of Ctrl-C, without a word
+            if code == 130:  # what typer makes of Ctrl-C, without a message
                 raise KeyboardInterrupt
         except StageFailed as failure:
             code = failure.code
@@ -170,7 +171,7 @@ def main() -> None:
         except typer.Exit as leave:
             code = leave.exit_code
         except Exception as error:
-            # usage errors of the command line
+            # Usage errors of the command line. typer may bring its own copy of click, so their class is not imported.
             if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
                 if not error.format_message():  # `alma` alone: the help was printed
                     code = EXIT_USER

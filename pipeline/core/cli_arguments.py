@@ -1,4 +1,4 @@
-"""Arguments that the commands of `alma` share, and what their words mean."""
+"""Arguments that several commands of `alma` share."""
 
 from typing import Annotated
 
@@ -15,20 +15,20 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object, for scripts
 
 
 def split(words: list[str] | None) -> tuple[list[str], list[str]]:
-    """Stage names and overrides stand on the same line; an override has a `=`."""
+    """(names of stages, overrides) among the words of a command line; an override has a `=`."""
     words = words or []
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
 def one(stages: list[str]) -> str | None:
-    """The stage that was named, if any. Raises UserError for several."""
+    """The stage that was named, or None. Raises UserError for several."""
     if len(stages) > 1:
-        raise UserError(f"one stage at a time: {', '.join(stages)} were given")
+        raise UserError(f"name one stage, not several: {', '.join(stages)}")
     return stages[0] if stages else None
 
 
 def known(stages: list[str], graph: dict, recipe: str) -> None:
-    """Raises UserError for a stage that the recipe does not have."""
+    """Raise UserError for a stage that the recipe does not have."""
     for name in stages:
         if name not in graph:
-            raise UserError(f"{recipe}: no stage is called {name!r}; there is {', '.join(graph)}")
+            raise UserError(f"{recipe}: no stage is called {name!r}; expected one of {', '.join(graph)}")

@@ -1,5 +1,5 @@
-"""The exceptions that are messages to the person at the keyboard, and a list of them that is reported in one go;
-and the exit codes of a stage."""
+"""Exceptions that are messages to the user, a collection of them that is reported at once, and the exit codes of a
+stage."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -10,26 +10,25 @@ EXIT_INTERRUPTED = 130  # what a shell gives for SIGINT
 
 
 class UserError(ValueError):
-    """Something the user can mend: names the file, key or row, what was found, what was expected, and what to do.
+    """Something the user can fix: names the file, key or row, what was found, what was expected, and what to do.
 
-    `alma` and the stage scripts print it as one sentence, without a traceback, and exit with code 2.
+    `alma` and the stage scripts print it without a traceback and exit with code 2.
     """
 
 
 class Stopped(BaseException):
-    """Not an Exception, as KeyboardInterrupt is none: it may be raised anywhere, and no library's `except Exception`
-    shall swallow it.
+    """The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP), has saved what was finished, and can be continued
+    with the same command. Exit code EXIT_STOPPED.
 
-    The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP), has saved what was finished, and can be continued with
-    the same command. Exit code EXIT_STOPPED."""
+    Derived from BaseException, like KeyboardInterrupt, so that a library's `except Exception` cannot swallow it."""
 
 
 class Damaged(UserError):
-    """A published output's manifest cannot be read. The stage may be run again."""
+    """The manifest of an output cannot be read. The stage can be run again."""
 
 
 class UserErrors(UserError):
-    """Several mistakes in one message, a line each."""
+    """Several mistakes in one message, one line each."""
 
     def __init__(self, lines: list[str]):
         super().__init__("\n".join(lines))
@@ -37,14 +36,14 @@ class UserErrors(UserError):
 
 
 class Absent(UserErrors):
-    """Files or folders that are not on this machine, a line each. A stage that was published needs them no more."""
+    """Files or folders that are not on this machine, one line each. A published stage no longer needs them."""
 
     def __init__(self, *lines: str):
         super().__init__(list(lines))
 
 
 class Problems:
-    """Mistakes that are collected, so that all of a recipe's are reported at once."""
+    """Collects mistakes, so that all of a recipe's are reported at once."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -55,7 +54,7 @@ class Problems:
 
     @contextmanager
     def gather(self, located: Callable[[str], str] = str):
-        """Collect what is raised inside as a UserError; `located` puts file and line before a message."""
+        """Collect a UserError that is raised inside; `located` puts file and line in front of a message."""
         try:
             yield
         except UserError as error:
@@ -66,7 +65,7 @@ class Problems:
             self.add(located(line))
 
     def refuse(self) -> None:
-        """Raise what was collected, if anything was."""
+        """Raise a UserError with everything that was collected, if anything was."""
         if len(self.lines) == 1:
             raise UserError(self.lines[0])
         if self.lines:

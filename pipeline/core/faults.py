@@ -1,9 +1,9 @@
-"""Deliberate death, for the tests that prove resume.
+"""Kills this process at chosen points, for the tests of resuming.
 
-`ALMA_FAULT=save:2` kills the process with SIGKILL the second time that it reaches the point called `save`;
-`ALMA_FAULT=work:1:SIGTERM` sends it another signal there. Points are where a real crash hurts most: `work` (a unit or
-step was done), `save` (inside the writing of a checkpoint or unit, before its completeness marker) and `publish`
-(before the manifest and after the rename).
+`ALMA_FAULT=save:2` sends SIGKILL the second time that the process reaches the point `save`; `ALMA_FAULT=work:1:SIGTERM`
+sends another signal. The points are where a real crash does most harm: `work` (a unit or step was finished), `save` (in
+the writing of a checkpoint or unit, before it is marked complete), `publish` (before the manifest and after the rename)
+and `fork` (after a checkpoint was copied).
 """
 
 import os
@@ -13,11 +13,11 @@ _seen: dict[str, int] = {}
 
 
 def point(name: str) -> None:
-    """Send the signal here if ALMA_FAULT says so; otherwise cost one dictionary look-up."""
-    wanted = os.environ.get("ALMA_FAULT")
-    if not wanted:
+    """Send the signal if ALMA_FAULT names this point; otherwise this costs one dictionary look-up."""
+    fault = os.environ.get("ALMA_FAULT")
+    if not fault:
         return
     _seen[name] = _seen.get(name, 0) + 1
-    place, number, *sent = wanted.split(":")
+    place, number, *signal_name = fault.split(":")
     if (place, number) == (name, str(_seen[name])):
-        os.kill(os.getpid(), signal.Signals[sent[0]] if sent else signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[signal_name[0]] if signal_name else signal.SIGKILL)

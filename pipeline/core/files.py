@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and their hashes."""
+"""Files that are complete or missing, and their hashes."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from pipeline.core.processes import cores
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a whole file or nothing: temporary name, fsync, rename, fsync of the folder."""
+    """Write a file completely or not at all: temporary name, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,26 +30,26 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """File names that are not UTF-8 are half surrogate pairs in Python; JSON has escapes for them."""
+    """Write JSON. File names that are not UTF-8 have lone surrogates in Python, for which JSON has escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def read_record(path: Path, kinds: dict[str, type | tuple[type, ...]]) -> dict:
-    """A file that `write_json` wrote, with the keys `kinds`, of these types. Raises ValueError with words for what else
-    is there, and OSError."""
+    """Read a file that `write_json` wrote. kinds: keys that it must have, and their types. Raises ValueError that says
+    what is wrong, and OSError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"damaged, not JSON ({error})") from None
-    found = value if isinstance(value, dict) else {}
-    missing = sorted(set(kinds) - set(found))
+    record = value if isinstance(value, dict) else {}
+    missing = sorted(set(kinds) - set(record))
     if missing:
         raise ValueError(f"damaged, lacks {', '.join(missing)}")
     for key, kind in kinds.items():
-        if not isinstance(found[key], kind):
-            raise ValueError(f"damaged, {key} is {str(found[key])[:40]!r}")
-    return found
+        if not isinstance(record[key], kind):
+            raise ValueError(f"damaged, {key} is {str(record[key])[:40]!r}")
+    return record
 
 
 def sync_folder(path: Path) -> None:
@@ -64,7 +64,7 @@ def sync_tree(folder: Path) -> None:
     """fsync every file below `folder`, then the folders, deepest first."""
     folders = [folder]
     for path in sorted(folder.rglob("*")):
-        # the second: of somebody who is writing it now and will rename it (heartbeats of other ranks)
+        # a .tmp file is being written by another process, which will rename it (heartbeats of other ranks)
         if path.is_symlink() or path.name.endswith(".tmp"):
             continue
         if path.is_dir():
@@ -84,22 +84,22 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def hashes(cache: Path):
-    """A function sha256(path) that remembers in the file `cache`, by path, size and mtime."""
+    """A function sha256(path) that keeps its results in the file `cache`, by path, size and mtime."""
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
+        cached = json.loads(cache.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
-        known = {}
-    fresh = dict(known)
+        cached = {}
+    updated = dict(cached)
 
     def sha256(path: Path) -> str:
         status = path.stat()
         key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-        fresh[key] = known.get(key) or sha256_file(path)
-        return fresh[key]
+        updated[key] = cached.get(key) or sha256_file(path)
+        return updated[key]
 
     yield sha256
-    if fresh != known:
-        write_json(cache, fresh)
+    if updated != cached:
+        write_json(cache, updated)
 
 
 def damage_of(path: Path, entry: dict, trust_mtime: bool = False) -> str | None:
@@ -119,7 +119,7 @@ def damage_of(path: Path, entry: dict, trust_mtime: bool = False) -> str | None:
 
 
 def hash_files(folder: Path, paths: list[Path]) -> dict[str, dict]:
-    """Path below `folder` -> {sha256, size, mtime}; several files at a time (hashlib leaves the interpreter lock)."""
+    """Path below `folder` -> {sha256, size, mtime}; several files at a time (hashlib releases the interpreter lock)."""
     with ThreadPoolExecutor(min(8, cores())) as pool:
         digests = list(pool.map(sha256_file, paths))
     return {

@@ -1,5 +1,4 @@
-"""How sure the numbers are that a stage closes with: 95% intervals, their wording, and a warning where nothing was
-learned."""
+"""95% intervals of the numbers that a stage reports at its end, their wording, and a warning if nothing was learned."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +7,8 @@ NORMAL = 1.959964  # 97.5% quantile of the normal distribution
 
 
 def wilson(share: float, count: int, z: float = NORMAL) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson, 1927): sensible for few pairs and for shares of 0 and 1, where the usual
-    one has no width."""
+    """95% interval of a proportion (Wilson, 1927): sensible for few pairs and for shares of 0 and 1, where the
+    normal approximation has no width."""
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -19,7 +18,7 @@ def student(degrees: int) -> float:
     """97.5% quantile of Student's t distribution with whole degrees of freedom, to 1e-6, by bisection of its closed
     form (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
 
-    def inside(t: float) -> float:  # probability of lying between -t and t
+    def inside(t: float) -> float:  # probability of a value between -t and t
         angle = math.atan(t / math.sqrt(degrees))
         cosine = math.cos(angle)
         total, term = 0.0, 1.0 if degrees % 2 == 0 else cosine
@@ -55,12 +54,12 @@ def shares(before: float, after: float, count: int) -> str:
 
 
 def unchanged(before: float, after: float) -> bool:
-    """Has a proportion not risen, though it had room to?"""
+    """Whether a proportion has not risen although there was room to."""
     return after <= before < 0.95
 
 
 def warn(stage: str, findings: list[str]) -> list[str]:
-    """Say what shows that a stage learned nothing; the findings, for its metrics."""
+    """Print what shows that a stage learned nothing. Returns the findings, for its metrics."""
     from pipeline.core.terminal import say
 
     for finding in findings:

@@ -1,4 +1,4 @@
-"""One writer per stage folder, on one host or on a file system that many share."""
+"""One writer per stage folder, on one host or on a file system that several hosts share."""
 
 import contextlib
 import fcntl
@@ -17,20 +17,19 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import now, read_record, write_json
 
 HEARTBEAT_SECONDS = 5
-# A holder on another host is taken for dead when its heartbeat is older than this. File systems shared by nodes may
+# A holder on another host counts as dead when its heartbeat is older than this. File systems shared by nodes may
 # show a change of mtime up to a minute late (NFS attribute caches: 60 s by default, nfs(5) acdirmax).
 DEAD_AFTER_SECONDS = 120
-# The same for a holder whose job Slurm has ended: it would be alive only on a node that Slurm has lost sight of.
+# The same for a holder whose job Slurm has ended: it would be alive only on a node that Slurm has lost contact with.
 ENDED_AFTER_SECONDS = 15
-# Of `squeue --format=%T`: states of a job whose processes may still be there.
+# Of `squeue --format=%T`: states of a job whose processes may still run.
 ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING", "RESIZING"}
 HOLDER = {"host": str, "pid": int, "born": (int, type(None)), "token": str, "since": str}
-MOVED = 2  # beats that have to be seen of a living holder; the last one of a dead holder may show late
+MIN_BEATS = 2  # new beats that prove that a holder is alive; the last one of a dead holder may become visible late
 
 
 class Lock:
-    """One writer per stage folder, also on file systems shared by several hosts: a file made by link(2), with a
-    heartbeat."""
+    """The lock of a stage folder: a file created by link(2), with a heartbeat."""
 
     def __init__(self, folder: Path):
         self.path = folder / "lock.json"
@@ -38,8 +37,8 @@ class Lock:
         self._stop = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock. Raises UserError if a living process holds it; waits for one that Slurm has ended, and for one
-        of this very job, until it is known whether it lives."""
+        """Take the lock. Raises UserError if a running process holds it. Waits for a holder that Slurm has ended, or
+        that is of this very job, until it is known whether it is alive."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".lock.{self.token}")
         write_json(mine, _me() | {"token": self.token, "since": now()})
@@ -54,28 +53,29 @@ class Lock:
                     self._wait()
                     self._take_over_or_refuse()
             raise UserError(
-                f"{self.path}: changes hands too quickly; another run is starting at the same time, try again"
+                f"{self.path}: was taken and released several times meanwhile; another run is starting at the same"
+                " time, try again"
             )
         finally:
             mine.unlink(missing_ok=True)
 
     def _wait(self) -> None:
-        """Wait while a holder may be of an earlier start of this job, or of a job that has ended, and is not silent for
-        long enough."""
+        """Wait while a holder may be of an earlier start of this job, or of a job that has ended, and has not been
+        silent for long enough."""
         beats: dict[str, set[float]] = {}  # by holder
         while (holder := lock_holder(self.path.parent)) and not holder["dead"] and holder["waits"]:
             if holder["token"] not in beats:
                 print(f"{self.path.parent}: waiting for {describe_holder(holder)}: {holder['waits']}", flush=True)
             seen = beats.setdefault(holder["token"], set())
             seen.add(holder["beat"])
-            # One of this very start of this job that beats on is no earlier one: two runs were asked for.
-            if not holder["ended"] and len(seen) > MOVED:
+            # A holder of this start of this job that keeps beating is not from an earlier one: two runs were started.
+            if not holder["ended"] and len(seen) > MIN_BEATS:
                 return
             time.sleep(1)
 
     def _take_over_or_refuse(self) -> None:
-        # Taking over is itself done by one at a time, who looks again: else two takers could both remove a lock, one of
-        # them a new one.
+        # One process at a time takes over, and looks again first. Otherwise two could both remove a lock, one of them a
+        # new one.
         with _one_at_a_time(self.path.with_name(".takeover")):
             holder = lock_holder(self.path.parent)
             if holder is None:
@@ -101,7 +101,7 @@ class Lock:
             except FileNotFoundError:
                 return
             except OSError:
-                continue  # a file server that does not answer for a while: the next beat may be in time
+                continue  # a file server that does not answer for a while; the next beat may be in time
 
     def release(self) -> None:
         self._stop.set()
@@ -114,11 +114,11 @@ class Lock:
 
 @contextlib.contextmanager
 def _one_at_a_time(path: Path):
-    """Hold a file that is there only while somebody holds it, or was killed holding it."""
+    """Hold a file that exists only while a process holds it, or was killed while it did."""
     while True:
         with open(path, "w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
-            # its holder before may have removed it, and another may have made a new one
+            # the previous holder may have removed it, and another process may have created a new one
             if not _is_at(path, guard):
                 continue
             try:
@@ -129,7 +129,7 @@ def _one_at_a_time(path: Path):
 
 
 def _is_at(path: Path, guard) -> bool:
-    """Whether an open file is the one that has this name now."""
+    """Whether an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(guard.fileno()), path.stat())
     except FileNotFoundError:
@@ -137,7 +137,7 @@ def _is_at(path: Path, guard) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what takers of the lock left when they were killed. The lock is held by this process."""
+    """Remove files of killed processes that were taking the lock. This process holds it."""
     takeover = folder / ".takeover"
     if takeover.exists():
         with open(takeover, "w") as guard, contextlib.suppress(BlockingIOError, FileNotFoundError):
@@ -146,12 +146,12 @@ def _sweep(folder: Path) -> None:
                 takeover.unlink()
     for path in [*folder.glob(".lock.*"), *folder.glob("..lock.*.tmp")]:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > DEAD_AFTER_SECONDS or _left(path):
+            if time.time() - path.stat().st_mtime > DEAD_AFTER_SECONDS or _is_orphan(path):
                 path.unlink()
 
 
-def _left(path: Path) -> bool:
-    """Whether a file of a taker is of a process of this host that is gone."""
+def _is_orphan(path: Path) -> bool:
+    """Whether a file for taking the lock belongs to a process of this host that has ended."""
     try:
         taker = json.loads(path.read_text())
         return taker["host"] == socket.gethostname() and born(taker["pid"]) != taker["born"]
@@ -161,7 +161,7 @@ def _left(path: Path) -> bool:
 
 
 def _me() -> dict:
-    """What tells this process from all others."""
+    """What identifies this process."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -173,9 +173,9 @@ def _me() -> dict:
 
 
 def lock_holder(folder: Path) -> dict | None:
-    """Who holds a stage folder: host, pid, job, since, `age` in seconds since the last heartbeat, `beat` (its time),
-    whether it is `dead`, whether Slurm has `ended` it, and why a start of this process `waits` for it, or None. None if
-    the folder is free."""
+    """The process that holds a stage folder, or None: host, pid, job, since, `beat` (time of its last heartbeat), `age`
+    (seconds since then), whether it is `dead`, whether Slurm has `ended` it, and why a start of this process `waits`
+    for it, or None."""
     path = folder / "lock.json"
     try:
         beat = path.stat().st_mtime
@@ -183,8 +183,8 @@ def lock_holder(folder: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, expected a lock that alma wrote; remove it") from None
-    except ValueError:  # a disk lost it: nobody is known to hold it
+        raise UserError(f"{path}: is a folder, expected a lock file of alma; remove it") from None
+    except ValueError:  # damaged: the holder is not known
         holder = {"host": "an unknown host", "pid": 0, "born": None, "token": "", "since": "an unknown time"}
     age = time.time() - beat
     holder |= {"age": age, "beat": beat, "ended": False, "waits": None}
@@ -209,12 +209,12 @@ def _of_slurm(holder: dict) -> tuple[bool, str | None]:
             return True, "it is of an earlier start of this job"
         return False, "it is of this job"
     if job_ended(job):
-        return True, f"job {job} runs no more"
+        return True, f"job {job} has ended"
     return False, None
 
 
 def job_ended(job: str) -> bool:
-    """Whether Slurm says that no process of a job runs. False if Slurm cannot be asked."""
+    """Whether Slurm says that no process of a job is running. False if Slurm cannot be asked."""
     if not shutil.which("squeue"):
         return False
     command = ["squeue", "--noheader", "--jobs", job, "--format=%T", "--states=all"]
@@ -223,7 +223,7 @@ def job_ended(job: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     if answer.returncode:
-        return "invalid job id" in answer.stderr.lower()  # it ended so long ago that Slurm has forgotten it
+        return "invalid job id" in answer.stderr.lower()  # it ended so long ago that Slurm no longer has it
     return not ALIVE & set(answer.stdout.upper().split())
 
 

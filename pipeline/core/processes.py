@@ -1,5 +1,5 @@
 """Processes of this machine: the ranks of a stage, started and stopped together, and workers of a pool. None of them
-outlives its parent, however the parent ended."""
+outlives its parent, however the parent ends."""
 
 import contextlib
 import ctypes
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pipeline.core.errors import EXIT_STOPPED
 
-# Seconds that the other ranks have to end by themselves after one has failed: their watch (train/heartbeat.py) takes up
-# to fifteen to find out why, and a rank that is still starting has none.
+# Seconds that the other ranks have to end by themselves after one has failed: their watchdog (train/heartbeat.py) takes
+# up to fifteen to find out why, and a rank that is still starting has none.
 KILL_AFTER = 40.0
 FOR_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # signals that workers leave to them
 
@@ -30,7 +30,8 @@ def cores() -> int:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the process `parent` ends, also by SIGKILL; end now if it is gone already.
+    """Have the kernel kill this process when the process `parent` ends, also by SIGKILL; end now if it has ended
+    already.
 
     The kernel looks at the thread that started this process, so a main thread has to be the one (Linux: prctl(2)). Call
     it between fork and exec (`preexec_fn`), and there is no moment at which the parent's end goes unnoticed.
@@ -43,7 +44,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def die_with_launcher() -> None:
-    """The same for a rank that torchrun or `accelerate launch` started: with SIGKILL they leave their ranks behind."""
+    """The same for a rank of torchrun or `accelerate launch`, which leave their ranks behind when they get SIGKILL."""
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
@@ -57,9 +58,9 @@ def die_with_launcher() -> None:
 
 @contextlib.contextmanager
 def signals_held():
-    """Around what starts workers of a pool, or ranks: they are born with signals blocked, so that none ends them while
-    they are still importing; `begin_worker` or `stop.begin` sees to the rest. This process gets what came meanwhile at
-    the end."""
+    """Context for starting workers of a pool, or ranks: they start with signals blocked, so that none ends them while
+    they are still importing; `begin_worker` or `stop.begin` unblocks them. This process gets the signals that came
+    meanwhile at the end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_PARENTS)
     try:
         yield
@@ -68,8 +69,9 @@ def signals_held():
 
 
 def begin_worker() -> None:
-    """First thing in a worker of a pool: it ends with its parent, and leaves signals to it. A terminal and Slurm send
-    them to all processes at once, and a worker that they ended would look like one that was killed for its memory."""
+    """To be called first in a worker of a pool: it ends with its parent, and ignores signals that the parent handles. A
+    terminal and Slurm send them to all processes at once, and a worker that they end would look like one that was
+    killed for its memory."""
     for number in FOR_PARENTS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_PARENTS)
@@ -93,16 +95,16 @@ def kill_workers() -> None:
 class Ranks:
     """One launch of a program on this machine, as `count` processes that know their rank.
 
-    program: the words behind `python`. Signals are sent to each rank, and exit codes are those of the ranks: torchrun,
-    which this takes the place of, sends only SIGTERM and SIGINT on, kills what has not saved within 30 s, turns every
-    exit code but 0 into 1, and leaves its ranks behind when it is killed.
+    program: the words after `python`. Signals are sent to each rank, and exit codes are those of the ranks. torchrun is
+    not used because it passes on only SIGTERM and SIGINT, kills ranks that have not saved within 30 s, turns every exit
+    code except 0 into 1, and leaves its ranks behind when it is killed.
     """
 
     def __init__(self, program: list[str], count: int, environment: dict[str, str], stdout=None):
         self.ranks: list[subprocess.Popen] = []
         self.killed = False  # by `kill`
         parent = os.getpid()
-        # The socket on which rank 0 will serve the ranks' store is open from here on: no other process can take the
+        # The socket on which rank 0 will serve the ranks' store is opened here, so that no other process can take the
         # port in the seconds that the ranks need to start.
         store = socket.create_server(("127.0.0.1", 0), backlog=count) if count > 1 else None
         launch = uuid.uuid4().hex[:12]
@@ -131,7 +133,7 @@ class Ranks:
                 store.close()
 
     def send(self, number: int) -> None:
-        """Send a signal to every rank that lives."""
+        """Send a signal to every rank that is running."""
         for rank in self.ranks:
             if rank.poll() is None:
                 rank.send_signal(number)

@@ -1,4 +1,4 @@
-"""The file of a recipe: YAML 1.2, what it extends, words of the command line, and the line that each key came from."""
+"""The file of a recipe: YAML 1.2, `extends`, overrides of the command line, and the line that each key came from."""
 
 import difflib
 import os
@@ -14,26 +14,27 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from pipeline.core.errors import UserError
 
-MOST_BYTES = 256_000
-"""Of a recipe's file: the YAML parser takes about 10 s for that many. The shipped recipes have 1 to 12 kB."""
-MOST_VALUES = 100_000
+MAX_BYTES = 256_000
+"""Of a recipe's file, which the YAML parser reads in about 10 s. The shipped recipes have 1 to 12 kB."""
+MAX_VALUES = 100_000
 """Keys and values with every alias written out: quickstart.yaml has 1,100."""
-MOST_DEEP = 50
-"""Blocks and lists inside one another: the shipped recipes have at most 7."""
+MAX_DEPTH = 50
+"""Nested blocks and lists: the shipped recipes have at most 7."""
 
-MOST_BRACKETS = 1000
-LARGEST = 2**63 - 1  # of a whole number
+MAX_BRACKETS = 1000
+MAX_NUMBER = 2**63 - 1  # of a whole number
 PLAIN_TAGS = (None, "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 def read(path: Path, places: dict, seen: tuple = ()) -> dict:
-    """One file and, first, the file that it extends. `places` maps each key path to `file:line` for messages."""
+    """The blocks of a file, merged into those of the file that it extends. `places` gets `file:line` of each key, for
+    messages."""
     try:
         here = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle, a NUL
         raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
     if here in seen:
-        raise UserError(f"{path}: `extends` goes round in a circle: {' -> '.join(str(p) for p in (*seen, here))}")
+        raise UserError(f"{path}: `extends` is cyclic: {' -> '.join(str(p) for p in (*seen, here))}")
     loaded = _parsed(_text(path), path)
     if not isinstance(loaded, dict):
         found = {type(None): "an empty file", CommentedSeq: "a list"}.get(type(loaded)) or shown(loaded)
@@ -44,12 +45,12 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
         return tree
     where = place_of(("extends",), places, path)
     if not isinstance(parent, str):
-        raise UserError(f"{where}: `extends` takes the path of one recipe, found {shown(parent)}")
+        raise UserError(f"{where}: `extends` expects the path of one recipe, found {shown(parent)}")
     inherited: dict = {}
     if not os.path.isfile(path.parent / parent):
         near = [name for name in recipes_in((path.parent / parent).parent) if name != path.name]
         raise UserError(
-            f"{where}: `extends` names {shown(parent)}, which is not there;"
+            f"{where}: `extends` names {shown(parent)}, which does not exist;"
             f" {'that folder has ' + ', '.join(near) if near else 'that folder has no recipes'}"
         )
     base = read(path.parent / parent, inherited, (*seen, here))
@@ -59,10 +60,10 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
 
 
 def _text(path: Path) -> str:
-    """A recipe's file. A pipe may give it too, hence the bound instead of a look at its size."""
+    """The text of a recipe's file. It may be a pipe, so its size is not known before it is read."""
     try:
         with open(path, "rb") as handle:
-            data = handle.read(MOST_BYTES + 1)
+            data = handle.read(MAX_BYTES + 1)
     except FileNotFoundError:
         near = recipes_in(path.parent)
         raise UserError(
@@ -70,8 +71,8 @@ def _text(path: Path) -> str:
         ) from None
     except OSError as error:
         raise UserError(f"{shown(path)}: cannot be read as a UTF-8 text file: {_reason(error)}") from None
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{path}: has more than {MOST_BYTES:,} bytes, so it is not a recipe; name many files by a glob")
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes, so it is not a recipe; name many files by a glob")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -79,8 +80,8 @@ def _text(path: Path) -> str:
 
 
 def _open_brackets(text: str) -> int:
-    """Brackets that are open at the same time, at most, counted without regard to quotes and comments: the parser's
-    time grows with the square of this."""
+    """Largest number of brackets that are open at the same time, counted without regard to quotes and comments. The
+    parser's time grows with its square."""
     depth = deepest = 0
     for letter in re.findall(r"[\[\]{}]", text):
         depth += 1 if letter in "[{" else -1
@@ -89,15 +90,15 @@ def _open_brackets(text: str) -> int:
 
 
 def _parsed(text: str, path: Path) -> Any:
-    if _open_brackets(text) > MOST_BRACKETS:
-        raise UserError(f"{path}: not valid as a recipe: more than {MOST_DEEP} blocks inside one another")
+    if _open_brackets(text) > MAX_BRACKETS:
+        raise UserError(f"{path}: not valid as a recipe: more than {MAX_DEPTH} nested blocks")
     try:
         return YAML(typ="rt", pure=True).load(text)
     except DuplicateKeyError as error:
         key = re.search(r'found duplicate key "?([^"\n]+?)"? with', str(error.problem or ""))
         raise UserError(
-            f"{path}:{error.problem_mark.line + 1}: the key {key.group(1) if key else ''!r} stands here for the second"
-            " time; keep one of the two"
+            f"{path}:{error.problem_mark.line + 1}: the key {key.group(1) if key else ''!r} is given"
+            " twice in this block; keep one of the two"
         ) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -105,7 +106,7 @@ def _parsed(text: str, path: Path) -> Any:
             f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}"
         ) from None
     except RecursionError:
-        raise UserError(f"{path}: not valid as a recipe: more than {MOST_DEEP} blocks inside one another") from None
+        raise UserError(f"{path}: not valid as a recipe: more than {MAX_DEPTH} nested blocks") from None
     except Exception as error:  # ruamel raises bare exceptions of several kinds for what it cannot read
         raise UserError(f"{path}: not valid YAML: {_reason(error)}") from None
 
@@ -122,22 +123,22 @@ def recipes_in(folder: Path) -> list[str]:
 
 
 class _Expansion:
-    """ruamel's commented types -> dict, list and scalars, with every alias written out, so that nothing of the parser
-    leaks into a config. Bounded, since a few nested aliases stand for any number of values."""
+    """ruamel's commented types -> dict, list and scalars, with every alias written out, so that no type of the
+    parser reaches a config. Bounded, because a few nested aliases can expand to any number of values."""
 
     def __init__(self, origin: str, places: dict | None = None):
         self.origin, self.places, self.values = origin, places, 0
 
     def plain(self, node: Any, key: tuple, line: int) -> Any:
-        """`key`: where the node stands in the recipe; `line`: of the nearest key around it that has one."""
+        """`key`: of the node in the recipe; `line`: of the nearest key around it that has one."""
         self.values += 1
-        if self.values > MOST_VALUES:
-            self._refuse(line, f"its aliases stand for more than {MOST_VALUES:,} values; write out what is meant")
-        if len(key) > MOST_DEEP:
-            self._refuse(line, f"more than {MOST_DEEP} blocks inside one another; an alias may stand inside itself")
+        if self.values > MAX_VALUES:
+            self._refuse(line, f"its aliases expand to more than {MAX_VALUES:,} values; write out what is meant")
+        if len(key) > MAX_DEPTH:
+            self._refuse(line, f"more than {MAX_DEPTH} nested blocks; an alias may contain itself")
         tagged = isinstance(node, CommentedMap | CommentedSeq) and node.tag.value not in PLAIN_TAGS
         if tagged or isinstance(node, CommentedSet | CommentedOrderedMap | bytes):
-            self._refuse(line, f"{'.'.join(map(str, key)) or 'a value'} has a YAML type that recipes do not have")
+            self._refuse(line, f"{'.'.join(map(str, key)) or 'a value'} has a YAML type that recipes do not support")
         if isinstance(node, dict):
             return self._block(node, key, line)
         if isinstance(node, list):
@@ -145,18 +146,20 @@ class _Expansion:
         if isinstance(node, bool) or node is None:
             return node
         if isinstance(node, int):
-            if abs(node) > LARGEST:
-                self._refuse(line, f"{'.'.join(map(str, key)) or 'the value'} is beyond {LARGEST:,}: {shown(node, 40)}")
+            if abs(node) > MAX_NUMBER:
+                self._refuse(
+                    line, f"{'.'.join(map(str, key)) or 'the value'} is beyond {MAX_NUMBER:,}: {shown(node, 40)}"
+                )
             return int(node)
         if isinstance(node, float):
             return float(node)
-        if not isinstance(node, str | date):  # dates are words here: they are compared with those of records
-            self._refuse(line, f"{'.'.join(map(str, key)) or 'a value'} has a YAML tag, which recipes do not have")
+        if not isinstance(node, str | date):  # dates are text here, because they are compared with those of records
+            self._refuse(line, f"{'.'.join(map(str, key)) or 'a value'} has a YAML tag, which recipes do not support")
         return self._word(str(node), line)
 
     def _block(self, node: dict, key: tuple, line: int) -> dict:
         block: dict = {}
-        # a key that came with `<<: *anchor` has no line of its own, and neither has anything of the safe loader
+        # a key from `<<: *anchor` has no line of its own, and neither has anything from the safe loader
         lines = (node.lc.data or {}) if isinstance(node, CommentedMap) else {}
         for name, child in node.items():
             word = self._word(str(name), line)
@@ -165,7 +168,7 @@ class _Expansion:
                 at = lines[name][0] + 1
                 self._remember((*key, word), at)
             if word in block:
-                self._refuse(at, f"the key {shown(word)} stands here for the second time; keep one of the two")
+                self._refuse(at, f"the key {shown(word)} is given twice in this block; keep one of the two")
             block[word] = self.plain(child, (*key, word), at)
         return block
 
@@ -208,7 +211,7 @@ def override(tree: dict, word: str, places: dict, top: list[str]) -> None:
     dotted, found, text = word.partition("=")
     keys = dotted.split(".")
     if not found or not all(keys):
-        raise UserError(f"{shown(word)} is no override: expected key=value, such as pretrain.optimizer.lr=3e-4")
+        raise UserError(f"{shown(word)} is not an override: expected key=value, such as pretrain.optimizer.lr=3e-4")
     stages = tree.get("stages")
     stages = stages if isinstance(stages, dict) else {}
     if keys[0] in stages:
@@ -240,7 +243,7 @@ def _value(word: str, dotted: str, text: str) -> Any:
     """The right side of a `key=value` word, read as YAML."""
     if not text:
         return None
-    if len(text) > MOST_BYTES or _open_brackets(text) > MOST_BRACKETS:
+    if len(text) > MAX_BYTES or _open_brackets(text) > MAX_BRACKETS:
         raise UserError(
             f"{shown(word)}: the value has {len(text):,} characters, too many to be one; use a recipe's file"
         )
@@ -268,6 +271,6 @@ def nearest(word: str, known: Any) -> str:
 
 
 def shown(value: Any, most: int = 120) -> str:
-    """A value as a message shows it: its repr, shortened. Values are bounded (MOST_VALUES), so this is quick."""
+    """A value as a message shows it: its repr, shortened. Values are bounded (MAX_VALUES), so this is quick."""
     text = repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"

@@ -1,4 +1,5 @@
-"""Text for people: on a terminal a line wraps at words, in a file or a pipe it stays whole."""
+"""Text for people. On a terminal a line wraps at words; in a file or a pipe it is not broken. Standard output may be
+closed: hours of work must not end because nobody reads it any more."""
 
 import errno
 import io
@@ -7,7 +8,7 @@ import re
 import sys
 from typing import TextIO
 
-# `schedule   adamw, ...`: further lines are set below the text and not below the label
+# `schedule   adamw, ...`: further lines are indented to the text, not to the label
 LABEL = re.compile(r"\s*(?:\S+ {2,})?")
 OPENING = "([{（《「『【“‘"
 CLOSING = ")]}）》」』】”’，。、；：？！…,.;:?!%"
@@ -37,7 +38,7 @@ def show(text: str, stream: TextIO | None = None) -> None:
 
 def wrap(text: str, width: int) -> str:
     """Lines of at most `width` columns, broken at spaces and between Chinese characters. A path or another word that
-    is longer stays whole, so that it can be copied."""
+    is longer is not broken, so that it can be copied."""
     return "\n".join(_wrap_line(line, width) for line in text.split("\n"))
 
 
@@ -60,20 +61,20 @@ def _wrap_line(line: str, width: int) -> str:
 
 
 def _units(text: str) -> list[tuple[str, str]]:
-    """(space before it, what must not be broken): a word, or one Chinese character with its punctuation."""
+    """(space in front, unit that must not be broken): a word, or one Chinese character with its punctuation."""
     from rich.cells import cell_len
 
-    found: list[tuple[str, str]] = []
+    units: list[tuple[str, str]] = []
     for space, word in re.findall(r"(\s*)(\S+)", text):
         start = 0
         for at in range(1, len(word)):
             before, here = word[at - 1], word[at]
             wide = cell_len(before) == 2 or cell_len(here) == 2
             if wide and cell_len(here) and before not in OPENING and here not in CLOSING:
-                found.append((space, word[start:at]))
+                units.append((space, word[start:at]))
                 space, start = "", at
-        found.append((space, word[start:]))
-    return found
+        units.append((space, word[start:]))
+    return units
 
 
 def short(value: float) -> str:
@@ -111,17 +112,20 @@ def many(number: int, noun: str, form: str = "") -> str:
 
 
 def say(text: str, rank: int | None = None) -> None:
-    """A line for the user, from rank 0 alone."""
-    if (int(os.environ.get("RANK", 0)) if rank is None else rank) == 0:
+    """Print a line for the user, on rank 0 only."""
+    if rank is None:
+        rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
         show(text)
 
 
+# Errors of writing to a pipe without a reader, or to a terminal or descriptor that was closed.
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
-class _Unbroken(io.FileIO):
-    """A file descriptor whose reader may leave: what is written afterwards goes nowhere, also that of processes that
-    are started later."""
+class _UnbrokenPipe(io.FileIO):
+    """A file descriptor whose reader may go away. Later output is discarded, also that of processes that are started
+    later."""
 
     def write(self, data) -> int:
         try:
@@ -129,19 +133,19 @@ class _Unbroken(io.FileIO):
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
             return len(data)
 
 
 def keep_open() -> None:
-    """Make this process's standard streams safe to write to. Call it first: a file opened while descriptor 1 is closed
-    would get its number, and with it what is printed."""
+    """Make this process's standard streams safe to write to. Call it first: a file that is opened while descriptor 1 is
+    closed would get its number, and with it everything that is printed."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # closed by the caller; the lowest free number is this one
+        except OSError:  # closed by the caller; open takes the lowest free number, which is this one
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = _unbroken(1, sys.stdout)
     sys.stderr = _unbroken(2, sys.stderr)
@@ -149,7 +153,7 @@ def keep_open() -> None:
 
 def _unbroken(number: int, stream):
     """A stream on descriptor `number` in place of `stream`, or `stream` itself if it writes elsewhere, such as into a
-    buffer of whoever called this program as a library."""
+    buffer of a program that uses this one as a library."""
     try:
         if stream is not None and stream.fileno() != number:
             return stream
@@ -158,7 +162,7 @@ def _unbroken(number: int, stream):
     encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
     if stream:
         stream.flush()
-    raw = _Unbroken(number, "w", closefd=False)
+    raw = _UnbrokenPipe(number, "w", closefd=False)
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding, errors, line_buffering=number == 2 or raw.isatty(), write_through=number == 2
     )

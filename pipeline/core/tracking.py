@@ -1,5 +1,5 @@
-"""What a user sees of a run: metrics.jsonl always, Weights & Biases if asked for, a progress bar on a terminal,
-plain lines elsewhere."""
+"""How a user follows a run: metrics.jsonl always, Weights & Biases if the recipe asks for it, a progress bar on a
+terminal, plain lines elsewhere."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from pipeline.core.files import write_atomic
 from pipeline.core.terminal import short, show, time_left
 
 PLAIN_SECONDS = 10
-BAR_LEAST, BAR_MOST = 10, 40  # columns
+MIN_BAR, MAX_BAR = 10, 40  # columns
 
 
 class Tracker:
-    """Writes one JSON line per call to `log`. Only the main process writes; the others' calls cost nothing."""
+    """Writes one JSON line per call to `log`. Only the main process writes; calls in other processes do nothing."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Tracker:
             self.wandb = _start_wandb(folder, wandb_project, name, config or {})
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
-        """Drop lines after `step`, and unless `evaluated` the evaluation at it: a resumed run makes them again, and
-        a curve must not run twice."""
+        """Drop lines after `step`, and the evaluation at it unless `evaluated`: a resumed run writes them again, and a
+        curve must not have two values for a step."""
         if not self.is_main or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -60,22 +60,23 @@ class Tracker:
 
 
 def plain(values: dict) -> dict:
-    """JSON has no NaN and no infinity: null says that there is no number."""
+    """Values for JSON, which has no NaN and no infinity: they become null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
 
 
 def step_of(line: str) -> int:
-    """Step of a line of metrics.jsonl; a line that was cut off comes after all others."""
+    """Step of a line of metrics.jsonl; a line that was cut off counts as after all others."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
-        return sys.maxsize  # the torn last line of a killed run
+        return sys.maxsize  # the incomplete last line of a killed run
 
 
 def _start_wandb(folder: Path, project: str, name: str, config: dict):
-    """Never blocks and never fails a run: without a key it is offline, and what goes wrong is said and then left."""
+    """Start Weights & Biases. It never blocks and never fails a run: without a key it is offline, and an error is only
+    printed."""
     try:
         import wandb
 
@@ -91,8 +92,8 @@ def _start_wandb(folder: Path, project: str, name: str, config: dict):
             config=config,
             settings=settings,
         )
-    except Exception as error:  # a tracker must not be the reason for a lost run
-        show(f"Weights & Biases could not start ({error}); metrics.jsonl goes on")
+    except Exception as error:  # a run must not be lost because of its tracker
+        show(f"Weights & Biases could not start ({error}); metrics.jsonl is written as usual")
         return None
 
 
@@ -102,7 +103,7 @@ class Progress:
 
     def __init__(self, name: str, total: float, unit: str = "it", start: float = 0, is_main: bool = True):
         self.name, self.total, self.unit, self.done, self.is_main = name, total, unit, start, is_main
-        self.start, self.begun, self.said = start, time.time(), time.time()
+        self.start, self.began, self.printed = start, time.time(), time.time()
         self.values: dict = {}
         self.live = None
         if is_main and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
@@ -121,13 +122,13 @@ class Progress:
         if not self.is_main or self.live:
             return
         now = time.time()
-        if now - self.said >= PLAIN_SECONDS:
-            self.said = now
+        if now - self.printed >= PLAIN_SECONDS:
+            self.printed = now
             parts = [f"{self._percent()} ({short(self.done)} of {short(self.total)} {self.unit})", self._rate()]
             print(f"{self.name}: {', '.join([*parts, self._left()])} {', '.join(_shown(values))}".rstrip(), flush=True)
 
     def retarget(self, total: float) -> None:
-        """Another end than was thought."""
+        """Change the total."""
         self.total = total
 
     def __exit__(self, *_):
@@ -138,7 +139,7 @@ class Progress:
         return f"{100 * self.done / max(self.total, 1e-9):.0f}%"
 
     def _per_second(self) -> float:
-        return (self.done - self.start) / max(time.time() - self.begun, 1e-9)
+        return (self.done - self.start) / max(time.time() - self.began, 1e-9)
 
     def _rate(self) -> str:
         return f"{short(self._per_second())} {self.unit}/s"
@@ -150,13 +151,12 @@ class Progress:
         return f"{time_left(max(0.0, self.total - self.done) / rate)} left"
 
     def _line(self) -> "_Line":
-        time_told = f"in {time_left(time.time() - self.begun)}" if self.done >= self.total else self._left()
-        return _Line(self, [f"{self._percent():>4}", time_told, *_shown(self.values), self._rate()])
+        time_text = f"in {time_left(time.time() - self.began)}" if self.done >= self.total else self._left()
+        return _Line(self, [f"{self._percent():>4}", time_text, *_shown(self.values), self._rate()])
 
 
 class _Line:
-    """A line of a terminal for rich: name, bar, and as many of `parts`, the most important first, as there is room
-    for."""
+    """A line of a terminal for rich: name, bar, and as many of `parts` as fit, the most important first."""
 
     def __init__(self, progress: Progress, parts: list[str]):
         self.progress, self.parts = progress, parts
@@ -170,18 +170,18 @@ class _Line:
         name = self.progress.name
         if cell_len(name) > options.max_width // 3:
             name = set_cell_size(name, max(1, options.max_width // 3 - 1)) + "…"
-        bar = min(BAR_MOST, max(BAR_LEAST, options.max_width // 6))
+        bar = min(MAX_BAR, max(MIN_BAR, options.max_width // 6))
         room = options.max_width - cell_len(name) - bar - 2
-        told = ""
+        text = ""
         for part in self.parts:
-            longer = f"{told}  {part}" if told else part
+            longer = f"{text}  {part}" if text else part
             if cell_len(longer) <= room:
-                told = longer
+                text = longer
         line = Table.grid(padding=(0, 1))
         for _ in range(3):
             line.add_column(no_wrap=True)
         total = max(self.progress.total, 1e-9)
-        line.add_row(Text(name), ProgressBar(total, min(self.progress.done, total), width=bar), Text(told))
+        line.add_row(Text(name), ProgressBar(total, min(self.progress.done, total), width=bar), Text(text))
         yield line
 
 

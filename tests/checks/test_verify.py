@@ -214,7 +214,7 @@ def test_a_family_without_a_pipeline_is_refused_there_and_passes_elsewhere(tmp_p
         (["parallel", "recipe.yaml", "pack"], "'pack' is not a stage of kind pretrain"),
         (["parallel", "recipe.yaml", "pretrain.stepz=3"], "did you mean 'steps'"),
         (["parallel", "recipe.yaml", "model.family=lama"], "did you mean llama"),
-        (["resume", "recipe.yaml", "pretrain", "pack"], "one stage at a time"),
+        (["resume", "recipe.yaml", "pretrain", "pack"], "name one stage, not several"),
     ],
 )
 def test_mistakes_are_reported(tmp_path, monkeypatch, capsys, words, message):

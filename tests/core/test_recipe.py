@@ -75,7 +75,7 @@ def test_yaml_1_2_numbers_words_and_injected_keys(write):
             7,
             "give exactly one of path, package and dataset",
         ),
-        (("    steps: 10", "    steps: 10\n    steps: 11"), 11, "the key 'steps' stands here for the second time"),
+        (("    steps: 10", "    steps: 10\n    steps: 11"), 11, "the key 'steps' is given twice in this block"),
         (
             ("    optimizer: {lr: 3e-4}", "    parallel: {pipeline: 2, zero: 2}"),
             13,
@@ -88,7 +88,7 @@ def test_yaml_1_2_numbers_words_and_injected_keys(write):
         (
             ("name: small", "extends: nosuch.yaml"),
             1,
-            "`extends` names 'nosuch.yaml', which is not there; that folder has",
+            "`extends` names 'nosuch.yaml', which does not exist; that folder has",
         ),
     ],
 )
@@ -129,19 +129,19 @@ def test_file_mistakes(write, tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{}" + BASE, "aliases stand for more than 100,000 values"),
-        ("seed: " + "[" * 60 + "]" * 60 + "\n" + BASE.replace("seed: 7\n", ""), "blocks inside one another"),
-        ("seed: " + "[" * 5000 + "]" * 5000 + "\n" + BASE.replace("seed: 7\n", ""), "blocks inside one another"),
+        ("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{}" + BASE, "aliases expand to more than 100,000 values"),
+        ("seed: " + "[" * 60 + "]" * 60 + "\n" + BASE.replace("seed: 7\n", ""), "nested blocks"),
+        ("seed: " + "[" * 5000 + "]" * 5000 + "\n" + BASE.replace("seed: 7\n", ""), "nested blocks"),
         ("# " + "x" * 300_000 + "\n" + BASE, "has more than 256,000 bytes"),
         (BASE.replace("web: {path: data/*.jsonl}", "web: {from: [a, b]}"), "have no ['a', 'b']"),
         (BASE.replace("name: small", "name: " + "x" * 300), "at most 100"),
-        (BASE.replace("name: small", "extends: " + "x" * 5000), "which is not there"),
+        (BASE.replace("name: small", "extends: " + "x" * 5000), "which does not exist"),
         (BASE.replace("name: small", "name: small\noutput: " + "x" * 300), "too long for a path"),
         (BASE.replace("    steps: 10", "    steps: 99999999999999999999"), "is beyond 9,223,372,036,854,775,807"),
         (BASE.replace("{lr: 3e-4}", "{lr: .inf}"), "lr is inf, expected a finite number"),
         (BASE.replace("name: small", 'name: "a\\0b"'), "a character that is not text"),
         (BASE.replace("name: small", "name: !word small"), "has a YAML tag"),
-        (BASE.replace("seed: 7", "seed: 7\n1: a\n'1': b"), "the key '1' stands here for the second time"),
+        (BASE.replace("seed: 7", "seed: 7\n1: a\n'1': b"), "the key '1' is given twice in this block"),
         (BASE[: BASE.index("stages:")] + "stages:\n", "`stages` must name at least one stage"),
         (BASE[: BASE.index("stages:")] + "stages: 3\n", "`stages` must name at least one stage"),
         (BASE[: BASE.index("stages:")] + "stages: {clean: [], pack: ~}\n", "must be a block of keys, found []"),
@@ -160,7 +160,7 @@ def test_what_no_recipe_holds_ends_in_one_sentence_at_once(write, text, said):
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("seed=&a [*a]", "command line, 'seed=&a [*a]': more than 50 blocks inside one another"),
+        ("seed=&a [*a]", "command line, 'seed=&a [*a]': more than 50 nested blocks"),
         ("pretrain.model.family=[llama]", "model.family: ['llama'] is unknown"),
         ("pretrain.model.num_attention_heads=0", "model.num_attention_heads is 0, expected 1 to"),
         ("pretrain.model.num_hidden_layers=2000000000", "model.num_hidden_layers is 2000000000, expected 1 to"),
@@ -262,7 +262,7 @@ def test_overrides(write):
     for word, said in [
         ("pretrain.step=1", "did you mean 'steps'?"),
         ("pretrian.steps=1", "did you mean 'pretrain'?"),
-        ("steps", "is no override"),
+        ("steps", "is not an override"),
         ("pretrain.steps.x=1", "not a block"),
         ("pretrain.steps=[", "not a YAML value"),
     ]:
@@ -284,7 +284,7 @@ def test_extends_merges_blocks_replaces_lists_and_takes_stages_out(write):
     assert recipe.stages["pretrain"].optimizer.lr == 3e-4 and recipe.stages["pretrain"].optimizer.betas == (0.8, 0.9)
     write("extends: b.yaml\nname: a\nstages: {pack: {}}", "a.yaml")
     circle = write("extends: a.yaml\nname: b\nstages: {pack: {}}", "b.yaml")
-    with pytest.raises(UserError, match="goes round in a circle"):
+    with pytest.raises(UserError, match="is cyclic"):
         load(circle)
     wrong = write("extends: base.yaml\nstages:\n  pretrain:\n    stepz: 1\n", "wrong.yaml")
     with pytest.raises(UserError, match=r"wrong.yaml:4: unknown key stages.pretrain.stepz"):
