@@ -110,8 +110,9 @@ def test_config_json_says_the_same_to_both_versions_of_transformers(family, toke
     if "full_attention" in parameters:
         assert written["rope_local_base_freq"] == parameters["sliding_attention"]["rope_theta"]
         parameters = parameters["full_attention"]
-    assert written.get("rope_theta") == parameters.get("rope_theta")
-    assert written.get("partial_rotary_factor") == parameters.get("partial_rotary_factor")
+    base, share = ("rotary_emb_base", "rotary_pct") if family == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    assert written.get(base) == parameters.get("rope_theta")
+    assert written.get(share) == parameters.get("partial_rotary_factor")
     scaling = written.get("rope_scaling") or {"rope_type": "default"}
     assert (scaling.get("rope_type") or scaling["type"]) == parameters.get("rope_type", "default")
     assert "__float__" not in (tmp_path / "config.json").read_text()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,9 @@ def test_a_terminal_that_is_closed_saves_too(world):
     main, terminal = pty.openpty()
     folder = world / "runs-closed/tiny"
     command = [sys.executable, ROOT / "pipeline/pretrain.py", "r.yaml", *STEPS, "output=runs-closed"]
-    stage = start(command, world, stdout=terminal, stderr=terminal)
+    # SIGHUP is ignored in whatever `nohup` starts, these tests included
+    hang_up = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    stage = start(command, world, stdout=terminal, stderr=terminal, preexec_fn=hang_up)
     os.close(terminal)
     os.set_blocking(main, False)  # a read that waits for output would let the run reach its end
     deadline = time.time() + 120
