@@ -175,7 +175,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     from pipeline.train import distributed, engine, layers, phases
     from pipeline.train.batches import loss_of, to_batch
     from pipeline.train.loop import fit, share
-    from pipeline.train.metrics import Text
+    from pipeline.train.metrics import Expected
 
     window = size["window"]
     options = {
@@ -204,7 +204,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
 
     def copy_seconds() -> float:
         """One copy of weights and moments, where a save makes its own and as cold, into memory that exists."""
-        values = [fragment.values for fragment in trainer.pieces().fragments]
+        values = [fragment.values for fragment in trainer.part().fragments]
         if not memory:
             memory.extend(value.clone() for value in values)
         begun = time.perf_counter()
@@ -229,7 +229,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
             phases.enter("data", step + 1)
         return [to_batch([sampler.row(index) for index in rows], store, False) for rows in share(config, trainer, step)]
 
-    fit(trainer, config, output, batches, text=Text({"a": store.num_tokens("a")}, flops))
+    fit(trainer, config, output, batches, expected=Expected({"a": store.num_tokens("a")}, flops))
 
 
 def plain_batches(folder: Path, size: dict):

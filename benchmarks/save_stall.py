@@ -47,7 +47,7 @@ def measure(millions: float = 20.0, rounds: int = ROUNDS) -> dict:
     trainer.step([{"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:], "weight": 8.0}])
 
     def state() -> list:
-        return [fragment.values for fragment in trainer.pieces().fragments]
+        return [fragment.values for fragment in trainer.part().fragments]
 
     times: dict[str, list[float]] = {
         "copy": [],

@@ -166,7 +166,7 @@ def test_it_goes_on_from_another_pretraining_stage_and_other_layouts_of_memory_c
         ("pretrain.micro_batch=3", "not divisible by micro_batch 3"),
         ("pretrain.sequence_length=100000", "sequence_length"),
         ("pretrain.inputs={tokens: ./tokenizer, tokenizer: ./tokenizer}", "index.json"),
-        ("pretrain.parallel={zero: 3}", "does not go with zero: 3"),
+        ("pretrain.parallel={zero: 3}", "cannot be combined with zero: 3"),
     ],
 )
 def test_mistakes_are_one_sentence(world, word, said):
@@ -275,7 +275,7 @@ def filled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("filled")
     tiny.write_inputs(folder, special=["<fill-1>", "<fill-2>", "<fill-3>"])
     (folder / "recipe.yaml").write_text(tiny.RECIPE + ROWS)
-    return folder, succeed("pretrain", "recipe.yaml", cwd=folder, env={"ALMA_WITNESS": str(folder / "rows")})
+    return folder, succeed("pretrain", "recipe.yaml", cwd=folder, env={"ALMA_ROW_TRACE": str(folder / "rows")})
 
 
 def test_losses_of_packed_rows_are_those_of_transformers_document_by_document(filled):
@@ -366,11 +366,14 @@ def test_packed_rows_survive_kills(filled):
             "pretrain.mixture_changes=[{tokens: 700, mixture: {three: 1}}]",
             "mixture_changes: its text has no source 'three'",
         ),
-        ("pretrain.mixture_changes=[{tokens: 700, mixture: {one: 0.5, two: 0.3}}]", "add up to 0.8"),
-        ("pretrain.mixture_changes=[{tokens: 1536, mixture: {one: 1}}]", "never comes, since this run reads 1,536"),
+        ("pretrain.mixture_changes=[{tokens: 700, mixture: {one: 0.5, two: 0.3}}]", "sum to 0.8"),
+        (
+            "pretrain.mixture_changes=[{tokens: 1536, mixture: {one: 1}}]",
+            "is never reached, because this run reads 1,536",
+        ),
         (
             "pretrain.mixture_changes=[{tokens: 9, mixture: {one: 1}}, {tokens: 9, mixture: {two: 1}}]",
-            "their tokens must grow",
+            "their tokens must increase",
         ),
         ("pretrain.samples={every_steps: 1, prompts: [ape], max_new_tokens: 32}", "more than sequence_length 32"),
     ],

@@ -36,7 +36,7 @@ def refused(folder, *words, recipe="recipe.yaml", **options) -> str:
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["pretrain.mixture={one: 0.6, two: 0.35}"], "its shares add up to 0.95, expected 1"),
+        (["pretrain.mixture={one: 0.6, two: 0.35}"], "its weights sum to 0.95, expected 1"),
         (["pretrain.mixture={one: -1, two: 2}"], "one has the weight -1"),
         (["pretrain.mixture={one: .nan, two: 2}"], "mixture.one is nan, expected a finite number"),
         (["pretrain.mixture={one: 0, two: 0}"], "no source has a weight above 0"),

@@ -186,7 +186,7 @@ class Run:
             f"pretrain.parallel={json.dumps(start.parallel)}",
         ]
         words += [f"pretrain.{key}={json.dumps(value)}" for key, value in start.changes.items()]
-        environment = {"ALMA_WITNESS": str(self.row_folder)}
+        environment = {row_trace.VARIABLE: str(self.row_folder)}
         if start.fault:
             environment["ALMA_FAULT"] = start.fault
         code, text = launch.run(words, start.processes, on_gpu=self.on_gpu, environment=environment)

@@ -110,7 +110,7 @@ def fresh_compiler() -> None:
 def last_vector(trainer):
     """The last parameter of this process that is on no other pipeline stage: in most families that of the final
     norm."""
-    module = trainer.part if trainer.layout == "pipelined" else trainer.model
+    module = trainer.stage if trainer.layout == "pipelined" else trainer.model
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # with ZeRO-3 the true shape is ds_shape
     vectors = [parameter for parameter in trainable if len(getattr(parameter, "ds_shape", parameter.shape)) == 1]

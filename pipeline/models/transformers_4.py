@@ -1,15 +1,15 @@
-"""The names by which transformers 4 reads a configuration that transformers 5 wrote.
+"""The names under which transformers 4 reads a configuration that transformers 5 wrote.
 
-transformers 5 keeps what belongs to rotary positions in `rope_parameters`. Version 4 does not know that key and takes
-its default base without a warning. Both sets of names are written, with the same values; version 5 reads either.
+transformers 5 keeps everything about rotary positions in `rope_parameters`. Version 4 does not know that key and uses
+its default base without a warning. So both sets of names are written, with equal values; version 5 reads either.
 """
 
 import json
 from pathlib import Path
 
-# families whose own names version 4 reads for the base and for the share of a head that is rotated
+# Families for which version 4 reads the base and the rotated share of a head under names of their own.
 OWN_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
-# families whose scaling version 4 accepts with `type` and these keys only
+# Families for which version 4 accepts a scaling only with `type` and these keys.
 STRICT_SCALING = {"phi3": ("short_factor", "long_factor"), "olmo2": ("factor",)}
 
 
@@ -17,45 +17,57 @@ def add_older_keys(folder: Path) -> None:
     """Add the older names to the config.json of a model folder."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config = _finite({**config, **older_keys(config)})
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config.update(older_keys(config))
+    path.write_text(json.dumps(_plain_floats(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def older_keys(config: dict) -> dict:
     """What version 4 reads under other names: base, rotated share of a head and scaling of rotary positions, and the
     number of experts."""
+    family = config.get("model_type")
     parameters = config.get("rope_parameters") or {}
-    found = {}
-    if config.get("model_type") == "qwen3_moe":
-        found["num_experts"] = config["num_local_experts"]
+    keys = {}
+    if family == "qwen3_moe":
+        keys["num_experts"] = config["num_local_experts"]
     if "full_attention" in parameters:  # one entry per kind of layer (gemma 3, olmo 3)
         local = parameters.get("sliding_attention") or {}
-        if config["model_type"].startswith("gemma3") and "rope_theta" in local:
-            found["rope_local_base_freq"] = local["rope_theta"]
+        if family.startswith("gemma3") and "rope_theta" in local:
+            keys["rope_local_base_freq"] = local["rope_theta"]
         parameters = parameters["full_attention"]
-    base, share = OWN_NAMES.get(config.get("model_type"), ("rope_theta", "partial_rotary_factor"))
+    base_name, share_name = OWN_NAMES.get(family, ("rope_theta", "partial_rotary_factor"))
     if "rope_theta" in parameters:
-        found[base] = parameters["rope_theta"]
+        keys[base_name] = parameters["rope_theta"]
     if parameters.get("partial_rotary_factor") is not None:
-        found[share] = parameters["partial_rotary_factor"]
+        keys[share_name] = parameters["partial_rotary_factor"]
     if parameters.get("rope_type", "default") != "default":
-        found["rope_scaling"] = _scaling(config["model_type"], parameters)
-    return found
+        keys["rope_scaling"] = _scaling(family, parameters)
+    return keys
 
 
 def _scaling(family: str, parameters: dict) -> dict:
-    """`rope_scaling`. Version 5 prefers it to `rope_parameters`, so nothing may be lost in it: what a strict family has
-    no keys for is written all the same, and version 4 refuses it."""
+    """`rope_scaling`. Version 5 prefers it to `rope_parameters`, so it must be complete: what a strict family has no
+    keys for is written anyway, and version 4 refuses it."""
     scaling = {key: value for key, value in parameters.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    wanted = STRICT_SCALING.get(family)
-    elsewhere = {"original_max_position_embeddings"} if family == "phi3" else set()  # a key of its own in config.json
-    if wanted is None or set(scaling) - elsewhere != {"rope_type", *wanted}:
+    allowed = STRICT_SCALING.get(family)
+    if allowed is None:
         return scaling
-    return {"type": parameters["rope_type"], **{key: parameters[key] for key in wanted}}
+    keys = set(scaling)
+    if family == "phi3":
+        keys -= {"original_max_position_embeddings"}  # a key of its own in config.json
+    if keys != {"rope_type", *allowed}:
+        return scaling
+    strict = {"type": parameters["rope_type"]}
+    for key in allowed:
+        strict[key] = parameters[key]
+    return strict
 
 
-def _finite(value):
+def _plain_floats(value):
     """Without version 5's {"__float__": "Infinity"} (mamba2), which version 4 takes for a mapping."""
-    if isinstance(value, dict):
-        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _finite(v) for k, v in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_plain_floats(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _plain_floats(entry) for key, entry in value.items()}

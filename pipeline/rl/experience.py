@@ -149,7 +149,7 @@ def collect(
         if config.rule is not None:
             sample.rule = rules.score(config.rule, models.text(sample), task.answer)
     clock.lap("score")
-    return distributed.all_gather(samples)
+    return distributed.all_gather_lists(samples)
 
 
 def score(models: Models, samples: list[Sample], tasks: list[Task]) -> list[float]:

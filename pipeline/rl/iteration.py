@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,8 @@ from pipeline.rl.experience import Clock, Models, collect, draw, repetition, sha
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, at_responses, layout, policy_inputs, token_statistics
 from pipeline.train import distributed, phases
+from pipeline.train.engine import Accept
 from pipeline.train.schedule import learning_rate
-
-Admit = Callable[[float, float], bool]
 
 # Above this mean difference, in nats per token, sampler and trainer are so far apart that a user should know.
 NOTABLE_DIFFERENCE = 0.1
@@ -93,10 +92,10 @@ class Iterations:
         samples = collect(self.models, tasks, indices, seeds, temperature=temperature, measure="score")
         return rewards.calibration([sample.score for sample in samples])
 
-    def step(self, batch: int, lr: float, admit: Admit | None) -> dict:
-        """One iteration over the prompts of global batch `batch`. `admit` is asked before each update of the policy.
+    def step(self, batch: int, lr: float, accept: Accept | None) -> dict:
+        """One iteration over the prompts of global batch `batch`. `accept` is called before each update of the policy.
         lr: of the policy; the value model has its own, from the same schedule."""
-        stats = iterate(self.models, self.pool, self.state, batch, admit)
+        stats = iterate(self.models, self.pool, self.state, batch, accept)
         self.accepted = stats.pop("accepted")
         self.state["step"] += 1
         if stats["rollout_difference"] > NOTABLE_DIFFERENCE and distributed.is_main():
@@ -106,10 +105,10 @@ class Iterations:
             )
         return stats
 
-    def take_back(self) -> None:
+    def uncount_step(self) -> None:
         raise AssertionError("an iteration cannot be taken back: part of it may have been applied")
 
-    def guarded(self, stats: dict) -> list[tuple[float, float]]:
+    def applied_updates(self, stats: dict) -> list[tuple[float, float]]:
         """(loss, gradient norm) of each update of the policy that was applied in the last iteration."""
         return self.accepted
 
@@ -122,7 +121,7 @@ class Iterations:
 
 
 def iterate(
-    models: Models, pool: list[Task], state: dict, batch_number: int | None = None, admit: Admit | None = None
+    models: Models, pool: list[Task], state: dict, batch_number: int | None = None, accept: Accept | None = None
 ) -> dict:
     """One iteration: experience, advantages, updates. Changes the models and, in `state`, kl_coef and skipped_updates.
 
@@ -137,7 +136,7 @@ def iterate(
     tokens = tensors_of(samples)
     scores = _shaped_scores(config, samples, state["calibration"])
     signal = _signal(config, tokens, scores, state["kl_coef"])
-    updates = _update(models, samples, signal, state, admit)
+    updates = _update(models, samples, signal, state, accept)
     clock.lap("update")
 
     stats = _statistics(config, samples, tokens, scores, signal, state["kl_coef"])
@@ -228,10 +227,10 @@ def _statistics(
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
 
-def _update(models: Models, samples: list[Sample], signal: dict, state: dict, admit: Admit | None) -> dict:
+def _update(models: Models, samples: list[Sample], signal: dict, state: dict, accept: Accept | None) -> dict:
     """Policy and value updates of one iteration. Returns means over its updates, equal on all processes.
 
-    An update that `admit` refuses ends the iteration, unless spikes.policy is skip: the run is about to be stopped or
+    An update that `accept` refuses ends the iteration, unless spikes.policy is skip: the run is about to be stopped or
     rolled back.
     """
     config, step = models.config, state["step"]
@@ -247,7 +246,7 @@ def _update(models: Models, samples: list[Sample], signal: dict, state: dict, ad
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         if update_policy:
             policy_batches = [_policy_batch(models, samples, signal, part) for part in parts]
-            policy_stats.append(models.policy.step(policy_batches, policy_lr, admit))
+            policy_stats.append(models.policy.step(policy_batches, policy_lr, accept))
             refused = refused or policy_stats[-1].get("refused", False)
             if config.ppo.target_kl is not None:
                 # Every process reads the same reduced number, so that all stop together.

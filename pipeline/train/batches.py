@@ -1,6 +1,6 @@
-"""Packed rows as pretraining reads them: which rows a run has, their batches, and the loss over a batch.
+"""Packed rows as pretraining reads them: which rows a run has, their batches, and the loss of a batch.
 
-pipeline/pretrain.py trains on them; `alma inspect tokens` and `alma verify parallel` read the same ones.
+pipeline/pretrain.py trains on them; `alma inspect tokens` and `alma verify parallel` read the same rows.
 """
 
 import numpy as np
@@ -12,47 +12,43 @@ from pipeline.data.tokens.rows import positions_of
 from pipeline.train import distributed
 
 
-def sampler_of(config, store, tokenizer, output: Output | None = None):
-    """The rows of a run of stage `pretrain` with this config. With an `output` the tables of best_fit are made by the
-    main process and mapped by all, else they are in memory. Collective. Raises UserError for what the tokens do not
-    have."""
+def sampler_of(config, store, tokenizer, output: Output | None = None) -> RowSampler:
+    """The rows of a pretraining run with this config. With an `output` the main process writes the tables of best_fit
+    and all processes map them; without one they are in memory. Collective. Raises UserError for what the tokens lack.
+    """
 
-    def once(make) -> None:
+    def on_main_process(write_tables) -> None:
         if output is None or output.is_main:
-            make()
+            write_tables()
         distributed.from_main(None)
 
-    cutter = fim.cutter(config.fim, tokenizer, store.sources, config.seed) if config.fim else None
-    changes = [(change.tokens, change.mixture) for change in config.mixture_changes]
-    options = {"changes": changes, "packing": config.packing, "fim": cutter}
-    return RowSampler(
-        store,
-        config.sequence_length,
-        config.mixture,
-        config.seed,
-        **options,
-        **({"work": output.path / "work" / "tables", "once": once} if output else {}),
-    )
+    options = {"packing": config.packing}
+    options["changes"] = [(change.tokens, change.mixture) for change in config.mixture_changes]
+    options["fim"] = fim.cutter(config.fim, tokenizer, store.sources, config.seed) if config.fim else None
+    if output:
+        options["work"] = output.path / "work" / "tables"
+        options["once"] = on_main_process
+    return RowSampler(store, config.sequence_length, config.mixture, config.seed, **options)
 
 
 def loss_of(sources: list[str], z_loss: float = 0.0):
-    """Cross-entropy, beside it the z-loss, and for the meters the nats and tokens of each source and the bytes of
-    text that the labels stand for."""
+    """The loss function of pretraining: cross-entropy and z-loss, and for the metrics nats and tokens of each source
+    and the bytes of text that the labels spell."""
     import torch
 
     from pipeline.train.loss import IGNORE, Tally, next_token
 
     def loss_fn(outputs, batch):
-        loss, nll, sums = next_token(outputs, batch["labels"], z_loss)
-        counts = (batch["labels"] != IGNORE).sum(dim=1)
-        of_row = torch.stack([nll.sum(dim=1), counts.to(nll.dtype)])
-        of_source = of_row.new_zeros(2, len(sources)).index_add_(1, batch["source"], of_row)
-        for source, nats, tokens in zip(sources, *of_source, strict=True):
+        loss, nll_BT, sums = next_token(outputs, batch["labels"], z_loss)
+        num_labels = (batch["labels"] != IGNORE).sum(dim=1)
+        per_row = torch.stack([nll_BT.sum(dim=1), num_labels.to(nll_BT.dtype)])
+        per_source = per_row.new_zeros(2, len(sources)).index_add_(1, batch["source"], per_row)
+        for source, nats, tokens in zip(sources, *per_source, strict=True):
             sums[Tally("nats", source)] = nats
             sums[Tally("tokens", source)] = tokens
-        if "row" in batch:  # each row's own, for train/spike_report.py
-            nats_of_row = of_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], of_row[0])
-            for number, nats in enumerate(nats_of_row):
+        if "row" in batch:  # loss of each row, for train/spike_report.py
+            nats_per_row = per_row.new_zeros(batch["rows"]).index_add_(0, batch["row"], per_row[0])
+            for number, nats in enumerate(nats_per_row):
                 sums[Tally("nats", number)] = nats
         sums[Tally("bytes")] = batch["bytes"].sum()
         return loss, sums
@@ -62,36 +58,39 @@ def loss_of(sources: list[str], z_loss: float = 0.0):
 
 def to_batch(rows: list, store, document_mask: bool) -> dict:
     """Rows of T+1 tokens as inputs [B, T] and labels [B, T], shifted by one; -100 where a label does not count.
-    `source` [B] is the place in the store's names, `bytes` [B] of the labels."""
+    `source` [B] is the index in the store's names, `bytes` [B] those of the labels."""
     import torch
 
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     inputs = {"input_ids": tokens[:, :-1].contiguous()}
-    if document_mask:  # transformers reads the borders of documents off the positions
+    if document_mask:  # transformers derives the borders of documents from the positions
         inputs["position_ids"] = torch.from_numpy(np.stack([positions_of(row) for row in rows]))
     labels = tokens[:, 1:].contiguous()
-    size = torch.from_numpy(store.token_bytes[labels.numpy()])
+    label_bytes = torch.from_numpy(store.token_bytes[labels.numpy()])
     if any(row.label_mask is not None for row in rows):
-        not_counted = torch.from_numpy(np.stack([~row.label_mask for row in rows]))
-        labels, size = labels.masked_fill(not_counted, -100), size.masked_fill(not_counted, 0)
+        ignored = torch.from_numpy(np.stack([~row.label_mask for row in rows]))
+        labels = labels.masked_fill(ignored, -100)
+        label_bytes = label_bytes.masked_fill(ignored, 0)
     return {
         "inputs": inputs,
         "labels": labels,
         "weight": float((labels != -100).sum()),
         "source": torch.tensor([store.sources.index(row.source) for row in rows]),
-        "bytes": size.sum(dim=1),
+        "bytes": label_bytes.sum(dim=1),
     }
 
 
-def heldout_batches(rows: list, store, config, trainer) -> list[dict]:
-    """This data rank's share of the fixed rows, in micro-batches of one shape (a pipeline wants that), the last one
-    filled up with rows that do not count. Documents are kept apart where training keeps them apart."""
-    mine = rows[trainer.data_rank :: trainer.data_world]
-    micro = min(config.micro_batch or config.batch_size // trainer.data_world, -(-len(rows) // trainer.data_world))
+def heldout_batches(rows: list, store, config, engine) -> list[dict]:
+    """This data rank's share of the fixed rows, in micro-batches of one shape, as a pipeline needs them: the last one
+    is filled with rows that do not count. Documents are kept apart if training keeps them apart."""
+    own_rows = rows[engine.data_rank :: engine.data_world]
+    most_rows = -(-len(rows) // engine.data_world)
+    micro = min(config.micro_batch or config.batch_size // engine.data_world, most_rows)
     batches = []
-    for start in range(0, len(mine), micro):
-        part = mine[start : start + micro]
+    for start in range(0, len(own_rows), micro):
+        part = own_rows[start : start + micro]
         batch = to_batch(part + part[:1] * (micro - len(part)), store, config.document_mask)
         batch["labels"][len(part) :] = -100
-        batches.append({**batch, "weight": float(len(part) * config.sequence_length)})
+        batch["weight"] = float(len(part) * config.sequence_length)
+        batches.append(batch)
     return batches

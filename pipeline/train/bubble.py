@@ -1,8 +1,8 @@
-"""How long the stages of a pipeline compute and how long they wait, measured, beside the share that 1F1B has to wait:
-(p - 1) / (m + p - 1).
+"""How long the stages of a pipeline compute and how long they wait, measured, to compare with the share that 1F1B has
+to wait: (p - 1) / (m + p - 1).
 
-Forward and backward passes count as work (with CUDA events on a GPU, so that kernels are timed and not their launch);
-reducing gradients and the update, which all stages do together at the end, count as neither. The rest of a step is the
+Forward and backward passes count as work (with CUDA events on a GPU, so that kernels are timed and not their launch).
+Reducing gradients and the update, which all stages do together at the end, count as neither. The rest of a step is the
 bubble: waiting for neighbours, and sending.
 """
 
@@ -13,62 +13,63 @@ import torch
 from pipeline.models import pipeline_split
 from pipeline.train import distributed
 
+# Names of DeepSpeed's pipeline instructions.
 WORK = ("ForwardPass", "BackwardPass")
 END = ("ReduceGrads", "ReduceTiedGrads", "OptimizerStep")
 
 
 class Clock:
-    """Times the instructions of a DeepSpeed pipeline engine, which looks them up in a table of its own."""
+    """Times the instructions of a DeepSpeed pipeline engine, by wrapping the functions in its instruction map."""
 
     def __init__(self, engine, device: torch.device):
-        self.cuda, self.on = device.type == "cuda", False
+        self.on_gpu, self.running = device.type == "cuda", False
         self.spans: dict[str, list] = {"work": [], "end": [], "step": []}
-        kinds = {**dict.fromkeys(WORK, "work"), **dict.fromkeys(END, "end")}
-        engine._INSTRUCTION_MAP = {
-            kind: self._timed(kinds[kind.__name__], run) if kind.__name__ in kinds else run
-            for kind, run in engine._INSTRUCTION_MAP.items()
-        }
+        kinds = dict.fromkeys(WORK, "work") | dict.fromkeys(END, "end")
+        instructions = {}
+        for instruction, function in engine._INSTRUCTION_MAP.items():
+            kind = kinds.get(instruction.__name__)
+            instructions[instruction] = self._timed(kind, function) if kind else function
+        engine._INSTRUCTION_MAP = instructions
 
-    def _timed(self, kind: str, run):
-        def instruction(engine, *args, **options):
-            begun = self.now()
+    def _timed(self, kind: str, function):
+        def timed(engine, *args, **kwargs):
+            start = self.now()
             try:
-                return run(engine, *args, **options)
+                return function(engine, *args, **kwargs)
             finally:
-                if self.on:
-                    self.spans[kind].append((begun, self.now()))
+                if self.running:
+                    self.spans[kind].append((start, self.now()))
 
-        return instruction
+        return timed
 
     def now(self):
-        if not self.cuda:
+        if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def __enter__(self):
-        self.on, self.begun = True, self.now()
+        self.running, self.start = True, self.now()
 
     def __exit__(self, *_):
-        self.on = False
-        self.spans["step"].append((self.begun, self.now()))
+        self.running = False
+        self.spans["step"].append((self.start, self.now()))
 
     def take(self) -> dict[str, float]:
-        """Seconds since the last call: of work, of what all do at the end, of whole steps."""
-        if self.cuda:
+        """Seconds since the last call: of work, of what all stages do at the end, of whole steps."""
+        if self.on_gpu:
             torch.cuda.synchronize()
-        found = {
-            kind: sum(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in spans)
-            for kind, spans in self.spans.items()
-        }
-        for spans in self.spans.values():
+        totals = {}
+        for kind, spans in self.spans.items():
+            seconds = [start.elapsed_time(end) / 1e3 if self.on_gpu else end - start for start, end in spans]
+            totals[kind] = sum(seconds)
             spans.clear()
-        return found
+        return totals
 
 
 class Bubble:
-    """Busy seconds of each stage, agreed on by all processes."""
+    """Busy seconds of each stage, equal on all processes."""
 
     def __init__(self, engine, device, index: int, count: int, data_world: int):
         self.clock, self.index, self.count, self.data_world = Clock(engine, device), index, count, data_world
@@ -76,14 +77,12 @@ class Bubble:
 
     def measured(self, micro_batches: int) -> dict[str, float]:
         """bubble and bubble_ideal since the last call. Collective."""
-        spent = self.clock.take()
-        mine = [0.0] * self.count
-        mine[self.index] = spent["work"]
-        *busy, steps = (
-            value / self.data_world
-            for value in distributed.all_reduce_sum([*mine, (spent["step"] - spent["end"]) / self.count])
-        )
-        self.busy = [a + b for a, b in zip(self.busy, busy, strict=True)]
+        seconds = self.clock.take()
+        own_busy = [0.0] * self.count
+        own_busy[self.index] = seconds["work"]
+        own_steps = (seconds["step"] - seconds["end"]) / self.count
+        *busy, steps = (total / self.data_world for total in distributed.all_reduce_sum([*own_busy, own_steps]))
+        self.busy = [before + new for before, new in zip(self.busy, busy, strict=True)]
         if not steps:
             return {}
         return {
@@ -92,18 +91,21 @@ class Bubble:
         }
 
     def advice(self, parts: list[range]) -> str | None:
-        """Busy seconds of the stages, and the layers that would even them out; None before anything was measured."""
+        """Busy seconds of the stages, and numbers of layers that would balance them; None if nothing was measured
+        yet."""
         if not all(self.busy):
             return None
-        each = [seconds / len(part) for seconds, part in zip(self.busy[:-1], parts, strict=False)]
-        layers = [cost for cost, part in zip(each, parts, strict=False) for _ in part] + [sum(each) / len(each)] * len(
-            parts[-1]
-        )
-        output = max(0.0, self.busy[-1] - sum(layers[parts[-1].start :]))
-        best = [len(part) for part in pipeline_split.partition(layers, output, self.count)]
-        said = (
-            f"stages were busy {', '.join(f'{seconds:.1f}' for seconds in self.busy)} s with"
-            f" {', '.join(str(len(part)) for part in parts)} layers"
-        )
-        even = best == [len(part) for part in parts]
-        return f"{said}; " + ("no other cut is more even" if even else f"parallel.layers: {best} would be more even")
+        layer_seconds: list[float] = []  # of each layer; those of the last stage as the mean of the other stages
+        stage_means = []
+        for seconds, part in zip(self.busy[:-1], parts, strict=False):
+            stage_means.append(seconds / len(part))
+            layer_seconds += [seconds / len(part)] * len(part)
+        layer_seconds += [sum(stage_means) / len(stage_means)] * len(parts[-1])
+        output_seconds = max(0.0, self.busy[-1] - sum(layer_seconds[parts[-1].start :]))
+        best = [len(part) for part in pipeline_split.partition(layer_seconds, output_seconds, self.count)]
+        current = [len(part) for part in parts]
+        busy = ", ".join(f"{seconds:.1f}" for seconds in self.busy)
+        text = f"stages were busy {busy} s with {', '.join(map(str, current))} layers"
+        if best == current:
+            return f"{text}; no other cut is more even"
+        return f"{text}; parallel.layers: {best} would be more even"

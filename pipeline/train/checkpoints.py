@@ -1,14 +1,14 @@
-"""Training checkpoints: a folder that is complete or is not looked at, written beside the training.
+"""Training checkpoints: a folder that is complete or is ignored, written while training continues.
 
     checkpoints/.step-000100.tmp/      being written, or being removed
-    checkpoints/step-000100/           complete.json, written last, holds sizes and sha256 of all other files and the
-                                       loop's state
+    checkpoints/step-000100/           complete.json, written last, has sizes and sha256 of all other files and the
+                                       state of the loop
     checkpoints/losses.json            held-out losses of the steps that were evaluated, for save.keep_best
 
-Training stands still while this process's pieces are copied in memory. A thread writes, hashes and syncs the copy; when
-all processes have said so, in the all-reduce that follows each step anyway, the main process's thread writes the marker
-and renames the folder. Threads make no collective calls. One checkpoint is in flight at a time.
-"""
+Training waits while this process's fragments are copied in memory. A thread writes, hashes and syncs the copy; when all
+processes have reported that they are done, in the all-reduce that follows each step anyway, a thread of the main
+process writes the marker and renames the folder. Threads make no collective calls. At most one checkpoint is being
+written at a time."""
 
 import json
 import math
@@ -29,8 +29,8 @@ LOSSES = "losses.json"
 
 
 class Saver:
-    """Saves a run's engines. `with Saver(...) as saver:` finishes what is pending, or gives it up if the processes
-    cannot be waited for.
+    """Saves a run's engines. `with Saver(...) as saver:` finishes the checkpoint that is being written, or abandons it
+    if the processes cannot be waited for.
 
     In each step, on all processes: `saver.settle(*distributed.all_reduce_max(saver.flags()))`, in one all-reduce with
     whatever else is agreed on.
@@ -40,18 +40,18 @@ class Saver:
         self.output, self.engines, self.options = output, engines, options
         self.folder = checkpoint_folder.folder_of(output.path)
         self.copiers = {engine.name: state.Copier() for engine in engines}
-        self.step: int | None = None  # of the checkpoint in flight
+        self.step: int | None = None  # of the checkpoint that is being written
         self.loop_state: dict = {}
         self.written: dict | None = None  # {file: {sha256, size}} of this process
         self.publishing = False
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
-        self.given_up = threading.Event()
-        known = self.folder / LOSSES
-        self.losses: dict[str, float] = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+        self.abandoned = threading.Event()
+        path = self.folder / LOSSES
+        self.losses: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def save(self, step: int, loop_state: dict, wait: bool = False) -> None:
-        """Begin a checkpoint of `step` steps; with `wait`, or save.asynchronous: false, also end it. Collective.
+        """Start a checkpoint of `step` steps; with `wait`, or save.asynchronous: false, also finish it. Collective.
 
         `loop_state` must be JSON. Raises UserError if the disk has no room for it; an error of the writing is raised by
         the call that learns of it.
@@ -63,26 +63,24 @@ class Saver:
                     f" {step} waits for it"
                 )
             self.finish()
-        self._room_for_one(step)
+        self._check_room_for_one(step)
         wait = wait or not self.options.asynchronous
-        parts = {engine.name: engine.pieces() for engine in self.engines}
+        parts = {engine.name: engine.part() for engine in self.engines}
         if not wait:
-            parts = {
-                name: part._replace(fragments=self.copiers[name].copy(part.fragments)) for name, part in parts.items()
-            }
+            for name, part in parts.items():
+                parts[name] = part._replace(fragments=self.copiers[name].copy(part.fragments))
         self.step, self.loop_state, self.publishing = step, json.loads(json.dumps(loop_state)), False
-        self._begin(lambda: self._write(parts), wait)
+        self._start(lambda: self._write(parts), in_this_thread=wait)
         if wait:
             self.finish()
 
     def flags(self) -> list[float]:
-        """[something is being written here, it failed here]: to be reduced to their maxima over all processes and
-        given to `settle`."""
+        """[something is being written here, it failed here]: their maxima over all processes are for `settle`."""
         return [float(self.thread is not None and self.thread.is_alive()), float(self.failure is not None)]
 
     def settle(self, busy: float, failed: float) -> None:
-        """Go on with the checkpoint in flight, now that it is known how all processes stand. Raises UserError if one
-        of them could not write."""
+        """Continue with the checkpoint that is being written, given the maxima of all processes' flags. Raises
+        UserError if one of them could not write."""
         if self.step is None or busy:
             return
         if failed:
@@ -90,14 +88,14 @@ class Saver:
         if self.publishing:
             self.step = None
             return
-        parts = distributed.gathered_object(self.written)
+        parts = distributed.all_gather_object(self.written)
         self.publishing = True
         if self.output.is_main:
             files = {name: entry for part in parts for name, entry in part.items()}
-            self._begin(lambda: self._publish(files), False)
+            self._start(lambda: self._publish(files), in_this_thread=False)
 
     def finish(self) -> None:
-        """Wait for the checkpoint in flight. Collective."""
+        """Wait for the checkpoint that is being written. Collective."""
         while self.step is not None:
             if self.thread:
                 self.thread.join()
@@ -111,8 +109,8 @@ class Saver:
             self.finish()
             return
         if distributed.world() > 1:
-            # the others may be anywhere: nothing can be agreed on, and the folder keeps its hidden name
-            self.given_up.set()
+            # The other processes may be anywhere: nothing can be agreed on, and the folder keeps its hidden name.
+            self.abandoned.set()
             if self.thread:
                 self.thread.join()
             return
@@ -125,29 +123,30 @@ class Saver:
         """Remember the held-out loss after `step` steps, for save.keep_best."""
         if not self.output.is_main or loss is None or not math.isfinite(loss):
             return
-        there = {str(step_of(path)) for path in complete_checkpoints(self.output.path)} | {str(self.step), str(step)}
-        self.losses = {**{key: value for key, value in self.losses.items() if key in there}, str(step): loss}
+        existing = {str(step_of(path)) for path in complete_checkpoints(self.output.path)} | {str(self.step)}
+        self.losses = {key: value for key, value in self.losses.items() if key in existing}
+        self.losses[str(step)] = loss
         if self.options.keep_best:
             write_json(self.folder / LOSSES, self.losses)
 
+    # ---- room on the disk --------------------------------------------------------------------------------------------
+
     def check_room(self, steps: int | None) -> None:
-        """Before the first step: room for all the checkpoints that will stand at a time, and for the model. Raises
+        """Before the first step: is there room for all checkpoints that will exist at a time, and for the model? Raises
         UserError with the numbers. Collective."""
         one, options = self._size(), self.options
         count = options.keep + 1 + options.keep_best
-        if steps is not None:  # None: as many as a time allows, which only the first steps will tell
-            count = min(
-                count + (steps // options.keep_every if options.keep_every else 0), -(-steps // options.every_steps)
-            )
+        if steps is not None:  # None: as many as fit into a time, which the first steps will show
+            if options.keep_every:
+                count += steps // options.keep_every
+            count = min(count, -(-steps // options.every_steps))
         model = 4 * sum(math.prod(shape) for shape in self.engines[0].shapes.values())
-        there = (
-            sum(file.stat().st_size for path in complete_checkpoints(self.output.path) for file in path.iterdir())
-            if self.output.is_main
-            else 0
-        )
-        needed = count * one + model - there
-        free = shutil.disk_usage(self.output.path).free if self.output.is_main else 0
-        free, there, needed = distributed.from_main((free, there, needed))
+        existing = free = 0
+        if self.output.is_main:
+            files = [file for path in complete_checkpoints(self.output.path) for file in path.iterdir()]
+            existing = sum(file.stat().st_size for file in files)
+            free = shutil.disk_usage(self.output.path).free
+        free, needed = distributed.from_main((free, count * one + model - existing))
         if needed > free:
             raise UserError(
                 f"{self.output.path}: {count} checkpoints of {byte_size(one)} (save.keep: {options.keep}, and one being"
@@ -159,7 +158,7 @@ class Saver:
         """Bytes of a checkpoint, all processes together: fp32 weights and moments."""
         return sum(engine.state_bytes() for engine in self.engines)
 
-    def _room_for_one(self, step: int) -> None:
+    def _check_room_for_one(self, step: int) -> None:
         free = distributed.from_main(shutil.disk_usage(self.output.path).free if self.output.is_main else 0)
         if self._size() > free:
             raise UserError(
@@ -168,16 +167,14 @@ class Saver:
             )
 
     def _advice(self) -> str:
-        there = complete_checkpoints(self.output.path)
-        return (
-            f"make room, then the same command resumes from {there[-1].name}"
-            if there
-            else "make room, then start it again"
-        )
+        checkpoints = complete_checkpoints(self.output.path)
+        if checkpoints:
+            return f"make room, then the same command resumes from {checkpoints[-1].name}"
+        return "make room, then start it again"
 
     # ---- in the writing thread ---------------------------------------------------------------------------------------
 
-    def _begin(self, action, here: bool) -> None:
+    def _start(self, action, in_this_thread: bool) -> None:
         def run():
             try:
                 action()
@@ -185,7 +182,7 @@ class Saver:
                 self.failure = error
 
         self.thread = None
-        if here:
+        if in_this_thread:
             run()
         else:
             self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
@@ -200,7 +197,7 @@ class Saver:
         self.written = {}
         for name, part in parts.items():
             file = f"{name}-{distributed.rank():05d}.safetensors"
-            self.written[file] = state.write(self._temporary / file, part, self.given_up.is_set)
+            self.written[file] = state.write(self._temporary / file, part, self.abandoned.is_set)
             if self.output.is_main:
                 path = self._temporary / f"{name}.json"
                 write_json(path, part.summary)
@@ -212,7 +209,7 @@ class Saver:
         marker = {"step": self.step, "state": self.loop_state, "files": files}
         write_json(self._temporary / checkpoint_folder.MARKER, marker)
         final = checkpoint_folder.path_of(self.output.path, self.step)
-        if final.exists():  # damaged: a valid one would have been resumed from
+        if final.exists():  # damaged: the run would have resumed from a valid one
             _remove(final)
         self._temporary.rename(final)
         sync_folder(self.folder)
@@ -221,35 +218,35 @@ class Saver:
         self.output.note_time()
 
     def _superfluous(self) -> list[Path]:
-        there = complete_checkpoints(self.output.path)
-        kept = set(there[-self.options.keep :])
+        checkpoints = complete_checkpoints(self.output.path)
+        kept = set(checkpoints[-self.options.keep :])
         if self.options.keep_every:
-            kept |= {path for path in there if step_of(path) % self.options.keep_every == 0}
+            kept |= {path for path in checkpoints if step_of(path) % self.options.keep_every == 0}
         losses = self.losses
-        measured = [path for path in there if str(step_of(path)) in losses]
-        if self.options.keep_best and measured:
-            kept.add(min(measured, key=lambda path: losses[str(step_of(path))]))
-        return [path for path in there if path not in kept]
+        evaluated = [path for path in checkpoints if str(step_of(path)) in losses]
+        if self.options.keep_best and evaluated:
+            kept.add(min(evaluated, key=lambda path: losses[str(step_of(path))]))
+        return [path for path in checkpoints if path not in kept]
 
     def _fail(self) -> None:
-        """Every process raises; what was written goes, and the checkpoints before stay as they are."""
+        """Raises on every process. What was written is removed, and the checkpoints before stay as they are."""
         own, step, temporary = self.failure, self.step, self._temporary
         self.step = self.failure = None
-        words = distributed.gathered_object(
-            f"{own.strerror or own} ({own.filename or 'file'})"
-            if isinstance(own, OSError)
-            else repr(own)
-            if own
-            else None
-        )
+        texts = distributed.all_gather_object(_failure_text(own))
         if self.output.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         if own and not isinstance(own, OSError):
             raise own
-        index, what = next((index, word) for index, word in enumerate(words) if word)
+        rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
         raise UserError(
-            f"the checkpoint of step {step} could not be written by process {index}: {what}; {self._advice()}"
+            f"the checkpoint of step {step} could not be written by process {rank}: {text}; {self._advice()}"
         ) from own
+
+
+def _failure_text(error: Exception | None) -> str | None:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error} ({error.filename or 'file'})"
+    return repr(error) if error else None
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -301,7 +298,7 @@ def damage(checkpoint: Path) -> str | None:
         own = checkpoint_folder.damage(checkpoint, distributed.rank(), distributed.world())
     except OSError as error:  # maybe on this process only, and the others wait for its answer
         own = f"process {distributed.rank()} cannot read it: {error.strerror} ({error.filename})"
-    problems = [problem for problem in distributed.gathered_object(own) if problem]
+    problems = [problem for problem in distributed.all_gather_object(own) if problem]
     return problems[0] if problems else None
 
 

@@ -1,7 +1,7 @@
-"""Processes: starting the group that a launcher has laid out, agreeing on small things, and ending without a crash.
+"""Processes of a launch: setting up devices and the process group, exchanging small values, and ending cleanly.
 
-`accelerate launch`, torchrun, srun and `alma run` only start processes and set RANK, WORLD_SIZE and LOCAL_RANK; what
-the processes do together is the recipe's business (`parallel`).
+`accelerate launch`, torchrun, srun and `alma run` only start processes and set RANK, WORLD_SIZE and LOCAL_RANK; the
+recipe decides what the processes do together (`parallel`).
 """
 
 import gc
@@ -51,26 +51,27 @@ def setup(config: "TrainConfig | None" = None) -> None:
         _agree_with_launcher(config)
         choose_device(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(_num_threads(config))
-    _settle_vector_math()
+    _initialise_vector_math()
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn that it found none
-    alone = world() == 1 and config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1)
-    if alone:  # DeepSpeed wants a rank and a group also for one process
+    uses_deepspeed = config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1)
+    group_of_one = world() == 1 and uses_deepspeed  # DeepSpeed needs a rank and a group even for one process
+    if group_of_one:
         os.environ.setdefault("LOCAL_RANK", "0")
     if dist.is_initialized():
         return
-    # Flags and sums of a few numbers travel over gloo also where tensors travel over nccl: no launch of a kernel, no
-    # wait for the GPU.
+    # Flags and sums of a few numbers are sent over gloo even if tensors are sent over nccl: no kernel is launched, and
+    # nothing waits for the GPU.
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if world() > 1:
         # The watchdog (train/heartbeat.py) can name the rank that the others wait for, so its limits must end first.
         seconds = 2 * max(config.watch.start, config.watch.hang) if config else 0
         timeout = timedelta(seconds=max(1800, seconds))
         dist.init_process_group(backend, store=_store(timeout), rank=rank(), world_size=world(), timeout=timeout)
-    elif alone:
+    elif group_of_one:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -84,8 +85,8 @@ def _num_threads(config: "TrainConfig | None") -> int:
 
 
 def _store(timeout: timedelta):
-    """The store of a launch by pipeline/core/processes.py, whose port is open already. None: torch makes it from
-    MASTER_ADDR and MASTER_PORT, or takes that of torchrun."""
+    """The store of a launch by pipeline/core/processes.py, whose port is already open. None: torch creates one from
+    MASTER_ADDR and MASTER_PORT, or uses torchrun's."""
     import torch.distributed as dist
 
     socket = os.environ.get("ALMA_STORE")
@@ -101,14 +102,13 @@ def _store(timeout: timedelta):
 VECTOR_FUNCTIONS = "acos asin atan cos erf erfc exp expm1 log log10 log1p log2 sin sqrt tan tanh".split()
 
 
-def _settle_vector_math() -> None:
+def _initialise_vector_math() -> None:
     """Call each of oneMKL's vector functions once on one number, before two threads can do it at the same time.
 
-    oneMKL before 2025.0 (torch 2.13 has 2024.2) chooses the kernel of a function at its first call. If that is made by
-    several threads at once, one of them may run a kernel of low accuracy, for this call alone: relative errors of
-    1.5e-4 in exp in 13 of 900 fresh processes with two threads, in none of 900 after this (docs/log.md 14;
-    pytorch/pytorch issue 188792). So the first step of a run was not always that of the same run made again.
-    """
+    oneMKL before 2025.0 (torch 2.13 has 2024.2) chooses the kernel of a function at its first call. If several threads
+    make that call at once, one of them may run a kernel of low accuracy, in this call only: relative errors of 1.5e-4
+    in exp in 13 of 900 fresh processes with two threads, in none of 900 after this (docs/log.md 14; pytorch/pytorch
+    issue 188792). So the first step of a run was not always reproduced."""
     import torch
 
     for dtype in (torch.float32, torch.float64):
@@ -117,32 +117,27 @@ def _settle_vector_math() -> None:
 
 
 def choose_device(config: StageConfig, local: int) -> None:
-    """Make `run.device` hold for `local` processes on this machine. Raises UserError if it cannot."""
+    """Apply `run.device` for `local` processes on this machine. Raises UserError if that is impossible."""
     import torch
 
-    wanted = config.run.device
-    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    if wanted == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # what `device` and DeepSpeed's launchers look at
+    only_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if config.run.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # `device` and DeepSpeed's launchers read this
         return
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cuda" and (forced or not there):
-        why = (
-            "ACCELERATE_USE_CPU=true forbids it"
-            if forced
-            else (
-                f"torch {torch.__version__} finds none here"
-                f" (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
-            )
-        )
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.run.device == "cuda" and (only_cpu or not num_gpus):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        reason = f"torch {torch.__version__} finds none here (CUDA_VISIBLE_DEVICES={visible})"
+        if only_cpu:
+            reason = "ACCELERATE_USE_CPU=true forbids it"
         raise UserError(
-            f"stage {config.kind}: run.device: cuda asks for a GPU, and {why}; start it where there is one, or give"
+            f"stage {config.kind}: run.device: cuda asks for a GPU, and {reason}; start it where there is one, or give"
             f" {config.kind}.run.device=cpu"
         )
-    if not forced and 0 < there < local:
+    if not only_cpu and 0 < num_gpus < local:
         raise UserError(
-            f"stage {config.kind}: {many(local, 'process/processes')} on this machine and {many(there, 'GPU')}; launch"
-            f" {there}, or give {config.kind}.run.device=cpu"
+            f"stage {config.kind}: {many(local, 'process/processes')} on this machine and {many(num_gpus, 'GPU')};"
+            f" launch {num_gpus}, or give {config.kind}.run.device=cpu"
         )
 
 
@@ -155,9 +150,9 @@ def _agree_with_launcher(config: "TrainConfig") -> None:
     if launched is None:
         return
     # a pipeline always has DeepSpeed's ZeRO-1 optimizer
-    wanted = 1 if config.parallel.pipeline > 1 else config.parallel.zero
-    if str(wanted) != launched:
-        shown = "none (plain data parallelism)" if wanted is None else wanted
+    zero = 1 if config.parallel.pipeline > 1 else config.parallel.zero
+    if str(zero) != launched:
+        shown = "none (plain data parallelism)" if zero is None else zero
         raise UserError(
             f"stage {config.kind}: the recipe says parallel.zero: {shown}, the accelerate launch config says"
             f" zero_stage: {launched}; make them equal, or launch with --multi_gpu and let the recipe decide"
@@ -210,45 +205,39 @@ def from_main(value):
     return box[0]
 
 
-def all_gather(items: list) -> list:
-    """The picklable lists of all processes, joined in the order of ranks, on every process. Collective."""
-    if world() == 1:
-        return items
-    import torch.distributed as dist
-
-    parts: list = [None] * world()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+def all_gather_lists(items: list) -> list:
+    """The lists of all processes, of picklable items, joined in the order of ranks, on every process. Collective."""
+    return [item for part in all_gather_object(items) for item in part]
 
 
-def gathered_object(value) -> list:
+def all_gather_object(value) -> list:
     """A small picklable object of each process, on every process. Collective."""
     if world() == 1:
         return [value]
     import torch.distributed as dist
 
-    box = [None] * world()
-    dist.all_gather_object(box, value, group=_cpu_group())
-    return box
+    values = [None] * world()
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
 
 
-_group = None
+_gloo_group = None
 
 
 def _cpu_group():
-    """all_gather_object has no `device`: over nccl it would need GPU tensors, so it gets a gloo group."""
-    global _group
+    """A gloo group if there are GPUs: torch's all_gather_object has no `device`, and over nccl it needs GPU tensors."""
+    global _gloo_group
     import torch.distributed as dist
 
-    if _group is None and device().type == "cuda":
-        _group = dist.new_group(backend="gloo")
-    return _group
+    if _gloo_group is None and device().type == "cuda":
+        _gloo_group = dist.new_group(backend="gloo")
+    return _gloo_group
 
 
 def shutdown() -> None:
-    """End the process group. Without the pause a gloo thread may take the interpreter lock while Python is being
-    torn down, and a run whose work is done and published dies with SIGABRT (`terminate called without an active
-    exception`); with it: 0 of 18 launches."""
+    """End the process group. Without the pause a gloo thread may take the interpreter lock while Python shuts down, and
+    a run whose result is published dies with SIGABRT (`terminate called without an active exception`); with it: in 0 of
+    18 launches."""
     if "torch.distributed" not in sys.modules:
         return
     import torch.distributed as dist

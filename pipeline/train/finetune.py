@@ -3,8 +3,8 @@
     parent = load_parent(config, inputs["model"], output.stage)       # folder, tokenizer and chat template
     arrays, extra = encode_once(output, config, encode)               # finetune_data.py: records become token rows
     adapt(config, parent, model)                                      # with `lora`
-    engine, text = build_engine(model, loss, config, work)            # says what will be computed
-    result = fit(engine, config, output, text, rows, heldout, collate)
+    engine, expected = build_engine(model, loss, config, work)        # says what will be computed
+    result = fit(engine, config, output, expected, rows, heldout, collate)
     publish_model(engine, config, parent, output)
     return summarise(config, output, result, ...)
 
@@ -33,7 +33,7 @@ from pipeline.train import engine as engines
 from pipeline.train.engine import Engine, Loss
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import Counts, heldout_share, model_folder
-from pipeline.train.metrics import Text, total_peak
+from pipeline.train.metrics import Expected, total_peak
 from pipeline.train.run_summary import Work, tuning_lines
 
 # ---- load ------------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ..
     lora.attach(model, config.lora, config.seed, complete)
 
 
-def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model") -> tuple[Engine, Text]:
+def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model") -> tuple[Engine, Expected]:
     """Print what the stage will compute and how long that may take, then build the engine of the model. Returns the
     engine and the expected time for the meters. Collective."""
     size = cost.count(model)
@@ -144,7 +144,7 @@ def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: st
             f" take about ten times as much, {10 * lr:g}"
         )
     engine = engines.build(model, loss, config, name=name)
-    return engine, Text(expected=work.seconds(flops, peak))
+    return engine, Expected(seconds=work.seconds(flops, peak))
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def fit(
     engine: Engine,
     config: FinetuneConfig,
     output: Output,
-    text: Text,
+    expected: Expected,
     rows: RowOrder,
     heldout: Sequence,
     collate: Callable[[str, list], dict],
@@ -188,7 +188,7 @@ def fit(
         numbers = engine.evaluate(heldout_batches)
         return numbers | measure() if measure else numbers
 
-    return loop.fit(engine, config, output, batches, evaluate=evaluate, unit=unit, text=text)
+    return loop.fit(engine, config, output, batches, evaluate=evaluate, unit=unit, expected=expected)
 
 
 # ---- publish and summarise -------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
-"""What is written of a step: metrics.jsonl, the terminal's line, Weights & Biases. docs/pretrain.md has the table of
+"""What is written about steps: metrics.jsonl, the terminal's line, Weights & Biases. docs/pretrain.md has a table of
 all names.
 
-    meters = Meters(config, state, unit="tok", text=Text(...))
-    stats = meters.step(engine.step(...), seconds)     # each step: adds up, and takes the sums that are not for reading
-                                                       # out of `stats`
-    line = meters.line(step)                           # each `log.every_steps`. Collective
+    meters = Meters(config, state, unit="tok", expected=Expected(...))
+    stats = meters.step(engine.step(...), seconds)     # each step: adds up, and removes from `stats` the sums that are
+                                                       # counted rather than shown
+    line = meters.line(step, steps)                    # every `log.every_steps`. Collective
 
-What is counted over the run (tokens of each source) and since the last line (nats and tokens of each source) lives in
-`state`, which goes into checkpoints, so that a resumed run writes the lines of one that was not killed. Times and
-rates are of this process alone.
+Counts over the run (tokens of each source) and since the last line (nats and tokens of each source) are in `state`,
+which is part of checkpoints, so a resumed run writes the same lines as one that was not killed. Times and rates are
+those of this process.
 """
 
 import math
@@ -25,166 +25,189 @@ from pipeline.train.loss import Tally
 from pipeline.train.peak_flops import peak
 from pipeline.train.run_summary import duration
 
-# phases that every step has; their times are shown a step
-OF_A_STEP = ("data", "rollout", "forward", "backward", "pipeline", "reduce", "update", "log")
-BESIDE = ("evaluate", "sample", "save")  # and those that come now and then, whose times are shown whole
-CALIBRATED = 20  # steps of a process after which the time of a step is told
-SETTLED = 3  # first steps of a process that say nothing about the others: kernels are loaded, buffers made
+# Phases that every step has; their times are reported per step.
+STEP_PHASES = ("data", "rollout", "forward", "backward", "pipeline", "reduce", "update", "log")
+OTHER_PHASES = ("evaluate", "sample", "save")  # phases between some steps; their times are reported as totals
+CALIBRATION = 20  # steps of a process after which the time of a step is reported
+WARMUP = 3  # first steps of a process, whose time says nothing about later ones: kernels are loaded, buffers allocated
 
 
 @dataclass
-class Text:
-    """What is known of the text that is read: for bits per byte, tokens of each source, epochs, and MFU."""
+class Expected:
+    """What measured numbers are related to: for epochs, MFU and the remaining time."""
 
     epoch_tokens: dict[str, int] = field(default_factory=dict)
     """Source -> tokens of one pass over it."""
     flops: Flops | None = None
-    """Of one token."""
+    """Per token."""
     peak: float | None = None
     """FLOP/s of all devices together, if known."""
-    expected: float | None = None
-    """Seconds that the run was expected to take before its first step."""
+    seconds: float | None = None
+    """Estimated seconds of the run before its first step."""
 
 
 class Meters:
     """weight: what a step's loss is averaged over (tokens, pairs); `unit` is its name in `UNIT_per_second`."""
 
-    def __init__(self, config, state: dict, unit: str = "tok", text: Text | None = None, device=None):
-        self.config, self.state, self.unit, self.text = config, state, unit, text or Text()
+    def __init__(self, config, state: dict, unit: str = "tok", expected: Expected | None = None, device=None):
+        self.config, self.state, self.unit = config, state, unit
+        self.expected = expected or Expected()
         self.device = device or distributed.device()
         self.state.setdefault("sources", {})
         self.state.setdefault("since", {})  # source -> [nats, tokens] since the last line
-        self.busy, self.done = 0.0, 0.0  # seconds and weight of all steps of this process
-        self.settled_steps, self.settled_seconds, self.steps = 0, 0.0, 0
-        self.begun = time.perf_counter()
+        self.total_seconds, self.total_weight = 0.0, 0.0  # of all steps of this process
+        self.steps = 0  # of this process
+        self.timed_steps, self.timed_seconds = 0, 0.0  # without those of the warmup
+        self.started = time.perf_counter()
         phases.take()
-        self._clear()
+        self._start_line()
 
-    def _clear(self) -> None:
-        self.weight, self.count = 0.0, 0
+    def _start_line(self) -> None:
+        self.line_weight, self.line_steps = 0.0, 0
 
     def step(self, stats: dict, seconds: float) -> dict:
         """Count one step of `seconds`. Returns `stats` without the sums by source and with bits_per_byte."""
-        weight = stats["weight"]
         shown = {}
         for key, value in stats.items():
-            if not isinstance(key, Tally):
+            if isinstance(key, Tally):
+                self._count(key, value, stats["weight"])
+                if key.quantity == "bytes":
+                    # loss and bytes are both divided by the weight
+                    shown["bits_per_byte"] = stats["loss"] / math.log(2) / value if value else None
+            else:
                 shown[key] = value
-            elif key.quantity == "nats":
-                self.state["since"].setdefault(key.group, [0.0, 0])[0] += value * weight
-            elif key.quantity == "tokens":
-                number = round(value * weight)
-                self.state["since"].setdefault(key.group, [0.0, 0])[1] += number
-                self.state["sources"][key.group] = self.state["sources"].get(key.group, 0) + number
-            elif key.quantity == "bytes":
-                # both are divided by the weight
-                shown["bits_per_byte"] = stats["loss"] / math.log(2) / value if value else None
-        self.busy, self.done, self.steps = self.busy + seconds, self.done + weight, self.steps + 1
-        if self.steps > SETTLED:
-            self.settled_seconds, self.settled_steps = self.settled_seconds + seconds, self.settled_steps + 1
-        self.weight, self.count = self.weight + weight, self.count + 1
+        self.total_seconds += seconds
+        self.total_weight += stats["weight"]
+        self.steps += 1
+        if self.steps > WARMUP:
+            self.timed_seconds += seconds
+            self.timed_steps += 1
+        self.line_weight += stats["weight"]
+        self.line_steps += 1
         return shown
 
+    def _count(self, key: Tally, mean: float, weight: float) -> None:
+        """Add a sum by source, which is given divided by the weight of the step."""
+        if key.quantity == "nats":
+            self.state["since"].setdefault(key.group, [0.0, 0])[0] += mean * weight
+        elif key.quantity == "tokens":
+            number = round(mean * weight)
+            self.state["since"].setdefault(key.group, [0.0, 0])[1] += number
+            self.state["sources"][key.group] = self.state["sources"].get(key.group, 0) + number
+
+    # ---- metrics.jsonl -----------------------------------------------------------------------------------------------
+
     def line(self, step: int, steps: int | None) -> dict:
-        """What else is logged at `step` of `steps`: rates, times and memory since the last line, counts over the
+        """Further numbers to log at `step` of `steps`: rates, times and memory since the last line, counts over the
         run. Collective."""
-        spent = phases.take()
-        # All of the time but that of the phases beside: what is logged here, and looking out for signals, is part of a
-        # step.
-        mine = [
-            sum(spent.get(name, 0.0) for name in OF_A_STEP),
-            peak_memory(self.device),
-            *(spent.get(name, 0.0) for name in (*OF_A_STEP, *BESIDE)),
-        ]
-        rows = distributed.all_rows(mine)
-        count = max(1, self.count)
-        mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        rate = self.weight / max(mean[0], 1e-9)
-        found = {f"{self.unit}_per_second": round(rate, 1), "seconds/step": mean[0] / count}
-        if len(rows) > 1:
-            found["seconds/step_max"] = max(row[0] for row in rows) / count
-            if spent.get("forward"):  # steps end together, so a slow rank shows in the time before it meets the others
-                own = [row[2 + OF_A_STEP.index("data")] + row[2 + OF_A_STEP.index("forward")] for row in rows]
-                found |= {
-                    "seconds/alone": sum(own) / len(own) / count,
-                    "seconds/alone_max": max(own) / count,
-                    "slowest_rank": own.index(max(own)),
-                }
-        for name, value in zip(OF_A_STEP, mean[2:], strict=False):
-            if value:
-                found[f"seconds/{name}"] = value / count
-        for name, value in zip(BESIDE, mean[2 + len(OF_A_STEP) :], strict=True):
-            if value > 1e-4:
-                found[f"seconds/{name}"] = value
-        found["data_wait_share"] = max(row[2 + OF_A_STEP.index("data")] / max(row[0], 1e-9) for row in rows)
-        found["peak_memory_gb"] = max(row[1] for row in rows) / 1e9
-        found = {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
-        if self.text.flops and self.text.peak:
-            found["mfu"], found["mfu_causal"] = (
-                round(rate * flops / self.text.peak, 4) for flops in (self.text.flops.full, self.text.flops.causal)
-            )
+        own_seconds = phases.take()
+        own_step_seconds = sum(own_seconds.get(name, 0.0) for name in STEP_PHASES)
+        own = [own_step_seconds, peak_memory(self.device)]
+        own += [own_seconds.get(name, 0.0) for name in (*STEP_PHASES, *OTHER_PHASES)]
+        ranks = distributed.all_rows(own)
+        mean = [sum(column) / len(ranks) for column in zip(*ranks, strict=True)]
+        rate = self.line_weight / max(mean[0], 1e-9)
+        numbers = {f"{self.unit}_per_second": round(rate, 1)}
+        numbers.update(self._times(ranks, mean, has_forward=bool(own_seconds.get("forward"))))
+        numbers["peak_memory_gb"] = max(row[1] for row in ranks) / 1e9
+        numbers = {key: round(value, 6) if isinstance(value, float) else value for key, value in numbers.items()}
+        if self.expected.flops and self.expected.peak:
+            numbers["mfu"] = round(rate * self.expected.flops.full / self.expected.peak, 4)
+            numbers["mfu_causal"] = round(rate * self.expected.flops.causal / self.expected.peak, 4)
+        numbers.update(self._counts())
+        if steps is not None:
+            seconds = (time.perf_counter() - self.started) / max(1, self.steps)
+            numbers["seconds_left"] = round((steps - step) * seconds, 1)
+        self._start_line()
+        return numbers
+
+    def _times(self, ranks: list[list[float]], mean: list[float], has_forward: bool) -> dict:
+        """Times of steps and phases. A row of `ranks`: seconds of steps, memory, seconds of each phase."""
+        num_steps = max(1, self.line_steps)
+        data, forward = (2 + STEP_PHASES.index(name) for name in ("data", "forward"))
+        numbers = {"seconds/step": mean[0] / num_steps}
+        if len(ranks) > 1:
+            numbers["seconds/step_max"] = max(row[0] for row in ranks) / num_steps
+        if len(ranks) > 1 and has_forward:
+            # All ranks end a step together, so a slow one shows in the time before it waits for the others.
+            alone = [row[data] + row[forward] for row in ranks]
+            numbers["seconds/alone"] = sum(alone) / len(alone) / num_steps
+            numbers["seconds/alone_max"] = max(alone) / num_steps
+            numbers["slowest_rank"] = alone.index(max(alone))
+        phase_means = dict(zip((*STEP_PHASES, *OTHER_PHASES), mean[2:], strict=True))
+        for name in STEP_PHASES:
+            if phase_means[name]:
+                numbers[f"seconds/{name}"] = phase_means[name] / num_steps
+        for name in OTHER_PHASES:
+            if phase_means[name] > 1e-4:
+                numbers[f"seconds/{name}"] = phase_means[name]
+        numbers["data_wait_share"] = max(row[data] / max(row[0], 1e-9) for row in ranks)
+        return numbers
+
+    def _counts(self) -> dict:
+        """Loss of each source since the last line, its tokens and epochs over the run."""
+        numbers = {}
         for source, (nats, tokens) in self.state["since"].items():
             if tokens:
-                found[f"loss/{source}"] = nats / tokens
+                numbers[f"loss/{source}"] = nats / tokens
         self.state["since"] = {}
         for source, tokens in self.state["sources"].items():
-            found[f"tokens/{source}"] = tokens
-            if source in self.text.epoch_tokens:
-                found[f"epochs/{source}"] = round(tokens / self.text.epoch_tokens[source], 4)
-        if steps is not None:
-            found["seconds_left"] = round((steps - step) * (time.perf_counter() - self.begun) / max(1, self.steps), 1)
-        self._clear()
-        return found
+            numbers[f"tokens/{source}"] = tokens
+            if source in self.expected.epoch_tokens:
+                numbers[f"epochs/{source}"] = round(tokens / self.expected.epoch_tokens[source], 4)
+        return numbers
+
+    # ---- the terminal ------------------------------------------------------------------------------------------------
 
     def shown(self, stats: dict) -> dict:
-        """What stands on the terminal's line."""
-        bits, known = stats.get("bits_per_byte"), self.text.flops and self.text.peak
-        return {
-            "loss": stats["loss"] if stats["loss"] is not None else "nan",
-            **({"bits/byte": bits} if bits is not None else {}),
-            f"{self.unit}/s": self.rate,
-            **({"MFU": f"{100 * self.rate * self.text.flops.full / self.text.peak:.1f}%"} if known else {}),
-        }
+        """Numbers for the terminal's line."""
+        numbers = {"loss": stats["loss"] if stats["loss"] is not None else "nan"}
+        if stats.get("bits_per_byte") is not None:
+            numbers["bits/byte"] = stats["bits_per_byte"]
+        numbers[f"{self.unit}/s"] = self.rate
+        if self.expected.flops and self.expected.peak:
+            numbers["MFU"] = self._mfu(self.rate)
+        return numbers
+
+    def _mfu(self, rate: float) -> str:
+        return f"{100 * rate * self.expected.flops.full / self.expected.peak:.1f}%"
 
     def calibrated(self, step: int, steps: int | None) -> str | None:
-        """Once, when the first steps have been timed: what the rest will take, beside what was expected."""
-        if self.steps != CALIBRATED or steps is None or steps - step < CALIBRATED:
+        """Once, when the first steps have been timed: how long the rest will take, compared with the estimate."""
+        if self.steps != CALIBRATION or steps is None or steps - step < CALIBRATION:
             return None
-        expected = (
-            f"; {duration(self.text.expected * (steps - step) / steps)} were expected" if self.text.expected else ""
-        )
-        rate = self.done / self.steps / self.step_seconds
-        mfu = (
-            f", {100 * rate * self.text.flops.full / self.text.peak:.1f}% MFU"
-            if self.text.flops and self.text.peak
-            else ""
-        )
-        return (
-            f"measured   {self.step_seconds:.3g} s a step, {rate:,.0f} {self.unit}/s{mfu}: the other {steps - step:,}"
-            f" steps take {duration(self.step_seconds * (steps - step))}{expected}"
-        )
+        left = steps - step
+        rate = self.total_weight / self.steps / self.step_seconds
+        text = f"measured   {self.step_seconds:.3g} s per step, {rate:,.0f} {self.unit}/s"
+        if self.expected.flops and self.expected.peak:
+            text += f", {self._mfu(rate)} MFU"
+        text += f": the other {left:,} steps take {duration(self.step_seconds * left)}"
+        if self.expected.seconds:
+            text += f"; the estimate was {duration(self.expected.seconds * left / steps)}"
+        return text
 
     @property
     def rate(self) -> float:
-        """Weight a second over all steps of this process, all ranks together, without evaluating and saving."""
-        return self.done / self.busy if self.busy else 0.0
+        """Weight per second over all steps of this process, all ranks together, without evaluating and saving."""
+        return self.total_weight / self.total_seconds if self.total_seconds else 0.0
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a step, the first few left out; None as long as there was none."""
-        return self.settled_seconds / self.settled_steps if self.settled_steps else None
+        """Mean seconds of a step, without those of the warmup; None before there was any other."""
+        return self.timed_seconds / self.timed_steps if self.timed_steps else None
 
 
 def total_peak(config) -> float | None:
-    """FLOP/s of all processes' devices together, None if one is unknown. Measured on all at the same time, because
-    CPU processes share a machine. Collective."""
-    mine = peak(config.log.peak, config.precision, distributed.device())
-    total, unknown = distributed.all_reduce_sum([mine or 0.0, float(mine is None)])
-    return None if unknown else total
+    """FLOP/s of the devices of all processes together, None if one of them is unknown. Measured on all at the same
+    time, because CPU processes share a machine. Collective."""
+    own = peak(config.log.peak, config.precision, distributed.device())
+    total, num_unknown = distributed.all_reduce_sum([own or 0.0, float(own is None)])
+    return None if num_unknown else total
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that torch had allocated on the GPU, or on a CPU the most that the process had resident."""
+    """Bytes: the most that torch had allocated on the GPU; on a CPU the largest resident size of the process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * kilobyte

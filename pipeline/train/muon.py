@@ -1,10 +1,10 @@
 """Muon for the matrices inside the model, AdamW for embeddings, output layer, norms and biases (Jordan et al., 2024),
 as one optimizer.
 
-Muon orthogonalises a whole matrix's momentum, so it computes something else where a process holds a part of the matrix:
-it is refused with ZeRO and pipelines (train/config.py). Its step is scaled to AdamW's size (`match_rms_adamw`, Liu et
-al., 2025, section 2.2), so that both take the same learning rate. Experts of a mixture stand in one 3-D parameter,
-which torch's Muon does not take: AdamW has them.
+Muon orthogonalises the momentum of a complete matrix, so it would compute something else if a process held a part of
+the matrix: it is refused with ZeRO and pipelines (train/config.py). Its step is scaled to the size of AdamW's
+(`match_rms_adamw`, Liu et al., 2025, section 2.2), so both use the same learning rate. The experts of a layer are one
+3-D parameter, which torch's Muon does not take: AdamW trains them.
 """
 
 import torch
@@ -15,35 +15,34 @@ from pipeline.train.engine import adamw, lr_scale
 
 
 class Muon:
-    """torch.optim.Muon and AdamW behind the names that the engine uses."""
+    """torch.optim.Muon and AdamW with the methods that the engine uses."""
 
     def __init__(self, model, config: TrainConfig, device: torch.device):
-        tables = {
-            id(layer.weight)
-            for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-            if layer is not None
-        }
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        tables = {id(layer.weight) for layer in ends if layer is not None}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(lr_scale(parameter) != 1 for parameter in trained):
             raise UserError(
-                "optimizer.kind: muon has a scaling of its own with the width; leave mup out of the model, or use adamw"
+                "optimizer.kind: muon scales its steps with the width itself; remove mup from the model block, or use"
+                " adamw"
             )
-        inner = [
-            parameter
-            for parameter in trained
-            if parameter.ndim == 2 and min(parameter.shape) > 1 and id(parameter) not in tables
-        ]
-        chosen = {id(parameter) for parameter in inner}
+        matrices, others = [], []
+        for parameter in trained:
+            is_matrix = parameter.ndim == 2 and min(parameter.shape) > 1 and id(parameter) not in tables
+            if is_matrix:
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
         options = config.optimizer
         self.parts = {
             "muon": torch.optim.Muon(
-                inner,
+                matrices,
                 lr=options.lr,
                 momentum=options.momentum,
                 weight_decay=options.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             ),
-            "adamw": adamw([parameter for parameter in trained if id(parameter) not in chosen], config, device),
+            "adamw": adamw(others, config, device),
         }
 
     @property

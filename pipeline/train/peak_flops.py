@@ -1,16 +1,15 @@
-"""The arithmetic rate that a device could reach, which model FLOPs utilisation (MFU) is measured against: from a table,
-or measured here.
+"""The peak arithmetic rate of a device, against which model FLOPs utilisation (MFU) is measured: from a table, or
+measured here.
 
-No rate is guessed: a device that the table does not have gives none, and then no MFU is shown, unless the recipe says
-`log.peak`.
+No rate is guessed: for a device that is not in the table no MFU is shown, unless the recipe has `log.peak`.
 """
 
 import re
 import time
 
-# Device name, as the driver gives it -> dense peak in TFLOP/s: bf16, tf32 (tensor cores) and fp32 (without them).
-# Vendors' data sheets; where these state rates "with sparsity", half of it. Consumer cards: bf16 with fp32
-# accumulation. A name has to fit as a whole: laptop, D and MIG variants have fewer units.
+# Device name, as the driver reports it -> dense peak in TFLOP/s: bf16, tf32 (tensor cores) and fp32 (without them).
+# From the vendors' data sheets; half of the rate where these state it "with sparsity". Consumer cards: bf16 with fp32
+# accumulation. The complete name must match: laptop, D and MIG variants have fewer units.
 TABLE = {
     r"NVIDIA B200": (2250, 1125, 75),  # HGX B200 data sheet, a GPU of eight
     r"NVIDIA GB200": (2500, 1250, 80),  # GB200 NVL72 data sheet, a GPU
@@ -37,14 +36,14 @@ TABLE = {
     r"(Tesla V100-SXM2-\d+GB(-LS)?)": (None, None, 15.7),  # V100 data sheet; no bf16, no tf32
     r"AMD Instinct MI300X( OAM)?": (1307, 654, 163.4),  # MI300X data sheet
     r"AMD Instinct MI325X( OAM)?": (1307, 654, 163.4),  # MI325X data sheet
-    # MI250X data sheet, of one of its two dies: each is a device
+    # MI250X data sheet, for one of its two dies: each is a device
     r"AMD Instinct MI250X?( / MI250)?": (191.5, None, 47.9),
 }
 COLUMNS = ("bf16", "tf32", "fp32")
 
 
 def known(name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of a device by its name; precision bf16, tf32 or fp32. None if the table does not say."""
+    """Dense peak in FLOP/s of a device by its name; precision bf16, tf32 or fp32. None if it is not in the table."""
     for pattern, rates in TABLE.items():
         if re.fullmatch(pattern, name):
             rate = rates[COLUMNS.index(precision)]
@@ -53,32 +52,33 @@ def known(name: str, precision: str) -> float | None:
 
 
 def measured(precision: str, device, seconds: float = 1.0) -> float:
-    """FLOP/s of a product of 4096x1024 by 1024x4096 on this device with this process's threads: the best of the
-    repetitions that fit into `seconds`, at least three."""
+    """FLOP/s of a product of 4096x1024 by 1024x4096 on this device with the threads of this process: the best of as
+    many repetitions as fit into `seconds`, at least three."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    generator = torch.Generator().manual_seed(0)  # its own: nothing of the run's random state is used
-    left = torch.randn(4096, 1024, generator=generator).to(device, dtype)
-    right = torch.randn(1024, 4096, generator=generator).to(device, dtype)
-    best, begun, turns = 0.0, time.perf_counter(), 0
-    repeats = 1 if device.type == "cpu" else 50  # a GPU takes microseconds for one and milliseconds to be asked
-    while turns < 4 or time.perf_counter() - begun < seconds:
+    rows, inner = 4096, 1024
+    generator = torch.Generator().manual_seed(0)  # its own, so that the run's random state is not used
+    left = torch.randn(rows, inner, generator=generator).to(device, dtype)
+    right = torch.randn(inner, rows, generator=generator).to(device, dtype)
+    repeats = 1 if device.type == "cpu" else 50  # a GPU takes microseconds for one and milliseconds to synchronise
+    best, rounds, started = 0.0, 0, time.perf_counter()
+    while rounds < 4 or time.perf_counter() - started < seconds:
         start = time.perf_counter()
         for _ in range(repeats):
             left @ right
         if device.type != "cpu":
             torch.cuda.synchronize(device)
         elapsed = time.perf_counter() - start
-        if turns:  # the first one loads kernels
-            best = max(best, repeats * 2 * 4096 * 1024 * 4096 / elapsed)
-        turns += 1
+        if rounds:  # the first one loads kernels
+            best = max(best, repeats * 2 * rows * inner * rows / elapsed)
+        rounds += 1
     return best
 
 
 def peak(setting, precision: str, device) -> float | None:
-    """FLOP/s of this process's device. setting: the recipe's `log.peak`, which is None (the table), "measured", or
-    TFLOP/s."""
+    """FLOP/s of the device of this process. setting: the recipe's `log.peak`: None (the table), "measured", or a number
+    of TFLOP/s."""
     import torch
 
     if isinstance(setting, (int, float)):

@@ -1,7 +1,7 @@
 """The pipelined engine: DeepSpeed's PipelineModule (1F1B) over data-parallel ranks, always with its ZeRO-1 optimizer.
 
-Without that optimizer, in fp32, DeepSpeed 0.19.8 takes the gradient norm over the first stage alone and lets NaN
-gradients of the last stage reach the weights (seen: 1.154 where the norm was 1.648), so `zero: 0` and none use it too.
+Without that optimizer, in fp32, DeepSpeed 0.19.8 computes the gradient norm over the first stage only and lets NaN
+gradients of the last stage reach the weights (observed: 1.154 instead of 1.648), so `zero: 0` and none use it too.
 """
 
 import os
@@ -17,8 +17,8 @@ from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
 
 
 class Stage(torch.nn.Module):
-    """One stage as one layer of the PipelineModule: ids (and positions) in, hidden states (and positions) on, logits
-    out at the end."""
+    """One stage, as one layer of the PipelineModule. The first stage takes ids (and positions), stages pass on hidden
+    states (and positions), the last one returns logits."""
 
     def __init__(self, model, index: int, parts: list[range], bf16: bool, fill):
         super().__init__()
@@ -32,42 +32,40 @@ class Stage(torch.nn.Module):
 
     @property
     def table(self):
-        """The module whose `weight` first and last stage share if the model ties its embeddings."""
+        """The module whose `weight` the first and the last stage share if the model ties its embeddings."""
         return self.model.get_input_embeddings() if self.first else self.model.lm_head
 
     def forward(self, inputs):
         tensor, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
-        given = {
-            "input_ids" if self.first else "inputs_embeds": tensor,
-            "use_cache": False,
-            **({"position_ids": positions[0]} if positions else {}),
-        }
+        arguments = {"input_ids" if self.first else "inputs_embeds": tensor, "use_cache": False}
+        if positions:
+            arguments["position_ids"] = positions[0]
         with torch.autocast(distributed.device().type, dtype=torch.bfloat16, enabled=self.bf16):
             if self.last:
-                return self.model(**given).logits
-            hidden = self.model.base_model(**given).last_hidden_state
+                return self.model(**arguments).logits
+            hidden = self.model.base_model(**arguments).last_hidden_state
         return (hidden, *positions) if positions else hidden
 
 
 def even_groups(optimizer) -> None:
-    """Give all stages equally many parameter groups, by cutting some into groups of equal settings. Collective.
+    """Give all stages the same number of parameter groups, by splitting some into groups of equal settings. Collective.
 
-    DeepSpeed adds up the gradient norm of one group after the other over the stages. With mu-P the embedding's rate
-    makes a group that the first stage alone has, and the stages waited for each other for ever.
+    DeepSpeed sums the gradient norm over the stages, group after group. With mu-P the embedding's learning rate makes a
+    group that only the first stage has, and the stages would wait for each other forever.
     """
     most = int(distributed.all_reduce_max([len(optimizer.param_groups)])[0])
     while len(optimizer.param_groups) < most:
         group = max(optimizer.param_groups, key=lambda group: len(group["params"]))
         half = len(group["params"]) // 2
         group["params"], rest = group["params"][:half], group["params"][half:]
-        optimizer.add_param_group({**group, "params": rest})
+        optimizer.add_param_group(group | {"params": rest})
 
 
 class Pipelined(Engine):
-    """Process p holds stage p // data_world of data rank p % data_world. Every process of a pipeline is given the same
+    """Process p holds stage p // data_world of data rank p % data_world. All processes of a pipeline get the same
     micro-batches.
 
-    Inputs may be `input_ids` and `position_ids`. `model` is None: no process holds it whole.
+    Inputs may be `input_ids` and `position_ids`. `model` is None: no process holds the complete model.
     """
 
     layout = "pipelined"
@@ -85,10 +83,9 @@ class Pipelined(Engine):
         self.data_rank, self.index = distributed.rank() % self.data_world, distributed.rank() // self.data_world
         self.tied = bool(model.config.tie_word_embeddings)
         # before the model is cut
-        self.shapes, self.fixed = shapes_of(model)
-        table_name = next(
-            key for key, parameter in model.named_parameters() if parameter is model.get_input_embeddings().weight
-        )
+        self.shapes, self.frozen_names = shapes_of(model)
+        table = model.get_input_embeddings().weight
+        table_name = next(name for name, parameter in model.named_parameters() if parameter is table)
         self.micro_batches: list[dict] = []
         self.sums, self.scale = Sums(), 1.0
 
@@ -110,13 +107,13 @@ class Pipelined(Engine):
                     partition_method="uniform",
                     seed_layers=False,
                 )
-            self.part = next(layer for layer in module.forward_funcs if isinstance(layer, Stage))
-            self.balance = moe_aux_loss.attach(self.part.model, config, self.part.offset)
-            # DeepSpeed takes the whole layer for a copy and would leave it out of the gradient norm
-            if self.tied and self.part.last:
-                for parameter in self.part.parameters():
-                    parameter.ds_pipe_replicated = parameter is self.part.table.weight
-            self.head = chunked_loss.installed(self.part.model) if self.part.last else None
+            self.stage = next(layer for layer in module.forward_funcs if isinstance(layer, Stage))
+            self.balance = moe_aux_loss.attach(self.stage.model, config, self.stage.offset)
+            # DeepSpeed takes the complete stage for a copy and would exclude it from the gradient norm.
+            if self.tied and self.stage.last:
+                for parameter in self.stage.parameters():
+                    parameter.ds_pipe_replicated = parameter is self.stage.table.weight
+            self.head = chunked_loss.installed(self.stage.model) if self.stage.last else None
             self.optimizer = adamw(module.parameters(), config, self.device, GuardedAdamW)
             even_groups(self.optimizer)
             self.engine, *_ = deepspeed.initialize(
@@ -125,25 +122,24 @@ class Pipelined(Engine):
                 config=settings(config, micro, accumulation, self.data_world),
                 dist_init_required=False,
             )
-        self.shape = None
+        self.input_shapes: list | None = None  # of the last micro-batches
         self.bubble = Bubble(self.engine, self.device, self.index, self.count, self.data_world)
-        self.named = {
-            pipeline_split.global_name(key, self.part.offset): parameter
-            for key, parameter in self.part.model.named_parameters()
-        }
-        self.copied = {}  # the tied table's second end reads it and leaves writing to the first
-        if self.tied and self.part.last:
-            self.named = {
-                key: parameter for key, parameter in self.named.items() if parameter is not self.part.table.weight
-            }
-            self.copied = {table_name: self.part.table.weight}
+        self.named = {self._global_name(name): parameter for name, parameter in self.stage.model.named_parameters()}
+        self.copied = {}  # the last stage reads the tied table, and the first one writes it
+        if self.tied and self.stage.last:
+            table = self.stage.table.weight
+            self.named = {name: parameter for name, parameter in self.named.items() if parameter is not table}
+            self.copied = {table_name: table}
+
+    def _global_name(self, name: str) -> str:
+        return pipeline_split.global_name(name, self.stage.offset)
 
     def measured(self):
         return self.bubble.measured(self.engine.micro_batches)
 
     def advice(self):
-        said = self.bubble.advice(self.parts)
-        return said and f"pipeline   {said}"
+        text = self.bubble.advice(self.parts)
+        return f"pipeline   {text}" if text else None
 
     def _loss(self, outputs, index):
         """Called on the last stage; `index` says which micro-batch this is."""
@@ -153,13 +149,14 @@ class Pipelined(Engine):
         return loss * self.scale
 
     def _begin(self, micro_batches, counted, scale: float):
+        """Prepare for a pass over micro-batches; returns the iterator that DeepSpeed reads. scale: of their losses."""
         self.micro_batches, self.counted, self.sums, self.scale = micro_batches, counted, Sums(), scale
         shapes = [[(key, *value.shape) for key, value in batch["inputs"].items()] for batch in micro_batches]
         assert all(shape == shapes[0] for shape in shapes), "micro-batches of a pipeline must have one shape"
-        # with positions, two tensors travel between stages: a stage that expects one would wait for ever
-        if shapes[0] != self.shape:
+        # With positions, two tensors are sent between stages: a stage that expects one would wait forever.
+        if shapes[0] != self.input_shapes:
             self.engine.reset_activation_shape()
-            self.shape = shapes[0]
+            self.input_shapes = shapes[0]
         if self.head:  # on the last stage the k-th forward of a step is its k-th micro-batch
             self.head.expect([batch["labels"] for batch in micro_batches])
 
@@ -167,7 +164,8 @@ class Pipelined(Engine):
             for index, batch in enumerate(micro_batches):
                 inputs = batch["inputs"]
                 assert set(inputs) <= {"input_ids", "position_ids"}, "a pipeline takes input_ids and position_ids"
-                yield tuple(inputs[key] for key in ("input_ids", "position_ids") if key in inputs), torch.tensor(index)
+                tensors = [inputs[key] for key in ("input_ids", "position_ids") if key in inputs]
+                yield tuple(tensors), torch.tensor(index)
 
         return feed()
 
@@ -179,12 +177,13 @@ class Pipelined(Engine):
             self.engine.set_train_batch_size(self.engine.train_micro_batch_size_per_gpu() * count * self.data_world)
         total: dict[str, float] = {}
 
-        # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+        # Called for each parameter group. The first call is at the same point on all processes: after the gradient norm
+        # was found to be finite, before the update.
         def allow() -> bool:
             if not total:
                 total.update(self._totals())
                 if finite(total["loss"]):
-                    self._admitted(total["loss"], float(self.engine.optimizer._global_grad_norm))
+                    self._accepted(total["loss"], float(self.engine.optimizer._global_grad_norm))
             return finite(total["loss"]) and not self.refused
 
         self.optimizer.allow = allow
@@ -206,55 +205,50 @@ class Pipelined(Engine):
             self.engine.eval_batch(
                 feed, compute_loss=True, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
             )
-        return self._from_last(self.sums.read())
+        return self._with_all_keys(self.sums.read())
 
     def _results(self, results):
         last = (self.count - 1) * self.data_world + self.data_rank
-        return distributed.gathered_object(results)[last]
+        return distributed.all_gather_object(results)[last]
 
-    def _from_last(self, found: dict) -> dict:
-        """The last stage knows the sums; the others learn their names."""
-        keys = distributed.gathered_object(sorted(found, key=str))
-        names = max(keys, key=len)
-        return {key: found.get(key, 0.0) for key in names}
+    def _with_all_keys(self, sums: dict) -> dict:
+        """The last stage has the sums; the others learn their keys. Collective."""
+        keys = max(distributed.all_gather_object(sorted(sums, key=str)), key=len)
+        return {key: sums.get(key, 0.0) for key in keys}
 
     def _totals(self) -> dict[str, float]:
-        found = self._from_last(self.sums.read())
-        return dict(zip(found, self._data_sum(list(found.values())), strict=True))
+        sums = self._with_all_keys(self.sums.read())
+        return dict(zip(sums, self._data_sum(list(sums.values())), strict=True))
 
     def _data_sum(self, values):
         return distributed.all_reduce_sum(values if self.index == self.count - 1 else [0.0] * len(values))
 
     def consolidated(self):
         """Stage after stage, the first data rank sends its tensors to the main process over the CPU."""
-        mine = {
-            pipeline_split.global_name(key, self.part.offset): value.detach().to("cpu").contiguous()
-            for key, value in self.part.model.state_dict().items()
-        }
-        whole = {key: value.clone() for key, value in mine.items()}
+        cpu = torch.device("cpu")
+        own = {}
+        for name, value in self.stage.model.state_dict().items():
+            own[self._global_name(name)] = value.detach().to(cpu).contiguous()
+        weights = {name: value.clone() for name, value in own.items()}
         for index in range(1, self.count):
             source = index * self.data_world
             if distributed.rank() == source:
-                dist.send_object_list(
-                    [[(key, value.shape, value.dtype) for key, value in mine.items()]],
-                    dst=0,
-                    device=torch.device("cpu"),
-                )
-                for value in mine.values():
+                description = [(name, value.shape, value.dtype) for name, value in own.items()]
+                dist.send_object_list([description], dst=0, device=cpu)
+                for value in own.values():
                     dist.send(value, dst=0)
             elif distributed.is_main():
-                box: list = [None]
-                dist.recv_object_list(box, src=source, device=torch.device("cpu"))
-                for key, shape, dtype in box[0]:
-                    whole[key] = torch.empty(shape, dtype=dtype)
-                    dist.recv(whole[key], src=source)
-        return whole if distributed.is_main() else None
+                received: list = [None]
+                dist.recv_object_list(received, src=source, device=cpu)
+                for name, shape, dtype in received[0]:
+                    weights[name] = torch.empty(shape, dtype=dtype)
+                    dist.recv(weights[name], src=source)
+        return weights if distributed.is_main() else None
 
     def _held(self):
-        buffers = [
-            fragment._replace(name=pipeline_split.global_name(fragment.name, self.part.offset))
-            for fragment in shards.buffers(self.part.model)
-        ]
+        buffers = []
+        for fragment in shards.buffers(self.stage.model):
+            buffers.append(fragment._replace(name=self._global_name(fragment.name)))
         return shards.split(self.named, self.engine.optimizer), buffers
 
     def _copies(self):

@@ -28,21 +28,22 @@ class Replicated(Engine):
                     model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = (
-            Muon(model, config, self.device)
-            if config.optimizer.kind == "muon"
-            else adamw(self.parameters, config, self.device)
-        )
-        self.optimizers = list(self.optimizer.parts.values()) if config.optimizer.kind == "muon" else [self.optimizer]
+        if config.optimizer.kind == "muon":
+            self.optimizer = Muon(model, config, self.device)
+            self.optimizers = list(self.optimizer.parts.values())
+        else:
+            self.optimizer = adamw(self.parameters, config, self.device)
+            self.optimizers = [self.optimizer]
         self.named = dict(model.named_parameters())
-        self.whole: tuple[int, list[Fragment]] = (-1, [])  # pieces, and of how many parameters the moments are there
+        # (number of parameters that had moments, fragments): see _held
+        self.cached: tuple[int, list[Fragment]] = (-1, [])
 
     def _update(self, micro_batches, weight, lr):
         self.module.train()
         sums = Sums()
         for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last or self.data_world == 1 else self.module.no_sync():
+            is_last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last or self.data_world == 1 else self.module.no_sync():
                 phases.enter("forward")
                 loss, metrics = self._forward(self.module, batch)
                 sums.add(loss, metrics)
@@ -50,11 +51,9 @@ class Replicated(Engine):
                 (loss * (self.data_world / weight)).backward()  # DDP averages over processes
         phases.enter("reduce")
         norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm)
-        found = sums.read()
-        keys = sorted(found, key=str)
-        total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
+        total = sums.reduced()
         norm, loss = float(norm), total.pop("loss")
-        applied = finite(loss, norm) and self._admitted(loss, norm)
+        applied = finite(loss, norm) and self._accepted(loss, norm)
         phases.enter("update")
         if applied:
             set_learning_rate(self.optimizer, lr)
@@ -65,44 +64,47 @@ class Replicated(Engine):
     def _forward_sums(self, micro_batches, counted):
         self.model.eval()
         sums = Sums()
-        for batch, counts in zip(micro_batches, counted, strict=True):
-            if counts:
+        for batch, is_counted in zip(micro_batches, counted, strict=True):
+            if is_counted:
                 sums.add(*self._forward(self.model, batch))
         self.model.train()
         return sums.read()
 
     def state_bytes(self):
-        # Muon has one moment, AdamW two
-        inner = self.optimizer.parts["muon"].param_groups if self.config.optimizer.kind == "muon" else []
-        return super().state_bytes() - 4 * sum(parameter.numel() for group in inner for parameter in group["params"])
+        total = super().state_bytes()
+        if self.config.optimizer.kind == "muon":  # one moment, where AdamW has two
+            for group in self.optimizer.parts["muon"].param_groups:
+                total -= 4 * sum(parameter.numel() for parameter in group["params"])
+        return total
 
     def _held(self):
-        # Updates are made in place, so the pieces stay the same ones. To find them takes a millisecond of every save.
-        moments = sum(len(optimizer.state) for optimizer in self.optimizers)
-        if self.whole[0] != moments:
-            self.whole = moments, shards.whole(self.named, self.optimizers)
-        return [], self.whole[1] + shards.buffers(self.model)
+        # Updates are made in place, so the fragments stay the same. Collecting them would take a millisecond per save.
+        num_moments = sum(len(optimizer.state) for optimizer in self.optimizers)
+        if self.cached[0] != num_moments:
+            self.cached = num_moments, shards.whole(self.named, self.optimizers)
+        return [], self.cached[1] + shards.buffers(self.model)
 
     def _updates(self):
         return shards.updates_whole(self.named, self.optimizers)
 
     def _begin_moments(self, saved):
-        self.whole = -1, []  # the moments are about to be others
+        self.cached = -1, []  # the moments are about to be replaced
         shards.begin_whole(self.named, self.optimizers, saved)
 
     def consolidated(self):
         if not distributed.is_main():
             return None
-        return {
-            key: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).clone()
-            for key, value in self.model.state_dict().items()
-        }
+        weights = {}
+        for name, value in self.model.state_dict().items():
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
+            weights[name] = value.detach().to("cpu", dtype).clone()
+        return weights
 
     def trained_weights(self):
         if not distributed.is_main():
             return None
-        return {
-            name: parameter.detach().to("cpu", torch.float32, copy=True)
-            for name, parameter in self.named.items()
-            if name not in self.fixed
-        }
+        weights = {}
+        for name, parameter in self.named.items():
+            if name not in self.frozen_names:
+                weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+        return weights

@@ -1,7 +1,7 @@
-"""Text that the model continues from fixed prompts while it learns, to logs/samples.jsonl and the terminal.
+"""Text that the model continues from fixed prompts during training, to logs/samples.jsonl and the terminal.
 
-A sample depends on the weights, the prompt and the recipe's seed alone, and leaves nothing behind in the run:
-rl/rollout.py draws its own random numbers.
+A sample depends only on the weights, the prompt and the recipe's seed, and does not affect the run: rl/rollout.py draws
+its own random numbers.
 """
 
 import json
@@ -27,19 +27,19 @@ class Samples(Strict):
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
     """Beginnings of documents."""
     max_new_tokens: int = Field(64, ge=1)
-    """Tokens of a continuation at most; it also ends with the document."""
+    """Maximum number of tokens of a continuation; it also ends at the end of its document."""
     temperature: float = Field(0.8, ge=0)
     """Logits are divided by this; 0 takes the likeliest token."""
 
 
-def encoded(config, tokenizer) -> list[list[int]]:
-    """Ids of the prompts, of none where no samples are asked for. Raises UserError for one that leaves no room in a
-    row: called before anything expensive, too."""
+def encode_prompts(config, tokenizer) -> list[list[int]]:
+    """Ids of the prompts; empty if no samples are asked for. Raises UserError for a prompt that leaves no room in a
+    row: also called before anything expensive starts."""
     from pipeline.data.tokenizer.fast_tokenizer import encode_text
 
     if config.samples is None:
         return []
-    # A document begins after the end of another one: so packed rows have it.
+    # As in packed rows, a document begins after the end of another one.
     prompts = [[tokenizer.eos_token_id, *ids] for ids in encode_text(tokenizer, config.samples.prompts)]
     longest, new = max(map(len, prompts)), config.samples.max_new_tokens
     if longest + new > config.sequence_length:
@@ -50,14 +50,14 @@ def encoded(config, tokenizer) -> list[list[int]]:
     return prompts
 
 
-class Sampler:
-    """Call it with each step and whether it is the last; it knows when its turn is. Collective."""
+class SampleWriter:
+    """Called after each step with its number and whether it is the last; writes samples if they are due. Collective."""
 
     def __init__(self, config, engine, model_config, parameters: int, tokenizer, output):
         self.config, self.options, self.engine, self.output = config, config.samples, engine, output
         self.model_config, self.bytes, self.tokenizer = model_config, 4 * parameters, tokenizer
-        self.begun = False
-        self.prompts = encoded(config, tokenizer)
+        self.reported_memory = False
+        self.prompts = encode_prompts(config, tokenizer)
 
     def __call__(self, step: int, last: bool) -> None:
         from pipeline.rl.rollout import generate
@@ -65,104 +65,109 @@ class Sampler:
 
         if not last and step % self.options.every_steps:
             return
-        with self._whole() as model:
+        eos = self.tokenizer.eos_token_id
+        with self._complete_model() as model:
             if model is None:
                 return
-            seeds = [derive(self.config.seed or 0, "sample", number) for number in range(len(self.prompts))]
-            eos = self.tokenizer.eos_token_id
-            options = {
-                "max_new_tokens": self.options.max_new_tokens,
-                "temperature": self.options.temperature,
-                "stop_ids": [eos],
-                "pad_id": eos,
-                "seeds": seeds,
-            }
-            made = generate(model, self.prompts, **options)
+            completions = generate(
+                model,
+                self.prompts,
+                max_new_tokens=self.options.max_new_tokens,
+                temperature=self.options.temperature,
+                stop_ids=[eos],
+                pad_id=eos,
+                seeds=[derive(self.config.seed or 0, "sample", number) for number in range(len(self.prompts))],
+            )
         assert distributed.is_main()
-        texts = [self.tokenizer.decode([i for i in completion.ids if i != eos]) for completion in made]
-        lines = [
-            json.dumps({"step": step, "prompt": prompt, "text": text, "ended": completion.stopped}, ensure_ascii=False)
-            for prompt, text, completion in zip(self.options.prompts, texts, made, strict=True)
-        ]
-        self._write(step, lines)
-        for prompt, text in zip(self.options.prompts, texts, strict=True):
+        lines = []
+        for prompt, completion in zip(self.options.prompts, completions, strict=True):
+            text = self.tokenizer.decode([token for token in completion.ids if token != eos])
+            lines.append({"step": step, "prompt": prompt, "text": text, "ended": completion.stopped})
             show(f"step {step}: {prompt} → {text}")
+        self._write(step, lines)
 
-    def _write(self, step: int, lines: list[str]) -> None:
+    def _write(self, step: int, lines: list[dict]) -> None:
         path = self.output.path / FILE
         path.parent.mkdir(exist_ok=True)
-        if path.exists():  # a resumed run, or one that was rolled back, makes again what stands after its checkpoint
-            from pipeline.core.files import write_atomic
-            from pipeline.core.tracking import step_of
-
-            before = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in before if step_of(line) < step]
-            if len(kept) < len(before):
-                write_atomic(path, "".join(line + "\n" for line in kept))
+        if path.exists():
+            self._remove_lines_from(step)
         with open(path, "a", encoding="utf-8") as handle:
-            handle.write("".join(line + "\n" for line in lines))
+            handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def _remove_lines_from(self, step: int) -> None:
+        """A run that was resumed or rolled back writes the samples after its checkpoint again."""
+        from pipeline.core.files import write_atomic
+        from pipeline.core.tracking import step_of
+
+        path = self.output.path / FILE
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if step_of(line) < step]
+        if len(kept) < len(lines):
+            write_atomic(path, "".join(line + "\n" for line in kept))
 
     @contextmanager
-    def _whole(self):
-        """The whole model on the main process, None on the others and where it cannot be had."""
+    def _complete_model(self):
+        """The complete model on the main process, None on the others, and if there is no room for it."""
         import torch
 
         from pipeline.train import distributed
 
-        main = distributed.is_main()
-        # Every length of a cache would be compiled anew.
+        is_main = distributed.is_main()
+        # In eager mode, because every length of a cache would be compiled again.
         with (
             torch.compiler.set_stance("force_eager"),
             torch.autocast(self.engine.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
         ):
             if self.engine.model is not None:
                 with self.engine.gathered():
-                    yield self.engine.model if main else None
-            elif distributed.from_main(self._fits() if main else None):
+                    yield self.engine.model if is_main else None
+            elif distributed.from_main(self._has_room() if is_main else None):
                 weights = self.engine.consolidated()
-                yield self._built(weights) if main else None
+                yield self._build(weights) if is_main else None
             else:
                 yield None
 
-    def _fits(self) -> bool:
-        """A pipeline's stages are put together in the main process's memory, which may be too small. Said once."""
+    def _has_room(self) -> bool:
+        """The stages of a pipeline are assembled in the main process's memory, which may be too small. Reported
+        once."""
         free = _free_memory()
         if self.bytes < free / 2:
             return True
-        if not self.begun:
+        if not self.reported_memory:
             show(
-                f"samples are left out: the whole model takes {byte_size(self.bytes)}, more than half of the"
-                f" {byte_size(free)} that are free beside the main process"
+                f"samples are skipped: the complete model takes {byte_size(self.bytes)}, more than half of the"
+                f" {byte_size(free)} that are free in addition to the main process"
             )
-            self.begun = True
+            self.reported_memory = True
         return False
 
-    def _built(self, weights: dict):
+    def _build(self, weights: dict):
         import torch
         import transformers
 
-        kind = getattr(transformers, self.model_config.architectures[0])
+        model_class = getattr(transformers, self.model_config.architectures[0])
         with torch.device("meta"):
-            model = kind._from_config(self.model_config)
+            model = model_class._from_config(self.model_config)
         model.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            # what is computed and not learned, such as the frequencies of rotary positions, is no part of the weights
-            for part in model.modules():
-                if not list(part.parameters(recurse=False)) or list(part.buffers(recurse=False)):
-                    model._init_weights(part)
-        # the weights lack a tied output layer and buffers, and may lack nothing else
-        found = model.load_state_dict(weights, strict=False, assign=True)
-        known = {name for name, _ in model.named_buffers()} | (
-            set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-        )
-        assert not found.unexpected_keys and set(found.missing_keys) <= known, (
-            f"samples: the weights do not fit the model: {found}"
+            # Computed values, such as the frequencies of rotary positions, are not part of the weights.
+            for module in model.modules():
+                if not list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):
+                    model._init_weights(module)
+        # The weights may lack a tied output layer and buffers, and nothing else.
+        result = model.load_state_dict(weights, strict=False, assign=True)
+        optional = {name for name, _ in model.named_buffers()}
+        if model.config.tie_word_embeddings:
+            optional.update(model._tied_weights_keys or ())
+        assert not result.unexpected_keys and set(result.missing_keys) <= optional, (
+            f"samples: the weights do not fit the model: {result}"
         )
         model.tie_weights()
         return model.to(self.engine.device).eval()
 
 
 def _free_memory() -> float:
+    """Bytes."""
     try:
         with open("/proc/meminfo") as handle:
             return next(float(line.split()[1]) * 1024 for line in handle if line.startswith("MemAvailable"))

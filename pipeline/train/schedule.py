@@ -8,10 +8,9 @@ from pipeline.train.config import Schedule
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int, hold: int = 0) -> float:
     """Learning rate of update number `step` (from 0) of `steps`.
 
-    Warmup is linear and its first update has peak / warmup_steps, not 0: an update of nothing would be wasted. Decay
-    starts after it; cosine is Loshchilov & Hutter (2017) without restarts, wsd is Hu et al. (2024) with a linear decay.
-    No decay before step `hold`.
-    """
+    Warmup is linear, and the first update has peak / warmup_steps, not 0, which would be wasted. Decay follows: cosine
+    is Loshchilov & Hutter (2017) without restarts, wsd is Hu et al. (2024) with a linear decay. There is no decay
+    before step `hold`."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
@@ -22,5 +21,7 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int, hold: 
     if step < begin:
         return peak
     progress = min(1.0, (step - begin) / max(1, steps - begin))
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
+    share = 1 - progress
+    if schedule.kind == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * share)

@@ -4,14 +4,14 @@ import torch
 
 
 def calibrated(model, logits: torch.Tensor) -> torch.Tensor:
-    """Raw scores on the scale on which the answers that the reward model was trained on have mean 0 and standard
+    """Raw scores on a scale on which the answers that the reward model was trained on have mean 0 and standard
     deviation 1 (Ziegler et al., 2019).
 
-    The two numbers stand in config.json, not in the weights: the score layer has no bias that could hold the offset.
+    Gain and bias are in config.json, not in the weights: the score layer has no bias that could take the offset.
     """
-    return logits.float() * getattr(model.config, "alma_reward_gain", 1.0) + getattr(
-        model.config, "alma_reward_bias", 0.0
-    )
+    gain = getattr(model.config, "alma_reward_gain", 1.0)
+    bias = getattr(model.config, "alma_reward_bias", 0.0)
+    return logits.float() * gain + bias
 
 
 @torch.no_grad()
@@ -19,8 +19,8 @@ def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor
     """Calibrated scores [N], fp32 on the CPU, of N conversations as token ids (prompt, answer, end of turn), without
     padding.
 
-    `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. Its last
-    token is found by length, so it needs no padding token, and any token pads.
+    `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. The last
+    token of a row is found by its length, so no padding token is needed and any token can pad.
     """
     device, pad_id = next(model.parameters()).device, 0
     assert all(rows), "an empty row has no last token"
@@ -31,14 +31,16 @@ def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor
     for start in range(0, len(order), batch):
         chunk = order[start : start + batch]
         longest = len(rows[chunk[-1]])
-        input_ids = torch.tensor(
-            [list(rows[row]) + [pad_id] * (longest - len(rows[row])) for row in chunk], device=device
-        )
-        mask = torch.tensor([[1] * len(rows[row]) + [0] * (longest - len(rows[row])) for row in chunk], device=device)
-        hidden = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        # By length: transformers reads at the last id that is not the pad id, and a policy may sample that one too.
-        last = mask.sum(1) - 1
-        logits = model.score(hidden[torch.arange(len(chunk), device=device), last]).squeeze(-1)
+        padded, mask = [], []
+        for row in chunk:
+            missing = longest - len(rows[row])
+            padded.append(list(rows[row]) + [pad_id] * missing)
+            mask.append([1] * len(rows[row]) + [0] * missing)
+        input_ids, mask_BT = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+        hidden_BTD = model.base_model(input_ids=input_ids, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        # By length: transformers reads at the last id that is not the pad id, and a policy may sample that id too.
+        last = mask_BT.sum(1) - 1
+        logits = model.score(hidden_BTD[torch.arange(len(chunk), device=device), last]).squeeze(-1)
         scores[torch.tensor(chunk)] = calibrated(model, logits).cpu()
     model.train(training)
     return scores

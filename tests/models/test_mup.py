@@ -145,5 +145,5 @@ def test_what_cannot_be_scaled_is_refused(keys, said):
     block = {**(LLAMA if "family" not in keys or keys["family"] != "gpt2" else {}), **keys}
     with pytest.raises(UserError, match=said):
         model_block.check(block)
-    with pytest.raises(UserError, match="muon has a scaling of its own"):
+    with pytest.raises(UserError, match="muon scales its steps with the width itself"):
         engine.build(new({**LLAMA, "mup": {"base_width": 16}}), loss_fn, config(optimizer={"kind": "muon"}))

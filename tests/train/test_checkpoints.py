@@ -72,7 +72,7 @@ def saved(folder, **changes):
 
 def test_a_hole_names_the_parameter_and_its_elements(tmp_path):
     trainer = saved(tmp_path)
-    part = trainer.pieces()
+    part = trainer.part()
     holed = [f._replace(values=f.values[:100]) if f.key == "exp_avg/model.norm.weight@0" else f for f in part.fragments]
     holed = [f._replace(values=f.values[:10]) if f.key == "exp_avg_sq/lm_head.weight@0" else f for f in holed]
     state.write(tmp_path / "model-00000.safetensors", part._replace(fragments=holed))
@@ -85,8 +85,8 @@ def test_a_hole_names_the_parameter_and_its_elements(tmp_path):
     [
         ({"intermediate_size": 40}, {}, r"model.layers.0.mlp.gate_proj.weight is \[48, 32\] there and \[40, 32\] here"),
         ({"num_hidden_layers": 4}, {}, "it has no model.layers.3"),
-        ({"num_hidden_layers": 2}, {}, "it has model.layers.2.*this one has not"),
-        ({}, {"optimizer": {"kind": "muon"}}, "optimizer.kind: adamw.*no use to muon"),
+        ({"num_hidden_layers": 2}, {}, "it has model.layers.2.*this one does not"),
+        ({}, {"optimizer": {"kind": "muon"}}, "optimizer.kind: adamw.*cannot be used by muon"),
     ],
 )
 def test_the_checkpoint_of_another_model_is_refused_with_the_first_difference(tmp_path, changes, settings, said):

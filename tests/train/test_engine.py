@@ -235,7 +235,9 @@ def test_a_rollback_without_a_whole_checkpoint_ends_in_a_sentence(tmp_path):
                 file.write_bytes(b"")
         return [batch_of(step, range(ROWS))]
 
-    with pytest.raises(UserError, match=r"step 4 is to be rolled back, and no checkpoint in .* is whole; start again"):
+    with pytest.raises(
+        UserError, match=r"step 4 is to be rolled back, and no checkpoint in .* is complete; start again"
+    ):
         fit(trainer, settings, output, batches)
     output.close()
 

@@ -141,11 +141,8 @@ def test_any_layout_goes_on_from_any_other(results, alone, target):
                 + [f"zero {parallel.zero}"] * (parallel.zero is not None)
                 + ["offload"] * parallel.offload
             )
-            assert said.endswith("goes on with 2 processes" + (f" with {' and '.join(words)}" if words else "")), (
-                source,
-                said,
-            )
-            assert said.startswith("saved by " + ("1 process, " if source.startswith("one") else "2 processes")), (
+            assert said.endswith("now 2 processes" + (f" with {' and '.join(words)}" if words else "")), (source, said)
+            assert said.startswith("saved with " + ("1 process;" if source.startswith("one") else "2 processes")), (
                 source,
                 said,
             )
@@ -162,7 +159,7 @@ def test_one_process_goes_on_from_what_two_saved(results, alone, saved, source, 
     trainer = engine.build(model(kind_of(source)), spoiled, config(micro_batch=2, parallel={"zero": zero}))
     said, found = go_on(trainer, saved / source)
     the_same_course(found, alone[kind_of(source)]["steps"][3:])
-    assert said.startswith("saved by 2 processes") and "goes on with 1 process" in said
+    assert said.startswith("saved with 2 processes") and "now 1 process" in said
     assert go_on(trainer, saved / source) == (said, found)
 
 

@@ -214,7 +214,7 @@ def test_after_any_rollbacks_no_skipped_row_is_read_and_none_is_read_twice(moves
         read = read[:checkpoint]
     for _ in range(8):
         read.append(following())
-    assert [guard.row(step, batch) for step in range(len(read))] == read
+    assert [guard.first_row(step, batch) for step in range(len(read))] == read
 
 
 def test_steps_that_are_not_finite_stop_the_run_when_there_are_too_many_in_a_row():
@@ -227,8 +227,8 @@ def test_steps_that_are_not_finite_stop_the_run_when_there_are_too_many_in_a_row
     found = []
     for stats in (bad, bad, good, bad, bad, bad):
         reason = guard.after(stats)
-        found.append(guard.verdict(stats) if reason else "fine")
-    assert found == ["go on", "go on", "fine", "go on", "go on", "stop"]
+        found.append(guard.action(stats) if reason else "fine")
+    assert found == ["continue", "continue", "fine", "continue", "continue", "stop"]
     guard.forget()
-    output = SimpleNamespace(stage="pretrain", path="x")
-    assert "not finite" in guard.farewell(output, 6, reason) and "with 2 before it" in guard.farewell(output, 6, reason)
+    message = guard.error_message(SimpleNamespace(stage="pretrain", path="x"), 6, reason)
+    assert "not finite" in message and "with 2 before it" in message

@@ -96,10 +96,10 @@ def test_a_rollback_at_the_step_that_would_settle_puts_it_off(tmp_path):
     rate of the steps so far depends on the end."""
     settings = Config(kind="pretrain", time="1h", batch_size=8, sequence_length=32, seed=0, inputs={})
     output = type("Output", (), {"path": tmp_path, "is_main": True, "spent": lambda self: 100.0})()
-    found = train_length.Horizon(settings, output, 0)
+    found = train_length.TrainingLength(settings, output, 0)
     assert found.settle(20, None, 0.0) is None and found.steps is None
     assert "3,523 steps" in found.settle(23, 1.0, 0.0)
-    again = train_length.Horizon(settings, output, 10)
+    again = train_length.TrainingLength(settings, output, 10)
     assert (
         again.steps == found.steps == 3523
         and [again.learning_rate(step) for step in (21, 23)] == [3e-4, 3e-4]
@@ -115,7 +115,7 @@ def test_lengths_of_time(text, seconds):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["pretrain.tokens=100"], "2 horizons (steps, tokens)"),
+        (["pretrain.tokens=100"], "2 training lengths (steps, tokens)"),
         (["pretrain.steps=~"], "give one of steps, tokens, tokens_per_parameter, time"),
         (["pretrain.steps=~", "pretrain.time=soon"], "'soon' is not a duration"),
         (["pretrain.schedule.warmup_tokens=100"], "warmup_steps 2 and warmup_tokens 100"),
@@ -150,7 +150,7 @@ def test_a_horizon_behind_the_checkpoint_is_refused(world):
     before = sorted(path.name for path in (world / "behind/tiny/pretrain").iterdir())
     words = ("pretrain.steps=~", "pretrain.tokens_per_parameter=0.001")
     code, said = stage("pretrain", "recipe.yaml", "output=behind", *words, "--fork", cwd=world)
-    assert code == 2 and "is at step 4" in said and "horizon is 1 steps" in said, said
+    assert code == 2 and "is at step 4" in said and "asks for 1 step;" in said, said
     assert sorted(path.name for path in (world / "behind/tiny/pretrain").iterdir()) == before
 
 
@@ -174,4 +174,4 @@ def test_lengths_that_are_none_are_refused():
     with pytest.raises(ValueError, match="is not a duration"):
         train_length.seconds_of("2 weeks")
     with pytest.raises(UserError, match="beyond|behind|at step"):
-        train_length.Horizon(type("C", (), {"steps": 3, "time": None, "kind": "pretrain"}), None, 4)
+        train_length.TrainingLength(type("C", (), {"steps": 3, "time": None, "kind": "pretrain"}), None, 4)
