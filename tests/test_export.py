@@ -1,5 +1,4 @@
-"""What stage export hands over is read alike by other programs: transformers 4.57, AutoTokenizer, sentencepiece and
-llama.cpp."""
+"""Other programs read an export as we do: transformers 4.57, AutoTokenizer, sentencepiece and llama.cpp."""
 
 import json
 import shutil
@@ -43,7 +42,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Path]:
 
 
 def block_of(family: str) -> dict:
-    """A tiny model block in which nothing about rotary positions has its default."""
+    """A tiny model block without default values for rotary positions."""
     block = dict(BLOCKS[family])
     special = {
         "phi3": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
@@ -56,27 +55,27 @@ def block_of(family: str) -> dict:
 
 
 def model(family: str, tokenizer_folder: Path, folder: Path) -> Path:
-    """A tiny model of a family as a training stage publishes it, with weights that its positions matter to."""
+    """A tiny model of a family as a training stage publishes it, with weights for which positions matter."""
     import torch
 
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import build
     from pipeline.models.publish import publish
 
-    made = build.new(block_of(family), load_tokenizer(tokenizer_folder), 64, seed=1)
+    model = build.new(block_of(family), load_tokenizer(tokenizer_folder), 64, seed=1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    publish(made.state_dict(), made.config, tokenizer_folder, folder)
+    publish(model.state_dict(), model.config, tokenizer_folder, folder)
     return folder
 
 
 def exported(source: Path, home: Path) -> tuple[Path, str]:
     home.mkdir(parents=True, exist_ok=True)
     (home / "e.yaml").write_text(json.dumps({"name": "e", "stages": {"export": {"inputs": {"model": str(source)}}}}))
-    said = succeed("export", "e.yaml", cwd=home)
-    return home / "runs/e/export/current", said
+    output = succeed("export", "e.yaml", cwd=home)
+    return home / "runs/e/export/current", output
 
 
 def ids_of(folder: Path) -> list[list[int]]:
@@ -87,7 +86,7 @@ def ids_of(folder: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_json_says_the_same_to_both_versions_of_transformers(family, tokenizers, tmp_path):
-    """correctness 18: version 4 reads rope_theta, rope_scaling and the like; version 5 must not read anything else
+    """Version 4 reads rope_theta, rope_scaling and the like; version 5 must not read anything else
     because they are there."""
     from transformers import AutoConfig
 
@@ -120,8 +119,8 @@ def test_config_json_says_the_same_to_both_versions_of_transformers(family, toke
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_written_files_are_those_that_other_programs_read(form, tokenizers, tmp_path):
-    """correctness 18: a class that transformers 4.57 has, no list where it wants a mapping, the names of all added
-    tokens, add_prefix_space, and the sentencepiece model under the name by which it is read rightly or not at all."""
+    """A class that transformers 4.57 has, no list where it wants a mapping, the names of all added
+    tokens, add_prefix_space, and the sentencepiece model under a name by which it is read correctly or not at all."""
     from pipeline.data.tokenizer import export_tokenizer
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
@@ -139,15 +138,15 @@ def test_the_written_files_are_those_that_other_programs_read(form, tokenizers, 
         int(index): token["content"] for index, token in config["added_tokens_decoder"].items()
     }
     models = {path.name for path in tmp_path.glob("*.model")}
-    wanted = {"byte-bpe": set(), "sentencepiece-bpe": {"tokenizer.model"}, "sentencepiece-unigram": {"spiece.model"}}
-    assert models == wanted[form]
+    expected = {"byte-bpe": set(), "sentencepiece-bpe": {"tokenizer.model"}, "sentencepiece-unigram": {"spiece.model"}}
+    assert models == expected[form]
     for name in models:
         assert (tmp_path / name).read_bytes() == (source / "tokenizer.model").read_bytes()
     assert ids_of(tmp_path) == ids_of(source)
 
 
 def test_a_sentencepiece_model_of_another_vocabulary_is_not_handed_over(tokenizers, tmp_path):
-    """correctness 18: as the tokenizer.model of Llama 3, which is a tiktoken file."""
+    """As the tokenizer.model of Llama 3, which is a tiktoken file."""
     from pipeline.data.tokenizer import export_tokenizer
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
@@ -161,18 +160,18 @@ def test_a_sentencepiece_model_of_another_vocabulary_is_not_handed_over(tokenize
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_card_says_how_to_load_the_tokenizer_so_that_ids_are_equal(family, tokenizers, tmp_path):
-    """correctness 1: AutoTokenizer where it gives the same ids; for qwen2 the class that does."""
+    """AutoTokenizer where it gives the same ids; for qwen2 the class that does."""
     import transformers
 
     source = model(family, tokenizers["sentencepiece-bpe"], tmp_path / "model")
-    folder, said = exported(source, tmp_path)
+    folder, output = exported(source, tmp_path)
     card = (folder / "README.md").read_text()
     loader = "PreTrainedTokenizerFast" if family == "qwen2" else "AutoTokenizer"
     assert f"tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), {loader}.from_pretrained(FOLDER)" in card
     named = getattr(transformers, loader).from_pretrained(folder)
     assert [named.encode(text, add_special_tokens=False, split_special_tokens=True) for text in TEXTS] == ids_of(source)
-    assert ("AutoTokenizer of transformers 5 reads it as a Qwen2Tokenizer" in said) == (family == "qwen2")
-    assert ("add_space_prefix=bool:false" in said) == (family != "llama") == ("add_space_prefix" in card)
+    assert ("AutoTokenizer of transformers 5 reads it as a Qwen2Tokenizer" in output) == (family == "qwen2")
+    assert ("add_space_prefix=bool:false" in output) == (family != "llama") == ("add_space_prefix" in card)
     other = [
         transformers.AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False) for text in TEXTS
     ]
@@ -183,20 +182,20 @@ def test_the_card_says_how_to_load_the_tokenizer_so_that_ids_are_equal(family, t
 
 
 def aside(folder: Path, *packages: str) -> Path:
-    """The interpreter of a virtual environment with these packages, and below them those of this one. Skips where they
+    """The interpreter of a virtual environment with these packages, and otherwise those of this one. Skips if they
     cannot be installed."""
     import sysconfig
 
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
     python = folder / "bin/python"
-    made = subprocess.run(
+    install = subprocess.run(
         [python, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check", *packages],
         capture_output=True,
         text=True,
         timeout=600,
     )
-    if made.returncode:
-        pytest.skip(f"cannot install {', '.join(packages)} aside: {made.stderr.strip().splitlines()[-1:]}")
+    if install.returncode:
+        pytest.skip(f"cannot install {', '.join(packages)} separately: {install.stderr.strip().splitlines()[-1:]}")
     [site] = (folder / "lib").glob("python*/site-packages")
     (site / "shared.pth").write_text("\n".join({sysconfig.get_paths()["purelib"], *map(str, _sites())}) + "\n")
     return python
@@ -240,7 +239,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_transformers_4_57_reads_the_same_ids_and_logits(tokenizers, tmp_path):
-    """correctness 18: the exports of all three forms, and models of all families as a training stage publishes them,
+    """The exports of all three forms, and models of all families as a training stage publishes them,
     in an environment with transformers 4.57."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -254,18 +253,18 @@ def test_transformers_4_57_reads_the_same_ids_and_logits(tokenizers, tmp_path):
     }
     for number, family in enumerate(FAMILIES):
         folders[family] = model(family, tokenizers[FORMS[number % 3]], tmp_path / family)
-    found = answer(python, OLDER, json.dumps(TEXTS), *folders.values())
+    answers = answer(python, OLDER, json.dumps(TEXTS), *folders.values())
     for name, folder in folders.items():
-        there, ours = found[str(folder)], load_tokenizer(folder)
+        there, ours = answers[str(folder)], load_tokenizer(folder)
         assert there["ids"] == ids_of(folder), name
         assert there["special"] == [ours.bos_token_id, ours.eos_token_id, ours.pad_token_id]
         assert there["marks"] == ours.encode("<|im_start|>a<|im_end|>", add_special_tokens=False)
         assert there["chat"] == ours.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
         read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
-            wanted = read(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
-        difference = (torch.tensor(there["logits"]) - wanted).abs().max().item()
-        assert difference < 1e-5 * max(1, wanted.abs().max().item()), (name, difference)
+            expected = read(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
+        difference = (torch.tensor(there["logits"]) - expected).abs().max().item()
+        assert difference < 1e-5 * max(1, expected.abs().max().item()), (name, difference)
 
 
 LLAMA_CPP = """
@@ -288,7 +287,7 @@ print(json.dumps({"ids": ids, "likely": said["completion_probabilities"][0]["top
 
 @pytest.mark.slow
 def test_llama_cpp_reads_the_same_ids_and_logits(tokenizers, tmp_path):
-    """correctness 18: an export converted to GGUF by llama.cpp's own converter and read by llama.cpp. What it has no
+    """An export converted to GGUF by llama.cpp's own converter and read by llama.cpp. What it has no
     reader for (a unigram vocabulary, an unknown byte-level one) must fail there instead of giving other ids."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -310,11 +309,11 @@ def test_llama_cpp_reads_the_same_ids_and_logits(tokenizers, tmp_path):
     for family in ("llama", "mixtral", "gemma"):
         folder, target, code = converted("sentencepiece-bpe", family)
         assert code == 0, family
-        found = answer(python, LLAMA_CPP, target, json.dumps(TEXTS))
-        assert found["ids"] == ids_of(folder), family
+        answers = answer(python, LLAMA_CPP, target, json.dumps(TEXTS))
+        assert answers["ids"] == ids_of(folder), family
         read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
-            wanted = read(torch.tensor([found["ids"][0]])).logits[0, -1].log_softmax(-1)
-        assert all(abs(entry["logprob"] - wanted[entry["id"]].item()) < 0.02 for entry in found["likely"]), family
+            expected = read(torch.tensor([answers["ids"][0]])).logits[0, -1].log_softmax(-1)
+        assert all(abs(entry["logprob"] - expected[entry["id"]].item()) < 0.02 for entry in answers["likely"]), family
     for form in ("byte-bpe", "sentencepiece-unigram"):
         assert converted(form, "llama")[2] != 0, form
