@@ -79,3 +79,14 @@ def test_no_module_beside_the_stage_scripts_hides_another_one():
         path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert not names & taken
+
+
+def test_no_conditional_expression_is_nested():
+    nested = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.IfExp):
+                parts = (node.body, node.test, node.orelse)
+                if any(isinstance(part, ast.IfExp) for part in parts):
+                    nested.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not nested, "write these as statements: " + "; ".join(nested)
