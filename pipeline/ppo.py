@@ -27,7 +27,7 @@ from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollo
 from pipeline.rl.rules import Rule
 from pipeline.train.finetune_config import FinetuneConfig
 
-VERSION = 4
+VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
 INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
 
 

@@ -20,7 +20,7 @@ from pipeline.core.terminal import many, say
 from pipeline.data.chat.chat_sources import ChatSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
-VERSION = 4
+VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
 INPUTS = {"model": ("pretrain", "sft")}
 
 

@@ -63,7 +63,7 @@ def test_reference_is_the_input_model():
     total = {"chosen": 0.0, "rejected": 0.0}
     for pair in heldout:
         for key in total:
-            turns = [*pair.prompt, {"role": "assistant", "content": getattr(pair, key)}]
+            turns = [*pair.prompt, getattr(pair, key)]
             made = tokenizer.apply_chat_template(
                 turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )

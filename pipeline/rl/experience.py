@@ -168,7 +168,7 @@ def _read_by_reward(models: Models, sample: Sample, task: Task) -> list[int]:
     chat = models.reward_chat
     if chat is None:
         return sample.prompt_ids + sample.response_ids
-    return chat.answered(task.messages, models.text(sample), sample.stopped)
+    return chat.answered(task.dialogue, models.text(sample), sample.stopped)
 
 
 def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[float], list[float]]]:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
 from pipeline.data.chat.conversations import Prompt, load_prompts
+from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.chat.template import Chat
 from pipeline.train.finetune_data import SPLITS, Arrays, report_records
 
@@ -14,7 +15,7 @@ class Task:
     """A prompt as the policy reads it."""
 
     ids: list[int]
-    messages: list[dict]
+    dialogue: Dialogue
     text: str
     """The messages for a person to read."""
     answer: str | None
@@ -38,16 +39,16 @@ def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat, output: Output
             _check_answer(config, prompt)
             reason = None
             try:
-                ids = policy_chat.prompt(prompt.messages)
+                ids = policy_chat.prompt(prompt.dialogue)
                 if not same:
-                    reward_chat.prompt(prompt.messages)
+                    reward_chat.prompt(prompt.dialogue)
                 if len(ids) > limit:
                     reason = f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
                     too_long += 1
             except ValueError as error:  # text that a chat template cannot carry
                 reason = str(error)
             if reason is None:
-                tasks.append(asdict(Task(ids, prompt.messages, prompt.text, prompt.answer)))
+                tasks.append(asdict(Task(ids, prompt.dialogue, prompt.text, prompt.answer)))
             else:
                 ledger.withdraw(prompt, split, reason)
         if not tasks:
@@ -64,7 +65,11 @@ def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat, output: Output
 
 
 def tasks_of(extra: dict, split: str) -> list[Task]:
-    return [Task(**fields) for fields in extra[split]]
+    tasks = []
+    for task in extra[split]:
+        dialogue = Dialogue(**task["dialogue"])
+        tasks.append(Task(task["ids"], dialogue, task["text"], task["answer"]))
+    return tasks
 
 
 def _check_answer(config, prompt: Prompt) -> None:

@@ -59,7 +59,7 @@ def _encode(
     """(conversations that can be used, the rows of each); the ledger counts why the others cannot."""
     rows: list[list[Encoded]] = []
     reasons: list[str | None] = []
-    for conversation, encoded in zip(conversations, chat.rows([row.messages for row in conversations]), strict=True):
+    for conversation, encoded in zip(conversations, chat.rows([row.dialogue for row in conversations]), strict=True):
         if isinstance(encoded, str):
             reasons.append(encoded)
             continue

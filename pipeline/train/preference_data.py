@@ -34,8 +34,7 @@ def encode_pairs(
     """
     conversations = []
     for pair in pairs:
-        for answer in (pair.chosen, pair.rejected):
-            conversations.append([*pair.prompt, {"role": "assistant", "content": answer}])
+        conversations += pair.dialogues
     encoded = chat.encode(conversations)
     rows, reasons = [], []
     for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):

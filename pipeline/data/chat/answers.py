@@ -184,12 +184,16 @@ class Answers:
                 raise Unusable(f"the chat template does not write {what} as it is")
             if answer and not _is_in(message.get("reasoning_content", ""), where):
                 raise Unusable("the chat template does not write the reasoning of an answer")
+            if message.get("tool_calls") and self.tool_end is None:
+                raise Unusable("the chat template does not write tool calls")
             for call in message.get("tool_calls", ()):
                 if not (_is_in(call["name"], where) and _holds(call["arguments"], where)):
                     raise Unusable("the chat template does not write a tool call as it is")
         for function in dialogue.tools or ():
             if not _is_in(str(function.get("function", function).get("name", "")), text):
                 raise Unusable("the chat template does not write the tools")
+        if not _holds(dialogue.options.get("documents", []), text):
+            raise Unusable("the chat template does not write the documents")
 
     def _dropped_of_shape(self, dialogue: Dialogue) -> str | None:
         """What a template drops of conversations with these roles, whatever they say; None for nothing."""

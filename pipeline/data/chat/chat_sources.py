@@ -19,7 +19,7 @@ class Message(Strict):
 
 
 # Fields that hold a conversation, a pair or a prompt without templates.
-HOLDING = {"messages", "conversations", "prompt", "instruction", "chosen", "rejected"}
+HOLDING = {"messages", "conversations", "conversation", "prompt", "instruction", "chosen", "rejected", "chat"}
 
 
 class TuningSource(Source):
@@ -61,7 +61,7 @@ class TuningSource(Source):
 
 class ChatSource(TuningSource):
     """Conversations. Without `messages`, records must hold messages, conversations (ShareGPT), prompt + completion,
-    or instruction + output (Alpaca)."""
+    instruction + output (Alpaca), or system + chat (glaive)."""
 
     messages: list[Message] | None = None
     """Templates of a conversation, in turns."""
@@ -111,6 +111,31 @@ class PreferenceSource(TuningSource):
         if 0 < len(missing) < 3:
             raise ValueError(
                 f"{' and '.join(missing)} is missing: give templates for all of prompt, chosen and rejected, or none"
+                " for records that hold these fields"
+            )
+        return self
+
+
+class LabelledSource(TuningSource):
+    """Judged answers (KTO). Without templates, records must hold a conversation that ends with the answer, and
+    `label` (or `kto_tag`): true for a good answer, false for a bad one."""
+
+    prompt: str | list[Message] | None = None
+    """Template of the user's message, or of several messages."""
+    completion: str | None = None
+    """Template of the answer."""
+    label: str | None = None
+    """Template of the judgement: true, false, 1 or 0."""
+
+    def has_templates(self) -> bool:
+        return self.prompt is not None or super().has_templates()
+
+    @model_validator(mode="after")
+    def _all_or_none(self):
+        missing = [key for key in ("prompt", "completion", "label") if getattr(self, key) is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(
+                f"{' and '.join(missing)} is missing: give templates for all of prompt, completion and label, or none"
                 " for records that hold these fields"
             )
         return self

@@ -1,80 +1,124 @@
-"""What the tuning stages read: conversations, pairs of answers, and prompts, from the same named sources as everything
-else.
+"""What the tuning stages read: conversations, pairs of answers, judged answers, and prompts, from the same named
+sources as everything else.
 
     train, heldout, ledger = load_conversations({"reviews": ChatSource(path="reviews.jsonl", messages=[...])},
     holdout=0.1)
 
 A source says with templates how a record becomes messages; a record that holds a conversation already needs none
-(messages, ShareGPT conversations, prompt + completion, Alpaca's instruction + input + output). Text is kept as it was
-written. Exact duplicates are dropped. A record is held out if its own hash says so, and so in every stage; what is
-like a held-out record is then dropped from training. Nothing is dropped silently: the ledger counts each reason and
-names the first places.
+(pipeline/data/chat/record_formats.py). Text is kept as it was written. Exact duplicates are dropped. A record is held
+out if its own hash says so, and so in every stage; what is like a held-out record is then dropped from training.
+Nothing is dropped silently: the ledger counts each reason and names the first places.
 """
 
 import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.core.errors import UserError
 from pipeline.core.terminal import many
-from pipeline.data.chat.chat_sources import ChatSource, Message, PreferenceSource, PromptSource, TuningSource
-from pipeline.data.chat.messages import (
-    Rejected,
-    checked_text,
+from pipeline.data.chat.chat_sources import (
+    ChatSource,
+    LabelledSource,
+    Message,
+    PreferenceSource,
+    PromptSource,
+    TuningSource,
+)
+from pipeline.data.chat.fields import Rejected
+from pipeline.data.chat.messages import checked_text, normal, normalised, plain
+from pipeline.data.chat.record_accounting import Ledger
+from pipeline.data.chat.record_formats import (
     conversation_of,
-    normal,
-    normalised,
+    labelled_of,
     number,
     pair_of,
     prompt_of,
+    said_in,
+    truth_of,
 )
-from pipeline.data.chat.record_accounting import Ledger
+from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.dedup.decontaminate import Decontaminate, find_contaminated
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, encoding_advice, fraction, read
 from pipeline.data.sources.templates import MissingField, parse_template, render
 
+BY_TEMPLATES = "templates of the recipe"
 
-@dataclass(frozen=True)
-class Conversation:
-    """Messages up to the last answer that is trained on. An answer with `weight: 0` carries no loss."""
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What all rows have."""
 
     id: str
     source: str
     place: str
-    messages: list[dict]
     content: str
     """What the record itself says, without the words of templates: near duplicates are looked for in it."""
+    format: str = BY_TEMPLATES
+    """The format that the record was recognised to have."""
+    tools: list[dict] | None = None
+    """Functions that the assistant may call."""
+    options: dict = field(default_factory=dict)
+    """Variables of the chat template that the record gives."""
+
+    def dialogue_of(self, messages: list[dict]) -> Dialogue:
+        """Messages as a chat template gets them."""
+        return Dialogue(messages, self.tools, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation(Row):
+    """Messages up to the last answer that is trained on. An answer with `weight: 0` carries no loss."""
+
+    messages: list[dict]
     answer: str | None = None
     rule: str = "prefix"
 
+    @property
+    def dialogue(self) -> Dialogue:
+        return self.dialogue_of(self.messages)
 
-@dataclass(frozen=True)
-class Pair:
+
+@dataclass(frozen=True, kw_only=True)
+class Pair(Row):
     """Two answers, each one message of the assistant, to the same messages."""
 
-    id: str
-    source: str
-    place: str
     prompt: list[dict]
-    chosen: str
-    rejected: str
-    content: str
+    chosen: dict
+    rejected: dict
     margin: float = 0.0
 
+    @property
+    def dialogues(self) -> tuple[Dialogue, Dialogue]:
+        """The prompt with the chosen answer, and with the rejected one."""
+        return self.dialogue_of([*self.prompt, self.chosen]), self.dialogue_of([*self.prompt, self.rejected])
 
-@dataclass(frozen=True)
-class Prompt:
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled(Row):
+    """One answer to messages, and whether it is a good one (KTO)."""
+
+    prompt: list[dict]
+    answer: dict
+    label: bool
+
+    @property
+    def dialogue(self) -> Dialogue:
+        return self.dialogue_of([*self.prompt, self.answer])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(Row):
     """Messages that wait for an answer."""
 
-    id: str
-    source: str
-    place: str
     messages: list[dict]
     answer: str | None
-    content: str
+
+    @property
+    def dialogue(self) -> Dialogue:
+        return self.dialogue_of(self.messages)
 
     @property
     def text(self) -> str:
@@ -88,7 +132,7 @@ def load_conversations(
     sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Conversation], list[Conversation], Ledger]:
     """Conversations to train on and held out."""
-    rows, ledger = _gathered(sources, lambda row: _key(row.messages), decontaminate)
+    rows, ledger = _gathered(sources, lambda row: _key([row.messages, row.tools, row.options]), decontaminate)
     return _split(rows, ledger, holdout, lambda row: _asked(row.messages[:-1]))
 
 
@@ -96,7 +140,19 @@ def load_pairs(
     sources: dict[str, PreferenceSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Pair], list[Pair], Ledger]:
     """Pairs of answers to train on and held out."""
-    rows, ledger = _gathered(sources, lambda row: _key([row.prompt, row.chosen, row.rejected]), decontaminate)
+    rows, ledger = _gathered(
+        sources, lambda row: _key([row.prompt, row.chosen, row.rejected, row.tools, row.options]), decontaminate
+    )
+    return _split(rows, ledger, holdout, lambda row: _asked(row.prompt))
+
+
+def load_labelled(
+    sources: dict[str, LabelledSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Labelled], list[Labelled], Ledger]:
+    """Judged answers to train on and held out."""
+    rows, ledger = _gathered(
+        sources, lambda row: _key([row.prompt, row.answer, row.label, row.tools, row.options]), decontaminate
+    )
     return _split(rows, ledger, holdout, lambda row: _asked(row.prompt))
 
 
@@ -104,7 +160,7 @@ def load_prompts(
     sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Prompt], list[Prompt], Ledger]:
     """Prompts to train on and held out, each prompt once."""
-    rows, ledger = _gathered(sources, lambda row: _key(row.messages), decontaminate)
+    rows, ledger = _gathered(sources, lambda row: _key([row.messages, row.tools, row.options]), decontaminate)
     train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _asked(row.messages))
     for rows, split in ((train, "train"), (heldout, "heldout")):
         ledger.keep(rows, split, [None] * len(rows))
@@ -130,56 +186,82 @@ def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Call
 # ---- from a record to a row ------------------------------------------------------------------------------------------
 
 
-def _conversation(source: ChatSource, name: str, record: Record, fields: dict) -> Conversation:
+def _conversation(source: ChatSource, common: dict, fields: dict) -> Conversation:
     if source.messages is None:
-        messages = conversation_of(fields, _named(source))
-        content = normal(_said(messages))
+        talk = conversation_of(fields, _named(source))
+        messages = talk.messages
+        common |= {"content": normal(said_in(messages)), "format": talk.format}
+        common |= {"tools": talk.tools, "options": talk.options}
     else:
         messages = normalised(_filled(source.messages, fields, source.join))
-        content = _brought([message.content for message in source.messages], fields)
+        common["content"] = _brought([message.content for message in source.messages], fields)
     if all(message["role"] != "assistant" for message in messages):
         raise Rejected("no message of the assistant")
     while messages and (messages[-1]["role"] != "assistant" or messages[-1].get("weight") == 0):
         messages.pop()  # nothing that is learned can see it
     if not messages:
         raise Rejected("all messages of the assistant are marked not to be trained on")
-    return Conversation(record.id, name, record.place, messages, content, _known_answer(source, fields), source.rule)
+    return Conversation(**common, messages=messages, answer=_known_answer(source, fields), rule=source.rule)
 
 
-def _pair(source: PreferenceSource, name: str, record: Record, fields: dict) -> Pair:
+def _pair(source: PreferenceSource, common: dict, fields: dict) -> Pair:
     margin = 0.0
     if source.prompt is None:
-        prompt, chosen, rejected, given = pair_of(fields, _named(source))
-        content = normal(f"{_said(prompt)}\n{chosen}\n{rejected}")
-        margin = given or 0.0
+        talk = pair_of(fields, _named(source))
+        prompt, chosen, rejected = talk.messages, talk.chosen, talk.rejected
+        common |= {"content": normal(f"{said_in(prompt)}\n{said_in([chosen])}\n{said_in([rejected])}")}
+        common |= {"format": talk.format, "tools": talk.tools, "options": talk.options}
+        margin = talk.margin or 0.0
     else:
         turns = _turns(source.prompt)
         prompt = normalised(_filled(turns, fields, source.join))
-        chosen, rejected = (
-            checked_text(render(template, fields, "the record", source.join), which)
-            for template, which in ((source.chosen, "chosen"), (source.rejected, "rejected"))
-        )
-        content = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], fields)
+        chosen = _answer_of(source.chosen, "chosen", fields, source.join)
+        rejected = _answer_of(source.rejected, "rejected", fields, source.join)
+        common["content"] = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], fields)
     if not prompt or prompt[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
     if chosen == rejected:
         raise Rejected("chosen equals rejected")
     if source.margin is not None:
         margin = number(render(source.margin, fields, "the record", source.join))
-    return Pair(record.id, name, record.place, prompt, chosen, rejected, content, margin)
+    return Pair(**common, prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
 
 
-def _prompt(source: PromptSource, name: str, record: Record, fields: dict) -> Prompt:
+def _labelled(source: LabelledSource, common: dict, fields: dict) -> Labelled:
     if source.prompt is None:
-        messages = prompt_of(fields, _named(source))
-        content = normal(_said(messages))
+        talk, label = labelled_of(fields, _named(source))
+        *prompt, answer = talk.messages
+        common |= {"content": normal(said_in(talk.messages)), "format": talk.format}
+        common |= {"tools": talk.tools, "options": talk.options}
+    else:
+        turns = _turns(source.prompt)
+        prompt = normalised(_filled(turns, fields, source.join))
+        answer = _answer_of(source.completion, "completion", fields, source.join)
+        label = truth_of(render(source.label, fields, "the record", source.join), "label")
+        common["content"] = _brought([*(turn.content for turn in turns), source.completion], fields)
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise Rejected("the prompt does not end with the user")
+    return Labelled(**common, prompt=[plain(message) for message in prompt], answer=answer, label=label)
+
+
+def _prompt(source: PromptSource, common: dict, fields: dict) -> Prompt:
+    if source.prompt is None:
+        talk = prompt_of(fields, _named(source))
+        messages = talk.messages
+        common |= {"content": normal(said_in(messages)), "format": talk.format}
+        common |= {"tools": talk.tools, "options": talk.options}
     else:
         turns = _turns(source.prompt)
         messages = normalised(_filled(turns, fields, source.join))
-        content = _brought([turn.content for turn in turns], fields)
+        common["content"] = _brought([turn.content for turn in turns], fields)
     if messages[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
-    return Prompt(record.id, name, record.place, messages, _known_answer(source, fields), content)
+    return Prompt(**common, messages=messages, answer=_known_answer(source, fields))
+
+
+def _answer_of(template: str, name: str, fields: dict, join: str) -> dict:
+    """The answer that a template gives."""
+    return {"role": "assistant", "content": checked_text(render(template, fields, "the record", join), name)}
 
 
 def _turns(prompt: str | list[Message]) -> list[Message]:
@@ -201,7 +283,7 @@ def _named(source: TuningSource) -> set[str]:
     return {field.partition(".")[0] for field in fields}
 
 
-MAKERS = {ChatSource: _conversation, PreferenceSource: _pair, PromptSource: _prompt}
+MAKERS = {ChatSource: _conversation, PreferenceSource: _pair, LabelledSource: _labelled, PromptSource: _prompt}
 
 
 def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):
@@ -212,7 +294,8 @@ def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):
         return None
     try:
         fields = _without(item.fields, set(source.ignore)) if source.ignore else item.fields
-        return MAKERS[type(source)](source, name, item, fields)
+        common = {"id": item.id, "source": name, "place": item.place}
+        return MAKERS[type(source)](source, common, fields)
     except Rejected as error:
         ledger.reject(name, item.place, str(error), error.advice)
     except MissingField as error:
@@ -264,6 +347,7 @@ def _gathered(sources: dict, key: Callable, decontaminate: Decontaminate | None)
             else:
                 seen.add(digest)
                 rows.append(row)
+                ledger.note(name, row.format, _features(row))
         _refuse_empty(source, name, ledger)
     if decontaminate:
         found, ledger.evaluation = find_contaminated(map(_read, rows), decontaminate)
@@ -312,16 +396,28 @@ def _brought(templates: list[str], fields: dict) -> str:
     return normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
 
 
-def _said(messages: list[dict]) -> str:
-    """What is said in a conversation, but for the system's message, which many rows share."""
-    return "\n".join(message["content"] for message in messages if message["role"] != "system")
-
-
 def _read(row) -> str:
     """All that a model is trained on in a row, or reads before it: for evaluation sets also the system's message."""
-    messages = row.prompt if isinstance(row, Pair) else row.messages
+    messages = row.prompt if isinstance(row, (Pair, Labelled)) else row.messages
     system = [normal(message["content"]) for message in messages if message["role"] == "system"]
     return "\n".join([*system, row.content])
+
+
+def _features(row) -> list[str]:
+    """What a row has that not all do, for the report."""
+    messages = row.messages if isinstance(row, (Conversation, Prompt)) else [*row.prompt]
+    if isinstance(row, Pair):
+        messages += [row.chosen, row.rejected]
+    if isinstance(row, Labelled):
+        messages.append(row.answer)
+    features = {
+        "reasoning": any("reasoning_content" in message for message in messages),
+        "tool calls": any("tool_calls" in message for message in messages),
+        "tools": bool(row.tools),
+        "weights": any("weight" in message for message in messages),
+        "template variables": bool(row.options),
+    }
+    return [name for name, present in features.items() if present]
 
 
 def _asked(messages: list[dict]) -> bytes:

@@ -10,6 +10,15 @@ Names are compared in snake case: `toolCalls` and `Tool-Calls` are `tool_calls`.
 
 import re
 
+
+class Rejected(Exception):
+    """Why a record cannot be used, and what the user can do about it."""
+
+    def __init__(self, reason: str, advice: str = ""):
+        super().__init__(reason)
+        self.advice = advice
+
+
 # What a field is that changes what should be learned, or how, and that is not supported: the reason of its rejection.
 MEANINGFUL = {
     "reasoning before an answer": (
@@ -18,7 +27,7 @@ MEANINGFUL = {
     ),
     "tools": (
         "tools tool tool_calls tool_call tool_call_id tool_choice tool_results tool_responses functions function"
-        " function_call function_calls parallel_tool_calls tool_schema tool_definitions available_tools api apis"
+        " function_call function_calls tool_schema tool_definitions available_tools api apis"
     ),
     "content that is not text": (
         "image images image_url image_urls picture pictures video videos audio audios media multimodal"
@@ -67,6 +76,7 @@ METADATA = set(
     " field fields area level grade difficulty complexity turn turns num_turns length len size tokens chars words meta"
     " metadata info extra extra_info title titles filename file path place line views likes header hashed_ip"
     " avatar_url redacted openai_moderation detoxify_moderation moderation usage finish_reason stop_reason"
+    " parallel_tool_calls"
     " cache_control annotator_notes gen_input_configs answer_from human_verified comment comments"
     " 编号 序号 来源 数据来源 出处 数据集 领域 类别 分类 类型 主题 话题 关键词 语言 语种 难度 难度等级 作者 标注员 模型"
     " 时间 日期 创建时间 更新时间 版本 许可证 链接 网址 备注 字数 长度 轮数".split()
@@ -88,6 +98,8 @@ REFERENCES = set(
 ANSWERS = {"chosen", "rejected", "label", "kto_tag", "margin", "reward_model", *REFERENCES, *FLAGS}
 JUDGEMENTS = set(MEANINGFUL["a judgement of how good it is"].split())
 REASONING = set(MEANINGFUL["reasoning before an answer"].split())
+# Texts of what was thought before an answer, by their names in messages and records.
+THOUGHTS = REASONING - {"reasoning_details", "analysis", "rationale", "scratchpad"}
 
 _WHAT = {name: what for what, names in MEANINGFUL.items() for name in names.split()}
 

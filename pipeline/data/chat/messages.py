@@ -1,5 +1,5 @@
-"""Records that hold a conversation already, in the shapes that are in use: messages, ShareGPT conversations, prompt +
-completion, Alpaca's instruction + input + output, and pairs of answers. Each becomes a list of {role, content}.
+"""Messages of records, in the spellings that are in use, as one form: {role, content} and, where a message has them,
+reasoning_content, tool_calls, tool_call_id, name of a tool, and weight in the loss.
 
 Text is kept as it was written, white space included. A message that is marked not to be trained on (`train: false`,
 `weight: 0`) gets `weight: 0.0`. A record with a field that changes what should be learned, and that is not supported,
@@ -8,62 +8,55 @@ is rejected (pipeline/data/chat/fields.py).
 
 import math
 
-from pipeline.data.chat.fields import (
-    ANSWERS,
-    FLAGS,
-    JUDGEMENTS,
-    MEANINGFUL,
-    REASONING,
-    REFERENCES,
-    empty,
-    shown,
-    snake,
-    unsupported,
-)
+from pipeline.data.chat.fields import FLAGS, THOUGHTS, Rejected, empty, shown, snake, unsupported
+from pipeline.data.chat.tool_calls import calls_of, result_text
 
+# Spellings of roles, in lower case.
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "model": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    # An answer whose content is a tool call as JSON text.
+    "function_call": "assistant",
+    "tool_call": "assistant",
 }
-SYSTEM = ("system", "system_prompt")
-# What a pair says of its two answers, chosen first: numbers that must not contradict the order.
-PAIR_SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("rating_chosen", "rating_rejected"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
-    ("reward_chosen", "reward_rejected"),
-    ("chosen_reward", "rejected_reward"),
-)
-
-
-class Rejected(Exception):
-    """Why a record cannot be used, and what the user can do about it."""
-
-    def __init__(self, reason: str, advice: str = ""):
-        super().__init__(reason)
-        self.advice = advice
+CALL_ROLES = ("function_call", "tool_call")
+CALLS = ("tool_calls", "function_call", "function_calls")
+TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHT_PARTS = ("thinking", "reasoning")
+RESULT_IDS = ("tool_call_id", "tool_use_id")
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def checked_text(value, what: str) -> str:
-    """The text of a message as it was written. Raises Rejected for what is no text, or none."""
+    """The text of a message as it was written. Raises Rejected for what is not text, or is empty."""
     if isinstance(value, list):
-        value = "".join(_part(part, what) for part in value)
-    if not isinstance(value, str):
-        raise Rejected(f"{what} is no text")
+        value = "".join(_text_part(part, what) for part in value)
+    value = whole_text(value, what)
     if not value.strip():
         raise Rejected(f"{what} is empty")
+    return value
+
+
+def whole_text(value, what: str) -> str:
+    """A text, which may be empty. Raises Rejected for what is not text, and for half a character."""
+    if not isinstance(value, str):
+        raise Rejected(f"{what} is not text")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -71,20 +64,19 @@ def checked_text(value, what: str) -> str:
     return value
 
 
-def _part(part, what: str) -> str:
+def _text_part(part, what: str) -> str:
     """The text of one content part, `{type: text, text: ...}`."""
     if not isinstance(part, dict):
-        raise Rejected(f"{what} is no text")
+        raise Rejected(f"{what} is not text")
     kind = part.get("type", "text")
-    if kind != "text":
+    if kind not in TEXT_PARTS:
         raise Rejected(
-            f"{what} has a part of type {shown(kind)}, and only text is supported",
-            "leave such records out with `where`",
+            f"{what} has a part of type {shown(kind)}, and only text is supported", "exclude such records with `where`"
         )
     key = next((key for key in ("text", "value", "content") if isinstance(part.get(key), str)), None)
     if key is None:
         raise Rejected(f"{what} has a part without text")
-    _complete(part, {"type", key}, f"a part of {what}")
+    complete(part, {"type", key}, f"a part of {what}")
     return part[key]
 
 
@@ -98,21 +90,21 @@ def normal(text: str) -> str:
 # ---- fields ----------------------------------------------------------------------------------------------------------
 
 
-def _complete(fields: dict, used: set[str], where: str, harmless: set[str] = frozenset()) -> None:
-    """Raise Rejected if a field that changes what should be learned would be left out."""
-    found = unsupported(fields, used, harmless)
-    if not found:
+def complete(fields: dict, used: set[str], where: str, harmless: set[str] = frozenset()) -> None:
+    """Raise Rejected if a field that changes what should be learned would be dropped."""
+    dropped = unsupported(fields, used, harmless)
+    if not dropped:
         return
-    name, what = found[0]
-    names = ", ".join(name for name, _ in found)
+    name, what = dropped[0]
+    names = ", ".join(name for name, _ in dropped)
     if what is None:
         raise Rejected(
-            f"{where} has `{name}`, and nobody knows what it means here",
-            f"if it says nothing about what should be learned, give the source `ignore: [{names}]`",
+            f"{where} has `{name}`, which is not a known field",
+            f"if it does not change what should be learned, give the source `ignore: [{names}]`",
         )
     raise Rejected(
         f"{where} has `{name}` ({what}), which is not supported",
-        f"leave such records out with `where`, or give the source `ignore: [{names}]` to train without it",
+        f"exclude such records with `where`, or give the source `ignore: [{names}]` to train without it",
     )
 
 
@@ -129,321 +121,155 @@ def _weight(value, name: str, where: str) -> float:
     return weight
 
 
-def _trained(fields: dict, where: str) -> float | None:
+def weight_of(fields: dict, where: str) -> float | None:
     """The weight in the loss that the flags of a message or a record give, None if there are none."""
-    weights = [
-        _weight(value, shown(name), where)
-        for name, value in fields.items()
-        if snake(name) in FLAGS and not empty(value)
-    ]
+    weights = [_weight(fields[name], shown(name), where) for name in flags(fields) if not empty(fields[name])]
     if any(weights) and not all(weights):
         raise Rejected(f"{where} is marked both to be trained on and not")
     return math.prod(weights) if weights else None
 
 
-def _flags(fields: dict) -> set[str]:
+def flags(fields: dict) -> set[str]:
+    """The fields that give a weight."""
     return {name for name in fields if snake(name) in FLAGS}
+
+
+def thoughts_of(fields: dict, where: str) -> tuple[str, set[str]]:
+    """(the reasoning that a message or a record gives by itself, empty for none, the fields that it is in)."""
+    used = {name for name in fields if snake(name) in THOUGHTS and not empty(fields[name])}
+    texts = {checked_text(fields[name], f"`{shown(name)}` of {where}") for name in used}
+    if len(texts) > 1:
+        raise Rejected(f"{where} has two different reasonings")
+    return next(iter(texts), ""), used
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def normalised(messages: list) -> list[dict]:
-    """Messages as {role, content}, with `weight` where that of an answer in the loss is not 1. Raises Rejected."""
-    return [_message(message) for message in messages]
+    """Messages in one form. Raises Rejected."""
+    return [one for message in messages for one in _message(message)]
 
 
-def _message(message) -> dict:
+def plain(message: dict) -> dict:
+    """A message of a prompt, which carries no loss whatever its flags say."""
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def spoken(message: dict) -> str:
+    """All that a message says, as text: what rows are compared by."""
+    parts = [message.get("reasoning_content", ""), message["content"]]
+    for call in message.get("tool_calls", ()):
+        parts += [call["name"], result_text(call["arguments"], "arguments")]
+    return "\n".join(part for part in parts if part)
+
+
+def role_of(message) -> str | None:
+    """The role of a raw message, or None for one that is not known."""
+    said = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+
+
+def _message(message) -> list[dict]:
+    """A raw message in one form; the results of tools in its parts are messages of their own."""
     keys = ("role", "content")
     if isinstance(message, dict) and "from" in message and "role" not in message:  # ShareGPT
         keys = ("from", "value")
     if not isinstance(message, dict) or keys[0] not in message:
         raise Rejected("a message has no role and content")
-    said = message[keys[0]]
-    role = ROLES.get(said) if isinstance(said, str) else None
+    role = role_of(message)
     if role is None:
-        raise Rejected(f"unknown role '{shown(said)}'; expected one of {', '.join(ROLES)}")
+        said = shown(message[keys[0]])
+        raise Rejected(f"unknown role '{said}'; expected one of {', '.join(ROLES)}")
     where = f"a message of the {role}"
-    _complete(message, {*keys, *_flags(message)}, where)
-    if keys[1] not in message:
+    used = {*keys, *flags(message)}
+    content, called = message.get(keys[1]), message[keys[0]]
+    if isinstance(called, str) and called.strip().lower() in CALL_ROLES:
+        complete(message, used, where)
+        return [_weighed({"role": role, "content": "", "tool_calls": calls_of(content, where)}, message, where)]
+    if role == "tool":
+        return [_result(message, content, used, where)]
+    read, results = {"role": role, "content": content}, []
+    if isinstance(content, list):
+        read, results = _parts(role, content, where)
+    if role == "assistant":
+        used |= _own_fields(message, read, where)
+    complete(message, used, where)
+    if keys[1] not in message and "tool_calls" not in read:
         raise Rejected("a message has no role and content")
-    found = {"role": role, "content": checked_text(message[keys[1]], where)}
-    weight = _trained(message, where)
-    if role == "assistant" and weight not in (None, 1):
-        found["weight"] = weight
-    if role != "assistant" and weight:
+    if "tool_calls" in read and (read["content"] is None or not str(read["content"]).strip()):
+        read["content"] = ""
+    elif read["content"] == "" and results:
+        return results
+    else:
+        read["content"] = checked_text(read["content"], where)
+    return [*results, _weighed(read, message, where)]
+
+
+def _own_fields(message: dict, read: dict, where: str) -> set[str]:
+    """Add what an answer's own fields say besides its content: reasoning and tool calls. Returns these fields."""
+    thought, used = thoughts_of(message, where)
+    if thought and "reasoning_content" in read:
+        raise Rejected(f"{where} has two different reasonings")
+    if thought:
+        read["reasoning_content"] = thought
+    for name in message:
+        if snake(name) in CALLS and not empty(message[name]):
+            if "tool_calls" in read:
+                raise Rejected(f"{where} gives its tool calls twice")
+            read["tool_calls"] = calls_of(message[name], where)
+            used.add(name)
+    return used
+
+
+def _result(message: dict, content, used: set[str], where: str) -> dict:
+    """What a tool has answered: a text, or any JSON. It may be empty."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
+        content = "".join(_text_part(part, where) for part in content)
+    if content is None:
+        raise Rejected(f"{where} is empty")
+    read = {"role": "tool", "content": whole_text(result_text(content, where), where)}
+    for name in RESULT_IDS:
+        if isinstance(message.get(name), str) and message[name]:
+            read["tool_call_id"] = whole_text(message[name], f"`{name}` of {where}")
+    if isinstance(message.get("name"), str) and message["name"]:
+        read["name"] = whole_text(message["name"], f"`name` of {where}")
+    complete(message, used | {"name", *RESULT_IDS}, where)
+    return _weighed(read, message, where)
+
+
+def _weighed(read: dict, message: dict, where: str) -> dict:
+    """A message with its weight in the loss, where that of an answer is not 1."""
+    weight = weight_of(message, where)
+    if read["role"] == "assistant" and weight not in (None, 1):
+        read["weight"] = weight
+    if read["role"] != "assistant" and weight:
         raise Rejected(f"{where} is marked to be trained on, and only answers are")
-    return found
+    return read
 
 
-def _list(value, role: str, what: str) -> list:
-    """Raw messages of a field that holds a text, a message, or a list of messages."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, dict):
-        return [value]
-    if isinstance(value, list):
-        return value
-    raise Rejected(f"{what} is no text")
-
-
-def _with_system(fields: dict, messages: list[dict]) -> tuple[list[dict], set[str]]:
-    """Messages with a record's own system message in front, and the fields that it is in."""
-    used = {name for name in fields if snake(name) in SYSTEM}
-    values = {name: "" if fields[name] in ([], {}) else fields[name] for name in used}
-    texts = {
-        checked_text(value, f"`{shown(name)}`")
-        for name, value in values.items()
-        if not (isinstance(value, str) and not value.strip())
-    }
-    if messages and messages[0]["role"] == "system":
-        texts.discard(messages[0]["content"])
-        if texts:
-            raise Rejected("the record has two system messages")
-        return messages, used
-    if len(texts) > 1:
-        raise Rejected("the record has two system messages")
-    return [{"role": "system", "content": text} for text in texts] + messages, used
-
-
-def _alpaca(fields: dict) -> tuple[list[dict], set[str]] | None:
-    """Alpaca's prompt: the turns of `history`, then the instruction with, on a line of its own, its input."""
-    if not isinstance(fields.get("instruction"), str):
-        return None
-    more = fields.get("input")
-    if not (more is None or isinstance(more, str)):
-        raise Rejected("`input` is no text")
-    messages = []
-    history = fields.get("history") or []
-    for turn in history if isinstance(history, (list, tuple)) else [history]:
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-            raise Rejected("`history` is no list of [question, answer]")
-        messages += normalised([{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}])
-    asked = fields["instruction"]
-    if more and more.strip():
-        asked = f"{asked}\n{more}" if asked.strip() else more
-    messages += normalised([{"role": "user", "content": asked}])
-    return messages, {"instruction", "input", "history"}
-
-
-def _read_again(value) -> list[dict] | None:
-    """A field as a conversation without weights and the like, None if it is none."""
-    if not isinstance(value, list):
-        return None
-    try:
-        return [_plain(message) for message in normalised(value)]
-    except Rejected:
-        return None
-
-
-def _repeats(value, messages: list[dict]) -> bool:
-    """Whether a field only writes again what the messages hold: one of them, or all of them."""
-    if isinstance(value, str):
-        return value.strip() in (message["content"].strip() for message in messages)
-    again = _read_again(value)
-    if again is None:
-        return False
-    whole = [_plain(message) for message in messages]
-    spoken = [message for message in whole if message["role"] != "system"]
-    return again in (whole, whole[:-1], spoken, spoken[:-1])
-
-
-def _repeated(fields: dict, messages: list[dict]) -> set[str]:
-    """Fields beside a conversation that only write it again, as many published sets have them."""
-    names = MEANINGFUL["another answer, or another part of the conversation"].split()
-    used = {name for name in names if name in fields and _repeats(fields[name], messages)}
-    text = fields.get("text")
-    if isinstance(text, str) and all(message["content"].strip() in text for message in messages):
-        used.add("text")  # all of them in somebody's template
-    return used
-
-
-# ---- records ---------------------------------------------------------------------------------------------------------
-
-
-def _given(fields: dict) -> dict:
-    """Without fields that hold nothing, as columns of parquet do where another row has a value."""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _none(fields: dict, what: str, expected: str) -> Rejected:
-    names = ", ".join(shown(name) for name in list(fields)[:20]) or "none"
-    return Rejected(f"no {what} among its fields ({names}): expected {expected}")
-
-
-def conversation_of(record: dict, named: set[str] = frozenset()) -> list[dict]:
-    """The messages of a record. `named` are fields that the source itself gives a meaning. Raises Rejected."""
-    fields = _given(record)
-    name = next((name for name in ("messages", "conversations") if name in fields), None)
-    if name is not None:
-        if not isinstance(fields[name], list):
-            raise Rejected("messages are no list")
-        messages, used = normalised(fields[name]), {name}
-    elif "prompt" in fields and "completion" in fields:
-        turns = [
-            *_list(fields["prompt"], "user", "`prompt`"),
-            *_list(fields["completion"], "assistant", "`completion`"),
-        ]
-        messages, used = normalised(turns), {"prompt", "completion"}
-    elif (prompt := _alpaca(fields)) is not None and isinstance(fields.get("output"), str):
-        messages, used = prompt
-        messages += normalised([{"role": "assistant", "content": fields["output"]}])
-        used = used | {"output"}
-    elif "messages" in record:
-        raise Rejected("messages are no list")
-    else:
-        raise _none(
-            record,
-            "conversation",
-            "messages, conversations, prompt + completion, instruction + output, or `messages` templates",
-        )
-    messages, system = _with_system(fields, messages)
-    _good(fields, named)
-    _weigh(messages, _trained(fields, "the record"))
-    # The rejected answer of a pair, and scores of both, say nothing about the conversation that stands beside them.
-    pair = {"rejected", *(name for names in PAIR_SCORES for name in names)} if "chosen" in fields else set()
-    used = used | named | system | _flags(fields) | {"label", "kto_tag"} | _repeated(fields, messages)
-    _complete(fields, used, "the record", {"name"} | pair)
-    return messages
-
-
-def _weigh(messages: list[dict], weight: float | None) -> None:
-    """Multiply the weights of answers by that of their record."""
-    for message in messages:
-        if message["role"] == "assistant" and weight not in (None, 1):
-            message["weight"] = message.get("weight", 1.0) * weight
-
-
-def _good(fields: dict, named: set[str]) -> None:
-    """Raise Rejected for a record that is marked not to be learned: `weight: 0`, or `label: false` of a KTO set."""
-    for name in ("label", "kto_tag"):
-        value = fields.get(name)
-        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-            value = value.strip().lower() == "true"
-        if value is False:
-            raise Rejected(f"`{name}` is false: a bad answer", f"leave such records out with `where: {{{name}: true}}`")
-        if name not in named and value is not True and not empty(value):
-            raise Rejected(
-                f"the record has `{name}` that is neither true nor false",
-                f"if it says nothing about what should be learned, give the source `ignore: [{name}]`",
-            )
-    if _trained(fields, "the record") == 0:
-        raise Rejected("the record is marked not to be trained on")
-
-
-def pair_of(record: dict, named: set[str] = frozenset()) -> tuple[list[dict], str, str, float | None]:
-    """(prompt messages, chosen text, rejected text, `margin` if it has one) of a record that holds a pair of answers.
-    Raises Rejected."""
-    fields = _given(record)
-    if "chosen" not in fields or "rejected" not in fields:
-        raise _none(record, "pair", "chosen and rejected, or templates for prompt, chosen and rejected")
-    if any(isinstance(fields[key], (str, list, dict)) and not fields[key] for key in ("chosen", "rejected")):
-        raise Rejected("an empty answer")
-    prompt, used = _prompt_of_pair(fields)
-    answers = {}
-    for key in ("chosen", "rejected"):
-        answers[key] = normalised(_list(fields[key], "assistant", f"`{key}`"))
-    if prompt is None:
-        if not (isinstance(fields["chosen"], list) and isinstance(fields["rejected"], list)):
-            raise Rejected(
-                "no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen"
-                " and rejected"
-            )
-        prompt = answers["chosen"][: _alike(answers["chosen"], answers["rejected"])]
-    for key, answer in answers.items():
-        if prompt and answer[: len(prompt)] == prompt:  # the answers repeat the prompt
-            answer = answers[key] = answer[len(prompt) :]
-        if len(answer) != 1 or answer[0]["role"] != "assistant":
-            raise Rejected(f"{key} is not one message of the assistant")
-        if answer[0].get("weight") == 0:
-            raise Rejected(f"{key} is marked not to be trained on")
-    prompt, system = _with_system(fields, [_plain(message) for message in prompt])
-    if _trained(fields, "the record") == 0:
-        raise Rejected("the record is marked not to be trained on")
-    whole = [*prompt, *answers["chosen"]]
-    used = used | named | system | _flags(fields) | {"chosen", "rejected", "margin"} | _ordered(fields)
-    _complete(fields, used | _repeated(fields, whole), "the record", {"name"} | REFERENCES)
-    margin = None if "margin" not in fields else number(fields["margin"])
-    return prompt, answers["chosen"][0]["content"], answers["rejected"][0]["content"], margin
-
-
-def _prompt_of_pair(fields: dict) -> tuple[list[dict] | None, set[str]]:
-    """The prompt that a pair gives by itself, and the fields that it is in."""
-    for name in ("prompt", "messages", "conversations"):
-        if name in fields:
-            return normalised(_list(fields[name], "user", f"`{name}`")), {name}
-    return _alpaca(fields) or (None, set())
-
-
-def _alike(one: list[dict], other: list[dict]) -> int:
-    """How many messages two conversations have in common at their beginning, but for the last of each."""
-    count = 0
-    while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
-        count += 1
-    return count
-
-
-def _ordered(fields: dict) -> set[str]:
-    """Scores of both answers. Raises Rejected if they say that the rejected one is better."""
-    plain = {snake(name): name for name in fields}
-    used = set()
-    for better, worse in PAIR_SCORES:
-        if better in plain and worse in plain:
-            if number(fields[plain[better]], better) < number(fields[plain[worse]], worse):
-                raise Rejected(f"{better} is below {worse}")
-            used |= {plain[better], plain[worse]}
-    return used
-
-
-def number(value, what: str = "margin") -> float:
-    """A finite number. Raises Rejected."""
-    try:
-        found = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        found = None
-    if found is None or not abs(found) < float("inf"):
-        raise Rejected(f"{what} is no number")
-    return found
-
-
-def prompt_of(record: dict, named: set[str] = frozenset()) -> list[dict]:
-    """The prompt of a record as messages: of a conversation, all up to where the assistant gives the last answer.
-    Raises Rejected."""
-    fields = _given(record)
-    name = next((name for name in ("prompt", "messages", "conversations") if name in fields), None)
-    if name is not None:
-        raw = list(_list(fields[name], "user", f"`{name}`"))
-        while name != "prompt" and raw and isinstance(raw[-1], dict) and ROLES.get(_role(raw[-1])) == "assistant":
-            raw.pop()
-        messages, used = normalised(raw), {name}
-    elif (alpaca := _alpaca(fields)) is not None:
-        messages, used = alpaca
-    else:
-        raise _none(record, "prompt", "prompt, instruction or messages, or a `prompt` template")
-    messages, system = _with_system(fields, [_plain(message) for message in messages])
-    if all(message["role"] != "user" for message in messages) or messages[-1]["role"] == "assistant":
-        raise Rejected("the prompt does not end with the user")
-    used = used | named | system | _repeated(fields, messages)
-    # Beside a prompt, another shape of the same record holds its answer too.
-    used |= {other for other in ("messages", "conversations") if _begins_with(fields.get(other), messages)}
-    scores = {name for names in PAIR_SCORES for name in names}
-    _complete(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING | scores)
-    return messages
-
-
-def _begins_with(value, messages: list[dict]) -> bool:
-    """Whether a list of raw messages is a conversation that begins with `messages`."""
-    again = _read_again(value)
-    if again is None:
-        return False
-    return again[: len(messages)] == messages
-
-
-def _role(message: dict) -> str:
-    said = message.get("role", message.get("from"))
-    return said if isinstance(said, str) else ""
-
-
-def _plain(message: dict) -> dict:
-    """A message of a prompt, which carries no loss whatever its flags say."""
-    return {"role": message["role"], "content": message["content"]}
+def _parts(role: str, parts: list, where: str) -> tuple[dict, list[dict]]:
+    """(a message of the texts, thoughts and tool calls among content parts, messages of the results of tools)."""
+    texts, thoughts, calls, results = [], [], [], []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if role == "assistant" and kind in THOUGHT_PARTS:
+            key = next((key for key in (kind, "text", "content") if isinstance(part.get(key), str)), None)
+            if key is None:
+                raise Rejected(f"{where} has a part without text")
+            complete(part, {"type", key, "signature"}, f"a part of {where}")
+            thoughts.append(whole_text(part[key], where))
+        elif role == "assistant" and kind == "tool_use":
+            complete(part, {"type", "id", "name", "input"}, f"a part of {where}")
+            calls += calls_of(part, where)
+        elif role == "user" and kind == "tool_result":
+            result = {key: value for key, value in part.items() if key not in ("type", "is_error")}
+            results.append(_result(result, part.get("content"), {"content"}, "a message of the tool"))
+        else:
+            texts.append(_text_part(part, where))
+    read = {"role": role, "content": "".join(texts)}
+    if any(thought.strip() for thought in thoughts):
+        read["reasoning_content"] = "".join(thoughts)
+    if calls:
+        read["tool_calls"] = calls
+    return read, results

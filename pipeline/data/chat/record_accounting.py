@@ -35,6 +35,26 @@ class Ledger:
         entry = self.sources.setdefault(source, {"records": 0, "rejected": {}, "train": 0, "heldout": 0})
         entry[key] += 1
 
+    def note(self, source: str, format: str, features: list[str]) -> None:
+        """Count the format that a record was recognised to have, and what it has besides texts."""
+        entry = self.sources[source]
+        formats = entry.setdefault("formats", {})
+        formats[format] = formats.get(format, 0) + 1
+        for feature in features:
+            present = entry.setdefault("with", {})
+            present[feature] = present.get(feature, 0) + 1
+
+    def say_formats(self) -> None:
+        """Say how the records of each source were read."""
+        for name, entry in self.sources.items():
+            formats = entry.get("formats", {})
+            used = many(sum(formats.values()), "record", ",")
+            read = ", ".join(f"{count:,} as {format}" for format, count in formats.items())
+            if len(formats) == 1:
+                read = f"as {next(iter(formats))}"
+            present = ", ".join(f"{feature} in {count:,}" for feature, count in entry.get("with", {}).items())
+            say(f"sources.{name}: {used} read {read}{f'; {present}' if present else ''}")
+
     def reject(self, source: str, place: str, reason: str, advice: str = "") -> None:
         """Count a record that is left out, with what the user can do about it."""
         if advice:
@@ -97,6 +117,7 @@ class Ledger:
     def judge(self, max_bad: float, report: Path | None = None) -> None:
         """Warn of every reason that takes a notable share of a source. `report` is the file with all places. Raises
         UserError for a source of which more than `max_bad` cannot be used."""
+        self.say_formats()
         for name, entry in self.sources.items():
             bad = 0
             for reason, found in sorted(entry["rejected"].items(), key=lambda item: -item[1]["count"]):

@@ -2,13 +2,15 @@
 write them, and whether the records are enough."""
 
 from pipeline.core.errors import Problems, UserError
-from pipeline.data.chat.chat_sources import ChatSource, PreferenceSource, TuningSource
+from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, TuningSource
 from pipeline.data.chat.conversations import (
     Conversation,
+    Labelled,
     Pair,
     Prompt,
     first_usable,
     load_conversations,
+    load_labelled,
     load_pairs,
     load_prompts,
 )
@@ -52,6 +54,8 @@ def _check_holdout(sources: dict[str, TuningSource], holdout: float, measures_on
         noun, load = "conversations", load_conversations
     elif isinstance(first, PreferenceSource):
         noun, load = "pairs", load_pairs
+    elif isinstance(first, LabelledSource):
+        noun, load = "judged answers", load_labelled
     else:
         noun, load = "prompts", load_prompts
     train, heldout, _ = load(sources, holdout)
@@ -62,16 +66,18 @@ def _check_holdout(sources: dict[str, TuningSource], holdout: float, measures_on
         )
 
 
-def _template_problem(chat: Chat, row: Conversation | Pair | Prompt) -> str | None:
+def _template_problem(chat: Chat, row: Conversation | Pair | Labelled | Prompt) -> str | None:
     """Why a chat template cannot write a row, or None."""
     if isinstance(row, Prompt):
         try:
-            chat.prompt(row.messages)
+            chat.prompt(row.dialogue)
         except ValueError as error:
             return str(error)
         return None
     if isinstance(row, Conversation):
-        encoded = chat.rows([row.messages])[0]
+        encoded = chat.rows([row.dialogue])[0]
+    elif isinstance(row, Pair):
+        encoded = chat.encode([row.dialogues[0]])[0]
     else:
-        encoded = chat.encode([[*row.prompt, {"role": "assistant", "content": row.chosen}]])[0]
+        encoded = chat.encode([row.dialogue])[0]
     return encoded if isinstance(encoded, str) else None

@@ -72,6 +72,9 @@ class Template:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
+        for name in dialogue.options:
+            if name not in self.variables:
+                raise Unusable(f"the chat template does not know `{name}`")
         values = {
             "messages": self._messages(dialogue.messages),
             "tools": copy.deepcopy(dialogue.tools) or None,
@@ -130,7 +133,7 @@ class Template:
 
     def _compile(self, tokenizer):
         """The tokenizer's template as transformers compiles it, but with a fixed date."""
-        from jinja2 import TemplateSyntaxError, nodes
+        from jinja2 import TemplateSyntaxError, meta, nodes
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         def strftime_now(form: str) -> str:
@@ -165,6 +168,8 @@ class Template:
                 )
         self.has_marks = any(node.name == "_generation_support" for node in tree.find_all(nodes.ExtensionAttribute))
         """Whether the template has generation marks."""
+        self.variables = meta.find_undeclared_variables(tree)
+        """What the template may be given."""
         return environment.from_string(source, globals={"strftime_now": strftime_now})
 
 

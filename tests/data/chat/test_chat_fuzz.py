@@ -107,8 +107,8 @@ READERS = [
 def conversations_in(row) -> list[list[dict]]:
     """What the stages encode of a row."""
     if hasattr(row, "chosen"):
-        return [[*row.prompt, {"role": "assistant", "content": answer}] for answer in (row.chosen, row.rejected)]
-    return [row.messages]
+        return list(row.dialogues)
+    return [row.dialogue]
 
 
 def read_all(path, lines: list[bytes], chat: Chat) -> None:

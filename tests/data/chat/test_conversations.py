@@ -88,11 +88,11 @@ def test_records_that_hold_conversations(tmp_path):
         ({"messages": [{"role": "user", "content": "only me"}]}, "no message of the assistant"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "unknown role 'boss'"),
         ({"messages": [{"role": "user", "content": ""}]}, "a message of the user is empty"),
-        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "a message of the user is no text"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "a message of the user is not text"),
         ({"messages": ["hello"]}, "a message has no role and content"),
         ({"messages": []}, "no message of the assistant"),
         ({"conversations": []}, "no message of the assistant"),
-        ({"messages": None}, "messages are no list"),
+        ({"messages": None}, "`messages` is not a list of messages"),
         ({"input": "x"}, "no conversation among its fields (input)"),
     ],
 )
@@ -135,7 +135,7 @@ def test_pairs_in_trls_shapes(tmp_path):
     ]
     rows, ledger = loaded(tmp_path / "a.jsonl", records, load_pairs, PreferenceSource)
     assert sorted(rows)[:5] == [1, 2, 3, 4, 5] and not {6, 7, 8, 9} & set(rows)
-    assert all((rows[place].chosen, rows[place].rejected) == ("good", "bad") for place in range(1, 6))
+    assert all((rows[place].chosen, rows[place].rejected) == (good, bad) for place in range(1, 6))
     assert rows[3].prompt == maybe_extract_prompt(dict(records[2]))["prompt"]
     assert [rows[place].prompt[-1]["content"] for place in (1, 2, 3, 4, 5)] == ["q1", "q", "q", "q4", "q5"]
     found = {entry["first"][0]: reason for reason, entry in ledger.sources["s"]["rejected"].items()}
@@ -158,7 +158,7 @@ def test_margin(tmp_path):
         0.3,
     )
     assert {row.margin for row in train + heldout} == {i / 4 for i in range(40)}
-    assert ledger.sources["s"]["rejected"] == {"margin is no number": {"count": 1, "first": ["a.jsonl:41"]}}
+    assert ledger.sources["s"]["rejected"] == {"margin is not a number": {"count": 1, "first": ["a.jsonl:41"]}}
 
 
 def test_what_is_like_a_held_out_row_is_not_trained_on(tmp_path):
@@ -581,7 +581,7 @@ def test_lists_of_texts_in_templates_have_a_separator(tmp_path):
         assert {row.messages[1]["content"] for row in train + heldout} == {f"one{join}two"}
         assert all(row.messages[0]["content"].endswith(f"?{join}These:") for row in train + heldout)
         train, heldout, _ = load_pairs({"x": PreferenceSource(**keys, **pair)}, 0.3)
-        assert {row.chosen for row in train + heldout} == {f"one{join}two"}
+        assert {row.chosen["content"] for row in train + heldout} == {f"one{join}two"}
     for number in range(9):
         messages = [{"role": "user", "content": f"Question {number}"}, {"role": "assistant", "content": "Answer"}]
         (tmp_path / f"{number}.json").write_text(json.dumps({"messages": messages}, indent=2))

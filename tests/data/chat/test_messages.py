@@ -35,30 +35,45 @@ def answer(**fields):
     "record, reason",
     [
         # reasoning
-        (answer(reasoning_content="since q"), "a message of the assistant has `reasoning_content` (reasoning"),
-        (answer(thinking="hm"), "a message of the assistant has `thinking` (reasoning"),
-        (answer(reasoningContent="hm"), "a message of the assistant has `reasoningContent` (reasoning"),
-        ({"messages": TURNS, "reasoning": "hm"}, "the record has `reasoning` (reasoning"),
-        ({"instruction": "q", "output": "a", "thought": "hm"}, "the record has `thought` (reasoning"),
+        (answer(thinking=5), "`thinking` of a message of the assistant is not text"),
+        (answer(thinking="hm", reasoning="so"), "a message of the assistant has two different reasonings"),
+        (answer(reasoning_details=[{"text": "hm"}]), "a message of the assistant has `reasoning_details` (reasoning"),
+        ({"messages": [{**ASKED, "thinking": "hm"}, ANSWERED]}, "a message of the user has `thinking` (reasoning"),
+        ({"messages": [*TURNS, *TURNS], "reasoning": "hm"}, "the record has `reasoning` (reasoning"),
+        (
+            {"messages": [ASKED, {**ANSWERED, "thinking": "so"}], "reasoning": "hm"},
+            "the record has two different reasonings",
+        ),
         # tools
+        (answer(tool_calls=[{"id": 1}]), "a message of the assistant has a tool call without the name of a function"),
+        (answer(tool_calls="[{"), "the tool call of a message of the assistant is not JSON (Expecting property name"),
         (
-            answer(tool_calls=[{"function": {"name": "f", "arguments": "{}"}}]),
-            "a message of the assistant has `tool_calls`",
+            answer(tool_calls=[{"function": {"name": "f", "arguments": "{'x': 1}"}}]),
+            "`arguments` of a tool call of a message of the assistant is not JSON (Expecting property name",
         ),
-        (answer(content=None, tool_calls=[{"id": 1}]), "a message of the assistant has `tool_calls`"),
         (
-            {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"id": 1}]}]},
-            "a message of the assistant has `tool_c",
+            answer(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),
+            "`arguments` of a tool call of a message of the assistant are not a JSON object",
         ),
-        (answer(function_call={"name": "f"}), "a message of the assistant has `function_call` (tools)"),
-        ({"messages": TURNS, "tools": [{"name": "f"}]}, "the record has `tools` (tools)"),
-        ({"messages": TURNS, "tools": '[{"name": "f"}]'}, "the record has `tools` (tools)"),
-        ({"messages": TURNS, "functions": [{"name": "f"}]}, "the record has `functions` (tools)"),
         (
-            {"messages": [ASKED, {"role": "tool", "content": "3", "tool_call_id": "x"}, ANSWERED]},
-            "a message of the tool has",
+            answer(tool_calls=[{"name": "f"}], function_call={"name": "f"}),
+            "a message of the assistant gives its tool calls twice",
         ),
-        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "unknown role 'function_call'"),
+        ({"messages": [{**ASKED, "tool_calls": [{"name": "f"}]}, ANSWERED]}, "a message of the user has `tool_calls`"),
+        ({"messages": TURNS, "tools": [{"description": "f"}]}, "`tools` has a function without a name"),
+        ({"messages": TURNS, "tools": "f(x)"}, "`tools` is not JSON (Expecting value)"),
+        (
+            {"messages": TURNS, "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+            "the record gives its tools twice",
+        ),
+        ({"messages": TURNS, "tool_choice": "auto"}, "the record has `tool_choice` (tools), which is not supported"),
+        ({"messages": [ASKED, {"role": "tool", "content": None}, ANSWERED]}, "a message of the tool is empty"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a message of the assistant has a tool call"),
+        (
+            {"system": "SYSTEM: {x", "chat": "USER: q\n\n\nASSISTANT: a"},
+            "`system` names a function that is not JSON ({x)",
+        ),
+        ({"chat": "hello"}, "`chat` is not a transcript that begins with USER: or ASSISTANT:"),
         # content that is not text
         (
             {"messages": [{"role": "user", "content": "<image>q"}, ANSWERED], "images": ["a.png"]},
@@ -77,15 +92,15 @@ def answer(**fields):
             "a message of the user has a part of type image_url",
         ),
         (
-            answer(content=[{"type": "thinking", "text": "x"}, {"type": "text", "text": "a"}]),
-            "a message of the assistant has a part of type",
+            answer(content=[{"type": "thinking", "thinking": None}, {"type": "text", "text": "a"}]),
+            "a message of the assistant has a part without text",
         ),
         (answer(content=[{"type": "text", "text": None}]), "a message of the assistant has a part without text"),
         (
             answer(content=[{"type": "text", "text": "a", "train": False}]),
             "a part of a message of the assistant has `train`",
         ),
-        (answer(content=["a", "b"]), "a message of the assistant is no text"),
+        (answer(content=["a", "b"]), "a message of the assistant is not text"),
         # what carries loss
         (answer(weight=-0.5), "a message of the assistant has `weight`: expected true, false, or a number of at least"),
         (answer(weight="much"), "a message of the assistant has `weight`: expected"),
@@ -111,21 +126,21 @@ def answer(**fields):
         ({"messages": TURNS, "score": -3}, "the record has `score` (a judgement of how good it is)"),
         # what the answer depends on
         ({"instruction": "q", "output": "a", "context": "c"}, "the record has `context` (what the answer depends on)"),
-        ({"messages": TURNS, "documents": [{"text": "c"}]}, "the record has `documents`"),
+        ({"messages": TURNS, "documents": "c"}, "`documents` is not a list"),
         ({"messages": [{**ASKED, "name": "Ann"}, ANSWERED]}, "a message of the user has `name`"),
         (
-            {"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}},
-            "the record has `chat_template_kwargs`",
+            {"messages": TURNS, "chat_template_kwargs": {"messages": ["x"]}},
+            "`chat_template_kwargs.messages` is not a variable of the chat template that a record may give",
         ),
         (
             {"system": "a", "messages": [{"role": "system", "content": "b"}, *TURNS]},
             "the record has two system messages",
         ),
-        ({"system": 5, "messages": TURNS}, "`system` is no text"),
-        ({"instruction": "q", "input": ["x"], "output": "a"}, "`input` is no text"),
-        ({"instruction": "q", "history": [["q0"]], "output": "a"}, "`history` is no list of [question, answer]"),
-        ({"instruction": "q", "history": "q0", "output": "a"}, "`history` is no list of [question, answer]"),
-        ({"instruction": "q", "history": [["q0", 1]], "output": "a"}, "a message of the assistant is no text"),
+        ({"system": 5, "messages": TURNS}, "`system` is not text"),
+        ({"instruction": "q", "input": ["x"], "output": "a"}, "`input` is not text"),
+        ({"instruction": "q", "history": [["q0"]], "output": "a"}, "`history` is not a list of [question, answer]"),
+        ({"instruction": "q", "history": "q0", "output": "a"}, "`history` is not a list of [question, answer]"),
+        ({"instruction": "q", "history": [["q0", 1]], "output": "a"}, "a message of the assistant is not text"),
         ({"messages": TURNS, "history": [["q0", "a0"]]}, "the record has `history`"),
         # two conversations in one record
         (
@@ -138,18 +153,18 @@ def answer(**fields):
             "the record has `chosen` (another answer, or another part",
         ),
         # behind a prefix or a suffix of metadata
-        ({"messages": TURNS, "source_code": "x = 1"}, "the record has `source_code`, and nobody knows"),
+        ({"messages": TURNS, "source_code": "x = 1"}, "the record has `source_code`, which is not a known"),
         (
             {"instruction": "Sum it up.", "output": "a", "original_text": "long"},
-            "the record has `original_text`, and no",
+            "the record has `original_text`, which is",
         ),
-        ({"messages": TURNS, "meta_instruction": "You are Ann."}, "the record has `meta_instruction`, and nobody"),
-        ({"messages": TURNS, "img_path": "a.png"}, "the record has `img_path`, and nobody knows"),
-        ({"messages": TURNS, "picture_url": "a.png"}, "the record has `picture_url`, and nobody knows"),
-        ({"messages": TURNS, "media_files": ["a.png"], "wav_path": "a"}, "the record has `media_files`, and nobody"),
+        ({"messages": TURNS, "meta_instruction": "You are Ann."}, "the record has `meta_instruction`, which is not"),
+        ({"messages": TURNS, "img_path": "a.png"}, "the record has `img_path`, which is not a known"),
+        ({"messages": TURNS, "picture_url": "a.png"}, "the record has `picture_url`, which is not a known"),
+        ({"messages": TURNS, "media_files": ["a.png"], "wav_path": "a"}, "the record has `media_files`, which is not"),
         # nobody knows
-        ({"messages": TURNS, "frobnicate": 1}, "the record has `frobnicate`, and nobody knows what it means here"),
-        (answer(frobnicate="x"), "a message of the assistant has `frobnicate`, and nobody knows"),
+        ({"messages": TURNS, "frobnicate": 1}, "the record has `frobnicate`, which is not a known field"),
+        (answer(frobnicate="x"), "a message of the assistant has `frobnicate`, which is not a known"),
     ],
 )
 def test_a_field_that_changes_what_is_learned_rejects_the_record(tmp_path, record, reason):
@@ -285,7 +300,7 @@ def test_history_becomes_turns(tmp_path):
     pairs, _ = loaded(
         tmp_path / "c.jsonl", [{key: pair[key] for key in pair if key != "output"}], load_pairs, PreferenceSource
     )
-    assert pairs[1].prompt == prompts[1].messages and pairs[1].chosen == "good"
+    assert pairs[1].prompt == prompts[1].messages and pairs[1].chosen["content"] == "good"
 
 
 @pytest.mark.parametrize(
@@ -382,10 +397,11 @@ def test_prompts_keep_their_system_message_and_earlier_turns(tmp_path):
         [system, again],
         [{"role": "user", "content": "q6"}],
     ]
-    assert not {7, 8, 9, 10, 11, 12} & set(rows)
+    assert rows[7].tools == [{"type": "function", "function": {"name": "f"}}] and rows[7].text == "q7"
+    assert rows[8].messages[0]["reasoning_content"] == "hm"
+    assert not {9, 10, 11, 12} & set(rows)
     found = {entry["first"][0]: reason for reason, entry in ledger.sources["s"]["rejected"].items()}
-    assert found["a.jsonl:7"].startswith("the record has `tools`") and "`reasoning_content`" in found["a.jsonl:8"]
-    assert found["a.jsonl:9"] == "`system` is no text" and "`images`" in found["a.jsonl:10"]
+    assert found["a.jsonl:9"] == "`system` is not text" and "`images`" in found["a.jsonl:10"]
     assert found["a.jsonl:11"] == "the prompt does not end with the user"
     assert rows[6].text == "q6" and rows[1].text == "system: be brief\n\nuser: q1"
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "{instruction}?"}]
@@ -423,23 +439,22 @@ def test_pairs(tmp_path):
         {"prompt": "q18", "chosen": "  indented", "rejected": "indented"},
     ]
     rows, ledger = loaded(tmp_path / "a.jsonl", records, load_pairs, PreferenceSource)
-    assert {place for place in range(1, 19) if place in rows} == {1, 2, 3, 4, 18}
+    assert {place for place in range(1, 19) if place in rows} == {1, 2, 3, 4, 7, 8, 18}
     assert [rows[place].margin for place in (1, 2, 3, 4)] == [0.0, 0.0, 2.0, 0.0]
-    assert rows[3].prompt[0] == {"role": "system", "content": "s"} and rows[18].chosen == "  indented"
+    assert rows[3].prompt[0] == {"role": "system", "content": "s"} and rows[18].chosen["content"] == "  indented"
     assert all("weight" not in message for message in rows[4].prompt)
+    assert rows[7].tools[0]["function"]["name"] == "f" and rows[8].chosen["reasoning_content"] == "hm"
     found = {place: reason for reason, entry in ledger.sources["s"]["rejected"].items() for place in entry["first"]}
     for place, reason in {
         5: "score_chosen is below score_rejected",
-        6: "margin is no number",
-        7: "the record has `tools`",
-        8: "a message of the assistant has `reasoning_content`",
+        6: "margin is not a number",
         9: "chosen is marked not to be trained on",
         10: "a message has no role and content",
         11: "a message has no role and content",
         12: "an empty answer",
-        13: "`chosen` is no text",
+        13: "`chosen` is not text",
         14: "the record has `label`",
-        15: "`prompt` is no text",
+        15: "`prompt` is not text",
         16: "a message of the assistant has half a character",
         17: "the record has `images`",
     }.items():
@@ -501,7 +516,7 @@ def test_text_is_kept_as_it_was_written(tmp_path, text):
     pairs, _ = loaded(
         tmp_path / "b.jsonl", [{"prompt": text, "chosen": text, "rejected": "x"}], load_pairs, PreferenceSource
     )
-    assert (pairs[1].prompt[0]["content"], pairs[1].chosen) == (text, text)
+    assert (pairs[1].prompt[0]["content"], pairs[1].chosen["content"]) == (text, text)
     prompts, _ = loaded(tmp_path / "c.jsonl", [{"prompt": text}], load_prompts, PromptSource)
     assert prompts[1].messages[0]["content"] == text
     templates = [{"role": "user", "content": "{instruction}"}, {"role": "assistant", "content": "{output}"}]
@@ -551,15 +566,16 @@ def test_names_from_records_are_printable_in_reasons(tmp_path):
 
 def test_notable_losses_are_warned_of_and_too_many_end_the_stage(tmp_path, capsys):
     """correctness 45"""
-    bad = [{"messages": TURNS, "label": False}] * 3 + [{"messages": [ASKED, {**ANSWERED, "thinking": "x"}]}]
+    bad = [{"messages": TURNS, "label": False}] * 3 + [{"messages": [ASKED, {**ANSWERED, "mask": "x"}]}]
     rows = filler(93) + bad + filler(93)[:5]
     train, heldout, ledger = load_conversations(source_of(tmp_path / "a.jsonl", rows), 0.1)
     for split, found in (("train", train), ("heldout", heldout)):
         ledger.keep(found, split, [None] * len(found))
     ledger.check(0.1)
     ledger.judge(0.05)
-    warnings = capsys.readouterr().out.splitlines()
-    assert len(warnings) == 1  # copies; three of 102 are no notable share
+    formats, *warnings = capsys.readouterr().out.splitlines()
+    assert formats == "sources.s: 93 records read as Alpaca (instruction, input, output)"
+    assert len(warnings) == 1  # copies; three of 102 are not a notable share
     assert warnings[0].startswith("WARNING sources.s: 5 of 102 records (5%) left out: duplicate (first: a.jsonl:98); ")
     with pytest.raises(
         UserError, match=r"4 of 102 records cannot be used \(3.9%\), more than max_bad 0.03: 3 x `label` is false"
@@ -571,5 +587,5 @@ def test_notable_losses_are_warned_of_and_too_many_end_the_stage(tmp_path, capsy
         ledger.judge(0.05)
     capsys.readouterr()
     ledger.judge(0.6)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "50 of 100 records (50%) left out: `label` is false: a bad answer (first: b.jsonl:51); leave such records out with `where: {label: true}`" in line  # fmt: skip
+    _, line = capsys.readouterr().out.splitlines()
+    assert "50 of 100 records (50%) left out: `label` is false: a bad answer (first: b.jsonl:51); exclude such records with `where: {label: true}`" in line  # fmt: skip

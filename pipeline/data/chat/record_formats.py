@@ -1,0 +1,479 @@
+"""Records that hold a conversation, a pair of answers, a judged answer or a prompt already, in the formats that are in
+use: messages, ShareGPT, prompt + completion, Alpaca, glaive's transcripts, and their pairs.
+
+A reader tries the formats in turn and reports the one that it has recognised. Every field of a record is used, or is
+known to change nothing, or rejects the record (pipeline/data/chat/fields.py).
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from pipeline.data.chat import tool_calls
+from pipeline.data.chat.fields import (
+    ANSWERS,
+    JUDGEMENTS,
+    MEANINGFUL,
+    REASONING,
+    REFERENCES,
+    Rejected,
+    empty,
+    shown,
+    snake,
+)
+from pipeline.data.chat.messages import (
+    checked_text,
+    complete,
+    flags,
+    normalised,
+    plain,
+    role_of,
+    spoken,
+    thoughts_of,
+    weight_of,
+)
+
+SYSTEM = ("system", "system_prompt")
+LISTS = ("messages", "conversations", "conversation")
+TOOLS = ("tools", "functions")
+LABELS = ("label", "kto_tag")
+OPTIONS = ("enable_thinking", "documents")  # variables of chat templates that a record may give by itself
+# What a chat template is given anyway.
+TAKEN = {"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"}
+# What a pair says of its two answers, chosen first: numbers that must not contradict the order.
+PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("reward_chosen", "reward_rejected"),
+    ("chosen_reward", "rejected_reward"),
+)
+SCORES = {name for names in PAIR_SCORES for name in names}
+# The formats without templates, as a user writes them, and fields of other formats that mean the same as theirs.
+FORMATS = {
+    "conversation": (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")),
+    "pair": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "judged answer": (("prompt", "completion", "label"), ("messages", "label")),
+    "prompt": (("prompt",), ("instruction",), ("messages",)),
+}
+ASKED = ("prompt", "instruction", "question", "query", "problem", "input", "user")
+SAID = ("completion", "output", "response", "answer", "answers", "target", "solution", "assistant", "reply")
+
+
+@dataclass
+class Talk:
+    """What a record holds."""
+
+    messages: list[dict]
+    format: str
+    """The format that has been recognised, as it is reported."""
+    tools: list[dict] | None = None
+    options: dict = field(default_factory=dict)
+    """Variables of the chat template that the record gives."""
+
+
+@dataclass
+class PairTalk(Talk):
+    """Messages that two answers are given to."""
+
+    chosen: dict = field(default_factory=dict)
+    rejected: dict = field(default_factory=dict)
+    margin: float | None = None
+
+
+# ---- what a reader returns -------------------------------------------------------------------------------------------
+
+
+def conversation_of(record: dict, named: set[str] = frozenset()) -> Talk:
+    """The conversation of a record. `named` are fields that the source itself gives a meaning. Raises Rejected."""
+    fields = _given(record)
+    talk, used = _conversation(record, fields)
+    used |= _finish(talk, fields)
+    _refuse_bad(fields, named)
+    _weigh(talk.messages, weight_of(fields, "the record"))
+    # The rejected answer of a pair, and scores of both, say nothing of the conversation next to them.
+    beside_pair = {"rejected", *SCORES} if "chosen" in fields else set()
+    used |= named | flags(fields) | set(LABELS) | _repeated(fields, talk.messages)
+    complete(fields, used, "the record", {"name"} | beside_pair)
+    return talk
+
+
+def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[Talk, bool]:
+    """A conversation, and whether its last answer is a good one (KTO). Raises Rejected."""
+    fields = _given(record)
+    name = next((name for name in LABELS if name in fields and name not in named), None)
+    if name is None:
+        raise _unrecognised(record, "judged answer")
+    label = truth_of(fields[name], f"`{name}`")
+    talk, used = _conversation(record, fields)
+    used |= _finish(talk, fields)
+    if not talk.messages or talk.messages[-1]["role"] != "assistant":
+        raise Rejected("the conversation does not end with the answer that `label` is about")
+    if weight_of(fields, "the record") == 0:
+        raise Rejected("the record is marked not to be trained on")
+    talk.messages[:] = map(plain, talk.messages)
+    used |= named | flags(fields) | set(LABELS) | _repeated(fields, talk.messages)
+    complete(fields, used, "the record", {"name"})
+    talk.format += f" + {name}"
+    return talk, label
+
+
+def pair_of(record: dict, named: set[str] = frozenset()) -> PairTalk:
+    """A pair of answers. Raises Rejected."""
+    fields = _given(record)
+    if "chosen" not in fields or "rejected" not in fields:
+        raise _unrecognised(record, "pair")
+    if any(isinstance(fields[key], (str, list, dict)) and not fields[key] for key in ("chosen", "rejected")):
+        raise Rejected("an empty answer")
+    prompt, used, form = _prompt_of_pair(fields)
+    answers = {key: _answer_messages(fields[key], key) for key in ("chosen", "rejected")}
+    if prompt is None:
+        if isinstance(fields["chosen"], str) and isinstance(fields["rejected"], str):
+            form, answers = "transcripts (Human, Assistant)", {key: _transcript(fields[key]) for key in answers}
+        elif isinstance(fields["chosen"], str) or isinstance(fields["rejected"], str):
+            raise _no_prompt()
+        prompt = answers["chosen"][: _alike(answers["chosen"], answers["rejected"])]
+    for key, answer in answers.items():
+        if prompt and answer[: len(prompt)] == prompt:  # the answers repeat the prompt
+            answer = answers[key] = answer[len(prompt) :]
+        if len(answer) != 1 or answer[0]["role"] != "assistant":
+            raise Rejected(f"{key} is not one message of the assistant")
+        if answer[0].get("weight") == 0:
+            raise Rejected(f"{key} is marked not to be trained on")
+    if weight_of(fields, "the record") == 0:
+        raise Rejected("the record is marked not to be trained on")
+    messages = [plain(message) for message in prompt]
+    talk = PairTalk(messages, form, chosen=plain(answers["chosen"][0]), rejected=plain(answers["rejected"][0]))
+    used |= _finish(talk, fields, thoughts=False)
+    used |= named | flags(fields) | {"chosen", "rejected", "margin"} | _ordered(fields)
+    used |= _repeated(fields, [*talk.messages, talk.chosen])
+    complete(fields, used, "the record", {"name"} | REFERENCES)
+    if "margin" in fields:
+        talk.margin = number(fields["margin"])
+    return talk
+
+
+def prompt_of(record: dict, named: set[str] = frozenset()) -> Talk:
+    """The prompt of a record: of a conversation, all up to where the assistant gives the last answer. Raises
+    Rejected."""
+    fields = _given(record)
+    name = next((name for name in ("prompt", *LISTS) if name in fields), None)
+    if name is not None:
+        raw = list(_as_list(fields[name], "user", f"`{name}`"))
+        while name != "prompt" and raw and role_of(raw[-1]) == "assistant":
+            raw.pop()
+        messages, used, form = normalised(raw), {name}, _form(raw, name)
+    elif (alpaca := _alpaca(fields)) is not None:
+        messages, used = alpaca
+        form = "Alpaca (instruction, input)"
+    else:
+        raise _unrecognised(record, "prompt")
+    talk = Talk([plain(message) for message in messages], form)
+    used |= _finish(talk, fields, thoughts=False)
+    messages = talk.messages
+    if all(message["role"] != "user" for message in messages) or messages[-1]["role"] == "assistant":
+        raise Rejected("the prompt does not end with the user")
+    used |= named | _repeated(fields, messages)
+    # Beside a prompt, another shape of the same record holds its answer too.
+    used |= {other for other in LISTS if _begins_with(fields.get(other), messages)}
+    complete(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING | SCORES)
+    return talk
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def _conversation(record: dict, fields: dict) -> tuple[Talk, set[str]]:
+    """(the messages of a record, the fields that they are in)."""
+    name = next((name for name in LISTS if name in fields), None)
+    if name is not None:
+        if not isinstance(fields[name], list):
+            raise Rejected(f"`{name}` is not a list of messages")
+        return Talk(normalised(fields[name]), _form(fields[name], name)), {name}
+    if "prompt" in fields and "completion" in fields:
+        raw = [
+            *_as_list(fields["prompt"], "user", "`prompt`"),
+            *_as_list(fields["completion"], "assistant", "`completion`"),
+        ]
+        return Talk(normalised(raw), "prompt + completion"), {"prompt", "completion"}
+    if isinstance(fields.get("output"), str) and (prompt := _alpaca(fields)) is not None:
+        messages, used = prompt
+        messages += normalised([{"role": "assistant", "content": fields["output"]}])
+        return Talk(messages, "Alpaca (instruction, input, output)"), used | {"output"}
+    if isinstance(fields.get("chat"), str) and isinstance(fields.get("system", ""), str):
+        raw, tools = tool_calls.glaive(fields.get("system", ""), fields["chat"])
+        return Talk(normalised(raw), "glaive (system, chat)", tools or None), {"system", "chat"}
+    if name := next((name for name in LISTS if name in record), None):
+        raise Rejected(f"`{name}` is not a list of messages")
+    raise _unrecognised(record, "conversation")
+
+
+def _form(messages: list, name: str) -> str:
+    """How the format of a list of raw messages is reported."""
+    if messages and isinstance(messages[0], dict) and "from" in messages[0] and "role" not in messages[0]:
+        return f"ShareGPT ({name}: from, value)"
+    return f"{name} (role, content)" if name in LISTS else name
+
+
+def _finish(talk: Talk, fields: dict, thoughts: bool = True) -> set[str]:
+    """Add to what a record holds the fields next to its messages: system message, reasoning before its only answer,
+    tools, and variables of the template. Returns these fields."""
+    used = _add_system(talk, fields) if "chat" not in fields else set()
+    answers = [message for message in talk.messages if message["role"] == "assistant"]
+    if thoughts and len(answers) == 1:
+        thought, names = thoughts_of(fields, "the record")
+        if thought and "reasoning_content" in answers[0]:
+            raise Rejected("the record has two different reasonings")
+        if thought:
+            answers[0]["reasoning_content"] = thought
+        used |= names
+    names = [name for name in fields if snake(name) in TOOLS and not empty(fields[name])]
+    if len(names) > 1 or names and talk.tools:
+        raise Rejected("the record gives its tools twice")
+    for name in names:
+        talk.tools = tool_calls.tools_of(fields[name], f"`{name}`")
+    used |= set(names) | _add_options(talk, fields)
+    return used
+
+
+def _add_system(talk: Talk, fields: dict) -> set[str]:
+    """A record's own system message in front of its messages. Returns the fields that it is in."""
+    used = {name for name in fields if snake(name) in SYSTEM}
+    texts = set()
+    for name in used:
+        value = "" if fields[name] in ([], {}) else fields[name]
+        if not isinstance(value, str) or value.strip():
+            texts.add(checked_text(value, f"`{shown(name)}`"))
+    messages = talk.messages
+    if messages and messages[0]["role"] == "system":
+        texts.discard(messages[0]["content"])
+        if texts:
+            raise Rejected("the record has two system messages")
+    if len(texts) > 1:
+        raise Rejected("the record has two system messages")
+    messages[:0] = [{"role": "system", "content": text} for text in texts]
+    return used
+
+
+def _add_options(talk: Talk, fields: dict) -> set[str]:
+    used = {name for name in OPTIONS if not empty(fields.get(name))}
+    talk.options = {name: tool_calls.checked(fields[name], f"`{name}`") for name in sorted(used)}
+    more = fields.get("chat_template_kwargs")
+    if not empty(more):
+        more = tool_calls.from_json(more, "`chat_template_kwargs`")
+        if not isinstance(more, dict) or (taken := TAKEN & set(more)):
+            what = f"`chat_template_kwargs.{min(taken)}`" if isinstance(more, dict) else "`chat_template_kwargs`"
+            raise Rejected(f"{what} is not a variable of the chat template that a record may give")
+        talk.options |= tool_calls.checked(more, "`chat_template_kwargs`")
+        used.add("chat_template_kwargs")
+    if "documents" in talk.options and not isinstance(talk.options["documents"], list):
+        raise Rejected("`documents` is not a list")
+    return used
+
+
+def _refuse_bad(fields: dict, named: set[str]) -> None:
+    """Raise Rejected for a record that is marked not to be learned: `weight: 0`, or `label: false` of a KTO set."""
+    for name in LABELS:
+        value = fields.get(name)
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            value = value.strip().lower() == "true"
+        if value is False:
+            raise Rejected(f"`{name}` is false: a bad answer", f"exclude such records with `where: {{{name}: true}}`")
+        if name not in named and value is not True and not empty(value):
+            raise Rejected(
+                f"the record has `{name}` that is neither true nor false",
+                f"if it does not change what should be learned, give the source `ignore: [{name}]`",
+            )
+    if weight_of(fields, "the record") == 0:
+        raise Rejected("the record is marked not to be trained on")
+
+
+def _weigh(messages: list[dict], weight: float | None) -> None:
+    """Multiply the weights of answers by that of their record."""
+    for message in messages:
+        if message["role"] == "assistant" and weight not in (None, 1):
+            message["weight"] = message.get("weight", 1.0) * weight
+
+
+def _as_list(value, role: str, what: str) -> list:
+    """Raw messages of a field that holds a text, a message, or a list of messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        return [value]
+    if isinstance(value, list):
+        return value
+    raise Rejected(f"{what} is not text")
+
+
+def _alpaca(fields: dict) -> tuple[list[dict], set[str]] | None:
+    """Alpaca's prompt: the turns of `history`, then the instruction with, on a line of its own, its input."""
+    if not isinstance(fields.get("instruction"), str):
+        return None
+    more = fields.get("input")
+    if not (more is None or isinstance(more, str)):
+        raise Rejected("`input` is not text")
+    messages = []
+    history = fields.get("history") or []
+    for turn in history if isinstance(history, (list, tuple)) else [history]:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise Rejected("`history` is not a list of [question, answer]")
+        messages += normalised([{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}])
+    asked = fields["instruction"]
+    if more and more.strip():
+        asked = f"{asked}\n{more}" if asked.strip() else more
+    messages += normalised([{"role": "user", "content": asked}])
+    return messages, {"instruction", "input", "history"}
+
+
+# ---- what is written twice -------------------------------------------------------------------------------------------
+
+
+def _read_again(value) -> list[dict] | None:
+    """A field as a conversation without weights and the like, None if it is not one."""
+    if not isinstance(value, list):
+        return None
+    try:
+        return [plain(message) for message in normalised(value)]
+    except Rejected:
+        return None
+
+
+def _repeats(value, messages: list[dict]) -> bool:
+    """Whether a field only writes again what the messages hold: one of them, or all of them."""
+    if isinstance(value, str):
+        return value.strip() in (message["content"].strip() for message in messages)
+    again = _read_again(value)
+    if again is None:
+        return False
+    whole = [plain(message) for message in messages]
+    without_system = [message for message in whole if message["role"] != "system"]
+    return again in (whole, whole[:-1], without_system, without_system[:-1])
+
+
+def _repeated(fields: dict, messages: list[dict]) -> set[str]:
+    """Fields next to a conversation that only write it again, as many published sets have them."""
+    names = MEANINGFUL["another answer, or another part of the conversation"].split()
+    used = {name for name in names if name in fields and _repeats(fields[name], messages)}
+    text = fields.get("text")
+    if isinstance(text, str) and all(message["content"].strip() in text for message in messages):
+        used.add("text")  # all of them in somebody's template
+    return used
+
+
+def _begins_with(value, messages: list[dict]) -> bool:
+    """Whether a list of raw messages is a conversation that begins with `messages`."""
+    again = _read_again(value)
+    return again is not None and again[: len(messages)] == messages
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def _answer_messages(value, key: str) -> list[dict]:
+    return normalised(_as_list(value, "assistant", f"`{key}`"))
+
+
+def _prompt_of_pair(fields: dict) -> tuple[list[dict] | None, set[str], str]:
+    """(the prompt that a pair gives by itself, the fields that it is in, how the format is reported)."""
+    for name in ("prompt", *LISTS):
+        if name in fields:
+            raw = _as_list(fields[name], "user", f"`{name}`")
+            return normalised(raw), {name}, f"{_form(raw, name)} + chosen + rejected"
+    alpaca = _alpaca(fields)
+    if alpaca is not None:
+        return *alpaca, "Alpaca (instruction, input) + chosen + rejected"
+    return None, set(), "chosen + rejected, which begin with the prompt"
+
+
+def _alike(one: list[dict], other: list[dict]) -> int:
+    """How many messages two conversations have in common at their beginning, but for the last of each."""
+    count = 0
+    while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
+        count += 1
+    return count
+
+
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+
+
+def _transcript(text: str) -> list[dict]:
+    """The messages of a text such as `\\n\\nHuman: ...\\n\\nAssistant: ...` (Anthropic's hh-rlhf)."""
+    head, *rest = SPEAKER.split(text)
+    if head.strip() or len(rest) < 4:
+        raise _no_prompt()
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return normalised([{"role": roles[who], "content": said} for who, said in zip(rest[::2], rest[1::2], strict=True)])
+
+
+def _no_prompt() -> Rejected:
+    return Rejected(
+        "no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen and"
+        " rejected"
+    )
+
+
+def _ordered(fields: dict) -> set[str]:
+    """Scores of both answers. Raises Rejected if they say that the rejected one is better."""
+    names = {snake(name): name for name in fields}
+    used = set()
+    for better, worse in PAIR_SCORES:
+        if better in names and worse in names:
+            if number(fields[names[better]], better) < number(fields[names[worse]], worse):
+                raise Rejected(f"{better} is below {worse}")
+            used |= {names[better], names[worse]}
+    return used
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def number(value, what: str = "margin") -> float:
+    """A finite number. Raises Rejected."""
+    try:
+        result = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = None
+    if result is None or not abs(result) < float("inf"):
+        raise Rejected(f"{what} is not a number")
+    return result
+
+
+def truth_of(value, what: str) -> bool:
+    """true or false, as words and as numbers, too. Raises Rejected."""
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "-1": False}
+    result = words.get(str(value).strip().lower())
+    if result is None:
+        raise Rejected(f"{what} is neither true nor false")
+    return result
+
+
+def said_in(messages: list[dict]) -> str:
+    """What is said in a conversation, but for the system's message, which many rows share."""
+    return "\n".join(spoken(message) for message in messages if message["role"] != "system")
+
+
+def _given(fields: dict) -> dict:
+    """Without fields that hold nothing, as columns of parquet do where another row has a value."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _unrecognised(fields: dict, what: str) -> Rejected:
+    """The reason of a record in no known format: its fields, the formats, and what is nearest."""
+    names = ", ".join(shown(name) for name in list(fields)[:20]) or "none"
+    expected = ", ".join(" + ".join(format) for format in FORMATS[what])
+    asked = next((name for name in fields if snake(name) in ASKED), None)
+    said = next((name for name in fields if snake(name) in SAID), None)
+    near = max(FORMATS[what], key=lambda format: (len(set(format) & set(fields)) / len(format), -len(format)))
+    lacking = [name for name in near if name not in fields]
+    reason = f"no {what} among its fields ({names}): expected {expected}, or templates"
+    if len(lacking) < len(near):
+        reason += f"; nearest is {' + '.join(near)}, without {', '.join(lacking)}"
+    advice = ""
+    if what == "conversation" and asked is not None and said is not None and asked != said:
+        advice = (
+            f"give the source templates: messages: [{{role: user, content: '{{{shown(asked)}}}'}},"
+            f" {{role: assistant, content: '{{{shown(said)}}}'}}]"
+        )
+    return Rejected(reason, advice)

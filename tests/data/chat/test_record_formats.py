@@ -1,0 +1,333 @@
+"""Formats of records that need no templates: what each becomes, how it is reported, and what a stage says of a record in
+no known format."""
+
+import json
+
+import published_templates as published
+import pytest
+from chat_data import filler, loaded, source_of
+
+from pipeline.core.errors import UserError
+from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, PromptSource
+from pipeline.data.chat.conversations import load_conversations, load_labelled, load_pairs, load_prompts
+from pipeline.data.chat.rendering import Dialogue
+from pipeline.data.chat.template import Chat
+
+ASKED, ANSWERED = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"name": "weather", "arguments": {"city": "北京", "days": 3}}
+SPELLED = json.dumps(CALL["arguments"], ensure_ascii=False)
+FUNCTION = {"name": "weather", "description": "The weather", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+RESULT = {"role": "tool", "content": "sunny"}
+USED = [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, ANSWERED]
+
+
+def with_id(message: dict, **more) -> dict:
+    return {**message, **more}
+
+
+CALLED_WITH_ID = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "c1"}]}
+OPENAI = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": SPELLED}}
+
+CONVERSATIONS = {
+    "messages": (
+        {"messages": [ASKED, ANSWERED]},
+        [ASKED, ANSWERED],
+        "messages (role, content)",
+    ),
+    "roles": (
+        {"messages": [{"role": "developer", "content": "s"}, {"role": "Human", "content": "q"}, {"role": "MODEL", "content": "a"}]},
+        [{"role": "system", "content": "s"}, ASKED, ANSWERED],
+        "messages (role, content)",
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+        [{"role": "system", "content": "s"}, ASKED, ANSWERED],
+        "ShareGPT (conversations: from, value)",
+    ),
+    "lmsys": ({"conversation": [ASKED, ANSWERED]}, [ASKED, ANSWERED], "conversation (role, content)"),
+    "prompt": ({"prompt": "q", "completion": "a"}, [ASKED, ANSWERED], "prompt + completion"),
+    "alpaca": (
+        {"instruction": "q", "input": "", "output": "a", "history": [["q0", "a0"]]},
+        [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}, ASKED, ANSWERED],
+        "Alpaca (instruction, input, output)",
+    ),
+    "reasoning": (
+        {"messages": [ASKED, {**ANSWERED, "reasoning_content": " hm\n"}]},
+        [ASKED, {**ANSWERED, "reasoning_content": " hm\n"}],
+        "messages (role, content)",
+    ),
+    "thinking of the record": (
+        {"instruction": "q", "output": "a", "thinking": "hm"},
+        [ASKED, {**ANSWERED, "reasoning_content": "hm"}],
+        "Alpaca (instruction, input, output)",
+    ),
+    "parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "input_text", "text": "q"}]},
+                {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "a"}]},
+            ]
+        },
+        [ASKED, {**ANSWERED, "reasoning_content": "hm"}],
+        "messages (role, content)",
+    ),
+    "openai tools": (
+        {
+            "messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [OPENAI]}, {"role": "tool", "tool_call_id": "c1", "content": "sunny"}, ANSWERED],
+            "tools": [TOOL],
+        },
+        [ASKED, CALLED_WITH_ID, {**RESULT, "tool_call_id": "c1"}, ANSWERED],
+        "messages (role, content)",
+    ),
+    "arguments as an object": (
+        {
+            "messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]}, RESULT, ANSWERED],
+            "tools": json.dumps([TOOL]),
+        },
+        USED,
+        "messages (role, content)",
+    ),
+    "text and call": (
+        {"messages": [ASKED, {"role": "assistant", "content": "I look.", "tool_calls": json.dumps([OPENAI])}, {**RESULT, "name": "weather"}, ANSWERED], "tools": [TOOL]},
+        [ASKED, {**CALLED_WITH_ID, "content": "I look."}, {**RESULT, "name": "weather"}, ANSWERED],
+        "messages (role, content)",
+    ),
+    "functions": (
+        {
+            "messages": [ASKED, {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": SPELLED}}, {"role": "function", "name": "weather", "content": "sunny"}, ANSWERED],
+            "functions": [FUNCTION],
+        },
+        [*USED[:2], {**RESULT, "name": "weather"}, ANSWERED],
+        "messages (role, content)",
+    ),
+    "sharegpt tools": (
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "sunny"}, {"from": "gpt", "value": "a"}],
+            "tools": json.dumps([FUNCTION]),
+        },
+        USED,
+        "ShareGPT (conversations: from, value)",
+    ),
+    "glaive": (
+        {
+            "system": f"SYSTEM: You are helpful. Use these -\n{json.dumps(FUNCTION, indent=4)}\n",
+            "chat": f"USER: q\n\n\nASSISTANT: <functioncall> {{\"name\": \"weather\", \"arguments\": '{SPELLED}'}} <|endoftext|>\n\n\nFUNCTION RESPONSE: sunny\n\n\nASSISTANT: a <|endoftext|>\n\n\n",
+        },
+        [{"role": "system", "content": "You are helpful. Use these"}, *USED],
+        "glaive (system, chat)",
+    ),
+    "anthropic": (
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "weather", "input": CALL["arguments"]}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "sunny"}]},
+                ANSWERED,
+            ],
+            "tools": [{"name": "weather", "description": "The weather", "input_schema": FUNCTION["parameters"]}],
+        },
+        [ASKED, CALLED_WITH_ID, {**RESULT, "tool_call_id": "c1"}, ANSWERED],
+        "messages (role, content)",
+    ),
+    "result as an object": (
+        {"messages": [*USED[:2], {"role": "tool", "content": {"temp": 3, "天": "晴"}}, ANSWERED], "tools": [TOOL]},
+        [*USED[:2], {"role": "tool", "content": '{"temp": 3, "天": "晴"}'}, ANSWERED],
+        "messages (role, content)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations(tmp_path, name):
+    record, messages, form = CONVERSATIONS[name]
+    rows, ledger = loaded(tmp_path / "a.jsonl", [record])
+    assert rows[1].messages == messages and rows[1].format == form
+    assert ledger.sources["s"]["formats"][form] >= 1
+    if "tool_calls" in str(messages):
+        assert rows[1].tools == [TOOL]
+        assert ledger.sources["s"]["with"] == {"tool calls": 1, "tools": 1}
+        # all forms are one text
+        tokenizer = published.tokenizer("qwen3")
+        (row, last) = Chat(tokenizer).rows([rows[1].dialogue])[0]
+        said = "I look.\n" if name == "text and call" else ""
+        call = f'{said}<tool_call>\n{{"name": "weather", "arguments": {SPELLED}}}\n</tool_call><|im_end|>'
+        assert tokenizer.decode(row.ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n" + call)
+        assert not any(row.trained[: row.start])
+        assert messages[-2]["content"] in tokenizer.decode(last.ids[: last.start])
+
+
+def test_two_calls_in_one_turn():
+    tokenizer = published.tokenizer("qwen3")
+    calls = [CALL, {"name": "clock", "arguments": {}}]
+    messages = [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]
+    two = Chat(tokenizer).rows([Dialogue(messages)])[0]
+    assert tokenizer.decode(two[0].ids).count("<tool_call>") == 2
+    refused = Chat(published.tokenizer("llama3_1")).rows([Dialogue(messages)])[0]
+    assert refused.startswith("the chat template refuses it: This model only supports single tool-calls at once! (line")
+
+
+def test_what_a_template_does_not_write_rejects_the_record():
+    """Instead of being dropped by the template without a word."""
+    chat = Chat(published.tokenizer("llama3"))
+    thought = {**ANSWERED, "reasoning_content": "hm"}
+    for dialogue, reason in (
+        (Dialogue([ASKED, thought]), "the chat template does not write the reasoning of an answer"),
+        (Dialogue(USED, [TOOL]), "the chat template does not write tool calls"),
+        (Dialogue([ASKED, ANSWERED], [TOOL]), "the chat template does not write the tools"),
+        (
+            Dialogue([ASKED, ANSWERED], options={"enable_thinking": False}),
+            "the chat template does not know `enable_thinking`",
+        ),
+        (
+            Dialogue([ASKED, ANSWERED], options={"documents": [{"text": "d"}]}),
+            "the chat template does not know `documents`",
+        ),
+    ):
+        assert chat.rows([dialogue]) == [reason] == chat.encode([dialogue])
+    assert chat.rows([Dialogue([ASKED, thought])])[0] == "the chat template does not write the reasoning of an answer"
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}
+    dropped = Chat(published.tokenizer("llama3_1")).rows([Dialogue([ASKED, call], [TOOL])])[0]
+    assert dropped == "the chat template does not write the content of a message of the assistant"
+    phi = Chat(published.tokenizer("phi3")).rows([Dialogue([ASKED, RESULT, ANSWERED])])[0]
+    assert phi == "the chat template does not write the content of a message of the tool"
+    with pytest.raises(ValueError, match="does not write the tools"):
+        chat.prompt(Dialogue([ASKED], [TOOL]))
+
+
+def test_variables_of_the_template(tmp_path):
+    """A record may say that its answer was given without thinking: the empty thought is then part of the prompt."""
+    record = {"messages": [ASKED, ANSWERED], "chat_template_kwargs": {"enable_thinking": False}}
+    same = {"messages": [{**ASKED, "content": "q2"}, ANSWERED], "enable_thinking": False}
+    rows, ledger = loaded(tmp_path / "a.jsonl", [record, same])
+    assert rows[1].options == rows[2].options == {"enable_thinking": False}
+    assert ledger.sources["s"]["with"] == {"template variables": 2}
+    tokenizer = published.tokenizer("qwen3")
+    chat = Chat(tokenizer)
+    (row,) = chat.rows([rows[1].dialogue])[0]
+    assert tokenizer.decode(row.ids[row.start :]) == "a<|im_end|>"
+    assert tokenizer.decode(row.ids[: row.start]).endswith("<think>\n\n</think>\n\n")
+    assert row.ids[: row.start] == chat.prompt(rows[1].dialogue.until(1))
+
+
+PAIRS = {
+    "plain": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt + chosen + rejected"),
+    "conversational": (
+        {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [{**ANSWERED, "content": "b"}]},
+        "prompt + chosen + rejected",
+    ),
+    "implicit": (
+        {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, {**ANSWERED, "content": "b"}]},
+        "chosen + rejected, which begin with the prompt",
+    ),
+    "llama-factory": (
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        "ShareGPT (conversations: from, value) + chosen + rejected",
+    ),
+    "llama-factory alpaca": (
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        "Alpaca (instruction, input) + chosen + rejected",
+    ),
+    "hh-rlhf": (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        "transcripts (Human, Assistant)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(tmp_path, name):
+    record, form = PAIRS[name]
+    rows, _ = loaded(tmp_path / "a.jsonl", [record], load_pairs, PreferenceSource)
+    assert rows[1].prompt == [ASKED] and rows[1].format == form
+    assert (rows[1].chosen, rows[1].rejected) == (ANSWERED, {**ANSWERED, "content": "b"})
+
+
+def test_pairs_with_reasoning_and_tools(tmp_path):
+    from pipeline.train.preference_data import encode_pairs
+
+    chosen = {"role": "assistant", "content": None, "tool_calls": [OPENAI]}
+    records = [
+        {"prompt": [ASKED], "chosen": [{**ANSWERED, "reasoning_content": "hm"}], "rejected": [ANSWERED]},
+        {"prompt": [{**ASKED, "content": "q2"}], "chosen": [chosen], "rejected": [ANSWERED], "tools": [TOOL]},
+    ]
+    rows, ledger = loaded(tmp_path / "a.jsonl", records, load_pairs, PreferenceSource)
+    tokenizer = published.tokenizer("qwen3")
+    arrays = encode_pairs([rows[1], rows[2]], "train", Chat(tokenizer), 4096, ledger)
+    answers = [
+        tokenizer.decode(arrays[f"train.{which}"][index][arrays["train.start"][index] :])
+        for index in (0, 1)
+        for which in ("chosen", "rejected")
+    ]
+    assert answers == [
+        "<think>\nhm\n</think>\n\na<|im_end|>",
+        "<think>\n\n</think>\n\na<|im_end|>",
+        f'<think>\n\n</think>\n\n<tool_call>\n{{"name": "weather", "arguments": {SPELLED}}}\n</tool_call><|im_end|>',
+        "<think>\n\n</think>\n\na<|im_end|>",
+    ]
+
+
+LABELLED = [
+    ({"prompt": "q1", "completion": "a", "label": True}, True, "prompt + completion + label"),
+    ({"messages": [{**ASKED, "content": "q2"}, ANSWERED], "label": False}, False, "messages (role, content) + label"),
+    (
+        {"conversations": [{"from": "human", "value": "q3"}, {"from": "gpt", "value": "a"}], "kto_tag": "false"},
+        False,
+        "ShareGPT (conversations: from, value) + kto_tag",
+    ),
+    ({"instruction": "q4", "output": "a", "label": 1}, True, "Alpaca (instruction, input, output) + label"),
+]
+
+
+def test_judged_answers(tmp_path):
+    records = [record for record, _, _ in LABELLED]
+    bad = [{"prompt": "q5", "completion": "a", "label": "good"}, {"prompt": "q6", "completion": "a"}]
+    extra = [{**row, "label": True} for row in filler()]
+    source = source_of(tmp_path / "a.jsonl", [*records, *bad, *extra], LabelledSource)
+    train, heldout, ledger = load_labelled(source, 0.3)
+    rows = {int(row.place.rpartition(":")[2]): row for row in train + heldout}
+    for place, (_, label, form) in enumerate(LABELLED, 1):
+        row = rows[place]
+        assert (row.label, row.format, row.answer) == (label, form, ANSWERED)
+        assert row.prompt == [{**ASKED, "content": f"q{place}"}]
+    reasons = list(ledger.sources["s"]["rejected"])
+    assert reasons[0] == "`label` is neither true nor false"
+    assert reasons[1].startswith(
+        "no judged answer among its fields (prompt, completion): expected prompt + completion + label"
+    )
+    templates = {"prompt": "{q}?", "completion": "{a}", "label": "{good}"}
+    records = [{"q": f"{row['instruction']}", "a": "x", "good": index % 2} for index, row in enumerate(filler())]
+    train, heldout, _ = load_labelled(source_of(tmp_path / "b.jsonl", records, LabelledSource, **templates), 0.3)
+    assert sorted(row.label for row in train + heldout) == [False] * 20 + [True] * 20
+    with pytest.raises(ValueError, match="completion and label is missing"):
+        LabelledSource(path="x", prompt="{q}")
+
+
+@pytest.mark.parametrize(
+    "load, kind, record, message",
+    [
+        (
+            load_conversations,
+            ChatSource,
+            {"question": "q", "answer": "a"},
+            r"no conversation among its fields \(question, answer\): expected messages, conversations, prompt \+ completion,"
+            r" instruction \+ output, or templates \(first: a.jsonl:1\); give the source templates: messages:"
+            r" \[{role: user, content: '{question}'}, {role: assistant, content: '{answer}'}\]",
+        ),
+        (
+            load_conversations,
+            ChatSource,
+            {"instruction": "q", "response": "a"},
+            r"nearest is instruction \+ output, without output .*content: '{response}'",
+        ),
+        (load_pairs, PreferenceSource, {"prompt": "q", "chosen": "a"}, r"nearest is prompt \+ chosen \+ rejected, without rejected"),
+        (load_prompts, PromptSource, {"frage": "q"}, r"no prompt among its fields \(frage\): expected prompt, instruction, messages"),
+    ],
+)  # fmt: skip
+def test_a_record_in_no_known_format_names_the_nearest(tmp_path, load, kind, record, message):
+    with pytest.raises(UserError, match=message):
+        load(source_of(tmp_path / "a.jsonl", [record] * 3, kind), 0.3)
