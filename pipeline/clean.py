@@ -288,6 +288,8 @@ def _clean_source(
     config: Config, name: str, folder: Path, pool: Pool, progress: "_SourceProgress", steps: "Steps"
 ) -> None:
     """Submit the units of one source. Those of the next source may follow before these are done."""
+    from pipeline.data.cleaning.unit_cleaner import clean_unit
+
     source = config.sources[name]
     folder.mkdir(parents=True, exist_ok=True)
     needed = work_units.fields_to_read(source, config.dedup, config.block)
@@ -299,7 +301,7 @@ def _clean_source(
             progress.add(number, weight, outcomes.count_records(path))
         else:
             done = partial(progress.finish, number, weight)
-            pool.submit(work_units.clean_unit, unit, source, name, steps, path, done=done)
+            pool.submit(clean_unit, unit, source, name, steps, path, done=done)
 
 
 class _SourceProgress:
@@ -419,7 +421,7 @@ def _summary(config: Config, report: dict) -> dict[str, str]:
             f"{total['bytes_out'] / 1e6:.1f} MB, {many(kept, 'document')} ({total['heldout_documents']} held out)"
         ),
         "measure": (
-            f"left out: {total['filtered_documents']} filtered, {duplicates} + {total['duplicates_near']} duplicates,"
+            f"dropped: {total['filtered_documents']} filtered, {duplicates} + {total['duplicates_near']} duplicates,"
             f" {total['bad_records']} bad{_extracted(report['sources'])}"
         ),
     }

@@ -34,7 +34,7 @@ from pipeline.core.seeds import derive
 from pipeline.core.terminal import many, say
 from pipeline.core.tracking import Progress
 from pipeline.data.sources.arrow_values import open_parquet
-from pipeline.data.tokens import import_shards
+from pipeline.data.tokens import import_shards, join_units, pack_units
 from pipeline.data.tokens.documents import check_columns, damage_reported
 from pipeline.data.tokens.import_shards import Shards
 from pipeline.data.tokens.pack_units import Unit
@@ -43,7 +43,6 @@ VERSION = 2  # 2: ids of documents
 INPUTS = {"data": ("clean",), "tokenizer": ("tokenizer",)}
 
 SPLITS = ("train", "heldout")
-SHARD_TOKENS = 2**28  # a shard ends with the unit that reaches this: 0.5 GB of uint16
 
 
 class Config(StageConfig):
@@ -96,7 +95,6 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import numpy as np
 
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
-    from pipeline.data.tokens.pack_units import meta_of
 
     began = time.time()
     folder = inputs["tokenizer"].path
@@ -117,11 +115,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             output.note_time()
             faults.point("work")
 
-    metas = {unit.output: meta_of(unit.output) for unit in units}
+    metas = {unit.output: pack_units.meta_of(unit.output) for unit in units}
     _check_names(config, units, metas)
     index = {"vocab_size": len(token_bytes), "eos_id": eos_id, "dtype": dtype.name, "splits": {}}
     for split in SPLITS:
-        index["splits"][split] = join([unit for unit in units if unit.split == split], output.path, split, dtype)
+        split_units = [unit for unit in units if unit.split == split]
+        index["splits"][split] = join_units.write_shards(split_units, output.path, split, dtype)
     bad = [record for meta in metas.values() for record in meta["bad"]]
     if bad:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in bad]
@@ -182,8 +181,6 @@ def _check_names(config: Config, units: list[Unit], metas: dict[Path, dict]) -> 
 def plan(data: Path | None, config: Config, work: Path) -> Iterator[Unit]:
     """Units of both splits in the order of the input, shards after documents. Raises UserError for files of another
     kind."""
-    from pipeline.data.tokens import import_shards
-
     if data:
         yield from _document_units(data, work)
     for name, source in sorted(config.shards.items()):
@@ -222,8 +219,6 @@ def _document_units(data: Path, work: Path) -> Iterator[Unit]:
 
 def processed(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dtype: str) -> Iterable[Unit]:
     """Process units in any order, and yield each when it is on disk."""
-    from pipeline.data.tokens import pack_units
-
     workers = min(workers, len(units))
     if workers <= 1:
         pack_units.prepare(str(tokenizer), eos_id, dtype)
@@ -252,77 +247,9 @@ def processed(units: list[Unit], workers: int, tokenizer: Path, eos_id: int, dty
 
 def _start_worker(*arguments) -> None:
     from pipeline.core.processes import begin_worker
-    from pipeline.data.tokens import pack_units
 
     begin_worker()
     pack_units.prepare(*arguments)
-
-
-# ---- joining ---------------------------------------------------------------------------------------------------------
-
-
-def join(units: list[Unit], folder: Path, split: str, dtype) -> dict[str, list[dict]]:
-    """Write the shards of a split from its units. Returns source -> shards, as index.json lists them."""
-    from pipeline.data.tokens.pack_units import meta_of
-
-    metas = [meta_of(unit.output)["sources"] for unit in units]
-    sources = sorted({source for meta in metas for source in meta})
-    (folder / split).mkdir(exist_ok=True)
-    index: dict[str, list[dict]] = {}
-    for source in sources:
-        parts = []  # (unit, number of the source in the unit, counts)
-        for unit, meta in zip(units, metas, strict=True):
-            if source in meta:
-                parts.append((unit, sorted(meta).index(source), meta[source]))
-        index[source] = []
-        for number, shard in enumerate(grouped(parts)):
-            entry = {"file": f"{split}/{quote(source, safe='')}-{number:05d}"}
-            for key in ("tokens", "documents", "bytes", "id_bytes"):
-                entry[key] = sum(counts[key] for _, _, counts in shard)
-            _write_shard(folder, entry, shard, dtype)
-            index[source].append(entry)
-    return index
-
-
-def _write_shard(folder: Path, entry: dict, shard: list[tuple], dtype) -> None:
-    import numpy as np
-
-    layout = {
-        "tokens": (dtype, (entry["tokens"],)),
-        "documents": (np.int64, (entry["documents"], 2)),
-        "ids": (np.uint8, (entry["id_bytes"],)),
-        "id_ends": (np.int64, (entry["documents"],)),
-    }
-    arrays = {}
-    for name, (kind, shape) in layout.items():
-        path = folder / f"{entry['file']}.{name}.npy"
-        arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-    token = document = id_byte = 0
-    for unit, number, counts in shard:
-        rows = slice(document, document + counts["documents"])
-        with np.load(unit.output) as part:
-            arrays["tokens"][token : token + counts["tokens"]] = part[f"tokens{number}"]
-            arrays["documents"][rows] = part[f"documents{number}"] + [token, 0]
-            arrays["ids"][id_byte : id_byte + counts["id_bytes"]] = part[f"ids{number}"]
-            arrays["id_ends"][rows] = part[f"id_ends{number}"] + id_byte
-        token += counts["tokens"]
-        document += counts["documents"]
-        id_byte += counts["id_bytes"]
-    for array in arrays.values():
-        array.flush()
-
-
-def grouped(parts: list[tuple]) -> Iterator[list[tuple]]:
-    """The parts of one source, grouped into shards."""
-    shard, num_tokens = [], 0
-    for part in parts:
-        shard.append(part)
-        num_tokens += part[2]["tokens"]
-        if num_tokens >= SHARD_TOKENS:
-            yield shard
-            shard, num_tokens = [], 0
-    if shard:
-        yield shard
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

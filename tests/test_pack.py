@@ -147,10 +147,11 @@ def test_the_same_bytes_for_any_number_of_workers_and_after_any_kill(home, tmp_p
 
 def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
     from pipeline import pack
+    from pipeline.data.tokens import join_units
 
     parts = [("unit", 0, {"tokens": n}) for n in (5, 3, 9, 1, 1)]
-    monkeypatch.setattr(pack, "SHARD_TOKENS", 8)
-    assert [[part[2]["tokens"] for part in shard] for shard in pack.grouped(parts)] == [[5, 3], [9], [1, 1]]
+    monkeypatch.setattr(join_units, "SHARD_TOKENS", 8)
+    assert [[part[2]["tokens"] for part in shard] for shard in join_units.grouped(parts)] == [[5, 3], [9], [1, 1]]
 
     def rerun(folder):
         folder.mkdir()
@@ -160,7 +161,7 @@ def test_shards_end_with_units_and_are_read_across(home, monkeypatch):
 
         return TokenStore(folder)
 
-    monkeypatch.setattr(pack, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(join_units, "SHARD_TOKENS", 500)
     many, one = rerun(home / "many"), store(home)
     assert len(list((home / "many/train").iterdir())) > 8
     for source in one.sources:
@@ -348,4 +349,4 @@ def test_rows_of_a_recipe_that_ends_with_pack_are_shown(home, monkeypatch, capsy
     code, text = inspect("pack", "--length", "100000000")
     assert code == 2 and "give at most" in text
     code, text = inspect("clean")
-    assert code == 2 and "no stage of kind pretrain or pack; these are: pack" in text
+    assert code == 2 and "is not a stage of kind pretrain or pack; these are: pack" in text

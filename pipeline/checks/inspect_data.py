@@ -198,8 +198,8 @@ def _evaluation(console: Console, sets: dict | None) -> None:
     columns = ("set", "items", "of them found", "documents dropped", "items too short to search for")
     table = new_table(*columns, text=("set",), title="evaluation sets found in the text")
     for name, entry in sets.items():
-        found = f"{entry['items_found']:,} ({percent(entry['items_found'], entry['items'])})"
-        table.add_row(name, f"{entry['items']:,}", found, f"{entry['documents']:,}", f"{entry['too_short']:,}")
+        in_text = f"{entry['items_found']:,} ({percent(entry['items_found'], entry['items'])})"
+        table.add_row(name, f"{entry['items']:,}", in_text, f"{entry['documents']:,}", f"{entry['too_short']:,}")
     console.print(table)
 
 

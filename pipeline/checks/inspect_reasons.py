@@ -185,11 +185,12 @@ def samples_of(console: Console, report: dict, output: Artifact, source: str | N
     for sample in samples[:number]:
         console.print(Text(f"  {_value_of(sample)}{sample['source']} {sample['place']}"))
         console.print(one_line(sample["excerpt"], console.width))
-        kept = sample.get("of")
-        if isinstance(kept, dict):
-            console.print(Text(f"      kept for it: {kept['source']} {kept.get('place', kept['id'])}"))
-            if kept.get("excerpt"):
-                console.print(one_line(kept["excerpt"], console.width))
+        original = sample.get("of")
+        if isinstance(original, dict):
+            place = original.get("place", original["id"])
+            console.print(Text(f"      kept for it: {original['source']} {place}"))
+            if original.get("excerpt"):
+                console.print(one_line(original["excerpt"], console.width))
 
 
 def _value_of(sample: dict) -> str:

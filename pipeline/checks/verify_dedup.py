@@ -79,8 +79,8 @@ def _clean_config(recipe: Recipe, stage: str | None):
     for name, config in recipe.stages.items():
         if config.kind == "clean" and stage in (None, name):
             return config
-    wanted = f"of kind clean with the name {stage}" if stage else "of kind clean"
-    raise UserError(f"recipe {recipe.name}: has no stage {wanted}; it has {', '.join(recipe.stages)}")
+    name = f" with the name {stage}" if stage else ""
+    raise UserError(f"recipe {recipe.name}: has no stage of kind clean{name}; it has {', '.join(recipe.stages)}")
 
 
 # ---- the sample ------------------------------------------------------------------------------------------------------
@@ -186,16 +186,16 @@ class _Planted:
     def judge(self, recall: float | None, false_merges: float) -> bool:
         similar = [pair for pair, similarity in enumerate(self.similarities) if similarity >= HIGH]
         different = [pair for pair, similarity in enumerate(self.similarities) if similarity < LOW]
-        found, merged = self.found_share(similar), self.found_share(different)
+        actual_recall, merged = self.found_share(similar), self.found_share(different)
         if recall is None:
             expected = self.expected_share(similar)
             standard_error = math.sqrt(max(1e-4, expected * (1 - expected)) / max(1, len(similar)))
             recall = min(0.98, expected) - 3 * standard_error
         num_unrelated = self._unrelated_merges()
-        passed = found >= recall and merged <= false_merges and num_unrelated == 0
+        passed = actual_recall >= recall and merged <= false_merges and num_unrelated == 0
         say(
-            f"  recall at {HIGH} and above {found:.3f} (bar {recall:.3f}), merged below {LOW} {merged:.3f} (bar"
-            f" {false_merges:g}), unrelated documents merged {num_unrelated}: {'holds' if passed else 'FAILS'}"
+            f"  recall at {HIGH} and above {actual_recall:.3f} (bar {recall:.3f}), merged below {LOW} {merged:.3f}"
+            f" (bar {false_merges:g}), unrelated documents merged {num_unrelated}: {'holds' if passed else 'FAILS'}"
         )
         return passed
 

@@ -129,7 +129,7 @@ from pipeline.core.chain_summary import show_table
 from pipeline.core.graph import Node
 ROWS = [
     ("clean", "52.2 MB, 139265 documents, 5 sources", "43.9 MB, 95147 documents (977 held out)",
-     "left out: 25001 filtered, 18959 + 158 duplicates, 0 bad", 23.2),
+     "dropped: 25001 filtered, 18959 + 158 duplicates, 0 bad", 23.2),
     ("pretrain", "15.50M tokens, 5 sources", "2.7M parameters, 1.02M tokens read",
      "held-out bits per byte 4.35 -> 2.34 (n=192 rows)", 40271.0),
     ("对齐", "12 sources, 26590 pairs", "model/, 30 steps",

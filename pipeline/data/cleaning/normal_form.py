@@ -54,17 +54,17 @@ def scan(texts: list[str], codes: np.ndarray) -> list[int]:
     flags = np.zeros(len(texts), np.uint8)
     # the code points between these have no flag, so most characters of most texts are skipped
     places = np.flatnonzero((codes < 32) | (codes > 126))
-    found = table.take(codes[places])
-    found[np.searchsorted(places, ends - 1)] = 0  # separators
+    place_flags = table.take(codes[places])
+    place_flags[np.searchsorted(places, ends - 1)] = 0  # separators
 
     def note(places: np.ndarray, flag: int) -> None:
         np.bitwise_or.at(flags, np.searchsorted(ends, places, side="right"), np.uint8(flag))
 
     for flag in (RARE, LOOSE, SUSPECT):
-        note(places[found & flag != 0], flag)
-    lead = places[found & _LEAD != 0]
+        note(places[place_flags & flag != 0], flag)
+    lead = places[place_flags & _LEAD != 0]
     note(lead[table.take(codes[lead + 1]) & _CONTINUATION != 0], SUSPECT)  # each text is followed by a separator
-    newline = places[found == _NEWLINE]
+    newline = places[place_flags == _NEWLINE]
     # for a newline that begins the batch this looks at the last separator
     note(newline[table.take(codes[newline - 1]) & _SPACE != 0], TRAILING)
     note(newline[2:][newline[2:] - newline[:-2] == 2], BLANK)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from pipeline.data.cleaning import unit_files
@@ -97,13 +98,11 @@ def write(outcomes: list[Outcome], path: Path, is_continued: bool, lines: int) -
     """`is_continued`: line numbers count from the unit's beginning; `lines`: how many lines end in the unit."""
     import pyarrow
 
-    types = _types()
-    table = pyarrow.table(
-        {
-            name: pyarrow.array([getattr(outcome, name) for outcome in outcomes], types.get(name, pyarrow.string()))
-            for name in COLUMNS
-        }
-    )
+    types, columns = _types(), {}
+    for name in COLUMNS:
+        values = list(map(attrgetter(name), outcomes))
+        columns[name] = pyarrow.array(values, types.get(name, pyarrow.string()))
+    table = pyarrow.table(columns)
     # Hashes are random bits; compressing the text by a third takes as long as hashing its tokens.
     uncompressed = ("hash", "address", "signature", "text")
     unit_files.write(

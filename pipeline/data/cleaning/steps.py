@@ -96,7 +96,7 @@ def _further_rules(steps: Steps) -> list[Rule]:
 def clean_batch(documents: list[Document], steps: Steps) -> None:
     """Fill in the outcomes of a batch: text, hash and signature, or why the document is dropped; its statistics, all
     rules that it fails, and what was changed in it."""
-    raw = [_repaired(document, steps) for document in documents]
+    raw = _repaired_texts(documents, steps.repair)
     points = code_points(raw)
     flags = scan(raw, points)
     texts = list(map(normalise, raw, flags))
@@ -126,9 +126,10 @@ def clean_batch(documents: list[Document], steps: Steps) -> None:
     _accept(documents, texts, final, failed, shingled, steps)
     for index, document in enumerate(documents):
         outcome = document.outcome
-        removed_lines = texts[index].count("\n") - final[index].count("\n")
-        if removed_lines > 0:
-            document.changed["lines"] = removed_lines
+        if final[index] is not texts[index]:
+            removed_lines = texts[index].count("\n") - final[index].count("\n")
+            if removed_lines > 0:
+                document.changed["lines"] = removed_lines
         outcome.statistics = measured[index].tobytes()
         outcome.kind = int(group[index])
         outcome.changed = json.dumps(document.changed) if document.changed else None
@@ -137,13 +138,15 @@ def clean_batch(documents: list[Document], steps: Steps) -> None:
 # ---- before the rules ------------------------------------------------------------------------------------------------
 
 
-def _repaired(document: Document, steps: Steps) -> str:
-    if steps.repair == Repair():
-        return document.text
-    text, changes = repair_text(document.text, steps.repair)
-    for change in changes:
-        document.changed[change] = 1
-    return text
+def _repaired_texts(documents: list[Document], repair: Repair) -> list[str]:
+    texts = [document.text for document in documents]
+    if repair == Repair():
+        return texts
+    for index, document in enumerate(documents):
+        texts[index], changes = repair_text(document.text, repair)
+        for change in changes:
+            document.changed[change] = 1
+    return texts
 
 
 def _check_addresses(documents: list[Document], steps: Steps) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pipeline.core.errors import UserError
 from pipeline.data.sources.text_encoding import INVALID_BYTES, as_invalid_bytes
 
-PRESCAN = 1 << 14  # bytes in which a <meta> may declare the character set; browsers read on behind their first 1,024
+PRESCAN = 1 << 14  # bytes in which a <meta> may declare the character set; browsers stop at 1,024
 # A character set fits if at most this many bytes are invalid: two, or one per twenty characters beyond ASCII.
 FEW_INVALID, ONE_IN = 2, 20
 # This many characters beyond ASCII that are valid UTF-8 are not another character set by accident: in GB2312, the

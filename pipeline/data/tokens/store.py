@@ -7,7 +7,7 @@ A packed folder:
 
     index.json                       vocabulary size, end-of-document id, dtype, and for each split and source its
                                      shards
-    token_bytes.npy                  int32 [vocab_size]: bytes of text that each token stands for
+    token_bytes.npy                  int32 [vocab_size]: bytes of text that each token spells
     train/wiki-00000.tokens.npy      uint16 or uint32 [tokens]: the documents one after another, each ending with eos
     train/wiki-00000.documents.npy   int64 [documents, 2]: where each document ends in this shard (after its eos), and
                                      its bytes of UTF-8
