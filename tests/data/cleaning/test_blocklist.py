@@ -122,5 +122,7 @@ def test_a_list_that_changes_makes_the_stage_stale(tmp_path):
     succeed("clean", path, cwd=tmp_path / "a")
     assert (tmp_path / "a/runs/t/clean/current").resolve().name != before
     (tmp_path / "a/bad.txt").unlink()
-    code, text = stage("clean", path, cwd=tmp_path / "a")
+    code, text = stage("clean", path, cwd=tmp_path / "a")  # the published output counts as made from it (decision 83)
+    assert code == 0 and "not on this machine: block" in text
+    code, text = stage("clean", path, "clean.holdout=0.3", cwd=tmp_path / "a")
     assert code == 2 and "block: bad.txt does not exist" in text
