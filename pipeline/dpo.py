@@ -64,7 +64,6 @@ class Config(FinetuneConfig):
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
 
-    from pipeline.models import build
     from pipeline.train import finetune
     from pipeline.train.finetune_data import ShuffledRows, encode_once
     from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
@@ -86,7 +85,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             return ipo(logps, batch["reference"], answer_lengths(batch), config.beta)
         return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
 
-    model = build.load(parent.folder)
+    model = parent.load()
     finetune.adapt(config, parent, model)
     engine, text = finetune.build_engine(model, loss, config, pair_work(config, arrays, reference=True))
     finetune.say_counts(output, counts)

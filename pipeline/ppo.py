@@ -17,6 +17,7 @@ import math
 from pydantic import Field, model_validator
 
 from pipeline.core.artifact import Artifact
+from pipeline.core.config import idle
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.intervals import shares, warn
@@ -59,6 +60,8 @@ class Config(FinetuneConfig):
 
     @model_validator(mode="after")
     def consistent(self):
+        for key in ("chat_template", "chat_template_kwargs"):
+            idle(self, key, "is for the stages that teach a template; policy and reward model have theirs")
         if self.rollout.max_new_tokens >= self.sequence_length:
             raise ValueError(
                 f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in sequence_length"

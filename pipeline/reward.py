@@ -51,7 +51,6 @@ class Config(FinetuneConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.models import build
     from pipeline.train import finetune
     from pipeline.train.finetune_data import ShuffledRows, encode_once
     from pipeline.train.loss_preference import bradley_terry
@@ -66,7 +65,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     config = finetune.in_steps(config, rows.per_epoch)
 
     # Build
-    model = build.load(parent.folder, head="reward")
+    model = parent.load(head="reward")
     initial_score(model, config.seed)
     pad_id = padding(parent.tokenizer, parent.chat.end_id, model.get_input_embeddings().num_embeddings)
     model.config.pad_token_id = pad_id  # transformers finds a row's last token by it

@@ -49,7 +49,6 @@ class Config(FinetuneConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.models import build
     from pipeline.train import finetune
     from pipeline.train.conversation_data import check_packing, conversation_batch, encoded_conversations
     from pipeline.train.finetune_data import PackedRows, encode_once, pack, permutation
@@ -72,7 +71,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     collate = functools.partial(conversation_batch, arrays, parent.pad_id)
 
     # Build
-    model = build.load(parent.folder)
+    model = parent.load()
     if config.packing:
         check_packing(model, parent.chat.end_id)
     finetune.adapt(config, parent, model)

@@ -50,7 +50,7 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     _write_beside_weights(folder, tokenizer_folder, Path(parent or tokenizer_folder), can_generate)
 
 
-def publish_adapter(model, parent: Path, folder: Path) -> None:
+def publish_adapter(model, parent: Path, folder: Path, tokenizer_folder: Path) -> None:
     """Write the adapter of a model (models/lora.py) in peft's format, with configuration, generation settings and
     tokenizer files, so that the folder can be used wherever a model folder is expected. `parent` is the folder of the
     complete model, which must stay."""
@@ -62,7 +62,7 @@ def publish_adapter(model, parent: Path, folder: Path) -> None:
     with quiet():
         model.config.save_pretrained(folder)
     add_older_keys(folder)
-    _write_beside_weights(folder, parent, parent, model.can_generate())
+    _write_beside_weights(folder, tokenizer_folder, parent, model.can_generate())
 
 
 def _write_beside_weights(folder: Path, tokenizer_folder: Path, parent: Path, can_generate: bool) -> None:

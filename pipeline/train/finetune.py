@@ -12,6 +12,7 @@ A stage adds its loss, how its records become rows and batches, and what it says
 """
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import many, say
+from pipeline.data.chat import named_templates
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
-from pipeline.models import build, cost, families, lora
+from pipeline.models import build, cost, families, lora, vocabulary
 from pipeline.models.publish import publish, publish_adapter
 from pipeline.train import distributed, loop
 from pipeline.train import engine as engines
@@ -47,10 +49,28 @@ class Parent:
     tokenizer: Any
     """PreTrainedTokenizerFast, with a padding token that the model has an embedding for."""
     chat: Chat
+    new_tokens: dict[int, list[int]]
+    """Tokens of the recipe's chat template that the folder's tokenizer lacks: id -> ids of what their text was."""
 
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
+
+    def load(self, head: str = "causal", config=None):
+        """The model, with rows for new tokens. config: instead of the folder's."""
+        if config is not None and self.new_tokens:
+            config.vocab_size = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        model = build.load(self.folder, head=head, config=config)
+        vocabulary.add_rows(model, self.new_tokens)
+        return model
+
+    def tokenizer_files(self, config: FinetuneConfig, output: Output) -> Path:
+        """The folder of the tokenizer to publish with the model."""
+        if config.chat_template is None and not config.chat_template_kwargs:
+            return self.folder
+        folder = output.path / "work" / "tokenizer"
+        named_templates.save_tokenizer(self.tokenizer, self.folder, folder, bool(self.new_tokens))
+        return folder
 
 
 def load_parent(config: FinetuneConfig, artifact: Artifact, name: str) -> Parent:
@@ -58,10 +78,14 @@ def load_parent(config: FinetuneConfig, artifact: Artifact, name: str) -> Parent
     a tokenizer or a template that the stage cannot use."""
     folder = model_folder(artifact)
     tokenizer = tokenizer_of(folder, config.sequence_length)
+    tokenizer, new_tokens = named_templates.with_template(tokenizer, config.chat_template, config.chat_template_kwargs)
+    if new_tokens:
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(list(new_tokens)))
+        say(f"{name}: the chat template's tokens {tokens} are added to the tokenizer and to the model")
     chat = Chat(tokenizer, date=config.date)
     if chat.writes_date and config.date is None:
         say(f"{name}: the chat template writes today's date; {chat.date} is used in every row (key `date`)")
-    return Parent(folder, tokenizer, chat)
+    return Parent(folder, tokenizer, chat, new_tokens)
 
 
 def tokenizer_of(folder: Path, sequence_length: int):
@@ -125,6 +149,11 @@ def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ..
         raise UserError(
             f"stage {config.kind}: lora.publish: adapter needs a complete model to start from, and {parent.folder} is"
             " an adapter itself; use publish: merged here, or in the stage that made it"
+        )
+    if config.lora.publish == "adapter" and parent.new_tokens:
+        raise UserError(
+            f"stage {config.kind}: lora.publish: adapter cannot hold the rows of the tokens that chat_template adds;"
+            " use publish: merged"
         )
     lora.attach(model, config.lora, config.seed, complete)
 
@@ -200,28 +229,29 @@ def publish_model(engine: Engine, config: FinetuneConfig, parent: Parent, output
     if config.lora is not None:
         weights = engine.trained_weights()
         if output.is_main:
-            _publish_adapted(engine.model, weights, config, parent, folder)
+            _publish_adapted(engine.model, weights, config, parent, output)
         return folder
     weights = engine.consolidated()
     if output.is_main:
-        publish(weights, engine.model.config, parent.folder, folder)
+        publish(weights, engine.model.config, parent.tokenizer_files(config, output), folder, parent.folder)
     return folder
 
 
 def _publish_adapted(
-    trained, weights: dict[str, torch.Tensor], config: FinetuneConfig, parent: Parent, folder: Path
+    trained, weights: dict[str, torch.Tensor], config: FinetuneConfig, parent: Parent, output: Output
 ) -> None:
     """Publish an adapter, or the parent's model with the adapter merged into its fp32 weights."""
+    folder, tokenizer_folder = output.path / "model", parent.tokenizer_files(config, output)
     head = "reward" if trained.adapter.complete else "causal"
-    model = build.load(parent.folder, head=head, config=copy.deepcopy(trained.config))
+    model = parent.load(head=head, config=copy.deepcopy(trained.config))
     lora.attach(model, config.lora, config.seed, trained.adapter.complete)
     lora.fill(model, weights)
     if config.lora.publish == "adapter":
-        publish_adapter(model, parent.folder, folder)
+        publish_adapter(model, parent.folder, folder, tokenizer_folder)
         return
     difference = lora.merge_and_compare(model, config.sequence_length)
     say(f"{config.kind}: adapter merged; logits differ by at most {difference:.1e} of the largest one")
-    publish(model.state_dict(), model.config, parent.folder, folder)
+    publish(model.state_dict(), model.config, tokenizer_folder, folder, parent.folder)
 
 
 def say_counts(output: Output, counts: Counts, detail: str = "") -> None:

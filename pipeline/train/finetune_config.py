@@ -1,12 +1,13 @@
 """Keys that sft, reward, dpo and ppo share. The steps they share are in train/finetune.py."""
 
 import math
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, SourceBlock, idle
-from pipeline.core.errors import Problems
+from pipeline.core.config import EXECUTION, ExternalFiles, PlannedInput, PublishedModel, SourceBlock, idle
+from pipeline.core.errors import Absent, Problems, UserError
 from pipeline.data.chat.chat_sources import TuningSource
 from pipeline.data.dedup.decontaminate import SETS, Decontaminate
 from pipeline.models.lora_config import Lora
@@ -58,6 +59,12 @@ class FinetuneConfig(TrainConfig):
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
     """Largest share of a source's records that may be unusable. Duplicates, rows like a held-out one and rows that are
     too long do not count. The stage ends if there are more, because then the source is not what the recipe says."""
+    chat_template: str | None = None
+    """Chat template to use instead of the model's own: a name (alpaca, chatml, gemma, llama3, mistral, phi3, qwen3,
+    zephyr), a file, or a model's folder. The published model keeps it. Tokens that it needs and the tokenizer lacks are
+    added."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """Variables of the chat template, such as enable_thinking. The published model's template has them as defaults."""
     date: Date = None
     """Date that a chat template gets if it asks for today's, as YYYY-MM-DD; by default 2024-07-26, the fallback of
     Llama 3.2's own template."""
@@ -86,8 +93,24 @@ class FinetuneConfig(TrainConfig):
         return self.model_copy(update={"steps": steps, "epochs": None, "schedule": schedule})
 
     @classmethod
-    def external(cls) -> list[SourceBlock]:
-        return [SourceBlock("sources", lambda config: config.sources), SETS]
+    def external(cls) -> list[SourceBlock | ExternalFiles]:
+        return [
+            SourceBlock("sources", lambda config: config.sources),
+            SETS,
+            ExternalFiles("chat_template", cls.template_files, drop_key=False),
+        ]
+
+    def template_files(self) -> list[Path]:
+        """The file of a chat template that is not one of ours. Raises Absent if it does not exist."""
+        from pipeline.data.chat.named_templates import template_file
+
+        if self.chat_template is None:
+            return []
+        try:
+            path = template_file(self.chat_template)
+        except UserError as error:
+            raise Absent(str(error)) from None
+        return [] if path is None else [path]
 
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         from pipeline.train import planned_model
@@ -99,7 +122,7 @@ class FinetuneConfig(TrainConfig):
         from pipeline.train import planned_model
 
         problems = Problems()
-        chat = planned_model.chat_of(self._models(inputs), self.date, problems)
+        chat = planned_model.chat_of(self._models(inputs), self, problems)
         with problems.gather():
             check_chat_records(self.sources, self.holdout, chat)
         problems.refuse()

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.config import PlannedInput
 from pipeline.core.errors import Problems
 from pipeline.core.recipe_file import shown
+from pipeline.data.chat.named_templates import with_template
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from pipeline.train.finetune_config import FinetuneConfig
 
 # Names of inputs that a stage continues to train, or else takes its tokenizer from.
 STARTS_FROM = ("model", "policy")
@@ -54,15 +58,16 @@ def tokenizer_of(model: PlannedInput) -> Any:
     return model.config.planned_tokenizer(model.inputs)
 
 
-def chat_of(models: Iterable[PlannedInput], date: str | None, problems: Problems) -> Chat | None:
-    """The chat template of the first of these models whose tokenizer is there already. Those that cannot be used are
-    added to `problems`."""
+def chat_of(models: Iterable[PlannedInput], config: "FinetuneConfig", problems: Problems) -> Chat | None:
+    """The chat template that the stage will use with the first of these models whose tokenizer is there already. Those
+    that cannot be used are added to `problems`."""
     chats = []
     for model in models:
         with problems.gather():
             tokenizer = tokenizer_of(model)
             if tokenizer is not None:
-                chats.append(Chat(tokenizer, date=date))
+                tokenizer, _ = with_template(tokenizer, config.chat_template, config.chat_template_kwargs)
+                chats.append(Chat(tokenizer, date=config.date))
     return chats[0] if chats else None
 
 
