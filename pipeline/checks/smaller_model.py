@@ -3,26 +3,12 @@ sizes to width."""
 
 import math
 
-# Keys that transformers' families use for the sizes of a model, grouped by how they are made smaller.
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "attention_hidden_size")
-INNER = (
-    "intermediate_size",
-    "n_inner",
-    "ffn_dim",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "q_lora_rank",
-    "kv_lora_rank",
-)
-HEADS = ("num_attention_heads", "n_head", "num_heads")
+from pipeline.models.families import DEPTH_KEYS, EXPERT_KEYS, HEAD_KEYS, HEAD_SIZE_KEYS, INNER_KEYS, WIDTH_KEYS
+
 KV_HEADS = "num_key_value_heads"
-HEAD_SIZES = ("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 ROUTING = {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}  # at most; groups of experts: DeepSeek-V3
 PER_LAYER = ("layer_types", "mlp_layer_types")
-SHOWN = (*LAYERS, *WIDTHS, *HEADS, KV_HEADS, *INNER, *EXPERTS)
+SHOWN = (*DEPTH_KEYS, *WIDTH_KEYS, *HEAD_KEYS, KV_HEADS, *INNER_KEYS, *EXPERT_KEYS)
 
 
 def smaller(block: dict, width: int, layers: int) -> dict:
@@ -41,16 +27,16 @@ class _Smaller:
         self.block, self.result = block, dict(block)
         self.alias_of = {name: alias for alias, name in config.attribute_map.items()}  # n_embd -> hidden_size
         self.sizes = {key: value for key, value in config.to_dict().items() if value is not None}
-        self.old_width = next(self.sizes[key] for key in WIDTHS if key in self.sizes)
+        self.old_width = next(self.sizes[key] for key in WIDTH_KEYS if key in self.sizes)
         self.width = min(width, self.old_width)
         self.scale = self.width / self.old_width
 
         self._scale_widths()
-        for key in LAYERS:
+        for key in DEPTH_KEYS:
             if key in self.sizes:
                 self._set(key, min(layers, self.sizes[key]))
         self._reduce_heads()
-        for key in EXPERTS:
+        for key in EXPERT_KEYS:
             if self._is_int(key):
                 self._set(key, min(self.sizes[key], 4))
         for key, most in ROUTING.items():
@@ -76,15 +62,15 @@ class _Smaller:
         return max(8, round(size * self.scale / 8) * 8)
 
     def _scale_widths(self) -> None:
-        for key in WIDTHS:
+        for key in WIDTH_KEYS:
             if key in self.sizes:
                 self._set(key, self._scaled(self.sizes[key]))
-        for key in INNER:
+        for key in INNER_KEYS:
             if self._is_int(key):
                 self._set(key, self._scaled(self.sizes[key]))
 
     def _reduce_heads(self) -> None:
-        present = [key for key in HEADS if key in self.sizes]
+        present = [key for key in HEAD_KEYS if key in self.sizes]
         if not present or not self.sizes[present[0]]:
             return
         old_heads = self.sizes[present[0]]
@@ -100,7 +86,7 @@ class _Smaller:
             self._set(key, heads)
         if KV_HEADS in self.sizes:
             self._set(KV_HEADS, max(1, heads // ratio))
-        for key in HEAD_SIZES:
+        for key in HEAD_SIZE_KEYS:
             if self._is_int(key) and self.sizes[key] * old_heads != self.old_width:
                 size = self.sizes[key] * old_heads * self.scale / heads
                 self._set(key, max(4, round(size / 2) * 2))

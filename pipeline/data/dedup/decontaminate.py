@@ -114,7 +114,7 @@ def _item_texts(name: str, source: Source) -> list[str]:
             try:
                 text = normalise(text_of(source, item))
             except MissingField:
-                pass
+                text = ""  # an item without text: reported below if the whole set has none
         texts.append(text)
     if not any(texts):
         raise UserError(

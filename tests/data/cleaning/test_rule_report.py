@@ -1,42 +1,20 @@
 """The report about rules against counts of the outcomes."""
 
-import dataclasses
 import json
 import random
 
+from judged_texts import article, judged
+
 from pipeline.data.cleaning.filters import Filters
-from pipeline.data.cleaning.outcomes import Document, Outcome
 from pipeline.data.cleaning.rule_report import RuleReport
 from pipeline.data.cleaning.rules import RULE_SETS, Rules, Thresholds
-from pipeline.data.cleaning.steps import Steps, clean_batch, reasons
+from pipeline.data.cleaning.steps import Steps, reasons
 
 EN = (
     "The committee met on Tuesday to decide what should be done with the old bridge. Nobody had crossed it for years,"
     " and the river below had moved. "
 )
 ZH = "这座桥是一百年前修的，如今已经没有人走了。河水改了道，村里的人也搬到了别的地方，只有老人还记得它原来的样子。"
-
-
-def judged(texts: list[str], **blocks) -> list[dict]:
-    documents = [Document(Outcome("f:1"), text) for text in texts]
-    clean_batch(documents, Steps(**blocks))
-    return [dataclasses.asdict(document.outcome) for document in documents]
-
-
-def article(rng: random.Random, base: str, number: int) -> str:
-    """Prose whose sentences differ: words of `base` in another order each."""
-    if base is ZH:
-        signs = [c for c in ZH if c not in "，。"]
-        return "\n".join(
-            "".join(rng.sample(signs, 30)) + "，" + "".join(rng.sample(signs, 9)) + "。" for _ in range(number)
-        )
-    words = base.replace(",", "").replace(".", "").lower().split()
-    return "\n".join(
-        f"{rng.choice(words).title()} "
-        + " ".join(rng.choice(words) + rng.choice(["s", "ed", "ing", ""]) for _ in range(14))
-        + f", {rng.choice(words)} the {rng.choice(words)}."
-        for _ in range(number)
-    )
 
 
 def reasons_of(row: dict, rules: Rules, filters: Filters = Filters()) -> list[str]:
