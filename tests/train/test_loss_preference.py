@@ -47,13 +47,13 @@ def conversations() -> list[list[dict]]:
 def pairs(chat):
     rows = [
         Pair(
-            str(i),
-            "s",
-            "",
-            [{"role": "user", "content": f"{row['words']} {row['noun']}"}],
-            row["kind"] * (1 + i % 3),
-            row["wrong"],
-            "",
+            id=str(i),
+            source="s",
+            place="",
+            content="",
+            prompt=[{"role": "user", "content": f"{row['words']} {row['noun']}"}],
+            chosen={"role": "assistant", "content": row["kind"] * (1 + i % 3)},
+            rejected={"role": "assistant", "content": row["wrong"]},
             margin=0.1 * i,
         )
         for i, row in enumerate(tuned.rows()[:6])
