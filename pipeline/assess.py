@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION, PlannedInput, SourceBlock, StageConfig, idle
+from pipeline.core.config import EXECUTION, PlannedInput, SourceBlock, StageConfig, refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.core.tracking import Progress
 from pipeline.data.chat.chat_sources import PromptSource
 from pipeline.data.chat.record_checks import check_chat_records
@@ -76,11 +76,11 @@ class Config(StageConfig):
             raise ValueError("compare needs a judge: give `inputs: {reward: STAGE}`")
         if not self.sources:
             for key in ("holdout", "max_prompts", "max_new_tokens", "temperature", "rule", "samples"):
-                idle(self, key, "is about prompts, and there are no `sources`")
+                refuse_unused(self, key, "is about prompts, and there are no `sources`")
         elif all(source.answer is None for source in self.sources.values()):
-            idle(self, "rule", "decides how answers are compared with `answer`, and no source has one")
+            refuse_unused(self, "rule", "decides how answers are compared with `answer`, and no source has one")
         if not self.compare:
-            idle(self, "bootstrap", "is for the intervals of comparisons, and `compare` is empty")
+            refuse_unused(self, "bootstrap", "is for the intervals of comparisons, and `compare` is empty")
         if not self.max_rows and not self.sources:
             raise ValueError("max_rows: 0 leaves nothing to measure without prompts; give `sources`")
         return self
@@ -156,8 +156,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "models": report,
         "win_rates": wins,
         "summary": {
-            "input": f"{many(len(models), 'model')}, {many(len(prompts), 'prompt')}",
-            "output": f"report.json, {many(len(samples), 'sample')}",
+            "input": f"{plural(len(models), 'model')}, {plural(len(prompts), 'prompt')}",
+            "output": f"report.json, {plural(len(samples), 'sample')}",
             "measure": "; ".join(headline(wins, report)),
         },
     }

@@ -33,7 +33,7 @@ from pipeline.core.config import EXECUTION, ExternalFiles, Name, PlannedInput, S
 from pipeline.core.errors import Absent, UserError
 from pipeline.core.files import write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 from pipeline.core.tracking import Progress
 from pipeline.data.cleaning import outcomes, shards, work_units
 from pipeline.data.cleaning.addresses import url_of
@@ -111,7 +111,7 @@ class Config(StageConfig):
     """Raw bytes of one unit of work: what a killed run may lose, per worker."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         uses = {
             "quality.good": self.quality.good,
             "quality.bad": self.quality.bad,
@@ -414,11 +414,11 @@ def _summary(config: Config, report: dict) -> dict[str, str]:
     duplicates = total["duplicates_exact"] + total["duplicates_url"]
     return {
         "input": (
-            f"{total['bytes_in'] / 1e6:.1f} MB, {many(total['documents_in'], 'document')},"
-            f" {many(len(config.sources), 'source')}"
+            f"{total['bytes_in'] / 1e6:.1f} MB, {plural(total['documents_in'], 'document')},"
+            f" {plural(len(config.sources), 'source')}"
         ),
         "output": (
-            f"{total['bytes_out'] / 1e6:.1f} MB, {many(kept, 'document')} ({total['heldout_documents']} held out)"
+            f"{total['bytes_out'] / 1e6:.1f} MB, {plural(kept, 'document')} ({total['heldout_documents']} held out)"
         ),
         "measure": (
             f"dropped: {total['filtered_documents']} filtered, {duplicates} + {total['duplicates_near']} duplicates,"

@@ -13,7 +13,7 @@ from pipeline.checks import inspect_commands as inspection
 from pipeline.checks import verify_commands as verify
 from pipeline.core import chain
 from pipeline.core.chain_summary import show_chain
-from pipeline.core.cli_arguments import Json, RecipeFile, Words, known, split
+from pipeline.core.cli_arguments import Json, RecipeFile, Words, check_stage_names, split
 from pipeline.core.errors import EXIT_USER, UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.launch import StageFailed
@@ -21,7 +21,7 @@ from pipeline.core.precheck import checked
 from pipeline.core.recipe import load
 from pipeline.core.stage import guarded
 from pipeline.core.status import examine
-from pipeline.core.terminal import keep_open, many, show
+from pipeline.core.terminal import keep_open, plural, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,7 +79,7 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
     """One line per stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where."""
     stages, overrides = split(words)
     graph = examine(load(recipe, overrides))
-    known(stages, graph, recipe)
+    check_stage_names(stages, graph, recipe)
     chosen = {name: node for name, node in graph.items() if not stages or name in stages}
     if as_json:
         print(
@@ -116,12 +116,12 @@ def recipe_check(
     stages are reported."""
     stages, overrides = split(words)
     _, graph = checked(recipe, overrides, sources)
-    known(stages, graph, recipe)
+    check_stage_names(stages, graph, recipe)
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
         show(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
     left = "" if sources else " (--sources reads the first records of local sources, too)"
-    show(f"{recipe}: {many(len(graph), 'stage')}, every key is known{left}")
+    show(f"{recipe}: {plural(len(graph), 'stage')}, every key is known{left}")
 
 
 @recipe_app.command("schema")

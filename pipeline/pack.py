@@ -31,7 +31,7 @@ from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
 from pipeline.core.processes import cores, kill_workers, signals_held
 from pipeline.core.seeds import derive
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 from pipeline.core.tracking import Progress
 from pipeline.data.sources.arrow_values import open_parquet
 from pipeline.data.tokens import import_shards, join_units, pack_units
@@ -60,7 +60,7 @@ class Config(StageConfig):
         return {"data"} if self.shards else set()
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if not self.shards and self.seed:
             raise ValueError(
                 f"seed: {self.seed} decides which documents of `shards` are held out, and there are none; remove it"
@@ -134,12 +134,14 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         raise UserError(f"{empty}; there is nothing to pack")
     num_closed = sum(meta.get("closed", 0) for meta in metas.values())
     if num_closed:
-        say(f"pack: {many(num_closed, 'document', ',')} of shards had no end-of-document token: one was added to each")
+        say(
+            f"pack: {plural(num_closed, 'document', ',')} of shards had no end-of-document token: one was added to each"
+        )
     num_inexact = sum(meta.get("inexact", 0) for meta in metas.values())
     if num_inexact:
         say(
-            f"pack: the tokens of {many(num_inexact, 'document')} do not spell their text byte for byte; bits per byte"
-            " will spread a document's bytes over its tokens"
+            f"pack: the tokens of {plural(num_inexact, 'document')} do not spell their text byte for byte; bits per"
+            " byte will spread a document's bytes over its tokens"
         )
     return metrics(index, len(bad), num_inexact, time.time() - began)
 
@@ -278,7 +280,7 @@ def metrics(index: dict, num_bad: int, num_inexact: int, seconds: float) -> dict
         "inexact_documents": num_inexact,
         "seconds": round(seconds, 3),
         "summary": {
-            "input": f"{many(num_documents, 'document', ',')}, {megabytes:.1f} MB",
+            "input": f"{plural(num_documents, 'document', ',')}, {megabytes:.1f} MB",
             "output": f"{train['tokens']:,} tokens, held out {heldout['tokens']:,}",
             "measure": f"{train['bytes'] / train['tokens']:.2f} bytes per token",
         },

@@ -17,12 +17,12 @@ import math
 from pydantic import Field, model_validator
 
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import idle
+from pipeline.core.config import refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.data.chat.chat_sources import PromptSource
 from pipeline.rl.config import Algorithm, LinearSchedule, PolicyOptimizer, Rollout, ValueOptimizer
 from pipeline.rl.rules import Rule
@@ -61,7 +61,7 @@ class Config(FinetuneConfig):
     @model_validator(mode="after")
     def consistent(self):
         for key in ("chat_template", "chat_template_kwargs"):
-            idle(self, key, "is for the stages that teach a template; policy and reward model have theirs")
+            refuse_unused(self, key, "is for the stages that teach a template; policy and reward model have theirs")
         if self.rollout.max_new_tokens >= self.sequence_length:
             raise ValueError(
                 f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in sequence_length"
@@ -138,7 +138,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     metrics["skipped_updates"] = result["skipped_updates"]
     metrics |= counts
     metrics["summary"] = {
-        "input": many(counts["train_prompts"], "prompt"),
+        "input": plural(counts["train_prompts"], "prompt"),
         "output": f"{config.steps} x {config.batch_size} responses",
         "measure": measured,
     }
@@ -164,10 +164,10 @@ def build_models(config: Config, policy, reward, prompts: int):
     value_model = ValueModel(classifier)
 
     data = (
-        f"{many(config.steps, 'iteration', ',')} x {many(config.batch_size, 'prompt')}, answered with at most"
+        f"{plural(config.steps, 'iteration', ',')} x {plural(config.batch_size, 'prompt')}, answered with at most"
         f" {config.rollout.max_new_tokens} tokens: {config.steps * config.batch_size / prompts:.3g} epochs of"
-        f" {many(prompts, 'prompt', ',')}; {many(config.ppo.epochs, 'pass/passes')} over each iteration's answers, in"
-        f" {many(config.ppo.minibatches, 'update')} each"
+        f" {plural(prompts, 'prompt', ',')}; {plural(config.ppo.epochs, 'pass/passes')} over each iteration's answers,"
+        f" in {plural(config.ppo.minibatches, 'update')} each"
     )
     notes = (
         f"value      {value_size:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",

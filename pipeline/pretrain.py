@@ -17,7 +17,7 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 from pipeline.train.pretrain_config import Config
 
 VERSION = 3  # 3: experts multiply in the type of `precision`, ends of generation are the parent's
@@ -240,7 +240,7 @@ def evaluation(means: dict, heldout: list) -> dict:
 def improvement(result: dict, heldout: list) -> str:
     """Held-out bits per byte before and after, in words."""
     before, after = result["before"]["bits_per_byte"], result["after"]["bits_per_byte"]
-    return f"held-out bits per byte {before:.2f} -> {after:.2f} (n={many(len(heldout), 'row')})"
+    return f"held-out bits per byte {before:.2f} -> {after:.2f} (n={plural(len(heldout), 'row')})"
 
 
 def metrics_of(output: Output, result: dict, heldout: list) -> dict:
@@ -269,7 +269,7 @@ def summary(sampler, num_parameters: int, result: dict, heldout: list) -> dict:
     """The stage's line at the end of a chain."""
     available = sum(sampler.store.num_tokens(source) for source in sampler.sources)
     return {
-        "input": f"{available / 1e6:.2f}M tokens, {many(len(sampler.sources), 'source')}",
+        "input": f"{available / 1e6:.2f}M tokens, {plural(len(sampler.sources), 'source')}",
         "output": f"{num_parameters / 1e6:.1f}M parameters, {int(result['weight']) / 1e6:.2f}M tokens read",
         "measure": improvement(result, heldout),
     }

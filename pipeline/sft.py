@@ -16,7 +16,7 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.config import EXECUTION
 from pipeline.core.intervals import shares, unchanged
 from pipeline.core.output import Output
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 from pipeline.data.chat.chat_sources import ChatSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
@@ -78,16 +78,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     epochs = config.steps * config.batch_size / rows.per_epoch
     kind = "packed rows" if config.packing else "conversations"
     work = Work(
-        f"{many(config.steps, 'step', ',')} x {config.batch_size} {kind} of at most {config.sequence_length} tokens:"
-        f" {epochs:.3g} epochs of {many(rows.per_epoch, 'row', ',')}",
+        f"{plural(config.steps, 'step', ',')} x {config.batch_size} {kind} of at most {config.sequence_length} tokens:"
+        f" {epochs:.3g} epochs of {plural(rows.per_epoch, 'row', ',')}",
         tokens=epochs * len(ids.values),
     )
     engine, text = finetune.build_engine(model, loss, config, work)
     fill = float(ids.lengths.sum() / (rows.per_epoch * config.sequence_length))
-    finetune.say_counts(output, counts, f" in {many(rows.per_epoch, 'row')}, {fill:.0%} filled")
+    finetune.say_counts(output, counts, f" in {plural(rows.per_epoch, 'row')}, {fill:.0%} filled")
     if len(ids) > counts.train:
         say(
-            f"{output.stage}: {many(counts.train, 'conversation', ',')} to train on are {len(ids):,} sequences: the"
+            f"{output.stage}: {plural(counts.train, 'conversation', ',')} to train on are {len(ids):,} sequences: the"
             " chat template writes an earlier answer differently from the last one, so that such a conversation is"
             " learned answer by answer, as inference will show it"
         )

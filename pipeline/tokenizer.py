@@ -18,11 +18,11 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import ExternalFiles, PlannedInput, StageConfig, check_source_names, idle
+from pipeline.core.config import ExternalFiles, PlannedInput, StageConfig, check_source_names, refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import byte_size, many, say
+from pipeline.core.terminal import byte_size, plural, say
 from pipeline.core.tracking import Progress
 from pipeline.data.tokenizer.bpe_merges import LONGEST
 from pipeline.data.tokenizer.special_tokens import BOS, END_OF_TURN, EOS, PAD, SPECIAL, TURN, UNKNOWN
@@ -92,11 +92,11 @@ class Config(StageConfig):
             )
         if self.adopt:
             for key in ("algorithm", "split_digits", "merge_whitespace", "character_coverage", "max_token_bytes"):
-                idle(self, key, "has no effect with adopt, which uses a tokenizer as it is")
+                refuse_unused(self, key, "has no effect with adopt, which uses a tokenizer as it is")
         if self.algorithm == "byte-bpe":
-            idle(self, "character_coverage", "belongs to algorithm sentencepiece")
+            refuse_unused(self, "character_coverage", "belongs to algorithm sentencepiece")
         else:
-            idle(self, "max_token_bytes", "belongs to algorithm byte-bpe")
+            refuse_unused(self, "max_token_bytes", "belongs to algorithm byte-bpe")
         names = self.extra_tokens()
         if len(set(names)) != len(names) or any(name.strip() != name for name in names):
             raise ValueError(
@@ -171,7 +171,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         algorithm = config.algorithm
         say(
             f"tokenizer: {algorithm} of {config.vocab_size} tokens on {byte_size(sample_bytes)} from"
-            f" {many(len(sample['bytes']), 'source')}"
+            f" {plural(len(sample['bytes']), 'source')}"
         )
         if algorithm == "byte-bpe":
             train_byte_bpe(config, sample_file, sample_bytes, output.path)
@@ -202,7 +202,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     round_trip = f"{num_changed} texts changed" if num_changed else "round trip exact"
     available = byte_size(sum(sample["available"].values()))
     metrics["summary"] = {
-        "input": f"{byte_size(sample_bytes)} of {available}, {many(len(sample['bytes']), 'source')}",
+        "input": f"{byte_size(sample_bytes)} of {available}, {plural(len(sample['bytes']), 'source')}",
         "output": f"{size} tokens, {algorithm}",
         "measure": f"{rate:.2f} bytes per token held out, {round_trip}" if rate else round_trip,
     }

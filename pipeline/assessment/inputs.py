@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 
 DEFAULT_LENGTH = 1024  # tokens of a held-out row
 
@@ -141,8 +141,8 @@ def held_out_prompts(config, candidates: list[Candidate], judge) -> tuple[list, 
     for reason, count in reasons.items():
         if count > NOTABLE * total:
             say(
-                f"WARNING {config.kind}: {many(count, 'held-out prompt')} of {total} dropped: {reason}; the figures are"
-                f" of the other {len(chosen)}"
+                f"WARNING {config.kind}: {plural(count, 'held-out prompt')} of {total} dropped: {reason}; the figures"
+                f" are of the other {len(chosen)}"
             )
     return chosen, reasons
 

@@ -9,7 +9,7 @@ import typer
 
 from pipeline.core import artifact
 from pipeline.core.artifact import Artifact
-from pipeline.core.cli_arguments import Json, RecipeFile, Words, known, one, split
+from pipeline.core.cli_arguments import Json, RecipeFile, Words, check_stage_names, one, split
 from pipeline.core.errors import UserError
 from pipeline.core.graph import Node, nodes
 from pipeline.core.recipe import load
@@ -61,7 +61,7 @@ def inspect_data(
 
     stages, overrides = split(words)
     graph = nodes(load(recipe, overrides))
-    known(stages, graph, recipe)
+    check_stage_names(stages, graph, recipe)
     output = _published(graph, one(stages), ("clean", *inspect_data.FINETUNING), recipe)
     inspect_data.show(output, source=source, reason=reason, samples=samples)
 
@@ -97,7 +97,7 @@ def _tokenizer_output(recipe: str, words: list[str] | None) -> Path:
     """The published folder of the recipe's stage of kind tokenizer."""
     stages, overrides = split(words)
     graph = examine(load(recipe, overrides))
-    known(stages, graph, recipe)
+    check_stage_names(stages, graph, recipe)
     candidates = [node for node in graph.values() if node.config.kind == "tokenizer"]
     if stages:
         candidates = [node for node in candidates if node.name in stages]

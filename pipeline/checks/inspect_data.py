@@ -17,7 +17,7 @@ from pipeline.checks.inspect_reasons import PLACES
 from pipeline.checks.tables import new_table, one_line, percent
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 
 WIDTH = 100  # columns where the output is not a terminal
 FINETUNING = ("sft", "reward", "dpo", "ppo")
@@ -69,7 +69,7 @@ def _extraction(console: Console, sources: dict[str, dict], source: str | None) 
         if extraction and source in (None, name):
             share = percent(extraction["characters_extracted"], extraction["characters_shown"])
             console.print(
-                f"extracted from {many(extraction['pages'], 'page')} of {name}: {share} of"
+                f"extracted from {plural(extraction['pages'], 'page')} of {name}: {share} of"
                 f" {extraction['characters_shown'] / 1e6:,.1f} M characters that they show"
             )
 
@@ -148,7 +148,9 @@ def _count_rows(console: Console, output: Artifact, split: str, expected: int, n
     rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in shards)
     mark = "=" if rows == expected else "NOT"
     copies = f", {num_copies:,} of them copies by `upsample`" if num_copies else ""
-    console.print(f"{mark} {split}: {rows:,} rows in {many(len(shards), 'shard')}{copies}; {expected:,} by this report")
+    console.print(
+        f"{mark} {split}: {rows:,} rows in {plural(len(shards), 'shard')}{copies}; {expected:,} by this report"
+    )
 
 
 # ---- duplicates, changes, evaluation sets ----------------------------------------------------------------------------
@@ -184,11 +186,11 @@ def _changed(console: Console, report: dict) -> None:
     parts = [f"\nkept documents: {bytes_read / 1e6:.2f} MB read, {total['bytes_out'] / 1e6:.2f} MB published"]
     if total.get("edited_documents"):
         parts.append(
-            f"repeated text removed from {many(total['edited_documents'], 'document', ',')},"
+            f"repeated text removed from {plural(total['edited_documents'], 'document', ',')},"
             f" {total['removed_bytes'] / 1e6:.2f} MB"
         )
     for name, entry in report["rules"]["changed"].items():
-        parts.append(f"{name}: {many(entry['documents'], 'document', ',')}, {many(entry['times'], 'time', ',')}")
+        parts.append(f"{name}: {plural(entry['documents'], 'document', ',')}, {plural(entry['times'], 'time', ',')}")
     console.print("; ".join(parts))
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline.checks.tables import new_table, one_line, percent
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 
 PLACES = 3  # of each kind of bad input, without --samples
 FACTORS = (0.8, 1.25)  # thresholds are shown at these multiples
@@ -130,7 +130,7 @@ def one_reason(console: Console, report: dict, output: Artifact, source: str | N
 def _rule(console: Console, name: str, rule: dict) -> None:
     verb = "breaks" if rule["documents"] == 1 else "break"
     console.print(
-        f"\n{name}: {many(rule['documents'], 'document', ',')} {verb} it ({rule['share']:.2%} of documents,"
+        f"\n{name}: {plural(rule['documents'], 'document', ',')} {verb} it ({rule['share']:.2%} of documents,"
         f" {rule['share_bytes']:.2%} of bytes), {rule['alone']:,} of them no other rule; the reason of"
         f" {rule['first']:,}"
     )

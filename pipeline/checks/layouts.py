@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from pipeline.checks.small_recipe import ROWS
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 
 
 class Layout(NamedTuple):
@@ -95,7 +95,7 @@ def with_own(config, num_layers: int) -> tuple[list[Layout], str]:
     layouts = list(LAYOUTS)
     if own in layouts:
         return layouts, f"layouts    {len(layouts)}, among them the recipe's own: {own.name}"
-    line = f"layouts    {len(layouts)}, and {own.name} ({many(own.processes, 'process/processes')})"
+    line = f"layouts    {len(layouts)}, and {own.name} ({plural(own.processes, 'process/processes')})"
     if config.parallel.pipeline > num_layers:
         line += f"; {config.parallel.pipeline} stages need as many layers, here are {num_layers}"
     if own.depth > 1:

@@ -6,7 +6,7 @@ from pipeline.core import artifact
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.graph import Node
-from pipeline.core.terminal import byte_size, many, show
+from pipeline.core.terminal import byte_size, plural, show
 
 
 def verify(graph: dict[str, Node], stages: list[str], recipe: str) -> None:
@@ -28,11 +28,11 @@ def verify(graph: dict[str, Node], stages: list[str], recipe: str) -> None:
         else:
             files = output.manifest["files"].values()
             size = byte_size(sum(entry["size"] for entry in files))
-            show(f"{name:<12} complete     {many(len(files), 'file')}, {size}, digest {output.digest[:12]}")
+            show(f"{name:<12} complete     {plural(len(files), 'file')}, {size}, digest {output.digest[:12]}")
     if num_bad:
         verb, pronoun = ("is", "it") if num_bad == 1 else ("are", "them")
         raise UserError(
-            f"{recipe}: {num_bad} of {many(len(stages or graph), 'output')} {verb} missing or damaged; alma run"
+            f"{recipe}: {num_bad} of {plural(len(stages or graph), 'output')} {verb} missing or damaged; alma run"
             f" {recipe} makes {pronoun} again"
         )
 

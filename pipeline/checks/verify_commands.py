@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core.cli_arguments import RecipeFile, Words, known, one, split
+from pipeline.core.cli_arguments import RecipeFile, Words, check_stage_names, one, split
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import load
 
@@ -19,7 +19,7 @@ def verify_artifacts(recipe: RecipeFile, words: Words = None) -> None:
 
     stages, overrides = split(words)
     graph = nodes(load(recipe, overrides))
-    known(stages, graph, recipe)
+    check_stage_names(stages, graph, recipe)
     verify(graph, stages, recipe)
 
 

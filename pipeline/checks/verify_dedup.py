@@ -14,7 +14,7 @@ from collections import defaultdict
 
 from pipeline.core.errors import UserError
 from pipeline.core.recipe import Recipe
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 
 LEVELS = tuple(i / 20 for i in range(6, 20))  # similarities that copies aim at: 0.30, 0.35, ... 0.95
 HIGH, LOW = 0.8, 0.6
@@ -59,7 +59,7 @@ def verify(
         if len(texts) < LEAST_DOCUMENTS:
             verb = "is" if len(texts) == 1 else "are"
             say(
-                f"{language}: only {many(len(texts), 'document')} of the sample {verb} long enough for copies of a"
+                f"{language}: only {plural(len(texts), 'document')} of the sample {verb} long enough for copies of a"
                 " given similarity; not judged"
             )
             continue

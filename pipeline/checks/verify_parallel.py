@@ -21,7 +21,7 @@ from pipeline.core.config import dump
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.recipe import Recipe
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 
 STEPS = 10
 MAX_GRAD_NORM = 0.1  # at most: low enough that every step is clipped
@@ -105,7 +105,7 @@ def _train(config, ready: Prepared, work: Path, all_trials: list[dict], gpus: in
             continue
         began = time.time()
         results += _launch(job | {"trials": chosen}, world, work, on_gpu=gpus > 0)
-        say(f"{many(world, 'process/processes')}: {many(len(chosen), 'run')} in {time.time() - began:.0f} s")
+        say(f"{plural(world, 'process/processes')}: {plural(len(chosen), 'run')} in {time.time() - began:.0f} s")
         for trial in results:
             if trial["layout"] == REFERENCE and "refused" in trial:  # there is nothing to compare with
                 raise UserError(trial["refused"])

@@ -26,7 +26,7 @@ from pipeline.core.config import dump
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.recipe import Recipe
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 from pipeline.train import row_trace
 
 STEPS, SAVE_EVERY = 12, 2
@@ -148,7 +148,7 @@ class Start:
     """Other keys of the stage that belong to its layout."""
 
     def __str__(self) -> str:
-        parts = [many(self.processes, "process/processes")]
+        parts = [plural(self.processes, "process/processes")]
         parts += [f"{key}: {value}" for key, value in (self.parallel | self.changes).items()]
         if self.fault:
             parts.append(f"killed at {self.fault}")

@@ -11,7 +11,7 @@ from pipeline.core.config import ExternalFiles, SourceBlock
 from pipeline.core.errors import UserError
 from pipeline.core.fingerprint import without_key
 from pipeline.core.recipe import KINDS, module_of
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.core.value_differences import Missing, file_differences, same, some, value_differences
 
 
@@ -201,7 +201,7 @@ def _source_differences(
         return []
     if before is None or after is None:
         files = (before or after).get("files", [])
-        names = f" ({many(len(files), 'file')}: {some([file[0] for file in files])})" if files else ""
+        names = f" ({plural(len(files), 'file')}: {some([file[0] for file in files])})" if files else ""
         return [f"{key}: {'removed' if after is None else 'added'}{names}"]
     old_options = {option: value for option, value in before.items() if option != "files"}
     new_options = {option: value for option, value in after.items() if option != "files"}

@@ -27,7 +27,7 @@ def one(stages: list[str]) -> str | None:
     return stages[0] if stages else None
 
 
-def known(stages: list[str], graph: dict, recipe: str) -> None:
+def check_stage_names(stages: list[str], graph: dict, recipe: str) -> None:
     """Raise UserError for a stage that the recipe does not have."""
     for name in stages:
         if name not in graph:

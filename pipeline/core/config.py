@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import Problems, UserError
-from pipeline.core.recipe_file import shown
+from pipeline.core.recipe_file import short_repr
 
 # Marks a key that changes how a stage is run and not what comes out (ranks, workers, saving, logging): it is recorded,
 # but is not part of the fingerprint.
@@ -50,12 +50,12 @@ class Strict(BaseModel):
         return value
 
 
-def idle(block: Strict, key: str, why: str) -> None:
+def refuse_unused(block: Strict, key: str, why: str) -> None:
     """Refuse a key that would have no effect, because it would change the identity of a run and not its result. The
     default value is allowed, because a recipe that is written out in full has every key. Raises ValueError."""
     value = dict(block)[key]
     if value != type(block).model_fields[key].get_default(call_default_factory=True):
-        raise ValueError(f"{key}: {shown(value, 40)} {why}; remove it")
+        raise ValueError(f"{key}: {short_repr(value, 40)} {why}; remove it")
 
 
 SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -65,10 +65,10 @@ def seconds_of(text: str) -> float:
     """Seconds of a duration such as 2h, 90m, 1h30m or 1.5d. Raises ValueError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
-        raise ValueError(f"{shown(text)} is not a duration; write for example 2h, 90m or 1h30m (d, h, m, s)")
+        raise ValueError(f"{short_repr(text)} is not a duration; write for example 2h, 90m or 1h30m (d, h, m, s)")
     seconds = sum(float(number) * SECONDS_PER_UNIT[unit] for number, unit in parts)
     if not 0 < seconds < 10 * 365 * SECONDS_PER_UNIT["d"]:
-        raise ValueError(f"{shown(text)} is not between a second and ten years")
+        raise ValueError(f"{short_repr(text)} is not between a second and ten years")
     return seconds
 
 

@@ -13,7 +13,7 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.config import PlannedInput, StageConfig
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe import Recipe, module_of
-from pipeline.core.recipe_file import shown
+from pipeline.core.recipe_file import short_repr
 
 State = Literal["up to date", "stale", "interrupted", "missing", "damaged", "waits", "running", "absent"]
 """waits: a stage before it is not up to date. absent: no output and no sources on this machine, and nothing needs
@@ -128,8 +128,8 @@ def _input_problem(
     if source not in recipe.stages or source == name:
         others = ", ".join(stage for stage in recipe.stages if stage != name)
         return (
-            f"stages.{name}.inputs.{key}: {shown(source)} is not another stage of this recipe; expected one of {others}"
-            " (the path of a folder begins with . or /)"
+            f"stages.{name}.inputs.{key}: {short_repr(source)} is not another stage of this recipe; expected one of"
+            f" {others} (the path of a folder begins with . or /)"
         )
     if recipe.stages[source].kind not in kinds:
         return (
@@ -170,7 +170,7 @@ def check(node: Node, graph: dict[str, Node]) -> None:
         node.config.check(node.config.run.world)
     for key, source in node.parents.items():
         if source not in graph and (not os.path.isdir(source) or not os.listdir(source)):
-            problems.add(f"stages.{node.name}.inputs.{key}: {shown(source)} is not a folder with files in it")
+            problems.add(f"stages.{node.name}.inputs.{key}: {short_repr(source)} is not a folder with files in it")
     with problems.gather(lambda message: f"stages.{node.name}.{message}"):
         node.config.check_inputs(planned_inputs(node, graph))
     problems.refuse()

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from pipeline.core.config import MAX_NAME_LENGTH, Name, StageConfig, Strict, dump
 from pipeline.core.errors import Problems, UserError
-from pipeline.core.recipe_file import nearest, override, place_of, read, shown
+from pipeline.core.recipe_file import override, place_of, read, short_repr, suggestion
 from pipeline.core.recipe_messages import block_class, validated
 
 # Kinds of stages, each a script `pipeline/KIND.py`. To add one, write the script and add its name here.
@@ -155,7 +155,7 @@ def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> St
     place = place_of(where, places, path)
     if not isinstance(block, dict):
         raise UserError(
-            f"{place}: stages.{name} must be a block of keys, found {shown(block)}; an empty stage is written {{}}"
+            f"{place}: stages.{name} must be a block of keys, found {short_repr(block)}; an empty stage is written {{}}"
         )
     if name in Recipe.model_fields:
         raise UserError(
@@ -164,11 +164,13 @@ def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> St
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > MAX_NAME_LENGTH:
         raise UserError(
-            f"{place}: stage name {shown(name)} must be letters, digits, - and _, at most {MAX_NAME_LENGTH}"
+            f"{place}: stage name {short_repr(name)} must be letters, digits, - and _, at most {MAX_NAME_LENGTH}"
         )
     kind = block.get("kind", name)
     if kind not in KINDS:
-        raise UserError(f"{place}: stages.{name} has the unknown kind {shown(kind)}; {nearest(str(kind), KINDS)}")
+        raise UserError(
+            f"{place}: stages.{name} has the unknown kind {short_repr(kind)}; {suggestion(str(kind), KINDS)}"
+        )
     model = module_of(kind).Config
     filled = block | {"kind": kind}
     filled.setdefault("seed", recipe.seed if model.uses_seed(block) else 0)
@@ -199,10 +201,10 @@ def _with_shared_keys(source: Any, where: tuple, shared: dict, unused: frozenset
         return source
     name = source["from"]
     if not isinstance(name, str) or name not in shared:
-        alternatives = nearest(str(name), shared) if shared else "there are none"
+        alternatives = suggestion(str(name), shared) if shared else "there are none"
         raise UserError(
             f"{place_of((*where, 'from'), places, path)}: {'.'.join(where)}.from: the recipe's `sources` have no"
-            f" {shown(name)}; {alternatives}"
+            f" {short_repr(name)}; {alternatives}"
         )
     for key in list(places):
         if key[:2] == ("sources", name):

@@ -32,12 +32,12 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
     try:
         here = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle, a NUL
-        raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
+        raise UserError(f"{short_repr(path)}: cannot be read: {_reason(error)}") from None
     if here in seen:
         raise UserError(f"{path}: `extends` is cyclic: {' -> '.join(str(p) for p in (*seen, here))}")
     loaded = _parsed(_text(path), path)
     if not isinstance(loaded, dict):
-        found = {type(None): "an empty file", CommentedSeq: "a list"}.get(type(loaded)) or shown(loaded)
+        found = {type(None): "an empty file", CommentedSeq: "a list"}.get(type(loaded)) or short_repr(loaded)
         raise UserError(f"{path}:1: a recipe is a block of `key: value` lines, found {found}")
     tree = _Expansion(str(path), places).plain(loaded, (), 0)
     parent = tree.pop("extends", None)
@@ -45,12 +45,12 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
         return tree
     where = place_of(("extends",), places, path)
     if not isinstance(parent, str):
-        raise UserError(f"{where}: `extends` expects the path of one recipe, found {shown(parent)}")
+        raise UserError(f"{where}: `extends` expects the path of one recipe, found {short_repr(parent)}")
     inherited: dict = {}
     if not os.path.isfile(path.parent / parent):
         near = [name for name in recipes_in((path.parent / parent).parent) if name != path.name]
         raise UserError(
-            f"{where}: `extends` names {shown(parent)}, which does not exist;"
+            f"{where}: `extends` names {short_repr(parent)}, which does not exist;"
             f" {'that folder has ' + ', '.join(near) if near else 'that folder has no recipes'}"
         )
     base = read(path.parent / parent, inherited, (*seen, here))
@@ -70,7 +70,7 @@ def _text(path: Path) -> str:
             f"{path}: no such recipe; {'this folder has ' + ', '.join(near) if near else 'its folder has no recipes'}"
         ) from None
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read as a UTF-8 text file: {_reason(error)}") from None
+        raise UserError(f"{short_repr(path)}: cannot be read as a UTF-8 text file: {_reason(error)}") from None
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes, so it is not a recipe; name many files by a glob")
     try:
@@ -148,7 +148,7 @@ class _Expansion:
         if isinstance(node, int):
             if abs(node) > MAX_NUMBER:
                 self._refuse(
-                    line, f"{'.'.join(map(str, key)) or 'the value'} is beyond {MAX_NUMBER:,}: {shown(node, 40)}"
+                    line, f"{'.'.join(map(str, key)) or 'the value'} is beyond {MAX_NUMBER:,}: {short_repr(node, 40)}"
                 )
             return int(node)
         if isinstance(node, float):
@@ -168,7 +168,7 @@ class _Expansion:
                 at = lines[name][0] + 1
                 self._remember((*key, word), at)
             if word in block:
-                self._refuse(at, f"the key {shown(word)} is given twice in this block; keep one of the two")
+                self._refuse(at, f"the key {short_repr(word)} is given twice in this block; keep one of the two")
             block[word] = self.plain(child, (*key, word), at)
         return block
 
@@ -184,7 +184,9 @@ class _Expansion:
 
     def _word(self, text: str, line: int) -> str:
         if "\0" in text or not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            self._refuse(line, f"{shown(text)} has a character that is not text (NUL, or half of a surrogate pair)")
+            self._refuse(
+                line, f"{short_repr(text)} has a character that is not text (NUL, or half of a surrogate pair)"
+            )
         return text
 
     def _remember(self, key: tuple, line: int) -> None:
@@ -211,15 +213,17 @@ def override(tree: dict, word: str, places: dict, top: list[str]) -> None:
     dotted, found, text = word.partition("=")
     keys = dotted.split(".")
     if not found or not all(keys):
-        raise UserError(f"{shown(word)} is not an override: expected key=value, such as pretrain.optimizer.lr=3e-4")
+        raise UserError(
+            f"{short_repr(word)} is not an override: expected key=value, such as pretrain.optimizer.lr=3e-4"
+        )
     stages = tree.get("stages")
     stages = stages if isinstance(stages, dict) else {}
     if keys[0] in stages:
         keys = ["stages", *keys]
     elif keys[0] not in top:
         raise UserError(
-            f"{shown(word)}: {shown(keys[0])} is neither a stage nor a top-level key of this recipe;"
-            f" {nearest(keys[0], [*stages, *top])}"
+            f"{short_repr(word)}: {short_repr(keys[0])} is neither a stage nor a top-level key of this recipe;"
+            f" {suggestion(keys[0], [*stages, *top])}"
         )
     value = _value(word, dotted, text)
     node = tree
@@ -229,8 +233,8 @@ def override(tree: dict, word: str, places: dict, top: list[str]) -> None:
         node = node[key]
         if not isinstance(node, dict):
             raise UserError(
-                f"{shown(word)}: {'.'.join(keys[: depth + 1])} is {shown(node)}, not a block that could hold"
-                f" {shown(keys[depth + 1])}"
+                f"{short_repr(word)}: {'.'.join(keys[: depth + 1])} is {short_repr(node)}, not a block that could hold"
+                f" {short_repr(keys[depth + 1])}"
             )
     node[keys[-1]] = value
     place = f"command line, {word[:200]}"
@@ -245,15 +249,15 @@ def _value(word: str, dotted: str, text: str) -> Any:
         return None
     if len(text) > MAX_BYTES or _open_brackets(text) > MAX_BRACKETS:
         raise UserError(
-            f"{shown(word)}: the value has {len(text):,} characters, too many to be one; use a recipe's file"
+            f"{short_repr(word)}: the value has {len(text):,} characters, too many to be one; use a recipe's file"
         )
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except Exception:
         raise UserError(
-            f"{shown(word)}: {shown(text)} is not a YAML value; quote it, as in '{dotted}=\"{text[:50]}\"'"
+            f"{short_repr(word)}: {short_repr(text)} is not a YAML value; quote it, as in '{dotted}=\"{text[:50]}\"'"
         ) from None
-    return _Expansion(f"command line, {shown(word)}").plain(value, (), 0)
+    return _Expansion(f"command line, {short_repr(word)}").plain(value, (), 0)
 
 
 def place_of(key: tuple, places: dict, path: Any) -> str:
@@ -263,14 +267,14 @@ def place_of(key: tuple, places: dict, path: Any) -> str:
     return places.get(key, str(path))
 
 
-def nearest(word: str, known: Any) -> str:
+def suggestion(word: str, known: Any) -> str:
     """What to write in place of an unknown name: the nearest known one, or all of them."""
     known = [str(name) for name in known]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
 
 
-def shown(value: Any, most: int = 120) -> str:
+def short_repr(value: Any, most: int = 120) -> str:
     """A value as a message shows it: its repr, shortened. Values are bounded (MAX_VALUES), so this is quick."""
     text = repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"

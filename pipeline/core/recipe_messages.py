@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.core.config import PATTERNS
 from pipeline.core.errors import Problems
-from pipeline.core.recipe_file import nearest, place_of, shown
+from pipeline.core.recipe_file import place_of, short_repr, suggestion
 
 
 def validated(model: type[BaseModel], tree: dict, prefix: tuple, places: dict, path: str) -> Any:
@@ -36,7 +36,7 @@ def _message(item: dict, model: type[BaseModel], prefix: tuple, places: dict, pa
     value = item.get("input")
     if item["type"] == "extra_forbidden":
         unknown = str(location[-1])[:300]
-        return f"{place}: unknown key {dotted[:300]}; {nearest(unknown, _keys_at(model, location[:-1]))}"
+        return f"{place}: unknown key {dotted[:300]}; {suggestion(unknown, _keys_at(model, location[:-1]))}"
     if item["type"] == "missing":
         return f"{place}: the key {dotted} is missing"
     if item["type"] == "value_error":
@@ -44,8 +44,10 @@ def _message(item: dict, model: type[BaseModel], prefix: tuple, places: dict, pa
         return f"{place}: {dotted}: {message}" if location else f"{place}: {message}"
     expected = _expected(item)
     if location[-1:] == ["[key]"]:
-        return f"{place}: {dotted.removesuffix(f'.{value}.[key]')} has the name {shown(value)}, expected {expected}"
-    return f"{place}: {dotted} is {shown(value)}, expected {expected}"
+        return (
+            f"{place}: {dotted.removesuffix(f'.{value}.[key]')} has the name {short_repr(value)}, expected {expected}"
+        )
+    return f"{place}: {dotted} is {short_repr(value)}, expected {expected}"
 
 
 def _expected(item: dict) -> str:

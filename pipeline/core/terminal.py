@@ -105,7 +105,7 @@ def time_left(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
-def many(number: int, noun: str, form: str = "") -> str:
+def plural(number: int, noun: str, form: str = "") -> str:
     """`1 source`, `2 sources`; `form` "," writes 12,000. Nouns with another plural come as `process/processes`."""
     one, _, several = noun.partition("/")
     return f"{number:{form}} {one if number == 1 else several or one + 's'}"

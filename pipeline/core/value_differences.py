@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 
 MAX_NAMED = 3  # files, entries of a list, or reasons that a message names; the rest are counted
 MAX_LENGTH = 80  # characters of a value that are shown
@@ -55,9 +55,9 @@ def file_differences(before: list[list[str]], after: list[list[str]]) -> list[st
     phrases = []
     for verb, names in (("added", added_names), ("removed", removed_names), ("changed", changed), ("renamed", renamed)):
         if names:
-            phrases.append(f"{many(len(names), 'file')} {verb} ({some(names)})")
+            phrases.append(f"{plural(len(names), 'file')} {verb} ({some(names)})")
     if not phrases and before != after:
-        return [f"{many(len(after), 'file')} in another order"]
+        return [f"{plural(len(after), 'file')} in another order"]
     return phrases
 
 
@@ -131,7 +131,7 @@ def _list_differences(
     for verb, items in (("added", new_items - old_items), ("removed", old_items - new_items)):
         if items:
             names = some([_cut(item) for item in items.elements()])
-            phrases.append(f"{many(items.total(), 'entry/entries')} {verb} ({names})")
+            phrases.append(f"{plural(items.total(), 'entry/entries')} {verb} ({names})")
     return [f"{key}: {', '.join(phrases) or f'its {len(after)} entries in another order'}"]
 
 

@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 
 from pipeline.core.errors import Problems, UserError
-from pipeline.core.recipe_file import shown
+from pipeline.core.recipe_file import short_repr
 from pipeline.models import families, mup
 from pipeline.models.families import FAMILIES, UNKNOWN
 
@@ -81,7 +81,7 @@ def _check_family(block: dict) -> None:
     hint = "it is the model_type of a transformers causal LM, such as llama, qwen3, mistral, gemma2, gpt2"
     if near:
         hint = f"did you mean {near[0]}?"
-    raise UserError(f"model.family: {shown(family)} is unknown; {hint}")
+    raise UserError(f"model.family: {short_repr(family)} is unknown; {hint}")
 
 
 def _check_keys(block: dict) -> None:
@@ -99,7 +99,7 @@ def _check_keys(block: dict) -> None:
         elif key not in allowed:
             problems.add(f"model.{key}: {family} has no such key; {_nearest_key(key, allowed)}")
         elif key in SIZE_KEYS and value is not None and type(value) is not int:
-            problems.add(f"model.{key} is {shown(value)}, expected a whole number")
+            problems.add(f"model.{key} is {short_repr(value)}, expected a whole number")
         elif key in SIZE_KEYS and value is not None and not 0 < value <= LARGEST_SIZE:
             problems.add(f"model.{key} is {value}, expected 1 to {LARGEST_SIZE:,}")
         elif "layer" in key and type(value) is int and value > MOST_LAYERS:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.config import EXECUTION, Strict, idle
+from pipeline.core.config import EXECUTION, Strict, refuse_unused
 from pipeline.train.finetune_config import FinetuneOptimizer, FinetuneSchedule
 
 
@@ -99,7 +99,7 @@ class Algorithm(Strict):
     """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores stay as they are."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if self.kl_target is None:
-            idle(self, "kl_horizon", "is how fast kl_coef is adapted, and without kl_target it is constant")
+            refuse_unused(self, "kl_horizon", "is how fast kl_coef is adapted, and without kl_target it is constant")
         return self

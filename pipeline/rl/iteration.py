@@ -112,7 +112,7 @@ class Iterations:
         """(loss, gradient norm) of each update of the policy that was applied in the last iteration."""
         return self.accepted
 
-    def shown(self, stats: dict) -> dict | None:
+    def progress_numbers(self, stats: dict) -> dict | None:
         return {"reward": stats["reward"], "kl": stats["kl"]}
 
     def objective(self, evaluation: dict) -> float | None:

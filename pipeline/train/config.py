@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.core.config import EXECUTION, PlannedInput, StageConfig, Strict, idle
+from pipeline.core.config import EXECUTION, PlannedInput, StageConfig, Strict, refuse_unused
 from pipeline.core.errors import UserError
 
 
@@ -51,9 +51,9 @@ class Optimizer(Strict):
     """Gradients are scaled down to this global norm."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if self.kind != "muon":
-            idle(self, "momentum", "is of kind: muon alone, adamw has `betas`")
+            refuse_unused(self, "momentum", "is of kind: muon alone, adamw has `betas`")
         return self
 
 
@@ -72,14 +72,14 @@ class Schedule(Strict):
     """wsd only: how many steps decay, in place of decay_ratio."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if self.kind != "wsd":
-            idle(self, "decay_ratio", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
-            idle(self, "decay_steps", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
+            refuse_unused(self, "decay_ratio", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
+            refuse_unused(self, "decay_steps", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
         elif self.decay_steps:
-            idle(self, "decay_ratio", "and decay_steps both say how long the decay is")
+            refuse_unused(self, "decay_ratio", "and decay_steps both say how long the decay is")
         if self.kind == "constant":
-            idle(self, "min_ratio", "has no effect with kind: constant, which never decays")
+            refuse_unused(self, "min_ratio", "has no effect with kind: constant, which never decays")
         return self
 
 
@@ -109,9 +109,9 @@ class Parallel(Strict):
             raise ValueError(f"layers: {self.layers} are {len(self.layers)} stages, pipeline says {self.pipeline}")
         if self.pipeline == 1:
             for key in ("partition", "layers"):
-                idle(self, key, "says how a pipeline's layers are shared out, and pipeline is 1")
+                refuse_unused(self, key, "says how a pipeline's layers are shared out, and pipeline is 1")
         elif self.layers:
-            idle(self, "partition", "and layers both say how many layers each stage has")
+            refuse_unused(self, "partition", "and layers both say how many layers each stage has")
         if self.offload and (self.zero in (None, 0) or self.pipeline > 1):
             raise ValueError("offload needs zero: 1, 2 or 3 without a pipeline")
         return self
@@ -164,12 +164,12 @@ class Spikes(Strict):
     policy."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if self.policy == "off":
-            idle(self, "sigma", "says what a spike is, and policy: off looks for none")
-            idle(self, "window", "says what a spike is, and policy: off looks for none")
+            refuse_unused(self, "sigma", "says what a spike is, and policy: off looks for none")
+            refuse_unused(self, "window", "says what a spike is, and policy: off looks for none")
         if self.policy != "rollback":
-            idle(self, "rollbacks", f"is of policy: rollback alone, and policy is {self.policy}")
+            refuse_unused(self, "rollbacks", f"is of policy: rollback alone, and policy is {self.policy}")
         return self
 
 
@@ -229,10 +229,10 @@ class TrainConfig(StageConfig):
     """Steps between evaluations on held-out data; they are always made before the first and after the last step."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if not self.uses_peak():
             try:
-                idle(
+                refuse_unused(
                     self.log,
                     "peak",
                     "is what times are estimated from, and here they depend on how long the answers become",

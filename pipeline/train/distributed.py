@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.config import StageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.processes import cores
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 
 if TYPE_CHECKING:
     from pipeline.train.config import TrainConfig
@@ -136,7 +136,7 @@ def choose_device(config: StageConfig, local: int) -> None:
         )
     if not only_cpu and 0 < num_gpus < local:
         raise UserError(
-            f"stage {config.kind}: {many(local, 'process/processes')} on this machine and {many(num_gpus, 'GPU')};"
+            f"stage {config.kind}: {plural(local, 'process/processes')} on this machine and {plural(num_gpus, 'GPU')};"
             f" launch {num_gpus}, or give {config.kind}.run.device=cpu"
         )
 

@@ -24,7 +24,7 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 from pipeline.data.chat import named_templates
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
@@ -256,8 +256,8 @@ def _publish_adapted(
 
 def say_counts(output: Output, counts: Counts, detail: str = "") -> None:
     say(
-        f"{output.stage}: {many(counts.train, counts.noun)} to train on{detail}, {counts.heldout} held out;"
-        f" {many(counts.rejected, 'record')} dropped (the reasons are in report.json)"
+        f"{output.stage}: {plural(counts.train, counts.noun)} to train on{detail}, {counts.heldout} held out;"
+        f" {plural(counts.rejected, 'record')} dropped (the reasons are in report.json)"
     )
 
 
@@ -293,8 +293,8 @@ def summarise(
     metrics["epochs"] = config.steps * config.batch_size / rows.per_epoch
     metrics[f"{unit}_per_second"] = result["rate"]
     metrics["summary"] = {
-        "input": f"{many(len(config.sources), 'source')}, {many(counts.train + counts.heldout, counts.noun)}",
-        "output": f"model/, {many(config.steps, 'step')}",
+        "input": f"{plural(len(config.sources), 'source')}, {plural(counts.train + counts.heldout, counts.noun)}",
+        "output": f"model/, {plural(config.steps, 'step')}",
         "measure": ", ".join(measures),
     }
     return metrics

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.core.config import EXECUTION, ExternalFiles, PlannedInput, PublishedModel, SourceBlock, idle
+from pipeline.core.config import EXECUTION, ExternalFiles, PlannedInput, PublishedModel, SourceBlock, refuse_unused
 from pipeline.core.errors import Absent, Problems, UserError
 from pipeline.data.chat.chat_sources import TuningSource
 from pipeline.data.dedup.decontaminate import SETS, Decontaminate
@@ -30,7 +30,7 @@ class FinetuneSchedule(Schedule):
     @model_validator(mode="after")
     def one_warmup(self):
         if self.warmup_ratio is not None:
-            idle(self, "warmup_steps", "and warmup_ratio both say how long the warmup is")
+            refuse_unused(self, "warmup_steps", "and warmup_ratio both say how long the warmup is")
         return self
 
 

@@ -79,7 +79,7 @@ class Updates:
         """(loss, gradient norm) of each update of the last step that was applied: what later ones are compared with."""
         return [(stats["loss"], stats["grad_norm"])]
 
-    def shown(self, stats: dict) -> dict | None:
+    def progress_numbers(self, stats: dict) -> dict | None:
         """Numbers for the terminal's line; None for loss and speed."""
         return None
 
@@ -299,7 +299,7 @@ class Loop:
                 numbers |= engine.measured()
             self.tracker.log(step, **(numbers | self.rollback_note))
             self.rollback_note = {}
-        bar.update(1, **(self.updates.shown(stats) or self.meters.shown(stats)))
+        bar.update(1, **(self.updates.progress_numbers(stats) or self.meters.progress_numbers(stats)))
 
     def save(self, signals: StopSignal) -> None:
         """Write a checkpoint if it is due; raise Stopped if a signal has reached any process."""

@@ -159,7 +159,7 @@ class Meters:
 
     # ---- the terminal ------------------------------------------------------------------------------------------------
 
-    def shown(self, stats: dict) -> dict:
+    def progress_numbers(self, stats: dict) -> dict:
         """Numbers for the terminal's line."""
         numbers = {"loss": stats["loss"] if stats["loss"] is not None else "nan"}
         if stats.get("bits_per_byte") is not None:

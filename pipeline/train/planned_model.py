@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.config import PlannedInput
 from pipeline.core.errors import Problems
-from pipeline.core.recipe_file import shown
+from pipeline.core.recipe_file import short_repr
 from pipeline.data.chat.named_templates import with_template
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ def check_positions(models: Iterable[PlannedInput], num_tokens: int, advice: str
         if longest is None or num_tokens <= longest:
             continue
         if model.config is None:
-            reason = f"{num_tokens} is more than the {longest} positions of the model in {shown(model.name)}"
+            reason = f"{num_tokens} is more than the {longest} positions of the model in {short_repr(model.name)}"
         else:
             reason = f"{num_tokens} tokens are more than the {longest} positions that {model.name} gives its model"
         problems.add(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pipeline.core.output import Output
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.data.chat.conversations import Pair, load_pairs
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
@@ -81,8 +81,8 @@ def pair_work(config: FinetuneConfig, arrays: Arrays, reference: bool = False) -
     if reference:
         forward_tokens = mean * min(taken, count) + float(lengths["heldout"].sum())
     data = (
-        f"{many(config.steps, 'step', ',')} x {many(config.batch_size, 'pair')} of answers of at most"
-        f" {config.sequence_length} tokens: {taken / count:.3g} epochs of {many(count, 'pair', ',')}"
+        f"{plural(config.steps, 'step', ',')} x {plural(config.batch_size, 'pair')} of answers of at most"
+        f" {config.sequence_length} tokens: {taken / count:.3g} epochs of {plural(count, 'pair', ',')}"
     )
     return Work(data, tokens=taken * mean, forward_tokens=forward_tokens)
 

@@ -4,7 +4,7 @@ for pretraining memory and disk."""
 import shutil
 from dataclasses import dataclass
 
-from pipeline.core.terminal import byte_size, many
+from pipeline.core.terminal import byte_size, plural
 from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
 from pipeline.models.families import family_of
@@ -50,7 +50,7 @@ def _data_lines(config, size: Size, step_tokens: int, sampler) -> list[str]:
     else:
         tokens = config.steps * step_tokens
         lines.append(
-            f"data       {tokens:,} tokens = {many(config.steps, 'step', ',')} x {config.batch_size} rows x"
+            f"data       {tokens:,} tokens = {plural(config.steps, 'step', ',')} x {config.batch_size} rows x"
             f" {config.sequence_length}; {tokens / size.total:.1f} tokens per parameter (Chinchilla's optimum is"
             " about 20)"
         )
@@ -202,7 +202,7 @@ def model_line(model_config, size: Size) -> str:
 def schedule_text(optimizer, schedule) -> str:
     """Optimizer, learning rate and warmup in words."""
     end = "" if schedule.kind == "constant" else f" to {schedule.min_ratio * optimizer.lr:.3g}"
-    warmup = many(schedule.warmup_steps, "step", ",")
+    warmup = plural(schedule.warmup_steps, "step", ",")
     return f"{optimizer.kind}, {schedule.kind} from {optimizer.lr:.3g}{end}, warmup of {warmup}"
 
 
@@ -214,7 +214,7 @@ def layout_line(config, layout: cost.Layout) -> str:
         processes = f"ZeRO-{layout.zero} over {world}"
     else:
         processes = f"data parallel over {world}" if world > 1 else "one process"
-    micro_batches = many(layout.accumulation, "micro-batch/micro-batches")
+    micro_batches = plural(layout.accumulation, "micro-batch/micro-batches")
     return f"layout     {processes}; {micro_batches} of {layout.micro} rows per step on each; {config.precision}"
 
 

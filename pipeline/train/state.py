@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.core.errors import UserError
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 
 FORMAT = 1
 CHUNK = 16 << 20  # bytes hashed and written at a time
@@ -312,5 +312,5 @@ def describe(layout: dict) -> str:
         details.append(f"zero {layout['zero']}")
     if layout["offload"]:
         details.append("offload")
-    processes = many(layout["processes"], "process/processes")
+    processes = plural(layout["processes"], "process/processes")
     return f"{processes} with {' and '.join(details)}" if details else processes

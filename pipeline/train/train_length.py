@@ -10,7 +10,7 @@ from pipeline.core.config import seconds_of
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.train.config import Schedule
 
 FILE = "horizon.json"
@@ -54,7 +54,7 @@ class TrainingLength:
         if self.steps is not None and start > self.steps:
             raise UserError(
                 f"stage {config.kind}: its checkpoint is at step {start}, and the recipe asks for"
-                f" {many(self.steps, 'step')}; ask"
+                f" {plural(self.steps, 'step')}; ask"
                 " for more, or start again with --restart"
             )
 

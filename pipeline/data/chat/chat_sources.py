@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from pipeline.core.config import Strict, idle
+from pipeline.core.config import Strict, refuse_unused
 from pipeline.data.sources.sources import Source
 
 
@@ -45,9 +45,11 @@ class TuningSource(Source):
     @model_validator(mode="after")
     def _no_document(self):
         for key in self.UNUSED:
-            idle(self, key, "is of documents; here templates or the records themselves say who says what")
+            refuse_unused(self, key, "is of documents; here templates or the records themselves say who says what")
         if not self.has_templates():
-            idle(self, "join", "stands between the items of a list that a template names, and there is no template")
+            refuse_unused(
+                self, "join", "stands between the items of a list that a template names, and there is no template"
+            )
         return self
 
     def has_templates(self) -> bool:
@@ -81,7 +83,7 @@ class ChatSource(TuningSource):
         if self.messages is not None and all(message.role != "assistant" for message in self.messages):
             raise ValueError("messages has none with role: assistant, so there is nothing to learn")
         if self.answer is None:
-            idle(self, "rule", "says how answers are compared with `answer`, and there is none")
+            refuse_unused(self, "rule", "says how answers are compared with `answer`, and there is none")
         return self
 
 

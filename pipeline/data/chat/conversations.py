@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline.core.errors import UserError
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.data.chat.chat_sources import (
     ChatSource,
     LabelledSource,
@@ -27,15 +27,15 @@ from pipeline.data.chat.chat_sources import (
     TuningSource,
 )
 from pipeline.data.chat.fields import Rejected
-from pipeline.data.chat.messages import checked_text, normal, normalised, plain
+from pipeline.data.chat.messages import checked_text, comparison_text, parse_messages, without_weight
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.record_formats import (
     conversation_of,
+    conversation_text,
     labelled_of,
     number,
     pair_of,
     prompt_of,
-    said_in,
     truth_of,
 )
 from pipeline.data.chat.rendering import Dialogue
@@ -132,36 +132,36 @@ def load_conversations(
     sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Conversation], list[Conversation], Ledger]:
     """Conversations to train on and held out."""
-    rows, ledger = _gathered(sources, lambda row: _key([row.messages, row.tools, row.options]), decontaminate)
-    return _split(rows, ledger, holdout, lambda row: _asked(row.messages[:-1]))
+    rows, ledger = _collect(sources, lambda row: _digest([row.messages, row.tools, row.options]), decontaminate)
+    return _split(rows, ledger, holdout, lambda row: _prompt_key(row.messages[:-1]))
 
 
 def load_pairs(
     sources: dict[str, PreferenceSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Pair], list[Pair], Ledger]:
     """Pairs of answers to train on and held out."""
-    rows, ledger = _gathered(
-        sources, lambda row: _key([row.prompt, row.chosen, row.rejected, row.tools, row.options]), decontaminate
+    rows, ledger = _collect(
+        sources, lambda row: _digest([row.prompt, row.chosen, row.rejected, row.tools, row.options]), decontaminate
     )
-    return _split(rows, ledger, holdout, lambda row: _asked(row.prompt))
+    return _split(rows, ledger, holdout, lambda row: _prompt_key(row.prompt))
 
 
 def load_labelled(
     sources: dict[str, LabelledSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Labelled], list[Labelled], Ledger]:
     """Judged answers to train on and held out."""
-    rows, ledger = _gathered(
-        sources, lambda row: _key([row.prompt, row.answer, row.label, row.tools, row.options]), decontaminate
+    rows, ledger = _collect(
+        sources, lambda row: _digest([row.prompt, row.answer, row.label, row.tools, row.options]), decontaminate
     )
-    return _split(rows, ledger, holdout, lambda row: _asked(row.prompt))
+    return _split(rows, ledger, holdout, lambda row: _prompt_key(row.prompt))
 
 
 def load_prompts(
     sources: dict[str, PromptSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Prompt], list[Prompt], Ledger]:
     """Prompts to train on and held out, each prompt once."""
-    rows, ledger = _gathered(sources, lambda row: _key([row.messages, row.tools, row.options]), decontaminate)
-    train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _asked(row.messages))
+    rows, ledger = _collect(sources, lambda row: _digest([row.messages, row.tools, row.options]), decontaminate)
+    train, heldout, ledger = _split(rows, ledger, holdout, lambda row: _prompt_key(row.messages))
     for rows, split in ((train, "train"), (heldout, "heldout")):
         ledger.keep(rows, split, [None] * len(rows))
     ledger.check(holdout)
@@ -188,13 +188,13 @@ def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Call
 
 def _conversation(source: ChatSource, common: dict, fields: dict) -> Conversation:
     if source.messages is None:
-        talk = conversation_of(fields, _named(source))
-        messages = talk.messages
-        common |= {"content": normal(said_in(messages)), "format": talk.format}
-        common |= {"tools": talk.tools, "options": talk.options}
+        parsed = conversation_of(fields, _named(source))
+        messages = parsed.messages
+        common |= {"content": comparison_text(conversation_text(messages)), "format": parsed.format}
+        common |= {"tools": parsed.tools, "options": parsed.options}
     else:
-        messages = normalised(_filled(source.messages, fields, source.join))
-        common["content"] = _brought([message.content for message in source.messages], fields)
+        messages = parse_messages(_filled(source.messages, fields, source.join))
+        common["content"] = _template_values([message.content for message in source.messages], fields)
     if all(message["role"] != "assistant" for message in messages):
         raise Rejected("no message of the assistant")
     while messages and (messages[-1]["role"] != "assistant" or messages[-1].get("weight") == 0):
@@ -207,17 +207,23 @@ def _conversation(source: ChatSource, common: dict, fields: dict) -> Conversatio
 def _pair(source: PreferenceSource, common: dict, fields: dict) -> Pair:
     margin = 0.0
     if source.prompt is None:
-        talk = pair_of(fields, _named(source))
-        prompt, chosen, rejected = talk.messages, talk.chosen, talk.rejected
-        common |= {"content": normal(f"{said_in(prompt)}\n{said_in([chosen])}\n{said_in([rejected])}")}
-        common |= {"format": talk.format, "tools": talk.tools, "options": talk.options}
-        margin = talk.margin or 0.0
+        parsed = pair_of(fields, _named(source))
+        prompt, chosen, rejected = parsed.messages, parsed.chosen, parsed.rejected
+        common |= {
+            "content": comparison_text(
+                f"{conversation_text(prompt)}\n{conversation_text([chosen])}\n{conversation_text([rejected])}"
+            )
+        }
+        common |= {"format": parsed.format, "tools": parsed.tools, "options": parsed.options}
+        margin = parsed.margin or 0.0
     else:
         turns = _turns(source.prompt)
-        prompt = normalised(_filled(turns, fields, source.join))
+        prompt = parse_messages(_filled(turns, fields, source.join))
         chosen = _answer_of(source.chosen, "chosen", fields, source.join)
         rejected = _answer_of(source.rejected, "rejected", fields, source.join)
-        common["content"] = _brought([*(turn.content for turn in turns), source.chosen, source.rejected], fields)
+        common["content"] = _template_values(
+            [*(turn.content for turn in turns), source.chosen, source.rejected], fields
+        )
     if not prompt or prompt[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
     if chosen == rejected:
@@ -229,31 +235,31 @@ def _pair(source: PreferenceSource, common: dict, fields: dict) -> Pair:
 
 def _labelled(source: LabelledSource, common: dict, fields: dict) -> Labelled:
     if source.prompt is None:
-        talk, label = labelled_of(fields, _named(source))
-        *prompt, answer = talk.messages
-        common |= {"content": normal(said_in(talk.messages)), "format": talk.format}
-        common |= {"tools": talk.tools, "options": talk.options}
+        parsed, label = labelled_of(fields, _named(source))
+        *prompt, answer = parsed.messages
+        common |= {"content": comparison_text(conversation_text(parsed.messages)), "format": parsed.format}
+        common |= {"tools": parsed.tools, "options": parsed.options}
     else:
         turns = _turns(source.prompt)
-        prompt = normalised(_filled(turns, fields, source.join))
+        prompt = parse_messages(_filled(turns, fields, source.join))
         answer = _answer_of(source.completion, "completion", fields, source.join)
         label = truth_of(render(source.label, fields, "the record", source.join), "label")
-        common["content"] = _brought([*(turn.content for turn in turns), source.completion], fields)
+        common["content"] = _template_values([*(turn.content for turn in turns), source.completion], fields)
     if not prompt or prompt[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
-    return Labelled(**common, prompt=[plain(message) for message in prompt], answer=answer, label=label)
+    return Labelled(**common, prompt=[without_weight(message) for message in prompt], answer=answer, label=label)
 
 
 def _prompt(source: PromptSource, common: dict, fields: dict) -> Prompt:
     if source.prompt is None:
-        talk = prompt_of(fields, _named(source))
-        messages = talk.messages
-        common |= {"content": normal(said_in(messages)), "format": talk.format}
-        common |= {"tools": talk.tools, "options": talk.options}
+        parsed = prompt_of(fields, _named(source))
+        messages = parsed.messages
+        common |= {"content": comparison_text(conversation_text(messages)), "format": parsed.format}
+        common |= {"tools": parsed.tools, "options": parsed.options}
     else:
         turns = _turns(source.prompt)
-        messages = normalised(_filled(turns, fields, source.join))
-        common["content"] = _brought([turn.content for turn in turns], fields)
+        messages = parse_messages(_filled(turns, fields, source.join))
+        common["content"] = _template_values([turn.content for turn in turns], fields)
     if messages[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
     return Prompt(**common, messages=messages, answer=_known_answer(source, fields))
@@ -322,7 +328,7 @@ def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:
         return
     todo = {ledger.advice[reason] for reason in entry["rejected"] if reason in ledger.advice}
     raise UserError(
-        f"sources.{name}: none of its {many(entry['records'], 'record')} can be used: {ledger.why(name)}"
+        f"sources.{name}: none of its {plural(entry['records'], 'record')} can be used: {ledger.why(name)}"
         f"{''.join(encoding_advice(source, reason) for reason in entry['rejected'])}"
         f"{''.join(f'; {advice}' for advice in sorted(todo)[:3])}"
     )
@@ -331,7 +337,7 @@ def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:
 # ---- from records to rows --------------------------------------------------------------------------------------------
 
 
-def _gathered(sources: dict, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
+def _collect(sources: dict, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
     """Rows of all sources, in order, each text once, and none that has text of an evaluation set."""
     if not sources:
         raise UserError("sources: name at least one source")
@@ -350,7 +356,7 @@ def _gathered(sources: dict, key: Callable, decontaminate: Decontaminate | None)
                 ledger.note(name, row.format, _features(row))
         _refuse_empty(source, name, ledger)
     if decontaminate:
-        found, ledger.evaluation = find_contaminated(map(_read, rows), decontaminate)
+        found, ledger.evaluation = find_contaminated(map(_text_of, rows), decontaminate)
         for row, match in zip(rows, found, strict=True):
             if match:
                 ledger.reject(row.source, row.place, f"has text of the evaluation set {match}")
@@ -389,17 +395,17 @@ def _filled(messages: list[Message], fields: dict, join: str) -> list[dict]:
     ]
 
 
-def _brought(templates: list[str], fields: dict) -> str:
+def _template_values(templates: list[str], fields: dict) -> str:
     """The values that templates take from a record. Their own words, the same in every row, would make short rows
     look like copies of each other."""
     names = [field for template in templates for _, field in parse_template(template) if field is not None]
-    return normal("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
+    return comparison_text("\n".join(render("{" + name + "}", fields) for name in dict.fromkeys(names)))
 
 
-def _read(row) -> str:
+def _text_of(row) -> str:
     """All that a model is trained on in a row, or reads before it: for evaluation sets also the system's message."""
     messages = row.prompt if isinstance(row, (Pair, Labelled)) else row.messages
-    system = [normal(message["content"]) for message in messages if message["role"] == "system"]
+    system = [comparison_text(message["content"]) for message in messages if message["role"] == "system"]
     return "\n".join([*system, row.content])
 
 
@@ -420,10 +426,10 @@ def _features(row) -> list[str]:
     return [name for name, present in features.items() if present]
 
 
-def _asked(messages: list[dict]) -> bytes:
+def _prompt_key(messages: list[dict]) -> bytes:
     """A prompt's key. White space alone does not make it another prompt."""
-    return _key([[message["role"], normal(message["content"])] for message in messages])
+    return _digest([[message["role"], comparison_text(message["content"])] for message in messages])
 
 
-def _key(value) -> bytes:
+def _digest(value) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()

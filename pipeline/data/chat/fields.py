@@ -10,6 +10,8 @@ Names are compared in snake case: `toolCalls` and `Tool-Calls` are `tool_calls`.
 
 import re
 
+from pipeline.data.sources.text_encoding import printable_name
+
 
 class Rejected(Exception):
     """Why a record cannot be used, and what the user can do about it."""
@@ -99,7 +101,7 @@ ANSWERS = {"chosen", "rejected", "label", "kto_tag", "margin", "reward_model", *
 JUDGEMENTS = set(MEANINGFUL["a judgement of how good it is"].split())
 REASONING = set(MEANINGFUL["reasoning before an answer"].split())
 # Texts of what was thought before an answer, by their names in messages and records.
-THOUGHTS = REASONING - {"reasoning_details", "analysis", "rationale", "scratchpad"}
+REASONING_TEXTS = REASONING - {"reasoning_details", "analysis", "rationale", "scratchpad"}
 
 _WHAT = {name: what for what, names in MEANINGFUL.items() for name in names.split()}
 
@@ -107,12 +109,6 @@ _WHAT = {name: what for what, names in MEANINGFUL.items() for name in names.spli
 def snake(name: str) -> str:
     """A field's name in snake case."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).replace("-", "_").replace(" ", "_").lower()
-
-
-def shown(name) -> str:
-    """A name from a record, for a sentence: short, and printable whatever it holds."""
-    text = str(name)
-    return ascii(text)[1:-1][:60] if not text.isprintable() else text[:60]
 
 
 def empty(value, depth: int = 6) -> bool:
@@ -137,9 +133,9 @@ def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) 
         if name in used or plain in harmless or empty(value):
             continue
         if plain in _WHAT:
-            meaningful.append((shown(name), _WHAT[plain]))
+            meaningful.append((printable_name(name), _WHAT[plain]))
         elif not _is_metadata(plain):
-            unknown.append((shown(name), None))
+            unknown.append((printable_name(name), None))
     return meaningful + unknown
 
 

@@ -8,8 +8,9 @@ is rejected (pipeline/data/chat/fields.py).
 
 import math
 
-from pipeline.data.chat.fields import FLAGS, THOUGHTS, Rejected, empty, shown, snake, unsupported
+from pipeline.data.chat.fields import FLAGS, REASONING_TEXTS, Rejected, empty, snake, unsupported
 from pipeline.data.chat.tool_calls import calls_of, result_text
+from pipeline.data.sources.text_encoding import printable_name
 
 # Spellings of roles, in lower case.
 ROLES = {
@@ -71,16 +72,17 @@ def _text_part(part, what: str) -> str:
     kind = part.get("type", "text")
     if kind not in TEXT_PARTS:
         raise Rejected(
-            f"{what} has a part of type {shown(kind)}, and only text is supported", "exclude such records with `where`"
+            f"{what} has a part of type {printable_name(kind)}, and only text is supported",
+            "exclude such records with `where`",
         )
     key = next((key for key in ("text", "value", "content") if isinstance(part.get(key), str)), None)
     if key is None:
         raise Rejected(f"{what} has a part without text")
-    complete(part, {"type", key}, f"a part of {what}")
+    check_fields(part, {"type", key}, f"a part of {what}")
     return part[key]
 
 
-def normal(text: str) -> str:
+def comparison_text(text: str) -> str:
     """Normalised as in cleaning: what texts are compared by."""
     from pipeline.data.cleaning.normal_form import normalise
 
@@ -90,7 +92,7 @@ def normal(text: str) -> str:
 # ---- fields ----------------------------------------------------------------------------------------------------------
 
 
-def complete(fields: dict, used: set[str], where: str, harmless: set[str] = frozenset()) -> None:
+def check_fields(fields: dict, used: set[str], where: str, harmless: set[str] = frozenset()) -> None:
     """Raise Rejected if a field that changes what should be learned would be dropped."""
     dropped = unsupported(fields, used, harmless)
     if not dropped:
@@ -123,21 +125,23 @@ def _weight(value, name: str, where: str) -> float:
 
 def weight_of(fields: dict, where: str) -> float | None:
     """The weight in the loss that the flags of a message or a record give, None if there are none."""
-    weights = [_weight(fields[name], shown(name), where) for name in flags(fields) if not empty(fields[name])]
+    weights = [
+        _weight(fields[name], printable_name(name), where) for name in weight_fields(fields) if not empty(fields[name])
+    ]
     if any(weights) and not all(weights):
         raise Rejected(f"{where} is marked both to be trained on and not")
     return math.prod(weights) if weights else None
 
 
-def flags(fields: dict) -> set[str]:
+def weight_fields(fields: dict) -> set[str]:
     """The fields that give a weight."""
     return {name for name in fields if snake(name) in FLAGS}
 
 
-def thoughts_of(fields: dict, where: str) -> tuple[str, set[str]]:
+def reasoning_of(fields: dict, where: str) -> tuple[str, set[str]]:
     """(the reasoning that a message or a record gives by itself, empty for none, the fields that it is in)."""
-    used = {name for name in fields if snake(name) in THOUGHTS and not empty(fields[name])}
-    texts = {checked_text(fields[name], f"`{shown(name)}` of {where}") for name in used}
+    used = {name for name in fields if snake(name) in REASONING_TEXTS and not empty(fields[name])}
+    texts = {checked_text(fields[name], f"`{printable_name(name)}` of {where}") for name in used}
     if len(texts) > 1:
         raise Rejected(f"{where} has two different reasonings")
     return next(iter(texts), ""), used
@@ -146,17 +150,17 @@ def thoughts_of(fields: dict, where: str) -> tuple[str, set[str]]:
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
-def normalised(messages: list) -> list[dict]:
+def parse_messages(messages: list) -> list[dict]:
     """Messages in one form. Raises Rejected."""
     return [one for message in messages for one in _message(message)]
 
 
-def plain(message: dict) -> dict:
+def without_weight(message: dict) -> dict:
     """A message of a prompt, which carries no loss whatever its flags say."""
     return {key: value for key, value in message.items() if key != "weight"}
 
 
-def spoken(message: dict) -> str:
+def message_text(message: dict) -> str:
     """All that a message says, as text: what rows are compared by."""
     parts = [message.get("reasoning_content", ""), message["content"]]
     for call in message.get("tool_calls", ()):
@@ -179,13 +183,13 @@ def _message(message) -> list[dict]:
         raise Rejected("a message has no role and content")
     role = role_of(message)
     if role is None:
-        said = shown(message[keys[0]])
+        said = printable_name(message[keys[0]])
         raise Rejected(f"unknown role '{said}'; expected one of {', '.join(ROLES)}")
     where = f"a message of the {role}"
-    used = {*keys, *flags(message)}
+    used = {*keys, *weight_fields(message)}
     content, called = message.get(keys[1]), message[keys[0]]
     if isinstance(called, str) and called.strip().lower() in CALL_ROLES:
-        complete(message, used, where)
+        check_fields(message, used, where)
         return [_weighed({"role": role, "content": "", "tool_calls": calls_of(content, where)}, message, where)]
     if role == "tool":
         return [_result(message, content, used, where)]
@@ -194,7 +198,7 @@ def _message(message) -> list[dict]:
         read, results = _parts(role, content, where)
     if role == "assistant":
         used |= _own_fields(message, read, where)
-    complete(message, used, where)
+    check_fields(message, used, where)
     if keys[1] not in message and "tool_calls" not in read:
         raise Rejected("a message has no role and content")
     if "tool_calls" in read and (read["content"] is None or not str(read["content"]).strip()):
@@ -208,7 +212,7 @@ def _message(message) -> list[dict]:
 
 def _own_fields(message: dict, read: dict, where: str) -> set[str]:
     """Add what an answer's own fields say besides its content: reasoning and tool calls. Returns these fields."""
-    thought, used = thoughts_of(message, where)
+    thought, used = reasoning_of(message, where)
     if thought and "reasoning_content" in read:
         raise Rejected(f"{where} has two different reasonings")
     if thought:
@@ -234,7 +238,7 @@ def _result(message: dict, content, used: set[str], where: str) -> dict:
             read["tool_call_id"] = whole_text(message[name], f"`{name}` of {where}")
     if isinstance(message.get("name"), str) and message["name"]:
         read["name"] = whole_text(message["name"], f"`name` of {where}")
-    complete(message, used | {"name", *RESULT_IDS}, where)
+    check_fields(message, used | {"name", *RESULT_IDS}, where)
     return _weighed(read, message, where)
 
 
@@ -257,10 +261,10 @@ def _parts(role: str, parts: list, where: str) -> tuple[dict, list[dict]]:
             key = next((key for key in (kind, "text", "content") if isinstance(part.get(key), str)), None)
             if key is None:
                 raise Rejected(f"{where} has a part without text")
-            complete(part, {"type", key, "signature"}, f"a part of {where}")
+            check_fields(part, {"type", key, "signature"}, f"a part of {where}")
             thoughts.append(whole_text(part[key], where))
         elif role == "assistant" and kind == "tool_use":
-            complete(part, {"type", "id", "name", "input"}, f"a part of {where}")
+            check_fields(part, {"type", "id", "name", "input"}, f"a part of {where}")
             calls += calls_of(part, where)
         elif role == "user" and kind == "tool_result":
             result = {key: value for key, value in part.items() if key not in ("type", "is_error")}

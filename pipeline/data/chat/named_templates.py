@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
-from pipeline.core.recipe_file import nearest
+from pipeline.core.recipe_file import suggestion
 from pipeline.data.chat.rendering import Template
 from pipeline.data.tokenizer.tokenizer_folder import CONFIG, read_object, save
 
@@ -37,7 +37,7 @@ def template_file(name: str) -> Path | None:
         path = path / FILE
     if not path.is_file():
         raise UserError(
-            f"chat_template: there is no file {path}, and no template is called {name!r}: {nearest(name, names())}"
+            f"chat_template: there is no file {path}, and no template is called {name!r}: {suggestion(name, names())}"
         )
     return path
 

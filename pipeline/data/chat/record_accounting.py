@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.core.errors import UserError
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 
 PLACES = 20  # of each reason are named in report.json
 NOTABLE = 0.03  # share of a source's records above which a reason is worth a warning
@@ -48,7 +48,7 @@ class Ledger:
         """Say how the records of each source were read."""
         for name, entry in self.sources.items():
             formats = entry.get("formats", {})
-            used = many(sum(formats.values()), "record", ",")
+            used = plural(sum(formats.values()), "record", ",")
             read = ", ".join(f"{count:,} as {format}" for format, count in formats.items())
             if len(formats) == 1:
                 read = f"as {next(iter(formats))}"
@@ -99,7 +99,7 @@ class Ledger:
             ), f"{name}: a record is not accounted for"
             if not entry["train"] + entry["heldout"]:
                 raise UserError(
-                    f"sources.{name}: none of its {many(entry['records'], 'record')} can be used: {self.why(name)}"
+                    f"sources.{name}: none of its {plural(entry['records'], 'record')} can be used: {self.why(name)}"
                 )
         train, heldout = self.total("train"), self.total("heldout")
         if not heldout or not train:
@@ -128,14 +128,14 @@ class Ledger:
                         advice or self.advice.get(reason) or "mend the source, or leave such records out by `where`"
                     )
                     say(
-                        f"WARNING sources.{name}: {found['count']:,} of {many(entry['records'], 'record', ',')}"
+                        f"WARNING sources.{name}: {found['count']:,} of {plural(entry['records'], 'record', ',')}"
                         f" ({found['count'] / entry['records']:.0%}) left out: {reason} (first: {found['first'][0]});"
                         f" {advice}"
                     )
             if bad > max_bad * entry["records"]:
                 places = f" (all places: {report})" if report else ""
                 raise UserError(
-                    f"sources.{name}: {bad} of {many(entry['records'], 'record')} cannot be used"
+                    f"sources.{name}: {bad} of {plural(entry['records'], 'record')} cannot be used"
                     f" ({bad / entry['records']:.1%}), more than max_bad {max_bad:g}: {self.why(name, bad=True)}; mend"
                     f" the source, leave such records out with `where`, or raise max_bad{places}"
                 )

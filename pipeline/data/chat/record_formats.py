@@ -9,36 +9,34 @@ import re
 from dataclasses import dataclass, field
 
 from pipeline.data.chat import tool_calls
-from pipeline.data.chat.fields import (
-    ANSWERS,
-    JUDGEMENTS,
-    MEANINGFUL,
-    REASONING,
-    REFERENCES,
-    Rejected,
-    empty,
-    shown,
-    snake,
-)
+from pipeline.data.chat.fields import ANSWERS, JUDGEMENTS, MEANINGFUL, REASONING, REFERENCES, Rejected, empty, snake
 from pipeline.data.chat.messages import (
+    check_fields,
     checked_text,
-    complete,
-    flags,
-    normalised,
-    plain,
+    message_text,
+    parse_messages,
+    reasoning_of,
     role_of,
-    spoken,
-    thoughts_of,
+    weight_fields,
     weight_of,
+    without_weight,
 )
+from pipeline.data.sources.text_encoding import printable_name
 
 SYSTEM = ("system", "system_prompt")
 LISTS = ("messages", "conversations", "conversation")
 TOOLS = ("tools", "functions")
 LABELS = ("label", "kto_tag")
-OPTIONS = ("enable_thinking", "documents")  # variables of chat templates that a record may give by itself
+TEMPLATE_VARIABLES = ("enable_thinking", "documents")  # variables of chat templates that a record may give by itself
 # What a chat template is given anyway.
-TAKEN = {"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"}
+RESERVED_VARIABLES = {
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "chat_template",
+}
 # What a pair says of its two answers, chosen first: numbers that must not contradict the order.
 PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
@@ -57,12 +55,12 @@ FORMATS = {
     "judged answer": (("prompt", "completion", "label"), ("messages", "label")),
     "prompt": (("prompt",), ("instruction",), ("messages",)),
 }
-ASKED = ("prompt", "instruction", "question", "query", "problem", "input", "user")
-SAID = ("completion", "output", "response", "answer", "answers", "target", "solution", "assistant", "reply")
+PROMPT_NAMES = ("prompt", "instruction", "question", "query", "problem", "input", "user")
+ANSWER_NAMES = ("completion", "output", "response", "answer", "answers", "target", "solution", "assistant", "reply")
 
 
 @dataclass
-class Talk:
+class ParsedRecord:
     """What a record holds."""
 
     messages: list[dict]
@@ -74,7 +72,7 @@ class Talk:
 
 
 @dataclass
-class PairTalk(Talk):
+class ParsedPair(ParsedRecord):
     """Messages that two answers are given to."""
 
     chosen: dict = field(default_factory=dict)
@@ -85,43 +83,43 @@ class PairTalk(Talk):
 # ---- what a reader returns -------------------------------------------------------------------------------------------
 
 
-def conversation_of(record: dict, named: set[str] = frozenset()) -> Talk:
+def conversation_of(record: dict, named: set[str] = frozenset()) -> ParsedRecord:
     """The conversation of a record. `named` are fields that the source itself gives a meaning. Raises Rejected."""
-    fields = _given(record)
-    talk, used = _conversation(record, fields)
-    used |= _finish(talk, fields)
+    fields = _without_nulls(record)
+    parsed, used = _conversation(record, fields)
+    used |= _add_other_fields(parsed, fields)
     _refuse_bad(fields, named)
-    _weigh(talk.messages, weight_of(fields, "the record"))
+    _multiply_weights(parsed.messages, weight_of(fields, "the record"))
     # The rejected answer of a pair, and scores of both, say nothing of the conversation next to them.
     beside_pair = {"rejected", *SCORES} if "chosen" in fields else set()
-    used |= named | flags(fields) | set(LABELS) | _repeated(fields, talk.messages)
-    complete(fields, used, "the record", {"name"} | beside_pair)
-    return talk
+    used |= named | weight_fields(fields) | set(LABELS) | _repeated(fields, parsed.messages)
+    check_fields(fields, used, "the record", {"name"} | beside_pair)
+    return parsed
 
 
-def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[Talk, bool]:
+def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[ParsedRecord, bool]:
     """A conversation, and whether its last answer is a good one (KTO). Raises Rejected."""
-    fields = _given(record)
+    fields = _without_nulls(record)
     name = next((name for name in LABELS if name in fields and name not in named), None)
     if name is None:
         raise _unrecognised(record, "judged answer")
     label = truth_of(fields[name], f"`{name}`")
-    talk, used = _conversation(record, fields)
-    used |= _finish(talk, fields)
-    if not talk.messages or talk.messages[-1]["role"] != "assistant":
+    parsed, used = _conversation(record, fields)
+    used |= _add_other_fields(parsed, fields)
+    if not parsed.messages or parsed.messages[-1]["role"] != "assistant":
         raise Rejected("the conversation does not end with the answer that `label` is about")
     if weight_of(fields, "the record") == 0:
         raise Rejected("the record is marked not to be trained on")
-    talk.messages[:] = map(plain, talk.messages)
-    used |= named | flags(fields) | set(LABELS) | _repeated(fields, talk.messages)
-    complete(fields, used, "the record", {"name"})
-    talk.format += f" + {name}"
-    return talk, label
+    parsed.messages[:] = map(without_weight, parsed.messages)
+    used |= named | weight_fields(fields) | set(LABELS) | _repeated(fields, parsed.messages)
+    check_fields(fields, used, "the record", {"name"})
+    parsed.format += f" + {name}"
+    return parsed, label
 
 
-def pair_of(record: dict, named: set[str] = frozenset()) -> PairTalk:
+def pair_of(record: dict, named: set[str] = frozenset()) -> ParsedPair:
     """A pair of answers. Raises Rejected."""
-    fields = _given(record)
+    fields = _without_nulls(record)
     if "chosen" not in fields or "rejected" not in fields:
         raise _unrecognised(record, "pair")
     if any(isinstance(fields[key], (str, list, dict)) and not fields[key] for key in ("chosen", "rejected")):
@@ -133,7 +131,7 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> PairTalk:
             form, answers = "transcripts (Human, Assistant)", {key: _transcript(fields[key]) for key in answers}
         elif isinstance(fields["chosen"], str) or isinstance(fields["rejected"], str):
             raise _no_prompt()
-        prompt = answers["chosen"][: _alike(answers["chosen"], answers["rejected"])]
+        prompt = answers["chosen"][: _common_length(answers["chosen"], answers["rejected"])]
     for key, answer in answers.items():
         if prompt and answer[: len(prompt)] == prompt:  # the answers repeat the prompt
             answer = answers[key] = answer[len(prompt) :]
@@ -143,109 +141,111 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> PairTalk:
             raise Rejected(f"{key} is marked not to be trained on")
     if weight_of(fields, "the record") == 0:
         raise Rejected("the record is marked not to be trained on")
-    messages = [plain(message) for message in prompt]
-    talk = PairTalk(messages, form, chosen=plain(answers["chosen"][0]), rejected=plain(answers["rejected"][0]))
-    used |= _finish(talk, fields, thoughts=False)
-    used |= named | flags(fields) | {"chosen", "rejected", "margin"} | _ordered(fields)
-    used |= _repeated(fields, [*talk.messages, talk.chosen])
-    complete(fields, used, "the record", {"name"} | REFERENCES)
+    messages = [without_weight(message) for message in prompt]
+    parsed = ParsedPair(
+        messages, form, chosen=without_weight(answers["chosen"][0]), rejected=without_weight(answers["rejected"][0])
+    )
+    used |= _add_other_fields(parsed, fields, thoughts=False)
+    used |= named | weight_fields(fields) | {"chosen", "rejected", "margin"} | _ordered(fields)
+    used |= _repeated(fields, [*parsed.messages, parsed.chosen])
+    check_fields(fields, used, "the record", {"name"} | REFERENCES)
     if "margin" in fields:
-        talk.margin = number(fields["margin"])
-    return talk
+        parsed.margin = number(fields["margin"])
+    return parsed
 
 
-def prompt_of(record: dict, named: set[str] = frozenset()) -> Talk:
+def prompt_of(record: dict, named: set[str] = frozenset()) -> ParsedRecord:
     """The prompt of a record: of a conversation, all up to where the assistant gives the last answer. Raises
     Rejected."""
-    fields = _given(record)
+    fields = _without_nulls(record)
     name = next((name for name in ("prompt", *LISTS) if name in fields), None)
     if name is not None:
         raw = list(_as_list(fields[name], "user", f"`{name}`"))
         while name != "prompt" and raw and role_of(raw[-1]) == "assistant":
             raw.pop()
-        messages, used, form = normalised(raw), {name}, _form(raw, name)
+        messages, used, form = parse_messages(raw), {name}, _format_name(raw, name)
     elif (alpaca := _alpaca(fields)) is not None:
         messages, used = alpaca
         form = "Alpaca (instruction, input)"
     else:
         raise _unrecognised(record, "prompt")
-    talk = Talk([plain(message) for message in messages], form)
-    used |= _finish(talk, fields, thoughts=False)
-    messages = talk.messages
+    parsed = ParsedRecord([without_weight(message) for message in messages], form)
+    used |= _add_other_fields(parsed, fields, thoughts=False)
+    messages = parsed.messages
     if all(message["role"] != "user" for message in messages) or messages[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
     used |= named | _repeated(fields, messages)
     # Beside a prompt, another shape of the same record holds its answer too.
     used |= {other for other in LISTS if _begins_with(fields.get(other), messages)}
-    complete(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING | SCORES)
-    return talk
+    check_fields(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING | SCORES)
+    return parsed
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
 
-def _conversation(record: dict, fields: dict) -> tuple[Talk, set[str]]:
+def _conversation(record: dict, fields: dict) -> tuple[ParsedRecord, set[str]]:
     """(the messages of a record, the fields that they are in)."""
     name = next((name for name in LISTS if name in fields), None)
     if name is not None:
         if not isinstance(fields[name], list):
             raise Rejected(f"`{name}` is not a list of messages")
-        return Talk(normalised(fields[name]), _form(fields[name], name)), {name}
+        return ParsedRecord(parse_messages(fields[name]), _format_name(fields[name], name)), {name}
     if "prompt" in fields and "completion" in fields:
         raw = [
             *_as_list(fields["prompt"], "user", "`prompt`"),
             *_as_list(fields["completion"], "assistant", "`completion`"),
         ]
-        return Talk(normalised(raw), "prompt + completion"), {"prompt", "completion"}
+        return ParsedRecord(parse_messages(raw), "prompt + completion"), {"prompt", "completion"}
     if isinstance(fields.get("output"), str) and (prompt := _alpaca(fields)) is not None:
         messages, used = prompt
-        messages += normalised([{"role": "assistant", "content": fields["output"]}])
-        return Talk(messages, "Alpaca (instruction, input, output)"), used | {"output"}
+        messages += parse_messages([{"role": "assistant", "content": fields["output"]}])
+        return ParsedRecord(messages, "Alpaca (instruction, input, output)"), used | {"output"}
     if isinstance(fields.get("chat"), str) and isinstance(fields.get("system", ""), str):
         raw, tools = tool_calls.glaive(fields.get("system", ""), fields["chat"])
-        return Talk(normalised(raw), "glaive (system, chat)", tools or None), {"system", "chat"}
+        return ParsedRecord(parse_messages(raw), "glaive (system, chat)", tools or None), {"system", "chat"}
     if name := next((name for name in LISTS if name in record), None):
         raise Rejected(f"`{name}` is not a list of messages")
     raise _unrecognised(record, "conversation")
 
 
-def _form(messages: list, name: str) -> str:
+def _format_name(messages: list, name: str) -> str:
     """How the format of a list of raw messages is reported."""
     if messages and isinstance(messages[0], dict) and "from" in messages[0] and "role" not in messages[0]:
         return f"ShareGPT ({name}: from, value)"
     return f"{name} (role, content)" if name in LISTS else name
 
 
-def _finish(talk: Talk, fields: dict, thoughts: bool = True) -> set[str]:
+def _add_other_fields(parsed: ParsedRecord, fields: dict, thoughts: bool = True) -> set[str]:
     """Add to what a record holds the fields next to its messages: system message, reasoning before its only answer,
     tools, and variables of the template. Returns these fields."""
-    used = _add_system(talk, fields) if "chat" not in fields else set()
-    answers = [message for message in talk.messages if message["role"] == "assistant"]
+    used = _add_system(parsed, fields) if "chat" not in fields else set()
+    answers = [message for message in parsed.messages if message["role"] == "assistant"]
     if thoughts and len(answers) == 1:
-        thought, names = thoughts_of(fields, "the record")
+        thought, names = reasoning_of(fields, "the record")
         if thought and "reasoning_content" in answers[0]:
             raise Rejected("the record has two different reasonings")
         if thought:
             answers[0]["reasoning_content"] = thought
         used |= names
     names = [name for name in fields if snake(name) in TOOLS and not empty(fields[name])]
-    if len(names) > 1 or names and talk.tools:
+    if len(names) > 1 or names and parsed.tools:
         raise Rejected("the record gives its tools twice")
     for name in names:
-        talk.tools = tool_calls.tools_of(fields[name], f"`{name}`")
-    used |= set(names) | _add_options(talk, fields)
+        parsed.tools = tool_calls.tools_of(fields[name], f"`{name}`")
+    used |= set(names) | _add_options(parsed, fields)
     return used
 
 
-def _add_system(talk: Talk, fields: dict) -> set[str]:
+def _add_system(parsed: ParsedRecord, fields: dict) -> set[str]:
     """A record's own system message in front of its messages. Returns the fields that it is in."""
     used = {name for name in fields if snake(name) in SYSTEM}
     texts = set()
     for name in used:
         value = "" if fields[name] in ([], {}) else fields[name]
         if not isinstance(value, str) or value.strip():
-            texts.add(checked_text(value, f"`{shown(name)}`"))
-    messages = talk.messages
+            texts.add(checked_text(value, f"`{printable_name(name)}`"))
+    messages = parsed.messages
     if messages and messages[0]["role"] == "system":
         texts.discard(messages[0]["content"])
         if texts:
@@ -256,18 +256,18 @@ def _add_system(talk: Talk, fields: dict) -> set[str]:
     return used
 
 
-def _add_options(talk: Talk, fields: dict) -> set[str]:
-    used = {name for name in OPTIONS if not empty(fields.get(name))}
-    talk.options = {name: tool_calls.checked(fields[name], f"`{name}`") for name in sorted(used)}
+def _add_options(parsed: ParsedRecord, fields: dict) -> set[str]:
+    used = {name for name in TEMPLATE_VARIABLES if not empty(fields.get(name))}
+    parsed.options = {name: tool_calls.checked(fields[name], f"`{name}`") for name in sorted(used)}
     more = fields.get("chat_template_kwargs")
     if not empty(more):
         more = tool_calls.from_json(more, "`chat_template_kwargs`")
-        if not isinstance(more, dict) or (taken := TAKEN & set(more)):
+        if not isinstance(more, dict) or (taken := RESERVED_VARIABLES & set(more)):
             what = f"`chat_template_kwargs.{min(taken)}`" if isinstance(more, dict) else "`chat_template_kwargs`"
             raise Rejected(f"{what} is not a variable of the chat template that a record may give")
-        talk.options |= tool_calls.checked(more, "`chat_template_kwargs`")
+        parsed.options |= tool_calls.checked(more, "`chat_template_kwargs`")
         used.add("chat_template_kwargs")
-    if "documents" in talk.options and not isinstance(talk.options["documents"], list):
+    if "documents" in parsed.options and not isinstance(parsed.options["documents"], list):
         raise Rejected("`documents` is not a list")
     return used
 
@@ -289,7 +289,7 @@ def _refuse_bad(fields: dict, named: set[str]) -> None:
         raise Rejected("the record is marked not to be trained on")
 
 
-def _weigh(messages: list[dict], weight: float | None) -> None:
+def _multiply_weights(messages: list[dict], weight: float | None) -> None:
     """Multiply the weights of answers by that of their record."""
     for message in messages:
         if message["role"] == "assistant" and weight not in (None, 1):
@@ -319,23 +319,23 @@ def _alpaca(fields: dict) -> tuple[list[dict], set[str]] | None:
     for turn in history if isinstance(history, (list, tuple)) else [history]:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise Rejected("`history` is not a list of [question, answer]")
-        messages += normalised([{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}])
+        messages += parse_messages([{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}])
     asked = fields["instruction"]
     if more and more.strip():
         asked = f"{asked}\n{more}" if asked.strip() else more
-    messages += normalised([{"role": "user", "content": asked}])
+    messages += parse_messages([{"role": "user", "content": asked}])
     return messages, {"instruction", "input", "history"}
 
 
 # ---- what is written twice -------------------------------------------------------------------------------------------
 
 
-def _read_again(value) -> list[dict] | None:
+def _as_messages(value) -> list[dict] | None:
     """A field as a conversation without weights and the like, None if it is not one."""
     if not isinstance(value, list):
         return None
     try:
-        return [plain(message) for message in normalised(value)]
+        return [without_weight(message) for message in parse_messages(value)]
     except Rejected:
         return None
 
@@ -344,10 +344,10 @@ def _repeats(value, messages: list[dict]) -> bool:
     """Whether a field only writes again what the messages hold: one of them, or all of them."""
     if isinstance(value, str):
         return value.strip() in (message["content"].strip() for message in messages)
-    again = _read_again(value)
+    again = _as_messages(value)
     if again is None:
         return False
-    whole = [plain(message) for message in messages]
+    whole = [without_weight(message) for message in messages]
     without_system = [message for message in whole if message["role"] != "system"]
     return again in (whole, whole[:-1], without_system, without_system[:-1])
 
@@ -364,7 +364,7 @@ def _repeated(fields: dict, messages: list[dict]) -> set[str]:
 
 def _begins_with(value, messages: list[dict]) -> bool:
     """Whether a list of raw messages is a conversation that begins with `messages`."""
-    again = _read_again(value)
+    again = _as_messages(value)
     return again is not None and again[: len(messages)] == messages
 
 
@@ -372,7 +372,7 @@ def _begins_with(value, messages: list[dict]) -> bool:
 
 
 def _answer_messages(value, key: str) -> list[dict]:
-    return normalised(_as_list(value, "assistant", f"`{key}`"))
+    return parse_messages(_as_list(value, "assistant", f"`{key}`"))
 
 
 def _prompt_of_pair(fields: dict) -> tuple[list[dict] | None, set[str], str]:
@@ -380,14 +380,14 @@ def _prompt_of_pair(fields: dict) -> tuple[list[dict] | None, set[str], str]:
     for name in ("prompt", *LISTS):
         if name in fields:
             raw = _as_list(fields[name], "user", f"`{name}`")
-            return normalised(raw), {name}, f"{_form(raw, name)} + chosen + rejected"
+            return parse_messages(raw), {name}, f"{_format_name(raw, name)} + chosen + rejected"
     alpaca = _alpaca(fields)
     if alpaca is not None:
         return *alpaca, "Alpaca (instruction, input) + chosen + rejected"
     return None, set(), "chosen + rejected, which begin with the prompt"
 
 
-def _alike(one: list[dict], other: list[dict]) -> int:
+def _common_length(one: list[dict], other: list[dict]) -> int:
     """How many messages two conversations have in common at their beginning, but for the last of each."""
     count = 0
     while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
@@ -404,7 +404,9 @@ def _transcript(text: str) -> list[dict]:
     if head.strip() or len(rest) < 4:
         raise _no_prompt()
     roles = {"Human": "user", "Assistant": "assistant"}
-    return normalised([{"role": roles[who], "content": said} for who, said in zip(rest[::2], rest[1::2], strict=True)])
+    return parse_messages(
+        [{"role": roles[who], "content": said} for who, said in zip(rest[::2], rest[1::2], strict=True)]
+    )
 
 
 def _no_prompt() -> Rejected:
@@ -449,22 +451,22 @@ def truth_of(value, what: str) -> bool:
     return result
 
 
-def said_in(messages: list[dict]) -> str:
+def conversation_text(messages: list[dict]) -> str:
     """What is said in a conversation, but for the system's message, which many rows share."""
-    return "\n".join(spoken(message) for message in messages if message["role"] != "system")
+    return "\n".join(message_text(message) for message in messages if message["role"] != "system")
 
 
-def _given(fields: dict) -> dict:
+def _without_nulls(fields: dict) -> dict:
     """Without fields that hold nothing, as columns of parquet do where another row has a value."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _unrecognised(fields: dict, what: str) -> Rejected:
     """The reason of a record in no known format: its fields, the formats, and what is nearest."""
-    names = ", ".join(shown(name) for name in list(fields)[:20]) or "none"
+    names = ", ".join(printable_name(name) for name in list(fields)[:20]) or "none"
     expected = ", ".join(" + ".join(format) for format in FORMATS[what])
-    asked = next((name for name in fields if snake(name) in ASKED), None)
-    said = next((name for name in fields if snake(name) in SAID), None)
+    asked = next((name for name in fields if snake(name) in PROMPT_NAMES), None)
+    said = next((name for name in fields if snake(name) in ANSWER_NAMES), None)
     near = max(FORMATS[what], key=lambda format: (len(set(format) & set(fields)) / len(format), -len(format)))
     lacking = [name for name in near if name not in fields]
     reason = f"no {what} among its fields ({names}): expected {expected}, or templates"
@@ -473,7 +475,7 @@ def _unrecognised(fields: dict, what: str) -> Rejected:
     advice = ""
     if what == "conversation" and asked is not None and said is not None and asked != said:
         advice = (
-            f"give the source templates: messages: [{{role: user, content: '{{{shown(asked)}}}'}},"
-            f" {{role: assistant, content: '{{{shown(said)}}}'}}]"
+            f"give the source templates: messages: [{{role: user, content: '{{{printable_name(asked)}}}'}},"
+            f" {{role: assistant, content: '{{{printable_name(said)}}}'}}]"
         )
     return Rejected(reason, advice)

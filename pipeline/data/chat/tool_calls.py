@@ -6,7 +6,8 @@ function_call turns. The transcripts of glaive-function-calling are read here, t
 import json
 import re
 
-from pipeline.data.chat.fields import Rejected, shown
+from pipeline.data.chat.fields import Rejected
+from pipeline.data.sources.text_encoding import printable_name
 
 ARGUMENTS = ("arguments", "parameters", "input", "args")
 
@@ -126,7 +127,7 @@ def _glaive_tools(system: str) -> tuple[str, list[dict]]:
             tool, end = decoder.raw_decode(system, place)
         except ValueError:
             raise Rejected(
-                f"`system` names a function that is not JSON ({shown(system[place : place + 40])})"
+                f"`system` names a function that is not JSON ({printable_name(system[place : place + 40])})"
             ) from None
         tools.append(tool)
         place = system.find("{", end)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from pipeline.core.config import Strict, idle
+from pipeline.core.config import Strict, refuse_unused
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
@@ -34,11 +34,11 @@ class Block(Strict):
     """The address of a record: a field or a template. Records without one pass."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if not self.words:
-            idle(self, "min_words", "counts phrases of words, and there are no words")
+            refuse_unused(self, "min_words", "counts phrases of words, and there are no words")
         if not self.urls:
-            idle(self, "url", "is compared with urls, and there are no urls")
+            refuse_unused(self, "url", "is compared with urls, and there are no urls")
         return self
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.config import Strict, idle
+from pipeline.core.config import Strict, refuse_unused
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np
@@ -37,9 +37,9 @@ class Language(Strict):
     (docs/log.md)."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if not self.keep:
-            idle(self, "min_confidence", "is of detected languages, and without keep none is detected")
+            refuse_unused(self, "min_confidence", "is of detected languages, and without keep none is detected")
         return self
 
     @field_validator("keep")

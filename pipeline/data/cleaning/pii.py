@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from pipeline.core.config import Strict, idle
+from pipeline.core.config import Strict, refuse_unused
 from pipeline.data.cleaning import pii_checks, pii_patterns
 
 # In the order in which they are searched for: an identity number may look like a card.
@@ -29,9 +29,9 @@ class Mask(Strict):
     """What replaces a kind; {} is its name in capitals."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         if not self.use:
-            idle(self, "form", "says how a mask is written, and use names none")
+            refuse_unused(self, "form", "says how a mask is written, and use names none")
         return self
 
     @field_validator("form")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.config import Strict, idle
+from pipeline.core.config import Strict, refuse_unused
 from pipeline.data.cleaning.filters import BASIC_RULES, Filters
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
@@ -226,14 +226,14 @@ class Rules(Strict):
     """Lines that C4 removes from a document."""
 
     @model_validator(mode="after")
-    def nothing_idle(self):
+    def no_unused_keys(self):
         set_of = {key: name for name, keys in RULE_SETS.items() for key in keys}
         set_of["short_line"] = "fineweb"
         for language, thresholds in self.thresholds().items():
             for key in type(thresholds).model_fields:
                 if set_of[key] not in self.use:
                     try:
-                        idle(thresholds, key, f"belongs to the rules {set_of[key]}, which use does not name")
+                        refuse_unused(thresholds, key, f"belongs to the rules {set_of[key]}, which use does not name")
                     except ValueError as error:
                         raise ValueError(f"{language}.{error}") from None
         if "c4" not in self.use and self.lines != Lines():

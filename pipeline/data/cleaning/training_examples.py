@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 
 if TYPE_CHECKING:
     from pipeline.data.sources.sources import Source
@@ -48,7 +48,7 @@ def example_texts(examples: "dict[str, Source]", names: list[str], most: int, wh
                 return texts
     if len(texts) < FEWEST:
         raise UserError(
-            f"{where}: {', '.join(names)} gave {many(len(texts), 'text')}, expected at least {FEWEST}; look at the"
+            f"{where}: {', '.join(names)} gave {plural(len(texts), 'text')}, expected at least {FEWEST}; look at the"
             " sources' `text`"
         )
     return texts

@@ -16,7 +16,7 @@ from pydantic import Field
 from pipeline.core.config import Name, SourceBlock, Strict
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, read, text_of
@@ -118,7 +118,7 @@ def _item_texts(name: str, source: Source) -> list[str]:
         texts.append(text)
     if not any(texts):
         raise UserError(
-            f"decontaminate.sets.{name}: none of its {many(len(texts), 'record')} has text; look at its `text` and"
+            f"decontaminate.sets.{name}: none of its {plural(len(texts), 'record')} has text; look at its `text` and"
             " `records`"
         )
     return texts

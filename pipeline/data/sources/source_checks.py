@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.core.errors import Problems, UserError
-from pipeline.core.terminal import many, say
+from pipeline.core.terminal import plural, say
 from pipeline.data.sources import records as reading
 from pipeline.data.sources.csv_files import REPEATED
 from pipeline.data.sources.formats import Bad, FieldNames, Skipped
@@ -57,14 +57,14 @@ def _why_none(source: Source, first_bad: Bad | None, bad: int, not_selected: Cou
     if first_bad is None and not_selected:
         reasons = ", ".join(f"{number} x {reason}" for reason, number in not_selected.most_common(3))
         return (
-            f"has no page among its {many(not_selected.total(), 'record')} ({reasons}); give WARC files of responses"
+            f"has no page among its {plural(not_selected.total(), 'record')} ({reasons}); give WARC files of responses"
             " with HTML, or WET files"
         )
     if first_bad is None:
         return "has no record; look at its files, `format` and `records`"
     excerpt = f" ({first_bad.raw[:80]!r})" if first_bad.raw else ""
     return (
-        f"none of its {many(bad, 'record')} is good; the first: {first_bad.place}: {first_bad.reason}{excerpt}"
+        f"none of its {plural(bad, 'record')} is good; the first: {first_bad.place}: {first_bad.reason}{excerpt}"
         f"{reading.encoding_advice(source, first_bad.reason)}"
     )
 
@@ -93,7 +93,7 @@ def _warnings(counts: dict, rejected: Path) -> list[str]:
     if damaged:
         warnings.append(
             f"{counts['bytes_lost']:,} bytes of its compressed files could not be read, in"
-            f" {many(damaged, 'place')}; records are lost there: fetch again (places: {rejected})"
+            f" {plural(damaged, 'place')}; records are lost there: fetch again (places: {rejected})"
         )
     for reason, number in counts["bad"].items():
         if reason.startswith("truncated ."):
@@ -102,16 +102,16 @@ def _warnings(counts: dict, rejected: Path) -> list[str]:
                 f" (places: {rejected})"
             )
         if reason in (WITHOUT_MARK.format("utf-16"), WITHOUT_MARK.format("utf-32")):
-            warnings.append(f"{many(number, 'file')} cannot be read: {reason}")
+            warnings.append(f"{plural(number, 'file')} cannot be read: {reason}")
         if reason == BROKEN:
             warnings.append(
-                f"{many(number, 'json file')} {'is' if number == 1 else 'are'} malformed; everything after the fault"
+                f"{plural(number, 'json file')} {'is' if number == 1 else 'are'} malformed; everything after the fault"
                 f" is lost (places: {rejected})"
             )
         if reason == REPEATED:
             warnings.append(
-                f"{many(number, 'file')} {'has' if number == 1 else 'have'} two columns of one name, so that no row of"
-                f" it is read: rename one of them (places: {rejected})"
+                f"{plural(number, 'file')} {'has' if number == 1 else 'have'} two columns of one name, so that no row"
+                f" of it is read: rename one of them (places: {rejected})"
             )
     return warnings
 
@@ -124,7 +124,7 @@ def _check_source(name: str, source: Source, counts: dict, max_bad: float, rejec
     if bad > max_bad * records:
         most = max(counts["bad"], key=counts["bad"].get)
         raise UserError(
-            f"sources.{name}: {bad} of {many(records, 'record')} {'is' if bad == 1 else 'are'} bad"
+            f"sources.{name}: {bad} of {plural(records, 'record')} {'is' if bad == 1 else 'are'} bad"
             f" ({bad / records:.1%}, most often: {most}), more than max_bad {max_bad:g}; look into {rejected}, then fix"
             f" the source or raise max_bad{reading.encoding_advice(source, most)}"
         )
@@ -132,6 +132,6 @@ def _check_source(name: str, source: Source, counts: dict, max_bad: float, rejec
     if counts["read"] and not kept and not counts["duplicates"]:
         most = max(counts["filtered"], key=counts["filtered"].get, default="not selected")
         raise UserError(
-            f"sources.{name}: nothing is left of its {many(counts['read'], 'record')} (most often: {most});"
+            f"sources.{name}: nothing is left of its {plural(counts['read'], 'record')} (most often: {most});"
             f" look into {rejected}, then change its `text` or `filters`"
         )

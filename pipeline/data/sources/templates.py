@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from pipeline.core.errors import UserError
-from pipeline.data.chat.fields import shown
+from pipeline.data.sources.text_encoding import printable_name
 
 
 class MissingField(UserError):
@@ -28,7 +28,7 @@ def render(template: str, fields: dict, place: str = "", join: str = "\n") -> st
         try:
             value = look_up(fields, field)
         except KeyError:
-            names = ", ".join(shown(name) for name in list(fields)[:20]) or "none"
+            names = ", ".join(printable_name(name) for name in list(fields)[:20]) or "none"
             raise MissingField(
                 f"{place or 'record'}: no field {field!r}, which the template {template!r} needs; the record has"
                 f" {names}"

@@ -98,3 +98,9 @@ def is_encodable(text: str) -> bool:
         return True
     except UnicodeEncodeError:
         return False
+
+
+def printable_name(name) -> str:
+    """A name from a record, for a sentence: short, and printable whatever it holds."""
+    text = str(name)
+    return ascii(text)[1:-1][:60] if not text.isprintable() else text[:60]

@@ -21,7 +21,7 @@ from pydantic import Field
 from pipeline.core.config import EXECUTION, ExternalSource
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import splitmix64
-from pipeline.core.terminal import many
+from pipeline.core.terminal import plural
 from pipeline.data.sources.globs import find
 from pipeline.data.tokens.store import DamagedArray, mapped_array
 
@@ -88,7 +88,7 @@ def files(source: Shards, name: str) -> list[Path]:
         result += token_files
     num_duplicates = len(result) - len(set(map(os.path.realpath, result)))
     if num_duplicates:
-        raise UserError(f"{key}: names {many(num_duplicates, 'file')} twice; name each file once")
+        raise UserError(f"{key}: names {plural(num_duplicates, 'file')} twice; name each file once")
     return result
 
 
