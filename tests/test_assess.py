@@ -176,4 +176,4 @@ def test_dropped_records_are_reported(folder):
     shutil.rmtree(folder / "runs/a", ignore_errors=True)
     (folder / "half.yaml").write_text(recipe, encoding="utf-8")
     code, output = stage("assess", "half.yaml", cwd=folder)
-    assert code == 0 and "WARNING sources.nouns" in output and "(50%) left out: no field 'words'" in output, output
+    assert code == 0 and "WARNING sources.nouns" in output and "(50%) dropped: no field 'words'" in output, output

@@ -194,7 +194,7 @@ def test_a_source_that_loses_half_of_its_records_ends_the_stage(tmp_path):
     code, text = stage("sft", "tiny.yaml", *words, "sft.max_bad=0.5", cwd=tmp_path)
     assert code == 0, text
     assert (
-        "WARNING sources.kto: 200 of 400 records (50%) left out: `label` is false: a bad answer (first: kto.jsonl:2)"
+        "WARNING sources.kto: 200 of 400 records (50%) dropped: `label` is false: a bad answer (first: kto.jsonl:2)"
         in text
     )
     report = json.loads((tmp_path / "runs/tiny/sft/current/report.json").read_text())["sources"]["kto"]

@@ -1,4 +1,4 @@
-"""Keys that every training stage has. What a stage adds stands in its own script."""
+"""Keys that every training stage has. Those of one stage are in its own script."""
 
 import contextlib
 import datetime
@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.core.config import EXECUTION, PlannedInput, StageConfig, Strict, refuse_unused
 from pipeline.core.errors import UserError
+from pipeline.core.terminal import plural
 
 
 def _either(numbers: list[int]) -> str:
@@ -16,16 +17,30 @@ def _either(numbers: list[int]) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, ascending; in time of the square root, since recipes may have any numbers."""
-    low = [factor for factor in range(1, math.isqrt(number) + 1) if number % factor == 0]
-    return sorted({*low, *(number // factor for factor in low)})
+    """All of them, ascending, in O(sqrt(number)), because a recipe may have any number."""
+    small = [factor for factor in range(1, math.isqrt(number) + 1) if number % factor == 0]
+    large = [number // factor for factor in small]
+    return sorted({*small, *large})
+
+
+def nearest_divisors(number: int, target: int) -> list[int]:
+    """The two divisors of `number` that are nearest to `target`, ascending."""
+    by_distance = sorted(divisors(number), key=lambda divisor: abs(divisor - target))
+    return sorted(by_distance[:2])
 
 
 def _iso_date(value: str) -> str:
     try:
         return datetime.date.fromisoformat(value).isoformat()
     except ValueError:
-        raise ValueError(f"{value!r} is no date; expected YYYY-MM-DD, such as 2024-07-26") from None
+        raise ValueError(f"{value!r} is not a date; expected YYYY-MM-DD, such as 2024-07-26") from None
+
+
+def _without_boolean(value: Any) -> Any:
+    """true and false, as older recipes have them."""
+    if isinstance(value, bool):
+        return "full" if value else "none"
+    return value
 
 
 Date = Annotated[str, AfterValidator(_iso_date)] | None
@@ -53,7 +68,7 @@ class Optimizer(Strict):
     @model_validator(mode="after")
     def no_unused_keys(self):
         if self.kind != "muon":
-            refuse_unused(self, "momentum", "is of kind: muon alone, adamw has `betas`")
+            refuse_unused(self, "momentum", "applies only to kind: muon (adamw uses `betas`)")
         return self
 
 
@@ -74,27 +89,28 @@ class Schedule(Strict):
     @model_validator(mode="after")
     def no_unused_keys(self):
         if self.kind != "wsd":
-            refuse_unused(self, "decay_ratio", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
-            refuse_unused(self, "decay_steps", f"is of kind: wsd alone, {self.kind} has no decay of its own length")
+            refuse_unused(self, "decay_ratio", f"applies only to kind: wsd, and kind is {self.kind}")
+            refuse_unused(self, "decay_steps", f"applies only to kind: wsd, and kind is {self.kind}")
         elif self.decay_steps:
-            refuse_unused(self, "decay_ratio", "and decay_steps both say how long the decay is")
+            refuse_unused(self, "decay_ratio", "and decay_steps both set the length of the decay")
         if self.kind == "constant":
             refuse_unused(self, "min_ratio", "has no effect with kind: constant, which never decays")
         return self
 
 
 class Parallel(Strict):
-    """How the work is laid out. It does not change the result, so it is no part of a run's identity."""
+    """How the work is divided among processes. It does not change the result, so it is not part of a run's
+    identity."""
 
     zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage under DeepSpeed; none: plain data parallelism (DDP) without DeepSpeed."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages; the number of processes divided by this is the number of data-parallel ranks."""
     partition: Literal["estimated", "uniform"] = "estimated"
-    """How a pipeline's layers are shared out: by FLOPs, the output layer's among them, or in equal numbers."""
+    """How layers are distributed over pipeline stages: by FLOPs, the output layer included, or in equal numbers."""
     layers: list[Annotated[int, Field(ge=1)]] | None = None
-    """Layers of each pipeline stage, such as [9, 8, 8, 7]; instead of `partition`. A run ends with what it measured
-    and would suggest."""
+    """Layers of each pipeline stage, such as [9, 8, 8, 7]; instead of `partition`. At its end a run reports how busy
+    each stage was, and suggests a more even cut if there is one."""
     offload: bool = False
     """Keep the optimizer's state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory."""
 
@@ -102,16 +118,20 @@ class Parallel(Strict):
     def legal(self):
         if self.pipeline > 1 and self.zero in (2, 3):
             raise ValueError(
-                f"pipeline: {self.pipeline} with zero: {self.zero} cannot be had: ZeRO-{self.zero} splits gradients"
-                f"{' and parameters' if self.zero == 3 else ''} that the pipeline's stages must hold whole; use zero: 1"
+                f"pipeline: {self.pipeline} cannot be combined with zero: {self.zero}: ZeRO-{self.zero} splits"
+                f" {'gradients and parameters' if self.zero == 3 else 'gradients'}, which a pipeline stage needs"
+                " complete; use zero: 1"
             )
         if self.layers and len(self.layers) != self.pipeline:
-            raise ValueError(f"layers: {self.layers} are {len(self.layers)} stages, pipeline says {self.pipeline}")
+            raise ValueError(
+                f"layers: {self.layers} has {len(self.layers)} entries, but pipeline is {self.pipeline}; give one entry"
+                " per pipeline stage"
+            )
         if self.pipeline == 1:
             for key in ("partition", "layers"):
-                refuse_unused(self, key, "says how a pipeline's layers are shared out, and pipeline is 1")
+                refuse_unused(self, key, "distributes layers over pipeline stages, and pipeline is 1")
         elif self.layers:
-            refuse_unused(self, "partition", "and layers both say how many layers each stage has")
+            refuse_unused(self, "partition", "and layers both set the layers of each stage")
         if self.offload and (self.zero in (None, 0) or self.pipeline > 1):
             raise ValueError("offload needs zero: 1, 2 or 3 without a pipeline")
         return self
@@ -125,13 +145,13 @@ class Save(Strict):
     keep: int = Field(2, ge=1)
     """Newest complete checkpoints kept."""
     keep_every: int | None = Field(None, ge=1)
-    """Checkpoints of steps divisible by this stay too: where a decay can branch off (`from_step`)."""
+    """Also keep checkpoints of steps divisible by this, where a decay can branch off (`from_step`)."""
     keep_best: bool = False
-    """The checkpoint with the lowest held-out loss stays too; the steps that are both saved and evaluated
-    (`evaluate_every`) can be it."""
+    """Also keep the checkpoint with the lowest held-out loss, among steps that are both saved and evaluated
+    (`evaluate_every`)."""
     asynchronous: bool = True
-    """Training goes on while a checkpoint is written: it waits for a copy in (CPU) memory, which is kept, 12 bytes a
-    parameter over all processes."""
+    """Write checkpoints in the background: training waits only for a copy in CPU memory, which is kept for the next
+    one: 12 bytes per parameter over all processes."""
 
 
 class Log(Strict):
@@ -140,56 +160,56 @@ class Log(Strict):
     every_steps: int = Field(10, ge=1)
     """Steps between lines."""
     peak: Literal["measured"] | Annotated[float, Field(gt=0)] | None = None
-    """Arithmetic peak of one device, for the estimate of the time and for MFU: TFLOP/s, or `measured` by a matrix
-    product at the start (a second); none: from a table of GPUs."""
+    """Peak rate of one device, for MFU and the estimate of the time: TFLOP/s, or `measured` with matrix products at
+    the start (takes a second); none: from a table of GPUs."""
     wandb: str | None = None
     """Weights & Biases project; offline when WANDB_API_KEY is not set."""
 
 
 class Spikes(Strict):
     """What is done about a step whose loss or gradient norm jumps (train/spikes.py). A step that is not finite is
-    never applied, whatever is said here."""
+    never applied, with any policy."""
 
     policy: Literal["off", "stop", "skip", "rollback"] = "off"
     """stop: the update is not made, the state before it is saved and the run ends; skip: the update is not made;
-    rollback: back to the newest checkpoint, and past the rows since then."""
+    rollback: return to the newest checkpoint and skip the rows since then."""
     sigma: float = Field(6.0, gt=0)
-    """Robust deviations above the median of the last steps from which on a value is a spike; OLMo's and here 6."""
+    """A value is a spike if it is more than this many robust deviations above the median of the last steps (6 in
+    OLMo)."""
     window: int = Field(128, ge=4)
-    """Applied steps that are compared with. Fewer than half of them decide nothing."""
+    """Applied steps that a value is compared with. While there are fewer than half of them, nothing is a spike."""
     rollbacks: int = Field(3, ge=1)
     """Rollbacks after which the next spike stops the run."""
     in_a_row: int = Field(16, ge=1)
-    """Steps one after another that are not applied, spikes or not finite, after which the run stops, with every
-    policy."""
+    """Consecutive steps that are not applied (spikes, or not finite) after which the run stops, with every policy."""
 
     @model_validator(mode="after")
     def no_unused_keys(self):
         if self.policy == "off":
-            refuse_unused(self, "sigma", "says what a spike is, and policy: off looks for none")
-            refuse_unused(self, "window", "says what a spike is, and policy: off looks for none")
+            refuse_unused(self, "sigma", "defines a spike, and policy: off looks for none")
+            refuse_unused(self, "window", "defines a spike, and policy: off looks for none")
         if self.policy != "rollback":
-            refuse_unused(self, "rollbacks", f"is of policy: rollback alone, and policy is {self.policy}")
+            refuse_unused(self, "rollbacks", f"applies only to policy: rollback, and policy is {self.policy}")
         return self
 
 
 class Watchdog(Strict):
-    """How long silence may last before the run is ended and put back into the queue (train/heartbeat.py)."""
+    """How long a rank may be silent before the run is ended and requeued (train/heartbeat.py)."""
 
     hang: float = Field(600, gt=0)
-    """Seconds without progress of any rank inside a step. Then the rank that the others wait for is named, stacks
-    are written and all ranks end."""
+    """Seconds in which no rank makes progress inside a step. After that the rank that the others wait for is named,
+    stacks are written and all ranks end."""
     start: float = Field(3600, gt=0)
-    """The same for what may take long: starting, the first step (compiling), rollouts, evaluating, saving and
-    publishing."""
+    """The same limit for phases that may take long: starting, the first step (compiling), rollouts, evaluating, saving
+    and publishing."""
     lost: float = Field(30, gt=0)
-    """Seconds without a heartbeat after which a rank is taken for dead; it writes one every second, every eighth
-    with 512 ranks."""
+    """Seconds without a heartbeat after which a rank counts as dead. It writes one every second; with 512 ranks, every
+    eight seconds."""
 
 
 class TrainConfig(StageConfig):
-    """A stage that updates weights. One step is one update over `batch_size` rows, however many processes share
-    them."""
+    """A stage that updates weights. One step is one update over `batch_size` rows, whatever the number of
+    processes."""
 
     HAS_STEPS = True
     KEPT = None
@@ -209,14 +229,13 @@ class TrainConfig(StageConfig):
     spikes: Spikes = Spikes()
     """Jumps of the loss or the gradient norm."""
     micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
-    """Rows in memory at a time on one process; none: all of its share. Gradients are accumulated up to `batch_size`."""
+    """Rows in memory at a time on one process; none: its complete share. Gradients are accumulated up to
+    `batch_size`."""
     activation_checkpointing: Annotated[
-        Literal["none", "selective", "full"],
-        BeforeValidator(lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value),
-        EXECUTION,
+        Literal["none", "selective", "full"], BeforeValidator(_without_boolean), EXECUTION
     ] = "none"
-    """Keep less for the backward pass and compute it again there. full: each layer's input alone (Chen et al.,
-    2016), a third more work; selective: also the results of matrix products and attention."""
+    """Keep less for the backward pass and compute the rest again. full: keep only each layer's input (Chen et al.,
+    2016), a third more work; selective: also keep the results of matrix products and attention."""
     parallel: Annotated[Parallel, EXECUTION] = Parallel()
     """ZeRO stage and pipeline depth."""
     save: Annotated[Save, EXECUTION] = Save()
@@ -226,17 +245,14 @@ class TrainConfig(StageConfig):
     watch: Annotated[Watchdog, EXECUTION] = Watchdog()
     """Hangs and lost ranks."""
     evaluate_every: Annotated[int | None, EXECUTION] = Field(None, ge=1)
-    """Steps between evaluations on held-out data; they are always made before the first and after the last step."""
+    """Steps between evaluations on held-out data. There is always one before the first and one after the last
+    step."""
 
     @model_validator(mode="after")
     def no_unused_keys(self):
         if not self.uses_peak():
             try:
-                refuse_unused(
-                    self.log,
-                    "peak",
-                    "is what times are estimated from, and here they depend on how long the answers become",
-                )
+                refuse_unused(self.log, "peak", "is for estimates of time, which here depend on the answers' lengths")
             except ValueError as error:
                 raise ValueError(f"log.{error}") from None
         return self
@@ -245,49 +261,55 @@ class TrainConfig(StageConfig):
     def whole_matrices(self):
         if self.optimizer.kind == "muon" and (self.parallel.zero is not None or self.parallel.pipeline > 1):
             raise ValueError(
-                "optimizer.kind: muon orthogonalises whole matrices, which zero and pipeline cut up; use adamw, or data"
-                " parallelism alone (parallel: {})"
+                "optimizer.kind: muon needs complete matrices, which zero and pipeline split; use adamw, or plain data"
+                " parallelism (parallel: {})"
             )
         return self
 
     def check(self, world: int) -> None:
+        self._check_pipeline(world)
+        self._check_keep_best()
+        self._check_batch(world // self.parallel.pipeline)
+
+    def _check_pipeline(self, world: int) -> None:
         depth = self.parallel.pipeline
         if depth > 1 and not type(self).supports_pipeline():
             raise UserError(f"stage {self.kind}: pipeline: {depth} is for pretraining; use zero: 0, 1, 2 or 3 here")
         if world % depth:
-            near = sorted({max(1, world // depth) * depth, (world // depth + 1) * depth})
-            fits = sorted(sorted(divisors(world), key=lambda number: abs(number - depth))[:2])
+            below = max(1, world // depth) * depth
+            above = (world // depth + 1) * depth
             raise UserError(
-                f"stage {self.kind}: {world} process{'es' * (world > 1)} cannot be divided into pipeline: {depth}"
-                f" stages; launch {_either(near)}, or give parallel.pipeline={_either(fits)}"
+                f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into pipeline: {depth}"
+                f" stages; launch {_either(sorted({below, above}))}, or give"
+                f" parallel.pipeline={_either(nearest_divisors(world, depth))}"
             )
-        if self.save.keep_best and (
-            self.evaluate_every is None
-            or math.lcm(self.evaluate_every, self.save.every_steps) > (self.steps or math.inf)
-        ):
-            saved, evaluated = (
-                f"save.every_steps: {self.save.every_steps}",
-                f"evaluate_every: {self.evaluate_every or 'none'}",
-            )
+
+    def _check_keep_best(self) -> None:
+        if not self.save.keep_best:
+            return
+        every, steps = self.evaluate_every, self.steps or math.inf
+        if every is None or math.lcm(every, self.save.every_steps) > steps:
             raise UserError(
-                f"stage {self.kind}: save.keep_best: no step is both saved ({saved}) and evaluated ({evaluated}); make"
-                " one a multiple of the other"
+                f"stage {self.kind}: save.keep_best: no step is both saved (save.every_steps: {self.save.every_steps})"
+                f" and evaluated (evaluate_every: {every or 'none'}); make one a multiple of the other"
             )
-        ranks = world // depth
+
+    def _check_batch(self, ranks: int) -> None:
+        """ranks: data-parallel ones."""
         if self.batch_size % ranks:
             below = self.batch_size // ranks * ranks
-            fits = [number for number in divisors(self.batch_size) if number < ranks]
+            sizes = [below, below + ranks] if below else [ranks]
+            fewer_ranks = [number for number in divisors(self.batch_size) if number < ranks][-2:]
+            processes = [number * self.parallel.pipeline for number in fewer_ranks]
             raise UserError(
                 f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use"
-                f" {_either([below, below + ranks] if below else [ranks])}, or"
-                f" {_either([number * depth for number in fits[-2:]])} process{'es' * (fits[-1] * depth > 1)}"
+                f" {_either(sizes)}, or {_either(processes)} {'process' if processes[-1] == 1 else 'processes'}"
             )
         rows = self.batch_size // ranks
         if self.micro_batch and rows % self.micro_batch:
-            fits = sorted(sorted(divisors(rows), key=lambda number: abs(number - self.micro_batch))[:2])
             raise UserError(
                 f"stage {self.kind}: a rank's share of {rows} rows is not divisible by micro_batch {self.micro_batch};"
-                f" use {_either(fits)}"
+                f" use {_either(nearest_divisors(rows, self.micro_batch))}"
             )
 
     def micro_rows(self, world: int) -> int:

@@ -354,7 +354,7 @@ def test_mistakes_end_before_any_work_with_code_2(tmp_path, monkeypatch, capfd):
             ["run", "r.yaml", "pretrain.batch_size=9", "pretrain.run.processes=2"],
             "batch_size 9 is not divisible by 2 data-parallel ranks",
         ),
-        (["run", "r.yaml", "pretrain.parallel={pipeline: 2, zero: 3}"], "pipeline: 2 with zero: 3 cannot be had"),
+        (["run", "r.yaml", "pretrain.parallel={pipeline: 2, zero: 3}"], "pipeline: 2 cannot be combined with zero: 3"),
         (["run", "r.yaml", "sft.parallel.pipeline=2", "sft.run.processes=2"], "pipeline: 2 is for pretraining"),
         (["run", "r.yaml", "model.hiden_size=3"], "did you mean hidden_size?"),
     ]:

@@ -79,7 +79,7 @@ def test_yaml_1_2_numbers_words_and_injected_keys(write):
         (
             ("    optimizer: {lr: 3e-4}", "    parallel: {pipeline: 2, zero: 2}"),
             13,
-            "pipeline: 2 with zero: 2 cannot be had",
+            "pipeline: 2 cannot be combined with zero: 2",
         ),
         (("stages:", "stages: ["), 6, "not valid YAML"),
         (("      web:", "      网页:"), 7, "stages.clean.sources has the name '网页', expected Latin letters, digits"),

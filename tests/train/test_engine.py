@@ -293,7 +293,7 @@ def test_a_launcher_that_names_another_zero_stage_is_refused(monkeypatch):
 
 
 def test_layouts_that_cannot_be_had_are_refused_before_anything_starts():
-    with pytest.raises(ValidationError, match="pipeline: 2 with zero: 3 cannot be had"):
+    with pytest.raises(ValidationError, match="pipeline: 2 cannot be combined with zero: 3"):
         config(parallel={"zero": 3, "pipeline": 2})
     with pytest.raises(ValidationError, match="offload needs"):
         config(parallel={"offload": True})
@@ -377,7 +377,7 @@ def test_a_family_or_depth_that_cannot_be_cut_is_refused():
         pipeline_split.split(tiny(), Parallel(pipeline=4), LENGTH)
     with pytest.raises(UserError, match="add up to 3"):
         pipeline_split.split(tiny(), Parallel(pipeline=2, layers=[1, 1]), LENGTH)
-    with pytest.raises(ValidationError, match="are 3 stages, pipeline says 2"):
+    with pytest.raises(ValidationError, match="has 3 entries, but pipeline is 2"):
         Parallel(pipeline=2, layers=[1, 1, 1])
 
 

@@ -119,10 +119,10 @@ def test_lengths_of_time(text, seconds):
         (["pretrain.steps=~"], "give one of steps, tokens, tokens_per_parameter, time"),
         (["pretrain.steps=~", "pretrain.time=soon"], "'soon' is not a duration"),
         (["pretrain.schedule.warmup_tokens=100"], "warmup_steps 2 and warmup_tokens 100"),
-        (["pretrain.schedule.decay_ratio=0.5"], "decay_ratio: 0.5 is of kind: wsd alone"),
+        (["pretrain.schedule.decay_ratio=0.5"], "decay_ratio: 0.5 applies only to kind: wsd"),
         (["pretrain.schedule={kind: wsd, decay_ratio: 0.5, decay_steps: 2}"], "decay_steps both"),
         (["pretrain.schedule={kind: constant, min_ratio: 0.5}"], "min_ratio: 0.5 has no effect with kind: constant"),
-        (["pretrain.optimizer.momentum=0.5"], "momentum: 0.5 is of kind: muon alone"),
+        (["pretrain.optimizer.momentum=0.5"], "momentum: 0.5 applies only to kind: muon"),
     ],
 )
 def test_mistakes_are_one_sentence(world, words, said):

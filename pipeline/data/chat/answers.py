@@ -166,7 +166,7 @@ class Answers:
     # ---- what a template drops ---------------------------------------------------------------------------------------
 
     def _check_written(self, dialogue: Dialogue, text: str, begin: int) -> None:
-        """Raise Unusable if a template has left out something of a conversation. Its last message may be an answer,
+        """Raise Unusable if a template has dropped a part of a conversation. Its last message may be an answer,
         which begins at `begin` in its text."""
         reason = self._dropped_of_shape(dialogue)
         if reason is not None:

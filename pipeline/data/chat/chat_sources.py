@@ -1,5 +1,5 @@
-"""What a recipe says of the sources of tuning stages: conversations, pairs of answers, prompts, and the templates that
-make them of a record. They are read in pipeline/data/chat/conversations.py."""
+"""Keys of the sources of tuning stages: where conversations, pairs of answers and prompts are, and the templates that
+make them from a record. They are read in pipeline/data/chat/conversations.py."""
 
 from typing import Literal
 
@@ -23,13 +23,13 @@ HOLDING = {"messages", "conversations", "conversation", "prompt", "instruction",
 
 
 class TuningSource(Source):
-    """What sources of all tuning stages have. A record is no document, so it has no `text`."""
+    """What sources of all tuning stages have. A record is not a document, so there is no key `text`."""
 
     UNUSED = frozenset({"text"})
 
     ignore: list[str] = []
-    """Fields of records, messages and content parts that are read as though they were not there, because they say
-    nothing about what should be learned (docs/sft.md says which fields need no such word)."""
+    """Fields of records, messages and content parts that are ignored because they say nothing about what should be
+    learned (docs/sft.md lists fields that are ignored anyway)."""
 
     @field_validator("ignore")
     @classmethod
@@ -39,17 +39,17 @@ class TuningSource(Source):
         return value
 
     def templates(self) -> list[str]:
-        """Templates of what is read from a record beside its messages."""
+        """Templates of what is read from a record in addition to its messages."""
         return []
 
     @model_validator(mode="after")
     def _no_document(self):
         for key in self.UNUSED:
-            refuse_unused(self, key, "is of documents; here templates or the records themselves say who says what")
-        if not self.has_templates():
             refuse_unused(
-                self, "join", "stands between the items of a list that a template names, and there is no template"
+                self, key, "is for documents; conversations come from templates, or from fields of the record"
             )
+        if not self.has_templates():
+            refuse_unused(self, "join", "separates the items of a list that a template names, and there is no template")
         return self
 
     def has_templates(self) -> bool:

@@ -124,7 +124,7 @@ def empty(value, depth: int = 6) -> bool:
 
 
 def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) -> list[tuple[str, str | None]]:
-    """The fields that would be left out although they change what should be learned, or may: (name, what it is), with
+    """The fields that would be dropped although they change what should be learned, or may: (name, what it is), with
     what None for a name that nobody knows, and these last. Empty if all fields are in `used`, in `harmless`, empty, or
     metadata."""
     meaningful, unknown = [], []

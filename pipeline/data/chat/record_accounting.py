@@ -1,4 +1,5 @@
-"""The ledger of a tuning stage: what became of each record, as report.json has it. Clean has its own, ledger.py."""
+"""The account of a tuning stage: what became of each record, as report.json has it. Stage clean has its own
+(pipeline/data/cleaning/accounting.py)."""
 
 from pathlib import Path
 
@@ -20,7 +21,7 @@ EXPECTED = {
 
 
 class Ledger:
-    """What became of each record of each source, and what was found of evaluation sets."""
+    """What became of each record of each source, and which items of evaluation sets were found."""
 
     def __init__(self):
         self.sources: dict[str, dict] = {}
@@ -29,7 +30,10 @@ class Ledger:
 
     def report(self) -> dict:
         """JSON: `sources`, and with evaluation sets `decontamination`, as in the report of clean."""
-        return {"sources": self.sources, **({"decontamination": self.evaluation} if self.evaluation else {})}
+        report = {"sources": self.sources}
+        if self.evaluation:
+            report["decontamination"] = self.evaluation
+        return report
 
     def count(self, source: str, key: str) -> None:
         entry = self.sources.setdefault(source, {"records": 0, "rejected": {}, "train": 0, "heldout": 0})
@@ -45,7 +49,7 @@ class Ledger:
             present[feature] = present.get(feature, 0) + 1
 
     def say_formats(self) -> None:
-        """Say how the records of each source were read."""
+        """Print how the records of each source were read."""
         for name, entry in self.sources.items():
             formats = entry.get("formats", {})
             used = plural(sum(formats.values()), "record", ",")
@@ -56,7 +60,7 @@ class Ledger:
             say(f"sources.{name}: {used} read {read}{f'; {present}' if present else ''}")
 
     def reject(self, source: str, place: str, reason: str, advice: str = "") -> None:
-        """Count a record that is left out, with what the user can do about it."""
+        """Count a record that is dropped, with what the user can do about it."""
         if advice:
             self.advice[reason] = advice
         entry = self.sources[source]["rejected"].setdefault(reason, {"count": 0, "first": []})
@@ -66,13 +70,15 @@ class Ledger:
 
     def why(self, source: str, bad: bool = False) -> str:
         """The three most frequent reasons, with a place each; with `bad`, of those that mean a bad record."""
-        rejected = self.sources[source]["rejected"]
-        if bad:
-            rejected = {reason: found for reason, found in rejected.items() if not reason.startswith(tuple(EXPECTED))}
-        return "; ".join(
-            f"{entry['count']} x {reason} (first: {entry['first'][0]})"
-            for reason, entry in sorted(rejected.items(), key=lambda item: -item[1]["count"])[:3]
-        )
+        reasons = []
+        for reason, entry in self._by_frequency(source):
+            if not bad or _expected_advice(reason) is None:
+                reasons.append(f"{entry['count']} x {reason} (first: {entry['first'][0]})")
+        return "; ".join(reasons[:3])
+
+    def _by_frequency(self, source: str) -> list[tuple[str, dict]]:
+        """Reasons of a source and their counts, the most frequent first."""
+        return sorted(self.sources[source]["rejected"].items(), key=lambda item: -item[1]["count"])
 
     def keep(self, rows: list, split: str, reasons: list[str | None]) -> list:
         """Rows whose reason is None; the others are rejected, and each source must have something left in the end
@@ -119,23 +125,35 @@ class Ledger:
         UserError for a source of which more than `max_bad` cannot be used."""
         self.say_formats()
         for name, entry in self.sources.items():
-            bad = 0
-            for reason, found in sorted(entry["rejected"].items(), key=lambda item: -item[1]["count"]):
-                advice = next((todo for start, todo in EXPECTED.items() if reason.startswith(start)), None)
-                bad += found["count"] if advice is None else 0
-                if found["count"] > NOTABLE * entry["records"]:
-                    advice = (
-                        advice or self.advice.get(reason) or "mend the source, or leave such records out by `where`"
-                    )
-                    say(
-                        f"WARNING sources.{name}: {found['count']:,} of {plural(entry['records'], 'record', ',')}"
-                        f" ({found['count'] / entry['records']:.0%}) left out: {reason} (first: {found['first'][0]});"
-                        f" {advice}"
-                    )
-            if bad > max_bad * entry["records"]:
+            records = entry["records"]
+            num_bad = 0
+            for reason, rejected in self._by_frequency(name):
+                if _expected_advice(reason) is None:
+                    num_bad += rejected["count"]
+                if rejected["count"] > NOTABLE * records:
+                    self._warn(name, reason, rejected, records)
+            if num_bad > max_bad * records:
                 places = f" (all places: {report})" if report else ""
                 raise UserError(
-                    f"sources.{name}: {bad} of {plural(entry['records'], 'record')} cannot be used"
-                    f" ({bad / entry['records']:.1%}), more than max_bad {max_bad:g}: {self.why(name, bad=True)}; mend"
-                    f" the source, leave such records out with `where`, or raise max_bad{places}"
+                    f"sources.{name}: {num_bad} of {plural(records, 'record')} cannot be used"
+                    f" ({num_bad / records:.1%}), more than max_bad {max_bad:g}: {self.why(name, bad=True)}; fix the"
+                    f" source, exclude such records with `where`, or raise max_bad{places}"
                 )
+
+    def _warn(self, source: str, reason: str, rejected: dict, records: int) -> None:
+        advice = _expected_advice(reason) or self.advice.get(reason)
+        if advice is None:
+            advice = "fix the source, or exclude such records with `where`"
+        count = rejected["count"]
+        say(
+            f"WARNING sources.{source}: {count:,} of {plural(records, 'record', ',')} ({count / records:.0%}) dropped:"
+            f" {reason} (first: {rejected['first'][0]}); {advice}"
+        )
+
+
+def _expected_advice(reason: str) -> str | None:
+    """What the user can do about a reason that does not mean a bad record; None for any other reason."""
+    for start, advice in EXPECTED.items():
+        if reason.startswith(start):
+            return advice
+    return None

@@ -39,7 +39,7 @@ class Language(Strict):
     @model_validator(mode="after")
     def no_unused_keys(self):
         if not self.keep:
-            refuse_unused(self, "min_confidence", "is of detected languages, and without keep none is detected")
+            refuse_unused(self, "min_confidence", "is for detected languages, and without keep no language is detected")
         return self
 
     @field_validator("keep")

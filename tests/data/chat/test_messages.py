@@ -576,7 +576,7 @@ def test_notable_losses_are_warned_of_and_too_many_end_the_stage(tmp_path, capsy
     formats, *warnings = capsys.readouterr().out.splitlines()
     assert formats == "sources.s: 93 records read as Alpaca (instruction, input, output)"
     assert len(warnings) == 1  # copies; three of 102 are not a notable share
-    assert warnings[0].startswith("WARNING sources.s: 5 of 102 records (5%) left out: duplicate (first: a.jsonl:98); ")
+    assert warnings[0].startswith("WARNING sources.s: 5 of 102 records (5%) dropped: duplicate (first: a.jsonl:98); ")
     with pytest.raises(
         UserError, match=r"4 of 102 records cannot be used \(3.9%\), more than max_bad 0.03: 3 x `label` is false"
     ):
@@ -588,4 +588,4 @@ def test_notable_losses_are_warned_of_and_too_many_end_the_stage(tmp_path, capsy
     capsys.readouterr()
     ledger.judge(0.6)
     _, line = capsys.readouterr().out.splitlines()
-    assert "50 of 100 records (50%) left out: `label` is false: a bad answer (first: b.jsonl:51); exclude such records with `where: {label: true}`" in line  # fmt: skip
+    assert "50 of 100 records (50%) dropped: `label` is false: a bad answer (first: b.jsonl:51); exclude such records with `where: {label: true}`" in line  # fmt: skip
