@@ -1,7 +1,7 @@
 # make quickstart   install into .venv, then run the whole chain on real text, on a CPU
 # make test         style, then the tests;  make test-all adds the slow ones
 # make test-quick   tests that start no stage, in less than a minute
-# make style        what `make test` asks of the code's form first;  make format mends most of it
+# make style        the checks of form that `make test` begins with;  make format fixes most of them
 PYTHON ?= python3
 BIN := .venv/bin
 CODE := pipeline tests benchmarks

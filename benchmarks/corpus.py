@@ -1,4 +1,4 @@
-"""The corpus of benchmarks/clean.py: real English and Chinese text out of published packages, with near duplicates
+"""The corpus of benchmarks/clean.py: real English and Chinese text from published packages, with near duplicates
 planted whose similarity is known.
 
     en.jsonl   paragraphs of Wikipedia introductions (HotpotQA), 1 to 12 joined to a document of web length
@@ -58,9 +58,9 @@ TOKEN = re.compile(
 
 
 def corpus(folder: Path, times: int = 1, planted: bool = True) -> dict[str, Path]:
-    """Write the corpus (once; a second call finds it) and return {en, zh, truth} -> file. `times` > 1 adds that many
-    less one copies of all text whose words, or characters, are shuffled: a larger corpus of the same shape without
-    more duplicates."""
+    """Write the corpus, unless an earlier call did, and return {en, zh, truth} -> file. `times` > 1 adds `times - 1`
+    copies of all text with shuffled words, or characters: a larger corpus of the same shape without more
+    duplicates."""
     files = {"en": folder / "en.jsonl", "zh": folder / "zh.jsonl", "truth": folder / "truth.json"}
     if files["truth"].exists():
         return files
@@ -105,25 +105,17 @@ def chinese() -> list[str]:
     rng = random.Random("zh")
     documents = []
     for chapter in json.loads(_read("sanguo")):
-        sentences, passage, wanted = (
-            re.findall(r"[^。！？]*[。！？”]+|[^。！？]+$", chapter.strip()),
-            "",
-            rng.randrange(200, 1600),
-        )
+        sentences = re.findall(r"[^。！？]*[。！？”]+|[^。！？]+$", chapter.strip())
+        passage, min_length = "", rng.randrange(200, 1600)
         for sentence in sentences:
             passage += sentence
-            if len(passage) >= wanted:
+            if len(passage) >= min_length:
                 documents.append(passage)
-                passage, wanted = "", rng.randrange(200, 1600)
-        documents += [passage] if passage else []
-    reviews = list(
-        dict.fromkeys(
-            line.strip()
-            for name in ("reviews_pos", "reviews_neg")
-            for line in _read(name).splitlines()
-            if len(line) >= 20
-        )
-    )
+                passage, min_length = "", rng.randrange(200, 1600)
+        if passage:
+            documents.append(passage)
+    lines = _read("reviews_pos").splitlines() + _read("reviews_neg").splitlines()
+    reviews = list(dict.fromkeys(line.strip() for line in lines if len(line) >= 20))
     entries = [line.strip() for line in _read("dictionary").splitlines() if len(line) >= 20]
     for lines in (reviews, entries):
         rng.shuffle(lines)
@@ -132,12 +124,12 @@ def chinese() -> list[str]:
 
 
 def _joined(rng: random.Random, pieces: list[str], low: int, high: int, by: str) -> list[str]:
-    found, at = [], 0
+    documents, at = [], 0
     while at < len(pieces):
         number = rng.randint(low, high)
-        found.append(by.join(pieces[at : at + number]))
+        documents.append(by.join(pieces[at : at + number]))
         at += number
-    return found
+    return documents
 
 
 def _read(name: str) -> str:

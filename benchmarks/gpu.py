@@ -1,4 +1,4 @@
-"""One GPU: this project's replicated engine beside a plain compiled transformers loop. bf16 autocast over fp32 weights,
+"""One GPU: alma's replicated engine compared with a plain compiled transformers loop. bf16 autocast over fp32 weights,
 fused AdamW, clipping at 1.0, random tokens.
 
     python benchmarks/gpu.py --model 124M                       # 124M, 350M or 1.2B

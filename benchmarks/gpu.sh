@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretraining on one GPU beside a plain compiled transformers loop: 124M/1024, 350M/2048 and 1.2B/2048; a JSON line each.
+# Pretraining on one GPU compared with a plain compiled transformers loop: 124M/1024, 350M/2048 and 1.2B/2048; a JSON line each.
 #   bash benchmarks/gpu.sh                          # needs torch with CUDA, transformers and what benchmarks/gpu.py imports; no installation, no deepspeed
 #   bash benchmarks/gpu.sh --device cpu --tiny      # does the code run?
 set -euo pipefail

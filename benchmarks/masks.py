@@ -1,16 +1,16 @@
 """What the masks find in real text, to be judged by eye, and what they find of planted values.
 
-    python benchmarks/masks.py                                               # texts out of packages
+    python benchmarks/masks.py                                               # texts from packages
     python benchmarks/masks.py --text kernel='/usr/share/doc/linux-doc-6.1/Documentation/**/*.rst*'
     python benchmarks/masks.py --kinds ip,card --samples 100                 # more to judge
 
 For each corpus and kind: how many masks, in how many documents, and a seeded sample of them with the text around. The
-precision of docs/clean.md is counted over such samples: a mask is right if what it replaced is a value of its kind, be
-it an example. Local files are read as UTF-8 (HTML as its text), `.gz` unpacked.
+precision of docs/clean.md is counted over such samples: a mask is right if what it replaced is a value of its kind,
+even if only an example. Local files are read as UTF-8 (HTML as its text), `.gz` unpacked.
 
 Planted: random values of each form that is written (addresses of the whole range, cards by issuer with and without
 separators, Chinese mobile, landline and service numbers, numbers with country codes), each in running text of both
-languages, in brackets, quotes and tables; printed is the share that is masked whole.
+languages, in brackets, quotes and tables; the share that is masked completely is printed.
 """
 
 import argparse
@@ -26,12 +26,12 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import corpus  # noqa: E402
-import rules  # noqa: E402
+from rules_corpus import read  # noqa: E402
 
 from pipeline.data.cleaning.pii import KINDS, Mask, mask_text  # noqa: E402
 from pipeline.data.sources.web_pages import extract_text  # noqa: E402
 
-OPEN, CLOSE = "\ue000", "\ue001"  # of no text, so that what was replaced is found again
+MARK = "\ue000\ue001"  # occurs in no text, so that replaced values can be located
 CONTEXTS = (
     ("Write to ", " today."),
     ("请联系", "，谢谢。"),
@@ -47,8 +47,8 @@ def packages() -> dict[str, list[str]]:
     return {
         "wikipedia, English": corpus.english(),
         "novel, reviews, dictionary, Chinese": corpus.chinese(),
-        "c4, English": [json.loads(line)["text"] for line in rules._read("c4").splitlines()],
-        "answers, Chinese": [row["output"] for row in json.loads(rules._read("answers_zh"))],
+        "c4, English": [json.loads(line)["text"] for line in read("c4").splitlines()],
+        "answers, Chinese": [row["output"] for row in json.loads(read("answers_zh"))],
     }
 
 
@@ -64,19 +64,19 @@ def local(pattern: str) -> list[str]:
     return texts
 
 
-def found(text: str, kind: str) -> list[str]:
-    """Each mask of a text with 40 characters around it: before, what was replaced, behind."""
-    marked, counts = mask_text(text, Mask(use=[kind], form=f"{OPEN}{CLOSE}"))
+def masked_places(text: str, kind: str) -> list[str]:
+    """Each value of a text that is masked, in brackets, with 40 characters before it and 25 after it."""
+    marked, counts = mask_text(text, Mask(use=[kind], form=MARK))
     if not counts:
         return []
-    pieces = marked.split(f"{OPEN}{CLOSE}")
+    pieces = marked.split(MARK)
     places, at = [], len(pieces[0])
     for piece in pieces[1:]:
-        # the replaced value is what lies before the next piece; pieces are searched in order
+        # the replaced value is what is between two pieces
         end = text.index(piece, at) if piece else len(text)
         places.append((at, end))
         at = end + len(piece)
-    return [f"{text[max(0, a - 40) : a]}⟦{text[a:b]}⟧{text[b : b + 25]}" for a, b in places]
+    return [f"{text[max(0, start - 40) : start]}⟦{text[start:end]}⟧{text[end : end + 25]}" for start, end in places]
 
 
 # ---- planted values --------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _card(rng: random.Random, prefix: str, length: int) -> str:
 
 
 def recall(kind: str, values: list[str]) -> float:
-    """Share of values in each of CONTEXTS that is masked whole, with all masks on."""
+    """Share of values, each in all CONTEXTS, that are masked completely, with all masks on."""
     mask = Mask(use=list(KINDS))
     right = 0
     for value in values:
@@ -158,20 +158,25 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--text", action="append", default=[], metavar="NAME=GLOB", help="local files, further corpora")
-    parser.add_argument("--no-packages", action="store_true", help="the local files alone")
+    parser.add_argument("--no-packages", action="store_true", help="only the local files")
     arguments = parser.parse_args()
     corpora = {} if arguments.no_packages else packages()
-    corpora |= {name: local(pattern) for name, _, pattern in (text.partition("=") for text in arguments.text)}
+    for text in arguments.text:
+        name, _, pattern = text.partition("=")
+        corpora[name] = local(pattern)
     for name, texts in corpora.items():
         characters = sum(map(len, texts))
         print(f"{name}: {len(texts):,} documents, {characters / 1e6:.1f} M characters")
         for kind in arguments.kinds.split(","):
-            hits = [hits for hits in (found(text, kind) for text in texts) if hits]
-            several = [hit for part in hits for hit in part]
-            print(f"  {kind}: {len(several)} in {len(hits)} documents")
-            for hit in random.Random(0).sample(several, min(arguments.samples, len(several))):
-                print(f"    {hit!r}")
-    print("planted values that are masked whole:")
+            places, documents = [], 0
+            for text in texts:
+                found_here = masked_places(text, kind)
+                places += found_here
+                documents += bool(found_here)
+            print(f"  {kind}: {len(places)} in {documents} documents")
+            for place in random.Random(0).sample(places, min(arguments.samples, len(places))):
+                print(f"    {place!r}")
+    print("planted values that are masked completely:")
     for kind, forms in planted(random.Random("masks")).items():
         for form, values in forms.items():
             print(f"  {kind}, {form}: {recall(kind, values):.1%} of {len(values) * len(CONTEXTS)}")

@@ -13,8 +13,8 @@ from pathlib import Path
 class Cost:
     cpu: float  # seconds, user and system, of the process and all it waited for
     wall: float
-    # GB: largest sum of proportional set sizes (shared pages count once) over the process and its descendants, looked
-    # at 4 times a second
+    # GB: largest sum of proportional set sizes (shared pages count once) over the process and its descendants, sampled
+    # 4 times per second
     peak: float
 
 
@@ -46,11 +46,12 @@ def _tree(root: int) -> list[int]:
             children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
-    found, todo = [], [root]
-    while todo:
-        found.append(todo.pop())
-        todo += children.get(found[-1], [])
-    return found
+    tree, pending = [], [root]
+    while pending:
+        pid = pending.pop()
+        tree.append(pid)
+        pending += children.get(pid, [])
+    return tree
 
 
 def _size(pid: int) -> int:

@@ -14,14 +14,14 @@ from datatrove.utils.typeshelper import Languages
 
 
 def main(language: str, file: str, folder: str) -> None:
-    # `Languages.chinese` falls to a tokenizer that splits at spaces (data/tokenizer_assignment.csv: "FALSE" is true);
-    # this one is right.
-    wanted = Languages.english if language == "en" else Languages.mandarin_chinese
+    # `Languages.chinese` gets a tokenizer that splits at spaces (data/tokenizer_assignment.csv: "FALSE" is true); this
+    # one is right.
+    splitter = Languages.english if language == "en" else Languages.mandarin_chinese
     config = MinhashConfig(hash_config=HashConfig(precision=64), num_buckets=14, hashes_per_bucket=8, n_grams=5)
     path = Path(file)
     read = JsonlReader(str(path.parent), glob_pattern=path.name, id_key="id", text_key="text")
     steps = [
-        (1, [read, MinhashDedupSignature(output_folder=f"{folder}/signatures", config=config, language=wanted)]),
+        (1, [read, MinhashDedupSignature(output_folder=f"{folder}/signatures", config=config, language=splitter)]),
         (
             14,
             [

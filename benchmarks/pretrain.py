@@ -1,5 +1,5 @@
-"""Pretraining here beside Hugging Face's Trainer and a plain loop: same model, data, batch, threads, clipping, logging
-and checkpoints, in one run on a CPU.
+"""Pretraining with alma compared with Hugging Face's Trainer and a plain loop: same model, data, batch, threads,
+clipping, logging and checkpoints, in one run on a CPU.
 
     python benchmarks/pretrain.py            # about a quarter of an hour on two cores
     python benchmarks/pretrain.py --quick    # fewer and shorter rounds, a smaller model: shows that it works, its
@@ -7,21 +7,21 @@ and checkpoints, in one run on a CPU.
 
 Each contestant is a process of its own that trains a window of steps, with one checkpoint in it, when it is its turn;
 turns alternate, and medians over the rounds are compared, ratios within a round, since a machine's speed drifts. All
-compute in bf16 (autocast) with fp32 weights, AdamW fused, gradients clipped to 1.0, metrics every 5 steps. Lines
-beside: the same model in bf16 throughout. The last line is JSON:
+compute in bf16 (autocast) with fp32 weights, AdamW fused, gradients clipped to 1.0, metrics every 5 steps. For
+comparison the plain loop is also run in bf16 throughout. The last line is JSON:
 
     trainer_ratio       tokens/s of alma / the faster of Trainer and Trainer with torch_compile (goal 1.15)
     plain_ratio         tokens/s of alma / a plain compiled loop that guards, evaluates and hashes nothing
-    gemm_share          alma's FLOPs a second (6 a multiplying parameter and token, and attention in full) / those of a
-                        bf16 product of 4096x1024x4096 here (goal 0.50)
-    data_wait_share, metrics_share    share of alma's steps spent on making batches, and on metrics, logging and looking
-                                      out for signals (goal 0.01 each)
-    save_stall_ratio    seconds that training stands still for a checkpoint / seconds of one copy of its state into
-                        memory that exists, in the same process and turn
+    gemm_share          alma's FLOPs per second (6 per multiplying parameter and token, and attention in full) / those
+                        of a bf16 product of 4096x1024x4096 on this machine (goal 0.50)
+    data_wait_share, metrics_share    share of alma's steps spent on making batches, and on metrics, logging and
+                                      checking for signals (goal 0.01 each)
+    save_stall_ratio    seconds that training waits for a checkpoint / seconds of one copy of its state into memory
+                        that was used before, in the same process and turn
     zero1_overhead, pipeline2_overhead    1 - tokens/s of ZeRO-1, of a pipeline of 2 / those of DDP; two processes of
                                           one thread, not compiled
-    logits_peak_ratio   peak memory of output layer and loss with chunks / with whole logits, 2048 tokens of width 512,
-                        vocabulary 131072, bf16, beyond what 8 tokens take (weights and their gradient)
+    logits_peak_ratio   peak memory of output layer and loss with chunks / with complete logits, 2048 tokens of width
+                        512, vocabulary 131072, bf16, beyond what 8 tokens take (weights and their gradient)
 """
 
 import argparse
@@ -142,8 +142,8 @@ def sampler_of(folder: Path, size: dict):
 
 
 class Turns:
-    """A contestant's side of taking turns. `begin` waits for its turn, `end` tells the time since, and what the
-    functions in `more` find after it; a turn without an answer is the last."""
+    """A contestant's side of taking turns. `begin` waits for its turn; `end` reports the time since then, and the
+    values of `more`, which may be functions. The process ends when there is no further turn."""
 
     def __init__(self, out):
         self.out, self.begun = out, None
@@ -167,8 +167,8 @@ class Turns:
 
 def alma(folder: Path, size: dict, turns: Turns) -> None:
     """Through pretraining's own parts: layers, engine, sampler, loss, loop with metrics, checkpoints with sha256,
-    signals; a window begins half way between two saves, so that it holds what a save costs while it is written
-    beside the steps, and nothing of it falls into the others' turns."""
+    signals. A window begins halfway between two saves, so that it contains what a save costs while it is written in
+    the background, and none of that cost is in the turns of others."""
     from pipeline import pretrain
     from pipeline.core.output import Output
     from pipeline.models import cost
@@ -220,7 +220,7 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
         if step == 0:
             turns.begin()
         elif step % window == window // 2:
-            phases.enter("turn")  # waiting for the others is no part of a step
+            phases.enter("turn")  # waiting for the others is not part of a step
             for thread in threading.enumerate():
                 if thread.name == "checkpoint":
                     thread.join()
@@ -340,7 +340,7 @@ CONTESTANTS = {
 
 
 def play(folder: Path, quick: bool, rounds: int | None) -> dict[str, list[dict]]:
-    """All contestants in turns: the windows of each, the first (compilation) left out."""
+    """All contestants in turns: the windows of each, except the first (compilation)."""
     size, found, playing = sizes(quick), {name: [] for name in CONTESTANTS}, {}
     environment = {
         **os.environ,

@@ -1,5 +1,5 @@
-"""How long training stands still for a checkpoint, against one plain copy of the state in memory and against a save
-that is waited for.
+"""How long training waits for a checkpoint, compared with one plain copy of the state in memory and with a synchronous
+save.
 
     OMP_NUM_THREADS=1 python benchmarks/save_stall.py [millions of parameters]
 
