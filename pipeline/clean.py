@@ -181,7 +181,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
         try:
             return _run(config, inputs, output, work)
         except CorruptFile as corrupt:
-            # Intermediate files that were lost or changed are made again, and never taken for empty ones.
+            # Intermediate files that were lost or changed are recomputed, and never treated as empty.
             damage[corrupt.path] += 1
             corrupt.path.unlink(missing_ok=True)
             (corrupt.path.parent / "complete.json").unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict[str
                     f"{corrupt.path}: {corrupt.why}, for the third time; check the disk and its free space, then run"
                     " the same command again"
                 ) from None
-            say(f"WARNING {corrupt.path}: {corrupt.why}; it is made again")
+            say(f"WARNING {corrupt.path}: {corrupt.why}; it is recomputed")
 
 
 def _run(config: Config, inputs: dict[str, Artifact], output: Output, work: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ RUN = {
     "restart": bool,
 }
 # Files and folders of a run that hold no work: they are written again, or only describe the run. Tables of rows
-# (data/tokens/packing.py) take seconds, and tasks of an array job (data/cleaning/executors.py) are not results.
+# (data/tokens/packing.py) take seconds, and tasks of an array job (data/cleaning/slurm_executor.py) are not results.
 NOT_WORK = {"run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb"}
 NOT_WORK_FOLDERS = {("work", "tables"), ("work", "tasks")}
 

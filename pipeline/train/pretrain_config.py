@@ -31,7 +31,7 @@ class PretrainSchedule(Schedule):
 
 
 def check_mixture(mixture: dict[str, float] | None):
-    """Raise ValueError for weights that cannot be used. Weights below 1 are taken for shares: 0.5, 0.3 and 0.15 are
+    """Raise ValueError for weights that cannot be used. Weights below 1 are read as shares: 0.5, 0.3 and 0.15 are
     probably a typing error, 2 and 1 are not."""
     if mixture is None:
         return None

@@ -175,7 +175,7 @@ def prompt_of(record: dict, named: set[str] = frozenset()) -> ParsedRecord:
     if all(message["role"] != "user" for message in messages) or messages[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
     used |= named | _repeated(fields, messages)
-    # Beside a prompt, another shape of the same record holds its answer too.
+    # Next to a prompt, another shape of the same record holds its answer too.
     used |= {other for other in LISTS if _begins_with(fields.get(other), messages)}
     check_fields(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING | SCORES)
     return parsed

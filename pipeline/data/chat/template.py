@@ -222,7 +222,7 @@ class Chat:
         return self._encoder.encode(text, add_special_tokens=False).ids
 
     def _proofs(self, rows: list[Row], tokenized: list[tuple[list[int], list]]) -> list[str | None]:
-        """Why a row is no good, or None where the tokens that carry loss decode to the text that should."""
+        """Why a row cannot be used, or None where the tokens that carry loss decode to the text that should."""
         said = [sum((ids[first:last] for first, last, _ in spans), []) for ids, spans in tokenized]
         texts = self._decode(said)
         return [

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.data.sources import formats
+from pipeline.data.sources.decompress import compression_of
 from pipeline.data.sources.formats import EXCERPT, Chunk, FieldNames
 from pipeline.data.sources.json_files import holds_lines
 from pipeline.data.sources.line_chunks import BLANK, BOM, last_border, next_border, too_long_chunk
@@ -66,7 +67,7 @@ def _cut_file(
     if kind == "json" and length > size and not source.records and holds_lines(path, source.encoding):
         kind = "jsonl"
     unit = source.sample_by if kind == "txt" else kind
-    if path.suffix in (".gz", ".zst"):
+    if compression_of(path):
         yield from _checked(file_chunks(source, where, relative, path, size), name, path, state)
     elif kind == "parquet":
         ranges = parquet_ranges(relative, path, size, needed, needs_all_columns(source, needed))

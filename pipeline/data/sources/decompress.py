@@ -24,6 +24,13 @@ ZSTD_WINDOW, ZSTD_RATIO = 1 << 27, 16
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 # How far after the damage a decoder may have read before it reports an error.
 OVERRUN = 1 << 16
+NOT_READ = (".bz2", ".lz4", ".lzma", ".xz", ".zip", ".7z")  # suffixes of other compressed files
+
+
+def compression_of(path: Path) -> str:
+    """`.gz` or `.zst` if the suffix says so, in capitals or not; else empty."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in (".gz", ".zst") else ""
 
 
 class Unreadable(Exception):
@@ -153,7 +160,7 @@ def read_parts(path: Path) -> Iterator[bytes | Gap]:
     """A .gz or .zst file, decompressed in blocks of at most 16 MiB. After damage reading resumes at the next member, or
     frame, that can be decompressed."""
     with open(path, "rb") as handle:
-        yield from _Members(handle, path.suffix).parts()
+        yield from _Members(handle, compression_of(path)).parts()
 
 
 @dataclass

@@ -26,7 +26,7 @@ class DamagedFile(Exception):
 def read_parts(path: Path, size: int = 1 << 20, encoding: str | None = None) -> Iterator[bytes | Gap]:
     """A file in blocks of UTF-8, decompressed if its suffix says so; of at most `size` bytes if not. A Gap takes the
     place of what cannot be decompressed."""
-    parts = decompress.read_parts(path) if path.suffix in (".gz", ".zst") else _plain_blocks(path, size)
+    parts = decompress.read_parts(path) if decompress.compression_of(path) else _plain_blocks(path, size)
     if not encoding:
         yield from parts
         return

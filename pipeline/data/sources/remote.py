@@ -88,7 +88,7 @@ def _cached_path(address: str) -> Path:
 
 
 def _is_current(cached: Path, address: str, version: dict) -> bool:
-    """Whether the cache has this version of a file; not if the server tells no version."""
+    """Whether the cache has this version of a file; not if the server gives no version."""
     if not version or not cached.exists():
         return False
     try:

@@ -17,6 +17,7 @@ from pipeline.core.config import EXECUTION, PACKAGE, ExternalSource, refuse_unus
 from pipeline.core.errors import UserError
 from pipeline.data.sources.arrow_values import first_duplicate
 from pipeline.data.sources.csv_files import csv_chunks
+from pipeline.data.sources.decompress import NOT_READ, compression_of
 from pipeline.data.sources.formats import Chunk, FieldNames
 from pipeline.data.sources.globs import find
 from pipeline.data.sources.json_files import json_chunks, steps_of
@@ -212,7 +213,12 @@ def files(source: Source, name: str, key: str = "sources") -> list[tuple[str, Pa
 
 
 def format_of(source: Source, path: Path, where: str) -> str:
-    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    if path.suffix.lower() in NOT_READ:
+        raise UserError(
+            f"{where}: {path} is compressed in a format that is not supported; decompress it, or compress it with gzip"
+            " (.gz) or zstd (.zst)"
+        )
+    plain = path.with_suffix("") if compression_of(path) else path
     kind = source.format or SUFFIXES.get(plain.suffix.lower())
     if kind is None:
         raise UserError(

@@ -52,7 +52,7 @@ def test_a_lost_or_damaged_unit_is_made_again(families, whole, tmp_path, harm):
             raw[: len(raw) // 2] if harm == "cut" else raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:]
         )
     text = succeed("clean", path, cwd=path.parent)
-    assert "it is made again" in text and units[2].name in text
+    assert "it is recomputed" in text and units[2].name in text
     assert files_of(published(path.parent)) == files_of(published(whole))
 
 

@@ -61,6 +61,7 @@ def formats(tmp_path) -> dict[str, dict]:
             "path": write(tmp_path / "c.jsonl", b"\xef\xbb\xbf" + lines(ROWS).replace(b"}\n", b"}\r\n\r\n"))
         },
         "gzip": {"path": write(tmp_path / "a.jsonl.gz", gzip.compress(lines(ROWS)))},
+        "capitals": {"path": write(tmp_path / "C.JSONL.GZ", gzip.compress(lines(ROWS)))},
         "gzip of two members": {
             "path": write(tmp_path / "b.jsonl.gz", gzip.compress(lines(ROWS[:1])) + gzip.compress(lines(ROWS[1:])))
         },
@@ -301,12 +302,14 @@ def test_identity_is_content_not_place(tmp_path):
         ({"path": "empty.jsonl"}, "empty.jsonl is empty; give a file with records"),
         ({"path": "a.bin"}, "the suffix of a.bin does not tell its format"),
         ({"path": "a.parquet.gz"}, "compressed parquet"),
+        ({"path": "a.jsonl.XZ", "format": "jsonl"}, "a.jsonl.XZ is compressed in a format that is not supported"),
     ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
     monkeypatch.chdir(tmp_path)
-    for name, data in (("empty.jsonl", b""), ("a.bin", b"1"), ("a.parquet.gz", b"1"), ("folder/a.jsonl", b"{}")):
-        write(tmp_path / name, data)
+    write(tmp_path / "empty.jsonl", b"")
+    for name in ("a.bin", "a.parquet.gz", "a.jsonl.XZ", "folder/a.jsonl"):
+        write(tmp_path / name, b"{}")
     with pytest.raises(UserError, match=message):
         records(**keys)
 
