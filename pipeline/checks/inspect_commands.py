@@ -62,7 +62,7 @@ def inspect_data(
     stages, overrides = split(words)
     graph = nodes(load(recipe, overrides))
     check_stage_names(stages, graph, recipe)
-    output = _published(graph, one(stages), ("clean", *inspect_data.FINETUNING), recipe)
+    output = _published(graph, one(stages), inspect_data.kinds(), recipe)
     inspect_data.show(output, source=source, reason=reason, samples=samples)
 
 

@@ -17,12 +17,19 @@ from pipeline.checks.inspect_reasons import PLACES
 from pipeline.checks.tables import new_table, one_line, percent
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
+from pipeline.core.recipe import KINDS, module_of
 from pipeline.core.terminal import plural
 
 WIDTH = 100  # columns where the output is not a terminal
-FINETUNING = ("sft", "reward", "dpo", "ppo")
 STATUS = ("not selected", "bad", "filtered", "duplicates", "kept")
 MORE = "more: --reason NAME (overlaps, other thresholds, samples), --samples N (of every reason), --source NAME"
+
+
+def kinds() -> tuple[str, ...]:
+    """Kinds of stages that publish such a report: clean, the default, and those that learn from records."""
+    from pipeline.train.finetune_config import FinetuneConfig
+
+    return ("clean", *(kind for kind in KINDS if issubclass(module_of(kind).Config, FinetuneConfig)))
 
 
 def show(output: Artifact, source: str | None = None, reason: str | None = None, samples: int = 0) -> None:
