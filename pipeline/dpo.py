@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.artifact import Artifact
-from pipeline.core.intervals import wilson
+from pipeline.core.intervals import change_of, wilson
 from pipeline.core.output import Output
 from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
@@ -79,11 +79,23 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     pairs = functools.partial(pair_batch, arrays, parent.pad_id)
 
     # Build
-    def loss(logits, batch: dict):
-        logps = answer_logprobs(logits, batch)
+    def objective(logps, reference, lengths):
         if config.loss == "ipo":
-            return ipo(logps, batch["reference"], answer_lengths(batch), config.beta)
-        return dpo(logps, batch["reference"], config.beta, config.label_smoothing)
+            return ipo(logps, reference, lengths, config.beta)
+        return dpo(logps, reference, config.beta, config.label_smoothing)
+
+    def loss(logits, batch: dict):
+        return objective(answer_logprobs(logits, batch), batch["reference"], answer_lengths(batch))
+
+    def of_each(logits, batch: dict):
+        """(loss, margin, 1) of each pair. Shape: [pairs, 3]."""
+        logps, reference, lengths = answer_logprobs(logits, batch), batch["reference"], answer_lengths(batch)
+        numbers = []
+        for pair in range(len(logps) // 2):
+            own = slice(pair, None, len(logps) // 2)  # chosen and rejected
+            value, metrics = objective(logps[own], reference[own], lengths[own])
+            numbers.append(torch.stack([value, metrics["margin"], torch.ones_like(value)]))
+        return torch.stack(numbers)
 
     model = parent.load()
     finetune.adapt(config, parent, model)
@@ -107,24 +119,42 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         return batch
 
     # Fit and publish
-    result = finetune.fit(engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs")
+    result = finetune.fit(
+        engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs", read=of_each
+    )
     finetune.publish_model(engine, config, parent, output)
 
     interval = wilson(result["after"]["accuracy"], counts.heldout)
-    measures, nothing = headline(result["before"], result["after"], interval, counts.heldout)
+    changes = changes_of(result)
+    measures, nothing = headline(result["before"], result["after"], changes["margin"], interval, counts.heldout)
     metrics = finetune.summarise(config, output, result, rows, counts, unit="pairs", measures=measures, nothing=nothing)
     metrics["heldout_accuracy_interval"] = list(interval)
+    for name, change in changes.items():
+        metrics[f"heldout_{name}_change_interval"] = change and list(change)
     return metrics
 
 
-def headline(before: dict, after: dict, interval: tuple[float, float], pairs: int) -> tuple[list[str], list[str]]:
-    """(parts of the closing line, those of them that show nothing learned). interval: of the accuracy after."""
+def changes_of(result: dict) -> dict[str, tuple[float, float] | None]:
+    """95% intervals of the changes of the held-out loss and margin."""
+    before, after = result.get("before_rows"), result.get("after_rows")
+    changes = {}
+    for column, name in enumerate(("loss", "margin")):
+        columns = [rows and [(row[column], row[2]) for row in rows] for rows in (before, after)]
+        changes[name] = change_of(*columns)
+    return changes
+
+
+def headline(
+    before: dict, after: dict, change: tuple[float, float] | None, interval: tuple[float, float], pairs: int
+) -> tuple[list[str], list[str]]:
+    """(parts of the closing line, those of them that show nothing learned). change, interval: 95% intervals of the
+    margin's change and of the accuracy after."""
     low, high = interval
-    margins = f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}"
+    words = f" (95% of the change: {change[0]:+.2f} to {change[1]:+.2f})" if change else ""
+    margins = f"held-out margin {before['margin']:.2f} -> {after['margin']:.2f}{words}"
     ranked = f"pairs ranked right {after['accuracy']:.0%} (95%: {low:.0%} to {high:.0%}, n={pairs})"
-    nothing = []
-    if after["margin"] <= before["margin"]:
-        nothing.append(margins)
+    has_risen = change[0] > 0 if change else after["margin"] > before["margin"]
+    nothing = [] if has_risen else [margins]
     if low <= 0.5:
         nothing.append(f"{ranked}, which guessing could give")
     return [margins, ranked], nothing

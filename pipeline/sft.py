@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.config import EXECUTION
-from pipeline.core.intervals import shares, unchanged
+from pipeline.core.intervals import change_of, shares, unchanged
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural, say
 from pipeline.data.chat.chat_sources import ChatSource
@@ -50,7 +50,12 @@ class Config(FinetuneConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import finetune
-    from pipeline.train.conversation_data import check_packing, conversation_batch, encoded_conversations
+    from pipeline.train.conversation_data import (
+        check_packing,
+        conversation_batch,
+        conversation_losses,
+        encoded_conversations,
+    )
     from pipeline.train.finetune_data import PackedRows, encode_once, pack, permutation
     from pipeline.train.run_summary import Work
 
@@ -94,13 +99,17 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Fit and publish
     measure = functools.partial(answers, engine, parent.chat, heldout_ids, extra, config)
-    result = finetune.fit(engine, config, output, text, rows, heldout_rows, collate, measure=measure)
+    result = finetune.fit(
+        engine, config, output, text, rows, heldout_rows, collate, read=conversation_losses, measure=measure
+    )
     finetune.publish_model(engine, config, parent, output)
 
-    measures, nothing = headline(result["before"], result["after"], counts.heldout)
+    change = change_of(result.get("before_rows"), result.get("after_rows"))
+    measures, nothing = headline(result["before"], result["after"], change, counts.heldout)
     metrics = finetune.summarise(
         config, output, result, rows, counts, unit="tokens", measures=measures, nothing=nothing
     )
+    metrics["heldout_loss_change_interval"] = change and list(change)
     metrics["packing_fill"] = fill
     metrics["trained_tokens"] = result["weight"]
     metrics["summary"]["output"] += f", {result['weight'] / 1e3:.0f}k answer tokens"
@@ -115,10 +124,14 @@ def loss(logits, batch: dict):
     return cross_entropy_sum(logits, batch["labels"]), {}
 
 
-def headline(before: dict, after: dict, conversations: int) -> tuple[list[str], list[str]]:
-    """(parts of the closing line, those of them that show nothing learned)."""
-    measures = [f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} (n={conversations})"]
-    nothing = measures[:] if after["loss"] >= before["loss"] else []
+def headline(
+    before: dict, after: dict, change: tuple[float, float] | None, conversations: int
+) -> tuple[list[str], list[str]]:
+    """(parts of the closing line, those of them that show nothing learned). change: interval of that of the loss."""
+    interval = f"95% of the change: {change[0]:+.3f} to {change[1]:+.3f}, " if change else ""
+    measures = [f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} ({interval}n={conversations})"]
+    has_fallen = change[1] < 0 if change else after["loss"] < before["loss"]
+    nothing = [] if has_fallen else measures[:]
     for key, count, words in (("eos_rate", "answered", "ends its turn"), ("rule", "checked", "right")):
         if key in after:
             part = f"{words} {shares(before[key], after[key], int(after[count]))}"

@@ -43,6 +43,9 @@ def test_it_starts_at_the_reference_and_learns():
     before, after = (
         found[f"heldout_logp_chosen_{when}"] - found[f"heldout_logp_rejected_{when}"] for when in ("before", "after")
     )
+    for name in ("loss", "margin"):
+        low, high = found[f"heldout_{name}_change_interval"]
+        assert low < found[f"heldout_{name}_after"] - found[f"heldout_{name}_before"] < high and low * high > 0
     # margins are beta times what the log-probabilities moved
     assert after - before == pytest.approx(found["heldout_margin_after"] / 0.1, abs=1e-3)
 

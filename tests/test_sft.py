@@ -18,6 +18,8 @@ def test_what_is_learned_and_measured():
     assert found["heldout_loss_after"] < 0.3 < 3 < found["heldout_loss_before"]
     assert found["heldout_eos_rate_before"] < 0.5 < 0.9 < found["heldout_eos_rate_after"]
     assert found["heldout_rule_before"] == 0 and found["heldout_rule_after"] > 0.8
+    low, high = found["heldout_loss_change_interval"]
+    assert low < found["heldout_loss_after"] - found["heldout_loss_before"] < high < -2
     assert found["packing_fill"] > 0.9 and found["train_conversations"] + found["heldout_conversations"] == len(
         tuned.rows()
     )

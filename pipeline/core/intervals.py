@@ -47,6 +47,35 @@ def mean_half(values: Sequence[float]) -> float:
     return quantile * math.sqrt(variance / count)
 
 
+def mean_change(before: Sequence, after: Sequence, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile bootstrap interval (Efron & Tibshirani, 1993, chapter 13) of after's mean minus before's, over
+    records that were measured twice, in the same order. A record is a pair (sum, weight), whose mean is the sum of
+    sums by the sum of weights. The same numbers give the same interval. Raises ValueError for fewer than two records.
+    """
+    import numpy as np
+
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    count = len(before)
+    if count < 2 or before.shape != after.shape:
+        raise ValueError(f"{count} records before and {len(after)} after have no interval")
+    changes, weights = after[:, 0] - before[:, 0], after[:, 1]
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(resamples):
+        taken = generator.integers(count, size=count)
+        means.append(changes[taken].sum() / weights[taken].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def change_of(before: Sequence | None, after: Sequence | None) -> tuple[float, float] | None:
+    """`mean_change`, or None where there are too few records, or none from before (a run that an older version of alma
+    began)."""
+    if before is None or after is None or len(before) < 2:
+        return None
+    return mean_change(before, after)
+
+
 def shares(before: float, after: float, count: int) -> str:
     """A proportion before and after, with the interval of the second: "0% -> 96% (95%: 80% to 99%, n=24)"."""
     low, high = wilson(after, count)

@@ -12,6 +12,7 @@ from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.train.chunked_loss import IGNORE
 from pipeline.train.finetune_data import SPLITS, Arrays, Ragged, report_records
+from pipeline.train.loss import next_token
 
 
 def encoded_conversations(config, chat: Chat, output: Output) -> tuple[Arrays, dict]:
@@ -84,7 +85,7 @@ def _encode(
 
 def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[int]]) -> dict:
     """A micro-batch of packed rows. rows: the conversations of each. Gives input_ids, position_ids that start at 0 in
-    each conversation, and labels, already shifted; if records give weights, also those of the labels.
+    each conversation, and labels, already shifted; if records give weights, also those of the labels; and `conversations`, how many each row has.
 
     There is no attention mask: without one, transformers takes the borders of conversations from the positions
     (masking_utils.find_packed_sequence_indices). With a mask of ones, conversations would see each other. Padding at
@@ -111,10 +112,27 @@ def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[
         positions[number, start:] = np.arange(length - start)
     inputs = {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(positions), "use_cache": False}
     batch = {"inputs": inputs, "weight": float((labels != IGNORE).sum()), "labels": torch.from_numpy(labels)}
+    batch["conversations"] = [len(row) for row in rows]
     if all_weights is not None:
         batch["weight"] = float(label_weights.sum(dtype=np.float64))
         batch["label_weights"] = torch.from_numpy(label_weights)
     return batch
+
+
+def conversation_losses(outputs, batch: dict) -> torch.Tensor:
+    """(loss, weight) of each conversation of a micro-batch, row by row: the loss in nats, summed over its answer tokens
+    with their weights. Shape: [conversations, 2], fp32."""
+    labels_BT = batch["labels"]
+    _, losses_BT, _ = next_token(outputs, labels_BT)
+    weights_BT = batch.get("label_weights", (labels_BT != IGNORE).float())
+    numbers = []
+    # Positions start at 0 in each conversation, and in the padding at a row's end.
+    numbers_BT = (batch["inputs"]["position_ids"] == 0).cumsum(1) - 1
+    for row, count in enumerate(batch["conversations"]):
+        sums = torch.zeros(int(numbers_BT[row].max()) + 1, 2, device=losses_BT.device)
+        sums.index_add_(0, numbers_BT[row], torch.stack([losses_BT[row] * weights_BT[row], weights_BT[row]], 1))
+        numbers.append(sums[:count])
+    return torch.cat(numbers)
 
 
 def check_packing(model, token: int) -> None:

@@ -23,6 +23,8 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.schedule import learning_rate
 
 Loss = Callable[[torch.Tensor, dict], tuple[torch.Tensor, dict]]
+Read = Callable[[torch.Tensor, dict], torch.Tensor]
+"""(outputs, batch) -> what is kept of a micro-batch."""
 Accept = Callable[[float, float], bool]
 """(loss, gradient norm), both finite -> whether the update may be made."""
 
@@ -83,36 +85,43 @@ class Engine:
             stats.update(self.balance.read(rows))
         return stats
 
-    def evaluate(self, micro_batches: list[dict]) -> dict:
+    def evaluate(self, micro_batches: list[dict], read: Read | None = None) -> dict:
         """Loss and further sums over the micro-batches of all data ranks, each divided by the total weight. No
         gradient, dropout off. Collective.
 
         Data ranks may have different numbers of micro-batches, at least one each: those with fewer repeat their first
-        one with weight 0, because forward passes of ZeRO-3 and of a pipeline are collective.
+        one with weight 0, because forward passes of ZeRO-3 and of a pipeline are collective. With `read`, the entry
+        `results` has read(outputs, batch) of each of this process's micro-batches, fp32 on the CPU.
         """
         batches, counted = self._padded(micro_batches)
-        with torch.no_grad():
-            sums = self._forward_sums(batches, counted)
+        results: list[torch.Tensor] = []
+        loss_fn = self.loss_fn
+        if read is not None:
+            self.loss_fn = _reading(loss_fn, read, results)
+        try:
+            with torch.no_grad():
+                sums = self._forward_sums(batches, counted)
+        finally:
+            self.loss_fn = loss_fn
         keys = sorted(sums, key=str)
         own_weight = float(sum(batch["weight"] for batch in micro_batches))
         weight, *totals = self._data_sum([own_weight, *(sums[key] for key in keys)])
         means = {key: total / max(weight, 1e-9) for key, total in zip(keys, totals, strict=True)}
         means["weight"] = weight
+        if read is not None:
+            means["results"] = self._results(results)[: len(micro_batches)]
         return means
 
-    def forward(
-        self, micro_batches: list[dict], read: Callable[[torch.Tensor, dict], torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def forward(self, micro_batches: list[dict], read: Read) -> list[torch.Tensor]:
         """read(outputs, batch) of each of this process's micro-batches, fp32 on the CPU. No gradient, dropout off.
         Collective, with unequal numbers of micro-batches as in `evaluate`."""
         batches, counted = self._padded(micro_batches)
         results: list[torch.Tensor] = []
 
-        def keep(outputs, batch):
-            results.append(read(outputs, batch).detach().float().cpu())
+        def no_loss(outputs, batch):
             return torch.zeros((), device=self.device), {}
 
-        loss_fn, self.loss_fn = self.loss_fn, keep
+        loss_fn, self.loss_fn = self.loss_fn, _reading(no_loss, read, results)
         try:
             with torch.no_grad():
                 self._forward_sums(batches, counted)
@@ -283,6 +292,16 @@ class Engine:
         with self._autocast():
             outputs = module(**({"use_cache": False} | batch["inputs"])).logits
         return self.loss_fn(outputs, batch)
+
+
+def _reading(loss_fn: Loss, read: Read, results: list[torch.Tensor]) -> Loss:
+    """A loss function that also appends what `read` gives to `results`, fp32 on the CPU."""
+
+    def reading(outputs, batch):
+        results.append(read(outputs, batch).detach().float().cpu())
+        return loss_fn(outputs, batch)
+
+    return reading
 
 
 class Sums:

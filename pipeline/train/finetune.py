@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from pipeline.core.artifact import Artifact
@@ -32,7 +33,7 @@ from pipeline.models import build, cost, families, lora, vocabulary
 from pipeline.models.publish import publish, publish_adapter
 from pipeline.train import distributed, loop
 from pipeline.train import engine as engines
-from pipeline.train.engine import Engine, Loss
+from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import Counts, heldout_share, model_folder
 from pipeline.train.metrics import Expected, total_peak
@@ -198,26 +199,39 @@ def fit(
     collate: Callable[[str, list], dict],
     *,
     unit: str = "tok",
+    read: Read | None = None,
     measure: Callable[[], dict] | None = None,
 ) -> dict:
     """Train an engine on `rows`, and evaluate it on all of `heldout`. Returns what `loop.run` does. Collective.
 
-    collate(split, rows) makes a micro-batch of rows of "train" or "heldout"; measure() gives further numbers for an
+    collate(split, rows) makes a micro-batch of rows of "train" or "heldout"; read(outputs, batch) gives what is kept of
+    each held-out record, before and after, for the interval of the difference; measure() gives further numbers for an
     evaluation; `unit` names what the loss is averaged over.
     """
-    heldout_batches = []
+    heldout_batches, records = [], []
     for part in heldout_share(len(heldout), config, engine):
-        heldout_batches.append(collate("heldout", [heldout[index] for index in part]))
+        own = [heldout[index] for index in part]
+        heldout_batches.append(collate("heldout", own))
+        for row in own:  # one record, or the records that are packed into a row
+            records += np.atleast_1d(row).tolist()
 
     def batches(step: int) -> list[dict]:
         shares = loop.share(config, engine, step)
         return [collate("train", [rows.at(index) for index in indices]) for indices in shares]
 
     def evaluate() -> dict:
-        numbers = engine.evaluate(heldout_batches)
+        numbers = engine.evaluate(heldout_batches, read)
+        if read is not None:
+            numbers["rows"] = _in_order(records, torch.cat(numbers.pop("results")))
         return numbers | measure() if measure else numbers
 
     return loop.fit(engine, config, output, batches, evaluate=evaluate, unit=unit, expected=expected)
+
+
+def _in_order(records: list[int], values: torch.Tensor) -> list:
+    """What all processes read of their held-out records, in the order of the records. Collective."""
+    pairs = distributed.all_gather_lists(list(zip(records, values.tolist(), strict=True)))
+    return [value for _, value in sorted(pairs)]
 
 
 # ---- publish and summarise -------------------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ class Updates:
 class Hooks:
     """What a stage adds to the loop.
 
-    evaluate(): numbers on held-out data, equal on all processes. sample(step, last): called after each step, after its
+    evaluate(): numbers on held-out data, equal on all processes; the entry `rows`, if there is one, is not logged: a
+    list of what was measured on each held-out row, for the interval of a difference. sample(step, last): called after each step, after its
     checkpoint and evaluation, and again for the checkpoint from which a run resumes. describe(batch): the rows of a
     global batch, for the report of a spike.
     """
@@ -135,7 +136,7 @@ def run(
     last step. Collective.
 
     `unit` names what a step's weight counts; `expected` is for the metrics. Returns before and after (evaluations, or
-    None), first and last (what the first and last step returned), weight (sum over all steps), skipped (steps that were
+    None), before_rows and after_rows (their `rows`), first and last (what the first and last step returned), weight (sum over all steps), skipped (steps that were
     not applied), and rate (weight per second of this process's training, without saving and evaluating).
     """
     loop = Loop(updates, config, output, hooks, unit, expected)
@@ -224,7 +225,9 @@ class Loop:
         """Evaluate and keep the numbers as state[key]: `before` or `after`."""
         phases.enter("evaluate")
         start = time.perf_counter()
-        self.state[key] = self.hooks.evaluate()
+        numbers = self.hooks.evaluate()
+        self.state[f"{key}_rows"] = numbers.pop("rows", None)
+        self.state[key] = numbers
         if key == "before":
             self.state["evaluation_seconds"] = time.perf_counter() - start
         self.tracker.log(step, **{f"heldout_{name}": value for name, value in self.state[key].items()})

@@ -1,6 +1,7 @@
 """Intervals of closing numbers, and the warning of a stage that learned nothing."""
 
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import tuned
 from harness import succeed
 
 from pipeline import ppo
-from pipeline.core.intervals import mean_half, shares, student, unchanged
+from pipeline.core.intervals import change_of, mean_change, mean_half, shares, student, unchanged
 
 
 def test_student_against_the_published_table():
@@ -75,3 +76,20 @@ def test_pretraining_that_learned_nothing_warns(tmp_path):
     assert "pretrain: WARNING: nothing was learned that can be shown: held-out bits per byte" in said
     metrics = json.loads((tmp_path / "runs/tiny/pretrain/current/manifest.json").read_text())["metrics"]
     assert "(n=10 rows)" in metrics["summary"]["measure"]
+
+
+def test_change_of_a_mean():
+    """Of 400 records with a known mean change: the interval has the width of the normal approximation; records in
+    another order, or measured twice alike, are told apart from a change."""
+    draw = random.Random(0)
+    before = [(draw.gauss(20, 5), 10.0) for _ in range(400)]
+    after = [(loss + draw.gauss(-1, 2), weight) for loss, weight in before]
+    low, high = mean_change(before, after)
+    half = 1.96 * 2 / 400**0.5 / 10
+    mean = sum(b - a for (a, _), (b, _) in zip(before, after, strict=True)) / 4000
+    assert low == pytest.approx(mean - half, abs=0.2 * half) and high == pytest.approx(mean + half, abs=0.2 * half)
+    assert (low, high) == mean_change(before, after) and high < 0
+    assert mean_change(before, before) == (0, 0)
+    unpaired = mean_change(before, after[::-1])
+    assert unpaired[1] - unpaired[0] > 2 * (high - low)
+    assert change_of(None, after) is None and change_of(before[:1], after[:1]) is None

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.core.errors import UserError
-from pipeline.train.conversation_data import check_packing, conversation_batch
+from pipeline.train.conversation_data import check_packing, conversation_batch, conversation_losses
 from pipeline.train.finetune_data import Ragged
 
 
@@ -46,6 +46,31 @@ def test_packed_conversations_do_not_see_each_other(family, attention):
         # the trap: a mask of ones beside the positions
         leaking = model(**made["inputs"], attention_mask=torch.ones_like(made["inputs"]["input_ids"])).logits
         assert not torch.allclose(leaking[0, 9:14], packed[0, 9:14], atol=1e-3)
+
+
+def test_losses_of_conversations():
+    """Each alone by transformers, which averages over the answer's tokens; also where a record gives weights."""
+    model = tiny("llama")
+    source = np.random.default_rng(0)
+    rows = [source.integers(1, 97, size).tolist() for size in (9, 5, 14, 3)]
+    trained = [[False, *(source.random(len(row) - 1) < 0.6)] for row in rows]
+    trained[3] = [False, False, False]
+    arrays = {"heldout.ids": Ragged.of(rows, np.int32), "heldout.trained": Ragged.of(trained, np.bool_)}
+    packed = [[2, 0], [3, 1]]
+    for weights in (None, [[value * 0.5 for value in row] for row in trained]):
+        if weights:
+            arrays["heldout.weights"] = Ragged.of(weights, np.float32)
+        batch = conversation_batch(arrays, 0, "heldout", packed)
+        with torch.no_grad():
+            numbers = conversation_losses(model(**batch["inputs"]).logits, batch)
+        for conversation, (total, weight) in zip([2, 0, 3, 1], numbers.tolist(), strict=True):
+            labels = [token if kept else -100 for token, kept in zip(rows[conversation], trained[conversation])]
+            scale, count = (0.5 if weights else 1), sum(trained[conversation])
+            assert weight == scale * count
+            if count:
+                loss = model(input_ids=torch.tensor([rows[conversation]]), labels=torch.tensor([labels])).loss
+                assert total == pytest.approx(loss.item() * weight, rel=1e-5)
+        assert float(numbers[:, 1].sum()) == batch["weight"]
 
 
 def test_families_that_cannot_pack_are_refused():
