@@ -85,7 +85,8 @@ def _encode(
 
 def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[int]]) -> dict:
     """A micro-batch of packed rows. rows: the conversations of each. Gives input_ids, position_ids that start at 0 in
-    each conversation, and labels, already shifted; if records give weights, also those of the labels; and `conversations`, how many each row has.
+    each conversation, and labels, already shifted; if records give weights, also those of the labels; and
+    `conversations`, how many each row has.
 
     There is no attention mask: without one, transformers takes the borders of conversations from the positions
     (masking_utils.find_packed_sequence_indices). With a mask of ones, conversations would see each other. Padding at

@@ -93,9 +93,9 @@ class Hooks:
     """What a stage adds to the loop.
 
     evaluate(): numbers on held-out data, equal on all processes; the entry `rows`, if there is one, is not logged: a
-    list of what was measured on each held-out row, for the interval of a difference. sample(step, last): called after each step, after its
-    checkpoint and evaluation, and again for the checkpoint from which a run resumes. describe(batch): the rows of a
-    global batch, for the report of a spike.
+    list of what was measured on each held-out row, for the interval of a difference. sample(step, last): called after
+    each step, after its checkpoint and evaluation, and again for the checkpoint from which a run resumes.
+    describe(batch): the rows of a global batch, for the report of a spike.
     """
 
     evaluate: Callable[[], dict] | None = None
@@ -136,8 +136,9 @@ def run(
     last step. Collective.
 
     `unit` names what a step's weight counts; `expected` is for the metrics. Returns before and after (evaluations, or
-    None), before_rows and after_rows (their `rows`), first and last (what the first and last step returned), weight (sum over all steps), skipped (steps that were
-    not applied), and rate (weight per second of this process's training, without saving and evaluating).
+    None), before_rows and after_rows (their `rows`), first and last (what the first and last step returned), weight
+    (sum over all steps), skipped (steps that were not applied), and rate (weight per second of this process's training,
+    without saving and evaluating).
     """
     loop = Loop(updates, config, output, hooks, unit, expected)
     loop.resume(branch)
