@@ -66,6 +66,39 @@ def inspect_data(
     inspect_data.show(output, source=source, reason=reason, samples=samples)
 
 
+@app.command("masks")
+def inspect_masks(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe file; or --model and --data.")] = None,
+    words: Words = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Records of each source whose rows are shown.")] = 2,
+    source: Annotated[str | None, typer.Option("--source", help="Only this source.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Without a recipe: folder of a model or a tokenizer.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Without a recipe: file of conversations, pairs or prompts.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="Without a recipe: a template's name, file, or model folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line per row: ids, texts, roles, loss.")] = False,
+) -> None:
+    """Rows of a finetuning stage (sft, reward, dpo, prompts of ppo), token by token: whose words each is, and whether
+    it carries loss; with what is wrong with the first records of each source."""
+    from pipeline.checks import inspect_masks
+
+    if recipe is not None and (model or data or chat_template):
+        raise UserError("give a recipe, or --model and --data; the recipe says which model, data and template are used")
+    if recipe is None and not (model and data):
+        raise UserError("give a recipe, or --model and --data")
+    if recipe is None:
+        how = inspect_masks.rows_of_file(model, data, chat_template)
+    else:
+        stages, overrides = split(words)
+        how = inspect_masks.rows_of_stage(load(recipe, overrides), one(stages))
+    inspect_masks.show(how, rows, source, as_json)
+
+
 @app.command("tokenizer")
 def inspect_tokenizer(
     place: Annotated[str, typer.Argument(help="Recipe file, or the folder of a tokenizer.", metavar="RECIPE|FOLDER")],

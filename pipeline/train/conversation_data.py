@@ -64,23 +64,29 @@ def _encode(
         if isinstance(encoded, str):
             reasons.append(encoded)
             continue
-        reason = None
+        fitting = fitting_rows(encoded, sequence_length, too_long)
+        if isinstance(fitting, str):
+            reasons.append(fitting)
+            continue
+        reasons.append(None)
+        rows.append(fitting)
         entry = ledger.sources[conversation.source]
         if any(len(row.ids) > sequence_length for row in encoded):
-            cut = [row.cut(sequence_length) for row in encoded]
-            encoded = [row for row in cut if row is not None]
-            if too_long == "drop":
-                reason = "longer than sequence_length"
-            elif not encoded:
-                reason = "its answers begin after sequence_length"
-            else:
-                entry["truncated"] = entry.get("truncated", 0) + 1
-        reasons.append(reason)
-        if reason is None:
-            rows.append(encoded)
-            if len(encoded) > 1:
-                entry["in_several_rows"] = entry.get("in_several_rows", 0) + 1
+            entry["truncated"] = entry.get("truncated", 0) + 1
+        if len(fitting) > 1:
+            entry["in_several_rows"] = entry.get("in_several_rows", 0) + 1
     return ledger.keep(conversations, split, reasons), rows
+
+
+def fitting_rows(rows: list[Encoded], sequence_length: int, too_long: str) -> list[Encoded] | str:
+    """The rows of a conversation, none longer than `sequence_length`, or the reason why it is dropped. too_long: as the
+    key of stage sft."""
+    if all(len(row.ids) <= sequence_length for row in rows):
+        return rows
+    if too_long == "drop":
+        return "longer than sequence_length"
+    cut = [row.cut(sequence_length) for row in rows]
+    return [row for row in cut if row is not None] or "its answers begin after sequence_length"
 
 
 def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[int]]) -> dict:

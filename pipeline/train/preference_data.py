@@ -38,7 +38,7 @@ def encode_pairs(
     encoded = chat.encode(conversations)
     rows, reasons = [], []
     for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
-        reason = _unusable(pair, chosen, rejected, sequence_length, margins)
+        reason = pair_problem(pair, chosen, rejected, sequence_length, margins)
         reasons.append(reason)
         if reason is None:
             rows.append((chosen.ids, rejected.ids, chosen.start))
@@ -51,7 +51,7 @@ def encode_pairs(
     }
 
 
-def _unusable(
+def pair_problem(
     pair: Pair, chosen: Encoded | str, rejected: Encoded | str, sequence_length: int, margins: bool
 ) -> str | None:
     """Why a pair cannot be learned from, or None. chosen, rejected: as the chat template encodes them, or why it

@@ -46,6 +46,8 @@ class Row:
     text: str
     spans: list[tuple[int, int, float]]
     """What carries loss: first character, character after the last, weight."""
+    num_messages: int
+    """How many messages of the conversation it has, from the first on."""
 
 
 def user(content: str) -> dict:
@@ -107,7 +109,7 @@ class Answers:
                 continue
             row = self.row(dialogue, number)
             if rows and row.text.startswith(rows[-1].text):
-                rows[-1] = Row(row.text, rows[-1].spans + row.spans)
+                rows[-1] = replace(row, spans=rows[-1].spans + row.spans)
             else:
                 rows.append(row)
         rows = [row for row in rows if row.spans]
@@ -133,7 +135,7 @@ class Answers:
         spans = [(len(asked), len(text), message.get("weight", 1.0))]
         if self.template.has_marks:
             spans = _marked(spans[0], marks, end[1])
-        return Row(text, spans)
+        return Row(text, spans, number + 1)
 
     def prompt(self, dialogue: Dialogue) -> str:
         """The text of a conversation that waits for an answer. Raises Unusable."""

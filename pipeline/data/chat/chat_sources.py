@@ -29,7 +29,7 @@ class TuningSource(Source):
 
     ignore: list[str] = []
     """Fields of records, messages and content parts that are ignored because they say nothing about what should be
-    learned (docs/sft.md lists fields that are ignored anyway)."""
+    learned (docs/chat.md lists fields that are ignored anyway)."""
 
     @field_validator("ignore")
     @classmethod

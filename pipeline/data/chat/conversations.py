@@ -13,7 +13,7 @@ Nothing is dropped silently: the ledger counts each reason and names the first p
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pipeline.core.errors import UserError
@@ -173,14 +173,21 @@ def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Call
     `encode(row)` may say why a row cannot be written with a chat template, or return None. Raises UserError if the
     source has no records, or none of these can be used."""
     ledger = Ledger()
+    for row in rows_of(source, name, ledger, most):
+        reason = None if encode is None else encode(row)
+        if reason is None:
+            return row
+        ledger.reject(name, row.place, reason)
+    _refuse_empty(source, name, ledger)
+
+
+def rows_of(source: TuningSource, name: str, ledger: Ledger, most: int | None = None) -> Iterator:
+    """The rows of the first `most` records of a source, duplicates included; the ledger counts the records and why
+    some of them become none."""
     for item in itertools.islice(read(source, name), most):
         row = _row(source, name, item, ledger)
-        reason = None if row is None or encode is None else encode(row)
-        if reason is not None:
-            ledger.reject(name, row.place, reason)
-        elif row is not None:
-            return row
-    _refuse_empty(source, name, ledger)
+        if row is not None:
+            yield row
 
 
 # ---- from a record to a row ------------------------------------------------------------------------------------------

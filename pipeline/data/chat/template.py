@@ -18,11 +18,14 @@ one, so that the same records give the same tokens on every day.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipeline.core.errors import UserError
 from pipeline.data.chat.answers import Answers, Row
+from pipeline.data.chat.mask_checks import mask_problem
 from pipeline.data.chat.quoting import Quoting
 from pipeline.data.chat.rendering import Dialogue, Style, Template, Unusable
+from pipeline.data.chat.roles import role_in, roles_of
 from pipeline.data.tokenizer.encode import alphabet
 
 # Contents of the messages that show what a template writes around them: private-use characters, which no template has.
@@ -45,6 +48,8 @@ class Encoded:
     def start(self) -> int:
         """Where the last answer begins: `ids[:start]` is the prompt that it answers."""
         end = len(self.trained)
+        while end and not self.trained[end - 1]:  # a row that was cut inside the next question
+            end -= 1
         while end and self.trained[end - 1]:
             end -= 1
         return end
@@ -55,6 +60,20 @@ class Encoded:
             return None
         weights = None if self.weights is None else self.weights[:length]
         return Encoded(self.ids[:length], self.trained[:length], weights)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A row with what each of its tokens is from."""
+
+    ids: list[int]
+    weights: list[float]
+    """Same length: the weight of each token in the loss, 0 for those that carry none."""
+    roles: list[str]
+    """Same length: the role of the message that a token is from, or TEMPLATE (pipeline/data/chat/roles.py)."""
+
+
+Learned = Literal["every answer", "last answer", "nothing"]
 
 
 class Chat:
@@ -85,14 +104,14 @@ class Chat:
         """Tokens that end a turn of the assistant: `end_id` first, then that of turns that call tools."""
         try:
             self._answers = Answers.of(tokenizer, self._template)
+            self.end_ids = self._answers.end_ids(tokenizer)
             self._quoting.let_answers_write(self._markers())
             self._probe()
-            self.end_ids = self._answers.end_ids(tokenizer)
             self.end_id = self.end_ids[0]
         except Unusable as error:
             if trained:
                 raise UserError(f"{name}: its chat template cannot be trained with: {error}") from None
-            self._answers = None
+            self._answers, self.end_ids = None, []
 
     @property
     def style(self) -> Style:
@@ -112,18 +131,13 @@ class Chat:
     def rows(self, conversations: list[list[dict] | Dialogue]) -> list[list[Encoded] | str]:
         """The rows of each conversation, in which each of its answers carries loss once, or the reason why it cannot
         be trained on. More than one where the template writes an answer differently once it is history."""
-        return self._encoded(conversations, lambda dialogue: self._answers.rows(dialogue))
+        return self._encoded(conversations, self._answers.rows)
 
     def encode(self, conversations: list[list[dict] | Dialogue]) -> list[Encoded | str]:
         """The last message of each conversation, an answer, which alone carries loss, after the prompt that it
         answers; or the reason why it cannot be trained on."""
-
-        def last(dialogue: Dialogue) -> list[Row]:
-            *before, answer = dialogue.messages
-            unweighted = {key: value for key, value in answer.items() if key != "weight"}
-            return [self._answers.row(replace(dialogue, messages=[*before, unweighted]), len(before))]
-
-        return [rows if isinstance(rows, str) else rows[0] for rows in self._encoded(conversations, last)]
+        encoded = self._encoded(conversations, self._last_answer)
+        return [rows if isinstance(rows, str) else rows[0] for rows in encoded]
 
     def prompt(self, messages: list[dict] | Dialogue) -> list[int]:
         """Ids of a conversation that waits for the assistant. Raises ValueError if it cannot be written with this
@@ -137,6 +151,25 @@ class Chat:
         except Unusable as error:
             raise ValueError(str(error)) from None
         return self._encode(self._quoting.named(text))
+
+    def traced(self, conversation: list[dict] | Dialogue, learned: Learned = "every answer") -> list[Traced]:
+        """The rows that `rows`, `encode` or, with nothing learned, `prompt` makes of a conversation, with the role of
+        each token. Raises ValueError if it has none."""
+        try:
+            dialogue = self._quoting.dialogue(_dialogue(conversation))
+            if learned == "every answer":
+                rows = self._answers.rows(dialogue)
+            elif learned == "last answer":
+                rows = self._last_answer(dialogue)
+            else:
+                rows = [Row(self._answers.prompt(dialogue), [], len(dialogue.messages))]
+            return [self._trace(dialogue, row) for row in rows]
+        except Unusable as error:
+            raise ValueError(str(error)) from None
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens, special tokens included."""
+        return self._decode([ids])[0]
 
     def answered(self, asked: list[dict] | Dialogue, answer: str, ended: bool) -> list[int]:
         """Ids of a prompt and its answer, as a reward model reads them. An answer that was cut off (`ended` false)
@@ -165,6 +198,38 @@ class Chat:
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
+    def _last_answer(self, dialogue: Dialogue) -> list[Row]:
+        """The row of `encode`."""
+        *before, answer = dialogue.messages
+        unweighted = {key: value for key, value in answer.items() if key != "weight"}
+        return [self._answers.row(replace(dialogue, messages=[*before, unweighted]), len(before))]
+
+    def _trace(self, dialogue: Dialogue, row: Row) -> Traced:
+        text = self._quoting.named(row.text)
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        ids, spans = self._ids(encoding, text, row.spans)
+        if spans:
+            [problem] = self._proofs([row], [(ids, spans)])
+            encoded = _encoded(ids, spans)
+            problem = problem or self._mask_problem(encoded)
+            if problem:
+                raise Unusable(problem)
+            ids, weights = encoded.ids, encoded.weights or [float(trained) for trained in encoded.trained]
+        elif row.spans:
+            raise Unusable("a token reaches over the edge of an answer")
+        else:
+            weights = [0.0] * len(ids)
+        places = encoding.offsets
+        if ids != encoding.ids[: len(ids)]:
+            places = [
+                (at + begin, at + end) for at, piece in self._pieces(text, row.spans) for begin, end in piece.offsets
+            ]
+        roles = roles_of(self._answers, dialogue, row)
+        return Traced(ids, weights, [role_in(roles[begin:end]) for begin, end in places[: len(ids)]])
+
+    def _mask_problem(self, row: Encoded) -> str | None:
+        return mask_problem(row.ids, row.trained, self.end_ids, self.tokenizer.bos_token_id)
+
     def _encoded(self, conversations, rows_of) -> list[list[Encoded] | str]:
         results: list[list[Encoded] | str] = []
         written: list[tuple[int, Row]] = []
@@ -192,8 +257,9 @@ class Chat:
                 for (_, row), text, encoding in zip(batch, texts, encodings, strict=True)
             ]
             proofs = self._proofs([row for _, row in batch], tokenized)
-            for (index, _), (ids, spans), proof in zip(batch, tokenized, proofs, strict=True):
-                yield index, proof or _encoded(ids, spans)
+            for (index, _), (ids, spans), problem in zip(batch, tokenized, proofs, strict=True):
+                encoded = _encoded(ids, spans) if problem is None else None
+                yield index, problem or self._mask_problem(encoded) or encoded
 
     def _ids(self, encoding, text: str, spans: list[tuple[int, int, float]]) -> tuple[list[int], list]:
         """(ids, spans of them that carry loss: first, after the last, weight). No token may reach over the edge of a
@@ -204,19 +270,27 @@ class Chat:
         for begin, end, weight in spans:
             first, last = _token_at(encoding, begin, len(ids)), _token_at(encoding, end, len(ids))
             if first is None or last is None:
-                return self._pieces(text, spans) if self._cuttable else ([], [])
+                return self._ids_of_pieces(text, spans) if self._cuttable else ([], [])
             token_spans.append((first, last, weight))
         return ids, token_spans
 
-    def _pieces(self, text: str, spans: list[tuple[int, int, float]]) -> tuple[list[int], list]:
-        ids, token_spans, at = [], [], 0
-        for begin, end, weight in spans:
-            before, said = self._encode(text[at:begin]), self._encode(text[begin:end])
-            first = len(ids) + len(before)
-            ids += before + said
+    def _ids_of_pieces(self, text: str, spans: list[tuple[int, int, float]]) -> tuple[list[int], list]:
+        ids, token_spans = [], []
+        pieces = self._pieces(text, spans)
+        for (_, before), (_, said), (_, _, weight) in zip(pieces[::2], pieces[1::2], spans, strict=True):
+            first = len(ids) + len(before.ids)
+            ids += before.ids + said.ids
             token_spans.append((first, len(ids), weight))
-            at = end
         return ids, token_spans
+
+    def _pieces(self, text: str, spans: list[tuple[int, int, float]]) -> list[tuple]:
+        """(first character, encoding) of what is before each span and of the span, by turns."""
+        pieces, at = [], 0
+        for begin, end, _ in spans:
+            for start, stop in ((at, begin), (begin, end)):
+                pieces.append((start, self._encoder.encode(text[start:stop], add_special_tokens=False)))
+            at = end
+        return pieces
 
     def _encode(self, text: str) -> list[int]:
         return self._encoder.encode(text, add_special_tokens=False).ids
