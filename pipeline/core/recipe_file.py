@@ -96,9 +96,9 @@ def _parsed(text: str, path: Path) -> Any:
         return YAML(typ="rt", pure=True).load(text)
     except DuplicateKeyError as error:
         key = re.search(r'found duplicate key "?([^"\n]+?)"? with', str(error.problem or ""))
+        name = key.group(1) if key else "<<"
         raise UserError(
-            f"{path}:{error.problem_mark.line + 1}: the key {key.group(1) if key else ''!r} is given"
-            " twice in this block; keep one of the two"
+            f"{path}:{error.problem_mark.line + 1}: the key {name!r} is given twice in this block; keep one of the two"
         ) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -107,6 +107,8 @@ def _parsed(text: str, path: Path) -> Any:
         ) from None
     except RecursionError:
         raise UserError(f"{path}: not valid as a recipe: more than {MAX_DEPTH} nested blocks") from None
+    except AttributeError:  # ruamel's, for `x: &x {<<: *x}`
+        raise UserError(f"{path}: not valid YAML: a block is merged into itself (`<<` with its own anchor)") from None
     except Exception as error:  # ruamel raises bare exceptions of several kinds for what it cannot read
         raise UserError(f"{path}: not valid YAML: {_reason(error)}") from None
 

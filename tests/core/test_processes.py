@@ -132,6 +132,19 @@ def test_an_interrupt_between_stages_says_what_is_kept(tmp_path, monkeypatch, ca
     assert left.value.code == 130 and "finished stages are kept" in capsys.readouterr().err
 
 
+def test_an_interrupt_while_a_program_is_importing_is_one_line(tmp_path):
+    """correctness 43. Only in programs of alma: others that import the package keep their handler."""
+    program = "import os, signal, pipeline; os.kill(os.getpid(), signal.SIGINT); print('went on')"
+    for name in ("alma", "other"):
+        (tmp_path / name).write_text(program)
+        process = start([sys.executable, tmp_path / name], tmp_path)
+        code, said = end(process), (tmp_path / "log").read_text()
+        if name == "alma":
+            assert (code, said) == (130, "interrupted before anything was done\n")
+        else:
+            assert code == -signal.SIGINT and "KeyboardInterrupt" in said
+
+
 def test_the_second_interrupt_ends_a_chain_and_a_stage_at_once(world):
     """correctness 43. Saving takes as long as it likes: this process group is stopped in it."""
     folder = world / "runs-twice/tiny"

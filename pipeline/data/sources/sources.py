@@ -119,7 +119,7 @@ class Source(ExternalSource):
     @model_validator(mode="after")
     def _one_place(self):
         places = {"path": self.path, "package": self.package, "dataset": self.dataset}
-        given = [key for key, value in places.items() if value is not None]
+        given = [key for key, value in places.items() if value not in (None, [])]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, package and dataset; found {' and '.join(given) or 'none'}")
         if (self.package is None) != (self.member is None):
