@@ -63,8 +63,8 @@ MEANINGFUL_WORDS = set(
 # Last words of a compound name that make it something to read, whatever it begins with: `source_code`, `original_text`,
 # `meta_instruction`.
 CONTENT_WORDS = set(
-    "text texts content contents body code document article abstract paragraph paragraphs sentence sentences table data"
-    " prompt instruction instructions".split()
+    "text texts input inputs content contents body code document article abstract paragraph paragraphs sentence"
+    " sentences table data prompt instruction instructions".split()
 )
 
 # Says nothing about what is to be learned: where a record comes from, what it is about, how long it is.
@@ -103,6 +103,10 @@ REASONING = set(MEANINGFUL["reasoning before an answer"].split())
 # Texts of what was thought before an answer, by their names in messages and records.
 REASONING_TEXTS = REASONING - {"reasoning_details", "analysis", "rationale", "scratchpad"}
 
+# How a generation ended, where that means that its answer is incomplete.
+ENDINGS = ("finish_reason", "stop_reason")
+CUT_OFF = ("length", "max_tokens", "max_output_tokens", "content_filter", "incomplete")
+
 _WHAT = {name: what for what, names in MEANINGFUL.items() for name in names.split()}
 
 
@@ -132,7 +136,9 @@ def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) 
         plain = snake(name)
         if name in used or plain in harmless or empty(value):
             continue
-        if plain in _WHAT:
+        if plain in ENDINGS and str(value).lower() in CUT_OFF:
+            meaningful.append((printable_name(name), f"{value}: the answer was cut off"))
+        elif plain in _WHAT:
             meaningful.append((printable_name(name), _WHAT[plain]))
         elif not _is_metadata(plain):
             unknown.append((printable_name(name), None))

@@ -108,8 +108,8 @@ def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[ParsedReco
     used |= _add_other_fields(parsed, fields)
     if not parsed.messages or parsed.messages[-1]["role"] != "assistant":
         raise Rejected("the conversation does not end with the answer that `label` is about")
-    if weight_of(fields, "the record") == 0:
-        raise Rejected("the record is marked not to be trained on")
+    _refuse_weight(parsed.messages[-1].get("weight"), "the answer")
+    _refuse_weight(weight_of(fields, "the record"), "the record")
     parsed.messages[:] = map(without_weight, parsed.messages)
     used |= named | weight_fields(fields) | set(LABELS) | _repeated(fields, parsed.messages)
     check_fields(fields, used, "the record", {"name"})
@@ -137,10 +137,8 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> ParsedPair:
             answer = answers[key] = answer[len(prompt) :]
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise Rejected(f"{key} is not one message of the assistant")
-        if answer[0].get("weight") == 0:
-            raise Rejected(f"{key} is marked not to be trained on")
-    if weight_of(fields, "the record") == 0:
-        raise Rejected("the record is marked not to be trained on")
+        _refuse_weight(answer[0].get("weight"), key)
+    _refuse_weight(weight_of(fields, "the record"), "the record")
     messages = [without_weight(message) for message in prompt]
     parsed = ParsedPair(
         messages, form, chosen=without_weight(answers["chosen"][0]), rejected=without_weight(answers["rejected"][0])
@@ -287,6 +285,14 @@ def _refuse_bad(fields: dict, named: set[str]) -> None:
             )
     if weight_of(fields, "the record") == 0:
         raise Rejected("the record is marked not to be trained on")
+
+
+def _refuse_weight(weight: float | None, where: str) -> None:
+    """Raise Rejected for a pair or a judged answer with a weight, which the losses of these do not have."""
+    if weight == 0:
+        raise Rejected(f"{where} is marked not to be trained on")
+    if weight not in (None, 1):
+        raise Rejected(f"{where} has the weight {weight:g}; weights are only supported in conversations")
 
 
 def _multiply_weights(messages: list[dict], weight: float | None) -> None:

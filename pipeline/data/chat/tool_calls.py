@@ -91,7 +91,8 @@ def result_text(value, where: str) -> str:
 
 # ---- glaive-function-calling ----------------------------------------------------------------------------------------
 
-SPEAKER = re.compile(r"\s*\b(USER|ASSISTANT|FUNCTION RESPONSE): ?")
+# At the beginning of a line, because what is said may name a speaker, too.
+SPEAKER = re.compile(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ?")
 ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 CALL = re.compile(r"<functioncall>\s*(\{.*\})\s*", re.DOTALL)
 QUOTED_ARGUMENTS = re.compile(r"""("arguments":\s*)'(.*)'(\s*\})$""", re.DOTALL)

@@ -153,6 +153,15 @@ def answer(**fields):
             "the record has `chosen` (another answer, or another part",
         ),
         # behind a prefix or a suffix of metadata
+        ({"messages": TURNS, "data_input": "x = 1"}, "the record has `data_input`, which is not a known"),
+        (
+            answer(finish_reason="length"),
+            "a message of the assistant has `finish_reason` (length: the answer was cut off)",
+        ),
+        (
+            {"messages": TURNS, "stop_reason": "max_tokens"},
+            "the record has `stop_reason` (max_tokens: the answer was cut off)",
+        ),
         ({"messages": TURNS, "source_code": "x = 1"}, "the record has `source_code`, which is not a known"),
         (
             {"instruction": "Sum it up.", "output": "a", "original_text": "long"},
@@ -437,9 +446,11 @@ def test_pairs(tmp_path):
         {"prompt": "q16", "chosen": "good\ud800", "rejected": "bad"},
         {"prompt": "q17", **pair, "images": ["x"]},
         {"prompt": "q18", "chosen": "  indented", "rejected": "indented"},
+        {"prompt": "q19", **pair, "weight": 2},
+        {"prompt": "q20", "chosen": {**good, "loss_weight": 0.5}, "rejected": bad},
     ]
     rows, ledger = loaded(tmp_path / "a.jsonl", records, load_pairs, PreferenceSource)
-    assert {place for place in range(1, 19) if place in rows} == {1, 2, 3, 4, 7, 8, 18}
+    assert {place for place in range(1, 21) if place in rows} == {1, 2, 3, 4, 7, 8, 18}
     assert [rows[place].margin for place in (1, 2, 3, 4)] == [0.0, 0.0, 2.0, 0.0]
     assert rows[3].prompt[0] == {"role": "system", "content": "s"} and rows[18].chosen["content"] == "  indented"
     assert all("weight" not in message for message in rows[4].prompt)
@@ -457,6 +468,8 @@ def test_pairs(tmp_path):
         15: "`prompt` is not text",
         16: "a message of the assistant has half a character",
         17: "the record has `images`",
+        19: "the record has the weight 2; weights are only supported in conversations",
+        20: "chosen has the weight 0.5",
     }.items():
         assert found[f"a.jsonl:{place}"].startswith(reason), (place, found[f"a.jsonl:{place}"])
 

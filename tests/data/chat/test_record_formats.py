@@ -117,6 +117,11 @@ CONVERSATIONS = {
         [{"role": "system", "content": "You are helpful. Use these"}, *USED],
         "glaive (system, chat)",
     ),
+    "glaive with names of speakers in its text": (
+        {"system": "", "chat": "USER: the log says USER: bob\n\n\nASSISTANT: An AI ASSISTANT: yes <|endoftext|>"},
+        [{**ASKED, "content": "the log says USER: bob"}, {**ANSWERED, "content": "An AI ASSISTANT: yes"}],
+        "glaive (system, chat)",
+    ),
     "anthropic": (
         {
             "messages": [
