@@ -929,6 +929,24 @@ def test_damaged_files_are_reported(plain, small, tmp_path):
         assert "tokenizer.model is empty (0 bytes)" in refused(tmp_path / "zero")
 
 
+def test_a_tokenizer_that_encodes_at_random_and_a_tekken_folder_are_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    from pipeline.core.errors import UserError
+    from pipeline.data.tokenizer import encode, fast_tokenizer, import_tokenizer
+
+    Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], dropout=0.1)).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    for read in (encode.encoder, fast_tokenizer.load_tokenizer, lambda folder: import_tokenizer.load(folder, None)):
+        with pytest.raises(UserError, match="dropout: 0.1, so that a text gets other ids each time"):
+            read(str(tmp_path))
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tekken.json")
+    for place in (tmp_path, tmp_path / "tekken.json"):
+        with pytest.raises(UserError, match="tekken.json is a tekken file, which is not supported"):
+            import_tokenizer.load(str(place), None)
+
+
 def test_a_truncated_sentencepiece_model_is_recognized(plain):
     from sentencepiece import sentencepiece_model_pb2
 

@@ -112,7 +112,7 @@ def pattern(spec: dict) -> str | None:
     """The expression by which a byte-level tokenizer.json splits text into words; None if it is another kind of
     tokenizer, or splits in more than one step."""
     model = spec["model"]
-    other_options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    other_options = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if spec["normalizer"] or any(model.get(option) for option in other_options):
         return None
     pre_tokenizer = spec["pre_tokenizer"] or {}

@@ -70,9 +70,7 @@ def load(path: str, pattern: str | None) -> Imported:
     form = form_of(place)
     if form is None and place.suffix == ".json":
         if "tekken" in place.name:
-            raise UserError(
-                f"adopt: {path} is a tekken file, which is not supported; give the model's folder with tokenizer.json"
-            )
+            raise _tekken(place)
         raise UserError(f"adopt: {path} is one file of a tokenizer; give the folder that contains it, {place.parent}")
     if form == "tiktoken" or form is None and place.suffix == ".tiktoken":
         return _tiktoken(place, pattern)
@@ -84,10 +82,19 @@ def _only_model(path: str, belonging: list[Path]) -> Path:
     models = [entry for entry in belonging if entry.suffix in (".model", ".tiktoken") or form_of(entry)]
     if len(models) == 1:
         return models[0]
+    tekken = [entry for entry in belonging if entry.name.startswith("tekken")]
+    if tekken and not models:
+        raise _tekken(tekken[0])
     names = f" ({', '.join(entry.name for entry in models[:5])})" if models else ""
     raise UserError(
         f"adopt: {path} has no tokenizer.json and {len(models) or 'no'} sentencepiece or tiktoken files{names}; give"
         " the file itself"
+    )
+
+
+def _tekken(file: Path) -> UserError:
+    return UserError(
+        f"adopt: {file} is a tekken file, which is not supported; give a folder of the same model with tokenizer.json"
     )
 
 

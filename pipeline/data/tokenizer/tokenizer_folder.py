@@ -89,6 +89,12 @@ def read_backend(folder: Path | str):
             f"{folder / 'tokenizer.json'}: has {num_tokens:,} tokens, and one of them has the id {largest_id:,}; a"
             f" model would need a row for each id up to it. The file is damaged; {AGAIN}"
         )
+    dropout = getattr(backend.model, "dropout", None)  # of BPE
+    if dropout:
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: its model has dropout: {dropout:g}, so that a text gets other ids each time"
+            " it is encoded; set it to null"
+        )
     return backend
 
 
