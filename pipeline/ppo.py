@@ -158,9 +158,12 @@ def build_models(config: Config, policy, reward, prompts: int):
     disable_dropout(policy_model)
     disable_dropout(classifier)
     reference, reward_model = frozen_models(config, policy_model, classifier)
-    value_size = cost.count(classifier).total
+    others = {}
+    if reference is not None:
+        others = {"reference": cost.count(reference), "reward model": cost.count(reward_model)}
     finetune.adapt(config, policy, policy_model)
     finetune.adapt(config, reward, classifier, complete=("score",))
+    others["value model"] = value_size = cost.count(classifier)
     value_model = ValueModel(classifier)
 
     data = (
@@ -170,10 +173,10 @@ def build_models(config: Config, policy, reward, prompts: int):
         f" in {plural(config.ppo.minibatches, 'update')} each"
     )
     notes = (
-        f"value      {value_size:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
+        f"value      {value_size.total:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
         "time       depends on how long the answers become; the progress line shows how much is left",
     )
-    work = Work(data, updates=config.ppo.minibatches, notes=notes)
+    work = Work(data, updates=config.ppo.minibatches, notes=notes, others=others, sampled_rows=config.rollout.batch)
     policy_loss = functools.partial(policy_loss_fn, config)
     policy_engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
     value_config = config.model_copy(update={"optimizer": config.value_optimizer})

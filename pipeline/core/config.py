@@ -243,6 +243,9 @@ class StageConfig(Strict):
                 " work over cores); launch one"
             )
 
+    def check_machine(self) -> None:
+        """Check that this machine has what this stage needs, such as an optional package."""
+
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         """Check what this stage needs of its inputs, as far as it is known. Messages begin with a key of the stage."""
 

@@ -71,6 +71,7 @@ def _check_machine(node: Node) -> None:
         from pipeline.train.distributed import choose_device
 
         choose_device(node.config, run.processes)
+    node.config.check_machine()
 
 
 def check_records(recipe: Recipe, graph: dict[str, Node], stages: Iterable[Node], problems: Problems) -> None:

@@ -11,6 +11,7 @@ tests/models/test_cost.py compares the estimates with measurements, and states t
 import re
 from dataclasses import dataclass
 
+from pipeline.models import frozen
 from pipeline.models.families import family_of, num_experts
 
 EXPERTS = re.compile(r"(^|\.)experts\.")  # routed experts; shared ones are called shared_expert(s)
@@ -32,27 +33,54 @@ class Size:
     """Parameters that one token passes through: of the routed experts only those that the router picks."""
     frozen: int = 0
     """Parameters without gradients: no gradient, no moments, no place in a checkpoint."""
+    frozen_bytes: float = 0.0
+    """Bytes that these take (models/frozen.py)."""
+    cast: int = 0
+    """Parameters that multiply and are kept in fp32: bf16 autocast makes a copy of each."""
+    has_logits: bool = True
+    """There is an output layer over the vocabulary; a reward model has none."""
 
     @property
     def body(self) -> int:
         return self.total - self.embedding
 
+    @property
+    def trained(self) -> int:
+        return self.total - self.frozen
+
+    @property
+    def weight_bytes(self) -> float:
+        return 4.0 * self.trained + self.frozen_bytes
+
 
 def count(model) -> Size:
+    import torch
     from torch import nn
 
+    numel = frozen.numel
     parameters = list(model.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
+    total = sum(map(numel, parameters))
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = {id(layer.weight): layer.weight.numel() for layer in (inputs, outputs) if layer is not None}
+    tables = {id(layer.weight): numel(layer.weight) for layer in (inputs, outputs) if layer is not None}
     output_id = id(outputs.weight) if outputs is not None else None
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    lookups = {id(table.weight): table.weight.numel() for table in embeddings if id(table.weight) != output_id}
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if EXPERTS.search(name))
+    lookups = {id(table.weight): numel(table.weight) for table in embeddings if id(table.weight) != output_id}
+    experts = sum(numel(parameter) for name, parameter in model.named_parameters() if EXPERTS.search(name))
     picked, per_layer = routed(model.config)
     active = total - experts + experts * picked // per_layer
-    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    return Size(total, sum(tables.values()), sum(lookups.values()), experts, active, frozen)
+    still = [parameter for parameter in parameters if not parameter.requires_grad]
+    cast = sum(p.numel() for p in parameters if p.dtype == torch.float32 and id(p) not in lookups)
+    return Size(
+        total=total,
+        embedding=sum(tables.values()),
+        lookup=sum(lookups.values()),
+        experts=experts,
+        active=active,
+        frozen=sum(map(numel, still)),
+        frozen_bytes=sum(map(frozen.nbytes, still)),
+        cast=cast,
+        has_logits=outputs is not None,
+    )
 
 
 def routed(config) -> tuple[int, int]:
@@ -80,8 +108,8 @@ def training_flops(model, size: Size, sequence_length: int) -> Flops:
     multiplied = size.active - size.lookup
     # A frozen weight is multiplied twice, not three times: it has no gradient of its own. What is trained beside frozen
     # weights (adapters, a score layer) is taken to be multiplied.
-    frozen = max(0, multiplied - (size.total - size.frozen))
-    dense = 6.0 * multiplied - 2.0 * frozen
+    still = max(0, multiplied - size.trained)
+    dense = 6.0 * multiplied - 2.0 * still
     return Flops(dense + attention, dense + attention / 2)
 
 
@@ -133,14 +161,14 @@ def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str
     """Bytes at the peak of a step on the process that needs most, by part: weights, gradients, optimizer, activations,
     logits, temporary."""
     tokens = layout.micro * sequence_length
-    parts = _state_bytes(size, layout)
+    parts = state_bytes(size, layout)
     # 1F1B: the first stage has as many micro-batches in flight as there are stages
     in_flight = min(layout.accumulation, layout.depth)
     num_layers = -(-config.num_hidden_layers // layout.depth)
     kept, complete = layer_bytes(config, sequence_length, layout)
     recomputed = complete if layout.checkpointing != "none" else 0.0
     parts["activations"] = tokens * (num_layers * kept * in_flight + recomputed)
-    parts["logits"] = _logits_bytes(config, tokens, layout)
+    parts["logits"] = _logits_bytes(config, tokens, layout) if size.has_logits else 0.0
     parts["temporary"] = _temporary_bytes(size, layout)
     return parts
 
@@ -150,12 +178,11 @@ def _zero_stage(layout: Layout) -> int | None:
     return 1 if layout.depth > 1 else layout.zero
 
 
-def _state_bytes(size: Size, layout: Layout) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer on one process."""
+def state_bytes(size: Size, layout: Layout) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer on one process. What is frozen has a weight only."""
     zero, ranks = _zero_stage(layout), layout.ranks
     # stages are cut evenly, except for the tables at both ends
-    weights = size.total / layout.depth
-    trained = (size.total - size.frozen) / layout.depth
+    trained = size.trained / layout.depth
     # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of
     # the rank's share in addition to fp32 weights.
     moment_bytes = 4.0 if layout.optimizer == "muon" else 8.0
@@ -164,7 +191,7 @@ def _state_bytes(size: Size, layout: Layout) -> dict[str, float]:
     gradient_ranks = ranks if zero in (2, 3) else 1
     optimizer_ranks = ranks if zero in (1, 2, 3) else 1
     parts = {
-        "weights": 4.0 * weights / weight_ranks,
+        "weights": size.weight_bytes / layout.depth / weight_ranks,
         "gradients": 4.0 * trained / gradient_ranks,
         "optimizer": (moment_bytes + copy_bytes) * trained / optimizer_ranks,
     }
@@ -189,8 +216,8 @@ def _temporary_bytes(size: Size, layout: Layout) -> float:
     weights = size.total / layout.depth
     total = 0.0
     if layout.precision == "bf16":
-        # autocast keeps a bf16 copy of each matrix until the backward pass has used it
-        total += 2.0 * (weights - size.lookup / layout.depth)
+        # autocast keeps a bf16 copy of each fp32 matrix until the backward pass has used it
+        total += 2.0 * size.cast / layout.depth
     if _zero_stage(layout):
         # DeepSpeed's buffers for reducing and gathering
         total += 2 * 4.0 * min(DEEPSPEED_BUCKET, weights)
@@ -232,6 +259,15 @@ def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, fl
     return complete, complete
 
 
+def cache_bytes(config, rows: int, length: int) -> float:
+    """Bytes of the keys and values of `rows` sequences while they are sampled, in fp32."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0.0
+    share = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    return 4.0 * attention_width(config) * share * rows * length
+
+
 def _inner_width(config) -> int:
     """Width of the feed-forward layer, or of one expert."""
     for key in ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner"):
@@ -243,4 +279,4 @@ def _inner_width(config) -> int:
 
 def checkpoint_bytes(size: Size, optimizer: str = "adamw") -> float:
     """Bytes of one training checkpoint: fp32 weights and moments of what is trained, whatever the layout."""
-    return (size.total - size.frozen) * (8.0 if optimizer == "muon" else 12.0)
+    return size.trained * (8.0 if optimizer == "muon" else 12.0)

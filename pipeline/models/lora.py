@@ -3,7 +3,7 @@ of low rank.
 
     attach(model, options, seed)              # freezes the model; its linear layers get adapters
     with disabled(model): ...                 # the model as it was before
-    save(model, weights, folder, base)        # peft's format; `load` reads it
+    save(model, folder, base, precision)      # peft's format; `load` reads it
     merge(model)                              # the model with the updates in its weights
 
 A layer that gets an adapter stays the module that it was, and its weight keeps its name: the layer's class is replaced
@@ -25,10 +25,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.core.errors import UserError
+from pipeline.core.files import write_json
 from pipeline.core.seeds import derive
+from pipeline.models import frozen
 from pipeline.models.lora_config import Lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+# What peft has no place for: a hash of the model that an adapter was trained on, and how its weights were kept.
+BASE = "alma_base.json"
 PREFIX = "base_model.model."  # of peft's names of parameters
 # Ours, and the end of peft's name.
 PARAMETERS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
@@ -85,12 +89,7 @@ class Adapted:
     def _row_lengths(self) -> torch.Tensor:
         """Euclidean length of each row of the merged weight, [out]; a constant for the gradient (DoRA, section 4.3)."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return torch.linalg.norm(self._matrix() + self._product(), dim=1)
-
-    def _matrix(self) -> torch.Tensor:
-        """The frozen weight, [out, in], fp32."""
-        weight = self.weight.float()
-        return weight.T if _is_transposed(self) else weight
+            return torch.linalg.norm(frozen.matrix(self) + self._product(), dim=1)
 
     def _product(self) -> torch.Tensor:
         return self.adapter.options.scale * (self.lora_B.float() @ self.lora_A.float())
@@ -98,19 +97,12 @@ class Adapted:
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """The weight with its update, as the layer keeps it."""
-        merged = self._matrix() + self._product()
+        merged = frozen.matrix(self) + self._product()
         if self.adapter.options.dora:
             merged = merged * (self.lora_magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
-        if _is_transposed(self):
+        if frozen.is_transposed(self):
             merged = merged.T
         return merged.contiguous().to(self.weight.dtype)
-
-
-def _is_transposed(layer) -> bool:
-    """Whether a layer keeps its weight as [in, out]: GPT-2's Conv1D."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(layer, Conv1D)
 
 
 @functools.cache
@@ -141,7 +133,8 @@ def attach(model, options: Lora, seed: int, complete: tuple[str, ...] = ()) -> N
     for name in complete:
         model.get_submodule(name).requires_grad_(True)
     model.adapter = adapter
-    _check_called(model, layers)
+    if model.device.type != "meta":  # of which only the cost is estimated
+        _check_called(model, layers)
 
 
 def _targets(model, options: Lora) -> dict[str, nn.Module]:
@@ -180,7 +173,7 @@ def _linear_layers(model) -> dict[str, tuple[nn.Module, bool]]:
 
 
 def _adapt(layer: nn.Module, adapter: Adapter, rank: int | None = None) -> None:
-    num_inputs, num_outputs = _widths(layer)
+    num_inputs, num_outputs = frozen.widths(layer)
     rank = rank or adapter.options.rank
     device = layer.weight.device
     layer.lora_A = nn.Parameter(torch.zeros(rank, num_inputs, device=device))
@@ -191,13 +184,6 @@ def _adapt(layer: nn.Module, adapter: Adapter, rank: int | None = None) -> None:
     layer.__class__ = _adapted_class(type(layer))
 
 
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a linear layer."""
-    if _is_transposed(layer):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return layer.in_features, layer.out_features
-
-
 def _check_called(model, layers: dict[str, nn.Module]) -> None:
     """Raise UserError if the model computes with the weight of an adapted layer without calling the layer, as fused
     kernels do: its adapter would be ignored."""
@@ -205,7 +191,7 @@ def _check_called(model, layers: dict[str, nn.Module]) -> None:
     handles = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
     training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), frozen.computing(model):
             model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     finally:
         model.train(training)
@@ -279,9 +265,11 @@ def is_adapter(folder: Path | str) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def save(model, folder: Path, base: Path) -> None:
-    """Write a model's adapter as peft does, for a model in the folder `base`."""
+def save(model, folder: Path, base: Path, precision: str = "fp32") -> None:
+    """Write a model's adapter as peft does, for a model in the folder `base`. precision: in which it was trained."""
     from safetensors.torch import save_file
+
+    from pipeline.models.weights_hash import weights_hash
 
     adapter: Adapter = model.adapter
     layers = adapted_layers(model)
@@ -308,11 +296,12 @@ def save(model, folder: Path, base: Path) -> None:
         "modules_to_save": list(adapter.complete) or None,
         "use_rslora": options.rank_stabilised,
         "use_dora": options.dora,
-        "fan_in_fan_out": any(_is_transposed(layer) for layer in layers.values()),
+        "fan_in_fan_out": any(frozen.is_transposed(layer) for layer in layers.values()),
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, settings)
+    write_json(folder / BASE, {"hash": weights_hash(base), "kept": options.base, "precision": precision})
 
 
 def _shortest_names(model, layers: dict[str, nn.Module]) -> list[str]:
@@ -323,7 +312,10 @@ def _shortest_names(model, layers: dict[str, nn.Module]) -> list[str]:
 
 
 def base_of(folder: Path | str) -> Path:
-    """The folder of the model that an adapter belongs to. Raises UserError if it is not there."""
+    """The folder of the model that an adapter belongs to. Raises UserError if it is not there, or if its weights are
+    not those that the adapter was trained on."""
+    from pipeline.models.weights_hash import weights_hash
+
     settings = _settings(Path(folder))
     base = Path(settings["base_model_name_or_path"] or "")
     if not (base / "config.json").is_file():
@@ -331,7 +323,26 @@ def base_of(folder: Path | str) -> Path:
             f"{folder}: is an adapter of {base}, which is not a model folder on this machine; give"
             " base_model_name_or_path in its adapter_config.json the place of that model"
         )
+    expected = _base_record(Path(folder)).get("hash")
+    if expected and weights_hash(base) != expected:
+        raise UserError(
+            f"{folder}: is an adapter of another model: the weights in {base} are not those that it was trained on;"
+            f" give base_model_name_or_path in its {CONFIG} the place of these, or remove its {BASE} if the difference"
+            " is meant"
+        )
     return base
+
+
+def _base_record(folder: Path) -> dict:
+    """What `save` wrote of the base; empty for an adapter by peft."""
+    path = folder / BASE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {key: record[key] for key in ("hash", "kept", "precision")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}); copy the adapter again") from None
 
 
 def _settings(folder: Path) -> dict:
@@ -355,12 +366,15 @@ def trains_completely(folder: Path | str, module: str) -> bool:
 
 
 def load(model, folder: Path) -> None:
-    """Give a model the adapter in a folder, by us or by peft. Raises UserError if it belongs to another model."""
+    """Give a model in fp32 the adapter in a folder, by us or by peft, and the weights that it was trained on if these
+    were kept in 4 bits. Raises UserError if it belongs to another model."""
     from safetensors.torch import load_file
 
     settings = _settings(folder)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: contains no {WEIGHTS}; copy the adapter again")
+    record = _base_record(folder)
+    frozen.round_as(model, record.get("kept", "fp32"), record.get("precision", "fp32"))
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
     options = Lora(
         rank=settings["r"],

@@ -25,6 +25,10 @@ class Lora(Strict):
     dora: bool = False
     """Also learn the length of each row of the weight (DoRA: Liu et al., 2024). Slower: each step computes the merged
     weight's lengths."""
+    base: Literal["fp32", "bf16", "nf4"] = "fp32"
+    """How the frozen weights are kept in memory. bf16: matrices in bf16, half the memory; with precision: bf16 they are
+    multiplied in bf16 anyway. nf4: linear layers in 4 bits (QLoRA: Dettmers et al., 2023), an eighth of the memory;
+    needs the package bitsandbytes."""
     publish: Literal["merged", "adapter"] = "merged"
     """merged: a complete model. adapter: the adapter only, in peft's format; the parent's folder must stay."""
 

@@ -50,15 +50,15 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     _write_beside_weights(folder, tokenizer_folder, Path(parent or tokenizer_folder), can_generate)
 
 
-def publish_adapter(model, parent: Path, folder: Path, tokenizer_folder: Path) -> None:
+def publish_adapter(model, parent: Path, folder: Path, tokenizer_folder: Path, precision: str) -> None:
     """Write the adapter of a model (models/lora.py) in peft's format, with configuration, generation settings and
     tokenizer files, so that the folder can be used wherever a model folder is expected. `parent` is the folder of the
-    complete model, which must stay."""
+    complete model, which must stay. precision: in which the adapter was trained."""
     from pipeline.models import lora
 
     if folder.exists():  # of a run that was killed while writing
         shutil.rmtree(folder)
-    lora.save(model, folder, parent.resolve())
+    lora.save(model, folder, parent.resolve(), precision)
     with quiet():
         model.config.save_pretrained(folder)
     add_older_keys(folder)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.core.seeds import splitmix64
+from pipeline.models.frozen import computing
 
 # Rows that have ended are dropped from the batch when this share of it is left: each drop copies the cache once.
 DROP_AT = 0.75
@@ -63,7 +64,8 @@ def generate(
             rows = order[start : start + batch]
             part = [prompts[row] for row in rows]
             uniforms = uniform([seeds[row] for row in rows], max_new_tokens)
-            sampled = _sample_batch(part, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms)
+            with computing(model):
+                sampled = _sample_batch(part, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms)
             for row, completion in zip(rows, sampled, strict=True):
                 completions[row] = completion
     finally:

@@ -273,6 +273,12 @@ class TrainConfig(StageConfig):
 
     def _check_pipeline(self, world: int) -> None:
         depth = self.parallel.pipeline
+        if self.parallel.zero == 3 and self.activation_checkpointing == "selective":
+            raise UserError(
+                f"stage {self.kind}: activation_checkpointing: selective cannot be combined with zero: 3, which gathers"
+                " weights again while results are recomputed, so that torch does not find those it kept; use full, or"
+                " zero: 2"
+            )
         if depth > 1 and not type(self).supports_pipeline():
             raise UserError(f"stage {self.kind}: pipeline: {depth} is for pretraining; use zero: 0, 1, 2 or 3 here")
         if world % depth:

@@ -29,7 +29,7 @@ from pipeline.core.terminal import plural, say
 from pipeline.data.chat import named_templates
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
-from pipeline.models import build, cost, families, lora, vocabulary
+from pipeline.models import build, cost, families, frozen, lora, vocabulary
 from pipeline.models.publish import publish, publish_adapter
 from pipeline.train import distributed, loop
 from pipeline.train import engine as engines
@@ -77,6 +77,7 @@ class Parent:
 def load_parent(config: FinetuneConfig, artifact: Artifact, name: str) -> Parent:
     """Tokenizer and chat template of a model. name: of the stage or model, for messages. Raises UserError for a folder,
     a tokenizer or a template that the stage cannot use."""
+    config.check_machine()
     folder = model_folder(artifact)
     tokenizer = tokenizer_of(folder, config.sequence_length)
     tokenizer, new_tokens = named_templates.with_template(tokenizer, config.chat_template, config.chat_template_kwargs)
@@ -143,7 +144,8 @@ def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
 
 
 def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ...] = ()) -> None:
-    """With `lora`, freeze the model and give it adapters; `complete` names modules that are trained as they are."""
+    """With `lora`, freeze the model, keep its weights as `lora.base` says and give it adapters; `complete` names
+    modules that are trained as they are."""
     if config.lora is None:
         return
     if config.lora.publish == "adapter" and lora.is_adapter(parent.folder):
@@ -156,6 +158,7 @@ def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ..
             f"stage {config.kind}: lora.publish: adapter cannot hold the rows of the tokens that chat_template adds;"
             " use publish: merged"
         )
+    frozen.store(model, config.lora.base, config.precision, distributed.device(), complete)
     lora.attach(model, config.lora, config.seed, complete)
 
 
@@ -254,14 +257,16 @@ def publish_model(engine: Engine, config: FinetuneConfig, parent: Parent, output
 def _publish_adapted(
     trained, weights: dict[str, torch.Tensor], config: FinetuneConfig, parent: Parent, output: Output
 ) -> None:
-    """Publish an adapter, or the parent's model with the adapter merged into its fp32 weights."""
+    """Publish an adapter, or the parent's model with the adapter merged into its weights: those of the folder in fp32,
+    or, where they were kept in 4 bits, what these are multiplied with."""
     folder, tokenizer_folder = output.path / "model", parent.tokenizer_files(config, output)
     head = "reward" if trained.adapter.complete else "causal"
     model = parent.load(head=head, config=copy.deepcopy(trained.config))
+    frozen.copy_dequantised(trained, model)
     lora.attach(model, config.lora, config.seed, trained.adapter.complete)
     lora.fill(model, weights)
     if config.lora.publish == "adapter":
-        publish_adapter(model, parent.folder, folder, tokenizer_folder)
+        publish_adapter(model, parent.folder, folder, tokenizer_folder, config.precision)
         return
     difference = lora.merge_and_compare(model, config.sequence_length)
     say(f"{config.kind}: adapter merged; logits differ by at most {difference:.1e} of the largest one")

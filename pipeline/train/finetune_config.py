@@ -92,6 +92,26 @@ class FinetuneConfig(TrainConfig):
             schedule = schedule.model_copy(update={"warmup_steps": warmup_steps, "warmup_ratio": None})
         return self.model_copy(update={"steps": steps, "epochs": None, "schedule": schedule})
 
+    def check(self, world: int) -> None:
+        super().check(world)
+        base = "fp32" if self.lora is None else self.lora.base
+        if base == "bf16" and self.precision == "fp32":
+            raise UserError(
+                f"stage {self.kind}: lora.base: bf16 cannot be combined with precision: fp32, which multiplies fp32"
+                " weights; use precision: bf16, or base: fp32"
+            )
+        if base == "nf4" and self.parallel.zero == 3:
+            raise UserError(
+                f"stage {self.kind}: lora.base: nf4 cannot be combined with zero: 3, which cuts weights into parts and"
+                " gathers them without their scales; use zero: 2 or none, or base: bf16"
+            )
+
+    def check_machine(self) -> None:
+        from pipeline.models import frozen
+
+        if self.lora is not None:
+            frozen.require(self.lora.base, f"stage {self.kind}: lora.base")
+
     @classmethod
     def external(cls) -> list[SourceBlock | ExternalFiles]:
         return [

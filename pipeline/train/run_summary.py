@@ -1,8 +1,8 @@
-"""What follows from the recipe of a training stage, printed before its first step: parameters, tokens, FLOPs, time, and
-for pretraining memory and disk."""
+"""What follows from the recipe of a training stage, printed before its first step: parameters, tokens, FLOPs, time,
+memory, and for pretraining disk."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.core.terminal import byte_size, plural
 from pipeline.models import cost
@@ -12,6 +12,7 @@ from pipeline.train import chunked_loss, distributed
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
 ASSUMED_MFU = 0.4
+NOTABLE_BYTES = 1e9
 
 
 # ---- pretraining -----------------------------------------------------------------------------------------------------
@@ -159,6 +160,10 @@ class Work:
     """Updates among which the rows of a step are divided."""
     notes: tuple[str, ...] = ()
     """Further lines."""
+    others: dict[str, Size] = field(default_factory=dict)
+    """Further models in memory, by name."""
+    sampled_rows: int = 0
+    """Rows that are sampled at a time."""
 
     def flops(self, per_token: Flops) -> float | None:
         return None if self.tokens is None else per_token.full * (self.tokens + self.forward_tokens / 3)
@@ -171,10 +176,7 @@ class Work:
 
 def tuning_lines(config, model_config, size: Size, flops: Flops, peak: float | None, work: Work) -> list[str]:
     """The header of a stage that learns from records. peak: FLOP/s of all devices, if known."""
-    ranks = distributed.world()
-    rows = config.batch_size // work.updates // ranks
-    micro = config.micro_batch or rows
-    layout = cost.Layout(ranks=ranks, zero=config.parallel.zero, micro=micro, accumulation=rows // micro)
+    layout = _tuning_layout(config, work)
     lines = [
         model_line(model_config, size),
         f"data       {work.data}",
@@ -184,7 +186,43 @@ def tuning_lines(config, model_config, size: Size, flops: Flops, peak: float | N
     if work.tokens is not None:
         estimate = time_estimate(work.seconds(flops, peak), peak)
         lines.append(f"compute    {work.flops(flops):.2e} FLOPs, {work.tokens:,.0f} tokens{estimate}")
+    lines += _memory_lines(_tuning_memory(config, model_config, size, layout, work))
+    saved = size.frozen_bytes - 2.0 * size.frozen
+    if config.lora is not None and config.lora.base == "fp32" and config.precision == "bf16" and saved > NOTABLE_BYTES:
+        lines.append(f"           lora.base: bf16 would keep the frozen weights in {byte_size(saved)} less")
     return [*lines, *work.notes]
+
+
+def _tuning_layout(config, work: Work) -> cost.Layout:
+    ranks = distributed.world()
+    rows = config.batch_size // work.updates // ranks
+    micro = config.micro_batch or rows
+    return cost.Layout(
+        ranks=ranks,
+        zero=config.parallel.zero,
+        micro=micro,
+        accumulation=rows // micro,
+        precision=config.precision,
+        optimizer=config.optimizer.kind,
+        checkpointing=config.activation_checkpointing,
+        offload=config.parallel.offload,
+    )
+
+
+def _tuning_memory(config, model_config, size: Size, layout: cost.Layout, work: Work) -> dict[str, float]:
+    """Bytes at the peak of a step on one process, by part; what is only needed while a step samples replaces what is
+    only needed while it updates, if it is more."""
+    parts = cost.memory(model_config, size, config.sequence_length, layout)
+    for name, other in work.others.items():
+        # A model that is only read is complete on each process.
+        parts[name] = sum(cost.state_bytes(other, layout).values()) if other.trained else other.weight_bytes
+    cache = cost.cache_bytes(model_config, work.sampled_rows, config.sequence_length)
+    updating = ("activations", "logits", "temporary")
+    if cache > sum(parts[name] for name in updating):
+        for name in updating:
+            del parts[name]
+        parts["keys and values"] = cache
+    return parts
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
@@ -193,8 +231,9 @@ def tuning_lines(config, model_config, size: Size, flops: Flops, peak: float | N
 def model_line(model_config, size: Size) -> str:
     picked, experts = cost.routed(model_config)
     active = f"; {size.active:,} active per token ({picked} of {experts} experts)" if experts > 1 else ""
-    trained = size.total - size.frozen
-    adapted = f"; {trained:,} trained ({trained / size.total:.2%})" if size.frozen else ""
+    adapted = ""
+    if size.frozen:
+        adapted = f"; {size.trained:,} trained ({size.trained / size.total:.2%}), {size.frozen:,} frozen"
     parts = f"{size.body:,} in layers, {size.embedding:,} in embeddings{active}{adapted}"
     return f"model      {size.total:,} parameters: {parts}"
 

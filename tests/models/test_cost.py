@@ -105,9 +105,8 @@ def test_active_parameters_of_a_mixture_of_experts(family, keys):
     assert sizes[1].active - sizes[0].active == 3 * 3 * 128 * inner and sizes[2].active == sizes[2].total
 
 
-def kept_bytes(model, ids, precision: str) -> int:
-    """Bytes of distinct storages that autograd keeps for the backward pass, parameters left out: what activations
-    are."""
+def saved_bytes(model, ids, precision: str) -> int:
+    """Bytes of distinct storages that autograd keeps for the backward pass, parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -123,12 +122,16 @@ def kept_bytes(model, ids, precision: str) -> int:
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
         model.base_model(input_ids=ids, use_cache=False)
-    weights = sum(2 * p.numel() for p in model.base_model.parameters() if p.dim() == 2) if precision == "bf16" else 0
-    return (
-        sum(size for size, _ in kept.values())
-        - weights
-        + (2 * model.get_input_embeddings().weight.numel() if precision == "bf16" else 0)
-    )
+    return sum(size for size, _ in kept.values())
+
+
+def kept_bytes(model, ids, precision: str) -> int:
+    """Of these, without the copies of weights: what activations are."""
+    weights = 0
+    if precision == "bf16":
+        matrices = [p for p in model.base_model.parameters() if p.dim() == 2]
+        weights = 2 * (sum(p.numel() for p in matrices) - model.get_input_embeddings().weight.numel())
+    return saved_bytes(model, ids, precision) - weights
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -139,6 +142,46 @@ def test_activations_are_what_autograd_keeps(name, precision):
     ids = torch.randint(0, 512, (4, 256), generator=torch.Generator().manual_seed(0))
     parts = cost.memory(model.config, cost.count(model), 256, cost.Layout(micro=4, precision=precision))
     assert parts["activations"] == pytest.approx(kept_bytes(model, ids, precision), rel=0.2)
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_of_adapters_are_what_autograd_keeps(name, base):
+    """Within 20%, copies for autocast included: a frozen weight in bf16 or 4 bits has none."""
+    from pipeline.models import frozen, lora
+    from pipeline.models.lora_config import Lora
+
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = built(*MODELS[name]).train()
+    frozen.store(model, base, "bf16", torch.device("cpu"))
+    lora.attach(model, Lora(rank=8, base=base), seed=0)
+    ids = torch.randint(0, 512, (4, 256), generator=torch.Generator().manual_seed(0))
+    parts = cost.memory(model.config, cost.count(model), 256, cost.Layout(micro=4, precision="bf16"))
+    assert parts["activations"] + parts["temporary"] == pytest.approx(saved_bytes(model, ids, "bf16"), rel=0.2)
+
+
+@pytest.mark.parametrize("base, bytes_per_weight", [("fp32", 4), ("bf16", 2), ("nf4", 0.516)])
+def test_memory_of_a_model_with_adapters(base, bytes_per_weight):
+    """Llama 2 7B on the meta device: the frozen weights, and 16 bytes for each of the 40 M numbers of the adapters."""
+    from pipeline.models import frozen, lora
+    from pipeline.models.lora_config import Lora
+
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32))
+        frozen.store(model, base, "bf16", torch.device("meta"))
+        lora.attach(model, Lora(rank=16, base=base), seed=0)
+    size = cost.count(model)
+    assert (size.trained, size.frozen) == (39_976_960, 6_738_415_616)
+    linear, rest = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096
+    kept = bytes_per_weight * linear + (4 if base == "fp32" else 2) * rest
+    parts = cost.memory(model.config, size, 2048, cost.Layout())
+    assert parts["weights"] == pytest.approx(kept + 4 * size.trained, rel=1e-3)
+    assert parts["gradients"] + parts["optimizer"] == 12 * size.trained
+    assert cost.checkpoint_bytes(size) == 12 * size.trained
 
 
 def test_memory_of_a_known_layout():

@@ -261,6 +261,27 @@ def test_adapters_of_other_models_are_refused(tmp_path, world):
             lora.base_of(tmp_path)
 
 
+def test_a_base_with_other_weights_is_refused(tmp_path, world):
+    """Of the same shapes: found by the hash that is kept next to the adapter, whatever files the weights are in and
+    whatever folder they are moved to. An adapter by peft has none."""
+    base = build.load(world / "llama")
+    lora.save(trained(build.load(world / "llama"), Lora(rank=4)), tmp_path / "adapter", world / "llama")
+    assert lora.base_of(tmp_path / "adapter") == world / "llama"
+    for name, size in (("one", "5GB"), ("many", "10KB")):
+        base.save_pretrained(tmp_path / name, max_shard_size=size)
+        changed = {"base_model_name_or_path": str(tmp_path / name)}
+        settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**settings, **changed}))
+        assert lora.base_of(tmp_path / "adapter") == tmp_path / name
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight += 0.01
+    base.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    with pytest.raises(UserError, match="another model: the weights in .*many are not those that it was trained on"):
+        lora.base_of(tmp_path / "adapter")
+    (tmp_path / "adapter/alma_base.json").unlink()
+    assert lora.base_of(tmp_path / "adapter") == tmp_path / "many"
+
+
 def test_layers_that_are_not_called_are_refused():
     """A fused kernel that reads a layer's weight would ignore its adapter."""
     model = tiny()

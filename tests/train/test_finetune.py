@@ -238,6 +238,111 @@ def test_an_adapter_of_a_reward_model(adapted, tmp_path):
     assert not torch.equal(merged[0], merged[1])
 
 
+def test_a_base_in_4_bits_killed_and_resumed(adapted, tmp_path):
+    """It ends with the bytes of a run that was not killed, its checkpoints hold the adapter only, and the published
+    model is made of the numbers that were multiplied."""
+    from safetensors.torch import load_file
+
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    folder, _ = adapted
+    words = ["sft.lora.base=nf4", "sft.precision=bf16", "sft.steps=6", "sft.max_prompts=4"]
+    for where in ("whole", "killed"):
+        shutil.copytree(folder, tmp_path / where, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / where / "runs")
+    text = succeed("sft", "lora.yaml", *words, cwd=tmp_path / "whole")
+    assert "adapter merged; logits differ" in text and "82,800 frozen" in text
+    assert stage("sft", "lora.yaml", *words, cwd=tmp_path / "killed", fault="save:1")[0] == -9
+    succeed("sft", "lora.yaml", *words, cwd=tmp_path / "killed")
+    whole, killed = (current(tmp_path / where, "sft") for where in ("whole", "killed"))
+    assert files_of(whole) == files_of(killed)
+    for path in (whole / "checkpoints").glob("step-*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert all("lora_" in key for key in file.keys())  # noqa: SIM118
+    base = load_file(folder / "base/model/model.safetensors")
+    model = load_file(whole / "model/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    packed, state = bitsandbytes.functional.quantize_4bit(base[name], compress_statistics=True, quant_type="nf4")
+    state.dtype = torch.bfloat16
+    rounded = bitsandbytes.functional.dequantize_4bit(packed, state).float()
+    change = torch.linalg.svdvals(model[name] - rounded)
+    assert change[7] > 1e-3 and change[8] < 1e-5 * change[0]  # an update of rank 8
+
+
+BASES = """
+import json, sys
+from pipeline.core.recipe import load
+from pipeline.core.stage import run_stage
+from pipeline.train import distributed
+zero = sys.argv[1]
+for base in sys.argv[2:]:
+    run_stage(load(f"{base}.yaml", [f"sft.{key}" for key in (
+        f"parallel.zero={zero}", "micro_batch=2", "run.processes=2", "steps=3", "max_prompts=2", "precision=bf16",
+        f"lora.base={base}")]), "sft")
+    distributed.barrier()
+distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    "zero, bases",
+    [
+        pytest.param("null", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        pytest.param("1", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        pytest.param("2", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        ("3", ("fp32", "bf16")),
+    ],
+)
+def test_a_base_in_bf16_or_4_bits_on_two_ranks(adapted, zero, bases, tmp_path):
+    """In bf16 the losses are those of the model in fp32 to the bit: its weights are rounded beforehand."""
+    from safetensors.torch import load_file, save_file
+
+    if "nf4" in bases:
+        pytest.importorskip("bitsandbytes")
+    folder, _ = adapted
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs")
+    weights = tmp_path / "base/model/model.safetensors"
+    rounded = {name: tensor.bfloat16().float() for name, tensor in load_file(weights).items()}
+    save_file(rounded, weights, metadata={"format": "pt"})
+    for base in bases:
+        (tmp_path / f"{base}.yaml").write_text(LORA_RECIPE.replace("name: lora", f"name: {base}"))
+    (tmp_path / "bases.py").write_text(BASES)
+    answer = launch(2, "bases.py", zero, *bases, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    losses = {}
+    for base in bases:
+        lines = (tmp_path / f"runs/{base}/sft/current/metrics.jsonl").read_text().splitlines()
+        losses[base] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert losses["bf16"] == losses["fp32"] and len(losses["bf16"]) == 3
+    if "nf4" in bases:
+        assert losses["nf4"] != losses["fp32"]
+        np.testing.assert_allclose(losses["nf4"], losses["fp32"], rtol=0.05)
+
+
+def test_ways_to_keep_the_base_that_cannot_be_had():
+    for keys, message in (
+        ({"lora": {"base": "bf16"}, "precision": "fp32"}, "lora.base: bf16 cannot be combined with precision: fp32"),
+        ({"lora": {"base": "nf4"}, "parallel": {"zero": 3}}, "lora.base: nf4 cannot be combined with zero: 3"),
+        (
+            {"activation_checkpointing": "selective", "parallel": {"zero": 3}},
+            "activation_checkpointing: selective cannot be combined with zero: 3",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"stage dpo: {message}"):
+            Config(**KEYS, kind="dpo", steps=1, **keys).check(1)
+    assert "base" not in str(identity(Config(**KEYS, steps=3, lora={"rank": 4})))
+
+
+def test_a_missing_package_is_named_before_the_first_stage(monkeypatch):
+    from pipeline.models import frozen
+
+    monkeypatch.setattr(frozen.importlib.util, "find_spec", lambda name: None)
+    config = Config(**KEYS, kind="dpo", steps=1, lora={"base": "nf4"})
+    with pytest.raises(UserError, match="stage dpo: lora.base: nf4 needs the package bitsandbytes"):
+        config.check_machine()
+    Config(**KEYS, kind="dpo", steps=1, lora={"base": "bf16"}).check_machine()
+
+
 def test_the_usual_learning_rate_is_named(adapted, tmp_path):
     folder, _ = adapted
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
