@@ -122,9 +122,9 @@ def read(path: Path) -> Artifact | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise Damaged(f"{manifest}: {error}; run the stage again with --restart") from None
+        raise Damaged(f"{manifest}: {error}") from None
     except OSError as error:  # a folder, no permission, a disk error
-        raise Damaged(f"{manifest}: cannot be read ({error.strerror}); run the stage again with --restart") from None
+        raise Damaged(f"{manifest}: cannot be read ({error.strerror})") from None
     if value["schema_version"] > SCHEMA_VERSION:
         raise UserError(
             f"{manifest}: written by a newer alma (schema {value['schema_version']}, this one reads {SCHEMA_VERSION});"
@@ -136,9 +136,17 @@ def read(path: Path) -> Artifact | None:
 def current(folder: Path) -> Artifact | None:
     """The published output of a stage folder that is in use."""
     link = folder / "current"
-    if link.is_symlink() or link.is_dir():  # some ways of copying follow links and make a folder of it
+    if link.is_symlink():
         return read(Path(os.path.realpath(link)))
-    return None
+    if not link.is_dir():
+        return None
+    copy = read(link.resolve())  # some ways of copying follow links and make a folder of it
+    if copy:
+        with contextlib.suppress(Damaged):
+            original = read(folder / copy.fingerprint[:12])
+            if original and original.fingerprint == copy.fingerprint:
+                return original
+    return copy
 
 
 def published(folder: Path) -> list[Artifact]:
@@ -164,7 +172,7 @@ def external(name: str, path: Path, kinds: tuple[str, ...] = ()) -> Artifact:
     try:
         published = read(path)
     except Damaged as error:
-        raise UserError(f"inputs.{name}: {error}") from None
+        raise UserError(f"inputs.{name}: {error.problem}; copy it again, or run the stage that made it") from None
     if published:
         if kinds and published.kind not in kinds:
             raise UserError(

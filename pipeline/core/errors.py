@@ -24,7 +24,11 @@ class Stopped(BaseException):
 
 
 class Damaged(UserError):
-    """The manifest of an output cannot be read. The stage can be run again."""
+    """The manifest of an output, or the record of a run, cannot be read. The stage can be run again."""
+
+    def __init__(self, problem: str):
+        super().__init__(f"{problem}; run the stage again with --restart")
+        self.problem = problem
 
 
 class UserErrors(UserError):

@@ -292,8 +292,20 @@ def link(folder: Path, target: Path) -> None:
     temporary = folder / f".current.{os.getpid()}.tmp"
     if temporary.is_symlink():
         temporary.unlink()
-    os.symlink(target.name, temporary)
     if current.is_dir() and not current.is_symlink():  # copied by a tool that follows links
-        set_aside(current, "copied")
+        if os.path.realpath(target) == os.path.realpath(current):
+            target = _rename_copy(folder, current)
+        else:
+            set_aside(current, "copied")
+    os.symlink(target.name, temporary)
     os.replace(temporary, current)
     sync_folder(folder)
+
+
+def _rename_copy(folder: Path, copy: Path) -> Path:
+    """Give an output whose folder is called `current` the name of its fingerprint. Returns its new path."""
+    target = folder / read(copy).fingerprint[:12]
+    if target.exists():
+        set_aside(target, "damaged")
+    os.rename(copy, target)
+    return target

@@ -42,9 +42,9 @@ def run_info(run: Path) -> dict:
     try:
         return read_record(path, RUN)
     except ValueError as error:
-        raise Damaged(f"{path}: {error}; run the stage again with --restart") from None
+        raise Damaged(f"{path}: {error}") from None
     except OSError as error:
-        raise Damaged(f"{path}: cannot be read ({error.strerror}); run the stage again with --restart") from None
+        raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def restarting(run: Path) -> bool:

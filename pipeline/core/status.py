@@ -46,7 +46,7 @@ def examine_one(node: Node, graph: dict[str, Node], running: bool = True) -> Non
     try:
         _examine(node, graph)
     except Damaged as error:
-        node.state, node.reason, node.output = "damaged", str(error), None
+        node.state, node.reason, node.output = "damaged", error.problem, None
     except UserError as error:  # sources or inputs that cannot be used; running the stage reports it, too
         with contextlib.suppress(Damaged):
             node.output = artifact.current(node.folder)

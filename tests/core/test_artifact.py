@@ -169,6 +169,25 @@ def test_a_copied_run_folder_is_still_whole(tmp_path):
     assert artifact.current(tmp_path / "copy").damage() is None
 
 
+@pytest.mark.parametrize("original", [True, False])
+def test_a_run_folder_copied_without_its_links_gets_them_back(tmp_path, original):
+    """cp -rL, rsync -L and object stores make a folder of `current`."""
+    import shutil
+
+    from pipeline.core.output import link
+
+    output = artifact.read(make(tmp_path / "pack").path)
+    shutil.copytree(tmp_path / "pack", tmp_path / "copy")
+    assert not (tmp_path / "copy/current").is_symlink()
+    if not original:
+        shutil.rmtree(tmp_path / "copy" / output.path.name)
+    for _ in range(2):
+        published = artifact.current(tmp_path / "copy")
+        assert published.digest == output.digest and published.damage() is None
+        link(tmp_path / "copy", published.path)
+    assert os.readlink(tmp_path / "copy/current") == output.path.name
+
+
 def test_unreadable_manifest_is_an_error_not_an_absence(tmp_path):
     output = make(tmp_path / "pack")
     (output.path / "manifest.json").write_text('{"stage": ')
