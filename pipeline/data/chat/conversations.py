@@ -27,7 +27,7 @@ from pipeline.data.chat.chat_sources import (
     TuningSource,
 )
 from pipeline.data.chat.fields import Rejected
-from pipeline.data.chat.messages import checked_text, comparison_text, parse_messages, without_weight
+from pipeline.data.chat.messages import checked_text, comparison_text, parse_messages, without_fields, without_weight
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.record_formats import (
     conversation_of,
@@ -306,7 +306,7 @@ def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):
         ledger.reject(name, item.place, item.reason)
         return None
     try:
-        fields = _without(item.fields, set(source.ignore)) if source.ignore else item.fields
+        fields = without_fields(item.fields, set(source.ignore)) if source.ignore else item.fields
         common = {"id": item.id, "source": name, "place": item.place}
         return MAKERS[type(source)](source, common, fields)
     except Rejected as error:
@@ -314,15 +314,6 @@ def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):
     except MissingField as error:
         ledger.reject(name, item.place, str(error).removeprefix("the record: "))
     return None
-
-
-def _without(value, names: set[str]):
-    """A value without the fields `names` at any depth."""
-    if isinstance(value, dict):
-        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
-    if isinstance(value, list):
-        return [_without(inner, names) for inner in value]
-    return value
 
 
 def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:

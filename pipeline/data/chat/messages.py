@@ -147,6 +147,34 @@ def reasoning_of(fields: dict, where: str) -> tuple[str, set[str]]:
     return next(iter(texts), ""), used
 
 
+def without_fields(record: dict, names: set[str]) -> dict:
+    """A record without the fields `names`, its own and those of its messages and their parts. What is inside them,
+    such as the arguments of a tool call, keeps its fields."""
+    kept = {}
+    for name, value in record.items():
+        if name not in names:
+            kept[name] = _messages_without(value, names)
+    return kept
+
+
+def _messages_without(value, names: set[str]):
+    if isinstance(value, list):
+        return [_messages_without(item, names) for item in value]
+    if not isinstance(value, dict) or not value.keys() & {"role", "from"}:
+        return value
+    kept = {name: inner for name, inner in value.items() if name not in names}
+    for name in ("content", "value"):
+        if isinstance(kept.get(name), list):
+            kept[name] = [_part_without(part, names) for part in kept[name]]
+    return kept
+
+
+def _part_without(part, names: set[str]):
+    if not isinstance(part, dict):
+        return part
+    return {name: inner for name, inner in part.items() if name not in names}
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 

@@ -249,10 +249,21 @@ def test_metadata_and_empty_fields_do_not(tmp_path):
 def test_ignored_fields_are_read_as_though_they_were_not_there(tmp_path):
     """correctness 2"""
     records = [
-        {"messages": [{**ASKED, "name": "Ann"}, {**ANSWERED, "reasoning_content": "hm"}], "score": 3, "frobnicate": [1]}
+        {
+            "messages": [{**ASKED, "name": "Ann"}, {**ANSWERED, "reasoning_content": "hm"}],
+            "score": 3,
+            "frobnicate": [1],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "rate it", "score": 1}]},
+                {**ANSWERED, "tool_calls": [{"function": {"name": "rate", "arguments": {"score": 5}}}]},
+            ]
+        },
     ]
     rows, _ = loaded(tmp_path / "a.jsonl", records, ignore=["name", "reasoning_content", "score", "frobnicate"])
-    assert rows[1].messages == TURNS
+    assert rows[1].messages == TURNS and rows[2].messages[0]["content"] == "rate it"
+    assert rows[2].messages[1]["tool_calls"] == [{"name": "rate", "arguments": {"score": 5}}]  # not fields of a record
     with pytest.raises(ValueError, match="'content' carries the conversation itself"):
         ChatSource(path="a.jsonl", ignore=["content"])
 
