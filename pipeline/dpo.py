@@ -1,27 +1,33 @@
-"""Direct preference optimisation: a chat model learns from pairs of answers, without a reward model and without
-sampling.
+"""Preference optimisation: a chat model learns from pairs of answers, without a reward model and without sampling.
 
     python pipeline/dpo.py recipes/quickstart.yaml
     accelerate launch --multi_gpu --num_processes 8 pipeline/dpo.py recipes/llama-7b.yaml
 
-The reference is the model at the start; its log-probabilities are computed once, kept in work/, and need no second
-model in memory. Out: model/ (Hugging Face layout), report.json (what became of each record).
+DPO and its relatives, alone or as a weighted sum (pipeline/train/loss_preference.py). The reference is the model at the
+start; its log-probabilities are computed once, kept in cache/ next to the stage's folder, and need no second model in
+memory. Out: model/ (Hugging Face layout), report.json (what became of each record).
 """
 
 import functools
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.artifact import Artifact
+from pipeline.core.config import refuse_unused
 from pipeline.core.intervals import change_of, wilson
 from pipeline.core.output import Output
+from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
 VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
 INPUTS = {"model": ("sft", "pretrain")}
-UNIT = 64  # pairs whose reference log-probabilities are written at a time
+
+PairLossName = Literal[
+    "sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "orpo", "sft"
+]
+LABEL_SMOOTHING = ("sigmoid", "sigmoid_norm", "robust")  # losses that read label_smoothing
 
 
 class DpoOptimizer(FinetuneOptimizer):
@@ -32,19 +38,30 @@ class DpoOptimizer(FinetuneOptimizer):
 
 
 class Config(FinetuneConfig):
-    """Direct preference optimisation."""
+    """Preference optimisation."""
 
     sources: dict[str, PreferenceSource]
     """Pairs by name."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid: DPO (Rafailov et al., 2023); ipo: a squared distance that stops pulling at a margin of 1 / (2 beta)
-    (Azar et al., 2024), with log-probabilities averaged over the answer's tokens."""
+    loss: PairLossName | dict[PairLossName, Annotated[float, Field(gt=0)]] = "sigmoid"
+    """One loss, or several with their weights, such as {sigmoid: 1.0, sft: 0.2}. sigmoid: DPO (Rafailov et al., 2023);
+    sigmoid_norm: the same per token (Tulu 3); robust: unbiased for noisy labels (Chowdhury et al., 2024); ipo: a
+    squared distance that stops pulling at a margin of 1 / (2 beta), per token (Azar et al., 2024); hinge (SLiC: Zhao et
+    al., 2023); apo_zero, apo_down (D'Oosterlinck et al., 2024); simpo (Meng et al., 2024) and orpo (Hong et al., 2024):
+    without a reference; sft: cross-entropy of the chosen answer, next to another loss."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull towards the reference (Rafailov et al., 2023)."""
+    """Strength of the pull towards the reference (Rafailov et al., 2023). simpo: scale of log-probabilities per token,
+    2 to 10; orpo: weight of the odds ratio."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Probability that a pair's label is wrong (cDPO: Mitchell, 2023)."""
+    """Probability that a pair's label is wrong, with sigmoid and sigmoid_norm (cDPO: Mitchell, 2023) and robust."""
+    gamma: float = Field(1.0, ge=0)
+    """simpo only: margin between the scores of both answers; half of beta is usual (Meng et al., 2024)."""
     optimizer: DpoOptimizer = DpoOptimizer()
     """AdamW."""
+
+    @property
+    def losses(self) -> dict[PairLossName, float]:
+        """The weight of each loss."""
+        return self.loss if isinstance(self.loss, dict) else {self.loss: 1.0}
 
     @field_validator("sources")
     @classmethod
@@ -54,10 +71,26 @@ class Config(FinetuneConfig):
                 raise ValueError(f"{name}.margin is for reward models; the loss of DPO has no margin; remove the key")
         return value
 
+    @field_validator("loss")
+    @classmethod
+    def _compares_answers(cls, value: PairLossName | dict[PairLossName, float]):
+        if value in ({}, "sft") or set(value) == {"sft"}:
+            raise ValueError(
+                "needs a loss that compares both answers, such as {sigmoid: 1.0, sft: 0.2}; a stage of kind sft learns"
+                " from chosen answers alone"
+            )
+        if isinstance(value, dict) and len(value) == 1 and set(value.values()) == {1.0}:
+            return next(iter(value))
+        return value
+
     @model_validator(mode="after")
-    def smoothing_has_an_effect(self):
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError("label_smoothing applies only to loss: sigmoid; remove it")
+    def no_unused_keys_of_losses(self):
+        if not set(LABEL_SMOOTHING) & set(self.losses):
+            refuse_unused(self, "label_smoothing", f"applies only to loss: {', '.join(LABEL_SMOOTHING)}")
+        if "robust" in self.losses and not self.label_smoothing:
+            raise ValueError("loss: robust needs label_smoothing, the share of wrong labels; with 0 it is sigmoid")
+        if "simpo" not in self.losses:
+            refuse_unused(self, "gamma", "applies only to loss: simpo")
         return self
 
 
@@ -66,8 +99,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     from pipeline.train import finetune
     from pipeline.train.finetune_data import ShuffledRows, encode_once
-    from pipeline.train.loss_preference import answer_lengths, answer_logprobs, dpo, ipo
-    from pipeline.train.preference_data import encoded_pairs, pair_batch, pair_counts, pair_work
+    from pipeline.train.loss_preference import needs_reference
+    from pipeline.train.preference_data import encoded_pairs, pair_batch, pair_counts, pair_length, pair_work
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
@@ -76,51 +109,40 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     counts = pair_counts(arrays, extra)
     rows = ShuffledRows(config.seed, counts.train)
     config = finetune.in_steps(config, rows.per_epoch)
-    pairs = functools.partial(pair_batch, arrays, parent.pad_id)
+    has_reference = needs_reference(config.losses)
 
     # Build
-    def objective(logps, reference, lengths):
-        if config.loss == "ipo":
-            return ipo(logps, reference, lengths, config.beta)
-        return dpo(logps, reference, config.beta, config.label_smoothing)
-
-    def loss(logits, batch: dict):
-        return objective(answer_logprobs(logits, batch), batch["reference"], answer_lengths(batch))
-
-    def of_each(logits, batch: dict):
-        """(loss, margin, 1) of each pair. Shape: [pairs, 3]."""
-        logps, reference, lengths = answer_logprobs(logits, batch), batch["reference"], answer_lengths(batch)
-        numbers = []
-        for pair in range(len(logps) // 2):
-            own = slice(pair, None, len(logps) // 2)  # chosen and rejected
-            value, metrics = objective(logps[own], reference[own], lengths[own])
-            numbers.append(torch.stack([value, metrics["margin"], torch.ones_like(value)]))
-        return torch.stack(numbers)
-
     model = parent.load()
     finetune.adapt(config, parent, model)
-    engine, text = finetune.build_engine(model, loss, config, pair_work(config, arrays, reference=True))
+    if "simpo" in config.losses and "beta" not in config.model_fields_set:
+        say(
+            f"{config.kind}: WARNING: beta: {config.beta:g} is for losses with a reference; simpo usually takes 2 to 10"
+        )
+    work = pair_work(config, arrays, reference=has_reference)
+    loss, read = objective(config)
+    engine, text = finetune.build_engine(model, loss, config, work, token_losses="each")
     finetune.say_counts(output, counts)
 
     # Reference: log-probabilities before the first step, of the pairs that the run takes
-    taken = min(config.steps * config.batch_size, counts.train)
-    used = {"train": sorted({rows.at(index) for index in range(taken)}), "heldout": list(range(counts.heldout))}
-    folder = output.path / "work" / f"reference-{inputs['model'].digest[:12]}"
     tables = {}
-    for split, indices in used.items():
-        table = torch.full((len(arrays[f"{split}.start"]), 2), float("nan"))
-        table[indices] = reference(engine, pairs, split, indices, folder, output, config)
-        tables[split] = table
+    if has_reference:
+        taken = min(config.steps * config.batch_size, counts.train)
+        used = {"train": sorted({rows.at(index) for index in range(taken)}), "heldout": list(range(counts.heldout))}
+        cache = finetune.reference_cache(config, parent, inputs["model"], output)
+        for split, indices in used.items():
+            tables[split] = reference(engine, arrays, split, indices, parent.pad_id, cache, output)
 
     def collate(split: str, indices: list[int]) -> dict:
-        batch = pairs(split, indices)
-        chosen, rejected = tables[split][indices].unbind(1)
-        batch["reference"] = torch.cat([chosen, rejected])
+        batch = pair_batch(arrays, parent.pad_id, split, indices)
+        if has_reference:
+            chosen, rejected = tables[split][indices].unbind(1)
+            batch["reference"] = torch.cat([chosen, rejected])
         return batch
 
     # Fit and publish
+    length = functools.partial(pair_length, arrays)
     result = finetune.fit(
-        engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs", read=of_each
+        engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs", read=read, length=length
     )
     finetune.publish_model(engine, config, parent, output)
 
@@ -132,6 +154,44 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     for name, change in changes.items():
         metrics[f"heldout_{name}_change_interval"] = change and list(change)
     return metrics
+
+
+def objective(config: Config):
+    """(loss function of an engine, function that reads (loss, margin, 1) of each pair [B, 3]), both of outputs and a
+    batch with `labels` and, if a loss needs it, `reference`."""
+    import torch
+
+    from pipeline.train.loss_preference import Options, Pairs, answer_lengths, answer_logprobs, pair_losses
+
+    options = Options(config.beta, config.label_smoothing, config.gamma)
+
+    def of_pairs(outputs, batch: dict):
+        pairs = Pairs(answer_logprobs(outputs, batch), batch.get("reference"), answer_lengths(batch))
+        return pair_losses(config.losses, pairs, options)
+
+    def loss(outputs, batch: dict):
+        losses, metrics = of_pairs(outputs, batch)
+        return losses.sum(), {name: values.sum() for name, values in metrics.items()}
+
+    def read(outputs, batch: dict):
+        losses, metrics = of_pairs(outputs, batch)
+        return torch.stack([losses, metrics["margin"], torch.ones_like(losses)], 1)
+
+    return loss, read
+
+
+def reference(engine, arrays: dict, split: str, indices: list[int], pad_id: int, cache, output: Output):
+    """Log-probabilities under the reference [pairs of the split, 2] (chosen, rejected); NaN for pairs that are not
+    among `indices`. Collective."""
+    import torch
+
+    from pipeline.train.preference_data import pair_rows
+    from pipeline.train.reference_logprobs import reference_logprobs
+
+    logps = reference_logprobs(engine, pair_rows(arrays, split, indices), pad_id, cache, output, split)
+    table = torch.full((len(arrays[f"{split}.start"]), 2), float("nan"))
+    table[indices] = torch.from_numpy(logps).view(2, -1).T
+    return table
 
 
 def changes_of(result: dict) -> dict[str, tuple[float, float] | None]:
@@ -158,47 +218,6 @@ def headline(
     if low <= 0.5:
         nothing.append(f"{ranked}, which guessing could give")
     return [margins, ranked], nothing
-
-
-def reference(engine, pairs, split: str, indices: list[int], folder, output: Output, config: Config):
-    """Log-probabilities [len(indices), 2] (chosen, rejected) under the weights that the engine has now, before any
-    step or checkpoint: the frozen reference. Collective.
-
-    Unit by unit into `folder`, each by one process, so that an interrupted run resumes and no unit is computed twice.
-    """
-    import io
-
-    import numpy as np
-    import torch
-
-    from pipeline.core import faults
-    from pipeline.core.files import write_atomic
-    from pipeline.core.tracking import Progress
-    from pipeline.train import distributed
-    from pipeline.train.finetune_data import chunks, micro_batch_rows
-    from pipeline.train.loss_preference import answer_logprobs
-
-    units = chunks(indices, UNIT)
-    paths = [folder / f"{split}-{number:06d}.npy" for number in range(len(units))]
-    # forward passes are collective: all processes must agree on what is missing
-    missing = distributed.from_main([number for number, path in enumerate(paths) if not path.exists()])
-    with Progress(f"{output.stage}: reference, {split}", len(missing) * UNIT, "pairs", is_main=output.is_main) as bar:
-        for units_of_all in chunks(missing, engine.data_world):
-            # in the last round there may be fewer units than processes: the others compute one and write none
-            mine = units_of_all[engine.data_rank :][:1]
-            rows = units[mine[0] if mine else units_of_all[0]]
-            batches = [pairs(split, part) for part in chunks(rows, micro_batch_rows(config, engine))]
-            logps = engine.forward(batches, answer_logprobs)
-            if mine:
-                table = torch.cat([torch.stack(both.chunk(2), 1) for both in logps])
-                buffer = io.BytesIO()
-                np.save(buffer, table.numpy())
-                write_atomic(paths[mine[0]], buffer.getvalue())
-                faults.point("work")
-                output.note_time()
-            bar.update(UNIT * engine.data_world)
-    distributed.barrier()
-    return torch.from_numpy(np.concatenate([np.load(path) for path in paths]))
 
 
 if __name__ == "__main__":

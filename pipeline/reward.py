@@ -54,7 +54,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import finetune
     from pipeline.train.finetune_data import ShuffledRows, encode_once
     from pipeline.train.loss_preference import bradley_terry
-    from pipeline.train.preference_data import encoded_pairs, pair_batch, pair_counts, pair_work
+    from pipeline.train.preference_data import encoded_pairs, pair_batch, pair_counts, pair_length, pair_work
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
@@ -79,7 +79,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     finetune.say_counts(output, counts)
 
     # Fit, calibrate and publish
-    result = finetune.fit(engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs")
+    length = functools.partial(pair_length, arrays)
+    result = finetune.fit(
+        engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs", length=length
+    )
     mean, deviation = moments(engine, counts.train, collate, config)
     model_config = engine.model.config
     model_config.alma_reward_gain, model_config.alma_reward_bias = 1 / deviation, -mean / deviation

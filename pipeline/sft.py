@@ -87,7 +87,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         f" {epochs:.3g} epochs of {plural(rows.per_epoch, 'row', ',')}",
         tokens=epochs * len(ids.values),
     )
-    engine, text = finetune.build_engine(model, loss, config, work)
+    engine, text = finetune.build_engine(model, loss, config, work, token_losses="sum")
     fill = float(ids.lengths.sum() / (rows.per_epoch * config.sequence_length))
     finetune.say_counts(output, counts, f" in {plural(rows.per_epoch, 'row')}, {fill:.0%} filled")
     if len(ids) > counts.train:
@@ -116,12 +116,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     return metrics
 
 
-def loss(logits, batch: dict):
+def loss(outputs, batch: dict):
+    """Cross-entropy of the answers' tokens. outputs: TokenLosses, or logits [B, T, V]."""
+    from pipeline.train.chunked_loss import TokenLosses
     from pipeline.train.loss import cross_entropy_sum, weighted_cross_entropy_sum
 
+    if isinstance(outputs, TokenLosses):
+        return outputs.total, {}
     if "label_weights" in batch:
-        return weighted_cross_entropy_sum(logits, batch["labels"], batch["label_weights"]), {}
-    return cross_entropy_sum(logits, batch["labels"]), {}
+        return weighted_cross_entropy_sum(outputs, batch["labels"], batch["label_weights"]), {}
+    return cross_entropy_sum(outputs, batch["labels"]), {}
 
 
 def headline(

@@ -10,7 +10,9 @@ import torch
 import tuned
 from harness import stage
 
-from pipeline.train.loss_preference import dpo
+from pipeline.core.config import identity
+from pipeline.dpo import Config
+from pipeline.train.loss_preference import Options, Pairs, pair_losses
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -21,15 +23,57 @@ def test_loss_against_cross_entropy_with_soft_labels(smoothing):
         torch.randn(8, generator=torch.Generator().manual_seed(0)).requires_grad_(),
         torch.randn(8, generator=torch.Generator().manual_seed(1)),
     )
-    loss, metrics = dpo(logps, reference, beta=0.5, label_smoothing=smoothing)
+    pairs = Pairs(logps, reference, torch.ones(8))
+    loss, metrics = pair_losses({"sigmoid": 1.0}, pairs, Options(0.5, smoothing))
     h = 0.5 * ((logps[:4] - reference[:4]) - (logps[4:] - reference[4:]))
     oracle = torch.nn.functional.binary_cross_entropy_with_logits(h, torch.full((4,), 1 - smoothing), reduction="sum")
-    torch.testing.assert_close(loss, oracle)
-    torch.testing.assert_close(torch.autograd.grad(loss, logps)[0], torch.autograd.grad(oracle, logps)[0])
-    assert math.isclose(float(metrics["margin"]), h.sum().item(), rel_tol=1e-5)
-    assert float(metrics["reward_chosen"] - metrics["reward_rejected"]) == pytest.approx(
-        float(metrics["margin"]), abs=1e-5
-    )
+    torch.testing.assert_close(loss.sum(), oracle)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logps)[0], torch.autograd.grad(oracle, logps)[0])
+    torch.testing.assert_close(metrics["margin"], h.detach())
+    torch.testing.assert_close(metrics["reward_chosen"] - metrics["reward_rejected"], metrics["margin"])
+
+
+def test_robust_is_dpo_on_average_over_flipped_labels():
+    """The property that its paper proves, with half of the pairs flipped at a rate of 0.3."""
+    logps, reference = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    flipped = [tensor.view(2, 4).flip(0).flatten() for tensor in (logps, reference)]
+    right = pair_losses({"robust": 1.0}, Pairs(logps, reference, torch.ones(8)), Options(0.5, 0.3))[0]
+    wrong = pair_losses({"robust": 1.0}, Pairs(*flipped, torch.ones(8)), Options(0.5, 0.3))[0]
+    dpo = pair_losses({"sigmoid": 1.0}, Pairs(logps, reference, torch.ones(8)), Options(0.5))[0]
+    torch.testing.assert_close(0.7 * right + 0.3 * wrong, dpo)
+
+
+def test_an_odds_ratio_of_certain_answers_is_finite():
+    """fp32 rounds a probability near 1 to 1, whose odds are infinite."""
+    logps = torch.tensor([0.0, -1e-9, -3.0, -80.0]).requires_grad_()
+    loss, _ = pair_losses({"orpo": 1.0}, Pairs(logps, None, torch.ones(4)), Options(0.1))
+    assert torch.isfinite(loss).all() and torch.isfinite(torch.autograd.grad(loss.sum(), logps)[0]).all()
+
+
+KEYS = {"sources": {"s": {"path": "x"}}, "batch_size": 8, "sequence_length": 64, "steps": 1}
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"loss": "sft"}, "needs a loss that compares both answers"),
+        ({"loss": {"sft": 1.0}}, "needs a loss that compares both answers"),
+        ({"loss": {}}, "needs a loss that compares both answers"),
+        ({"loss": {"sigmoid": 0}}, "greater than 0"),
+        ({"loss": "robust"}, "robust needs label_smoothing"),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "applies only to loss: sigmoid, sigmoid_norm, robust"),
+        ({"gamma": 0.3}, "gamma: 0.3 applies only to loss: simpo"),
+    ],
+)
+def test_losses_that_make_no_sense_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**KEYS, **keys)
+
+
+def test_one_loss_in_two_spellings_has_one_identity():
+    """And the default none, so that old recipes keep their fingerprints."""
+    assert identity(Config(**KEYS, loss={"ipo": 1.0})) == identity(Config(**KEYS, loss="ipo"))
+    assert not {"loss", "gamma", "beta", "label_smoothing"} & identity(Config(**KEYS)).keys()
 
 
 def test_it_starts_at_the_reference_and_learns():
@@ -80,10 +124,9 @@ def test_reference_is_the_input_model():
 
 
 def test_killed_and_resumed(tmp_path):
-    """work:5 falls into the reference (12 units of training pairs, 2 held out), so its units are taken up too;
-    work:9 of the next run into the steps."""
+    """work:1 is after the reference of the training pairs, so that of the held-out ones is computed by the next run."""
     tuned.killed_like_plain(
-        "dpo", tmp_path, ["save:1", "work:5", "work:16", "save:1"], kill_after=random.uniform(0.2, 2.5)
+        "dpo", tmp_path, ["save:1", "work:1", "work:6", "save:1"], kill_after=random.uniform(0.2, 2.5)
     )
 
 

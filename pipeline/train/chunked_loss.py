@@ -2,15 +2,23 @@
 exist.
 
 The logits of 8 rows of 4,096 tokens with a vocabulary of 128k take 16 GB in fp32, and their gradient as much again.
-Here the logits of one chunk become its losses and, in the same forward pass, its gradients; the backward pass only
-scales these (Liger's fused linear cross-entropy: Hsu et al., 2024, section 3.2).
+Here only the logits of one chunk exist at a time, and with `selects` only those of positions whose label is not -100.
 
 The layer remains the model's own module, with its weights, name and hooks, so ZeRO-3 gathers its weight, pipelines cut
-it and checkpoints contain it. It returns losses while labels are queued, and logits otherwise (generation):
+it and checkpoints contain it. It returns losses while batches are queued, and logits otherwise (generation):
 
     head.install(model, chunk=1024, z_loss=1e-4)
-    model.get_output_embeddings().expect([labels_BT])
+    model.get_output_embeddings().expect([{"labels": labels_BT}])
     losses = model(input_ids).logits          # TokenLosses
+
+What is differentiable depends on the objective:
+
+* a sum over tokens with known weights (cross-entropy): the logits of a chunk become its losses and, in the same forward
+  pass, its gradients; the backward pass only scales these (Liger's fused linear cross-entropy: Hsu et al., 2024,
+  section 3.2).
+* any function of the single losses (`per_token`: preferences): what a token's gradient is multiplied by is known in the
+  backward pass only, which computes the logits of each chunk again. If the output layer is frozen (LoRA), nothing is
+  computed twice: the gradient of a hidden state can be scaled later, the sum that is a weight's gradient cannot.
 """
 
 import functools
@@ -31,37 +39,60 @@ class TokenLosses(NamedTuple):
     """What the model returns instead of logits. A tuple, so that DeepSpeed's hooks find its tensors."""
 
     total: torch.Tensor
-    """Sum of the cross-entropy in nats, []. Its gradient is that of cross-entropy + z_loss * logsumexp^2; its value
-    does not contain the second."""
+    """Sum of the cross-entropy in nats, each token's times its weight, []. Its gradient is that of cross-entropy +
+    z_loss * logsumexp^2; its value does not contain the second."""
     nll_BT: torch.Tensor
-    """-log p(label) in nats, 0 where the label is -100, fp32 [B, T]; no gradient."""
+    """-log p(label) in nats, 0 where the label is -100, fp32 [B, T]; with a gradient only if the layer is
+    `per_token`."""
     lse_BT: torch.Tensor
     """logsumexp of the logits, 0 where the label is -100, fp32 [B, T]; no gradient."""
 
 
 class Head(torch.nn.Linear):
-    """A model's output layer that returns TokenLosses for each of the labels [B, T] in its queue, in that order, and
-    logits when the queue is empty."""
+    """A model's output layer that returns TokenLosses for each batch in its queue, in that order, and logits when the
+    queue is empty. See `install` for the attributes."""
 
     chunk: int | None
     z_loss: float
     compiled: bool
-    queue: list[torch.Tensor]
+    per_token: bool
+    selects: bool
+    queue: list[dict]
 
-    def expect(self, labels: list[torch.Tensor]) -> None:
-        self.queue = list(labels)
+    def expect(self, batches: list[dict]) -> None:
+        """Queue batches: dicts with `labels` [B, T] and, optionally, `label_weights` [B, T] of their losses."""
+        self.queue = list(batches)
 
     def forward(self, hidden_BTD: torch.Tensor):
         if not self.queue:
             return super().forward(hidden_BTD)
-        labels_BT, device = self.queue.pop(0), hidden_BTD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
+        batch = self.queue.pop(0)
+        labels_BT, weights_BT = batch["labels"], batch.get("label_weights")
+        hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
+        weights_N = None if weights_BT is None else weights_BT.flatten()
+        if not self.selects:
+            total, nll_N, lse_N = self._losses(hidden_ND, labels_N, weights_N)
+            return TokenLosses(total, nll_N.view(labels_BT.shape), lse_N.view(labels_BT.shape))
+        places = (labels_N != IGNORE).nonzero()[:, 0]
+        weights_N = None if weights_N is None else weights_N[places]
+        total, nll_N, lse_N = self._losses(hidden_ND[places], labels_N[places], weights_N)
+        zeros = nll_N.new_zeros(labels_N.shape)
+        nll_BT, lse_BT = (zeros.index_put((places,), values).view(labels_BT.shape) for values in (nll_N, lse_N))
+        return TokenLosses(total, nll_BT, lse_BT)
+
+    def _losses(self, hidden_ND, labels_N, weights_N) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sum of losses [], losses [N], logsumexps [N])."""
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         chunk = self.chunk or chunk_of(self.out_features, device)
-        backward = torch.is_grad_enabled() and (hidden_BTD.requires_grad or self.weight.requires_grad)
-        results = Chunked.apply(
-            hidden_BTD, self.weight, self.bias, labels_BT, chunk, self.z_loss, dtype, backward, self.compiled
+        backward = torch.is_grad_enabled() and (hidden_ND.requires_grad or self.weight.requires_grad)
+        if self.per_token:
+            assert weights_N is None and not self.z_loss, "weights and z_loss belong to a sum over tokens"
+            nll_N, lse_N = PerToken.apply(hidden_ND, self.weight, self.bias, labels_N, chunk, dtype, backward)
+            return nll_N.sum(), nll_N, lse_N
+        return Chunked.apply(
+            hidden_ND, self.weight, self.bias, labels_N, weights_N, chunk, self.z_loss, dtype, backward, self.compiled
         )
-        return TokenLosses(*results)
 
 
 def chunk_of(vocabulary: int, device: str) -> int:
@@ -69,15 +100,31 @@ def chunk_of(vocabulary: int, device: str) -> int:
     return max(256, CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // vocabulary)
 
 
-def install(model, chunk: int | None = None, z_loss: float = 0.0, compiled: bool = False) -> Head:
-    """Make the model's output layer a Head. chunk: tokens at a time; None: so many that the logits of a chunk take 32
-    MB on a CPU, 1 GB on a GPU."""
+def can_install(model) -> bool:
+    """Whether a model's logits are what its output layer returns."""
+    return type(model.get_output_embeddings()) is torch.nn.Linear and family_of(model.config).chunked_loss
+
+
+def install(
+    model,
+    chunk: int | None = None,
+    z_loss: float = 0.0,
+    compiled: bool = False,
+    *,
+    per_token: bool = False,
+    selects: bool = False,
+) -> Head:
+    """Make the model's output layer a Head.
+
+    chunk: tokens at a time; None: so many that the logits of a chunk take 32 MB on a CPU, 1 GB on a GPU. per_token: the
+    single losses are differentiable, and not only their sum. selects: positions without a label are skipped, so that
+    the number of tokens differs from batch to batch.
+    """
+    assert can_install(model), f"{model.config.model_type} has no output layer that can be computed in chunks"
     head = model.get_output_embeddings()
-    assert type(head) is torch.nn.Linear and family_of(model.config).chunked_loss, (
-        f"{model.config.model_type} has no output layer that can be computed in chunks"
-    )
     head.__class__ = Head
     head.chunk, head.z_loss, head.compiled, head.queue = chunk, z_loss, compiled, []
+    head.per_token, head.selects = per_token, selects
     return head
 
 
@@ -89,49 +136,43 @@ def installed(model) -> Head | None:
     return head if isinstance(head, Head) else None
 
 
+# ---- the sum of losses -----------------------------------------------------------------------------------------------
+
+
 class Chunked(torch.autograd.Function):
-    """(sum of losses, losses, logsumexps), with gradients that are computed in the forward pass, chunk after chunk, and
-    scaled in the backward pass."""
+    """(weighted sum of losses, losses, logsumexps), with gradients that are computed in the forward pass, chunk after
+    chunk, and scaled in the backward pass."""
 
     @staticmethod
     def forward(
         ctx,
-        hidden_BTD,
+        hidden_ND,
         weight_VD,
         bias_V,
-        labels_BT,
+        labels_N,
+        weights_N,
         chunk: int,
         z_loss: float,
         dtype: torch.dtype,
         backward: bool,
         compiled: bool,
     ):
-        hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
-        nll_N, lse_N = (torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_BTD.device) for _ in range(2))
-        needs_hidden, needs_weight, needs_bias = (backward and needed for needed in ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        nll_N, lse_N = (torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
+        sums = Gradients(hidden_ND, weight_VD, bias_V, [backward and needed for needed in ctx.needs_input_grad[:3]])
         step = _compiled_chunk() if compiled else _chunk
-        with torch.autocast(hidden_BTD.device.type, enabled=False):
-            weight = weight_VD.to(dtype)
-            bias = None if bias_V is None else bias_V.to(dtype)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for start in range(0, len(labels_N), chunk):
                 part = slice(start, start + chunk)
                 hidden = hidden_ND[part].to(dtype)
                 nll_N[part], lse_N[part], grad_logits = step(hidden, weight, bias, labels_N[part], z_loss, backward)
-                if needs_hidden:
-                    grad_hidden[part] = grad_logits @ weight
-                if needs_weight:
-                    grad_weight += grad_logits.T @ hidden
-                if needs_bias:
-                    grad_bias += grad_logits.sum(0, dtype=torch.float32)
-        ctx.gradients = []
-        for gradient, tensor in ((grad_hidden, hidden_BTD), (grad_weight, weight_VD), (grad_bias, bias_V)):
-            ctx.gradients.append(None if gradient is None else gradient.view(tensor.shape).to(tensor.dtype))
-        nll_BT, lse_BT = nll_N.view(labels_BT.shape), lse_N.view(labels_BT.shape)
-        ctx.mark_non_differentiable(nll_BT, lse_BT)
-        return nll_BT.sum(), nll_BT, lse_BT
+                if weights_N is not None and backward:
+                    grad_logits *= weights_N[part, None]
+                sums.add(part, grad_logits, hidden, weight)
+        ctx.gradients = sums.of_inputs()
+        ctx.mark_non_differentiable(nll_N, lse_N)
+        total = nll_N.sum() if weights_N is None else (nll_N * weights_N).sum()
+        return total, nll_N, lse_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -139,7 +180,33 @@ class Chunked(torch.autograd.Function):
         # They are scaled in place, so a second backward pass must not find them.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if gradient is None else gradient.mul_(scale) for gradient in gradients]
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)
+
+
+class Gradients:
+    """Gradients of hidden states, weight and bias of the output layer, as far as they are needed, added up over chunks
+    of tokens: those of weight and bias in fp32."""
+
+    def __init__(self, hidden_ND, weight_VD, bias_V, needed: list[bool]):
+        self.tensors = hidden_ND, weight_VD, bias_V
+        self.hidden = torch.empty_like(hidden_ND) if needed[0] else None
+        self.weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needed[1] else None
+        self.bias = torch.zeros_like(bias_V, dtype=torch.float32) if needed[2] else None
+
+    def add(self, part: slice, grad_logits, hidden, weight) -> None:
+        if self.hidden is not None:
+            self.hidden[part] = grad_logits @ weight
+        if self.weight is not None:
+            self.weight += grad_logits.T @ hidden
+        if self.bias is not None:
+            self.bias += grad_logits.sum(0, dtype=torch.float32)
+
+    def of_inputs(self) -> list[torch.Tensor | None]:
+        """In the dtypes of hidden states, weight and bias."""
+        results = []
+        for gradient, tensor in zip((self.hidden, self.weight, self.bias), self.tensors, strict=True):
+            results.append(None if gradient is None else gradient.to(tensor.dtype))
+        return results
 
 
 def _chunk(hidden_ND, weight_VD, bias_V, labels_N, z_loss: float, backward: bool):
@@ -182,3 +249,60 @@ def _fused_chunk(hidden_ND, weight_VD, bias_V, labels_N, z_loss: float, backward
 def _compiled_chunk():
     """Compiled once per process."""
     return torch.compile(_fused_chunk, dynamic=False)
+
+
+# ---- each loss by itself ---------------------------------------------------------------------------------------------
+
+
+class PerToken(torch.autograd.Function):
+    """(losses [N], logsumexps [N]) whose losses are differentiable, each by itself."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, chunk: int, dtype: torch.dtype, backward: bool):
+        nll_N, lse_N = (torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
+        needs_hidden, *needs_others = (backward and needed for needed in ctx.needs_input_grad[:3])
+        ctx.chunk, ctx.dtype, ctx.again = chunk, dtype, any(needs_others)
+        sums = Gradients(hidden_ND, weight_VD, bias_V, [needs_hidden and not ctx.again, False, False])
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            for start in range(0, len(labels_N), chunk):
+                part = slice(start, start + chunk)
+                hidden = hidden_ND[part].to(dtype)
+                nll_N[part], lse_N[part], grad_logits = _chunk(
+                    hidden, weight, bias, labels_N[part], 0.0, sums.hidden is not None
+                )
+                sums.add(part, grad_logits, hidden, weight)
+        if ctx.again:
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N)
+        else:
+            ctx.save_for_backward(sums.hidden)
+        ctx.mark_non_differentiable(lse_N)
+        return nll_N, lse_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale_N, _):
+        if not ctx.again:
+            (grad_hidden,) = ctx.saved_tensors
+            scaled = grad_hidden * scale_N[:, None].to(grad_hidden.dtype)
+            return scaled, None, None, None, None, None, None
+        hidden_ND, weight_VD, bias_V, labels_N, lse_N = ctx.saved_tensors
+        sums = Gradients(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            weight, bias = weight_VD.to(ctx.dtype), None if bias_V is None else bias_V.to(ctx.dtype)
+            for start in range(0, len(labels_N), ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                hidden = hidden_ND[part].to(ctx.dtype)
+                grad_logits = _chunk_gradient(hidden, weight, bias, labels_N[part], lse_N[part], scale_N[part])
+                sums.add(part, grad_logits, hidden, weight)
+        return (*sums.of_inputs(), None, None, None, None)
+
+
+def _chunk_gradient(hidden_ND, weight_VD, bias_V, labels_N, lse_N, scale_N):
+    """Gradient of the sum of scale * loss with respect to the logits [N, V]."""
+    logits = F.linear(hidden_ND, weight_VD, bias_V)
+    scale = torch.where(labels_N != IGNORE, scale_N, 0.0)[:, None]
+    p = logits.float().sub_(lse_N[:, None]).exp_()
+    p *= scale
+    p.scatter_add_(1, labels_N.clamp(min=0)[:, None], -scale)
+    return p.to(logits.dtype)

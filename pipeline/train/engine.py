@@ -4,7 +4,7 @@ updates.
 A micro-batch is a dict: `inputs` (keyword tensors of the model's forward), `weight` (what the loss is averaged over:
 tokens, pairs), and whatever else the loss reads. `loss_fn(outputs, batch)` returns the SUM of the loss over the
 micro-batch and a dict of further sums; outputs are logits, or TokenLosses if the model's output layer computes the
-losses itself (chunked_loss.py) from the batch's `labels`.
+losses itself (chunked_loss.py) from the batch's `labels` and `label_weights`.
 
 One step minimises (sum over the global batch) / (its total weight), so micro-batch size, accumulation and number of
 processes do not change the gradient. A non-finite loss or gradient norm leaves the weights unchanged (`applied:
@@ -288,7 +288,7 @@ class Engine:
     def _forward(self, module, batch: dict) -> tuple[torch.Tensor, dict]:
         """(loss sum with gradient, further sums); the loss itself is computed outside autocast."""
         if self.head:
-            self.head.expect([batch["labels"]])
+            self.head.expect([batch])
         with self._autocast():
             outputs = module(**({"use_cache": False} | batch["inputs"])).logits
         return self.loss_fn(outputs, batch)

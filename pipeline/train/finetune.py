@@ -12,16 +12,17 @@ A stage adds its loss, how its records become rows and batches, and what it says
 """
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from pipeline.core.artifact import Artifact
+from pipeline.core.artifact import Artifact, digest_of, external
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
@@ -31,12 +32,13 @@ from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
 from pipeline.models import build, cost, families, frozen, lora, vocabulary
 from pipeline.models.publish import publish, publish_adapter
-from pipeline.train import distributed, loop
+from pipeline.train import chunked_loss, distributed, loop
 from pipeline.train import engine as engines
 from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import Counts, heldout_share, model_folder
+from pipeline.train.finetune_data import Counts, by_length, heldout_share, model_folder
 from pipeline.train.metrics import Expected, total_peak
+from pipeline.train.reference_logprobs import Cache
 from pipeline.train.run_summary import Work, tuning_lines
 
 # ---- load ------------------------------------------------------------------------------------------------------------
@@ -132,6 +134,30 @@ def _check_embedding(folder: Path, tokenizer, rows: int) -> None:
         )
 
 
+def reference_cache(config: FinetuneConfig, parent: Parent, artifact: Artifact, output: Output) -> Cache:
+    """Where the log-probabilities of the model that a stage starts from are kept. Collective."""
+    depends_on = None
+    if output.is_main:
+        new_tokens = {str(index): pieces for index, pieces in parent.new_tokens.items()}
+        depends_on = {
+            "weights": _weights_digest(parent, artifact),
+            "new_tokens": new_tokens,
+            "precision": config.precision,
+        }
+    return Cache(output.folder.parent / "cache", distributed.from_main(depends_on))
+
+
+def _weights_digest(parent: Parent, artifact: Artifact) -> str:
+    """Digest of the files of the model that a stage starts from; of an adapter, of those of its base model too."""
+    files = {}
+    for name, entry in artifact.manifest["files"].items():
+        if (artifact.path / name).is_relative_to(parent.folder):
+            files[name] = entry
+    if not lora.is_adapter(parent.folder):
+        return digest_of(files)
+    return f"{digest_of(files)} {external('model', lora.base_of(parent.folder)).digest}"
+
+
 def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
     """The config of a run over epochs of `rows` rows, with its length in steps. Raises UserError if other keys do not
     fit that length."""
@@ -162,9 +188,21 @@ def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ..
     lora.attach(model, config.lora, config.seed, complete)
 
 
-def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model") -> tuple[Engine, Expected]:
+def build_engine(
+    model,
+    loss: Loss,
+    config: FinetuneConfig,
+    work: Work,
+    name: str = "model",
+    token_losses: Literal["sum", "each"] | None = None,
+) -> tuple[Engine, Expected]:
     """Print what the stage will compute and how long that may take, then build the engine of the model. Returns the
-    engine and the expected time for the meters. Collective."""
+    engine and the expected time for the meters. Collective.
+
+    token_losses: the output layer computes the losses of labelled tokens itself, in chunks, and no logits exist; `loss`
+    is differentiated through their `sum`, or through `each` of them (chunked_loss.py). Families for which this was not
+    verified give logits to `loss`.
+    """
     size = cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     peak = total_peak(config)
@@ -176,6 +214,8 @@ def build_engine(model, loss: Loss, config: FinetuneConfig, work: Work, name: st
             f"{config.kind}: WARNING: optimizer.lr: {lr:g} is the default for training all weights; adapters usually"
             f" take about ten times as much, {10 * lr:g}"
         )
+    if token_losses is not None and chunked_loss.can_install(model):
+        chunked_loss.install(model, per_token=token_losses == "each", selects=True)
     engine = engines.build(model, loss, config, name=name)
     return engine, Expected(seconds=work.seconds(flops, peak))
 
@@ -204,25 +244,40 @@ def fit(
     unit: str = "tok",
     read: Read | None = None,
     measure: Callable[[], dict] | None = None,
+    length: Callable[[str, Any], int] | None = None,
+    prepare: Callable[[str, list[list], list[dict]], None] | None = None,
 ) -> dict:
     """Train an engine on `rows`, and evaluate it on all of `heldout`. Returns what `loop.run` does. Collective.
 
     collate(split, rows) makes a micro-batch of rows of "train" or "heldout"; read(outputs, batch) gives what is kept of
     each held-out record, before and after, for the interval of the difference; measure() gives further numbers for an
-    evaluation; `unit` names what the loss is averaged over.
+    evaluation; `unit` names what the loss is averaged over. length(split, row): rows of like length share a micro-batch
+    of this process, so that little is padded. prepare(split, rows of each micro-batch, micro-batches) is called before
+    the micro-batches of a step or an evaluation are used, with the weights that these will see. Collective.
     """
-    heldout_batches, records = [], []
+    heldout_rows = []
     for part in heldout_share(len(heldout), config, engine):
-        own = [heldout[index] for index in part]
-        heldout_batches.append(collate("heldout", own))
-        for row in own:  # one record, or the records that are packed into a row
+        heldout_rows.append([heldout[index] for index in part])
+    if length is not None:
+        heldout_rows = by_length(heldout_rows, functools.partial(length, "heldout"))
+    heldout_batches, records = [], []
+    for part in heldout_rows:
+        heldout_batches.append(collate("heldout", part))
+        for row in part:  # one record, or the records that are packed into a row
             records += np.atleast_1d(row).tolist()
 
     def batches(step: int) -> list[dict]:
-        shares = loop.share(config, engine, step)
-        return [collate("train", [rows.at(index) for index in indices]) for indices in shares]
+        parts = [[rows.at(index) for index in indices] for indices in loop.share(config, engine, step)]
+        if length is not None:
+            parts = by_length(parts, functools.partial(length, "train"))
+        micro_batches = [collate("train", part) for part in parts]
+        if prepare is not None:
+            prepare("train", parts, micro_batches)
+        return micro_batches
 
     def evaluate() -> dict:
+        if prepare is not None:
+            prepare("heldout", heldout_rows, heldout_batches)
         numbers = engine.evaluate(heldout_batches, read)
         if read is not None:
             numbers["rows"] = _in_order(records, torch.cat(numbers.pop("results")))

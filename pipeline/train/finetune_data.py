@@ -1,12 +1,14 @@
 """Rows of token ids for sft, reward, dpo and ppo: encoded once, read by every process; and which rows a step takes."""
 
 import functools
+import itertools
 import json
 import shutil
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -236,6 +238,12 @@ def heldout_share(count: int, config: FinetuneConfig, engine) -> list[np.ndarray
         )
     mine = np.arange(engine.data_rank, count, engine.data_world)
     return chunks(mine, micro_batch_rows(config, engine))
+
+
+def by_length(parts: list[list], length: Callable[[Any], int]) -> list[list]:
+    """The rows of all parts, shortest first, in parts of the same sizes."""
+    ordered = iter(sorted((row for part in parts for row in part), key=length))
+    return [list(itertools.islice(ordered, len(part))) for part in parts]
 
 
 def chunks(rows, size: int) -> list:

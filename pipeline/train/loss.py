@@ -32,9 +32,12 @@ def weighted_cross_entropy_sum(
     return -(token_logprobs(logits_BTV, labels_BT) * weights_BT).sum()
 
 
-def token_logprobs(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """log p(label) in nats at each position, 0 where the label is -100. Shape: [B, T], fp32."""
-    return -_token_losses(logits_BTV, labels_BT)
+def token_logprobs(outputs, labels_BT: torch.Tensor) -> torch.Tensor:
+    """log p(label) in nats at each position, 0 where the label is -100. outputs: logits [B, T, V], or TokenLosses of a
+    layer that is `per_token` (chunked_loss.py). Shape: [B, T], fp32."""
+    if isinstance(outputs, TokenLosses):
+        return -outputs.nll_BT
+    return -_token_losses(outputs, labels_BT)
 
 
 def _token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

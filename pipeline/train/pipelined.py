@@ -158,7 +158,7 @@ class Pipelined(Engine):
             self.engine.reset_activation_shape()
             self.input_shapes = shapes[0]
         if self.head:  # on the last stage the k-th forward of a step is its k-th micro-batch
-            self.head.expect([batch["labels"] for batch in micro_batches])
+            self.head.expect(micro_batches)
 
         def feed():
             for index, batch in enumerate(micro_batches):

@@ -8,7 +8,7 @@ from pipeline.core.terminal import plural
 from pipeline.data.chat.conversations import Pair, load_pairs
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
-from pipeline.train.chunked_loss import IGNORE
+from pipeline.train.answer_rows import AnswerRow, answer_batch
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, report_records
 from pipeline.train.run_summary import Work
@@ -87,25 +87,26 @@ def pair_work(config: FinetuneConfig, arrays: Arrays, reference: bool = False) -
     return Work(data, tokens=taken * mean, forward_tokens=forward_tokens)
 
 
-def pair_batch(arrays: Arrays, pad_id: int, split: str, indices) -> dict:
-    """A micro-batch of pairs: inputs [2B, T], chosen first, padded on the right; labels of the answers' tokens,
-    already shifted; margin [B]."""
-    rows, starts = [], []
+def pair_rows(arrays: Arrays, split: str, indices) -> list[AnswerRow]:
+    """Both answers of pairs: all chosen ones, then all rejected ones."""
+    rows = []
     for answer in ("chosen", "rejected"):
         for index in indices:
-            rows.append(arrays[f"{split}.{answer}"][index])
-            starts.append(int(arrays[f"{split}.start"][index]))
-    longest = max(len(row) for row in rows)
-    input_ids = np.full((len(rows), longest), pad_id, np.int64)
-    labels = np.full((len(rows), longest), IGNORE, np.int64)
-    mask = np.zeros((len(rows), longest), np.int64)
-    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        input_ids[number, : len(row)] = row
-        mask[number, : len(row)] = 1
-        labels[number, start - 1 : len(row) - 1] = row[start:]
-    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask), "use_cache": False}
-    margin = torch.from_numpy(np.asarray(arrays[f"{split}.margin"][list(indices)], np.float32))
-    return {"inputs": inputs, "weight": float(len(indices)), "labels": torch.from_numpy(labels), "margin": margin}
+            rows.append(AnswerRow(arrays[f"{split}.{answer}"][index], int(arrays[f"{split}.start"][index])))
+    return rows
+
+
+def pair_batch(arrays: Arrays, pad_id: int, split: str, indices) -> dict:
+    """A micro-batch of pairs: inputs and labels [2B, T], chosen first; margin [B]."""
+    batch = answer_batch(pair_rows(arrays, split, indices), pad_id)
+    batch["weight"] = float(len(indices))
+    batch["margin"] = torch.from_numpy(np.asarray(arrays[f"{split}.margin"][list(indices)], np.float32))
+    return batch
+
+
+def pair_length(arrays: Arrays, split: str, index: int) -> int:
+    """Tokens of the longer answer of a pair, with its prompt."""
+    return max(len(arrays[f"{split}.chosen"][index]), len(arrays[f"{split}.rejected"][index]))
 
 
 def pair_counts(arrays: Arrays, extra: dict) -> Counts:

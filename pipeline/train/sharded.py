@@ -123,7 +123,7 @@ class Sharded(Engine):
 
     def _forward(self, module, batch):
         if self.head:
-            self.head.expect([batch["labels"]])
+            self.head.expect([batch])
         outputs = module(**({"use_cache": False} | batch["inputs"])).logits
         return self.loss_fn(outputs, batch)
 

@@ -13,8 +13,9 @@ VOCABULARY, LENGTH, ROWS = 61, 12, 8
 
 
 def tiny(**changes):
-    keys = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, **changes}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **keys))
+    keys = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    keys |= {"max_position_embeddings": 64, **changes}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **keys))
     initialise(model, seed=0)
     return model
 

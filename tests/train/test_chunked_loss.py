@@ -64,7 +64,7 @@ def test_a_family_s_losses_and_gradients_are_those_of_whole_logits(family, token
     logits = model(ids).logits.detach()
     loss, extra, expected = reference(model, ids, labels, Z)
     layer = chunked_loss.install(model, chunk=4, z_loss=Z)
-    layer.expect([labels])
+    layer.expect([{"labels": labels}])
     found = model(ids).logits
     assert found.total.item() == pytest.approx(
         loss, rel=1e-6
@@ -78,7 +78,7 @@ def test_a_family_s_losses_and_gradients_are_those_of_whole_logits(family, token
         build.new(families.of_family(family), tokenizer, 64, seed=1).state_dict()
     )
     with torch.no_grad():
-        layer.expect([labels])
+        layer.expect([{"labels": labels}])
         assert model(ids).logits.total.item() == pytest.approx(loss, rel=1e-6)
 
 
@@ -93,7 +93,7 @@ def test_tied_embeddings_biases_and_bf16(tied, bias):
         ids, labels = rows(0)
         loss, _, expected = reference(model, ids, labels, Z, dtype)
         layer = chunked_loss.install(model, chunk=40, z_loss=Z)
-        layer.expect([labels])
+        layer.expect([{"labels": labels}])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
             found = model(ids).logits
         (found.total / 7).backward()
@@ -208,3 +208,52 @@ def test_attention_is_chosen_or_refused(tokenizer):
         attention.choose(model, "flash_attention_2", "bf16")
     for family in ("mamba", "rwkv"):
         attention.choose(build.new(families.of_family(family), tokenizer, 64, seed=1), "auto", "fp32")
+
+
+# ---- what finetuning adds: only labelled positions, weights, each token's loss ---------------------------------------
+
+
+def losses_of(model, ids, labels, scale, **options):
+    """(sum of scale * loss, gradients of it) by whole logits if there are no options, else by the output layer."""
+    if options:
+        layer = chunked_loss.install(model, chunk=5, selects=True, **options)
+        batch = {"labels": labels}
+        if not layer.per_token:
+            batch["label_weights"] = scale
+        layer.expect([batch])
+        found = model(ids).logits
+        total = (found.nll_BT * scale).sum() if layer.per_token else found.total
+    else:
+        logits = model(ids).logits.transpose(1, 2)
+        total = (F.cross_entropy(logits, labels, ignore_index=-100, reduction="none") * scale).sum()
+    total.backward()
+    return total.item(), gradients(model)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("tied, bias", [(True, False), (False, True)])
+def test_labelled_positions_alone_with_weights(per_token, frozen, tied, bias):
+    """fp32, 1e-6 relative; `frozen`: the output layer has no gradient, as with LoRA."""
+
+    def model():
+        made = tiny(tie_word_embeddings=tied)
+        if bias:
+            made.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, made.config.vocab_size))
+        made.lm_head.requires_grad_(not frozen)
+        return made
+
+    ids, labels = rows(0)
+    scale = torch.linspace(-1, 2, labels.numel()).view(labels.shape) * (labels != -100)
+    expected, reference_gradients = losses_of(model(), ids, labels, scale)
+    found, found_gradients = losses_of(model(), ids, labels, scale, per_token=per_token)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert distance(found_gradients, reference_gradients) < 1e-6
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_batch_without_labels_has_no_loss_and_a_gradient_of_zero(per_token):
+    model = tiny()
+    ids, labels = rows(0)
+    total, found = losses_of(model, ids, torch.full_like(labels, -100), torch.ones(labels.shape), per_token=per_token)
+    assert total == 0 and all(not gradient.any() for gradient in found.values())

@@ -1,5 +1,5 @@
-"""SFT, reward and DPO against TRL's trainers: on the same rows and weights, equal loss and equal gradients. One
-file, for TRL takes seconds to import."""
+"""SFT, reward models, DPO and its relatives, and KTO against TRL's trainers: on the same rows and weights, equal loss and
+equal gradients. One file, for TRL takes seconds to import."""
 
 import copy
 
@@ -11,10 +11,11 @@ import tuned
 from pipeline.data.chat.conversations import Pair
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat
+from pipeline.dpo import Config, objective
 from pipeline.models import build
 from pipeline.train.finetune_data import Ragged
 from pipeline.train.loss import token_logprobs
-from pipeline.train.loss_preference import answer_lengths, answer_logprobs, bradley_terry, dpo, ipo
+from pipeline.train.loss_preference import answer_logprobs, bradley_terry
 from pipeline.train.preference_data import encode_pairs, pair_batch
 
 TOLERANCE = 1e-5  # absolute, fp32
@@ -174,48 +175,99 @@ def test_reward(tiny, tmp_path, centering):
     assert abs(float(metrics["accuracy"]) / 6 - trainer._metrics["train"]["accuracy"][-1]) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
-def test_dpo(tiny, tmp_path, kind):
-    from datasets import Dataset
-    from trl import DPOTrainer
-
-    folder, tokenizer, chat = tiny
-    arrays = pairs(chat)
-    reference, ours = build.load(folder), build.load(folder)
+def moved(folder):
+    """(reference, a policy that has left it)."""
+    reference, policy = build.load(folder), build.load(folder)
     torch.manual_seed(0)
-    with torch.no_grad():  # a policy that has left its reference
-        for parameter in ours.parameters():
+    with torch.no_grad():
+        for parameter in policy.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    theirs = copy.deepcopy(ours)
+    return reference, policy
+
+
+def examples_of(arrays) -> list[dict]:
+    """Pairs as the collator of TRL's DPOTrainer takes them."""
     starts = arrays["train.start"]
-    examples = [
+    return [
         {
             "prompt_ids": arrays["train.chosen"][i][: starts[i]].tolist(),
             "chosen_ids": arrays["train.chosen"][i][starts[i] :].tolist(),
             "rejected_ids": arrays["train.rejected"][i][starts[i] :].tolist(),
         }
-        for i in range(6)
+        for i in range(len(starts))
     ]
-    theirs.train()
-    # the trainer wants a data set of texts; its collator gets our rows
-    words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    trainer = DPOTrainer(
-        theirs,
-        ref_model=copy.deepcopy(reference),
-        args=options(tmp_path, "DPOConfig", beta=0.3, loss_type=[kind]),
-        train_dataset=words,
-        processing_class=tokenizer,
-    )
-    batch = pair_batch(arrays, tokenizer.pad_token_id, "train", range(6))
+
+
+@pytest.fixture(scope="module")
+def trainers(tiny, tmp_path_factory):
+    """TRL's trainers on one model: a function (kind, options) -> trainer, and the reference."""
+    from datasets import Dataset
+    from trl import DPOTrainer, KTOTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    folder, tokenizer, _ = tiny
+    reference, policy = moved(folder)
+    # the trainers want a data set of texts; their collators get our rows
+    words = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    judged = [{"prompt": "a", "completion": "b", "label": index % 2 == 0} for index in range(8)]
+
+    def trainer(kind: str, **changes):
+        model, out = copy.deepcopy(policy).train(), tmp_path_factory.mktemp("trl")
+        if kind in ("CPO", "ORPO"):
+            config, made = (CPOConfig, CPOTrainer) if kind == "CPO" else (ORPOConfig, ORPOTrainer)
+            keys = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+            args = config(output_dir=str(out), max_length=128, **keys, **changes)
+            return made(model, args=args, train_dataset=Dataset.from_list([words]), processing_class=tokenizer)
+        made, rows = (KTOTrainer, judged) if kind == "KTO" else (DPOTrainer, [words])
+        return made(
+            model,
+            ref_model=copy.deepcopy(reference),
+            args=options(out, f"{kind}Config", **changes),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+
+    return trainer, reference, policy
+
+
+def ours_of(trainers, arrays, pad_id, **keys):
+    """(our policy, its loss per pair, metrics) by the function that stage dpo trains with."""
+    _, reference, policy = trainers
+    ours = copy.deepcopy(policy)
+    batch = pair_batch(arrays, pad_id, "train", range(len(arrays["train.start"])))
     with torch.no_grad():
-        frozen = token_logprobs(reference(**batch["inputs"]).logits, batch["labels"]).sum(-1)
-    logps = answer_logprobs(ours(**batch["inputs"]).logits, batch)
-    if kind == "ipo":
-        loss, metrics = ipo(logps, frozen, answer_lengths(batch), beta=0.3)
-    else:
-        loss, metrics = dpo(logps, frozen, beta=0.3)
-    compare(ours, loss / 6, theirs, trainer.compute_loss(theirs, trainer.data_collator(examples)))
-    if kind == "ipo":  # TRL's margins are of sums, ours of the averages that the loss reads
+        batch["reference"] = answer_logprobs(reference(**batch["inputs"]).logits, batch)
+    loss, metrics = objective(Config(**KEYS, **keys))[0](ours(**batch["inputs"]).logits, batch)
+    return ours, loss / len(arrays["train.start"]), metrics
+
+
+KEYS = {"sources": {"s": {"path": "x"}}, "batch_size": 6, "sequence_length": 64, "steps": 1}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"loss": "sigmoid_norm"},
+        {"loss": "robust", "label_smoothing": 0.2},
+        {"loss": "ipo"},
+        {"loss": "hinge"},
+        {"loss": "apo_zero"},
+        {"loss": "apo_down"},
+        {"loss": {"hinge": 0.5, "apo_zero": 2.0, "ipo": 0.1}},
+    ],
+    ids=str,
+)
+def test_dpo(tiny, trainers, keys):
+    arrays = pairs(tiny[2])
+    losses = keys.get("loss", "sigmoid")
+    losses = losses if isinstance(losses, dict) else {losses: 1.0}
+    theirs = {"loss_type": list(losses), "loss_weights": list(losses.values())}
+    trainer = trainers[0]("DPO", beta=0.3, label_smoothing=keys.get("label_smoothing", 0.0), **theirs)
+    ours, loss, metrics = ours_of(trainers, arrays, tiny[1].pad_token_id, beta=0.3, **keys)
+    compare(ours, loss, trainer.model, trainer.compute_loss(trainer.model, trainer.data_collator(examples_of(arrays))))
+    if losses.keys() & {"ipo", "sigmoid_norm"}:  # TRL's margins are of sums, ours of the averages that the loss reads
         return
     for key, name in (
         ("rewards/margins", "margin"),
@@ -224,6 +276,74 @@ def test_dpo(tiny, tmp_path, kind):
         ("rewards/accuracies", "accuracy"),
     ):
         assert abs(float(metrics[name]) / 6 - trainer._metrics["train"][key][-1]) < 1e-4, key
+
+
+def test_dpo_with_an_sft_term(tiny, trainers):
+    """TRL averages the term over the tokens of a micro-batch, we over each answer first: equal in batches of one pair,
+    over which TRL's gradients are accumulated here."""
+    arrays = pairs(tiny[2])
+    trainer = trainers[0]("DPO", beta=0.3, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2])
+    ours, loss, metrics = ours_of(trainers, arrays, tiny[1].pad_token_id, beta=0.3, loss={"sigmoid": 1.0, "sft": 0.2})
+    parts = [trainer.compute_loss(trainer.model, trainer.data_collator([one])) for one in examples_of(arrays)]
+    compare(ours, loss, trainer.model, sum(parts) / 6)
+    assert float(metrics["loss_sigmoid"] + 0.2 * metrics["loss_sft"]) / 6 == pytest.approx(loss.item(), abs=1e-6)
+
+
+def concatenated(arrays, pad_id: int) -> dict:
+    """Pairs as TRL's CPO and ORPO trainers take them."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    batch, starts = {}, arrays["train.start"]
+    for kind in ("chosen", "rejected"):
+        rows = [torch.tensor(arrays[f"train.{kind}"][i]).long() for i in range(len(starts))]
+        labels = [row.clone() for row in rows]
+        for row, start in zip(labels, starts, strict=True):
+            row[: int(start)] = -100
+        batch[f"{kind}_input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+        batch[f"{kind}_labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        batch[f"{kind}_attention_mask"] = mask
+    return batch
+
+
+def test_simpo(tiny, trainers):
+    arrays = pairs(tiny[2])
+    trainer = trainers[0]("CPO", loss_type="simpo", beta=2.0, simpo_gamma=0.7, cpo_alpha=0.0)
+    ours, loss, metrics = ours_of(trainers, arrays, tiny[1].pad_token_id, loss="simpo", beta=2.0, gamma=0.7)
+    batch = concatenated(arrays, tiny[1].pad_token_id)
+    compare(ours, loss, trainer.model, trainer.compute_loss(trainer.model, batch))
+    assert float(metrics["margin"]) / 6 == pytest.approx(
+        trainer.get_batch_loss_metrics(trainer.model, batch)[1]["rewards/margins"], abs=1e-5
+    )
+
+
+def test_cdpo(tiny, trainers):
+    """TRL's DPOTrainer ignores label_smoothing with `sigmoid`; its CPOTrainer has the formula, here of log ratios."""
+    arrays = pairs(tiny[2])
+    trainer = trainers[0]("CPO", loss_type="sigmoid", beta=0.3, label_smoothing=0.2)
+    ours, loss, _ = ours_of(trainers, arrays, tiny[1].pad_token_id, beta=0.3, label_smoothing=0.2)
+    batch = pair_batch(arrays, tiny[1].pad_token_id, "train", range(6))
+    ratios = []
+    for model in (trainer.model, trainers[1]):
+        logits = model(**batch["inputs"]).logits
+        logps = token_logprobs(logits, batch["labels"]).sum(-1)
+        ratios.append(logps if model is trainer.model else logps.detach())
+    chosen, rejected = (ratios[0] - ratios[1]).chunk(2)
+    compare(ours, loss, trainer.model, trainer.cpo_loss(chosen, rejected)[0].mean())
+
+
+def test_orpo(tiny, trainers):
+    """TRL's odds ratio loss. Its cross-entropy counts the prompt's tokens too; the paper's (eq. 2) is of the answer, as
+    here that of transformers, one answer at a time."""
+    arrays = pairs(tiny[2])
+    trainer = trainers[0]("ORPO", beta=0.3)
+    ours, loss, _ = ours_of(trainers, arrays, tiny[1].pad_token_id, loss="orpo", beta=0.3)
+    batch = concatenated(arrays, tiny[1].pad_token_id)
+    chosen, rejected, *_ = trainer.concatenated_forward(trainer.model, batch)
+    odds = trainer.odds_ratio_loss(chosen, rejected)[0]
+    answers = zip(batch["chosen_input_ids"], batch["chosen_labels"], strict=True)
+    parts = [trainer.model(input_ids=ids[None], labels=labels[None]).loss for ids, labels in answers]
+    compare(ours, loss, trainer.model, sum(parts) / 6 - odds.mean())
 
 
 def test_our_rows_are_trls(tiny, tmp_path):
