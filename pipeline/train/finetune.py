@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from pipeline.core.artifact import Artifact, digest_of, external
+from pipeline.core.artifact import Artifact, digest_of
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
 from pipeline.core.output import Output
@@ -32,6 +32,7 @@ from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
 from pipeline.models import build, cost, families, frozen, lora, vocabulary
 from pipeline.models.publish import publish, publish_adapter
+from pipeline.models.weights_hash import weights_hash
 from pipeline.train import chunked_loss, distributed, loop
 from pipeline.train import engine as engines
 from pipeline.train.engine import Engine, Loss, Read
@@ -141,6 +142,7 @@ def reference_cache(config: FinetuneConfig, parent: Parent, artifact: Artifact, 
         new_tokens = {str(index): pieces for index, pieces in parent.new_tokens.items()}
         depends_on = {
             "weights": _weights_digest(parent, artifact),
+            "kept": config.lora.base if config.lora else "fp32",
             "new_tokens": new_tokens,
             "precision": config.precision,
         }
@@ -148,14 +150,14 @@ def reference_cache(config: FinetuneConfig, parent: Parent, artifact: Artifact, 
 
 
 def _weights_digest(parent: Parent, artifact: Artifact) -> str:
-    """Digest of the files of the model that a stage starts from; of an adapter, of those of its base model too."""
+    """Digest of the files of the model that a stage starts from; of an adapter, with a hash of its base model."""
     files = {}
     for name, entry in artifact.manifest["files"].items():
         if (artifact.path / name).is_relative_to(parent.folder):
             files[name] = entry
     if not lora.is_adapter(parent.folder):
         return digest_of(files)
-    return f"{digest_of(files)} {external('model', lora.base_of(parent.folder)).digest}"
+    return f"{digest_of(files)} {weights_hash(lora.base_of(parent.folder))}"
 
 
 def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
@@ -203,10 +205,14 @@ def build_engine(
     is differentiated through their `sum`, or through `each` of them (chunked_loss.py). Families for which this was not
     verified give logits to `loss`.
     """
+    head_rows = None
+    if token_losses is not None and chunked_loss.can_install(model):
+        chunked_loss.install(model, per_token=token_losses == "each", selects=True)
+        head_rows = chunked_loss.chunk_of(model.config.vocab_size, distributed.device().type)
     size = cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     peak = total_peak(config)
-    for line in tuning_lines(config, model.config, size, flops, peak, work):
+    for line in tuning_lines(config, model.config, size, flops, peak, work, head_rows):
         say(line)
     lr = config.optimizer.lr
     if config.lora is not None and "lr" not in config.optimizer.model_fields_set:
@@ -214,8 +220,6 @@ def build_engine(
             f"{config.kind}: WARNING: optimizer.lr: {lr:g} is the default for training all weights; adapters usually"
             f" take about ten times as much, {10 * lr:g}"
         )
-    if token_losses is not None and chunked_loss.can_install(model):
-        chunked_loss.install(model, per_token=token_losses == "each", selects=True)
     engine = engines.build(model, loss, config, name=name)
     return engine, Expected(seconds=work.seconds(flops, peak))
 

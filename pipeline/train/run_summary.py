@@ -174,9 +174,12 @@ class Work:
         return None if peak is None or total is None else total / (peak * ASSUMED_MFU)
 
 
-def tuning_lines(config, model_config, size: Size, flops: Flops, peak: float | None, work: Work) -> list[str]:
-    """The header of a stage that learns from records. peak: FLOP/s of all devices, if known."""
-    layout = _tuning_layout(config, work)
+def tuning_lines(
+    config, model_config, size: Size, flops: Flops, peak: float | None, work: Work, head_rows: int | None = None
+) -> list[str]:
+    """The header of a stage that learns from records. peak: FLOP/s of all devices, if known. head_rows: positions whose
+    logits exist at a time; None: all of a micro-batch."""
+    layout = _tuning_layout(config, work, head_rows)
     lines = [
         model_line(model_config, size),
         f"data       {work.data}",
@@ -193,7 +196,7 @@ def tuning_lines(config, model_config, size: Size, flops: Flops, peak: float | N
     return [*lines, *work.notes]
 
 
-def _tuning_layout(config, work: Work) -> cost.Layout:
+def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
     ranks = distributed.world()
     rows = config.batch_size // work.updates // ranks
     micro = config.micro_batch or rows
@@ -205,6 +208,7 @@ def _tuning_layout(config, work: Work) -> cost.Layout:
         precision=config.precision,
         optimizer=config.optimizer.kind,
         checkpointing=config.activation_checkpointing,
+        head_rows=head_rows,
         offload=config.parallel.offload,
     )
 

@@ -137,7 +137,7 @@ def test_another_run_takes_them_over(tmp_path):
     assert text.count("the reference's log-probabilities of") == 2 and "of 320 answers are in" in text
     assert files and {path: path.read_bytes() for path in cache.rglob("*.npy")} == files
     described = json.loads(next(cache.glob("*/model.json")).read_text())
-    assert set(described) == {"format", "new_tokens", "precision", "weights"}
+    assert set(described) == {"format", "kept", "new_tokens", "precision", "weights"}
     metrics = tuned.metrics(tmp_path, "dpo")
     assert metrics["heldout_loss_hinge_after"] < metrics["heldout_loss_hinge_before"] == pytest.approx(1, abs=1e-5)
 
