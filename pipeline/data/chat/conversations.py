@@ -29,15 +29,8 @@ from pipeline.data.chat.chat_sources import (
 from pipeline.data.chat.fields import Rejected
 from pipeline.data.chat.messages import checked_text, comparison_text, parse_messages, without_fields, without_weight
 from pipeline.data.chat.record_accounting import Ledger
-from pipeline.data.chat.record_formats import (
-    conversation_of,
-    conversation_text,
-    labelled_of,
-    number,
-    pair_of,
-    prompt_of,
-    truth_of,
-)
+from pipeline.data.chat.record_fields import number, truth_of
+from pipeline.data.chat.record_formats import conversation_of, conversation_text, labelled_of, pair_of, prompt_of
 from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.dedup.decontaminate import Decontaminate, find_contaminated
 from pipeline.data.sources.formats import Bad

@@ -2,41 +2,39 @@
 use: messages, ShareGPT, prompt + completion, Alpaca, glaive's transcripts, and their pairs.
 
 A reader tries the formats in turn and reports the one that it has recognised. Every field of a record is used, or is
-known to change nothing, or rejects the record (pipeline/data/chat/fields.py).
+known to change nothing, or rejects the record (pipeline/data/chat/fields.py). Those next to the messages are
+read in pipeline/data/chat/record_fields.py.
 """
 
 import re
 from dataclasses import dataclass, field
 
 from pipeline.data.chat import tool_calls
-from pipeline.data.chat.fields import ANSWERS, JUDGEMENTS, MEANINGFUL, REASONING, REFERENCES, Rejected, empty, snake
+from pipeline.data.chat.fields import ANSWERS, JUDGEMENTS, REASONING, REFERENCES, Rejected, snake
 from pipeline.data.chat.messages import (
     check_fields,
-    checked_text,
     message_text,
     parse_messages,
-    reasoning_of,
     role_of,
     weight_fields,
     weight_of,
     without_weight,
 )
+from pipeline.data.chat.record_fields import (
+    LABELS,
+    ParsedRecord,
+    add_other_fields,
+    begins_with,
+    multiply_weights,
+    number,
+    refuse_bad,
+    refuse_weight,
+    repeated_fields,
+    truth_of,
+)
 from pipeline.data.sources.text_encoding import printable_name
 
-SYSTEM = ("system", "system_prompt")
 LISTS = ("messages", "conversations", "conversation")
-TOOLS = ("tools", "functions")
-LABELS = ("label", "kto_tag")
-TEMPLATE_VARIABLES = ("enable_thinking", "documents")  # variables of chat templates that a record may give by itself
-# What a chat template is given anyway.
-RESERVED_VARIABLES = {
-    "messages",
-    "tools",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "chat_template",
-}
 # What a pair says of its two answers, chosen first: numbers that must not contradict the order.
 PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
@@ -60,18 +58,6 @@ ANSWER_NAMES = ("completion", "output", "response", "answer", "answers", "target
 
 
 @dataclass
-class ParsedRecord:
-    """What a record holds."""
-
-    messages: list[dict]
-    format: str
-    """The format that has been recognised, as it is reported."""
-    tools: list[dict] | None = None
-    options: dict = field(default_factory=dict)
-    """Variables of the chat template that the record gives."""
-
-
-@dataclass
 class ParsedPair(ParsedRecord):
     """Messages that two answers are given to."""
 
@@ -87,12 +73,12 @@ def conversation_of(record: dict, named: set[str] = frozenset()) -> ParsedRecord
     """The conversation of a record. `named` are fields that the source itself gives a meaning. Raises Rejected."""
     fields = _without_nulls(record)
     parsed, used = _conversation(record, fields)
-    used |= _add_other_fields(parsed, fields)
-    _refuse_bad(fields, named)
-    _multiply_weights(parsed.messages, weight_of(fields, "the record"))
+    used |= add_other_fields(parsed, fields)
+    refuse_bad(fields, named)
+    multiply_weights(parsed.messages, weight_of(fields, "the record"))
     # The rejected answer of a pair, and scores of both, say nothing of the conversation next to them.
     beside_pair = {"rejected", *SCORES} if "chosen" in fields else set()
-    used |= named | weight_fields(fields) | set(LABELS) | _repeated(fields, parsed.messages)
+    used |= named | weight_fields(fields) | set(LABELS) | repeated_fields(fields, parsed.messages)
     check_fields(fields, used, "the record", {"name"} | beside_pair)
     return parsed
 
@@ -105,13 +91,13 @@ def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[ParsedReco
         raise _unrecognised(record, "judged answer")
     label = truth_of(fields[name], f"`{name}`")
     parsed, used = _conversation(record, fields)
-    used |= _add_other_fields(parsed, fields)
+    used |= add_other_fields(parsed, fields)
     if not parsed.messages or parsed.messages[-1]["role"] != "assistant":
         raise Rejected("the conversation does not end with the answer that `label` is about")
-    _refuse_weight(parsed.messages[-1].get("weight"), "the answer")
-    _refuse_weight(weight_of(fields, "the record"), "the record")
+    refuse_weight(parsed.messages[-1].get("weight"), "the answer")
+    refuse_weight(weight_of(fields, "the record"), "the record")
     parsed.messages[:] = map(without_weight, parsed.messages)
-    used |= named | weight_fields(fields) | set(LABELS) | _repeated(fields, parsed.messages)
+    used |= named | weight_fields(fields) | set(LABELS) | repeated_fields(fields, parsed.messages)
     check_fields(fields, used, "the record", {"name"})
     parsed.format += f" + {name}"
     return parsed, label
@@ -137,15 +123,15 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> ParsedPair:
             answer = answers[key] = answer[len(prompt) :]
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise Rejected(f"{key} is not one message of the assistant")
-        _refuse_weight(answer[0].get("weight"), key)
-    _refuse_weight(weight_of(fields, "the record"), "the record")
+        refuse_weight(answer[0].get("weight"), key)
+    refuse_weight(weight_of(fields, "the record"), "the record")
     messages = [without_weight(message) for message in prompt]
     parsed = ParsedPair(
         messages, form, chosen=without_weight(answers["chosen"][0]), rejected=without_weight(answers["rejected"][0])
     )
-    used |= _add_other_fields(parsed, fields, thoughts=False)
+    used |= add_other_fields(parsed, fields, thoughts=False)
     used |= named | weight_fields(fields) | {"chosen", "rejected", "margin"} | _ordered(fields)
-    used |= _repeated(fields, [*parsed.messages, parsed.chosen])
+    used |= repeated_fields(fields, [*parsed.messages, parsed.chosen])
     check_fields(fields, used, "the record", {"name"} | REFERENCES)
     if "margin" in fields:
         parsed.margin = number(fields["margin"])
@@ -168,13 +154,13 @@ def prompt_of(record: dict, named: set[str] = frozenset()) -> ParsedRecord:
     else:
         raise _unrecognised(record, "prompt")
     parsed = ParsedRecord([without_weight(message) for message in messages], form)
-    used |= _add_other_fields(parsed, fields, thoughts=False)
+    used |= add_other_fields(parsed, fields, thoughts=False)
     messages = parsed.messages
     if all(message["role"] != "user" for message in messages) or messages[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
-    used |= named | _repeated(fields, messages)
+    used |= named | repeated_fields(fields, messages)
     # Next to a prompt, another shape of the same record holds its answer too.
-    used |= {other for other in LISTS if _begins_with(fields.get(other), messages)}
+    used |= {other for other in LISTS if begins_with(fields.get(other), messages)}
     check_fields(fields, used, "the record", {"name", "ability"} | ANSWERS | JUDGEMENTS | REASONING | SCORES)
     return parsed
 
@@ -214,94 +200,6 @@ def _format_name(messages: list, name: str) -> str:
     return f"{name} (role, content)" if name in LISTS else name
 
 
-def _add_other_fields(parsed: ParsedRecord, fields: dict, thoughts: bool = True) -> set[str]:
-    """Add to what a record holds the fields next to its messages: system message, reasoning before its only answer,
-    tools, and variables of the template. Returns these fields."""
-    used = _add_system(parsed, fields) if "chat" not in fields else set()
-    answers = [message for message in parsed.messages if message["role"] == "assistant"]
-    if thoughts and len(answers) == 1:
-        thought, names = reasoning_of(fields, "the record")
-        if thought and "reasoning_content" in answers[0]:
-            raise Rejected("the record has two different reasonings")
-        if thought:
-            answers[0]["reasoning_content"] = thought
-        used |= names
-    names = [name for name in fields if snake(name) in TOOLS and not empty(fields[name])]
-    if len(names) > 1 or names and parsed.tools:
-        raise Rejected("the record gives its tools twice")
-    for name in names:
-        parsed.tools = tool_calls.tools_of(fields[name], f"`{name}`")
-    used |= set(names) | _add_options(parsed, fields)
-    return used
-
-
-def _add_system(parsed: ParsedRecord, fields: dict) -> set[str]:
-    """A record's own system message in front of its messages. Returns the fields that it is in."""
-    used = {name for name in fields if snake(name) in SYSTEM}
-    texts = set()
-    for name in used:
-        value = "" if fields[name] in ([], {}) else fields[name]
-        if not isinstance(value, str) or value.strip():
-            texts.add(checked_text(value, f"`{printable_name(name)}`"))
-    messages = parsed.messages
-    if messages and messages[0]["role"] == "system":
-        texts.discard(messages[0]["content"])
-        if texts:
-            raise Rejected("the record has two system messages")
-    if len(texts) > 1:
-        raise Rejected("the record has two system messages")
-    messages[:0] = [{"role": "system", "content": text} for text in texts]
-    return used
-
-
-def _add_options(parsed: ParsedRecord, fields: dict) -> set[str]:
-    used = {name for name in TEMPLATE_VARIABLES if not empty(fields.get(name))}
-    parsed.options = {name: tool_calls.checked(fields[name], f"`{name}`") for name in sorted(used)}
-    more = fields.get("chat_template_kwargs")
-    if not empty(more):
-        more = tool_calls.from_json(more, "`chat_template_kwargs`")
-        if not isinstance(more, dict) or (taken := RESERVED_VARIABLES & set(more)):
-            what = f"`chat_template_kwargs.{min(taken)}`" if isinstance(more, dict) else "`chat_template_kwargs`"
-            raise Rejected(f"{what} is not a variable of the chat template that a record may give")
-        parsed.options |= tool_calls.checked(more, "`chat_template_kwargs`")
-        used.add("chat_template_kwargs")
-    if "documents" in parsed.options and not isinstance(parsed.options["documents"], list):
-        raise Rejected("`documents` is not a list")
-    return used
-
-
-def _refuse_bad(fields: dict, named: set[str]) -> None:
-    """Raise Rejected for a record that is marked not to be learned: `weight: 0`, or `label: false` of a KTO set."""
-    for name in LABELS:
-        value = fields.get(name)
-        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-            value = value.strip().lower() == "true"
-        if value is False:
-            raise Rejected(f"`{name}` is false: a bad answer", f"exclude such records with `where: {{{name}: true}}`")
-        if name not in named and value is not True and not empty(value):
-            raise Rejected(
-                f"the record has `{name}` that is neither true nor false",
-                f"if it does not change what should be learned, give the source `ignore: [{name}]`",
-            )
-    if weight_of(fields, "the record") == 0:
-        raise Rejected("the record is marked not to be trained on")
-
-
-def _refuse_weight(weight: float | None, where: str) -> None:
-    """Raise Rejected for a pair or a judged answer with a weight, which the losses of these do not have."""
-    if weight == 0:
-        raise Rejected(f"{where} is marked not to be trained on")
-    if weight not in (None, 1):
-        raise Rejected(f"{where} has the weight {weight:g}; weights are only supported in conversations")
-
-
-def _multiply_weights(messages: list[dict], weight: float | None) -> None:
-    """Multiply the weights of answers by that of their record."""
-    for message in messages:
-        if message["role"] == "assistant" and weight not in (None, 1):
-            message["weight"] = message.get("weight", 1.0) * weight
-
-
 def _as_list(value, role: str, what: str) -> list:
     """Raw messages of a field that holds a text, a message, or a list of messages."""
     if isinstance(value, str):
@@ -331,47 +229,6 @@ def _alpaca(fields: dict) -> tuple[list[dict], set[str]] | None:
         asked = f"{asked}\n{more}" if asked.strip() else more
     messages += parse_messages([{"role": "user", "content": asked}])
     return messages, {"instruction", "input", "history"}
-
-
-# ---- what is written twice -------------------------------------------------------------------------------------------
-
-
-def _as_messages(value) -> list[dict] | None:
-    """A field as a conversation without weights and the like, None if it is not one."""
-    if not isinstance(value, list):
-        return None
-    try:
-        return [without_weight(message) for message in parse_messages(value)]
-    except Rejected:
-        return None
-
-
-def _repeats(value, messages: list[dict]) -> bool:
-    """Whether a field only writes again what the messages hold: one of them, or all of them."""
-    if isinstance(value, str):
-        return value.strip() in (message["content"].strip() for message in messages)
-    again = _as_messages(value)
-    if again is None:
-        return False
-    whole = [without_weight(message) for message in messages]
-    without_system = [message for message in whole if message["role"] != "system"]
-    return again in (whole, whole[:-1], without_system, without_system[:-1])
-
-
-def _repeated(fields: dict, messages: list[dict]) -> set[str]:
-    """Fields next to a conversation that only write it again, as many published sets have them."""
-    names = MEANINGFUL["another answer, or another part of the conversation"].split()
-    used = {name for name in names if name in fields and _repeats(fields[name], messages)}
-    text = fields.get("text")
-    if isinstance(text, str) and all(message["content"].strip() in text for message in messages):
-        used.add("text")  # all of them in somebody's template
-    return used
-
-
-def _begins_with(value, messages: list[dict]) -> bool:
-    """Whether a list of raw messages is a conversation that begins with `messages`."""
-    again = _as_messages(value)
-    return again is not None and again[: len(messages)] == messages
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -434,27 +291,7 @@ def _ordered(fields: dict) -> set[str]:
     return used
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-
-def number(value, what: str = "margin") -> float:
-    """A finite number. Raises Rejected."""
-    try:
-        result = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        result = None
-    if result is None or not abs(result) < float("inf"):
-        raise Rejected(f"{what} is not a number")
-    return result
-
-
-def truth_of(value, what: str) -> bool:
-    """true or false, as words and as numbers, too. Raises Rejected."""
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "-1": False}
-    result = words.get(str(value).strip().lower())
-    if result is None:
-        raise Rejected(f"{what} is neither true nor false")
-    return result
+# ---- records of no known format --------------------------------------------------------------------------------------
 
 
 def conversation_text(messages: list[dict]) -> str:
