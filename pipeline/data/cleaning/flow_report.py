@@ -92,24 +92,25 @@ class FlowReport:
         steps: dict[str, Any] = {}
         for (source, language, status, reason), cell in sorted(self.cells.items()):
             steps.setdefault(source, {}).setdefault(language, {}).setdefault(status, {})[reason] = cell
+        return {"steps": steps, "bad": self.bad, "duplicates": self._duplicates()}
+
+    def _duplicates(self) -> dict[str, Any]:
         clusters, largest = self._clusters()
-        sampled = [sample[-1] for samples in self.samples.values() for sample in samples]
-        originals = [int(self.index.original[document]) for document in sampled]
+        originals = []
+        for samples in self.samples.values():
+            originals += [int(self.index.original[document]) for *_, document in samples]
         described = self._describe([*originals, *largest])
+        samples_by_kind = {}
+        for name, samples in sorted(self.samples.items()):
+            samples_by_kind[name] = [self._sample(name, sample, described) for sample in samples]
+        largest_clusters = []
+        for document in largest:
+            largest_clusters.append({"documents": int(self.index.cluster[document])} | described[document])
         return {
-            "steps": steps,
-            "bad": self.bad,
-            "duplicates": {
-                "samples": {
-                    name: [self._sample(name, sample, described) for sample in samples]
-                    for name, samples in sorted(self.samples.items())
-                },
-                "clusters": clusters,
-                "largest": [
-                    {"documents": int(self.index.cluster[document]), **described[document]} for document in largest
-                ],
-                "alike": [list(pair) for pair in zip(SIMILARITIES, self.similarities.tolist(), strict=True)],
-            },
+            "samples": samples_by_kind,
+            "clusters": clusters,
+            "largest": largest_clusters,
+            "alike": [list(pair) for pair in zip(SIMILARITIES, self.similarities.tolist(), strict=True)],
         }
 
     def _sample(self, name: str, sample: tuple, described: dict[int, dict]) -> dict:
