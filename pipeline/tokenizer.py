@@ -103,7 +103,19 @@ class Config(StageConfig):
                 "special_tokens must be different words without space at their ends, and not <|bos|> or the like;"
                 f" found {self.special_tokens}"
             )
+        if self.vocab_size is not None:
+            self._check_room(names)
         return self
+
+    def _check_room(self, extra: list[str]) -> None:
+        """Raise ValueError for a vocabulary without room for bytes and special tokens."""
+        special = len(SPECIAL) + len(extra) + (self.algorithm != "byte-bpe")  # sentencepiece has an unknown token
+        least = 256 + special
+        if self.vocab_size < least:
+            raise ValueError(
+                f"vocab_size: {self.vocab_size} is too small for 256 bytes and {special} special tokens; set it to"
+                f" {least} or more"
+            )
 
     def extra_tokens(self) -> list[str]:
         """Special tokens besides SPECIAL. One that SPECIAL has is listed twice, which the validator refuses."""
@@ -237,12 +249,6 @@ def train_byte_bpe(config: Config, sample: Path, sample_bytes: int, folder: Path
 
     extra = config.extra_tokens()
     special = [*SPECIAL, *extra]
-    least = 256 + len(special)
-    if config.vocab_size < least:
-        raise UserError(
-            f"vocab_size: {config.vocab_size} is too small for 256 bytes and {len(special)} special tokens; set it to"
-            f" {least} or more"
-        )
     learned, pairs = byte_bpe.train(
         texts(sample),
         config.vocab_size - len(special),

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.config import EXECUTION, Strict, refuse_unused
+from pipeline.train.config import Decay
 from pipeline.train.finetune_config import FinetuneOptimizer, FinetuneSchedule
 
 
@@ -13,7 +14,7 @@ class PolicyOptimizer(FinetuneOptimizer):
 
     lr: float = Field(3e-6, gt=0)
     """Peak learning rate; 3e-6 suits models of 1B to 7B (Huang et al., 2024), small ones take 1e-5 to 1e-4."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: float = Field(1e-5, gt=0)
     """Added to the denominator; 1e-5 as in the original, where it matters in the first steps (Huang et al., 2024,

@@ -46,6 +46,9 @@ def _without_boolean(value: Any) -> Any:
 Date = Annotated[str, AfterValidator(_iso_date)] | None
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Strict):
     """AdamW (Loshchilov & Hutter, 2019), or Muon (Jordan et al., 2024) for the matrices inside the model with AdamW
     for the rest."""
@@ -54,7 +57,7 @@ class Optimizer(Strict):
     """muon learns more from each token and needs whole matrices: not with zero or pipeline."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the two moments; (0.9, 0.95) is GPT-3's, section B."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """muon only: decay of its momentum."""

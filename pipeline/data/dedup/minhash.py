@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.config import Strict
+from pipeline.core.config import Strict, refuse_unused
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
     import numpy as np
@@ -96,6 +96,13 @@ class Dedup(Strict):
                 "exact: false keeps copies, but near, which is on by default, removes them as documents of similarity"
                 " 1; set near: false, too, to keep copies, or remove exact"
             )
+        return self
+
+    @model_validator(mode="after")
+    def no_unused_keys(self):
+        if not (self.exact or self.near or self.url):
+            for key in ("keep", "prefer", "upsample"):
+                refuse_unused(self, key, "is about duplicates, and exact, near and url look for none")
         return self
 
 
