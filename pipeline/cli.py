@@ -11,6 +11,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.checks import inspect_commands as inspection
+from pipeline.checks import plan_commands
 from pipeline.checks import verify_commands as verify
 from pipeline.core import chain
 from pipeline.core.chain_summary import show_chain
@@ -103,6 +104,9 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
     for name, node in chosen.items():
         made = f"  {os.path.relpath(node.output.path)}" if node.output else ""
         show(f"{name:<12} {node.state:<12} {node.reason}{made}".rstrip())
+
+
+app.command("plan")(plan_commands.plan)
 
 
 @recipe_app.command("check")

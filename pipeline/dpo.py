@@ -93,6 +93,9 @@ class Config(FinetuneConfig):
             refuse_unused(self, "gamma", "applies only to loss: simpo")
         return self
 
+    def sequences_per_row(self) -> int:
+        return 2
+
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch

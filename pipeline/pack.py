@@ -82,6 +82,12 @@ class Config(StageConfig):
             documents = None if data.config is None else data.config.planned_sources(data.inputs)
         return None if documents is None else [*documents, *self.shards]
 
+    def planned_vocabulary(self, inputs: dict[str, PlannedInput]) -> int | None:
+        tokenizer = inputs.get("tokenizer")
+        if tokenizer is None or tokenizer.config is None:
+            return None
+        return tokenizer.config.planned_vocabulary(tokenizer.inputs)
+
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
         problems = Problems()
         for name, source in self.shards.items():

@@ -85,8 +85,15 @@ class Config(FinetuneConfig):
     def uses_peak(cls) -> bool:
         return False
 
-    def check(self, world: int) -> None:
-        super().check(world)
+    def sampled_rows(self) -> int:
+        return self.rollout.batch
+
+    def other_models(self) -> dict[str, bool]:
+        copies = {"reference": False, "reward model": False} if self.lora is None else {}
+        return {"value model": True} | copies
+
+    def check_layout(self, world: int) -> None:
+        super().check_layout(world)
         part = self.ppo.minibatches * world
         if self.batch_size % part:
             near = max(1, round(self.batch_size / part)) * part

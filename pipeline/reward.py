@@ -49,6 +49,9 @@ class Config(FinetuneConfig):
     """Training pairs, drawn from the seed, on whose answers the published scores have mean 0 and standard deviation
     1."""
 
+    def sequences_per_row(self) -> int:
+        return 2
+
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import finetune

@@ -152,6 +152,12 @@ class Config(StageConfig):
         tokenizer.name_or_path = self.adopt  # for messages
         return tokenizer
 
+    def planned_vocabulary(self, inputs: dict[str, PlannedInput]) -> int | None:
+        if self.vocab_size is not None:
+            return self.vocab_size
+        tokenizer = self.planned_tokenizer(inputs)
+        return len(tokenizer) if tokenizer else None
+
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
         self.planned_tokenizer(inputs)
 

@@ -267,6 +267,10 @@ class StageConfig(Strict):
         """The tokenizer that this stage publishes, if its files are there already; else None."""
         return None
 
+    def planned_vocabulary(self, inputs: dict[str, PlannedInput]) -> int | None:
+        """Tokens in the vocabulary of what this stage publishes; None if it is not known."""
+        return None
+
     # ---- running
 
     def last_step(self) -> int | None:

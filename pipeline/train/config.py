@@ -270,8 +270,12 @@ class TrainConfig(StageConfig):
         return self
 
     def check(self, world: int) -> None:
-        self._check_pipeline(world)
         self._check_keep_best()
+        self.check_layout(world)
+
+    def check_layout(self, world: int) -> None:
+        """Check that `world` processes can have this layout. Raises UserError."""
+        self._check_pipeline(world)
         self._check_batch(world // self.parallel.pipeline)
 
     def _check_pipeline(self, world: int) -> None:
@@ -329,6 +333,18 @@ class TrainConfig(StageConfig):
     def supports_pipeline(cls) -> bool:
         return False
 
+    def sequences_per_row(self) -> int:
+        """Sequences of sequence_length tokens that the model reads for one row: a pair has two."""
+        return 1
+
+    def other_models(self) -> dict[str, bool]:
+        """Further models of the same size in memory, by name, and whether each is trained."""
+        return {}
+
+    def sampled_rows(self) -> int:
+        """Rows that the stage samples at a time."""
+        return 0
+
     @classmethod
     def uses_peak(cls) -> bool:
         """Whether the time of a run follows from the rate of its devices."""
@@ -352,6 +368,23 @@ class TrainConfig(StageConfig):
 
         parent = inputs.get("model") or inputs.get("policy")
         return planned_model.num_positions(parent) if parent else None
+
+    def planned_model_config(self, inputs: dict[str, PlannedInput]) -> Any:
+        """transformers' configuration of the model that is trained; None if it is not known before the stage runs."""
+        from pipeline.train import planned_model
+
+        parent = inputs.get("model") or inputs.get("policy")
+        return planned_model.config_of(parent) if parent else None
+
+    def planned_tokens(self) -> int | None:
+        """Tokens that the whole stage reads; None if only the running stage can tell."""
+        return None
+
+    def planned_vocabulary(self, inputs: dict[str, PlannedInput]) -> int | None:
+        from pipeline.train import planned_model
+
+        parent = inputs.get("model") or inputs.get("policy") or inputs.get("tokenizer")
+        return planned_model.vocabulary_of(parent) if parent else None
 
     def planned_tokenizer(self, inputs: dict[str, PlannedInput]) -> Any:
         """That of the model that training starts from, or the one that packed the text."""

@@ -92,8 +92,8 @@ class FinetuneConfig(TrainConfig):
             schedule = schedule.model_copy(update={"warmup_steps": warmup_steps, "warmup_ratio": None})
         return self.model_copy(update={"steps": steps, "epochs": None, "schedule": schedule})
 
-    def check(self, world: int) -> None:
-        super().check(world)
+    def check_layout(self, world: int) -> None:
+        super().check_layout(world)
         base = "fp32" if self.lora is None else self.lora.base
         if base == "bf16" and self.precision == "fp32":
             raise UserError(

@@ -1,6 +1,8 @@
 """What is known of a stage's input model before any stage runs: its positions, its tokenizer and its chat template."""
 
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,47 @@ def check_positions(models: Iterable[PlannedInput], num_tokens: int, advice: str
             f"sequence_length: {reason}; use {longest} or fewer, or a model that was pretrained with more{advice}"
         )
     problems.refuse()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Stands for a tokenizer of which only the size is known."""
+
+    size: int
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    pad_token_id: int = 2
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def vocabulary_of(planned: PlannedInput) -> int | None:
+    """Tokens in the vocabulary of a tokenizer, of packed tokens or of a model; None if it is not known."""
+    if planned.config is not None:
+        return planned.config.planned_vocabulary(planned.inputs)
+    index = planned.folder / "index.json"
+    if index.is_file():  # packed tokens
+        return json.loads(index.read_text(encoding="utf-8"))["vocab_size"]
+    tokenizer = tokenizer_of(planned)
+    return len(tokenizer) if tokenizer else None
+
+
+def config_of(model: PlannedInput) -> Any:
+    """transformers' configuration of a model that another stage will publish, or of a folder; None if it is not
+    known."""
+    from pipeline.train.config import TrainConfig
+
+    if isinstance(model.config, TrainConfig):
+        return model.config.planned_model_config(model.inputs)
+    if model.folder is None:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(_model_folder(model.folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # the stage that reads it reports what is wrong
+        return None
 
 
 def tokenizer_of(model: PlannedInput) -> Any:

@@ -163,6 +163,29 @@ class Config(TrainConfig):
             return self.steps
         return math.ceil(self.tokens / (self.batch_size * self.sequence_length))
 
+    def planned_tokens(self) -> int | None:
+        return None if self.steps is None and self.tokens is None else self.last_step() * self.step_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def planned_model_config(self, inputs: dict[str, PlannedInput]) -> Any:
+        from pipeline.models import model_block
+        from pipeline.train import planned_model
+
+        if "model" in inputs:
+            return super().planned_model_config(inputs)
+        vocabulary = planned_model.vocabulary_of(inputs["tokens"])
+        if vocabulary is None:
+            return None
+        return model_block.full_config(self.model, planned_model.Vocabulary(vocabulary), self.sequence_length)
+
+    def planned_vocabulary(self, inputs: dict[str, PlannedInput]) -> int | None:
+        from pipeline.train import planned_model
+
+        return planned_model.vocabulary_of(inputs["tokens"])
+
     def planned_positions(self, inputs: dict[str, PlannedInput]) -> int | None:
         from pipeline.models import families
         from pipeline.train import planned_model
@@ -193,14 +216,22 @@ class Config(TrainConfig):
                 planned_model.check_positions([inputs["model"]], self.sequence_length, advice)
         problems.refuse()
 
-    def check(self, world: int) -> None:
-        super().check(world)
-        self._check_from_step()
+    def check_layout(self, world: int) -> None:
+        super().check_layout(world)
         if self.document_mask:
             from pipeline.models import attention
 
             subject = f"stage {self.kind}: document_mask: with attention: {self.attention} it"
             attention.check_packed(self.attention, self.micro_rows(world), subject)
+        if self.compile and self.parallel.zero == 3:
+            raise UserError(
+                f"stage {self.kind}: compile: true cannot be combined with zero: 3, which gathers weights module by"
+                " module while a layer runs; use zero: 2, or remove compile"
+            )
+
+    def check(self, world: int) -> None:
+        super().check(world)
+        self._check_from_step()
         if self.compile:
             self._check_compile()
         if "model" not in self.inputs:
@@ -221,11 +252,6 @@ class Config(TrainConfig):
             )
 
     def _check_compile(self) -> None:
-        if self.parallel.zero == 3:
-            raise UserError(
-                f"stage {self.kind}: compile: true cannot be combined with zero: 3, which gathers weights module by"
-                " module while a layer runs; use zero: 2, or remove compile"
-            )
         if not (shutil.which("g++") or shutil.which("clang++")):
             raise UserError(
                 f"stage {self.kind}: compile: true needs a C++ compiler (g++ or clang++), and this machine has none on"

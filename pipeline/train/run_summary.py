@@ -1,14 +1,15 @@
 """What follows from the recipe of a training stage, printed before its first step: parameters, tokens, FLOPs, time,
 memory, and for pretraining disk."""
 
+import dataclasses
 import shutil
 from dataclasses import dataclass, field
 
 from pipeline.core.terminal import byte_size, plural
 from pipeline.models import cost
 from pipeline.models.cost import Flops, Size
-from pipeline.models.families import family_of
-from pipeline.train import chunked_loss, distributed
+from pipeline.train import distributed
+from pipeline.train.layouts import layout_of, stage_memory
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
 ASSUMED_MFU = 0.4
@@ -21,7 +22,7 @@ NOTABLE_BYTES = 1e9
 def pretraining_lines(config, model_config, size: Size, flops: Flops, peak: float | None, sampler, folder) -> list[str]:
     """The header of pretraining. config: with steps, unless its length is a time. peak: FLOP/s of all devices, if
     known. folder: where checkpoints are written."""
-    layout = layout_of(config, model_config)
+    layout = layout_of(config, model_config, distributed.world(), distributed.device().type)
     step_tokens = config.batch_size * config.sequence_length
     lines = [model_line(model_config, size)]
     lines += _data_lines(config, size, step_tokens, sampler)
@@ -114,28 +115,6 @@ def _disk_line(config, size: Size, folder) -> str:
     )
 
 
-def layout_of(config, model_config) -> cost.Layout:
-    depth = config.parallel.pipeline
-    ranks = distributed.world() // depth
-    micro = config.micro_batch or config.batch_size // ranks
-    head_rows = config.loss_chunk if family_of(model_config).chunked_loss else None
-    if head_rows == "auto":
-        head_rows = chunked_loss.chunk_of(model_config.vocab_size, distributed.device().type)
-    return cost.Layout(
-        ranks=ranks,
-        depth=depth,
-        zero=config.parallel.zero,
-        micro=micro,
-        accumulation=config.batch_size // ranks // micro,
-        precision=config.precision,
-        optimizer=config.optimizer.kind,
-        checkpointing=config.activation_checkpointing,
-        attention=config.attention,
-        head_rows=head_rows,
-        offload=config.parallel.offload,
-    )
-
-
 def expected_seconds(config, flops: Flops, peak: float | None) -> float | None:
     """Of the whole run at the assumed MFU; None if the peak or the number of steps is unknown."""
     if peak is None or config.steps is None:
@@ -189,7 +168,9 @@ def tuning_lines(
     if work.tokens is not None:
         estimate = time_estimate(work.seconds(flops, peak), peak)
         lines.append(f"compute    {work.flops(flops):.2e} FLOPs, {work.tokens:,.0f} tokens{estimate}")
-    lines += _memory_lines(_tuning_memory(config, model_config, size, layout, work))
+    sequences = dataclasses.replace(layout, micro=layout.micro * config.sequences_per_row())
+    length = config.sequence_length
+    lines += _memory_lines(stage_memory(model_config, size, length, sequences, work.others, work.sampled_rows))
     saved = size.frozen_bytes - 2.0 * size.frozen
     if config.lora is not None and config.lora.base == "fp32" and config.precision == "bf16" and saved > NOTABLE_BYTES:
         lines.append(f"           lora.base: bf16 would keep the frozen weights in {byte_size(saved)} less")
@@ -211,22 +192,6 @@ def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
         head_rows=head_rows,
         offload=config.parallel.offload,
     )
-
-
-def _tuning_memory(config, model_config, size: Size, layout: cost.Layout, work: Work) -> dict[str, float]:
-    """Bytes at the peak of a step on one process, by part; what is only needed while a step samples replaces what is
-    only needed while it updates, if it is more."""
-    parts = cost.memory(model_config, size, config.sequence_length, layout)
-    for name, other in work.others.items():
-        # A model that is only read is complete on each process.
-        parts[name] = sum(cost.state_bytes(other, layout).values()) if other.trained else other.weight_bytes
-    cache = cost.cache_bytes(model_config, work.sampled_rows, config.sequence_length)
-    updating = ("activations", "logits", "temporary")
-    if cache > sum(parts[name] for name in updating):
-        for name in updating:
-            del parts[name]
-        parts["keys and values"] = cache
-    return parts
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ FOLDERS = {
     "rl": "PPO",
     "models": "Building models and knowing what they cost",
     "assessment": "What stage assess reads and measures",
-    "checks": "`alma verify` and `alma inspect`",
+    "checks": "`alma verify`, `alma inspect` and `alma plan`",
 }
 
 

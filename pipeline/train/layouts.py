@@ -1,0 +1,260 @@
+"""The layouts that a training stage could have on a cluster: what each needs of memory, and how long its step takes.
+
+    costs = costs_of(model, config)
+    found, refused = search(config, costs, cluster)      # those that fit first, the fastest first
+
+A layout is what changes speed and memory and not the result: `parallel`, `micro_batch`, `activation_checkpointing` and
+`compile`. Everything here is arithmetic (models/cost.py, models/step_time.py); the model may be on the meta device.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from pipeline.core.errors import UserError
+from pipeline.models import cost, step_time
+from pipeline.models.devices import Cluster
+from pipeline.models.families import family_of
+from pipeline.train import chunked_loss
+from pipeline.train.config import Parallel, TrainConfig, divisors
+
+MOST_MICRO_ROWS = 64
+CHECKPOINTING = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout of a stage on a cluster."""
+
+    keys: dict
+    """Of the stage in the recipe, without those at their default: parallel, micro_batch, ..."""
+    layout: cost.Layout
+    memory: dict[str, float]
+    """Bytes of the fullest device by part."""
+    seconds: dict[str, float]
+    """Of a step by part."""
+    tokens: int
+    """Of a step."""
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    def fits(self, cluster: Cluster) -> bool:
+        return self.peak <= cluster.device.usable
+
+    def __str__(self) -> str:
+        return ", ".join(_words(self.keys))
+
+
+def _words(keys: dict) -> list[str]:
+    parallel = keys.get("parallel", {})
+    words = []
+    if "pipeline" in parallel:
+        words.append(f"pipeline {parallel['pipeline']}")
+    elif "shard" in parallel:
+        words.append(f"FSDP {parallel['shard']}")
+    elif "zero" in parallel:
+        words.append(f"ZeRO-{parallel['zero']}")
+    else:
+        words.append("data parallel")
+    if parallel.get("offload"):
+        words.append("offload")
+    if "micro_batch" in keys:
+        words.append(f"micro-batch {keys['micro_batch']}")
+    checkpointing = keys.get("activation_checkpointing", "none")
+    if checkpointing != "none":
+        words.append(f"{checkpointing} checkpointing")
+    if keys.get("compile"):
+        words.append("compiled")
+    return words
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the model of a stage costs, whatever its layout."""
+
+    config: object
+    """transformers' configuration."""
+    size: cost.Size
+    shape: step_time.Shape
+
+
+def costs_of(model, config: TrainConfig) -> Costs:
+    return Costs(model.config, cost.count(model), step_time.shape_of(model, config.sequence_length))
+
+
+# ---- one layout ------------------------------------------------------------------------------------------------------
+
+
+def layout_of(config: TrainConfig, model_config, world: int, device: str) -> cost.Layout:
+    """What a stage's keys mean in `world` processes on a device (`cuda` or `cpu`)."""
+    parallel = config.parallel
+    ranks = world // parallel.pipeline
+    micro = config.micro_rows(world)
+    pretrains = type(config).supports_pipeline()
+    head_rows = None
+    if pretrains and family_of(model_config).chunked_loss:
+        head_rows = config.loss_chunk
+        if head_rows == "auto":
+            head_rows = chunked_loss.chunk_of(model_config.vocab_size, device)
+    return cost.Layout(
+        ranks=ranks,
+        depth=parallel.pipeline,
+        zero=parallel.zero,
+        micro=micro,
+        accumulation=config.batch_size // ranks // micro,
+        precision=config.precision,
+        optimizer=config.optimizer.kind,
+        checkpointing=config.activation_checkpointing,
+        attention=config.attention if pretrains else "sdpa",
+        head_rows=head_rows,
+        offload=parallel.offload,
+        compiled=pretrains and config.compile,
+    )
+
+
+def candidate(config: TrainConfig, costs: Costs, cluster: Cluster) -> Candidate:
+    """The layout that the stage has. Raises UserError if this number of devices cannot have it."""
+    config.check_layout(cluster.count)
+    layout = layout_of(config, costs.config, cluster.count, cluster.device.kind)
+    return _measured(config, layout, config.parallel.model_dump(exclude_defaults=True), costs, cluster)
+
+
+def _measured(config: TrainConfig, layout: cost.Layout, parallel: dict, costs: Costs, cluster: Cluster) -> Candidate:
+    keys: dict = {"parallel": parallel, "micro_batch": layout.micro}
+    if layout.checkpointing != "none":
+        keys["activation_checkpointing"] = layout.checkpointing
+    if layout.compiled:
+        keys["compile"] = True
+    sequences = dataclasses.replace(layout, micro=layout.micro * config.sequences_per_row())
+    others = {}
+    for name, is_trained in config.other_models().items():
+        others[name] = costs.size if is_trained else _frozen(costs.size)
+    memory = stage_memory(costs.config, costs.size, config.sequence_length, sequences, others, config.sampled_rows())
+    setup = step_time.setup_of(sequences, config.sequence_length)
+    seconds = step_time.step_seconds(costs.shape, setup, cluster)
+    return Candidate(keys, layout, memory, seconds, setup.step_tokens)
+
+
+def _frozen(size: cost.Size) -> cost.Size:
+    """Of a model that is only read, in fp32."""
+    return dataclasses.replace(size, frozen=size.total, frozen_bytes=4.0 * size.total)
+
+
+def stage_memory(
+    model_config, size: cost.Size, length: int, layout: cost.Layout, others: dict[str, cost.Size], sampled_rows: int
+) -> dict[str, float]:
+    """Bytes at the peak of a step on one process, by part, with `others`, further models in memory. What is only needed
+    while `sampled_rows` rows are sampled at a time replaces what is only needed while it updates, if it is more."""
+    parts = cost.memory(model_config, size, length, layout)
+    for name, other in others.items():
+        # A model that is only read is complete on each process.
+        parts[name] = sum(cost.state_bytes(other, layout).values()) if other.trained else other.weight_bytes
+    cache = cost.cache_bytes(model_config, sampled_rows, length)
+    updating = ("activations", "logits", "temporary")
+    if cache > sum(parts[name] for name in updating):
+        for name in updating:
+            del parts[name]
+        parts["keys and values"] = cache
+    return parts
+
+
+# ---- all layouts -----------------------------------------------------------------------------------------------------
+
+
+def search(config: TrainConfig, costs: Costs, cluster: Cluster) -> tuple[list[Candidate], dict[str, list[str]]]:
+    """(layouts, why others cannot be had -> which). Those that fit come first, in the order of their speed; then those
+    that do not, in the order of their memory."""
+    found: list[Candidate] = []
+    refused: dict[str, list[str]] = {}
+    for keys in _possible_keys(config, costs.config, cluster):
+        try:
+            changed = _with_keys(config, keys)
+            found += _with_micro_batches(changed, keys, costs, cluster)
+        except (ValidationError, UserError) as error:
+            names = refused.setdefault(_reason(error), [])
+            name = ", ".join(_words(keys))
+            if name not in names:
+                names.append(name)
+    found.sort(key=lambda one: (0, one.step_seconds) if one.fits(cluster) else (1, one.peak))
+    return found, refused
+
+
+def _possible_keys(config: TrainConfig, model_config, cluster: Cluster) -> Iterator[dict]:
+    """Layouts that are worth a look, without the micro-batch."""
+    compiles = (False, True) if type(config).supports_pipeline() else (False,)
+    for parallel, checkpointing, compiled in itertools.product(
+        _parallels(config, model_config, cluster), CHECKPOINTING, compiles
+    ):
+        keys: dict = {"parallel": parallel}
+        if checkpointing != "none":
+            keys["activation_checkpointing"] = checkpointing
+        if compiled:
+            keys["compile"] = True
+        yield keys
+
+
+def _parallels(config: TrainConfig, model_config, cluster: Cluster) -> list[dict]:
+    """Values of `parallel` that are worth a look."""
+    found: list[dict] = [{}]
+    if cluster.count > 1:
+        found += [{"zero": 1}, {"zero": 2}, {"zero": 3}]
+    if type(config).supports_pipeline() and family_of(model_config).pipeline:
+        depths = [depth for depth in divisors(cluster.count) if 1 < depth <= model_config.num_hidden_layers]
+        found += [{"zero": 1, "pipeline": depth} for depth in depths]
+    return found
+
+
+def _with_keys(config: TrainConfig, keys: dict) -> TrainConfig:
+    values = dict(config) | {"micro_batch": 1, "activation_checkpointing": "none"}
+    if "compile" in values:
+        values["compile"] = False
+    values |= keys
+    values["parallel"] = Parallel.model_validate(keys["parallel"])
+    return type(config).model_validate(values)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+    return str(error)
+
+
+def _with_micro_batches(config: TrainConfig, keys: dict, costs: Costs, cluster: Cluster) -> list[Candidate]:
+    """A layout with every micro-batch that it can have. Raises UserError if it can have none."""
+    config.check_layout(cluster.count)
+    base = layout_of(config, costs.config, cluster.count, cluster.device.kind)
+    rows = base.micro * base.accumulation
+    found = []
+    for micro in divisors(rows):
+        if micro > MOST_MICRO_ROWS:
+            break
+        try:
+            config.model_copy(update={"micro_batch": micro}).check_layout(cluster.count)
+        except UserError:  # rows of documents that attention cannot keep apart in larger micro-batches
+            break
+        layout = dataclasses.replace(base, micro=micro, accumulation=rows // micro)
+        found.append(_measured(config, layout, keys["parallel"], costs, cluster))
+    return found
+
+
+def cheapest_change(current: Candidate, found: list[Candidate], cluster: Cluster) -> Candidate | None:
+    """Of the layouts that fit, the fastest of those that change the fewest keys of the current one."""
+    fitting = [one for one in found if one.fits(cluster)]
+    return min(fitting, key=lambda one: (_changed(current.keys, one.keys), one.step_seconds), default=None)
+
+
+def _changed(before: dict, after: dict) -> int:
+    return sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
