@@ -67,10 +67,10 @@ class Config(FinetuneConfig):
                 f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in sequence_length"
                 f" {self.sequence_length}"
             )
-        if self.steps is not None and self.ppo.critic_warmup >= self.steps:
+        if self.steps is not None and self.ppo.critic_warmup > self.steps:
             raise ValueError(
-                f"ppo.critic_warmup: {self.ppo.critic_warmup} leaves none of the {self.steps} steps for the policy; use"
-                " fewer"
+                f"ppo.critic_warmup: {self.ppo.critic_warmup} is more than steps: {self.steps}, so that the policy"
+                " would never be trained; use fewer"
             )
         if self.ppo.rule_coef and self.rule is None:
             raise ValueError("ppo.rule_coef needs `rule`: exact, contains or prefix")

@@ -164,7 +164,7 @@ def test_every_key_of_every_stage_is_read_or_refused(least):
         ("pack.seed=3", "seed: 3 decides which documents of `shards` are held out, and there are none"),
         ("clean.language.min_confidence=0.5", "min_confidence: 0.5 is for detected languages"),
         ("clean.dedup={exact: false, near: false, keep: longest}", "keep: 'longest' is about duplicates, and exact"),
-        ("ppo.ppo.critic_warmup=1000", "ppo.critic_warmup: 1000 leaves none of the"),
+        ("ppo.ppo.critic_warmup=1000", "ppo.critic_warmup: 1000 is more than steps"),
         ("tokenizer.reserved_tokens=5000", "is too small for 256 bytes and 500"),
         ("pretrain.optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 is 1.0, expected less than 1"),
         (
