@@ -85,6 +85,10 @@ class Config(FinetuneConfig):
     def uses_peak(cls) -> bool:
         return False
 
+    @classmethod
+    def supports_shard(cls) -> bool:
+        return False
+
     def sampled_rows(self) -> int:
         return self.rollout.batch
 

@@ -1,7 +1,8 @@
-"""Causal language model pretraining: DDP, DeepSpeed ZeRO 0-3, or a DeepSpeed pipeline, from one recipe.
+"""Causal language model pretraining: DDP, DeepSpeed ZeRO 0-3, FSDP2, or a DeepSpeed pipeline, from one recipe.
 
     python pipeline/pretrain.py recipes/quickstart.yaml
     accelerate launch --multi_gpu --num_processes 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.zero=1
+    torchrun --nproc-per-node 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.shard=full
     torchrun --nproc-per-node 8 pipeline/pretrain.py recipes/llama-7b.yaml pretrain.parallel.pipeline=4
 
 Reads packed tokens and their tokenizer. Starts from initial weights, from the model of another pretraining stage
@@ -160,8 +161,8 @@ def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     from pipeline.train.finetune_data import model_folder
 
     if "model" not in inputs:
-        # The stages of a pipeline are filled one by one, see build_engine.
-        materialise = config.parallel.pipeline == 1
+        # The stages of a pipeline and the parts of a sharded model are filled one by one, see build_engine.
+        materialise = config.parallel.pipeline == 1 and config.parallel.shard is None
         return build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=materialise)
     folder = model_folder(inputs["model"])
     model_config = model_block.changed_config(folder, config.model_changes, config.sequence_length)
@@ -201,7 +202,7 @@ def build_engine(config: Config, model, store):
     from pipeline.train.batches import loss_of
 
     def fill(part, global_name) -> None:
-        initialise(part, config.seed, global_name)
+        initialise(part, config.seed, global_name, model)
 
     return engine.build(model, loss_of(store.sources, config.z_loss), config, fill=fill)
 

@@ -85,10 +85,11 @@ def test_killed_at_a_random_moment(tmp_path):
 
 
 TWO_RANKS = """
+import sys
 from pipeline.core.stage import run_stage
 from pipeline.core.recipe import load
 from pipeline.train import distributed
-words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in ("steps=8", "parallel.zero=1", "micro_batch=2", "run.processes=2")]
+words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in ("steps=8", f"parallel.{sys.argv[1]}", "micro_batch=2", "run.processes=2")]
 recipe = load("tiny.yaml", [*words, "reward.inputs.model=./learned", "dpo.inputs.model=./learned"])
 for name in ("sft", "reward", "dpo"):
     run_stage(recipe, name)
@@ -97,13 +98,14 @@ distributed.shutdown()
 """
 
 
-def test_two_ranks_with_zero_like_one_process(tmp_path):
+@pytest.mark.parametrize("layout", ["zero=1", pytest.param("shard=full", marks=pytest.mark.slow)])
+def test_two_ranks_with_zero_like_one_process(layout, tmp_path):
     """The losses of the first eight steps and the evaluation before them, of all three stages, within 1e-5 of one
     process's."""
     tuned.copy_until("sft", tmp_path)
     shutil.copytree((tuned.plain() / "runs/tiny/sft/current").resolve(), tmp_path / "learned")
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    answer = launch(2, "two.py", cwd=tmp_path)
+    answer = launch(2, "two.py", layout, cwd=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for name in ("sft", "reward", "dpo"):
         one, two = (

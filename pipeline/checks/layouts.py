@@ -30,11 +30,13 @@ LAYOUTS = (
     Layout("ZeRO-1", 2, {"zero": 1}),
     Layout("ZeRO-2", 2, {"zero": 2}),
     Layout("ZeRO-3", 2, {"zero": 3}),
+    Layout("FSDP", 2, {"shard": "full"}),
+    Layout("FSDP, 2 copies x 2 ranks", 4, {"shard": "hybrid", "shard_ranks": 2}),
     Layout("pipeline of 2", 2, {"pipeline": 2}),
     Layout("pipeline of 2 x 2 data ranks, ZeRO-1", 4, {"pipeline": 2, "zero": 1}),
 )
 # Those through which `alma verify resume` moves a run, before it ends in the recipe's own.
-ROUTE = (REFERENCE, "DDP", "ZeRO-3", "pipeline of 2")
+ROUTE = (REFERENCE, "DDP", "ZeRO-3", "FSDP", "pipeline of 2")
 
 
 def own_layout(config, num_layers: int) -> Layout:
@@ -51,7 +53,10 @@ def own_layout(config, num_layers: int) -> Layout:
     processes = 1
     if depth > 1:
         processes = depth
-    elif "zero" in parallel or config.run.world > 1:
+    elif config.parallel.shard == "hybrid":
+        processes = 4
+        parallel["shard_ranks"] = 2  # groups as small as they can be
+    elif config.parallel.needs_group or config.run.world > 1:
         processes = 2
     if not config.compile:
         for layout in LAYOUTS:
@@ -77,6 +82,8 @@ def _kind(processes: int, parallel: dict) -> str:
         return REFERENCE
     if "pipeline" in parallel:
         return f"pipeline of {parallel['pipeline']}"
+    if "shard" in parallel:
+        return "FSDP" if parallel["shard"] == "full" else "FSDP, 2 copies x 2 ranks"
     return f"ZeRO-{parallel['zero']}" if "zero" in parallel else "DDP"
 
 
@@ -121,8 +128,8 @@ def route(config, shape) -> tuple[list[Layout], str]:
 
 
 def trials(precisions: list[str], layouts: list[Layout]) -> list[dict]:
-    """What is trained: each layout with tied embeddings in 4 micro-batches, and with untied ones in one; the reference
-    always in one. With one process both are in 4 micro-batches."""
+    """What is trained: each layout with tied embeddings in 4 micro-batches (of four data ranks: in 2), and with untied
+    ones in one; the reference always in one. With one process both are in 4 micro-batches."""
     result = []
     for layout in layouts:
         rows = ROWS // (layout.processes // layout.depth)
@@ -130,7 +137,7 @@ def trials(precisions: list[str], layouts: list[Layout]) -> list[dict]:
             for embeddings in ("tied", "untied"):
                 micro_batches = 1
                 if layout.name != REFERENCE and (layout.processes == 1 or embeddings == "tied"):
-                    micro_batches = 4
+                    micro_batches = min(4, rows)
                 changes = layout.changes
                 if layout.name == REFERENCE:
                     changes = {"activation_checkpointing": "none"}

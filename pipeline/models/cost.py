@@ -193,9 +193,9 @@ def state_bytes(size: Size, layout: Layout) -> dict[str, float]:
     # the rank's share in addition to fp32 weights.
     moment_bytes = 4.0 if layout.optimizer == "muon" else 8.0
     copy_bytes = 4.0 if zero else 0.0
-    weight_ranks = ranks if zero == 3 else 1
-    gradient_ranks = ranks if zero in (2, 3) else 1
-    optimizer_ranks = ranks if zero in (1, 2, 3) else 1
+    weight_ranks = ranks if zero == 3 else layout.shard or 1
+    gradient_ranks = ranks if zero in (2, 3) else layout.shard or 1
+    optimizer_ranks = ranks if zero in (1, 2, 3) else layout.shard or 1
     parts = {
         "weights": size.weight_bytes / layout.depth / weight_ranks,
         "gradients": 4.0 * trained / gradient_ranks,

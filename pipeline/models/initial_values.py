@@ -10,8 +10,9 @@ from pipeline.core.seeds import derive
 from pipeline.models import mup
 
 
-def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> None:
-    """Fill a model, or one stage of a pipeline, with transformers' own initial values for its family.
+def initialise(part, seed: int, global_name: Callable[[str], str] = str, model=None) -> None:
+    """Fill a model, one stage of a pipeline, or a module `part` of a `model`, with transformers' own initial values for
+    its family.
 
     Each module draws from a generator seeded by (seed, its name in the whole model), children first. Modules whose
     parameters are all filled already, such as an output layer tied to the embedding, are skipped. `init` and `mup` come
@@ -23,10 +24,11 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
     from transformers.pytorch_utils import Conv1D
 
     filled: set[int] = set()
+    model = part if model is None else model
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in part.parameters():
             parameter.fill_(math.nan)
-        for name, module in _children_first(model, ""):
+        for name, module in _children_first(part, ""):
             own = list(module.parameters(recurse=False))
             if own and all(id(parameter) in filled for parameter in own):
                 continue
@@ -36,8 +38,8 @@ def initialise(model, seed: int, global_name: Callable[[str], str] = str) -> Non
                 module.weight.normal_(std=model.config.initializer_range)
                 module.bias.zero_()
             filled.update(id(parameter) for parameter in own)
-        mup.scale_initial_values(model)
-    empty = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+        mup.scale_initial_values(part, global_name, model)
+    empty = [name for name, parameter in part.named_parameters() if parameter.isnan().any()]
     assert not empty, f"{model.config.model_type}: no initial values for {', '.join(empty[:3])}"
 
 

@@ -17,6 +17,7 @@ that of the unscaled learning rate. The table is for Adam: refused with Muon.
 """
 
 import math
+from collections.abc import Callable
 
 from pipeline.core.errors import UserError
 from pipeline.models.families import family_of, supporting
@@ -79,28 +80,32 @@ def config_keys(block: dict) -> dict:
     return keys
 
 
-def scale_initial_values(model) -> None:
-    """Scale the family's initial values in place. `model` may be one stage of a pipeline: its configuration counts the
-    whole model's layers."""
+def scale_initial_values(part, global_name: Callable[[str], str], model) -> None:
+    """Scale the family's initial values in place, those of a part of a model. `model` may be one stage of a pipeline:
+    its configuration counts the whole model's layers."""
     config = model.config
     if getattr(config, "depth_scaled_init", False):
-        for name, parameter in model.named_parameters():
+        for name, parameter in part.named_parameters():
             if name.removesuffix(".weight").endswith(RESIDUAL_WRITERS):
                 parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     ratio = _width_ratio(config)
     if ratio is not None:
         factors = {"hidden": math.sqrt(ratio), "output": ratio, "other": 1.0}
-        for kind, parameter in _kinds(model):
+        for kind, parameter in _kinds(part, global_name, model):
             parameter.mul_(factors[kind])
-    scale_learning_rates(model)
+    _scale_learning_rates(part, global_name, model)
 
 
 def scale_learning_rates(model) -> None:
     """Note the factor of the learning rate on each parameter for which it is not 1, as the attribute `lr_scale`."""
+    _scale_learning_rates(model, str, model)
+
+
+def _scale_learning_rates(part, global_name: Callable[[str], str], model) -> None:
     ratio = _width_ratio(model.config)
     if ratio is None:
         return
-    for kind, parameter in _kinds(model):
+    for kind, parameter in _kinds(part, global_name, model):
         if kind != "other":
             parameter.lr_scale = ratio
 
@@ -111,13 +116,14 @@ def _width_ratio(config) -> float | None:
     return base_width / config.hidden_size if base_width else None
 
 
-def _kinds(model):
-    """(kind, parameter) of each parameter; kinds are the rows of the table above: output, hidden, other."""
+def _kinds(part, global_name: Callable[[str], str], model):
+    """(kind, parameter) of each parameter of a part of a model; kinds are the rows of the table above: output, hidden,
+    other."""
     output = getattr(model.get_output_embeddings(), "weight", None)
-    for name, parameter in model.named_parameters():
+    for name, parameter in part.named_parameters():
         if parameter is output:
             yield "output", parameter
-        elif parameter.dim() == 2 and "embed_tokens" not in name:
+        elif parameter.dim() == 2 and "embed_tokens" not in global_name(name):
             yield "hidden", parameter
         else:
             yield "other", parameter

@@ -54,7 +54,7 @@ class Optimizer(Strict):
     for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """muon learns more from each token and needs whole matrices: not with zero or pipeline."""
+    """muon learns more from each token and needs whole matrices: not with zero, shard or pipeline."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
@@ -107,6 +107,11 @@ class Parallel(Strict):
 
     zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage under DeepSpeed; none: plain data parallelism (DDP) without DeepSpeed."""
+    shard: Literal["full", "hybrid"] | None = None
+    """Split weights, gradients and moments with torch's FSDP2, in place of `zero`. full: over all processes; hybrid:
+    over those of a group, and each group holds a copy."""
+    shard_ranks: int | None = Field(None, ge=1)
+    """shard: hybrid only: processes of a group; none: those of a node."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages; the number of processes divided by this is the number of data-parallel ranks."""
     partition: Literal["estimated", "uniform"] = "estimated"
@@ -125,6 +130,18 @@ class Parallel(Strict):
                 f" {'gradients and parameters' if self.zero == 3 else 'gradients'}, which a pipeline stage needs"
                 " complete; use zero: 1"
             )
+        if self.shard and self.zero is not None:
+            raise ValueError(
+                f"shard: {self.shard} and zero: {self.zero} both split the model, with torch or with DeepSpeed; keep"
+                " one"
+            )
+        if self.shard and self.pipeline > 1:
+            raise ValueError(
+                f"pipeline: {self.pipeline} with shard: {self.shard} cannot be combined: DeepSpeed's pipeline has an"
+                " optimizer of its own; use zero: 1, or remove pipeline"
+            )
+        if self.shard != "hybrid":
+            refuse_unused(self, "shard_ranks", "sets the processes that share a copy, which only shard: hybrid has")
         if self.layers and len(self.layers) != self.pipeline:
             raise ValueError(
                 f"layers: {self.layers} has {len(self.layers)} entries, but pipeline is {self.pipeline}; give one entry"
@@ -138,6 +155,11 @@ class Parallel(Strict):
         if self.offload and (self.zero in (None, 0) or self.pipeline > 1):
             raise ValueError("offload needs zero: 1, 2 or 3 without a pipeline")
         return self
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether even one process needs a process group."""
+        return self.zero is not None or self.shard is not None or self.pipeline > 1
 
 
 class Save(Strict):
@@ -262,10 +284,10 @@ class TrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def whole_matrices(self):
-        if self.optimizer.kind == "muon" and (self.parallel.zero is not None or self.parallel.pipeline > 1):
+        if self.optimizer.kind == "muon" and self.parallel.needs_group:
             raise ValueError(
-                "optimizer.kind: muon needs complete matrices, which zero and pipeline split; use adamw, or plain data"
-                " parallelism (parallel: {})"
+                "optimizer.kind: muon needs complete matrices, which zero, shard and pipeline split; use adamw, or plain"
+                " data parallelism (parallel: {})"
             )
         return self
 
@@ -276,6 +298,7 @@ class TrainConfig(StageConfig):
     def check_layout(self, world: int) -> None:
         """Check that `world` processes can have this layout. Raises UserError."""
         self._check_pipeline(world)
+        self._check_shard(world)
         self._check_batch(world // self.parallel.pipeline)
 
     def _check_pipeline(self, world: int) -> None:
@@ -295,6 +318,20 @@ class TrainConfig(StageConfig):
                 f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into pipeline: {depth}"
                 f" stages; launch {_either(sorted({below, above}))}, or give"
                 f" parallel.pipeline={_either(nearest_divisors(world, depth))}"
+            )
+
+    def _check_shard(self, world: int) -> None:
+        parallel = self.parallel
+        if parallel.shard and not type(self).supports_shard():
+            raise UserError(
+                f"stage {self.kind}: parallel.shard: {parallel.shard} is not supported by this stage, whose value model"
+                " is given its units after it was split; use zero: 3"
+            )
+        if parallel.shard_ranks and world % parallel.shard_ranks:
+            raise UserError(
+                f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into groups of"
+                f" parallel.shard_ranks: {parallel.shard_ranks}; use"
+                f" {_either(nearest_divisors(world, parallel.shard_ranks))}"
             )
 
     def _check_keep_best(self) -> None:
@@ -344,6 +381,10 @@ class TrainConfig(StageConfig):
     def sampled_rows(self) -> int:
         """Rows that the stage samples at a time."""
         return 0
+
+    @classmethod
+    def supports_shard(cls) -> bool:
+        return True
 
     @classmethod
     def uses_peak(cls) -> bool:

@@ -57,8 +57,8 @@ def setup(config: "TrainConfig | None" = None) -> None:
         torch.cuda.set_device(here)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn that it found none
-    uses_deepspeed = config is not None and (config.parallel.zero is not None or config.parallel.pipeline > 1)
-    group_of_one = world() == 1 and uses_deepspeed  # DeepSpeed needs a rank and a group even for one process
+    # DeepSpeed and FSDP need a rank and a group even for one process
+    group_of_one = world() == 1 and config is not None and config.parallel.needs_group
     if group_of_one:
         os.environ.setdefault("LOCAL_RANK", "0")
     if dist.is_initialized():
@@ -157,6 +157,16 @@ def _agree_with_launcher(config: "TrainConfig") -> None:
             f"stage {config.kind}: the recipe says parallel.zero: {shown}, the accelerate launch config says"
             f" zero_stage: {launched}; make them equal, or launch with --multi_gpu and let the recipe decide"
         )
+
+
+def group_size(parallel) -> int | None:
+    """Processes that share one copy of a model with `parallel.shard`; None without. A group of `hybrid` is a node's
+    processes if the recipe does not say."""
+    if parallel.shard is None:
+        return None
+    if parallel.shard == "full":
+        return world()
+    return parallel.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def barrier() -> None:

@@ -30,7 +30,7 @@ Accept = Callable[[float, float], bool]
 
 
 class Engine:
-    """Common part; replicated.py, sharded.py and pipelined.py make the updates.
+    """Common part; replicated.py, sharded.py, fsdp.py and pipelined.py make the updates.
 
     model: the transformers model, for forward and generation (None in a pipeline, where each process holds a part).
     data_rank, data_world: which share of a step's rows this process reads, and how many shares there are.
@@ -151,9 +151,16 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered(self):
-        """Inside, `model` has its complete parameters on every process (ZeRO-3 keeps them in shards); do not change
-        them. Collective."""
+        """Inside, `model` has its complete parameters on every process (ZeRO-3 and FSDP keep them in shards); do not
+        change them. Collective."""
         yield
+
+    @contextlib.contextmanager
+    def sampling(self):
+        """Inside, a model that the processes which get it may sample from, all the same; None on the others.
+        Collective."""
+        with self.gathered():
+            yield self.model if distributed.is_main() else None
 
     # ---- saving and loading ------------------------------------------------------------------------------------------
 
@@ -384,25 +391,30 @@ NORM_BLOCK = 2**10  # elements
 
 
 def clip_gradients(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale gradients in place to a global norm of at most `max_norm`; returns the norm before that. Shape: [].
+    """Scale gradients in place to a global norm of at most `max_norm`; returns the norm before that. Shape: []."""
+    norm = gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None]).float()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The global norm of gradients, fp64 []; 0 without any.
 
     On a CPU torch (2.13) adds up the squares of a tensor in fp32 one after another: for a table of 4096 x 256 the norm
     was wrong by 1.0e-4, while DeepSpeed's engines, which add in fp64, were right. From the norms of blocks of 1024
     elements it is right to 2e-8 in the same time (docs/log.md, 6).
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients and gradients[0].device.type == "cpu":
-        blocks, rests = [], []
-        for gradient in gradients:
-            flat = gradient.flatten()
-            end = len(flat) // NORM_BLOCK * NORM_BLOCK
-            blocks.append(torch.linalg.vector_norm(flat[:end].view(-1, NORM_BLOCK), dim=1))
-            rests.append(torch.linalg.vector_norm(flat[end:]).view(1))
-        norm = torch.linalg.vector_norm(torch.cat([*blocks, *rests]).double()).float()
-    else:
-        norm = torch.nn.utils.get_total_norm(gradients)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients).double()
+    blocks, rests = [], []
+    for gradient in gradients:
+        flat = gradient.flatten()
+        end = len(flat) // NORM_BLOCK * NORM_BLOCK
+        blocks.append(torch.linalg.vector_norm(flat[:end].view(-1, NORM_BLOCK), dim=1))
+        rests.append(torch.linalg.vector_norm(flat[end:]).view(1))
+    return torch.linalg.vector_norm(torch.cat([*blocks, *rests]).double())
 
 
 def finite(*values: float) -> bool:
@@ -412,8 +424,8 @@ def finite(*values: float) -> bool:
 def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fill=None) -> Engine:
     """The engine that `config.parallel` asks for. The model's weights must be equal on every process.
 
-    For a pipeline the model may be on the meta device: fill(part, global_name) then fills the part that a process
-    keeps."""
+    For a pipeline and with `shard` the model may be on the meta device: fill(part, global_name) then fills the part
+    that a process keeps, or one part after another."""
     distributed.setup(config)
     if config.activation_checkpointing != "none":
         layers.checkpoint(model, config.activation_checkpointing)
@@ -421,6 +433,10 @@ def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fil
         from pipeline.train.pipelined import Pipelined
 
         return Pipelined(model, loss_fn, config, name, fill)
+    if config.parallel.shard is not None:
+        from pipeline.train.fsdp import FullySharded
+
+        return FullySharded(model, loss_fn, config, name, fill)
     if config.parallel.zero is not None:
         from pipeline.train.sharded import Sharded
 

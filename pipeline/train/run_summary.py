@@ -191,6 +191,7 @@ def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
         checkpointing=config.activation_checkpointing,
         head_rows=head_rows,
         offload=config.parallel.offload,
+        shard=distributed.group_size(config.parallel),
     )
 
 
@@ -220,6 +221,10 @@ def layout_line(config, layout: cost.Layout) -> str:
         processes = f"pipeline {layout.depth} x {layout.ranks} data ranks"
     elif layout.zero is not None:
         processes = f"ZeRO-{layout.zero} over {world}"
+    elif layout.shard is not None:
+        processes = f"FSDP over {world}"
+        if layout.shard < world:
+            processes = f"FSDP over {layout.shard} x {world // layout.shard} copies"
     else:
         processes = f"data parallel over {world}" if world > 1 else "one process"
     micro_batches = plural(layout.accumulation, "micro-batch/micro-batches")

@@ -78,7 +78,8 @@ class SampleWriter:
                 pad_id=eos,
                 seeds=[derive(self.config.seed or 0, "sample", number) for number in range(len(self.prompts))],
             )
-        assert distributed.is_main()
+        if not distributed.is_main():
+            return
         lines = []
         for prompt, completion in zip(self.options.prompts, completions, strict=True):
             text = self.tokenizer.decode([token for token in completion.ids if token != eos])
@@ -107,7 +108,8 @@ class SampleWriter:
 
     @contextmanager
     def _complete_model(self):
-        """The complete model on the main process, None on the others, and if there is no room for it."""
+        """The model, complete or sharded, on the processes that sample; None on the others, and if there is no room for
+        it."""
         import torch
 
         from pipeline.train import distributed
@@ -119,8 +121,8 @@ class SampleWriter:
             torch.autocast(self.engine.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
         ):
             if self.engine.model is not None:
-                with self.engine.gathered():
-                    yield self.engine.model if is_main else None
+                with self.engine.sampling() as model:
+                    yield model
             elif distributed.from_main(self._has_room() if is_main else None):
                 weights = self.engine.consolidated()
                 yield self._build(weights) if is_main else None

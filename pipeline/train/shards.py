@@ -4,7 +4,9 @@ Each function returns fragments (state.Fragment) that are views of what this pro
 `begin_*` creates the moments of an optimizer that has made no step yet, so that they can be filled. Names of
 DeepSpeed's parts are those of version 0.19."""
 
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -98,6 +100,31 @@ def begin_whole(parameters: dict, optimizers: list, saved: dict[str, dict]) -> N
                 updates = saved[names[parameter]]["updates"]
                 if updates:
                     optimizer.state[parameter] = _new_state(parameter.detach(), updates, kinds)
+
+
+# ---- FSDP: some rows of each parameter -------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """This process's part of a parameter of some shape: `values`, which begin at index `start` of dimension `dim`."""
+
+    values: torch.nn.Parameter
+    shape: torch.Size
+    dim: int
+    start: int
+
+
+def pieces(parameters: dict[str, Piece], optimizer: torch.optim.Optimizer) -> list[Fragment]:
+    fragments = []
+    for name, piece in parameters.items():
+        state = optimizer.state.get(piece.values, {})
+        tensors = {"weight": piece.values.detach()} | {kind: state[kind] for kind in MOMENTS if kind in state}
+        outer, inner = math.prod(piece.shape[: piece.dim]), math.prod(piece.shape[piece.dim + 1 :])
+        for kind, tensor in tensors.items():
+            for index, flat in enumerate(tensor.view(outer, -1)):
+                start = (index * piece.shape[piece.dim] + piece.start) * inner
+                fragments.append(Fragment(kind, name, start, flat))
+    return fragments
 
 
 # ---- ZeRO-1 and 2: a flat fp32 part of each parameter group ----------------------------------------------------------

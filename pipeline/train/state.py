@@ -310,6 +310,9 @@ def describe(layout: dict) -> str:
         details.append(f"pipeline {layout['pipeline']}")
     elif layout["zero"] is not None:
         details.append(f"zero {layout['zero']}")
+    if layout.get("shard"):
+        copies = f" of {layout['copies']} copies" if "copies" in layout else ""
+        details.append(f"shard {layout['shard']}{copies}")
     if layout["offload"]:
         details.append("offload")
     processes = plural(layout["processes"], "process/processes")

@@ -129,6 +129,9 @@ def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys)
         (["run.processes=4"], "DDP"),
         (["parallel.zero=3"], "ZeRO-3"),
         (["parallel.pipeline=2"], "pipeline of 2"),
+        (["parallel.shard=full"], "FSDP"),
+        (["parallel={shard: hybrid, shard_ranks: 8}"], "FSDP, 2 copies x 2 ranks"),
+        (["parallel.shard=full", "compile=true"], ("FSDP, compiled", 2, {"shard": "full"})),
         (["parallel.zero=2", "parallel.offload=true"], ("ZeRO-2, offload", 2, {"zero": 2, "offload": True})),
         (["compile=true"], ("one process, compiled", 1, {})),
         (["compile=true", "run.nodes=2"], ("DDP, compiled", 2, {})),
@@ -156,11 +159,11 @@ def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
         assert len(chosen) == len(layouts.LAYOUTS) + 1 and depths == sorted(depths), "pipelines last"
     shape = SimpleNamespace(model_type="llama", num_hidden_layers=4)
     route, _ = layouts.route(config, shape)
-    assert [layout.name for layout in route[:4]] == ["one process", "DDP", "ZeRO-3", "pipeline of 2"]
+    assert [layout.name for layout in route[:5]] == ["one process", "DDP", "ZeRO-3", "FSDP", "pipeline of 2"]
     if isinstance(own, str):
-        assert route[4].name == (own if own not in layouts.ROUTE else "one process")
+        assert route[5].name == (own if own not in layouts.ROUTE else "one process")
     else:
-        assert route[4] in chosen and route[4].name.startswith("the recipe's own")
+        assert route[5] in chosen and route[5].name.startswith("the recipe's own")
     if config.parallel.pipeline == 1:
         shape.model_type = "gemma"
         assert layouts.route(config, shape)[0] == [layout for layout in route if layout.name != "pipeline of 2"]

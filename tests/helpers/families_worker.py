@@ -24,7 +24,13 @@ PIPELINE = [
     )
 ]
 FAMILIES = {families.load(name).model["family"]: name for name in families.PUBLISHED}.values()  # one recipe a family
-LAYOUTS = {"ddp": {}, "zero 1": {"zero": 1}, "zero 3": {"zero": 3}, "pipeline": {"pipeline": 2}}
+LAYOUTS = {
+    "ddp": {},
+    "zero 1": {"zero": 1},
+    "zero 3": {"zero": 3},
+    "fsdp": {"shard": "full"},
+    "pipeline": {"pipeline": 2},
+}
 
 
 def train(name: str, layout: str, forget: bool = False) -> dict:

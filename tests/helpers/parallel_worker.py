@@ -21,11 +21,17 @@ LAYOUTS = {
     "ddp chunks": {},
     "zero 1 chunks selective": {"zero": 1},
     "zero 3 chunks full": {"zero": 3},
+    "fsdp": {"shard": "full"},
+    "fsdp tied": {"shard": "full"},
+    "fsdp hybrid": {"shard": "hybrid", "shard_ranks": 1},
+    "fsdp chunks selective": {"shard": "full"},
+    "fsdp tied chunks full": {"shard": "full"},
     "ddp frozen": {},
     "zero 0 frozen": {"zero": 0},
     "zero 1 frozen": {"zero": 1},
     "zero 2 frozen": {"zero": 2},
     "zero 3 frozen": {"zero": 3},
+    "fsdp frozen": {"shard": "full"},
     "pipeline": {"pipeline": 2},
     "pipeline tied": {"pipeline": 2},
     "pipeline tied chunks full": {"pipeline": 2},
@@ -42,6 +48,9 @@ COMPILED = {
     "zero 1 offload compiled full": {"zero": 1, "offload": True},
     "zero 2 compiled chunks": {"zero": 2},
     "zero 2 compiled full": {"zero": 2},
+    "fsdp compiled chunks": {"shard": "full"},
+    "fsdp compiled full": {"shard": "full"},
+    "fsdp compiled selective": {"shard": "full"},
     "pipeline compiled chunks": {"pipeline": 2},
     "pipeline compiled selective": {"pipeline": 2},
     "pipeline tied compiled chunks full": {"pipeline": 2},
@@ -188,13 +197,13 @@ def go_on(trainer, folder: Path) -> tuple[str, list[dict]]:
     ]
 
 
-def generate() -> list:
-    """Greedy continuation under ZeRO-3, whose parameters are in shards: gathered, and a step afterwards."""
+def generate(parallel: dict) -> list:
+    """Greedy continuation under a layout whose parameters are in shards: gathered, and a step afterwards."""
     from tiny_engine import config, loss_fn
 
     from pipeline.train import engine
 
-    settings = config(parallel={"zero": 3})
+    settings = config(parallel=parallel)
     trainer = engine.build(model(), loss_fn, settings)
     trainer.step(micro_batches(settings, trainer, 0))
     with trainer.gathered():
@@ -218,7 +227,7 @@ if __name__ == "__main__":
         MUON = muon(scratch / "ddp muon")
         results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}}
         # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
-        results["generated"] = generate()
+        results["generated"] = {name: generate(LAYOUTS[name]) for name in ("zero 3", "fsdp", "fsdp hybrid")}
         for layout in LAYOUTS:
             results[layout] = train(layout, 2, scratch / layout)
             # before there is a pipeline, after which DeepSpeed sums its gradients over other processes

@@ -253,8 +253,8 @@ def test_a_router_that_was_not_checked_is_refused():
 @pytest.mark.parametrize(
     "names, layouts",
     [
-        pytest.param(f"gpt2-124m,qwen3-30b-a3b,llama-7b{MUP}", "ddp,zero 1,zero 3,pipeline", id="some"),
-        pytest.param("all", "zero 1,zero 3,pipeline", marks=pytest.mark.slow, id="all"),
+        pytest.param(f"gpt2-124m,qwen3-30b-a3b,llama-7b{MUP}", "ddp,zero 1,zero 3,fsdp,pipeline", id="some"),
+        pytest.param("all", "zero 1,zero 3,fsdp,pipeline", marks=pytest.mark.slow, id="all"),
     ],
 )
 def test_two_processes_train_a_family_as_one_does(names, layouts, tmp_path):

@@ -157,9 +157,9 @@ import sys
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
 from pipeline.train import distributed
-zero = sys.argv[1]
+layout = sys.argv[1]
 words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in
-         (f"parallel.zero={zero}", "micro_batch=2", "run.processes=2", "steps=4")]
+         (f"parallel.{layout}", "micro_batch=2", "run.processes=2", "steps=4")]
 recipe = load("lora.yaml", [*words, "reward.inputs.model=./learned", "dpo.inputs.model=./learned"])
 for name in ("sft", "reward", "dpo"):
     run_stage(recipe, name)
@@ -169,16 +169,22 @@ distributed.shutdown()
 
 
 @pytest.mark.parametrize(
-    "zero", ["null", pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+    "layout",
+    [
+        "zero=null",
+        *(pytest.param(f"zero={stage}", marks=pytest.mark.slow) for stage in (0, 1, 2)),
+        "zero=3",
+        "shard=full",
+    ],
 )
-def test_adapters_on_two_ranks_like_one_process(adapted, zero, tmp_path):
+def test_adapters_on_two_ranks_like_one_process(adapted, layout, tmp_path):
     """Losses of the first steps and the evaluation before them within 1e-5, for every engine."""
     folder, _ = adapted
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     shutil.copytree(current(folder, "sft"), tmp_path / "learned")
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    answer = launch(2, "two.py", str(zero), cwd=tmp_path)
+    answer = launch(2, "two.py", layout, cwd=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for kind in ("sft", "reward", "dpo"):
         one, two = (logged_losses(where, kind) for where in (folder, tmp_path))

@@ -140,6 +140,7 @@ def test_any_layout_goes_on_from_any_other(results, alone, target):
                 [f"pipeline {parallel.pipeline}"] * (parallel.pipeline > 1)
                 + [f"zero {parallel.zero}"] * (parallel.zero is not None)
                 + ["offload"] * parallel.offload
+                + (["shard full"] if parallel.shard == "full" else ["shard hybrid of 2 copies"]) * bool(parallel.shard)
             )
             assert said.endswith("now 2 processes" + (f" with {' and '.join(words)}" if words else "")), (source, said)
             assert said.startswith("saved with " + ("1 process;" if source.startswith("one") else "2 processes")), (
@@ -184,8 +185,9 @@ def test_harm_on_one_process_is_kept_from_the_weights_of_all(results, name):
     assert found["step after harm"]["applied"] and math.isfinite(found["step after harm"]["loss"])
 
 
-def test_generation_from_shards(results):
-    """ZeRO-3's gathered model continues a prompt as one process does, and trains on afterwards."""
+@pytest.mark.parametrize("name", ["zero 3", "fsdp", "fsdp hybrid"])
+def test_generation_from_shards(results, name):
+    """The gathered model continues a prompt as one process does, and trains on afterwards."""
     from tiny_engine import config, loss_fn
 
     from pipeline.train import engine
@@ -193,7 +195,7 @@ def test_generation_from_shards(results):
     settings = config()
     trainer = engine.build(model(), loss_fn, settings)
     trainer.step(micro_batches(settings, trainer, 0))
-    ids, loss = results["generated"]
+    ids, loss = results["generated"][name]
     assert (
         ids
         == trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, eos_token_id=None)[

@@ -1,0 +1,254 @@
+"""The FSDP engine: weights, gradients and moments are split over processes by torch's fully_shard (FSDP2; Zhao et al.,
+2023), layer by layer.
+
+A process holds its part of every matrix in fp32, gathers a layer before it computes with it, and drops it afterwards.
+With `precision: bf16` the matrices of layers are gathered in bf16, which halves what is sent and changes no bit: a
+linear layer under autocast casts its weight to bf16 anyway, and casting and gathering can be exchanged (docs/log.md).
+What is not only read by matrix products is not rounded: embeddings are gathered in fp32, and so is an output layer that
+computes its losses in chunks, whose gradient is a sum in fp32. Norms, biases and other small parameters are on every
+process. Gradients are summed in fp32.
+
+`shard: full` splits over all processes. `shard: hybrid` splits over the processes of a group, such as a node, and every
+group holds a copy: weights are gathered inside a group, and gradients are summed over the groups once a step.
+
+A model may be on the meta device: then each part (a decoder layer, a table) is created, filled and split before the
+next one, so that a process never holds the complete model.
+"""
+
+import contextlib
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.core.errors import UserError
+from pipeline.train import distributed, phases, shards
+from pipeline.train.engine import Engine, Sums, adamw, finite, gradient_norm, set_learning_rate
+from pipeline.train.fsdp_sharding import Fill, Sharder
+from pipeline.train.state import Fragment, share
+
+SQUARE = "gradient_square"  # key of the squared gradient norm among a step's sums
+
+
+def mesh_of(parallel, device: torch.device):
+    """The processes as a mesh: [world], or [copies, processes of a copy]. Raises UserError if they cannot be divided
+    into groups."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world, size = distributed.world(), distributed.group_size(parallel)
+    if parallel.shard == "full":
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    if world % size:
+        raise UserError(
+            f"parallel.shard: hybrid: {world} processes cannot be divided into groups of {size}; start the same number"
+            " on every node, or give parallel.shard_ranks"
+        )
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("copies", "shard"))
+
+
+class FullySharded(Engine):
+    """`model` is the sharded model; a forward pass of it is collective. `pieces` are this process's parts of its
+    parameters, `whole` the parameters that every process holds."""
+
+    layout = "fsdp"
+
+    def __init__(self, model, loss_fn, config, name, fill: Fill | None = None):
+        super().__init__(model, loss_fn, config, name)
+        self.mesh = mesh_of(config.parallel, self.device)
+        self.size = self.mesh["shard"].size()
+        self.num_copies = distributed.world() // self.size
+        self.skeleton = without_weights(model)
+        sharder = Sharder(model, self.mesh, self.device, config.precision)
+        sharder.shard(fill)
+        self.sharded, self.pieces, self.whole = sharder.result()
+        self.parameters = [piece.values for piece in self.pieces.values()] + list(self.whole.values())
+        self.optimizer = adamw(self.parameters, config, self.device)
+
+    # ---- updates -----------------------------------------------------------------------------------------------------
+
+    def _update(self, micro_batches, weight, lr):
+        self.model.train()
+        sums = Sums()
+        for index, batch in enumerate(micro_batches):
+            if self.num_copies > 1:  # inside a group after each micro-batch, between groups after the last
+                self.model.set_requires_all_reduce(index == len(micro_batches) - 1)
+            phases.enter("forward")
+            loss, metrics = self._forward(self.model, batch)
+            sums.add(loss, metrics)
+            phases.enter("backward")
+            (loss * (self.data_world / weight)).backward()  # fully_shard averages over processes
+        phases.enter("reduce")
+        gradients = self._reduced_gradients()
+        sums.tensors[SQUARE] = self._square(gradients)
+        total = sums.reduced()  # the only read of the device in a step
+        loss, norm = total.pop("loss"), total.pop(SQUARE) ** 0.5
+        applied = finite(loss, norm) and self._accepted(loss, norm)
+        phases.enter("update")
+        if applied:
+            scale = self.config.optimizer.max_grad_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+            if scale < 1:
+                torch._foreach_mul_(gradients, scale)
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, total, norm, applied
+
+    def _reduced_gradients(self) -> list[torch.Tensor]:
+        """Give the optimizer's parameters their gradients: of its pieces this process has the sums already, those of
+        whole parameters are summed here. Collective."""
+        for name, piece in self.pieces.items():
+            gradient = self.sharded[name].grad
+            if gradient is not None:
+                piece.values.grad = gradient.to_local()
+                self.sharded[name].grad = None
+        trained = [parameter for parameter in self.whole.values() if parameter.grad is not None]
+        if trained and self.data_world > 1:
+            flat = torch.cat([parameter.grad.view(-1) for parameter in trained])
+            dist.all_reduce(flat)
+            flat /= self.data_world
+            parts = flat.split([parameter.numel() for parameter in trained])
+            for parameter, part in zip(trained, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def _square(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """This process's share of the squared gradient norm, fp64 []: the sum over all processes is the square.
+        Gradients of pieces are on as many processes as there are copies, those of whole parameters on all."""
+        whole = [parameter.grad for parameter in self.whole.values() if parameter.grad is not None]
+        pieces = gradients[: len(gradients) - len(whole)]
+        return gradient_norm(pieces) ** 2 / self.num_copies + gradient_norm(whole) ** 2 / self.data_world
+
+    def _forward_sums(self, micro_batches, counted):
+        self.model.eval()
+        sums = Sums()
+        for batch, is_counted in zip(micro_batches, counted, strict=True):
+            loss, metrics = self._forward(self.model, batch)
+            if is_counted:
+                sums.add(loss, metrics)
+        self.model.train()
+        self.model.reshard()  # the root keeps what it gathered until a backward pass, and there is none
+        return sums.read()
+
+    # ---- the complete model ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def gathered(self):
+        sharded, complete = self.model, self.skeleton
+        weights = {name: self._complete(name) for name in self.shapes}
+        with _filled(complete, weights, dict(sharded.named_buffers())):
+            complete.train(sharded.training)
+            self.model = complete
+            try:
+                yield
+            finally:
+                self.model = sharded
+
+    @contextlib.contextmanager
+    def sampling(self):
+        """All processes sample the same, each gathering a layer at a time: the complete model may not fit."""
+        try:
+            yield self.model
+        finally:
+            self.model.reshard()
+
+    def _complete(self, name: str) -> torch.Tensor:
+        """A complete parameter, on the device. Collective."""
+        if name in self.whole:
+            return self.whole[name].detach()
+        return self.sharded[name].detach().full_tensor()
+
+    def consolidated(self):
+        weights = self._on_main(self.shapes)
+        if weights is None:
+            return None
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        first_names = {id(parameter): name for name, parameter in reversed(parameters.items())}
+        buffers = {fragment.name for fragment in shards.buffers(self.model)}
+        result = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if name in buffers:
+                result[name] = value.detach().cpu().clone()
+            else:
+                result[name] = weights[first_names[id(parameters[name])]]
+        return result
+
+    def trained_weights(self):
+        return self._on_main(name for name in self.shapes if name not in self.frozen_names)
+
+    def _on_main(self, names) -> dict[str, torch.Tensor] | None:
+        """Complete parameters on the CPU of the main process, gathered one after another. Collective."""
+        weights = {}
+        for name in names:
+            value = self._complete(name)
+            if distributed.is_main():
+                weights[name] = value.to("cpu", torch.float32, copy=True)
+        return weights if distributed.is_main() else None
+
+    # ---- saving and loading ------------------------------------------------------------------------------------------
+
+    def _layout(self):
+        layout = super()._layout() | {"shard": self.config.parallel.shard}
+        if self.num_copies > 1:
+            layout["copies"] = self.num_copies
+        return layout
+
+    def _held(self):
+        own = self._shared_pieces(self._copy())
+        return own, shards.whole(self.whole, [self.optimizer]) + shards.buffers(self.model)
+
+    def _copies(self):
+        fragments = []
+        for other in range(self.num_copies):
+            if other != self._copy():
+                fragments += self._shared_pieces(other)
+        return [fragment for fragment in fragments if fragment.name not in self.frozen_names]
+
+    def _copy(self) -> int:
+        """The number of the copy that this process holds a part of."""
+        return self.mesh["copies"].get_local_rank() if self.num_copies > 1 else 0
+
+    def _shared_pieces(self, number: int) -> list[Fragment]:
+        """What a process of this number of a copy writes of the pieces that it shares with the other copies."""
+        return share(shards.pieces(self.pieces, self.optimizer), number, self.num_copies)
+
+    def _updates(self):
+        return shards.updates_whole(self._optimized(), [self.optimizer])
+
+    def _begin_moments(self, saved):
+        shards.begin_whole(self._optimized(), [self.optimizer], saved)
+
+    def _optimized(self) -> dict[str, nn.Parameter]:
+        return {name: piece.values for name, piece in self.pieces.items()} | self.whole
+
+
+# ---- the complete model ------------------------------------------------------------------------------------------
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are on the meta device."""
+    memo = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def _filled(skeleton: nn.Module, weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]):
+    """Inside, the skeleton has these weights and buffers."""
+    before = dict(skeleton.named_parameters())
+    values = {id(before[name]): nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
+    places = []
+    for module in skeleton.modules():
+        places += [(module, key, parameter) for key, parameter in module.named_parameters(recurse=False)]
+    for module, attribute, parameter in places:
+        setattr(module, attribute, values[id(parameter)])
+    for name, value in buffers.items():
+        module_name, _, attribute = name.rpartition(".")
+        setattr(skeleton.get_submodule(module_name), attribute, value)
+    try:
+        yield
+    finally:
+        for module, attribute, parameter in places:
+            setattr(module, attribute, parameter)

@@ -1,0 +1,99 @@
+"""The FSDP engine: models that are never complete, gathers in bf16, and how parameters are split. That it computes what
+the other engines compute is in test_parallel.py, test_families.py and test_verify.py."""
+
+import os
+import subprocess
+import sys
+
+import fsdp_worker
+import pytest
+import torch
+from paths import HELPERS
+from pydantic import ValidationError
+from tiny_engine import config
+
+from pipeline.core.errors import UserError
+from pipeline.train import state
+from pipeline.train.config import Parallel
+
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONPATH": str(HELPERS),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(HELPERS / "fsdp_worker.py"),
+        str(folder / "results.pt"),
+    ]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", fsdp_worker.MODELS)
+def test_a_model_that_was_never_complete_has_the_same_initial_weights(results, name):
+    """Bit for bit those that one process draws."""
+    expected = dict(fsdp_worker.made(name, materialise=True).state_dict())
+    found = results["initial", name]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", fsdp_worker.ROUNDED)
+def test_gathering_matrices_in_bf16_changes_no_bit(results, name):
+    """Losses, norms and weights of 3 steps are those with gathers in fp32: the matrices would be rounded in each
+    product anyway."""
+    steps, weights = results["bf16 gathers", name]
+    expected, expected_weights = results["fp32 gathers", name]
+    assert steps == expected and all(stats["applied"] for stats in steps)
+    assert all(torch.equal(weights[key], value) for key, value in expected_weights.items())
+    observed = results["observed", name]
+    assert observed["types"] == {("torch.bfloat16", "torch.float32")}
+    assert observed["complete"] == 1, "of three layers, in the forward and in the backward pass"
+
+
+def test_experts_are_split_inside_where_their_number_is_not_divisible(results, folder):
+    """Three experts over two processes: by the rows of each. Every element is in the checkpoint once."""
+    placements = results["placements"]
+    assert {dim for name, dim in placements.items() if "experts" in name} == {1}
+    assert {dim for name, dim in placements.items() if "experts" not in name} == {0}
+    reader = state.Reader(folder / "experts", "model")
+    for name, value in results["saved", "experts"].items():
+        assert torch.equal(reader.read("weight", name, 0, value.numel()).view(value.shape), value)
+        stored = sum(piece.stop - piece.start for piece in reader.pieces["exp_avg", name])
+        assert stored == value.numel()
+
+
+def test_what_cannot_be_combined_is_refused():
+    for keys, message in (
+        ({"shard": "full", "zero": 3}, "both split the model"),
+        ({"shard": "full", "pipeline": 2}, "pipeline: 2 with shard: full"),
+        ({"shard": "full", "shard_ranks": 2}, "only shard: hybrid has"),
+        ({"shard": "full", "offload": True}, "offload needs zero"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Parallel(**keys)
+    with pytest.raises(ValidationError, match="muon needs complete matrices"):
+        config(parallel={"shard": "full"}, optimizer={"kind": "muon"})
+    with pytest.raises(
+        UserError, match="4 processes cannot be divided into groups of parallel.shard_ranks: 3; use 2 or 4"
+    ):
+        config(parallel={"shard": "hybrid", "shard_ranks": 3}).check(4)
