@@ -286,8 +286,8 @@ class TrainConfig(StageConfig):
     def whole_matrices(self):
         if self.optimizer.kind == "muon" and self.parallel.needs_group:
             raise ValueError(
-                "optimizer.kind: muon needs complete matrices, which zero, shard and pipeline split; use adamw, or plain"
-                " data parallelism (parallel: {})"
+                "optimizer.kind: muon needs complete matrices, which zero, shard and pipeline split; use adamw, or"
+                " plain data parallelism (parallel: {})"
             )
         return self
 
