@@ -29,7 +29,7 @@ from pipeline.core.recipe import Recipe
 from pipeline.core.terminal import plural, say
 from pipeline.train import row_trace
 
-STEPS, SAVE_EVERY = 12, 2
+STEPS, SAVE_EVERY = 14, 2
 # Steps after which a start has left a checkpoint: a save is written during the next steps, and the second one waits for
 # the first.
 SETTLED = 2 * SAVE_EVERY + 1
