@@ -71,7 +71,8 @@ class Sharder:
             self._fully_shard(part, self.rounded)
         elif isinstance(part, nn.Embedding) or isinstance(part, Head):
             self._fully_shard(part, self.exact)
-            part.set_unshard_in_backward(False)  # neither gradient needs the table
+            if not (isinstance(part, Head) and part.per_token):
+                part.set_unshard_in_backward(False)  # its gradients do not need the table
         elif isinstance(part, nn.Linear):
             self._fully_shard(part, self.rounded)
 
