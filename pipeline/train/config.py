@@ -156,6 +156,12 @@ class Parallel(Strict):
             raise ValueError("offload needs zero: 1, 2 or 3 without a pipeline")
         return self
 
+    def group_size(self, world: int, per_node: int) -> int | None:
+        """Processes that share one copy of a model with `shard`; None without."""
+        if self.shard is None:
+            return None
+        return world if self.shard == "full" else self.shard_ranks or per_node
+
     @property
     def needs_group(self) -> bool:
         """Whether even one process needs a process group."""

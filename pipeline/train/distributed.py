@@ -159,14 +159,9 @@ def _agree_with_launcher(config: "TrainConfig") -> None:
         )
 
 
-def group_size(parallel) -> int | None:
-    """Processes that share one copy of a model with `parallel.shard`; None without. A group of `hybrid` is a node's
-    processes if the recipe does not say."""
-    if parallel.shard is None:
-        return None
-    if parallel.shard == "full":
-        return world()
-    return parallel.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def local_world() -> int:
+    """Processes of this launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def barrier() -> None:

@@ -36,7 +36,7 @@ def mesh_of(parallel, device: torch.device):
     into groups."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    world, size = distributed.world(), distributed.group_size(parallel)
+    world, size = distributed.world(), parallel.group_size(distributed.world(), distributed.local_world())
     if parallel.shard == "full":
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     if world % size:

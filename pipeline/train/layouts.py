@@ -121,6 +121,7 @@ def layout_of(config: TrainConfig, model_config, world: int, device: str) -> cos
         attention=config.attention if pretrains else "sdpa",
         head_rows=head_rows,
         offload=parallel.offload,
+        shard=parallel.group_size(world, config.run.processes),
         compiled=pretrains and config.compile,
     )
 

@@ -191,7 +191,7 @@ def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
         checkpointing=config.activation_checkpointing,
         head_rows=head_rows,
         offload=config.parallel.offload,
-        shard=distributed.group_size(config.parallel),
+        shard=config.parallel.group_size(ranks, distributed.local_world()),
     )
 
 
