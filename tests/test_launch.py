@@ -308,7 +308,7 @@ SIGNALLED = """
 import os, signal, sys, time
 from pathlib import Path
 from pipeline.core.output import Output
-from pipeline.train.stop import interruptible
+from pipeline.core.stop import interruptible
 
 output = Output(Path(sys.argv[1]), "pretrain", "pretrain", {})
 output.path.mkdir(parents=True)

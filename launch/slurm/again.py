@@ -2,7 +2,7 @@
 """Decides whether a stage that ended is started again: `again.py RECIPE_FOLDER/STAGE TRIES [--asked]`. Exit code 0:
 yes, 1: no. Prints the reason in one line.
 
-A run that may continue leaves requeue.json in its stage's folder (pipeline/train/stop.py). Without progress (the saved
+A run that may continue leaves requeue.json in its stage's folder (pipeline/core/stop.py). Without progress (the saved
 step, or the finished files of a stage without steps) it gets TRIES tries; tries.json in the same folder counts them. A
 user error and a spike leave no requeue.json, and an exception leaves one with the reason `failed`: starting again would
 not help. With --asked the job was asked to stop: a stage without requeue.json was still starting, which counts as a try

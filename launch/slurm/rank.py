@@ -3,7 +3,7 @@
 the exit code is that of the rank (128 + N: killed by signal N).
 
 If the rank fails, $ALMA_ENDED/rank-N records it (host, process, code) before srun sends SIGTERM to the other ranks,
-which then know that this is not a request to stop (pipeline/train/stop.py). A shell cannot do this: bash 5.2 loses the
+which then know that this is not a request to stop (pipeline/core/stop.py). A shell cannot do this: bash 5.2 loses the
 exit code of a process that ends while a signal interrupts `wait`.
 """
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.core import stop
 from pipeline.core.checkpoint_folder import newest_step
 from pipeline.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, Stopped
 from pipeline.core.files import read_record, write_atomic
@@ -44,7 +45,7 @@ def launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
     (node.folder / "requeue.json").unlink(missing_ok=True)
     try:
         with contextlib.ExitStack() as stack:
-            with signals_held():  # the ranks hold them as well, until they can act on them (train/stop.py, begin)
+            with signals_held():  # the ranks hold them as well, until they can act on them (core/stop.py, begin)
                 ranks = Ranks(words, run_config.processes, environment)
                 received = stack.enter_context(_passing_signals(ranks, node.name))
             codes = ranks.wait()
@@ -56,8 +57,6 @@ def launch(node: Node, recipe: Recipe, *, restart: bool, fork: bool) -> None:
 @contextlib.contextmanager
 def _passing_signals(ranks: Ranks, stage: str) -> Iterator[list[int]]:
     """Pass signals on to the ranks of a stage; a second Ctrl-C kills them. Yields the list of the signals so far."""
-    from pipeline.train import stop
-
     received: list[int] = []
 
     def handle(number, frame) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from pipeline.core import stop
 from pipeline.core.artifact import Artifact
 from pipeline.core.chain_summary import result, shown_path
 from pipeline.core.config import dump
@@ -105,17 +106,15 @@ def _examine_parents(node: Node, graph: dict[str, Node]) -> None:
 
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
     """Do the work of a stage and publish it. If several ranks run and this one fails, a marker says why."""
-    from pipeline.train.stop import interruptible, saved_step, write_requeue_marker
-
     config = node.config
-    with interruptible(output, config.KEPT):
+    with stop.interruptible(output, config.KEPT):
         try:
             with config.supervised(output):
                 metrics = module_of(config.kind).run(config, node.inputs, output)
         except Exception as error:
             if world > 1 and not isinstance(error, UserError):
                 message = f"rank {rank} failed: {type(error).__name__}: {error}"
-                write_requeue_marker(output, "failed", saved_step(output), rank=rank, message=message)
+                stop.write_requeue_marker(output, "failed", stop.saved_step(output), rank=rank, message=message)
             raise
         if rank != 0:
             return None
@@ -136,8 +135,6 @@ def main(kind: str, argv: list[str] | None = None) -> None:
     if argv is None:
         keep_open()
     args = _arguments(kind, argv)
-    from pipeline.train import stop
-
     die_with_launcher()
     code = guarded(functools.partial(_main, kind, args))
     stop.finish()
@@ -165,8 +162,6 @@ def _arguments(kind: str, argv: list[str] | None) -> argparse.Namespace:
 
 
 def _main(kind: str, args: argparse.Namespace) -> None:
-    from pipeline.train import stop
-
     stop.begin()  # raises Stopped if the chain was interrupted while this process was importing
     recipe = load(args.recipe, args.overrides)
     names = [name for name, config in recipe.stages.items() if config.kind == kind]
@@ -205,9 +200,9 @@ def guarded(action: Callable[[], None]) -> int:
         where = error.filename or "the output folder"
         show(f"error: {where}: {error.strerror}; {ADVICE[error.errno]}, then run the same command again", sys.stderr)
         return EXIT_USER
-    except Stopped as stop:
-        if str(stop):
-            say(str(stop), rank)
+    except Stopped as stopped:
+        if str(stopped):
+            say(str(stopped), rank)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         if rank == 0:

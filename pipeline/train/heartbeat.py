@@ -31,9 +31,9 @@ from pathlib import Path
 from pipeline.core.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from pipeline.core.lock import born
 from pipeline.core.output import Output
+from pipeline.core.stop import write_requeue_marker
 from pipeline.train import distributed, phases
 from pipeline.train.rank_states import RankStates
-from pipeline.train.stop import write_requeue_marker
 
 # Phases of a step, which may take `watch.hang` seconds; all others may take `watch.start`.
 STEP_PHASES = {"data", "forward", "backward", "reduce", "update", "pipeline", "log"}

@@ -16,6 +16,7 @@ from pipeline.core.checkpoint_folder import loop_state, step_of
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
 from pipeline.core.seeds import derive
+from pipeline.core.stop import StopSignal, saved_step, stop
 from pipeline.core.terminal import show
 from pipeline.core.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
@@ -23,7 +24,6 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Accept, Engine
 from pipeline.train.metrics import Expected, Meters
 from pipeline.train.spikes import Guard, inherited, report
-from pipeline.train.stop import StopSignal, saved_step, stop
 from pipeline.train.train_length import CALIBRATION, TrainingLength
 
 

@@ -10,7 +10,7 @@ message, and rank, phase and step of the rank that caused it.
 """
 
 from pipeline.core.lock import born
-from pipeline.train.stop import failed_rank
+from pipeline.core.stop import failed_rank
 
 EXIT_HANG = 76  # a hang, or another rank is lost: the run may be started again
 
