@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.config import refuse_unused
-from pipeline.core.intervals import change_of, wilson
+from pipeline.core.intervals import changes_of, wilson
 from pipeline.core.output import Output
 from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import PreferenceSource
@@ -150,7 +150,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     finetune.publish_model(engine, config, parent, output)
 
     interval = wilson(result["after"]["accuracy"], counts.heldout)
-    changes = changes_of(result)
+    changes = changes_of(result, ("loss", "margin"))
     measures, nothing = headline(result["before"], result["after"], changes["margin"], interval, counts.heldout)
     metrics = finetune.summarise(config, output, result, rows, counts, unit="pairs", measures=measures, nothing=nothing)
     metrics["heldout_accuracy_interval"] = list(interval)
@@ -195,16 +195,6 @@ def reference(engine, arrays: dict, split: str, indices: list[int], pad_id: int,
     table = torch.full((len(arrays[f"{split}.start"]), 2), float("nan"))
     table[indices] = torch.from_numpy(logps).view(2, -1).T
     return table
-
-
-def changes_of(result: dict) -> dict[str, tuple[float, float] | None]:
-    """95% intervals of the changes of the held-out loss and margin."""
-    before, after = result.get("before_rows"), result.get("after_rows")
-    changes = {}
-    for column, name in enumerate(("loss", "margin")):
-        columns = [rows and [(row[column], row[2]) for row in rows] for rows in (before, after)]
-        changes[name] = change_of(*columns)
-    return changes
 
 
 def headline(

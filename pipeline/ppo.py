@@ -29,7 +29,7 @@ from pipeline.rl.rules import Rule
 from pipeline.train.finetune_config import FinetuneConfig
 
 VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
-INPUTS = {"policy": ("sft", "dpo", "pretrain"), "reward": ("reward",)}
+INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
 
 
 class Config(FinetuneConfig):

@@ -56,7 +56,7 @@ def inspect_data(
     ] = 0,
 ) -> None:
     """The report of a stage that prepares text: what was read, dropped and why, and published. By default of clean;
-    also of sft, reward, dpo and ppo."""
+    also of sft, reward, dpo, kto and ppo."""
     from pipeline.checks import inspect_data
 
     stages, overrides = split(words)
@@ -83,8 +83,8 @@ def inspect_masks(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line per row: ids, texts, roles, loss.")] = False,
 ) -> None:
-    """Rows of a finetuning stage (sft, reward, dpo, prompts of ppo), token by token: whose words each is, and whether
-    it carries loss; with what is wrong with the first records of each source."""
+    """Rows of a finetuning stage (sft, reward, dpo, kto, prompts of ppo), token by token: whose words each is, and
+    whether it carries loss; with what is wrong with the first records of each source."""
     from pipeline.checks import inspect_masks
 
     if recipe is not None and (model or data or chat_template):

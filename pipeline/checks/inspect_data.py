@@ -3,7 +3,7 @@ it.
 
 Of a clean stage: counts from raw to published by source and language, every rule with its overlaps and the effect of
 other thresholds, duplicates and their clusters, evaluation sets, bad input. Of a finetuning stage (sft, reward, dpo,
-ppo): its sources, reasons with places, and evaluation sets.
+kto, ppo): its sources, reasons with places, and evaluation sets.
 """
 
 import json

@@ -17,13 +17,13 @@ from pipeline.core.graph import planned_inputs
 from pipeline.core.recipe import Recipe
 from pipeline.core.status import examine
 from pipeline.core.terminal import plural
-from pipeline.data.chat.chat_sources import ChatSource, PreferenceSource, PromptSource, TuningSource
+from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, PromptSource, TuningSource
 from pipeline.data.chat.conversations import Conversation, Labelled, Pair, Prompt, first_usable, rows_of
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.data.chat.token_view import Token, tokens_of
 
-KINDS = ("sft", "reward", "dpo", "ppo")
+KINDS = ("sft", "reward", "dpo", "kto", "ppo")
 CHECKED = 200  # records of each source
 STYLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "template": "dim"}
 MARKS = ("⟦", "⟧")  # around text that carries loss, where there are no colors
@@ -37,7 +37,7 @@ class Rows:
     chat: Chat
     sources: dict[str, TuningSource]
     kind: str
-    """Of the stage: sft, reward, dpo or ppo."""
+    """Of the stage: one of KINDS."""
     longest: int | None = None
     """Tokens of a row, or of a prompt; None: any number."""
     too_long: str = "drop"
@@ -125,8 +125,8 @@ def rows_of_stage(recipe: Recipe, stage: str | None) -> Rows:
 
 
 def rows_of_file(model: Path, data: Path, chat_template: str | None) -> Rows:
-    """The records of a file with the tokenizer of a model's folder. Raises UserError if it has no conversations, pairs
-    or prompts."""
+    """The records of a file with the tokenizer of a model's folder. Raises UserError if it has no pairs, judged
+    answers, conversations or prompts."""
     from pipeline.data.chat.named_templates import with_template
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
@@ -136,16 +136,17 @@ def rows_of_file(model: Path, data: Path, chat_template: str | None) -> Rows:
     tokenizer, _ = with_template(load_tokenizer(folder), chat_template, {})
     chat = Chat(tokenizer)
     name = data.name
-    reasons = []
-    for kind, source_class in (("dpo", PreferenceSource), ("sft", ChatSource), ("ppo", PromptSource)):
+    reasons = {}
+    classes = {"dpo": PreferenceSource, "kto": LabelledSource, "sft": ChatSource, "ppo": PromptSource}
+    for kind, source_class in classes.items():
         source = source_class(path=str(data))
         try:
             first_usable(source, name)
         except UserError as error:
-            reasons.append(str(error))
+            reasons[kind] = str(error)
         else:
             return Rows(chat, {name: source}, kind)
-    raise UserError(reasons[1])
+    raise UserError(reasons["sft"])
 
 
 def check(rows: Rows, name: str, number: int) -> Checked:

@@ -76,6 +76,17 @@ def change_of(before: Sequence | None, after: Sequence | None) -> tuple[float, f
     return mean_change(before, after)
 
 
+def changes_of(result: dict, names: Sequence[str]) -> dict[str, tuple[float, float] | None]:
+    """`change_of` of each number that a training run measured on held-out records. result: what the run returned, whose
+    rows are (number of each name, weight)."""
+    before, after = result.get("before_rows"), result.get("after_rows")
+    changes = {}
+    for column, name in enumerate(names):
+        columns = [rows and [(row[column], row[-1]) for row in rows] for rows in (before, after)]
+        changes[name] = change_of(*columns)
+    return changes
+
+
 def shares(before: float, after: float, count: int) -> str:
     """A proportion before and after, with the interval of the second: "0% -> 96% (95%: 80% to 99%, n=24)"."""
     low, high = wilson(after, count)

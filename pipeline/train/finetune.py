@@ -1,4 +1,4 @@
-"""The steps that sft, reward, dpo and ppo share, in the order in which a stage takes them.
+"""The steps that sft, reward, dpo, kto and ppo share, in the order in which a stage takes them.
 
     parent = load_parent(config, inputs["model"], output.stage)       # folder, tokenizer and chat template
     arrays, extra = encode_once(output, config, encode)               # finetune_data.py: records become token rows

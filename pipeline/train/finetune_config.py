@@ -1,4 +1,4 @@
-"""Keys that sft, reward, dpo and ppo share. The steps they share are in train/finetune.py."""
+"""Keys that sft, reward, dpo, kto and ppo share. The steps they share are in train/finetune.py."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Rows of token ids for sft, reward, dpo and ppo: encoded once, read by every process; and which rows a step takes."""
+"""Rows of token ids for sft, reward, dpo, kto and ppo: encoded once, read by every process; and which rows a step
+takes."""
 
 import functools
 import itertools

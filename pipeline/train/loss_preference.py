@@ -239,6 +239,25 @@ def kto(
     return weights * torch.sigmoid(-signs * options.beta * (logps - reference - kl))
 
 
+def kto_metrics(logps: torch.Tensor, batch: dict, options: KtoOptions) -> dict:
+    """Metrics [B] without a gradient, of a batch as stage kto prepares it.
+
+    `reward_*` are beta times log(policy / reference), divided by the share of answers of their kind, so that their mean
+    over all answers is the mean over that kind; `margin` is their difference.
+    """
+    is_desirable, share = batch["is_desirable"], batch["desirable_share"]
+    with torch.no_grad():
+        ratio = logps - batch["reference"]
+        desirable = options.beta * ratio * is_desirable / share.clamp(min=1e-9)
+        undesirable = options.beta * ratio * ~is_desirable / (1 - share).clamp(min=1e-9)
+        return {
+            "margin": desirable - undesirable,
+            "reward_desirable": desirable,
+            "reward_undesirable": undesirable,
+            "kl": batch["kl"].expand_as(ratio),
+        }
+
+
 # ---- reward models ---------------------------------------------------------------------------------------------------
 
 

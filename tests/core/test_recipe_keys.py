@@ -16,6 +16,7 @@ from pipeline.core.recipe import KINDS, load
 TUNING = "steps: 2, batch_size: 4, sequence_length: 128"
 TEXT = "a {words} {noun} is a {kind}, and the {noun} is {words}; {kind} {noun} {words} {noun}, {words} {kind}"
 PROMPT = "prompt: 'What is a {words} {noun}?'"
+JUDGED = f"{PROMPT}, completion: '{{kind}}', label: '1'"
 # No key that can be left out is given, but for `workers`: other processes would not note what they read.
 RECIPE = f"""
 name: least
@@ -33,6 +34,7 @@ stages:
   sft: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.CHAT}}}}}}}
   reward: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
   dpo: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
+  kto: {{{TUNING}, sources: {{nouns: {{from: nouns, {JUDGED}}}}}}}
   ppo: {{{TUNING}, rollout: {{max_new_tokens: 4}}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}}}
   assess:
     sources: {{nouns: {{from: nouns, {PROMPT}}}}}
@@ -58,7 +60,8 @@ BESIDE = {
     "pretrain": [["pretrain.optimizer.kind=muon", "pretrain.schedule={kind: wsd, decay_steps: 1}"]],
     "sft": [["sft.sequence_length=16", "sft.too_long=truncate", "sft.spikes.policy=skip"], ["sft.lora={rank: 2}"]],
     "reward": [["reward.lora={rank: 2}"]],
-    "dpo": [["dpo.lora={rank: 2}"]],
+    "dpo": [["dpo.lora={rank: 2}", "dpo.loss=simpo"], ["dpo.loss={robust: 1.0, sft: 0.1}", "dpo.label_smoothing=0.1"]],
+    "kto": [["kto.lora={rank: 2}"]],
     "ppo": [["ppo.ppo.kl_target=1.0", "ppo.rule=exact", "ppo.sources.nouns.answer='{kind}'"], ["ppo.lora={rank: 2}"]],
     "assess": [
         ["assess.sources.nouns.answer='{kind}'"],

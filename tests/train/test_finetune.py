@@ -1,4 +1,4 @@
-"""What sft, reward, dpo and ppo share: the length of a run in epochs, and adapters."""
+"""What sft, reward, dpo, kto and ppo share: the length of a run in epochs, and adapters."""
 
 import json
 import shutil

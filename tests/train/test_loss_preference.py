@@ -2,11 +2,14 @@
 equal gradients. One file, for TRL takes seconds to import."""
 
 import copy
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import tuned
+from tiny_engine import output_in
 
 from pipeline.data.chat.conversations import Pair
 from pipeline.data.chat.record_accounting import Ledger
@@ -17,6 +20,7 @@ from pipeline.train.finetune_data import Ragged
 from pipeline.train.loss import token_logprobs
 from pipeline.train.loss_preference import answer_logprobs, bradley_terry
 from pipeline.train.preference_data import encode_pairs, pair_batch
+from pipeline.train.reference_logprobs import Cache
 
 TOLERANCE = 1e-5  # absolute, fp32
 
@@ -219,10 +223,12 @@ def trainers(tiny, tmp_path_factory):
             keys = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
             args = config(output_dir=str(out), max_length=128, **keys, **changes)
             return made(model, args=args, train_dataset=Dataset.from_list([words]), processing_class=tokenizer)
-        made, rows = (KTOTrainer, judged) if kind == "KTO" else (DPOTrainer, [words])
+        made, rows, frozen = DPOTrainer, [words], reference
+        if kind == "KTO":  # the other way round, so that the KL estimate is above 0
+            made, rows, frozen, model = KTOTrainer, judged, policy, copy.deepcopy(reference).train()
         return made(
             model,
-            ref_model=copy.deepcopy(reference),
+            ref_model=copy.deepcopy(frozen),
             args=options(out, f"{kind}Config", **changes),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -344,6 +350,70 @@ def test_orpo(tiny, trainers):
     answers = zip(batch["chosen_input_ids"], batch["chosen_labels"], strict=True)
     parts = [trainer.model(input_ids=ids[None], labels=labels[None]).loss for ids, labels in answers]
     compare(ours, loss, trainer.model, sum(parts) / 6 - odds.mean())
+
+
+@pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
+def test_kto(tiny, trainers, kind):
+    """With the mismatched answers that the stage makes, in three micro-batches; TRL's are in one, over which it takes
+    the mean of the KL estimate."""
+    from pipeline import kto
+    from pipeline.data.chat.conversations import Labelled
+    from pipeline.train import engine
+    from pipeline.train.labelled_data import encode_answers, labelled_batch, partners
+
+    answers = [
+        Labelled(
+            id=str(i),
+            source="s",
+            place="",
+            content="",
+            prompt=[{"role": "user", "content": f"{row['words']} {row['noun']}"}],
+            answer={"role": "assistant", "content": row["kind"] * (1 + i % 3)},
+            label=i % 3 != 1,
+        )
+        for i, row in enumerate(tuned.rows()[:6])
+    ]
+    ledger, pad_id = Ledger(), tiny[1].pad_token_id
+    ledger.sources["s"] = {"records": 6, "rejected": {}, "train": 0, "heldout": 0}
+    arrays = encode_answers(answers, "train", tiny[2], 64, ledger)
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
+    trainer = trainers[0]("KTO", loss_type=kind, beta=0.3, **weights)
+    ids = [arrays["train.ids"][i].tolist() for i in range(6)]
+    starts, partner = arrays["train.start"].tolist(), partners(3, "train", 6)
+    examples = [
+        {
+            "prompt_ids": ids[i][: starts[i]],
+            "completion_ids": ids[i][starts[i] :],
+            "KL_completion_ids": ids[partner[i]][starts[partner[i]] :],
+            "label": bool(arrays["train.label"][i]),
+        }
+        for i in range(6)
+    ]
+    assert all(partner[i] != i for i in range(6))
+
+    config = kto.Config(**KEYS, kind="kto", seed=3, precision="fp32", loss=kind, beta=0.3, **weights)
+    loss_fn, _ = kto.objective(config)
+    frozen = engine.build(copy.deepcopy(trainers[2]), loss_fn, config)
+    ours = engine.build(copy.deepcopy(trainers[1]), loss_fn, config)
+    cache, output = Cache(tmp := Path(tempfile.mkdtemp()), {}), output_in(tmp)
+    table = kto.reference(frozen, config, arrays, "train", list(range(6)), pad_id, cache, output)
+    parts = [[4, 0], [1, 5], [3, 2]]
+    batches = [labelled_batch(arrays, pad_id, "train", part) for part in parts]
+    for part, batch in zip(parts, batches, strict=True):
+        batch["reference"] = table[part, 0]
+    kto.baseline(ours, config, arrays, {"train": table}, pad_id)("train", parts, batches)
+    sums = [loss_fn(ours.model(**batch["inputs"]).logits, batch) for batch in batches]
+    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
+    compare(ours.model, sum(loss for loss, _ in sums) / 6, trainer.model, theirs)
+    for key, name in (
+        ("kl", "kl"),
+        ("rewards/margins", "margin"),
+        ("rewards/chosen", "reward_desirable"),
+        ("rewards/rejected", "reward_undesirable"),
+    ):
+        found = sum(float(metrics[name]) for _, metrics in sums) / 6
+        assert found == pytest.approx(trainer._metrics["train"][key][-1], abs=1e-4), key
+    assert (float(batches[0]["kl"]) > 0.05) == (kind == "kto"), batches[0]["kl"]
 
 
 def test_our_rows_are_trls(tiny, tmp_path):
