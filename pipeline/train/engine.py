@@ -201,7 +201,7 @@ class Engine:
 
         Raises UserError if the folder has another model, another optimizer's moments, or only a part of the state.
         """
-        reader = state.Reader(folder, self.name)
+        reader = state.Reader(folder, self.name, distributed.rank(), distributed.world(), distributed.all_gather_object)
         reader.compare(self._trained_shapes(), self.config.optimizer.kind)
         self._begin_moments(reader.parameters)
         own, common = self._saved()

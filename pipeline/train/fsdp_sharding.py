@@ -41,8 +41,8 @@ class Sharder:
             part = self.model.get_submodule(name)
             if any(tensor.is_meta for tensor in itertools.chain(part.parameters(), part.buffers())):
                 self._materialise(part, name, fill)
-            for inner, parameter in part.named_parameters():
-                self.scales[f"{name}.{inner}"] = lr_scale(parameter)
+            # no name here refers to a parameter, or it would stay complete while the next part is created
+            self.scales |= {f"{name}.{inner}": lr_scale(parameter) for inner, parameter in part.named_parameters()}
             self._shard_part(part)
         self._fully_shard(self.model, self.exact)
         for name, parameter in self.model.named_parameters():

@@ -179,24 +179,29 @@ class Reader:
 
     steps, layout, optimizer: how many steps the run had made, and how. parameters: {name: {shape, updates}}. Raises
     UserError for a folder without a state of `name`.
+
+    With `gather` (an all_gather_object) the `world` processes that create it together read the header of each file
+    once, not once each, and afterwards each opens only the files that hold what it asks for. Collective then.
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(
+        self, folder: Path, name: str, rank: int = 0, world: int = 1, gather: Callable[[dict], list[dict]] | None = None
+    ):
         self.folder = folder
         summary = _read_summary(folder, name)
         self.steps, self.optimizer, self.layout = summary["steps"], summary["optimizer"], summary["layout"]
         self.parameters: dict[str, dict] = {}
         self.pieces: dict[tuple[str, str], list[_Piece]] = {}  # by (kind, name)
-        for path in sorted(folder.iterdir()):
-            if re.fullmatch(rf"{re.escape(name)}-\d+\.safetensors", path.name):
-                self._index(path)
+        pattern = re.compile(rf"{re.escape(name)}-\d+\.safetensors")
+        files = sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
+        own = {file: _read_header(folder / file) for file in files[rank::world]}
+        for headers in gather(own) if gather else [own]:
+            for file, (length, header) in headers.items():
+                self._index(folder / file, length, json.loads(header))
         for pieces in self.pieces.values():
             pieces.sort(key=lambda piece: (piece.start, piece.stop))
 
-    def _index(self, path: Path) -> None:
-        with open(path, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
+    def _index(self, path: Path, length: int, header: dict) -> None:
         self.parameters |= json.loads(header.pop("__metadata__")["parameters"])
         for key, entry in header.items():
             tensor, _, start = key.rpartition("@")
@@ -270,6 +275,13 @@ class Reader:
         if self.layout == layout:
             return ""
         return f"saved with {describe(self.layout)}; now {describe(layout)}"
+
+
+def _read_header(path: Path) -> tuple[int, bytes]:
+    """(its length, a JSON object) of a safetensors file."""
+    with open(path, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        return length, handle.read(length)
 
 
 def _read_summary(folder: Path, name: str) -> dict:

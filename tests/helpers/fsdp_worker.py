@@ -117,6 +117,37 @@ def run(folder: Path) -> dict:
     return results
 
 
+def limited() -> dict[str, str]:
+    """A model of 128M parameters, 512 MB, built by two engines in a process that may take 400 MB more than it has."""
+    import resource
+
+    from tiny_engine import config, loss_fn
+
+    from pipeline.models import build
+    from pipeline.models.initial_values import initialise
+    from pipeline.train import distributed, engine
+
+    sizes = {"hidden_size": 512, "num_hidden_layers": 40, "num_attention_heads": 8, "intermediate_size": 1408}
+    block = {"family": "llama", "num_key_value_heads": 8, **sizes}
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
+    found = {}
+    for name, parallel in (("fsdp", {"shard": "full"}), ("ddp", {})):
+        try:
+            model = build.new(block, Tokenizer(), 64, 3, materialise=not parallel)
+
+            def fill(part, global_name, model=model) -> None:
+                initialise(part, 3, global_name, model)
+
+            trainer = engine.build(model, loss_fn, config(parallel=parallel, micro_batch=2), fill=fill)
+            found[name] = f"{sum(parameter.numel() for parameter in trainer.parameters)} parameters"
+            del trainer, model
+        except (MemoryError, RuntimeError) as error:
+            found[name] = str(error).splitlines()[0]
+        distributed.barrier()
+    return found
+
+
 if __name__ == "__main__":
     import warnings
 
@@ -125,7 +156,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     distributed.setup()
     path = Path(sys.argv[1])
-    results = run(path.parent)
+    results = limited() if sys.argv[2:] == ["limited"] else run(path.parent)
     if distributed.is_main():
         torch.save(results, path)
     distributed.barrier()

@@ -61,6 +61,29 @@ def test_any_range_is_pieced_together_from_any_cut(tmp_path_factory, data):
         assert [value for piece in dealt if piece.name == name for value in piece.values.tolist()] == values.tolist()
 
 
+def test_each_header_is_read_by_one_of_the_processes(tmp_path):
+    """Of two processes that resume together each opens every second file, and knows all pieces afterwards."""
+    values = torch.arange(12.0)
+    for index in range(3):
+        part = state.Part(
+            [state.Fragment("weight", "p", 4 * index, values[4 * index : 4 * index + 4])],
+            {"p": {"shape": [12], "updates": 0}},
+            {},
+        )
+        state.write(tmp_path / f"model-{index:05d}.safetensors", part)
+    (tmp_path / "model.json").write_text(json.dumps({"format": 1, "steps": 1, "optimizer": "adamw", "layout": {}}))
+    shares: list[dict] = []
+
+    def gather(own: dict) -> list[dict]:
+        shares.append(own)
+        return shares
+
+    state.Reader(tmp_path, "model", rank=1, world=2, gather=gather)
+    reader = state.Reader(tmp_path, "model", rank=0, world=2, gather=gather)
+    assert [[name[-13] for name in share] for share in shares] == [["1"], ["0", "2"]]
+    assert torch.equal(reader.read("weight", "p", 0, 12), values)
+
+
 def saved(folder, **changes):
     """A folder with the state of two steps of a tiny model."""
     trainer = engine.build(tiny(), loss_fn, config(**changes))

@@ -4,15 +4,20 @@ the other engines compute is in test_parallel.py, test_families.py and test_veri
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import families
 import fsdp_worker
 import pytest
+import simulated_fsdp
 import torch
-from paths import HELPERS
+from paths import HELPERS, ROOT
 from pydantic import ValidationError
 from tiny_engine import config
 
 from pipeline.core.errors import UserError
+from pipeline.core.recipe import load
+from pipeline.models import model_block
 from pipeline.train import state
 from pipeline.train.config import Parallel
 
@@ -26,9 +31,8 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
+def launch(folder: Path, *words: str) -> dict:
+    """Results of fsdp_worker.py in two processes."""
     command = [
         sys.executable,
         "-m",
@@ -37,15 +41,21 @@ def folder(tmp_path_factory):
         "--nproc-per-node=2",
         str(HELPERS / "fsdp_worker.py"),
         str(folder / "results.pt"),
+        *words,
     ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return folder
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
 
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return torch.load(folder / "results.pt", weights_only=False)
+    return launch(folder)
 
 
 @pytest.mark.parametrize("name", fsdp_worker.MODELS)
@@ -80,6 +90,36 @@ def test_experts_are_split_inside_where_their_number_is_not_divisible(results, f
         assert torch.equal(reader.read("weight", name, 0, value.numel()).view(value.shape), value)
         stored = sum(piece.stop - piece.start for piece in reader.pieces["exp_avg", name])
         assert stored == value.numel()
+
+
+def test_a_model_of_70_billion_starts_and_trains_within_a_shard_and_a_layer():
+    """LLaMA 2 70B on 256 GPUs, at its full width on fake tensors, with 4 and with 6 of its 80 layers. While it is
+    built: its shard and one complete layer, 2% more at most. Each further layer takes 16 bytes of a parameter over 256
+    processes and its kept input, 2% more at most, so all 80 need less than 24 GiB."""
+    recipe = load(ROOT / "recipes" / "llama-2-70b.yaml", ["pretrain.parallel={shard: full}"])
+    config, vocabulary = recipe.stages["pretrain"], families.Sized(recipe.stages["tokenizer"].vocab_size)
+    model_config = model_block.full_config(config.model, vocabulary, config.sequence_length)
+    width, inner, heads = model_config.hidden_size, model_config.intermediate_size, model_config.num_key_value_heads
+    layer = 2 * width**2 + 2 * width * heads * model_config.head_dim + 3 * width * inner
+    tables = 2 * model_config.vocab_size * width
+    world, steps = config.run.world, {}
+    for count in (4, 6):
+        model_config.num_hidden_layers = count
+        building, steps[count] = simulated_fsdp.peaks(config, model_config, world)
+        assert 4 * layer < building < 1.02 * 4 * (layer + (count * layer + tables) / world)
+    per_layer = (steps[6] - steps[4]) / 2
+    kept = 16 * layer / world + 4 * width * config.sequence_length * config.micro_batch
+    assert kept <= per_layer < 1.02 * kept
+    assert steps[6] + 74 * per_layer < 24 * 2**30
+
+
+@pytest.mark.slow
+def test_two_processes_build_what_neither_has_memory_for(tmp_path):
+    """Of 512 MB of weights each process keeps half; with 400 MB it can, and with DDP it cannot."""
+    found = launch(tmp_path, "limited")
+    count = int(found["fsdp"].split()[0])
+    assert 0.49 * 128e6 < count < 0.52 * 128e6
+    assert "allocate" in found["ddp"]
 
 
 def test_what_cannot_be_combined_is_refused():
