@@ -18,7 +18,6 @@ from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, at_responses, layout, policy_inputs, token_statistics
 from pipeline.train import distributed, phases
 from pipeline.train.engine import Accept
-from pipeline.train.schedule import learning_rate
 
 # Above this mean difference, in nats per token, sampler and trainer are so far apart that a user should know.
 NOTABLE_DIFFERENCE = 0.1
@@ -94,8 +93,8 @@ class Iterations:
 
     def step(self, batch: int, lr: float, accept: Accept | None) -> dict:
         """One iteration over the prompts of global batch `batch`. `accept` is called before each update of the policy.
-        lr: of the policy; the value model has its own, from the same schedule."""
-        stats = iterate(self.models, self.pool, self.state, batch, accept)
+        lr: of the policy; the value model's has the same schedule and its own peak."""
+        stats = iterate(self.models, self.pool, self.state, lr, batch, accept)
         self.accepted = stats.pop("accepted")
         self.state["step"] += 1
         if stats["rollout_difference"] > NOTABLE_DIFFERENCE and distributed.is_main():
@@ -121,12 +120,17 @@ class Iterations:
 
 
 def iterate(
-    models: Models, pool: list[Task], state: dict, batch_number: int | None = None, accept: Accept | None = None
+    models: Models,
+    pool: list[Task],
+    state: dict,
+    lr: float,
+    batch_number: int | None = None,
+    accept: Accept | None = None,
 ) -> dict:
     """One iteration: experience, advantages, updates. Changes the models and, in `state`, kl_coef and skipped_updates.
 
-    batch_number: which batch of the data its prompts are; by default that of the step. Returns what is logged, and
-    `accepted`: loss and gradient norm of each applied update of the policy.
+    lr: of the policy. batch_number: which batch of the data its prompts are; by default that of the step. Returns what
+    is logged, and `accepted`: loss and gradient norm of each applied update of the policy.
     """
     config = models.config
     phases.enter("rollout")
@@ -136,7 +140,7 @@ def iterate(
     tokens = tensors_of(samples)
     scores = _shaped_scores(config, samples, state["calibration"])
     signal = _signal(config, tokens, scores, state["kl_coef"])
-    updates = _update(models, samples, signal, state, accept)
+    updates = _update(models, samples, signal, state, lr, accept)
     clock.lap("update")
 
     stats = _statistics(config, samples, tokens, scores, signal, state["kl_coef"])
@@ -227,15 +231,16 @@ def _statistics(
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
 
-def _update(models: Models, samples: list[Sample], signal: dict, state: dict, accept: Accept | None) -> dict:
+def _update(
+    models: Models, samples: list[Sample], signal: dict, state: dict, policy_lr: float, accept: Accept | None
+) -> dict:
     """Policy and value updates of one iteration. Returns means over its updates, equal on all processes.
 
     An update that `accept` refuses ends the iteration, unless spikes.policy is skip: the run is about to be stopped or
     rolled back.
     """
     config, step = models.config, state["step"]
-    policy_lr = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
-    value_lr = learning_rate(config.schedule, config.value_optimizer.lr, step, config.steps)
+    value_lr = policy_lr * (config.value_optimizer.lr / config.optimizer.lr)  # the same schedule, another peak
     policy_stats, value_stats = [], []
     update_policy, refused = step >= config.ppo.critic_warmup, False
     for minibatch in _minibatches(config, step, len(samples)):

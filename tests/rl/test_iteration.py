@@ -6,6 +6,8 @@ import ppo_world
 import pytest
 import torch
 
+LR = 3e-3  # of the policy in ppo_world.py
+
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
@@ -32,7 +34,7 @@ def test_the_reference_and_the_reward_model_stay(inside):
     }
     start = {key: value.clone() for key, value in models.policy.model.state_dict().items()}
     for state["step"] in range(2):
-        iterate(models, pool, state)
+        iterate(models, pool, state, LR)
     for name, model in (("reference", models.reference), ("reward", models.reward)):
         assert all(torch.equal(value, frozen[name][key]) for key, value in model.state_dict().items())
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
@@ -56,7 +58,7 @@ def test_each_sample_once_an_epoch_in_a_fresh_order(inside, monkeypatch):
     )
     collect = experience.collect
     monkeypatch.setattr(iteration, "collect", lambda *a, **k: sampled.extend(collect(*a, **k)) or sampled)
-    iteration.iterate(models, pool, state)
+    iteration.iterate(models, pool, state, LR)
     wanted = sorted((sample.prompt_ids, sample.response_ids) for sample in sampled)
     orders = []
     for epoch in range(2):
@@ -77,6 +79,25 @@ def test_each_sample_once_an_epoch_in_a_fresh_order(inside, monkeypatch):
     assert orders[0] != orders[1]
 
 
+def test_one_learning_rate_from_the_loop_is_that_of_both_models(world, monkeypatch):
+    """The policy's is the one that the loop gives; the value model's follows by the ratio of the two peaks."""
+    from pipeline.rl.iteration import Iterations
+
+    models, pool, _, state = ppo_world.inside(world, world, ["ppo.steps=4", "ppo.value_optimizer={lr: 1e-2}"])
+    used = {}
+    for name, engine in (("policy", models.policy), ("value", models.value)):
+        step = engine.step
+        monkeypatch.setattr(
+            engine,
+            "step",
+            lambda batches, lr, *rest, name=name, step=step: used.update({name: lr}) or step(batches, lr, *rest),
+        )
+    iterations = Iterations(models, pool)
+    iterations.begin(state | {"skipped": 0})
+    stats = iterations.step(0, 1e-4, None)
+    assert (stats["lr"], stats["value_lr"]) == (used["policy"], used["value"]) == pytest.approx((1e-4, 1e-4 * 10 / 3))
+
+
 def test_an_update_that_is_no_number_is_skipped_and_counted(inside, monkeypatch):
     """35: weights of the policy untouched, the value model goes on."""
     from pipeline.rl import advantages as module
@@ -85,7 +106,7 @@ def test_an_update_that_is_no_number_is_skipped_and_counted(inside, monkeypatch)
     models, pool, _, state = inside
     start = {key: value.clone() for key, value in models.policy.model.state_dict().items()}
     monkeypatch.setattr(module, "whiten", lambda values, mask, shift_mean=True: values * math.nan)
-    stats = iterate(models, pool, state)
+    stats = iterate(models, pool, state, LR)
     assert state["skipped_updates"] == stats["skipped_updates"] == stats["policy_updates"] == 4
     assert all(torch.equal(value, start[key]) for key, value in models.policy.model.state_dict().items())
 
@@ -100,7 +121,7 @@ def test_without_their_adapters_the_trained_models_are_reference_and_reward_mode
     assert models.reference is None and sum(p.numel() for p in models.reward.parameters()) == 32
     ids = torch.randint(6, 30, (2, 12), generator=torch.Generator().manual_seed(0))
     for state["step"] in range(2):
-        stats = iterate(models, pool, state)
+        stats = iterate(models, pool, state, LR)
     assert abs(stats["kl"]) > 1e-3  # estimated from samples, so of either sign
     policy, reward = build.load(world / "policy/model").eval(), build.load(world / "reward/model", head="judge").eval()
     with torch.no_grad():
