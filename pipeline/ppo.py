@@ -36,6 +36,8 @@ class Config(FinetuneConfig):
     """Keys of stage `ppo`. steps: iterations. epochs: passes over the prompts; those over an iteration's samples are
     `ppo.epochs`. batch_size: prompts of an iteration. sequence_length: tokens of a prompt with its response."""
 
+    MODEL_INPUTS = ("policy", "reward")
+
     sources: dict[str, PromptSource]
     """Prompts, by name."""
     holdout: float = Field(0.05, gt=0, lt=1)

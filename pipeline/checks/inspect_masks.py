@@ -109,8 +109,8 @@ def rows_of_stage(recipe: Recipe, stage: str | None) -> Rows:
     node = graph[stage or possible[0]]
     config, inputs = node.config, planned_inputs(node, graph)
     problems = Problems()
-    models = [inputs[key] for key in ("model", "policy") if key in inputs]
-    chat = planned_model.chat_of(models, config, problems)
+    model = config.initial_model(inputs)
+    chat = planned_model.chat_of([model] if model else [], config, problems)
     problems.refuse()
     if chat is None:
         raise UserError(

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -245,6 +245,9 @@ class TrainConfig(StageConfig):
     HAS_STEPS = True
     KEPT = None
 
+    MODEL_INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    """Names of the inputs that are models and read rows of this stage. Training starts from the first."""
+
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(ge=1, le=1_000_000_000)
@@ -393,6 +396,11 @@ class TrainConfig(StageConfig):
         return True
 
     @classmethod
+    def balances_experts(cls) -> bool:
+        """Whether a mixture of experts is trained with its balancing loss (train/moe_aux_loss.py)."""
+        return True
+
+    @classmethod
     def uses_peak(cls) -> bool:
         """Whether the time of a run follows from the rate of its devices."""
         return True
@@ -409,18 +417,26 @@ class TrainConfig(StageConfig):
 
         return Watch(output, self.watch)
 
+    def input_models(self, inputs: dict[str, PlannedInput]) -> list[PlannedInput]:
+        """The models that read rows of this stage, as far as they are given."""
+        return [inputs[name] for name in self.MODEL_INPUTS if name in inputs]
+
+    def initial_model(self, inputs: dict[str, PlannedInput]) -> PlannedInput | None:
+        """The model that training starts from; None for a new one."""
+        return inputs.get(self.MODEL_INPUTS[0])
+
     def planned_positions(self, inputs: dict[str, PlannedInput]) -> int | None:
         """Those of the model that training starts from."""
         from pipeline.train import planned_model
 
-        parent = inputs.get("model") or inputs.get("policy")
+        parent = self.initial_model(inputs)
         return planned_model.num_positions(parent) if parent else None
 
     def planned_model_config(self, inputs: dict[str, PlannedInput]) -> Any:
         """transformers' configuration of the model that is trained; None if it is not known before the stage runs."""
         from pipeline.train import planned_model
 
-        parent = inputs.get("model") or inputs.get("policy")
+        parent = self.initial_model(inputs)
         return planned_model.config_of(parent) if parent else None
 
     def planned_tokens(self) -> int | None:
@@ -430,12 +446,12 @@ class TrainConfig(StageConfig):
     def planned_vocabulary(self, inputs: dict[str, PlannedInput]) -> int | None:
         from pipeline.train import planned_model
 
-        parent = inputs.get("model") or inputs.get("policy") or inputs.get("tokenizer")
+        parent = self.initial_model(inputs) or inputs.get("tokenizer")
         return planned_model.vocabulary_of(parent) if parent else None
 
     def planned_tokenizer(self, inputs: dict[str, PlannedInput]) -> Any:
         """That of the model that training starts from, or the one that packed the text."""
         from pipeline.train import planned_model
 
-        parent = inputs.get("model") or inputs.get("policy") or inputs.get("tokenizer")
+        parent = self.initial_model(inputs) or inputs.get("tokenizer")
         return planned_model.tokenizer_of(parent) if parent else None

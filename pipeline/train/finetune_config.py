@@ -80,6 +80,10 @@ class FinetuneConfig(TrainConfig):
             )
         return self
 
+    @classmethod
+    def balances_experts(cls) -> bool:
+        return False
+
     def in_steps(self, rows: int) -> Self:
         """This config with `steps` and `schedule.warmup_steps`, where the recipe gives epochs of `rows` rows and a
         ratio of the steps."""
@@ -136,21 +140,17 @@ class FinetuneConfig(TrainConfig):
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         from pipeline.train import planned_model
 
-        planned_model.check_positions(self._models(inputs), self.sequence_length)
+        planned_model.check_positions(self.input_models(inputs), self.sequence_length)
 
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
         from pipeline.data.chat.record_checks import check_chat_records
         from pipeline.train import planned_model
 
         problems = Problems()
-        chat = planned_model.chat_of(self._models(inputs), self, problems)
+        chat = planned_model.chat_of(self.input_models(inputs), self, problems)
         with problems.gather():
             check_chat_records(self.sources, self.holdout, chat)
         problems.refuse()
-
-    def _models(self, inputs: dict[str, PlannedInput]) -> list[PlannedInput]:
-        """The models that get rows of this stage."""
-        return [inputs[key] for key in ("model", "policy", "reward") if key in inputs]
 
 
 def _ceil(value: float) -> int:

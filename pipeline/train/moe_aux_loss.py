@@ -123,5 +123,5 @@ class Balance:
 
 
 def attach(model, config, first_layer: int = 0) -> Balance | None:
-    """The balancing loss of a model in pretraining; None without one, and in finetuning stages."""
-    return Balance(model, first_layer) if config.kind == "pretrain" and coefficient(model.config) else None
+    """The balancing loss of a model; None without one, and in stages that do not train with it."""
+    return Balance(model, first_layer) if type(config).balances_experts() and coefficient(model.config) else None

@@ -16,9 +16,6 @@ from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from pipeline.train.finetune_config import FinetuneConfig
 
-# Names of inputs that a stage continues to train, or else takes its tokenizer from.
-STARTS_FROM = ("model", "policy")
-
 
 def num_positions(model: PlannedInput) -> int | None:
     """Most tokens of a row that a model has positions for; None if there is no limit or it is not known."""

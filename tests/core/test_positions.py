@@ -3,10 +3,14 @@
 import families
 import pytest
 
+from pipeline import pretrain
 from pipeline.core import recipe
+from pipeline.core.config import PlannedInput
 from pipeline.core.errors import UserError
 from pipeline.core.graph import check, nodes
 from pipeline.models import build
+from pipeline.train.config import TrainConfig
+from pipeline.train.finetune_config import FinetuneConfig
 
 KEYS = "batch_size: 4, steps: 1, sources: {one: {path: rows.jsonl}}"
 CHAIN = f"""
@@ -44,6 +48,34 @@ def test_a_stage_may_be_longer_than_the_one_before(world, stage):
         UserError, match=rf"stages\.{stage}\.sequence_length: 8193 tokens are more than the 8192 positions"
     ):
         checked(stage, f"{stage}.sequence_length=8193")
+
+
+def test_every_model_that_a_training_stage_takes_is_declared_as_one():
+    """Else its positions would not be checked."""
+    for kind in recipe.KINDS:
+        module = recipe.module_of(kind)
+        inputs = {name.rstrip("?") for name in module.INPUTS}
+        if issubclass(module.Config, FinetuneConfig):
+            assert set(module.Config.MODEL_INPUTS) == inputs, kind
+        elif issubclass(module.Config, TrainConfig):
+            assert set(module.Config.MODEL_INPUTS) <= inputs, kind
+
+
+def test_models_are_found_by_the_names_that_a_stage_declares():
+    class Distil(FinetuneConfig):
+        MODEL_INPUTS = ("student", "teacher")
+
+    config = Distil(kind="distil", sources={}, steps=1, batch_size=1, sequence_length=64)
+    parent = FinetuneConfig(kind="sft", sources={}, steps=1, batch_size=1, sequence_length=8)
+    model = pretrain.Config(
+        kind="pretrain", model={"family": "llama"}, steps=1, batch_size=1, sequence_length=32, inputs={}
+    )
+    base = PlannedInput("base", model)
+    inputs = {"student": PlannedInput("tuned", parent, {"model": base}), "teacher": base}
+    assert config.initial_model(inputs).name == "tuned" and len(config.input_models(inputs)) == 2
+    assert config.planned_positions(inputs) == 32
+    with pytest.raises(UserError, match="positions that tuned gives its model(.|\\n)*positions that base gives"):
+        config.check_inputs(inputs)
 
 
 def test_shorter_pretraining_keeps_positions_and_longer_adds_them(world):

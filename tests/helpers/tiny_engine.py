@@ -22,6 +22,7 @@ def tiny(**changes):
 
 def config(**changes) -> TrainConfig:
     keys = {
+        "kind": "pretrain",
         "steps": 6,
         "batch_size": ROWS,
         "sequence_length": LENGTH,
@@ -30,7 +31,7 @@ def config(**changes) -> TrainConfig:
         "optimizer": {"lr": 3e-3, "max_grad_norm": 0.5},
         "save": {"every_steps": 2},
     }
-    return TrainConfig(kind="pretrain", **{**keys, **changes})
+    return TrainConfig(**{**keys, **changes})
 
 
 def rows(step: int):

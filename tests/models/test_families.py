@@ -23,6 +23,7 @@ from pipeline.models.model_block import changed_config, check_document_mask
 from pipeline.models.publish import publish
 from pipeline.train import engine, layers, moe_aux_loss
 from pipeline.train.config import Parallel
+from pipeline.train.finetune_config import FinetuneConfig
 
 
 def steps_of(name: str, count: int = 3, **changes) -> list[dict]:
@@ -205,6 +206,14 @@ def test_the_balancing_loss_is_the_papers(name, checkpointing):
         )
         changed += "gate.weight" in key and not torch.allclose(parameter.grad, alone.grad, rtol=1e-3)
     assert changed, "without the loss the routers' gradients are others"
+
+
+def test_every_stage_but_finetuning_trains_with_the_balancing_loss():
+    """Also one of another kind than pretrain."""
+    model = fresh("mixtral-8x7b")
+    assert moe_aux_loss.attach(model, config(kind="midtrain")) is not None
+    tuning = FinetuneConfig(kind="sft", sources={}, steps=1, batch_size=1, sequence_length=8)
+    assert moe_aux_loss.attach(model, tuning) is None
 
 
 def test_deepseeks_affinities_and_values_of_known_routers():
