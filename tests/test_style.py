@@ -5,7 +5,7 @@ import sys
 
 from paths import ROOT
 
-FILES = sorted((ROOT / "pipeline").rglob("*.py"))
+FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 LONGEST_FUNCTION = 100  # lines
 
 
