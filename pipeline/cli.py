@@ -125,6 +125,9 @@ def recipe_check(
     for name, node in graph.items():
         parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
         show(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
+    for name, node in graph.items():
+        for warning in node.config.warnings():
+            show(f"{name}: WARNING: {warning}")
     left = "" if sources else " (--sources reads the first records of local sources, too)"
     show(f"{recipe}: {plural(len(graph), 'stage')}, every key is known{left}")
 

@@ -252,6 +252,10 @@ class StageConfig(Strict):
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
         """Read the first records of every source that is on this machine. A missing file is reported elsewhere."""
 
+    def warnings(self) -> list[str]:
+        """What is allowed but unusual in the keys, as sentences that begin with a key."""
+        return []
+
     # ---- what is known of the output before the stage has run
 
     def planned_sources(self, inputs: dict[str, PlannedInput]) -> list[str] | None:

@@ -304,6 +304,20 @@ class TrainConfig(StageConfig):
         self._check_keep_best()
         self.check_layout(world)
 
+    def warnings(self) -> list[str]:
+        steps, warmup = self.last_step(), self.warmup_steps()
+        if steps is None or warmup is None or warmup <= steps:
+            return super().warnings()
+        return [
+            *super().warnings(),
+            f"schedule: a warmup of {plural(warmup, 'step', ',')} is longer than the run of {steps:,}, so that the"
+            " learning rate never reaches its peak",
+        ]
+
+    def warmup_steps(self) -> int | None:
+        """Steps of the warmup; None if only the running stage can tell."""
+        return self.schedule.warmup_steps
+
     def check_layout(self, world: int) -> None:
         """Check that `world` processes can have this layout. Raises UserError."""
         self._check_pipeline(world)

@@ -33,7 +33,7 @@ from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_pad
 from pipeline.models import build, cost, families, frozen, lora, vocabulary
 from pipeline.models.publish import publish, publish_adapter
 from pipeline.models.weights_hash import weights_hash
-from pipeline.train import chunked_loss, distributed, loop
+from pipeline.train import chunked_loss, distributed, loop, train_length
 from pipeline.train import engine as engines
 from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
@@ -163,9 +163,10 @@ def _weights_digest(parent: Parent, artifact: Artifact) -> str:
 def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
     """The config of a run over epochs of `rows` rows, with its length in steps. Raises UserError if other keys do not
     fit that length."""
-    config = config.in_steps(rows)
-    config.check(distributed.world())
-    return config
+    resolved = config.in_steps(rows)
+    resolved.check(distributed.world())
+    train_length.say_warnings(config, resolved)
+    return resolved
 
 
 # ---- build -----------------------------------------------------------------------------------------------------------

@@ -84,17 +84,21 @@ class FinetuneConfig(TrainConfig):
     def balances_experts(cls) -> bool:
         return False
 
+    def warmup_steps(self) -> int | None:
+        ratio = self.schedule.warmup_ratio
+        if ratio is None:
+            return self.schedule.warmup_steps
+        return None if self.steps is None else _ceil(ratio * self.steps)
+
     def in_steps(self, rows: int) -> Self:
         """This config with `steps` and `schedule.warmup_steps`, where the recipe gives epochs of `rows` rows and a
         ratio of the steps."""
         steps = self.steps
         if self.epochs is not None:
             steps = max(1, _ceil(self.epochs * rows / self.batch_size))
-        schedule = self.schedule
-        if schedule.warmup_ratio is not None:
-            warmup_steps = _ceil(schedule.warmup_ratio * steps)
-            schedule = schedule.model_copy(update={"warmup_steps": warmup_steps, "warmup_ratio": None})
-        return self.model_copy(update={"steps": steps, "epochs": None, "schedule": schedule})
+        config = self.model_copy(update={"steps": steps, "epochs": None})
+        warmup = {"warmup_steps": config.warmup_steps(), "warmup_ratio": None}
+        return config.model_copy(update={"schedule": self.schedule.model_copy(update=warmup)})
 
     def check_layout(self, world: int) -> None:
         super().check_layout(world)

@@ -163,6 +163,10 @@ class Config(TrainConfig):
             return self.steps
         return math.ceil(self.tokens / (self.batch_size * self.sequence_length))
 
+    def warmup_steps(self) -> int | None:
+        tokens = self.schedule.warmup_tokens
+        return self.schedule.warmup_steps if tokens is None else math.ceil(tokens / self.step_tokens)
+
     def planned_tokens(self) -> int | None:
         return None if self.steps is None and self.tokens is None else self.last_step() * self.step_tokens
 

@@ -10,7 +10,7 @@ from pipeline.core.config import seconds_of
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import plural
+from pipeline.core.terminal import plural, say
 from pipeline.train.config import Schedule
 
 FILE = "horizon.json"
@@ -22,16 +22,21 @@ FEWEST = 8  # of them made by this process, because a resumed one has to warm up
 def in_steps(config, parameters: int):
     """`config` with `steps` and `warmup_steps` if the recipe gives tokens. Rounded up: never fewer tokens than asked
     for. With `time`, steps stay None."""
-    step_tokens = config.batch_size * config.sequence_length
-    schedule: Schedule = config.schedule
-    if schedule.warmup_tokens is not None:
-        warmup_steps = -(-schedule.warmup_tokens // step_tokens)
-        schedule = schedule.model_copy(update={"warmup_steps": warmup_steps, "warmup_tokens": None})
+    warmup = {"warmup_steps": config.warmup_steps(), "warmup_tokens": None}
+    schedule: Schedule = config.schedule.model_copy(update=warmup)
     tokens = config.tokens
     if config.tokens_per_parameter is not None:
         tokens = round(config.tokens_per_parameter * parameters)
-    steps = config.steps if tokens is None else -(-tokens // step_tokens)
+    steps = config.steps if tokens is None else -(-tokens // config.step_tokens)
     return config.model_copy(update={"steps": steps, "schedule": schedule})
+
+
+def say_warnings(before, after) -> None:
+    """Print what only the length in steps shows: warnings of config `after` that `before` did not have."""
+    known = before.warnings()
+    for warning in after.warnings():
+        if warning not in known:
+            say(f"{after.kind}: WARNING: {warning}")
 
 
 class TrainingLength:

@@ -36,6 +36,19 @@ def test_warmup_as_a_share_of_the_steps(ratio, steps, warmup):
     assert resolved.schedule.warmup_steps == warmup and resolved.schedule.warmup_ratio is None
 
 
+def test_a_warmup_longer_than_the_run_is_said_as_soon_as_it_is_known():
+    def said(**keys) -> tuple[str, str]:
+        config = Config(**KEYS, schedule={"warmup_steps": 12}, **keys)
+        return " ".join(config.warnings()), " ".join(config.in_steps(100).warnings())
+
+    words = "a warmup of 12 steps is longer than the run of 10, so that the learning rate never reaches its peak"
+    early, late = said(steps=10)
+    assert words in early and words in late
+    early, late = said(epochs=1)
+    assert words not in early and words in late
+    assert "warmup" not in said(steps=12)[0]
+
+
 def test_one_length_and_one_warmup():
     with pytest.raises(ValueError, match="the length of the run is missing; give steps or epochs"):
         Config(**KEYS)

@@ -91,6 +91,17 @@ def test_time_becomes_steps_once_and_is_kept_over_kills(world):
     assert files_of(published(world, "again")) == files_of(published(world, "timed"))
 
 
+def test_a_warmup_in_tokens_longer_than_the_run_is_said(capsys):
+    keys = {"kind": "pretrain", "batch_size": 8, "sequence_length": 32, "seed": 0, "inputs": {}}
+    schedule = {"warmup_tokens": 2561}
+    known = Config(**keys, tokens=2560, schedule=schedule)
+    assert "a warmup of 11 steps is longer than the run of 10" in known.warnings()[0]
+    by_size = Config(**keys, tokens_per_parameter=2, schedule=schedule)
+    assert by_size.warnings() == []
+    train_length.say_warnings(by_size, train_length.in_steps(by_size, 1280))
+    assert "pretrain: WARNING: schedule: a warmup of 11 steps" in capsys.readouterr().out
+
+
 def test_a_rollback_at_the_step_that_would_settle_puts_it_off(tmp_path):
     """Times are measured anew after a rollback (loop.py): a step that has none yet decides nothing, and no learning
     rate of the steps so far depends on the end."""
