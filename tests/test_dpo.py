@@ -3,12 +3,13 @@ if it had not been."""
 
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import tuned
-from harness import stage
+from harness import files_of, stage
 
 from pipeline.core.config import identity
 from pipeline.dpo import Config
@@ -146,3 +147,35 @@ def test_labels_may_be_noisy(tmp_path):
     )
     tuned.succeed("dpo", "tiny.yaml", "dpo.label_smoothing=0.1", "dpo.steps=2", cwd=tmp_path)
     np.testing.assert_allclose(tuned.metrics(tmp_path, "dpo")["heldout_loss_before"], math.log(2), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("dpo.loss=sigmoid_norm", "dpo.beta=2"),
+        ("dpo.loss=robust", "dpo.label_smoothing=0.2"),
+        ("dpo.loss=ipo",),
+        ("dpo.loss=hinge",),
+        ("dpo.loss=apo_zero",),
+        ("dpo.loss=apo_down",),
+        ("dpo.loss=simpo", "dpo.beta=2"),
+        ("dpo.loss=orpo",),
+        ("dpo.loss={sigmoid: 1.0, sft: 0.2}", "dpo.micro_batch=2"),
+    ],
+    ids=str,
+)
+def test_every_loss_killed_twice_and_resumed(words, tmp_path):
+    """Bit-equal to the run that was left alone, whose reference was computed by that run itself."""
+    found = []
+    for name, faults in (("alone", []), ("killed", ["work:5", "save:2"])):
+        folder = tuned.copy_until("dpo", tmp_path / name)
+        shutil.rmtree(folder / "runs/tiny/cache")
+        for fault in faults:
+            code, text = stage("dpo", "tiny.yaml", "dpo.steps=10", *words, cwd=folder, fault=fault)
+            assert code == -9, text
+        tuned.succeed("dpo", "tiny.yaml", "dpo.steps=10", *words, cwd=folder)
+        metrics = tuned.metrics(folder, "dpo")
+        numbers = {key: value for key, value in metrics.items() if "per_second" not in key}
+        found.append((files_of(folder / "runs/tiny/dpo/current"), numbers))
+    assert found[0] == found[1]
