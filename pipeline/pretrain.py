@@ -157,8 +157,7 @@ def branch_checkpoint(config: Config, inputs: dict[str, Artifact], output: Outpu
 def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     """The model that training starts from: new, or that of another stage or folder. Raises UserError if it does not fit
     the tokens."""
-    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
-    from pipeline.models import build, model_block, mup
+    from pipeline.models import build, model_block, mup, vocabulary
     from pipeline.train.finetune_data import model_folder
 
     if "model" not in inputs:
@@ -166,8 +165,10 @@ def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
         materialise = config.parallel.pipeline == 1 and config.parallel.shard is None
         return build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=materialise)
     folder = model_folder(inputs["model"])
+    pieces = new_tokens(config, folder, tokenizer)
     model_config = model_block.changed_config(folder, config.model_changes, config.sequence_length)
     model = build.load(folder, config=model_config)
+    vocabulary.add_rows(model, pieces)
     mup.scale_learning_rates(model)
     if config.document_mask:
         model_block.check_document_mask(model.config.model_type)
@@ -176,12 +177,35 @@ def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
             f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size};"
             " they must share one tokenizer"
         )
-    if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+    return model
+
+
+def new_tokens(config: Config, folder: Path, tokenizer) -> dict[int, list[int]]:
+    """Tokens that were added to the tokenizer of the model in `folder` (stage tokenizer, `add_tokens`): id -> ids of
+    the old tokens that spell it. Raises UserError if `tokenizer` is another one."""
+    from pipeline.data.tokenizer.extension import new_pieces
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return {}
+    pieces = new_pieces(load_tokenizer(folder).backend_tokenizer, tokenizer.backend_tokenizer)
+    if pieces is None:
         raise UserError(
             f"inputs.tokenizer is not the tokenizer of inputs.model ({folder}): their tokens have other ids; pack"
-            f" the text with the model's, as in inputs: {{tokenizer: {folder}}}"
+            f" the text with the model's, as in inputs: {{tokenizer: {folder}}}, or with one that adds tokens to it"
+            f" (tokenizer: {{adopt: {folder}, add_tokens: 8000}})"
         )
-    return model
+    if pieces and config.from_step is not None:
+        raise UserError(
+            f"stage {config.kind}: from_step: {config.from_step} continues a run whose model has no rows for the"
+            f" {len(pieces):,} tokens that were added to its tokenizer; remove from_step"
+        )
+    if pieces:
+        say(
+            f"{config.kind}: {len(pieces):,} tokens were added to the tokenizer of {folder}; each starts as the mean of"
+            " the tokens that spelled it"
+        )
+    return pieces
 
 
 def print_plan(config: Config, model, size, sampler, output: Output):

@@ -7,6 +7,7 @@ Reads the output of `clean`. Writes a Hugging Face folder (tokenizer.json, token
 and tokenizer.model or tokenizer.tiktoken) and report.json. Measurements and choices: docs/tokenizer.md.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -77,6 +78,9 @@ class Config(StageConfig):
     adopt: str | None = None
     """Publish this tokenizer instead of training one: a Hugging Face folder, a sentencepiece model or a tiktoken file.
     The contents of its files are part of the stage's identity."""
+    add_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    """With adopt: learn this many further tokens on the text, after those that it has; all old ids stay. For byte-level
+    BPE (GPT-2, Llama 3, Qwen, DeepSeek, ...)."""
     pattern: str | None = None
     """For a tiktoken file in adopt: the expression that splits text into words; by default cl100k's."""
 
@@ -147,7 +151,7 @@ class Config(StageConfig):
         if not self.adopt or not Path(self.adopt).expanduser().exists():
             return None
         with tempfile.TemporaryDirectory() as folder:
-            adopt(self, Path(folder))
+            adopt(self, Path(folder))  # without `add_tokens`: the text may not be there yet
             tokenizer = load_tokenizer(Path(folder))
         tokenizer.name_or_path = self.adopt  # for messages
         return tokenizer
@@ -183,8 +187,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     training_began = time.time()
     coverage = None
+    before = None
     if config.adopt:
-        algorithm = adopt(config, output.path)
+        algorithm, before = adopt(config, output.path, sample_file, sample_bytes)
     else:
         algorithm = config.algorithm
         say(
@@ -198,7 +203,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     train_seconds = time.time() - training_began
     faults.point("work")
 
-    measured = verify(output.path, work, trained_here=not config.adopt)
+    measured = verify(output.path, work, trained_here=not config.adopt, before=before)
     num_changed = _report_differences(measured)
     size = len(load_tokenizer(output.path))
     report = {
@@ -224,7 +229,16 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "output": f"{size} tokens, {algorithm}",
         "measure": f"{rate:.2f} bytes per token held out, {round_trip}" if rate else round_trip,
     }
+    if before is not None:
+        metrics["summary"]["measure"] = f"{_gain(measured)}, {round_trip}"
     return metrics
+
+
+def _gain(measured: dict) -> str:
+    """Bytes per token of held-out text before and after tokens were added, by language."""
+    before, after = measured["before"]["bytes_per_token_by_language"], measured["bytes_per_token_by_language"]
+    rates = [f"{language} {before[language]:.2f} -> {after[language]:.2f}" for language in after]
+    return f"bytes per token held out: {', '.join(rates)}" if rates else "no held-out text"
 
 
 def _report_differences(measured: dict) -> int:
@@ -304,21 +318,27 @@ def _with_progress(texts: Iterator[str], total: int) -> Iterator[str]:
 # ---- adopting --------------------------------------------------------------------------------------------------------
 
 
-def adopt(config: Config, folder: Path) -> str:
-    """Publish an existing tokenizer into `folder`, with the special tokens and the chat template that it lacks. Returns
-    what it is."""
+def adopt(config: Config, folder: Path, sample: Path | None = None, sample_bytes: int = 0) -> tuple[str, Any]:
+    """Publish an existing tokenizer into `folder`, with the special tokens and the chat template that it lacks, and
+    with `add_tokens` that are learned on the drawn sample of `sample_bytes` bytes. Returns (what it is, the
+    tokenizers.Tokenizer to which tokens were added or None)."""
     from tokenizers import AddedToken
 
-    from pipeline.data.tokenizer import byte_bpe, import_tokenizer
+    from pipeline.data.tokenizer import byte_bpe, encode, import_tokenizer
 
     imported = import_tokenizer.load(config.adopt, config.pattern)
-    backend, names = imported.backend, dict(imported.names)
+    backend, names, ranks, before = imported.backend, dict(imported.names), imported.ranks, None
     is_tiktoken = imported.algorithm == import_tokenizer.TIKTOKEN
     if "eos_token" not in names and not is_tiktoken:
         raise UserError(
             f"adopt: {config.adopt} has no eos token, and every document ends with one; set eos_token in its"
             " tokenizer_config.json"
         )
+    if config.add_tokens:
+        _check_extensible(config, backend)
+        if sample is not None:
+            before, backend = backend, _extended(config, backend, sample, sample_bytes)
+            ranks = encode.ranks(json.loads(backend.to_str()))
     names.setdefault("bos_token", names.get("eos_token", BOS))
     names.setdefault("eos_token", EOS)
     # Padding is masked by position, so the end of text can be the padding. A new pad token would need a row that this
@@ -331,8 +351,8 @@ def adopt(config: Config, folder: Path) -> str:
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     template = imported.template or CHAT_TEMPLATE
     publish(backend, folder, names, config.extra_tokens(), template, imported.model)
-    if imported.model is None and imported.ranks is not None:
-        write_atomic(folder / "tokenizer.tiktoken", byte_bpe.dump(imported.ranks))
+    if imported.model is None and ranks is not None:
+        write_atomic(folder / "tokenizer.tiktoken", byte_bpe.dump(ranks))
     if missing:
         ids = ", ".join(str(backend.token_to_id(name)) for name in missing)
         say(f"tokenizer: added special tokens that {config.adopt} lacks: {', '.join(missing)} (ids {ids})")
@@ -340,7 +360,46 @@ def adopt(config: Config, folder: Path) -> str:
         say("tokenizer: it has no chat template; ChatML is used")
     for remark in imported.remarks:
         say(f"tokenizer: {remark}")
-    return imported.algorithm
+    return imported.algorithm, before
+
+
+def _check_extensible(config: Config, backend) -> None:
+    """Raise UserError unless tokens can be added."""
+    from pipeline.data.tokenizer import extension
+
+    reason = extension.unsupported(backend)
+    if reason:
+        raise UserError(
+            f"add_tokens: {config.adopt} {reason}; tokens can be added to byte-level BPE (GPT-2, Llama 3, Qwen,"
+            " DeepSeek). Train a tokenizer of its own for the text, or adopt this one without add_tokens"
+        )
+
+
+def _extended(config: Config, backend, sample: Path, sample_bytes: int):
+    """The tokenizer with `add_tokens` learned on the drawn sample. Raises UserError if the text cannot fill them."""
+    from pipeline.data.tokenizer import extension
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
+    from pipeline.data.tokenizer.sample import texts
+
+    num_before = backend.get_vocab_size()
+    say(
+        f"tokenizer: {config.add_tokens} tokens more than the {num_before} of {config.adopt}, learned on"
+        f" {byte_size(sample_bytes)}"
+    )
+    extended, number = extension.extend(backend, texts(sample), config.add_tokens, sample_bytes, config.max_token_bytes)
+    if number < config.add_tokens:
+        raise UserError(
+            f"add_tokens: the text has only {number} pairs of tokens left to merge; use add_tokens: {number} or less,"
+            " or more text (sample_bytes)"
+        )
+    for token in extended.get_added_tokens_decoder().values():
+        [ids] = encode_text(extended, [token.content])
+        if token.special and extended.token_to_id(token.content) in ids:
+            raise UserError(
+                f"add_tokens: text that spells {token.content!r} would become this special token of {config.adopt},"
+                " because its model looks up whole words; rename the token there"
+            )
+    return extended
 
 
 if __name__ == "__main__":

@@ -337,6 +337,19 @@ def test_adapters_on_two_processes(world, adapted, zero):
         )
 
 
+def test_adapters_on_a_base_in_4_bits(world, plain):
+    """Two models in memory where all weights need four; sampled and measured in the type of `precision`, so the KL to
+    the start, which is the policy without its adapter, is 0 at first."""
+    pytest.importorskip("bitsandbytes")
+    words = ("ppo.lora={rank: 4, base: nf4}", *ADAPTED[1:], "ppo.precision=bf16")
+    _, metrics, said = ppo(world, *words, output="adapted-nf4")
+    assert abs(metrics["kl_before"]) < 0.05 < abs(metrics["kl_after"]) and "adapter merged" in said
+    adapted, whole = (text.partition("memory ")[2].partition("\n")[0] for text in (said, plain[2]))
+    names = ("value model", "reference", "reward model")
+    assert [name in adapted for name in names] == [True, False, False]
+    assert [name in whole for name in names] == [True, True, True]
+
+
 def test_dropout_of_adapters_is_refused(world):
     code, text = stage("ppo", "recipe.yaml", "ppo.lora={dropout: 0.1}", "output=refused", cwd=world)
     assert code == 2 and "lora.dropout: 0.1 would make the ratio" in text, text

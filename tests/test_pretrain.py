@@ -6,6 +6,8 @@ import random
 import shutil
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 import torch
@@ -258,6 +260,59 @@ def test_a_model_with_other_tokens_is_refused(world):
     (other / "tokenizer.json").write_text(json.dumps(spec))
     code, text = stage("pretrain", "recipe.yaml", "output=wrong", "pretrain.inputs.model=./other", cwd=folder)
     assert code == 2 and "is not the tokenizer of inputs.model" in text, text
+
+
+MORE = """
+name: more
+stages:
+  tokenizer: {inputs: {data: ./news}, adopt: ./grown, add_tokens: 20}
+  pack: {inputs: {data: ./news}, workers: 1}
+  pretrain:
+    {inputs: {model: ./grown}, sequence_length: 32, batch_size: 8, steps: 2, precision: fp32, heldout_rows: 10,
+     optimizer: {lr: 1e-9}}
+"""
+
+
+def test_a_model_goes_on_with_tokens_added_to_its_tokenizer(world):
+    """Old rows stay, new ones are the mean of the rows of the old pieces, in embedding and output layer; text that has
+    no new token gets the logits of before. transformers reads the result."""
+    from pipeline.data.tokenizer.extension import new_pieces
+
+    folder, _ = world
+    shutil.copytree(published(folder) / "model", folder / "grown")
+    draw = random.Random(0)
+    for split, count in (("train", 120), ("heldout", 40)):
+        (folder / "news" / split).mkdir(parents=True)
+        texts = ["".join(draw.choices(["明月光", "故乡的", "大象", "黄河水", "。"], k=30)) for _ in range(count)]
+        table = {"text": texts, "source": ["zh"] * count, "id": [f"{split}{i}" for i in range(count)]}
+        pyarrow.parquet.write_table(pyarrow.table(table), folder / "news" / split / "part-00000.parquet")
+    (folder / "more.yaml").write_text(MORE)
+    for kind in ("tokenizer", "pack"):
+        succeed(kind, "more.yaml", cwd=folder)
+    said = succeed("pretrain", "more.yaml", cwd=folder)
+    assert "20 tokens were added to the tokenizer of" in said
+    report = json.loads((folder / "runs/more/tokenizer/current/report.json").read_text())
+    assert report["vocab_size"] == 310 and report["before"]["bytes_per_token"] < report["bytes_per_token"]
+    assert report["encoder"] == "tiktoken" and report["ids_equal"]["tokenizer.tiktoken"]["equal"] > 30
+
+    made = folder / "runs/more/pretrain/current/model"
+    old, new = (AutoTokenizer.from_pretrained(where) for where in (folder / "grown", made))
+    before, after = (AutoModelForCausalLM.from_pretrained(where).eval() for where in (folder / "grown", made))
+    pieces = new_pieces(old.backend_tokenizer, new.backend_tokenizer)
+    assert sorted(pieces) == list(range(290, 310)) and len(new) == after.config.vocab_size == 310
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        rows, old_rows = getattr(after, layer)().weight, getattr(before, layer)().weight
+        torch.testing.assert_close(rows[:290], old_rows, atol=1e-6, rtol=0)
+        for index, parts in pieces.items():
+            torch.testing.assert_close(rows[index], old_rows[parts].mean(0), atol=1e-6, rtol=0)
+    ids = old("qqq 17", return_tensors="pt").input_ids
+    assert torch.equal(new("qqq 17", return_tensors="pt").input_ids, ids)
+    torch.testing.assert_close(after(ids).logits[..., :290], before(ids).logits, atol=1e-4, rtol=0)
+    assert (
+        len(new.encode("明月光")) < len(old.encode("明月光")) and new.decode(new.encode("ape 明月光")) == "ape 明月光"
+    )
+    code, text = stage("pretrain", "more.yaml", "pretrain.from_step=1", "output=wrong", cwd=folder)
+    assert code == 2 and "Traceback" not in text, text
 
 
 # ---- how documents become rows ---------------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ def logged_losses(folder, kind):
 def test_an_adapter_is_published_for_peft_and_for_the_next_stage(adapted, tmp_path):
     """peft's model of the parent and the published adapter has the logits of the merged model; dpo, with and without an
     adapter of its own, starts from it; export writes a complete model."""
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     peft = pytest.importorskip("peft")
@@ -222,6 +223,11 @@ def test_an_adapter_is_published_for_peft_and_for_the_next_stage(adapted, tmp_pa
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     with (tmp_path / "lora.yaml").open("a") as file:
         file.write("  export: {inputs: {model: sft}}\n")
+        prompts = "{nouns: {path: rows.jsonl, prompt: 'What is a {words} {noun}?', answer: '{kind}'}}"
+        models = f"{{adapter: sft, merged: {current(folder, 'sft')}}}"
+        file.write(
+            f"  assess: {{inputs: {models}, max_rows: 0, sources: {prompts}, max_prompts: 8, max_new_tokens: 6}}\n"
+        )
     words = ["sft.lora.publish=adapter", "dpo.steps=2"]
     succeed("sft", "lora.yaml", *words, cwd=tmp_path)
     published = current(tmp_path, "sft") / "model"
@@ -243,6 +249,16 @@ def test_an_adapter_is_published_for_peft_and_for_the_next_stage(adapted, tmp_pa
     succeed("export", "lora.yaml", *words, cwd=tmp_path)
     exported = AutoModelForCausalLM.from_pretrained(current(tmp_path, "export"), dtype=torch.float32)
     torch.testing.assert_close(exported(ids).logits, expected, atol=0.05, rtol=0.05)  # bf16
+    succeed("assess", "lora.yaml", *words, cwd=tmp_path)
+    answers = [json.loads(line) for line in (current(tmp_path, "assess") / "samples.jsonl").read_text().splitlines()]
+    assert len(answers) == 8 and all(row["adapter"] == row["merged"] for row in answers)
+
+    shutil.copytree(published, tmp_path / "adapter")
+    weights = tmp_path / "base/model/model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    for kind, key in (("export", "model"), ("dpo", "model"), ("assess", "adapter")):
+        code, text = stage(kind, "lora.yaml", f"{kind}.inputs.{key}=./adapter", cwd=tmp_path)
+        assert code == 2 and "is an adapter of another model" in text and "Traceback" not in text, text
 
 
 def test_an_adapter_of_a_reward_model(adapted, tmp_path):

@@ -18,7 +18,8 @@ vocabulary is full, all pairs are counted again with a lower floor.
 """
 
 import heapq
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -67,11 +68,55 @@ def train(
     tests. `advance` is called every 256 merges with 256. A pair that would make a token of more than `longest` bytes is
     not merged (this is `tokenizers`' max_token_length - 1). Memory: about 10 bytes per byte of all distinct words.
     """
-    tokens, pairs = byte_order(), []
+    tokens = byte_order()
     corpus = _corpus(words, counts, tokens, size)
     if floor is None:
-        total = int(counts @ byte_lengths(words)) if len(words) else 0
-        floor = max(1, total // (size * 40))
+        floor = _first_floor(words, counts, size)
+    return tokens, _learn(corpus, tokens, set(), size, floor, advance, longest)
+
+
+def go_on(
+    words,
+    counts: np.ndarray,
+    known: list[bytes],
+    encoded: Iterable[list[int]],
+    number: int,
+    floor: int | None = None,
+    advance: Callable[[int], None] = lambda merges: None,
+    longest: int = LONGEST,
+) -> tuple[list[bytes], list[tuple[int, int]]]:
+    """At most `number` tokens more than the `known` ones, and the pair of ids that each consists of; the first of them
+    has the id len(known). Other arguments as in `train`.
+
+    known: the bytes of each token by id, b"" for those that no text is encoded with. encoded: the ids of each word. No
+    pair is merged to the bytes of a known token.
+    """
+    size = len(known) + number
+    tokens = list(known)
+    corpus = _encoded_corpus(words, counts, tokens, encoded, size)
+    if floor is None:
+        floor = _first_floor(words, counts, number)
+    pairs = _learn(corpus, tokens, set(known), size, floor, advance, longest)
+    return tokens[len(known) :], pairs
+
+
+def _first_floor(words, counts: np.ndarray, merges: int) -> int:
+    total = int(counts @ byte_lengths(words)) if len(words) else 0
+    return max(1, total // (merges * 40))
+
+
+def _learn(
+    corpus: _Corpus,
+    tokens: list[bytes],
+    known: set[bytes],
+    size: int,
+    floor: int,
+    advance: Callable[[int], None],
+    longest: int,
+) -> list[tuple[int, int]]:
+    """Merge pairs until there are `size` tokens or no pair is left. Appends the new ones to `tokens` and returns their
+    pairs. Pairs that spell a token of `known` are left alone."""
+    pairs: list[tuple[int, int]] = []
     heap = _all_pairs(corpus, floor, len(tokens), longest)
     while len(tokens) < size:
         if not heap:
@@ -81,6 +126,8 @@ def train(
             heap = _all_pairs(corpus, floor, len(tokens), longest)
             continue
         negative_count, left, right, place_lists = heapq.heappop(heap)
+        if tokens[left] + tokens[right] in known:
+            continue
         places = _valid_places(corpus, left, right, place_lists)
         count = int(corpus.weights.take(places).sum(dtype=np.int64))
         if count < -negative_count:  # outdated
@@ -94,9 +141,9 @@ def train(
         pairs.append((left, right))
         _merge(corpus, places, left, right, new)
         _push_new_pairs(heap, corpus, places, new, floor, longest)
-        if new % 256 == 0:
+        if len(pairs) % 256 == 0:
             advance(256)
-    return tokens, pairs
+    return pairs
 
 
 def _valid_places(corpus: _Corpus, left: int, right: int, place_lists: list[np.ndarray]) -> np.ndarray:
@@ -164,31 +211,60 @@ def byte_lengths(words) -> np.ndarray:
 
 
 def _corpus(words, counts: np.ndarray, tokens: list[bytes], size: int) -> _Corpus:
+    """Each byte of the words as its token."""
+    corpus = _empty_corpus(words, size)
+    id_of_byte = np.zeros(256, corpus.ids.dtype)
+    id_of_byte[[token[0] for token in tokens]] = np.arange(256)
+    for first, places, data, word_of_byte in _places_of_bytes(words):
+        corpus.ids[places] = id_of_byte[data]
+        corpus.weights[places] = counts[first:][word_of_byte]
+    return corpus
+
+
+def _encoded_corpus(words, counts: np.ndarray, tokens: list[bytes], encoded: Iterable[list[int]], size: int) -> _Corpus:
+    """The words as the tokens that they are encoded with."""
+    corpus = _empty_corpus(words, size)
+    corpus.lengths[: len(tokens)] = [max(1, len(token)) for token in tokens]
+    encoded = iter(encoded)
+    for first, places, _, word_of_byte in _places_of_bytes(words):
+        num_words = int(word_of_byte[-1]) + 1 if len(word_of_byte) else 0
+        ids = np.fromiter(itertools.chain.from_iterable(itertools.islice(encoded, num_words)), np.int64)
+        lengths = corpus.lengths[ids]
+        assert lengths.sum() == len(places), "the tokens of some words do not spell them"
+        begins = np.cumsum(lengths) - lengths
+        corpus.ids[places] = corpus.empty
+        corpus.ids[places[begins]] = ids
+        corpus.ids[places[begins + lengths - 1]] = ids
+        corpus.weights[places] = counts[first:][word_of_byte]
+    return corpus
+
+
+def _empty_corpus(words, size: int) -> _Corpus:
     dtype = np.uint16 if size < 2**16 - 2 else np.uint32
     empty = int(np.iinfo(dtype).max)
     separator = empty - 1
-    id_of_byte = np.zeros(256, dtype)
-    id_of_byte[[token[0] for token in tokens]] = np.arange(256)
-    data = np.zeros(0, np.uint8)
-    sizes = np.zeros(0, np.int64)
-    if len(words):
-        sizes = byte_lengths(words)
-        begin = np.frombuffer(words.buffers()[1], np.int32)[words.offset]
-        data = np.frombuffer(words.buffers()[2], np.uint8)[begin : begin + int(sizes.sum())]
-    assert len(data) + len(words) + 1 < 2**31
-    word_ends = np.cumsum(sizes)
-    ids = np.full(len(data) + len(words) + 1, separator, dtype)
+    num_bytes = int(byte_lengths(words).sum()) if len(words) else 0
+    assert num_bytes + len(words) + 1 < 2**31
+    ids = np.full(num_bytes + len(words) + 1, separator, dtype)
     weights = np.zeros(len(ids), np.int32)
-    # some words at a time, because index arrays are eight times as large as the text
+    return _Corpus(ids, weights, np.ones(size + 1, np.int64), empty, separator)
+
+
+def _places_of_bytes(words) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """(the first word, the places of the bytes, the bytes, the word that each belongs to, counted from the first) of
+    some words at a time, because index arrays are eight times as large as the text."""
+    if not len(words):
+        return
+    sizes = byte_lengths(words)
+    begin_of_data = np.frombuffer(words.buffers()[1], np.int32)[words.offset]
+    data = np.frombuffer(words.buffers()[2], np.uint8)[begin_of_data : begin_of_data + int(sizes.sum())]
+    word_ends = np.cumsum(sizes)
     for first in range(0, len(words), WORDS_AT_A_TIME):
         last = min(len(words), first + WORDS_AT_A_TIME)
         begin = int(word_ends[first - 1]) if first else 0
         chunk = data[begin : word_ends[last - 1]]
-        word_of_byte = np.repeat(np.arange(first, last), sizes[first:last])
-        places = np.arange(begin, begin + len(chunk)) + word_of_byte + 1
-        ids[places] = id_of_byte[chunk]
-        weights[places] = counts[word_of_byte]
-    return _Corpus(ids, weights, np.ones(size + 1, np.int64), empty, separator)
+        word_of_byte = np.repeat(np.arange(last - first), sizes[first:last])
+        yield first, np.arange(begin, begin + len(chunk)) + first + word_of_byte + 1, chunk, word_of_byte
 
 
 def _all_pairs(corpus: _Corpus, floor: int, size: int, longest: int) -> list[tuple[int, int, int, list[np.ndarray]]]:
