@@ -64,8 +64,8 @@ class Config(StageConfig):
     """Runs of white space may become tokens (indentation, blank lines); false: each space is a token of its own or the
     first character of a word (sentencepiece: newlines may still be merged)."""
     max_token_bytes: int = Field(LONGEST, ge=4, le=2**20)
-    """byte-bpe: bytes of the longest token, so that a document of junk cannot fill the vocabulary with its long runs;
-    measured in docs/tokenizer.md. sentencepiece's limit is 16 characters."""
+    """byte-bpe and add_tokens: bytes of the longest token, so that a document of junk cannot fill the vocabulary with
+    its long runs; measured in docs/tokenizer.md. sentencepiece's limit is 16 characters."""
     character_coverage: float | None = Field(None, ge=0.98, le=1)
     """sentencepiece: share of the text whose characters get a token each, the rest becomes bytes; by default the value
     that leaves 60% of the vocabulary for longer pieces."""
@@ -94,13 +94,15 @@ class Config(StageConfig):
             raise ValueError(
                 "pattern belongs to adopt; split_digits and merge_whitespace decide how a trained tokenizer splits text"
             )
+        if self.add_tokens and not self.adopt:
+            raise ValueError("add_tokens adds to an existing tokenizer: name it (adopt: FOLDER), or use vocab_size")
         if self.adopt:
-            for key in ("algorithm", "split_digits", "merge_whitespace", "character_coverage", "max_token_bytes"):
-                refuse_unused(self, key, "has no effect with adopt, which uses a tokenizer as it is")
+            for key in ("algorithm", "split_digits", "merge_whitespace", "character_coverage"):
+                refuse_unused(self, key, "has no effect with adopt, which splits text as that tokenizer does")
         if self.algorithm == "byte-bpe":
             refuse_unused(self, "character_coverage", "belongs to algorithm sentencepiece")
-        else:
-            refuse_unused(self, "max_token_bytes", "belongs to algorithm byte-bpe")
+        elif not self.add_tokens:
+            refuse_unused(self, "max_token_bytes", "belongs to algorithm byte-bpe and to add_tokens")
         names = self.extra_tokens()
         if len(set(names)) != len(names) or any(name.strip() != name for name in names):
             raise ValueError(

@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece_model import prefixed
 
+from pipeline.core.errors import UserError
+from pipeline.core.precheck import checked
+
 POEMS = (
     "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"
     "\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
@@ -558,6 +561,65 @@ def test_a_folder_a_model_and_a_tiktoken_file_are_adopted_with_the_same_ids(plai
     )
     report = json.loads((folder / "report.json").read_text())
     assert report["round_trip"]["exact"] == report["round_trip"]["texts"]
+
+
+def test_tokens_are_added_to_an_adopted_tokenizer(plain, small, data, tmp_path):
+    """Byte-level: old ids stay, the report compares, a killed run ends with the same files, and the result is adopted
+    and extended again. sentencepiece's is refused before anything runs."""
+    from pipeline.data.tokenizer import extension
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
+
+    (code, output), folder = adopted(
+        tmp_path / "more", data, plain, add_tokens=20, reserved_tokens=1, weights={"zh": 1}
+    )
+    if (plain / "tokenizer.model").is_file():
+        assert code == 2 and "is not byte-level" in output and "tokens can be added to byte-level BPE" in output, output
+        command = recipe(tmp_path, data, adopt=str(plain), add_tokens=50, vocab_size=None)
+        with pytest.raises(UserError, match="add_tokens: .* is not byte-level"):
+            checked(command, sources=True)
+        return
+    assert code == 0 and "20 tokens more than the 450 of" in output and " -> " in output.splitlines()[-1], output
+    report = json.loads((folder / "report.json").read_text())
+    before, old, new = report["before"], loaded(plain), loaded(folder)
+    for key in ("bytes_per_token_by_source", "characters_per_token_by_source"):
+        assert before[key]["zh"] < report[key]["zh"] and before[key]["en"] <= report[key]["en"]
+    assert (
+        before["bytes_per_token_by_source"] == measured(old, data) and before["texts_with_the_same_ids"]["texts"] == 2
+    )
+    assert len(new) == 471 and new.convert_tokens_to_ids("<|reserved_0|>") == 470
+    assert new.get_vocab().items() > old.get_vocab().items() and new.chat_template == old.chat_template
+    pieces = extension.new_pieces(old.backend_tokenizer, new.backend_tokenizer)
+    ids, old_ids = encode_text(new, [POEMS]), encode_text(old, [POEMS])
+    assert extension.expanded(ids[0], pieces) == old_ids[0] and len(ids[0]) < len(old_ids[0])
+
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(tmp_path / "more/r.yaml", killed / "r.yaml")
+    for fault in ("save:1", "work:1"):
+        assert stage("tokenizer", killed / "r.yaml", cwd=killed, fault=fault)[0] == -9
+    succeed("tokenizer", killed / "r.yaml", cwd=killed)
+    assert files_of(killed / "runs/t/tokenizer/current") == files_of(folder)
+    (code, output), again = adopted(tmp_path / "again", data, folder, add_tokens=3, max_token_bytes=40)
+    assert code == 0 and len(loaded(again)) == 474, output
+    for keys, said in (
+        ({"add_tokens": 5000}, "pairs of tokens left to merge"),
+        ({"max_token_bytes": 9}, "to add_tokens"),
+    ):
+        (code, output), _ = adopted(tmp_path / str(keys), small, folder, **keys)
+        assert code == 2 and said in output and "Traceback" not in output, output
+
+
+def measured(tokenizer, data) -> dict:
+    """Bytes per token of the held-out text by source, by hand."""
+    from pipeline.data.tokenizer.fast_tokenizer import encode_text
+
+    rows = pyarrow.parquet.read_table(data / "heldout/part-00000.parquet").to_pylist()
+    rates = {}
+    for source in ("en", "zh"):
+        texts = [row["text"] for row in rows if row["source"] == source]
+        num_tokens = sum(map(len, encode_text(tokenizer, texts)))
+        rates[source] = round(sum(len(text.encode()) for text in texts) / num_tokens, 4)
+    return rates
 
 
 SPACED = [

@@ -31,7 +31,7 @@ def unsupported(backend) -> str | None:
     changing = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if any(model.get(option) for option in changing):
         return f"has a BPE model with {', '.join(option for option in changing if model.get(option))}"
-    if not _is_byte_level(spec) or not set(encode.alphabet()) <= set(model["vocab"]):
+    if not _is_byte_level(spec):
         return "is not byte-level (it has sentencepiece's characters and byte tokens)"
     return None
 
@@ -53,7 +53,7 @@ def extend(
     spec = json.loads(backend.to_str())
     known = _token_bytes(spec, backend)
     with Progress("tokenizer: words", total, unit="bytes") as bar:
-        words, counts = _counted(backend, spec, texts, bar.update)
+        words, counts = _with_known_bytes(*_counted(backend, spec, texts, bar.update), known)
     with Progress("tokenizer: merges", number, unit="merges") as bar:
         encoded = _encoded(backend, words)
         tokens, pairs = bpe_merges.go_on(words, counts, known, encoded, number, advance=bar.update, longest=longest)
@@ -93,6 +93,17 @@ def _counted_by_tokenizers(backend, texts: Iterable[str], advance: Callable[[int
         counter.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
     words = [bytes(map(byte_of.__getitem__, word)) for word in counter]
     return pyarrow.array(words, pyarrow.binary()), np.fromiter(counter.values(), np.int64, len(counter))
+
+
+def _with_known_bytes(words, counts: np.ndarray, known: list[bytes]):
+    """The words all of whose bytes have a token: SmolLM2 lacks 21 bytes, and drops them from a text."""
+    import pyarrow
+
+    missing = {byte for byte in range(256) if bytes([byte]) not in set(known)}
+    if not missing:
+        return words, counts
+    kept = np.array([missing.isdisjoint(word.as_py()) for word in words], bool)
+    return words.filter(pyarrow.array(kept)), counts[kept]
 
 
 def _encoded(backend, words) -> Iterator[list[int]]:

@@ -158,6 +158,21 @@ def test_no_pair_becomes_a_token_that_exists():
         assert extension.expanded(ids, pieces) == old, text
 
 
+def test_a_vocabulary_without_some_bytes():
+    """As SmolLM2's: such a byte is dropped from a text, before and after."""
+    known = sorted(char for char, byte in encode.alphabet().items() if byte != "月".encode()[0])
+    vocabulary = {char: index for index, char in enumerate(known)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    assert len(encode_text(backend, ["月"])[0]) == 2 and extension.unsupported(backend) is None
+    texts = ["".join(map(chr, range(0x4E00, 0x9FA0, 7))) + " thing" * 5, "明月光 thing"]
+    extended, number = extension.extend(backend, texts, 5, 1)
+    pieces = extension.new_pieces(backend, extended)
+    assert number == 5 and [extension.expanded(ids, pieces) for ids in encode_text(extended, texts)] == encode_text(
+        backend, texts
+    )
+
+
 def test_what_cannot_be_extended_is_named(tmp_path):
     unigram = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)], None, False))
     assert "is a Unigram tokenizer" in extension.unsupported(unigram)
