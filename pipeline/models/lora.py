@@ -149,11 +149,22 @@ def _targets(model, options: Lora) -> dict[str, nn.Module]:
     for target in options.targets:
         matches = [name for name in candidates if name == target or name.endswith(f".{target}")]
         if not matches:
+            _refuse_experts(model, target)
             names = sorted({name.rpartition(".")[2] for name in candidates})
             raise UserError(f"lora.targets: no linear layer is called {target!r}; this model has {', '.join(names)}")
         for name in matches:
             layers[name] = candidates[name][0]
     return {name: layers[name] for name in candidates if name in layers}
+
+
+def _refuse_experts(model, target: str) -> None:
+    """Raise UserError for a target that is a matrix of all experts of a layer."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and (name == target or name.endswith(f".{target}")):
+            raise UserError(
+                f"lora.targets: {target!r} has the weights of {len(parameter)} experts, which are no linear layers;"
+                " adapters of experts are not supported, name linear layers, or train all weights (without lora)"
+            )
 
 
 def _linear_layers(model) -> dict[str, tuple[nn.Module, bool]]:

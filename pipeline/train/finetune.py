@@ -189,6 +189,8 @@ def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ..
         )
     frozen.store(model, config.lora.base, config.precision, distributed.device(), complete)
     lora.attach(model, config.lora, config.seed, complete)
+    if families.num_experts(model.config):
+        say(f"{config.kind}: lora: routed experts get no adapter and stay as they are; linear layers have one")
 
 
 def build_engine(

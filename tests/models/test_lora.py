@@ -239,6 +239,13 @@ def test_layers_that_are_not_there_are_named():
         lora.attach(tiny(), Lora(targets=["w_proj"]), seed=0)
 
 
+def test_experts_of_a_mixture_are_refused():
+    """They are one matrix of three dimensions, not linear layers; peft calls them target_parameters."""
+    message = "lora.targets: 'experts.gate_up_proj' has the weights of 8 experts, which are no linear layers"
+    with pytest.raises(UserError, match=message):
+        lora.attach(tiny("mixtral"), Lora(targets=["q_proj", "experts.gate_up_proj"]), seed=0)
+
+
 def test_adapters_of_other_models_are_refused(tmp_path, world):
     ours = trained(build.load(world / "llama"), Lora(rank=4))
     lora.save(ours, tmp_path, world / "llama")
