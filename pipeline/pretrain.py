@@ -216,7 +216,7 @@ def print_plan(config: Config, model, size, sampler, output: Output):
 
     flops = cost.training_flops(model, size, config.sequence_length)
     peak = total_peak(config)
-    for line in run_summary.pretraining_lines(config, model.config, size, flops, peak, sampler, output.folder):
+    for line in run_summary.pretraining_lines(config, model, size, flops, peak, sampler, output.folder):
         say(line)
     return Expected(sampler.epoch_tokens, flops, peak, run_summary.expected_seconds(config, flops, peak))
 

@@ -17,6 +17,8 @@ from pipeline.models.families import family_of, num_experts
 EXPERTS = re.compile(r"(^|\.)experts\.")  # routed experts; shared ones are called shared_expert(s)
 # Of a layer's activations, what torch.compile's partitioner keeps: 144 of 231.8 kB per token for LLaMA 7B.
 COMPILED_SHARE = 0.62
+LIVE_PARAMETERS = 1e9  # that DeepSpeed's ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
+ENDS = 24.0  # bytes per token and width: the embedding's output, the last norm, the gradient of the hidden state
 DEEPSPEED_BUCKET = 50_000_000  # elements of one buffer, which train/sharded.py sets; DeepSpeed's default is 500M, 2 GB
 
 
@@ -41,6 +43,14 @@ class Size:
     """Parameters that multiply and are kept in fp32: bf16 autocast makes a copy of each."""
     has_logits: bool = True
     """There is an output layer over the vocabulary; a reward model has none."""
+    inputs: int = 0
+    """Sum over the matrices of all layers of the width of what they read, of routed experts those that are picked."""
+    outputs: int = 0
+    """The same of what they give."""
+    norms: int = 0
+    """Sum over layers of the widths of their norms, without those of single heads."""
+    materialises_scores: bool = False
+    """The family has no fused attention."""
 
     @property
     def body(self) -> int:
@@ -72,8 +82,13 @@ def count(model) -> Size:
     active = total - experts + experts * picked // per_layer
     still = [parameter for parameter in parameters if not parameter.requires_grad]
     cast = sum(p.numel() for p in parameters if p.dtype == torch.float32 and id(p) not in lookups)
+    read, given, norms = _widths(model, picked)
     return Size(
         total=total,
+        inputs=read,
+        outputs=given,
+        norms=norms,
+        materialises_scores=not model._supports_sdpa,
         embedding=sum(tables.values()),
         lookup=sum(lookups.values()),
         experts=experts,
@@ -83,6 +98,28 @@ def count(model) -> Size:
         cast=cast,
         has_logits=outputs is not None,
     )
+
+
+def _widths(model, picked: int) -> tuple[int, int, int]:
+    """(inputs, outputs, norms) of Size."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    read = given = norms = 0
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            read, given = read + module.in_features, given + module.out_features
+        elif isinstance(module, Conv1D):
+            read, given = read + module.nx, given + module.nf
+        elif name.endswith("experts"):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 3:
+                    read, given = read + picked * parameter.shape[2], given + picked * parameter.shape[1]
+        elif "norm" in type(module).__name__.lower() and ".layers." in f".{name}" and hasattr(module, "weight"):
+            width = module.weight.numel()
+            norms += width if width >= model.config.hidden_size else 0
+    return read, given, norms
 
 
 def routed(config) -> tuple[int, int]:
@@ -157,6 +194,8 @@ class Layout:
     head_rows: int | None = None
     """Positions whose logits exist at a time, with a chunked loss; None: all of a micro-batch."""
     offload: bool = False
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage; empty: equal numbers."""
     shard: int | None = None
     """Ranks that share one copy of the model (FSDP); None: see `zero`."""
     compiled: bool = False
@@ -165,17 +204,36 @@ class Layout:
 
 def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str, float]:
     """Bytes at the peak of a step on the process that needs most, by part: weights, gradients, optimizer, activations,
-    logits, temporary."""
+    logits, temporary. tests/test_fits.py holds the sum to a simulation at full size."""
+    stages = [_stage_memory(config, size, sequence_length, layout, index) for index in {0, layout.depth - 1}]
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def _stage_memory(config, size: Size, sequence_length: int, layout: Layout, index: int) -> dict[str, float]:
+    """Of one pipeline stage. The peak is at the end of a forward pass, where all copies of weights and the logits
+    exist, or while the first layer is computed again."""
     tokens = layout.micro * sequence_length
-    parts = state_bytes(size, layout)
+    depth, first, last = layout.depth, index == 0, index == layout.depth - 1
+    num_layers = layout.stage_layers[index] if layout.stage_layers else -(-config.num_hidden_layers // depth)
+    share = num_layers / config.num_hidden_layers
+    tables = size.embedding / (2 if depth > 1 else 1)  # each end of a pipeline has one
+    if config.tie_word_embeddings:
+        tables = float(size.embedding)
+    own = share * size.body + (tables if first or last else 0.0)
+    parts = state_bytes(size, layout, own / size.total)
+    kept, complete = layer_bytes(config, size, sequence_length, layout)
     # 1F1B: the first stage has as many micro-batches in flight as there are stages
-    in_flight = min(layout.accumulation, layout.depth)
-    num_layers = -(-config.num_hidden_layers // layout.depth)
-    kept, complete = layer_bytes(config, sequence_length, layout)
-    recomputed = complete if layout.checkpointing != "none" else 0.0
-    parts["activations"] = tokens * (num_layers * kept * in_flight + recomputed)
-    parts["logits"] = _logits_bytes(config, tokens, layout) if size.has_logits else 0.0
-    parts["temporary"] = _temporary_bytes(size, layout)
+    in_flight = min(layout.accumulation, depth - index)
+    parts["activations"] = tokens * (num_layers * kept * in_flight + ENDS * config.hidden_size)
+    logits = _logits_bytes(config, tokens, layout) if size.has_logits and last else 0.0
+    copies, again = _weight_copies(config, size, share, in_flight, layout)
+    if layout.checkpointing != "none":
+        again += tokens * complete
+    if copies + logits >= again:
+        parts["logits"], parts["temporary"] = logits, copies
+    else:
+        parts["logits"], parts["temporary"] = 0.0, again
+    parts["temporary"] += _buffer_bytes(config, size, own, layout)
     return parts
 
 
@@ -184,11 +242,11 @@ def _zero_stage(layout: Layout) -> int | None:
     return 1 if layout.depth > 1 else layout.zero
 
 
-def state_bytes(size: Size, layout: Layout) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer on one process. What is frozen has a weight only."""
+def state_bytes(size: Size, layout: Layout, share: float = 1.0) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer on one process, of this share of the parameters. What is frozen has a
+    weight only."""
     zero, ranks = _zero_stage(layout), layout.ranks
-    # stages are cut evenly, except for the tables at both ends
-    trained = size.trained / layout.depth
+    trained = size.trained * share
     # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of
     # the rank's share in addition to fp32 weights.
     moment_bytes = 4.0 if layout.optimizer == "muon" else 8.0
@@ -197,7 +255,7 @@ def state_bytes(size: Size, layout: Layout) -> dict[str, float]:
     gradient_ranks = ranks if zero in (2, 3) else layout.shard or 1
     optimizer_ranks = ranks if zero in (1, 2, 3) else layout.shard or 1
     parts = {
-        "weights": size.weight_bytes / layout.depth / weight_ranks,
+        "weights": size.weight_bytes * share / weight_ranks,
         "gradients": 4.0 * trained / gradient_ranks,
         "optimizer": (moment_bytes + copy_bytes) * trained / optimizer_ranks,
     }
@@ -210,61 +268,101 @@ def state_bytes(size: Size, layout: Layout) -> dict[str, float]:
 
 def _logits_bytes(config, tokens: int, layout: Layout) -> float:
     if layout.head_rows:
-        # per logit its fp32 log-softmax and its gradient; and the gradient of the output layer, kept until the backward
-        # pass (train/chunked_loss.py)
+        # per logit its fp32 log-softmax and its gradient; the gradient of the output layer, kept until the backward
+        # pass, and its product of one chunk (train/chunked_loss.py)
         output_layer = config.vocab_size * config.hidden_size
-        return 8.0 * min(tokens, layout.head_rows) * config.vocab_size + 4.0 * output_layer
-    # per logit itself, its fp32 copy (bf16 only), its log-softmax, its gradient in both precisions
-    return (12.0 if layout.precision == "fp32" else 14.0) * tokens * config.vocab_size
+        return 8.0 * min(tokens, layout.head_rows) * config.vocab_size + 7.0 * output_layer
+    # per logit itself, its fp32 copy (bf16 only), its log-softmax, its gradient: never all at the same time
+    capped = 2.0 if getattr(config, "final_logit_softcapping", None) else 0.0
+    return (12.0 + capped) * tokens * config.vocab_size
 
 
-def _temporary_bytes(size: Size, layout: Layout) -> float:
-    weights = size.total / layout.depth
-    total = 0.0
-    if layout.precision == "bf16":
-        # autocast keeps a bf16 copy of each fp32 matrix until the backward pass has used it
-        total += 2.0 * size.cast / layout.depth
-    if _zero_stage(layout):
-        # DeepSpeed's buffers for reducing and gathering
-        total += 2 * 4.0 * min(DEEPSPEED_BUCKET, weights)
+def _weight_copies(config, size: Size, share: float, in_flight: int, layout: Layout) -> tuple[float, float]:
+    """(bytes of bf16 copies of weights at the end of a forward pass, bytes while one layer is computed again).
+
+    Autocast keeps a copy of each fp32 matrix until the backward pass has used it, for each micro-batch in flight. With
+    checkpointing the copies go at the end of the forward pass. Experts are cast outside of autocast
+    (models/experts.py). DeepSpeed's ZeRO-3 and FSDP have none."""
+    if layout.precision != "bf16" or layout.zero == 3 or layout.shard:
+        return 0.0, 0.0
+    dense = 2.0 * share * (size.cast - size.experts - size.embedding + size.lookup)
+    experts = 2.0 * share * size.experts
+    if layout.checkpointing == "none":
+        return in_flight * (dense + experts), 0.0
+    return dense, 2.0 * (size.body - size.lookup) / config.num_hidden_layers
+
+
+def _buffer_bytes(config, size: Size, own: float, layout: Layout) -> float:
+    """Of the engine: gathered weights, buffers for reducing. own: parameters of this process's stage."""
+    if layout.shard:
+        # FSDP: two layers gathered and one that is reduced in fp32; both tables in fp32, the output layer's gradient
+        layer = size.body / config.num_hidden_layers
+        gathered = 2.0 if layout.precision == "bf16" else 4.0
+        return 2 * gathered * layer + 8.0 * layer + 4.0 * size.embedding
+    zero = _zero_stage(layout)
+    total = 2 * 4.0 * min(DEEPSPEED_BUCKET, own) if zero else 0.0
+    if zero == 3:
+        total += 4.0 * min(LIVE_PARAMETERS, size.total)
     return total
 
 
-def layer_bytes(config, sequence_length: int, layout: Layout) -> tuple[float, float]:
+def layer_bytes(config, size: Size, sequence_length: int, layout: Layout) -> tuple[float, float]:
     """(bytes per token and layer kept for the backward pass, the same without activation checkpointing).
 
     Counted as in Korthikanti et al. (2022), section 4.1, for what transformers' layers save: their 34 * hidden is for
-    GPT with 16-bit residuals and dropout; here residuals and norms are fp32 (autocast), and inputs of matrix products
-    have 2 or 4 bytes per number. Selective recomputation is theirs too: there of the attention's scores, which fused
-    attention never keeps, and here of everything but matrix products and attention (train/layers.py).
+    GPT with 16-bit residuals and dropout; here residuals and norms are fp32 (autocast), and each matrix keeps a 16-bit
+    copy of its own of what it reads. Selective recomputation is theirs too: there of the attention's scores, which
+    fused attention never keeps, and here of everything but matrix products and attention (train/layers.py).
     """
     item = 2.0 if layout.precision == "bf16" else 4.0
-    width = config.hidden_size
+    layers, width = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1
-    head = getattr(config, "head_dim", None) or width // heads
-    queries = heads * head
-    keys = (getattr(config, "num_key_value_heads", None) or heads) * head
+    queries, keys, values = _attention_widths(config, heads)
     picked, per_layer = routed(config)
     inner = _inner_width(config) * (picked if per_layer > 1 else 1)
     gated = per_layer > 1 or hasattr(config, "rms_norm_eps")  # families with RMSNorm have gated layers
-    scores = 3 * item * heads * sequence_length if layout.attention == "eager" else 0.0
-    # inputs of products; queries, keys, values; gate, up, activation, product
-    matrices = item * (2 * width + 2 * queries + 2 * keys + (4 if gated else 2) * inner)
-    # RMSNorm keeps its input and the normalised copy, in fp32; LayerNorm its input
-    norms = 16.0 * width if gated else 8.0 * width
-    if not gated and "new" in str(getattr(config, "activation_function", "")):
+    scores = heads * sequence_length if layout.attention == "eager" or size.materialises_scores else 0
+    read, given = size.inputs / layers, size.outputs / layers
+    # What products read: with autocast a copy for each, in fp32 the same tensor for all that read the hidden state
+    products = item * read if item == 2 else item * (2 * width + queries + inner)
+    # queries, and keys and values repeated for each head; gate and its activation and up
+    between = item * (queries + queries + values + (3 if gated else 1) * inner)
+    # RMSNorm keeps its input and, for the gradient of its weight, the normalised copy, in fp32; LayerNorm its input
+    norm_bytes = 4.0 if size.frozen else 8.0
+    norms = norm_bytes * (size.norms / layers or 2 * width) if gated else 8.0 * width
+    # openai-gpt calls gelu_new "gelu", under another key
+    if not gated and "new" in str(getattr(config, "activation_function", "")) or getattr(config, "afn", "") == "gelu":
         norms += 4 * item * inner  # gelu_new in Python: four more copies
     if family_of(config).qk_norm:
-        norms += 8.0 * (queries + keys)
-    complete = matrices + norms + scores
+        norms += norm_bytes * (queries + keys)
+    complete = products + between + norms + _score_bytes(config, item) * scores + (2.0 * width if gated else 0.0)
     if layout.compiled:
         complete *= COMPILED_SHARE
     if layout.checkpointing == "full":
         return 4.0 * width, complete
     if layout.checkpointing == "selective":
-        kept = item * (2 * queries + 2 * keys + 2 * width + (2 if gated else 1) * inner)
-        return 4.0 * width + kept, complete
+        return 4.0 * width + item * (given + queries + scores), complete
     return complete, complete
+
+
+def _score_bytes(config, item: float) -> float:
+    """Kept per attention score that is written to memory: scores, softmax and its copy; a cap; a mask of dropout and
+    what it leaves."""
+    kept = 3 * item
+    if getattr(config, "attn_logit_softcapping", None):
+        kept += item
+    if getattr(config, "attn_pdrop", 0.0) or getattr(config, "attention_dropout", 0.0):
+        kept += item + 1
+    return kept
+
+
+def _attention_widths(config, heads: int) -> tuple[int, int, int]:
+    """Widths of the queries, of the keys as they are computed, and of the values repeated for each head."""
+    if getattr(config, "qk_nope_head_dim", None):
+        queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        return queries, queries, heads * config.v_head_dim
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head, heads * head
 
 
 def cache_bytes(config, rows: int, length: int) -> float:

@@ -119,6 +119,12 @@ class Cluster:
         return f"{self.count}x{self.device.name}"
 
 
+def like(driver_name: str, memory: float, processes: int, per_node: int) -> Cluster:
+    """The devices of a run: those of the table with this driver's name, else like an H100, with this memory."""
+    known = next((device for device in DEVICES if device.driver_name == driver_name), find("H100-80G"))
+    return Cluster(processes, replace(known, memory=memory, per_node=per_node))
+
+
 def find(name: str) -> Device:
     """A device by its name, with or without its memory. Raises UserError."""
     wanted = re.sub(r"[\s_-]", "", name).upper()

@@ -13,6 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.models import cost
 from pipeline.models.families import family_of, supporting
 
+DIGITS = 6  # of sums that count as equal, so that rounding does not choose between equal cuts
 EXPONENT = 8  # of the stages' costs in `partition`: high enough that the largest one decides
 
 
@@ -39,7 +40,7 @@ def partition(layer_costs: list[float], output_cost: float, num_stages: int) -> 
         following: dict[int, tuple[float, tuple[int, ...]]] = {}
         for end in ends:
             following[end] = min(
-                (total + (cumulative[end] - cumulative[start] + extra) ** EXPONENT, (*bounds, end))
+                (round(total + (cumulative[end] - cumulative[start] + extra) ** EXPONENT, DIGITS), (*bounds, end))
                 for start, (total, bounds) in best.items()
                 if start < end
             )

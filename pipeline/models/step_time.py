@@ -137,7 +137,7 @@ def shape_of(model, sequence_length: int) -> Shape:
         elif parameter.dim() == 3 and cost.EXPERTS.search(name):  # [experts, outputs, inputs]
             matrices.append((parameter.shape[2], parameter.shape[1], float(picked)))
     size = cost.count(model)
-    _, saved = cost.layer_bytes(config, sequence_length, cost.Layout())
+    _, saved = cost.layer_bytes(config, cost.count(model), sequence_length, cost.Layout())
     return Shape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,

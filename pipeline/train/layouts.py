@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from pipeline.core.errors import UserError
-from pipeline.models import cost, step_time
+from pipeline.models import cost, pipeline_split, step_time
 from pipeline.models.devices import Cluster
 from pipeline.models.families import family_of
 from pipeline.train import chunked_loss
@@ -98,7 +98,7 @@ def costs_of(model, config: TrainConfig) -> Costs:
 # ---- one layout ------------------------------------------------------------------------------------------------------
 
 
-def layout_of(config: TrainConfig, model_config, world: int, device: str) -> cost.Layout:
+def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, device: str) -> cost.Layout:
     """What a stage's keys mean in `world` processes on a device (`cuda` or `cpu`)."""
     parallel = config.parallel
     ranks = world // parallel.pipeline
@@ -121,16 +121,37 @@ def layout_of(config: TrainConfig, model_config, world: int, device: str) -> cos
         attention=config.attention if pretrains else "sdpa",
         head_rows=head_rows,
         offload=parallel.offload,
+        stage_layers=_stage_layers(config, model_config, size),
         shard=parallel.group_size(world, config.run.processes),
         compiled=pretrains and config.compile,
     )
 
 
+def _stage_layers(config: TrainConfig, model_config, size: cost.Size) -> tuple[int, ...]:
+    """Layers of each pipeline stage, as pipeline_split.split distributes them if all layers cost the same."""
+    parallel, layers = config.parallel, model_config.num_hidden_layers
+    if parallel.pipeline == 1:
+        return ()
+    if parallel.layers:
+        return tuple(parallel.layers)
+    attention = cost.attention_width(model_config) / layers * config.sequence_length
+    one = 2.0 * (size.active - size.embedding) / layers + attention
+    output = 2.0 * model_config.vocab_size * model_config.hidden_size if parallel.partition == "estimated" else 0.0
+    return tuple(len(part) for part in pipeline_split.partition([one] * layers, output, parallel.pipeline))
+
+
 def candidate(config: TrainConfig, costs: Costs, cluster: Cluster) -> Candidate:
     """The layout that the stage has. Raises UserError if this number of devices cannot have it."""
+    config = _on(config, cluster)
     config.check_layout(cluster.count)
-    layout = layout_of(config, costs.config, cluster.count, cluster.device.kind)
+    layout = layout_of(config, costs.config, costs.size, cluster.count, cluster.device.kind)
     return _measured(config, layout, config.parallel.model_dump(exclude_defaults=True), costs, cluster)
+
+
+def _on(config: TrainConfig, cluster: Cluster) -> TrainConfig:
+    """With a process per device of the cluster."""
+    run = config.run.model_copy(update={"processes": cluster.local, "nodes": cluster.nodes})
+    return config.model_copy(update={"run": run})
 
 
 def _measured(config: TrainConfig, layout: cost.Layout, parallel: dict, costs: Costs, cluster: Cluster) -> Candidate:
@@ -182,7 +203,7 @@ def search(config: TrainConfig, costs: Costs, cluster: Cluster) -> tuple[list[Ca
     refused: dict[str, list[str]] = {}
     for keys in _possible_keys(config, costs.config, cluster):
         try:
-            changed = _with_keys(config, keys)
+            changed = _with_keys(_on(config, cluster), keys)
             found += _with_micro_batches(changed, keys, costs, cluster)
         except (ValidationError, UserError) as error:
             names = refused.setdefault(_reason(error), [])
@@ -212,6 +233,8 @@ def _parallels(config: TrainConfig, model_config, cluster: Cluster) -> list[dict
     found: list[dict] = [{}]
     if cluster.count > 1:
         found += [{"zero": 1}, {"zero": 2}, {"zero": 3}]
+        if type(config).supports_shard():
+            found += [{"shard": "full"}, {"shard": "hybrid"}] if cluster.nodes > 1 else [{"shard": "full"}]
     if type(config).supports_pipeline() and family_of(model_config).pipeline:
         depths = [depth for depth in divisors(cluster.count) if 1 < depth <= model_config.num_hidden_layers]
         found += [{"zero": 1, "pipeline": depth} for depth in depths]
@@ -236,7 +259,7 @@ def _reason(error: Exception) -> str:
 def _with_micro_batches(config: TrainConfig, keys: dict, costs: Costs, cluster: Cluster) -> list[Candidate]:
     """A layout with every micro-batch that it can have. Raises UserError if it can have none."""
     config.check_layout(cluster.count)
-    base = layout_of(config, costs.config, cluster.count, cluster.device.kind)
+    base = layout_of(config, costs.config, costs.size, cluster.count, cluster.device.kind)
     rows = base.micro * base.accumulation
     found = []
     for micro in divisors(rows):
@@ -259,3 +282,17 @@ def cheapest_change(current: Candidate, found: list[Candidate], cluster: Cluster
 
 def _changed(before: dict, after: dict) -> int:
     return sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
+
+
+def advice(config: TrainConfig, model, cluster: Cluster) -> str | None:
+    """In words, the smallest change of a layout that does not fit a cluster; None if it fits."""
+    costs = costs_of(model, config)
+    current = candidate(config, costs, cluster)
+    if current.fits(cluster):
+        return None
+    found, _ = search(config, costs, cluster)
+    change = cheapest_change(current, found, cluster)
+    gibibytes = f"{cluster.device.usable / 2**30:.1f} of {cluster.device.memory / 2**30:.1f} GiB can be used"
+    if change is None:
+        return f"does not fit: {gibibytes}, and no other layout of {cluster.count} devices fits"
+    return f"does not fit: {gibibytes}; {change} would, with {change.peak / 2**30:.1f} GiB (alma plan lists others)"

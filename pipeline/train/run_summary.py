@@ -2,13 +2,16 @@
 memory, and for pretraining disk."""
 
 import dataclasses
+import functools
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline.core.terminal import byte_size, plural
-from pipeline.models import cost
+from pipeline.models import cost, devices
 from pipeline.models.cost import Flops, Size
-from pipeline.train import distributed
+from pipeline.models.devices import Cluster
+from pipeline.train import distributed, layouts
 from pipeline.train.layouts import layout_of, stage_memory
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
@@ -19,10 +22,11 @@ NOTABLE_BYTES = 1e9
 # ---- pretraining -----------------------------------------------------------------------------------------------------
 
 
-def pretraining_lines(config, model_config, size: Size, flops: Flops, peak: float | None, sampler, folder) -> list[str]:
+def pretraining_lines(config, model, size: Size, flops: Flops, peak: float | None, sampler, folder) -> list[str]:
     """The header of pretraining. config: with steps, unless its length is a time. peak: FLOP/s of all devices, if
     known. folder: where checkpoints are written."""
-    layout = layout_of(config, model_config, distributed.world(), distributed.device().type)
+    model_config = model.config
+    layout = layout_of(config, model_config, size, distributed.world(), distributed.device().type)
     step_tokens = config.batch_size * config.sequence_length
     lines = [model_line(model_config, size)]
     lines += _data_lines(config, size, step_tokens, sampler)
@@ -33,7 +37,8 @@ def pretraining_lines(config, model_config, size: Size, flops: Flops, peak: floa
     estimate = time_estimate(expected_seconds(config, flops, peak), peak)
     per_token = f"{flops.full:.2e} per token, {flops.causal:.2e} with causal attention halved"
     lines.append(f"compute    {total}{per_token}{estimate}")
-    lines += _memory_lines(cost.memory(model_config, size, config.sequence_length, layout))
+    parts = cost.memory(model_config, size, config.sequence_length, layout)
+    lines += _memory_lines(parts, functools.partial(layouts.advice, config, model))
     lines.append(_disk_line(config, size, folder))
     if config.steps:
         lines += sampler.warnings(config.steps * config.batch_size)
@@ -86,20 +91,30 @@ def _sources_text(num_rows: int, sampler) -> str:
     return "; ".join(parts)
 
 
-def _memory_lines(parts: dict[str, float]) -> list[str]:
+def _memory_lines(parts: dict[str, float], advice: Callable[[Cluster], str | None] | None = None) -> list[str]:
+    """advice: what to change if it does not fit the devices of this run."""
     total = sum(parts.values())
     text = ", ".join(f"{name} {byte_size(value)}" for name, value in parts.items())
     lines = [f"memory     about {byte_size(total)} per process: {text}"]
-    if distributed.device().type == "cuda":
-        import torch
-
-        available = torch.cuda.get_device_properties(distributed.device()).total_memory
-        if total > available:
-            lines.append(
-                f"           this GPU has {byte_size(available)}: a smaller micro_batch, activation_checkpointing, or"
-                " more ranks with zero need less"
-            )
+    cluster = _own_cluster()
+    if cluster is not None and total > cluster.device.usable:
+        words = advice(cluster) if advice else None
+        if words is None:
+            words = f"this GPU has {byte_size(cluster.device.memory)}: a smaller micro_batch, activation_checkpointing,"
+            words += " or more ranks with zero or shard need less"
+        lines.append(f"           {words}")
     return lines
+
+
+def _own_cluster() -> Cluster | None:
+    """The GPUs of this run; None without."""
+    device = distributed.device()
+    if device.type != "cuda":
+        return None
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return devices.like(properties.name, properties.total_memory, distributed.world(), distributed.local_world())
 
 
 def _disk_line(config, size: Size, folder) -> str:

@@ -71,7 +71,11 @@ def peak(config, model_config, world: int) -> Peak:
     """Of the fullest process. config: of stage pretrain."""
     depth = config.parallel.pipeline
     if depth == 1:
-        return _continued(config, model_config, world, model_config.num_hidden_layers, None)
+        found = _continued(config, model_config, world, model_config.num_hidden_layers, None)
+        if config.parallel.zero == 3:
+            count = (found.states - BUCKETS) * world / STATES[3][1]
+            found = found._replace(states=found.states + 4 * min(LIVE_PARAMETERS, count))
+        return found
     with torch.device("meta"):
         parts = pipeline_split.split(_model(model_config), config.parallel, config.sequence_length)
     found = [_continued(config, model_config, world, len(parts[index]), index) for index in {0, depth - 1}]
@@ -114,6 +118,7 @@ def _model(model_config):
 
 def _prepare(model, config) -> None:
     """As engine.build and layers.prepare do on a GPU without flash-attn."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     if config.loss_chunk is not None and family_of(model.config).chunked_loss:
         chunk = config.loss_chunk
         if chunk == "auto":
@@ -134,20 +139,18 @@ def _measured(config, model, world: int, stage: int | None) -> Peak:
         parameter.grad = torch.empty_like(parameter)  # part of the states
     own = [*parameters, *(parameter.grad for parameter in parameters), *model.buffers()]
     live, outputs = Live(own), []
-    with live:
+    with live, _linear(zero):
         for _ in range(min(accumulation, depth - (stage or 0))):
-            outputs.append(_forward(config, model, rows, stage, zero))
+            outputs.append(_forward(config, model, rows, stage))
         _backward(outputs.pop(0))
         live.sweep()
     count = sum(parameter.numel() for parameter in parameters)
     whole, shared = STATES[zero]
     states = count * (whole + shared / ranks)
-    if zero == 3:
-        states += 4 * min(LIVE_PARAMETERS, count)
     return Peak(states + (BUCKETS if zero else 0), live.peak)
 
 
-def _forward(config, model, rows: int, stage: int | None, zero: int | None):
+def _forward(config, model, rows: int, stage: int | None):
     first, last = stage in (None, 0), stage in (None, config.parallel.pipeline - 1)
     ids = torch.zeros(rows, config.sequence_length, dtype=torch.long)
     arguments: dict = {"input_ids": ids, "use_cache": False}
@@ -159,7 +162,7 @@ def _forward(config, model, rows: int, stage: int | None, zero: int | None):
     head = chunked_loss.installed(model) if last else None
     if head:
         head.expect([{"labels": ids}])
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"), _linear(zero):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
         if not last:
             return model.base_model(**arguments).last_hidden_state
         outputs = model(**arguments).logits
