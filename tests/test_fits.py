@@ -83,5 +83,5 @@ def test_a_layout_that_does_not_fit_is_told_what_would():
     ((_, config, model_config),) = stages_of("llama-7b", words)
     model = plan_stages.on_meta(model_config)
     text = layouts.advice(config, model, devices.like(GPU.driver_name, GPU.memory, 32, 8))
-    assert text.startswith("does not fit") and "ZeRO-2" in text and "would, with" in text
+    assert text.startswith("does not fit") and "would, with" in text
     assert layouts.advice(config, model, devices.like("unknown", 4 * GPU.memory, 32, 8)) is None

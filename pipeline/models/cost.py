@@ -282,11 +282,14 @@ def _weight_copies(config, size: Size, share: float, in_flight: int, layout: Lay
 
     Autocast keeps a copy of each fp32 matrix until the backward pass has used it, for each micro-batch in flight. With
     checkpointing the copies go at the end of the forward pass. Experts are cast outside of autocast
-    (models/experts.py). DeepSpeed's ZeRO-3 and FSDP have none."""
-    if layout.precision != "bf16" or layout.zero == 3 or layout.shard:
+    (models/experts.py). DeepSpeed's ZeRO-3 has copies of experts only, FSDP has none."""
+    if layout.precision != "bf16" or layout.shard:
         return 0.0, 0.0
-    dense = 2.0 * share * (size.cast - size.experts - size.embedding + size.lookup)
+    dense = 2.0 * share * max(0, size.cast - size.experts - size.embedding + size.lookup)
     experts = 2.0 * share * size.experts
+    if layout.zero == 3:
+        one_layer = 2.0 * size.experts / config.num_hidden_layers
+        return (experts, 0.0) if layout.checkpointing == "none" else (0.0, one_layer)
     if layout.checkpointing == "none":
         return in_flight * (dense + experts), 0.0
     return dense, 2.0 * (size.body - size.lookup) / config.num_hidden_layers

@@ -142,7 +142,9 @@ def test_activations_are_what_autograd_keeps(name, precision):
     ids = torch.randint(0, 512, (4, 256), generator=torch.Generator().manual_seed(0))
     layout = cost.Layout(micro=4, precision=precision)
     kept, _ = cost.layer_bytes(model.config, cost.count(model), 256, layout)
-    assert kept * ids.numel() * model.config.num_hidden_layers == pytest.approx(kept_bytes(model, ids, precision), rel=0.2)
+    assert kept * ids.numel() * model.config.num_hidden_layers == pytest.approx(
+        kept_bytes(model, ids, precision), rel=0.2
+    )
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
