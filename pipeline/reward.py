@@ -22,7 +22,7 @@ from pipeline.core.output import Output
 from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
-VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
+VERSION = 6  # 6: pairs with a negative margin are rejected
 INPUTS = {"model": ("sft", "pretrain")}
 
 

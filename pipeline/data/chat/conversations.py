@@ -230,6 +230,8 @@ def _pair(source: PreferenceSource, common: dict, fields: dict) -> Pair:
         raise Rejected("chosen equals rejected")
     if source.margin is not None:
         margin = number(render(source.margin, fields, "the record", source.join))
+    if margin < 0:
+        raise Rejected("margin is negative: it says that the rejected answer is better")
     return Pair(**common, prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
 
 

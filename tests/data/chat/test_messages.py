@@ -459,9 +459,10 @@ def test_pairs(tmp_path):
         {"prompt": "q18", "chosen": "  indented", "rejected": "indented"},
         {"prompt": "q19", **pair, "weight": 2},
         {"prompt": "q20", "chosen": {**good, "loss_weight": 0.5}, "rejected": bad},
+        {"prompt": "q21", **pair, "margin": -1},
     ]
     rows, ledger = loaded(tmp_path / "a.jsonl", records, load_pairs, PreferenceSource)
-    assert {place for place in range(1, 21) if place in rows} == {1, 2, 3, 4, 7, 8, 18}
+    assert {place for place in range(1, 22) if place in rows} == {1, 2, 3, 4, 7, 8, 18}
     assert [rows[place].margin for place in (1, 2, 3, 4)] == [0.0, 0.0, 2.0, 0.0]
     assert rows[3].prompt[0] == {"role": "system", "content": "s"} and rows[18].chosen["content"] == "  indented"
     assert all("weight" not in message for message in rows[4].prompt)
@@ -481,6 +482,7 @@ def test_pairs(tmp_path):
         17: "the record has `images`",
         19: "the record has the weight 2; weights are only supported in conversations",
         20: "chosen has the weight 0.5",
+        21: "margin is negative: it says that the rejected answer is better",
     }.items():
         assert found[f"a.jsonl:{place}"].startswith(reason), (place, found[f"a.jsonl:{place}"])
 
