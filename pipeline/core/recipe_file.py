@@ -92,6 +92,12 @@ def _open_brackets(text: str) -> int:
 def _parsed(text: str, path: Path) -> Any:
     if _open_brackets(text) > MAX_BRACKETS:
         raise UserError(f"{path}: not valid as a recipe: more than {MAX_DEPTH} nested blocks")
+    directive = re.match(r"\ufeff?(?:[ \t]*(?:#[^\r\n]*)?[\r\n])*(%.*)", text)
+    if directive:  # by YAML 1.1, 010 is 8 and `no` is false
+        raise UserError(
+            f"{path}: begins with the directive {short_repr(directive[1].strip(), 40)}, which can change what values"
+            " mean; recipes are YAML 1.2, so remove it and the line ---"
+        )
     try:
         return YAML(typ="rt", pure=True).load(text)
     except DuplicateKeyError as error:

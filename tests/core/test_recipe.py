@@ -141,6 +141,7 @@ def test_file_mistakes(write, tmp_path):
         (BASE.replace("{lr: 3e-4}", "{lr: .inf}"), "lr is inf, expected a finite number"),
         (BASE.replace("name: small", 'name: "a\\0b"'), "a character that is not text"),
         (BASE.replace("name: small", "name: !word small"), "has a YAML tag"),
+        ("# of mine\n\n%YAML 1.1\n---\n" + BASE, "begins with the directive '%YAML 1.1', which can change what values"),
         (BASE.replace("seed: 7", "seed: 7\nmodel: &m {<<: *m}"), "a block is merged into itself"),
         (BASE.replace("path: data/*.jsonl", "path: []"), "give exactly one of path, package and dataset; found none"),
         (BASE.replace("seed: 7", "seed: 7\n1: a\n'1': b"), "the key '1' is given twice in this block"),

@@ -15,10 +15,15 @@ from pipeline.data.sources.templates import MissingField
 
 
 def first_record(source: Source, name: str, needed: FieldNames, key: str = "sources") -> reading.Record:
-    """The first good record of a source in the block `key` of the recipe. Raises UserError if it has none, before any
-    work is done."""
+    """The first good record of a source in the block `key` of the recipe. Raises UserError if it has none, or if its
+    lines cannot be told apart, before any work is done."""
     first_bad, bad, not_selected = None, 0, Counter()
     for chunk in chunks(source, name, key=key, needed=needed):
+        if chunk.kind in ("line", "paragraph") and b"\r" in chunk.data and b"\n" not in chunk.data:
+            raise UserError(
+                f"{key}.{name}: {chunk.file} ends its lines with carriage returns alone, so that it would be one record"
+                f" with sample_by: {chunk.kind}; convert them to newlines (tr '\\r' '\\n')"
+            )
         for item in reading.parse(chunk):
             if isinstance(item, Skipped):
                 not_selected[item.reason] += 1

@@ -23,6 +23,7 @@ from pipeline.data.dedup.decontaminate import Decontaminate, build_runs
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.records import Record, fraction, parse, read, text_of
+from pipeline.data.sources.source_checks import check_first_records
 from pipeline.data.sources.sources import Source, chunks
 
 ROWS = [
@@ -312,6 +313,17 @@ def test_mistakes_are_named(tmp_path, monkeypatch, keys, message):
         write(tmp_path / name, b"{}")
     with pytest.raises(UserError, match=message):
         records(**keys)
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph"])
+def test_lines_that_end_with_carriage_returns_alone_are_refused(tmp_path, unit):
+    """They would be one record."""
+    path = write(tmp_path / "a.txt", "一\r二\r三\r".encode("utf-16"))
+    source = Source(path=path, sample_by=unit, encoding="utf-16")
+    with pytest.raises(UserError, match=f"sources.x: .*a.txt ends its lines with carriage returns alone.*{unit}"):
+        check_first_records({"sources": {"x": source}})
+    write(tmp_path / "a.txt", "一\r\n二\r\n三".encode("utf-16"))
+    check_first_records({"sources": {"x": source}})
 
 
 def test_a_file_that_is_not_there_is_named_by_its_key_of_the_recipe(tmp_path):
