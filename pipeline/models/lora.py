@@ -117,9 +117,16 @@ def attach(model, options: Lora, seed: int, complete: tuple[str, ...] = ()) -> N
     """Freeze a model and give its linear layers adapters, which change nothing until they are trained: lora_B is 0.
     lora_A is drawn as peft draws it, from (seed, name of the layer). complete: modules that are trained as they are.
 
-    Raises UserError if there is no such layer, or if the model computes without calling one.
+    Raises UserError if there is no such layer, if none is as wide as the rank, or if the model computes without calling
+    one.
     """
     layers = _targets(model, options)
+    widest = max(min(frozen.widths(layer)) for layer in layers.values())
+    if options.rank > widest:
+        raise UserError(
+            f"lora.rank: {options.rank} is more than the {widest} dimensions that the widest adapted layer has; use"
+            f" {widest} or fewer, or train all weights (remove lora)"
+        )
     model.requires_grad_(False)
     adapter = Adapter(options, complete)
     for name, layer in layers.items():

@@ -1,10 +1,10 @@
 """Keys of low-rank adapters in a recipe. The adapters themselves are in models/lora.py."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.core.config import Strict
+from pipeline.core.config import Distinct, Strict
 
 
 class Lora(Strict):
@@ -17,7 +17,7 @@ class Lora(Strict):
     """The product is scaled by alpha / rank; none: 2 * rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of an adapter's input."""
-    targets: list[str] = []
+    targets: Annotated[list[str], Distinct] = []
     """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; by default all that are in the decoder
     layers, which QLoRA (Dettmers et al., 2023, figure 2) found necessary to match full finetuning."""
     rank_stabilised: bool = False

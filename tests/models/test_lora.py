@@ -125,6 +125,15 @@ def test_all_linear_layers_are_those_of_peft():
         assert set(lora.adapted_layers(ours)) == names, family
 
 
+def test_a_rank_that_no_layer_can_use_is_refused():
+    """Layers of the tiny model have 32 inputs or outputs, or fewer."""
+    base = tiny("llama")
+    widest = max(min(layer.weight.shape) for layer in base.model.layers.modules() if isinstance(layer, torch.nn.Linear))
+    lora.attach(copy.deepcopy(base), Lora(rank=widest), seed=0)
+    with pytest.raises(UserError, match=rf"lora.rank: {widest + 1} is more than the {widest} dimensions"):
+        lora.attach(base, Lora(rank=widest + 1), seed=0)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_new_adapter_changes_nothing_and_disabled_is_the_base(dora):
     base = tiny()
