@@ -40,7 +40,7 @@ def peak_of_loss(chunks: bool, quick: bool) -> None:
 
     def loss(hidden, labels):
         if chunks:
-            layer.expect([labels])
+            layer.expect([{"labels": labels}])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = layer(hidden)
         next_token(outputs, labels)[0].backward()

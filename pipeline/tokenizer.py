@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import ExternalFiles, PlannedInput, StageConfig, check_source_names, refuse_unused
+from pipeline.core.config import Distinct, ExternalFiles, PlannedInput, StageConfig, check_source_names, refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
@@ -53,7 +53,7 @@ class Config(StageConfig):
     with unigram, 0.9 GB with byte-bpe."""
     weights: dict[str, float] | None = None
     """Share of each source in the sample, as far as it has text; by default `balance` and `temperature` decide."""
-    balance: list[Literal["source", "language"]] = ["source"]
+    balance: Annotated[list[Literal["source", "language"]], Distinct] = ["source"]
     """Whose shares of the sample are evened out: the sources', the languages' (detected), or both, languages first."""
     temperature: float | None = Field(None, gt=0)
     """The share of n bytes is proportional to n^(1/temperature): 1 keeps the proportions of the data, 3 or 5 even them

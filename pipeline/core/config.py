@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import Problems, UserError
@@ -56,6 +56,17 @@ def refuse_unused(block: Strict, key: str, why: str) -> None:
     value = dict(block)[key]
     if value != type(block).model_fields[key].get_default(call_default_factory=True):
         raise ValueError(f"{key}: {short_repr(value, 40)} {why}; remove it")
+
+
+def _without_duplicates(values: list) -> list:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"names {short_repr(value, 40)} twice; remove one")
+    return values
+
+
+# For lists in which a second mention would change the identity of a run and not its result.
+Distinct = AfterValidator(_without_duplicates)
 
 
 SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}

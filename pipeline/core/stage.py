@@ -107,7 +107,6 @@ def _examine_parents(node: Node, graph: dict[str, Node]) -> None:
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
     """Do the work of a stage and publish it. If several ranks run and this one fails, a marker says why."""
     config = node.config
-    config = node.config
     for warning in config.warnings():
         say(f"{node.name}: WARNING: {warning}", rank)
     with stop.interruptible(output, config.KEPT):

@@ -103,4 +103,11 @@ class Algorithm(Strict):
     def no_unused_keys(self):
         if self.kl_target is None:
             refuse_unused(self, "kl_horizon", "is how fast kl_coef is adapted, and without kl_target it is constant")
+        if self.kl_coef == 0:
+            refuse_unused(self, "kl_estimator", "estimates the KL in the reward, whose weight kl_coef is 0")
+            refuse_unused(self, "kl_target", "adapts kl_coef by factors, and a kl_coef of 0 stays 0")
+        if self.epochs * self.minibatches == 1:
+            refuse_unused(
+                self, "target_kl", "ends an iteration's updates early, and epochs: 1 with minibatches: 1 is one"
+            )
         return self

@@ -90,6 +90,8 @@ def load_parent(config: FinetuneConfig, artifact: Artifact, name: str) -> Parent
     chat = Chat(tokenizer, date=config.date)
     if chat.writes_date and config.date is None:
         say(f"{name}: the chat template writes today's date; {chat.date} is used in every row (key `date`)")
+    if config.date is not None and not chat.writes_date:
+        say(f"{name}: WARNING: date: {config.date} has no effect: the chat template writes no date; remove it")
     return Parent(folder, tokenizer, chat, new_tokens)
 
 

@@ -4,11 +4,11 @@ decide, so that few other numbers are masked."""
 import functools
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import field_validator, model_validator
 
-from pipeline.core.config import Strict, refuse_unused
+from pipeline.core.config import Distinct, Strict, refuse_unused
 from pipeline.data.cleaning import pii_checks, pii_patterns
 
 # In the order in which they are searched for: an identity number may look like a card.
@@ -19,7 +19,7 @@ class Mask(Strict):
     """Personal data and secrets to replace in the documents that are kept, each by its kind in brackets, such as
     [EMAIL]."""
 
-    use: list[Literal["secret", "email", "ip", "card", "id_zh", "mobile_zh", "phone"]] = []
+    use: Annotated[list[Literal["secret", "email", "ip", "card", "id_zh", "mobile_zh", "phone"]], Distinct] = []
     """secret: private keys, tokens of AWS, GitHub, GitLab, Slack, Google, OpenAI, Stripe, npm, PyPI, JSON web
     tokens; email; ip: public addresses, but not section numbers and versions; card: bank cards in the form, with the
     prefix and with the checksum that cards have; id_zh: Chinese identity numbers with date and checksum; mobile_zh:

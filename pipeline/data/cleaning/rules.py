@@ -11,11 +11,11 @@ and what other thresholds would have done.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.config import Strict, refuse_unused
+from pipeline.core.config import Distinct, Strict, refuse_unused
 from pipeline.data.cleaning.filters import BASIC_RULES, Filters
 
 if TYPE_CHECKING:  # the recipe's models load without numpy
@@ -214,7 +214,7 @@ class Lines(Strict):
 class Rules(Strict):
     """Published quality rules. Off unless `use` names them."""
 
-    use: list[Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]] = []
+    use: Annotated[list[Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]], Distinct] = []
     """Which sets of rules: all four are FineWeb's pipeline."""
     en: Thresholds = Thresholds()
     """Thresholds for English: the papers' values."""

@@ -479,6 +479,18 @@ def test_a_template_that_writes_todays_date_writes_a_fixed_one(tmp_path, monkeyp
     assert found[0] == found[1] and "Today Date: 26 Jul 2024\n" in found[0]
 
 
+def test_a_date_that_no_template_asks_for_is_reported(tmp_path, capsys):
+    from pipeline.core.artifact import external
+    from pipeline.dpo import Config
+    from pipeline.train.finetune import load_parent
+
+    tuned.tokenizer(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    keys = {"sources": {}, "steps": 1, "batch_size": 1, "sequence_length": 64, "date": "2025-02-03"}
+    load_parent(Config(kind="dpo", **keys), external("model", tmp_path / "model"), "dpo")
+    assert "dpo: WARNING: date: 2025-02-03 has no effect" in capsys.readouterr().out
+
+
 def test_the_date_is_part_of_the_identity():
     """correctness 17: another date is another run; none leaves the recipe's other fingerprints as they are."""
     import pydantic
