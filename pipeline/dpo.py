@@ -17,7 +17,6 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.config import refuse_unused
 from pipeline.core.intervals import changes_of, wilson
 from pipeline.core.output import Output
-from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
@@ -32,6 +31,8 @@ LABEL_SMOOTHING = ("sigmoid", "sigmoid_norm", "robust")  # losses that read labe
 
 class DpoOptimizer(FinetuneOptimizer):
     """AdamW for DPO."""
+
+    USUAL_LR = (1e-7, 2e-4)
 
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate; 5e-7 to 1e-6 is usual for 7B parameters, small models take 1e-5 to 1e-4."""
@@ -96,41 +97,51 @@ class Config(FinetuneConfig):
     def sequences_per_row(self) -> int:
         return 2
 
+    def warnings(self) -> list[str]:
+        warnings = super().warnings()
+        if "simpo" in self.losses and "beta" not in self.model_fields_set:
+            warnings.append(f"beta: {self.beta:g} is for losses with a reference; simpo usually takes 2 to 10")
+        return warnings
+
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
 
     from pipeline.train import finetune
-    from pipeline.train.finetune_data import ShuffledRows, encode_once
+    from pipeline.train.finetune_data import encode_once
     from pipeline.train.loss_preference import needs_reference
-    from pipeline.train.preference_data import encoded_pairs, pair_batch, pair_counts, pair_length, pair_work
+    from pipeline.train.preference_data import (
+        encoded_pairs,
+        pair_batch,
+        pair_counts,
+        pair_length,
+        pair_order,
+        pair_work,
+    )
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
     encode = functools.partial(encoded_pairs, config, parent.chat, output, margins=False)
     arrays, extra = encode_once(output, config, encode)
     counts = pair_counts(arrays, extra)
-    rows = ShuffledRows(config.seed, counts.train)
+    rows = pair_order(config, arrays, finetune.records_of(config, arrays, counts.train))
     config = finetune.in_steps(config, rows.per_epoch)
     has_reference = needs_reference(config.losses)
 
     # Build
     model = parent.load()
     finetune.adapt(config, parent, model)
-    if "simpo" in config.losses and "beta" not in config.model_fields_set:
-        say(
-            f"{config.kind}: WARNING: beta: {config.beta:g} is for losses with a reference; simpo usually takes 2 to 10"
-        )
     work = pair_work(config, arrays, reference=has_reference)
     loss, read = objective(config)
     engine, text = finetune.build_engine(model, loss, config, work, token_losses="each")
     finetune.say_counts(output, counts)
+    finetune.say_sources(config, arrays, rows)
 
     # Reference: log-probabilities before the first step, of the pairs that the run takes
     tables = {}
     if has_reference:
-        taken = min(config.steps * config.batch_size, counts.train)
-        used = {"train": sorted({rows.at(index) for index in range(taken)}), "heldout": list(range(counts.heldout))}
+        taken = rows.taken(config.steps * config.batch_size)
+        used = {"train": taken.nonzero()[0].tolist(), "heldout": list(range(counts.heldout))}
         cache = finetune.reference_cache(config, parent, inputs["model"], output)
         for split, indices in used.items():
             tables[split] = reference(engine, arrays, split, indices, parent.pad_id, cache, output)
@@ -152,7 +163,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     interval = wilson(result["after"]["accuracy"], counts.heldout)
     changes = changes_of(result, ("loss", "margin"))
     measures, nothing = headline(result["before"], result["after"], changes["margin"], interval, counts.heldout)
-    metrics = finetune.summarise(config, output, result, rows, counts, unit="pairs", measures=measures, nothing=nothing)
+    metrics = finetune.summarise(
+        config, output, result, rows, counts, unit="pairs", measures=measures, nothing=nothing, arrays=arrays
+    )
     metrics["heldout_accuracy_interval"] = list(interval)
     for name, change in changes.items():
         metrics[f"heldout_{name}_change_interval"] = change and list(change)

@@ -62,6 +62,9 @@ class Config(FinetuneConfig):
 
     @model_validator(mode="after")
     def consistent(self):
+        refuse_unused(self, "best", "is for sft, reward and dpo; use save.keep_best")
+        refuse_unused(self, "mixture", "is for sft, reward and dpo; use `limit` or `part` of the sources")
+        refuse_unused(self, "group_by_length", "is for sft, reward and dpo: here answers have no length yet")
         for key in ("chat_template", "chat_template_kwargs"):
             refuse_unused(self, key, "is for the stages that teach a template; policy and reward model have theirs")
         if self.rollout.max_new_tokens >= self.sequence_length:

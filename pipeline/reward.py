@@ -29,6 +29,8 @@ INPUTS = {"model": ("sft", "pretrain")}
 class RewardOptimizer(FinetuneOptimizer):
     """AdamW for reward modelling."""
 
+    USUAL_LR = (1e-6, 1e-3)
+
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate; small models take 1e-4 to 1e-3."""
 
@@ -55,16 +57,23 @@ class Config(FinetuneConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import finetune
-    from pipeline.train.finetune_data import ShuffledRows, encode_once
+    from pipeline.train.finetune_data import encode_once
     from pipeline.train.loss_preference import bradley_terry
-    from pipeline.train.preference_data import encoded_pairs, pair_batch, pair_counts, pair_length, pair_work
+    from pipeline.train.preference_data import (
+        encoded_pairs,
+        pair_batch,
+        pair_counts,
+        pair_length,
+        pair_order,
+        pair_work,
+    )
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
     encode = functools.partial(encoded_pairs, config, parent.chat, output, margins=True)
     arrays, extra = encode_once(output, config, encode)
     counts = pair_counts(arrays, extra)
-    rows = ShuffledRows(config.seed, counts.train)
+    rows = pair_order(config, arrays, finetune.records_of(config, arrays, counts.train))
     config = finetune.in_steps(config, rows.per_epoch)
 
     # Build
@@ -80,6 +89,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     engine, text = finetune.build_engine(model, loss, config, pair_work(config, arrays))
     finetune.say_counts(output, counts)
+    finetune.say_sources(config, arrays, rows)
 
     # Fit, calibrate and publish
     length = functools.partial(pair_length, arrays)
@@ -98,7 +108,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     measure = f"held-out pairs ranked right {shares(result['before']['accuracy'], accuracy, counts.heldout)}"
     nothing = [f"{measure}, which guessing could give"] if interval[0] <= 0.5 else []
     metrics = finetune.summarise(
-        config, output, result, rows, counts, unit="pairs", measures=[measure], nothing=nothing
+        config, output, result, rows, counts, unit="pairs", measures=[measure], nothing=nothing, arrays=arrays
     )
     metrics["heldout_accuracy_interval"] = list(interval)
     metrics["raw_score_mean"] = mean

@@ -10,10 +10,10 @@ another. Out: model/ (Hugging Face layout), report.json (what became of each rec
 import functools
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION
+from pipeline.core.config import EXECUTION, refuse_unused
 from pipeline.core.intervals import change_of, shares, unchanged
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural, say
@@ -26,6 +26,8 @@ INPUTS = {"model": ("pretrain", "sft")}
 
 class SftOptimizer(FinetuneOptimizer):
     """AdamW for SFT: a tenth of pretraining's learning rate and no decay."""
+
+    USUAL_LR = (1e-6, 2e-3)
 
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate; 2e-5 is usual for 1B to 10B parameters, small models take 1e-4 to 1e-3."""
@@ -40,12 +42,21 @@ class Config(FinetuneConfig):
     """Several conversations in a row, each with its own positions and attention. If false, one per row, padded."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What becomes of a conversation longer than sequence_length: dropped, or cut at its end."""
+    neftune: float | None = Field(None, gt=0)
+    """Strength (alpha) of uniform noise on the embeddings in training, divided by sqrt(tokens of the conversation x
+    width); 5 to 15 in Jain et al. (2023); none: no noise."""
     optimizer: SftOptimizer = SftOptimizer()
     """AdamW."""
     max_prompts: Annotated[int, EXECUTION] = Field(64, ge=0)
     """Held-out prompts that are answered greedily at each evaluation; 0 for none."""
     max_new_tokens: Annotated[int, EXECUTION] = Field(64, ge=1)
     """Maximum length of these answers."""
+
+    @model_validator(mode="after")
+    def groups_are_padded(self):
+        if self.packing:
+            refuse_unused(self, "group_by_length", "has no effect on packed rows, which are full anyway")
+        return self
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
@@ -57,6 +68,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         encoded_conversations,
     )
     from pipeline.train.finetune_data import PackedRows, encode_once, pack, permutation
+    from pipeline.train.record_order import Groups
     from pipeline.train.run_summary import Work
 
     # Load and encode
@@ -69,7 +81,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Rows: in each epoch the conversations are packed in another order
     capacity = config.sequence_length if config.packing else None
-    rows = PackedRows(config.seed, ids.lengths, capacity)
+    records = finetune.records_of(config, arrays, len(ids))
+    groups = None
+    if config.group_by_length:
+        groups = Groups(lambda row: int(ids.lengths[row[0]]), config.batch_size)
+    rows = PackedRows(config.seed, ids.lengths, capacity, records, groups)
     config = finetune.in_steps(config, rows.per_epoch)
     heldout_order = permutation(0, 0, len(heldout_ids)) if config.packing else range(len(heldout_ids))
     heldout_rows = pack(heldout_ids.lengths, capacity, heldout_order)
@@ -80,6 +96,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     if config.packing:
         check_packing(model, parent.chat.end_id)
     finetune.adapt(config, parent, model)
+    noise = None if config.neftune is None else noise_of(model, config, ids.lengths)
     epochs = config.steps * config.batch_size / rows.per_epoch
     kind = "packed rows" if config.packing else "conversations"
     work = Work(
@@ -96,24 +113,54 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             " chat template writes an earlier answer differently from the last one, so that such a conversation is"
             " learned answer by answer, as inference will show it"
         )
+    finetune.say_sources(config, arrays, rows)
 
     # Fit and publish
     measure = functools.partial(answers, engine, parent.chat, heldout_ids, extra, config)
     result = finetune.fit(
-        engine, config, output, text, rows, heldout_rows, collate, read=conversation_losses, measure=measure
+        engine,
+        config,
+        output,
+        text,
+        rows,
+        heldout_rows,
+        collate,
+        read=conversation_losses,
+        measure=measure,
+        before_step=noise,
     )
     finetune.publish_model(engine, config, parent, output)
 
     change = change_of(result.get("before_rows"), result.get("after_rows"))
     measures, nothing = headline(result["before"], result["after"], change, counts.heldout)
     metrics = finetune.summarise(
-        config, output, result, rows, counts, unit="tokens", measures=measures, nothing=nothing
+        config, output, result, rows, counts, unit="tokens", measures=measures, nothing=nothing, arrays=arrays
     )
     metrics["heldout_loss_change_interval"] = change and list(change)
     metrics["packing_fill"] = fill
     metrics["trained_tokens"] = result["weight"]
     metrics["summary"]["output"] += f", {result['weight'] / 1e3:.0f}k answer tokens"
     return metrics
+
+
+def noise_of(model, config: Config, lengths):
+    """NEFTune: what must be called with the rows of each step before it is made. lengths: of all conversations."""
+    from pipeline.core.seeds import derive
+    from pipeline.train import neftune
+
+    noise = neftune.attach(model, config.neftune)
+
+    def before_step(parts: list[list[tuple[int, list[int]]]]) -> None:
+        micro_batches = []
+        for part in parts:
+            rows = []
+            for index, row in part:
+                seeds = [derive(config.seed, "neftune", index, place) for place in range(len(row))]
+                rows.append(list(zip(seeds, lengths[row].tolist(), strict=True)))
+            micro_batches.append(rows)
+        noise.expect(micro_batches)
+
+    return before_step
 
 
 def loss(outputs, batch: dict):

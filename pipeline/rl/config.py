@@ -12,6 +12,8 @@ from pipeline.train.finetune_config import FinetuneOptimizer, FinetuneSchedule
 class PolicyOptimizer(FinetuneOptimizer):
     """AdamW as PPO on language models uses it."""
 
+    USUAL_LR = (1e-7, 3e-4)
+
     lr: float = Field(3e-6, gt=0)
     """Peak learning rate; 3e-6 suits models of 1B to 7B (Huang et al., 2024), small ones take 1e-5 to 1e-4."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

@@ -36,8 +36,10 @@ class Saver:
     whatever else is agreed on.
     """
 
-    def __init__(self, output: Output, engines: list, options: Save):
+    def __init__(self, output: Output, engines: list, options: Save, keep_best: bool | None = None):
+        """keep_best: whether the checkpoint with the lowest noted loss stays; by default as the options say."""
         self.output, self.engines, self.options = output, engines, options
+        self.keep_best = options.keep_best if keep_best is None else keep_best
         self.folder = checkpoint_folder.folder_of(output.path)
         self.copiers = {engine.name: state.Copier() for engine in engines}
         self.step: int | None = None  # of the checkpoint that is being written
@@ -126,7 +128,7 @@ class Saver:
         existing = {str(step_of(path)) for path in complete_checkpoints(self.output.path)} | {str(self.step)}
         self.losses = {key: value for key, value in self.losses.items() if key in existing}
         self.losses[str(step)] = loss
-        if self.options.keep_best:
+        if self.keep_best:
             write_json(self.folder / LOSSES, self.losses)
 
     # ---- room on the disk --------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ class Saver:
         """Before the first step: is there room for all checkpoints that will exist at a time, and for the model? Raises
         UserError with the numbers. Collective."""
         one, options = self._size(), self.options
-        count = options.keep + 1 + options.keep_best
+        count = options.keep + 1 + self.keep_best
         if steps is not None:  # None: as many as fit into a time, which the first steps will show
             if options.keep_every:
                 count += steps // options.keep_every
@@ -224,7 +226,7 @@ class Saver:
             kept |= {path for path in checkpoints if step_of(path) % self.options.keep_every == 0}
         losses = self.losses
         evaluated = [path for path in checkpoints if str(step_of(path)) in losses]
-        if self.options.keep_best and evaluated:
+        if self.keep_best and evaluated:
             kept.add(min(evaluated, key=lambda path: losses[str(step_of(path))]))
         return [path for path in checkpoints if path not in kept]
 

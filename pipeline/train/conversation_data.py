@@ -11,13 +11,14 @@ from pipeline.data.chat.conversations import Conversation, load_conversations
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.train.chunked_loss import IGNORE
-from pipeline.train.finetune_data import SPLITS, Arrays, Ragged, report_records
+from pipeline.train.finetune_data import SPLITS, Arrays, Ragged, report_records, source_numbers
 from pipeline.train.loss import next_token
 
 
 def encoded_conversations(config, chat: Chat, output: Output) -> tuple[Arrays, dict]:
-    """Token rows of the conversations of both splits: `ids`, `trained` (which of them carry loss) and, if a record
-    gives weights, `weights` (of each token in the loss); writes report.json. For `encode_once`.
+    """Token rows of the conversations of both splits: `ids`, `trained` (which of them carry loss), `source` (of each
+    row, by its number in the recipe) and, if a record gives weights, `weights` (of each token in the loss); writes
+    report.json. For `encode_once`.
 
     JSON: `rejected`; `conversations` of both splits, of which some may be several rows; and of each held-out row
     `starts` (index of the last answer's first token) and `answers` (rule and known answer).
@@ -35,6 +36,8 @@ def encoded_conversations(config, chat: Chat, output: Output) -> tuple[Arrays, d
         if any(row.weights is not None for row in encoded):
             weights = [row.trained if row.weights is None else row.weights for row in encoded]
             arrays[f"{split}.weights"] = Ragged.of(weights, np.float32)
+        sources = source_numbers(usable, list(config.sources))
+        arrays[f"{split}.source"] = np.repeat(sources, [len(several) for several in rows])
         tokens[split], trained_tokens[split] = len(ids.values), int(trained.values.sum())
         extra["conversations"][split] = len(usable)
         if split == "heldout":

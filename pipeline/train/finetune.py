@@ -35,10 +35,12 @@ from pipeline.models.publish import publish, publish_adapter
 from pipeline.models.weights_hash import weights_hash
 from pipeline.train import chunked_loss, distributed, loop, train_length
 from pipeline.train import engine as engines
+from pipeline.train.best import Selection
 from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import Counts, by_length, heldout_share, model_folder
+from pipeline.train.finetune_data import Arrays, Counts, by_length, heldout_share, model_folder
 from pipeline.train.metrics import Expected, total_peak
+from pipeline.train.record_order import MixedRecords, Records
 from pipeline.train.reference_logprobs import Cache
 from pipeline.train.run_summary import Work, tuning_lines
 
@@ -162,6 +164,21 @@ def _weights_digest(parent: Parent, artifact: Artifact) -> str:
     return f"{digest_of(files)} {weights_hash(lora.base_of(parent.folder))}"
 
 
+def records_of(config: FinetuneConfig, arrays: Arrays, count: int) -> Records:
+    """What the epochs of a run over `count` records are made of. Raises UserError for a source that has a weight and
+    no records to train on."""
+    if config.mixture is None:
+        return Records(config.seed, count)
+    source_of = arrays["train.source"]
+    for number, name in enumerate(config.sources):
+        if config.mixture[name] and not np.any(source_of == number):
+            raise UserError(
+                f"stage {config.kind}: mixture: none of the records of {name} is left to train on (report.json says"
+                " why); give it the weight 0"
+            )
+    return MixedRecords(config.seed, source_of, [config.mixture[name] for name in config.sources])
+
+
 def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
     """The config of a run over epochs of `rows` rows, with its length in steps. Raises UserError if other keys do not
     fit that length."""
@@ -219,12 +236,6 @@ def build_engine(
     peak = total_peak(config)
     for line in tuning_lines(config, model.config, size, flops, peak, work, head_rows):
         say(line)
-    lr = config.optimizer.lr
-    if config.lora is not None and "lr" not in config.optimizer.model_fields_set:
-        say(
-            f"{config.kind}: WARNING: optimizer.lr: {lr:g} is the default for training all weights; adapters usually"
-            f" take about ten times as much, {10 * lr:g}"
-        )
     engine = engines.build(model, loss, config, name=name)
     return engine, Expected(seconds=work.seconds(flops, peak))
 
@@ -239,6 +250,9 @@ class RowOrder(Protocol):
 
     def at(self, index: int) -> Any:
         """The row at a global index of the run."""
+
+    def taken(self, num_rows: int) -> np.ndarray:
+        """How often each record is taken in the first `num_rows` rows of the run."""
 
 
 def fit(
@@ -255,6 +269,7 @@ def fit(
     measure: Callable[[], dict] | None = None,
     length: Callable[[str, Any], int] | None = None,
     prepare: Callable[[str, list[list], list[dict]], None] | None = None,
+    before_step: Callable[[list[list[tuple[int, Any]]]], None] | None = None,
 ) -> dict:
     """Train an engine on `rows`, and evaluate it on all of `heldout`. Returns what `loop.run` does. Collective.
 
@@ -263,6 +278,7 @@ def fit(
     evaluation; `unit` names what the loss is averaged over. length(split, row): rows of like length share a micro-batch
     of this process, so that little is padded. prepare(split, rows of each micro-batch, micro-batches) is called before
     the micro-batches of a step or an evaluation are used, with the weights that these will see. Collective.
+    before_step(rows of each micro-batch, with their numbers in the run) is called before each step.
     """
     heldout_rows = []
     for part in heldout_share(len(heldout), config, engine):
@@ -276,9 +292,12 @@ def fit(
             records += np.atleast_1d(row).tolist()
 
     def batches(step: int) -> list[dict]:
-        parts = [[rows.at(index) for index in indices] for indices in loop.share(config, engine, step)]
+        numbered = [[(index, rows.at(index)) for index in indices] for indices in loop.share(config, engine, step)]
         if length is not None:
-            parts = by_length(parts, functools.partial(length, "train"))
+            numbered = by_length(numbered, lambda entry: length("train", entry[1]))
+        if before_step is not None:
+            before_step(numbered)
+        parts = [[row for _, row in part] for part in numbered]
         micro_batches = [collate("train", part) for part in parts]
         if prepare is not None:
             prepare("train", parts, micro_batches)
@@ -292,7 +311,10 @@ def fit(
             numbers["rows"] = _in_order(records, torch.cat(numbers.pop("results")))
         return numbers | measure() if measure else numbers
 
-    return loop.fit(engine, config, output, batches, evaluate=evaluate, unit=unit, expected=expected)
+    selection = None if config.best is None else Selection(config.best, config.kind)
+    return loop.fit(
+        engine, config, output, batches, evaluate=evaluate, unit=unit, expected=expected, selection=selection
+    )
 
 
 def _in_order(records: list[int], values: torch.Tensor) -> list:
@@ -344,6 +366,31 @@ def say_counts(output: Output, counts: Counts, detail: str = "") -> None:
     )
 
 
+def say_sources(config: FinetuneConfig, arrays: Arrays, rows: RowOrder) -> None:
+    """How often a run will take the records of each source, if there are several."""
+    taken = sources_taken(config, arrays, rows, config.steps)
+    total = sum(source["taken"] for source in taken.values())
+    parts = []
+    for name, source in taken.items():
+        share, epochs = source["taken"] / total, source["taken"] / max(1, source["records"])
+        parts.append(f"{name} {share:.1%}, {epochs:.2f} epochs of {source['records']:,}")
+    if len(parts) > 1:
+        say(f"sources    {'; '.join(parts)}")
+
+
+def sources_taken(config: FinetuneConfig, arrays: Arrays, rows: RowOrder, steps: int) -> dict[str, dict]:
+    """Of each source, the number of records to train on, and how many records the first steps of a run take, a record
+    counting as often as it is taken."""
+    if "train.source" not in arrays:  # rows of an older version, whose run was interrupted
+        return {}
+    source_of, counts = arrays["train.source"], rows.taken(steps * config.batch_size)
+    numbers = {}
+    for number, name in enumerate(config.sources):
+        own = counts[source_of == number]
+        numbers[name] = {"records": len(own), "taken": int(own.sum())}
+    return numbers
+
+
 def before_and_after(result: dict, prefix: str = "") -> dict:
     """The evaluations before the first and after the last step, as metrics of the stage."""
     metrics = {}
@@ -364,6 +411,7 @@ def summarise(
     unit: str,
     measures: list[str],
     nothing: list[str],
+    arrays: Arrays,
 ) -> dict:
     """The metrics of a stage that `fit` has trained. unit: what its rate counts; measures: parts of the closing line;
     nothing: what shows that nothing was learned."""
@@ -373,11 +421,16 @@ def summarise(
     metrics[f"train_{counts.noun}s"] = counts.train
     metrics[f"heldout_{counts.noun}s"] = counts.heldout
     metrics["rejected"] = counts.rejected
-    metrics["epochs"] = config.steps * config.batch_size / rows.per_epoch
+    metrics["epochs"] = result["steps"] * config.batch_size / rows.per_epoch
+    published = result["steps"]
+    if "best" in result:
+        published = result["best"]["step"]
+        metrics |= {"steps": result["steps"], "best_step": published}
+    metrics["sources"] = sources_taken(config, arrays, rows, result["steps"])
     metrics[f"{unit}_per_second"] = result["rate"]
     metrics["summary"] = {
         "input": f"{plural(len(config.sources), 'source')}, {plural(counts.train + counts.heldout, counts.noun)}",
-        "output": f"model/, {plural(config.steps, 'step')}",
+        "output": f"model/, {plural(published, 'step')}",
         "measure": ", ".join(measures),
     }
     return metrics

@@ -2,20 +2,26 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.config import EXECUTION, ExternalFiles, PlannedInput, PublishedModel, SourceBlock, refuse_unused
 from pipeline.core.errors import Absent, Problems, UserError
+from pipeline.core.terminal import plural
 from pipeline.data.chat.chat_sources import TuningSource
 from pipeline.data.dedup.decontaminate import SETS, Decontaminate
 from pipeline.models.lora_config import Lora
-from pipeline.train.config import Date, Optimizer, Schedule, TrainConfig
+from pipeline.train.best import Best
+from pipeline.train.config import Date, Optimizer, Schedule, TrainConfig, check_mixture
 
 
 class FinetuneOptimizer(Optimizer):
     """AdamW for finetuning: a published model is not decayed towards zero."""
+
+    USUAL_LR: ClassVar[tuple[float, float]] = (1e-7, 1e-3)
+    """Learning rates that are in use for all weights: from large models to small ones. Adapters take about ten times as
+    much (`lora` of each stage's page)."""
 
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay of matrices."""
@@ -46,6 +52,11 @@ class FinetuneConfig(TrainConfig):
     another pass."""
     sources: dict[str, TuningSource]
     """Records by name."""
+    mixture: dict[str, float] | None = None
+    """Source -> weight of its records: shares that sum to 1, or relative weights such as 2 and 1; none: each record
+    once per epoch. With weights an epoch is as many records as there are, and small sources are repeated."""
+    group_by_length: bool = False
+    """Batches of rows of like length, so that little is padded: rows are sorted by length within every 50 batches."""
     decontaminate: Decontaminate | None = None
     """Evaluation sets whose text must not be trained on."""
     holdout: float = Field(0.1, gt=0, lt=1)
@@ -56,6 +67,8 @@ class FinetuneConfig(TrainConfig):
     """Learning rate over steps."""
     lora: Lora | None = None
     """Train low-rank adapters in place of the whole model; none: all weights."""
+    best: Best | None = None
+    """Publish the checkpoint with the best held-out metric, and stop early; none: the last one."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
     """Largest share of a source's records that may be unusable. Duplicates, rows like a held-out one and rows that are
     too long do not count. The stage ends if there are more, because then the source is not what the recipe says."""
@@ -68,6 +81,20 @@ class FinetuneConfig(TrainConfig):
     date: Date = None
     """Date that a chat template gets if it asks for today's, as YYYY-MM-DD; by default 2024-07-26, the fallback of
     Llama 3.2's own template."""
+
+    _mixture = field_validator("mixture")(check_mixture)
+
+    @model_validator(mode="after")
+    def mixture_of_sources(self):
+        if self.mixture is None:
+            return self
+        for name in self.mixture:
+            if name not in self.sources:
+                raise ValueError(f"mixture: there is no source {name!r}; expected {', '.join(self.sources)}")
+        missing = [name for name in self.sources if name not in self.mixture]
+        if missing:
+            raise ValueError(f"mixture: gives no weight to {', '.join(missing)}; 0 means not to train on a source")
+        return self
 
     @model_validator(mode="after")
     def one_length(self):
@@ -89,6 +116,42 @@ class FinetuneConfig(TrainConfig):
         if ratio is None:
             return self.schedule.warmup_steps
         return None if self.steps is None else _ceil(ratio * self.steps)
+
+    def check(self, world: int) -> None:
+        if self.best is not None:
+            self._check_best(self.best)
+        super().check(world)
+
+    def _check_best(self, best: Best) -> None:
+        if self.save.keep_best:
+            raise UserError(
+                f"stage {self.kind}: save.keep_best and best both say which checkpoint is the best one; remove"
+                " save.keep_best"
+            )
+        if self.steps is not None and best.every_steps > self.steps:
+            raise UserError(
+                f"stage {self.kind}: best.every_steps: {best.every_steps} is more than the"
+                f" {plural(self.steps, 'step')} of the run, so that there is only one checkpoint to choose from"
+            )
+
+    def warnings(self) -> list[str]:
+        warnings = super().warnings()
+        lr = self.optimizer.lr
+        low, high = self.optimizer.USUAL_LR
+        trained = "all weights"
+        if self.lora is not None:
+            low, high, trained = 10 * low, 10 * high, "adapters"
+        if not low <= lr <= high:
+            warnings.append(
+                f"optimizer.lr: {lr:g} is outside of the usual {low:.0e} to {high:.0e} for {trained} in a stage of kind"
+                f" {self.kind}"
+            )
+        elif self.lora is not None and "lr" not in self.optimizer.model_fields_set:
+            warnings.append(
+                f"optimizer.lr: {lr:g} is the default for training all weights; adapters usually take about ten times"
+                f" as much, {10 * lr:g}"
+            )
+        return warnings
 
     def in_steps(self, rows: int) -> Self:
         """This config with `steps` and `schedule.warmup_steps`, where the recipe gives epochs of `rows` rows and a

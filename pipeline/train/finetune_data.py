@@ -1,12 +1,11 @@
 """Rows of token ids for sft, reward, dpo, kto and ppo: encoded once, read by every process; and which rows a step
 takes."""
 
-import functools
 import itertools
 import json
 import shutil
-from bisect import bisect_left, insort
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pipeline.data.chat.record_accounting import Ledger
 from pipeline.train import distributed, phases
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.heartbeat import wait_for
+from pipeline.train.record_order import Groups, MixedRecords, Records, grouped_by_length, permutation
 
 SPLITS = ("train", "heldout")
 
@@ -115,6 +115,11 @@ def _read_rows(folder: Path) -> tuple[Arrays, dict]:
     return arrays, json.loads((folder / "extra.json").read_text(encoding="utf-8"))
 
 
+def source_numbers(rows: list, names: list[str]) -> np.ndarray:
+    """Which of the sources `names` each row is from."""
+    return np.array([names.index(row.source) for row in rows], np.int32)
+
+
 @dataclass(frozen=True)
 class Counts:
     """Records of a stage. noun: what a record is, such as `pair`."""
@@ -137,12 +142,6 @@ def report_records(ledger: Ledger, config: FinetuneConfig, output: Output, **mor
 # ---- which rows a step takes -----------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(4)
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Order of `count` rows in an epoch: a function of (seed, epoch). Part of what a seed means: do not change it."""
-    return np.random.Generator(np.random.PCG64(derive(seed, "epoch", epoch))).permutation(count)
-
-
 class ShuffledRows:
     """Row numbers in the order in which a run takes them: shuffled again in each epoch, as a function of (seed, epoch,
     index).
@@ -150,41 +149,95 @@ class ShuffledRows:
     per_epoch: rows of an epoch.
     """
 
-    def __init__(self, seed: int, count: int):
+    def __init__(self, seed: int, count: int, records: Records | None = None, groups: Groups | None = None):
+        """records: of each epoch; by default each of `count` once. groups: rows of a batch are of like length."""
         self.seed, self.per_epoch = seed, count
+        self.records, self.groups = records or Records(seed, count), groups
+        self._epochs = _LastTwo(self._rows)
 
     def at(self, index: int) -> int:
         """The row at a global index of the run."""
         epoch, place = divmod(index, self.per_epoch)
-        return int(permutation(self.seed, epoch, self.per_epoch)[place])
+        return int(self._epochs.of(epoch)[place])
+
+    def taken(self, num_rows: int) -> np.ndarray:
+        """How often each row is taken among the first `num_rows` of the run."""
+        epochs, place = divmod(num_rows, self.per_epoch)
+        return self.records.taken(epochs) + np.bincount(self._epochs.of(epochs)[:place], minlength=self.per_epoch)
+
+    def _rows(self, epoch: int) -> Sequence[int]:
+        rows = self.records.epoch(epoch)
+        if self.groups is None:
+            return rows
+        return grouped_by_length(rows.tolist(), self.groups, epoch * self.per_epoch, self.seed, epoch)
 
 
 class PackedRows:
     """Lists of conversations that share a row, in the order in which a run takes them: in each epoch the conversations
     are shuffled and packed again, and the rows shuffled, as a function of (seed, epoch, index).
 
-    per_epoch: rows of an epoch; the same in each.
+    per_epoch: rows of an epoch; of the first one if epochs have different conversations.
     """
 
-    def __init__(self, seed: int, lengths: np.ndarray, capacity: int | None):
-        """capacity: tokens of a row; None for one conversation per row."""
+    def __init__(
+        self,
+        seed: int,
+        lengths: np.ndarray,
+        capacity: int | None,
+        records: Records | None = None,
+        groups: Groups | None = None,
+    ):
+        """capacity: tokens of a row; None for one conversation per row. records and groups as for ShuffledRows; groups
+        without packing only."""
         self.seed, self.lengths, self.capacity = seed, lengths, capacity
-        self._epochs: dict[int, list[list[int]]] = {}
-        self.per_epoch = len(self._rows(0))
+        self.records, self.groups = records or Records(seed, len(lengths)), groups
+        self._epochs = _LastTwo(self._rows)
+        self.per_epoch = len(self._epochs.of(0))
+        self._starts = [0, self.per_epoch]  # first row of each epoch, where epochs have different numbers of rows
 
     def at(self, index: int) -> list[int]:
         """The conversations of the row at a global index of the run."""
-        epoch, place = divmod(index, self.per_epoch)
-        return self._rows(epoch)[place]
+        epoch, place = self._place(index)
+        return self._epochs.of(epoch)[place]
+
+    def taken(self, num_rows: int) -> np.ndarray:
+        """How often each conversation is taken in the first `num_rows` rows of the run."""
+        epochs, place = self._place(num_rows)
+        counts = self.records.taken(epochs)
+        for row in self._epochs.of(epochs)[:place]:
+            np.add.at(counts, row, 1)
+        return counts
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not isinstance(self.records, MixedRecords) or self.capacity is None:
+            return divmod(index, self.per_epoch)
+        while self._starts[-1] <= index:
+            self._starts.append(self._starts[-1] + len(self._epochs.of(len(self._starts) - 1)))
+        epoch = bisect_right(self._starts, index) - 1
+        return epoch, index - self._starts[epoch]
 
     def _rows(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._epochs:
-            packed = pack(self.lengths, self.capacity, permutation(self.seed, epoch, len(self.lengths)))
-            order = permutation(derive(self.seed, "rows"), epoch, len(packed))
-            if len(self._epochs) == 2:  # a step reaches into two epochs at most, unless epochs are shorter than steps
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = [packed[row] for row in order]
-        return self._epochs[epoch]
+        packed = pack(self.lengths, self.capacity, self.records.epoch(epoch))
+        order = permutation(derive(self.seed, "rows"), epoch, len(packed))
+        rows = [packed[row] for row in order]
+        if self.groups is None:
+            return rows
+        return grouped_by_length(rows, self.groups, epoch * self.records.count, self.seed, epoch)
+
+
+class _LastTwo:
+    """Rows of the two epochs that were used last: a step reaches into no more, unless epochs are shorter than steps."""
+
+    def __init__(self, make: Callable[[int], Sequence]):
+        self.make = make
+        self.epochs: dict[int, Sequence] = {}
+
+    def of(self, epoch: int) -> Sequence:
+        if epoch not in self.epochs:
+            if len(self.epochs) == 2:
+                self.epochs.pop(min(self.epochs))
+            self.epochs[epoch] = self.make(epoch)
+        return self.epochs[epoch]
 
 
 def pack(lengths: np.ndarray, capacity: int | None, order: np.ndarray) -> list[list[int]]:
@@ -199,7 +252,8 @@ def best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list[list
     """Items into as few rows as best-fit decreasing finds: longest first, each into the fullest row that has room (Ding
     et al., 2024). `order` breaks ties.
 
-    Within 11/9 of the fewest rows possible (Johnson, 1974); the number of rows does not depend on `order`.
+    Within 11/9 of the fewest rows possible (Johnson, 1974); the number of rows does not depend on `order`. An item may
+    be in `order` several times.
     """
     rows: list[list[int]] = []
     rows_by_room: dict[int, list[int]] = {}

@@ -20,6 +20,7 @@ from pipeline.core.stop import StopSignal, saved_step, stop
 from pipeline.core.terminal import show
 from pipeline.core.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
+from pipeline.train.best import Selection
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Accept, Engine
 from pipeline.train.metrics import Expected, Meters
@@ -95,12 +96,14 @@ class Hooks:
     evaluate(): numbers on held-out data, equal on all processes; the entry `rows`, if there is one, is not logged: a
     list of what was measured on each held-out row, for the interval of a difference. sample(step, last): called after
     each step, after its checkpoint and evaluation, and again for the checkpoint from which a run resumes.
-    describe(batch): the rows of a global batch, for the report of a spike.
+    describe(batch): the rows of a global batch, for the report of a spike. selection: which checkpoint the run ends
+    with, and whether it stops early.
     """
 
     evaluate: Callable[[], dict] | None = None
     sample: Callable[[int, bool], None] | None = None
     describe: Callable[[int], list[dict]] | None = None
+    selection: Selection | None = None
 
 
 def fit(
@@ -115,10 +118,11 @@ def fit(
     branch: Path | None = None,
     sample: Callable[[int, bool], None] | None = None,
     describe: Callable[[int], list[dict]] | None = None,
+    selection: Selection | None = None,
 ) -> dict:
     """Train an engine. batches(number) gives this process's micro-batches of a global batch: that of step `number`,
     unless a rollback skipped some (train/spikes.py). For all else see `run` and `Hooks`."""
-    hooks = Hooks(evaluate, sample, describe)
+    hooks = Hooks(evaluate, sample, describe, selection)
     return run(Updates(engine, batches), config, output, hooks, unit=unit, expected=expected, branch=branch)
 
 
@@ -137,8 +141,9 @@ def run(
 
     `unit` names what a step's weight counts; `expected` is for the metrics. Returns before and after (evaluations, or
     None), before_rows and after_rows (their `rows`), first and last (what the first and last step returned), weight
-    (sum over all steps), skipped (steps that were not applied), and rate (weight per second of this process's training,
-    without saving and evaluating).
+    (sum over all steps), skipped (steps that were not applied), steps (how many were made), rate (weight per second of
+    this process's training, without saving and evaluating), and with a selection best (best.py): then the weights and
+    `after` are those of the best checkpoint.
     """
     loop = Loop(updates, config, output, hooks, unit, expected)
     loop.resume(branch)
@@ -147,7 +152,9 @@ def run(
         loop.train()
     finally:
         loop.tracker.close()
-    return loop.state | {"rate": loop.meters.rate}
+    steps = updates.step_count
+    loop.load_best()
+    return loop.state | {"rate": loop.meters.rate, "steps": steps}
 
 
 class Loop:
@@ -164,7 +171,8 @@ class Loop:
         self.resumed = False
         logged_config = {"stage": output.stage} | config.model_dump(mode="json")
         self.tracker = Tracker(output.path, output.is_main, config.log.wandb, output.stage, logged_config)
-        self.saver = checkpoints.Saver(output, updates.engines, config.save)
+        keep_best = config.save.keep_best or hooks.selection is not None
+        self.saver = checkpoints.Saver(output, updates.engines, config.save, keep_best)
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
@@ -220,7 +228,12 @@ class Loop:
         every = self.config.evaluate_every
         if self.hooks.evaluate is None:
             return False
-        return step == self.length.steps or (every is not None and step % every == 0)
+        return self.selection_is_due(step) or (every is not None and step % every == 0) or step == self.length.steps
+
+    def selection_is_due(self, step: int) -> bool:
+        """Whether the checkpoint of a step may be the best one of the run."""
+        selection = self.hooks.selection
+        return selection is not None and (selection.is_due(step) or step == self.length.steps)
 
     def evaluate(self, step: int, key: str) -> None:
         """Evaluate and keep the numbers as state[key]: `before` or `after`."""
@@ -232,7 +245,37 @@ class Loop:
         if key == "before":
             self.state["evaluation_seconds"] = time.perf_counter() - start
         self.tracker.log(step, **{f"heldout_{name}": value for name, value in self.state[key].items()})
-        self.saver.note_loss(step, self.updates.objective(self.state[key]))
+        if self.hooks.selection is None:
+            self.saver.note_loss(step, self.updates.objective(self.state[key]))
+        elif key == "before":
+            self.hooks.selection.check(numbers)
+        elif self.selection_is_due(step):
+            self.select(step)
+
+    def select(self, step: int) -> None:
+        """Compare the evaluation of a step with those before; end the run if it no longer improves."""
+        selection = self.hooks.selection
+        self.saver.note_loss(step, selection.cost(self.state["after"]))
+        stops = selection.note(self.state, step, self.state["after"], self.state["after_rows"])
+        if stops and step != self.length.steps:
+            self.length.steps = step
+            if self.output.is_main:
+                metric, best = selection.options.metric, self.state["best"]
+                show(
+                    f"{self.output.stage}: stopped at step {step}: {metric} has not improved in"
+                    f" {best['waited']} evaluations; the best is {best['numbers'][metric]:.4g}, of step {best['step']}"
+                )
+
+    def load_best(self) -> None:
+        """With a selection: use the weights and the evaluation of the best checkpoint."""
+        best = self.state.get("best")
+        if best is None:
+            return
+        self.state["after"], self.state["after_rows"] = best["numbers"], best["rows"]
+        if best["step"] != self.updates.step_count:
+            phases.enter("load")
+            subject = f"stage {self.output.stage}: best: step {best['step']}"
+            self.updates.load(checkpoints.of_step(self.output.path, best["step"], subject))
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -311,7 +354,7 @@ class Loop:
         is_last = step == self.length.steps
         number, *flags = distributed.all_reduce_max([signals.number, *self.saver.flags()])
         self.saver.settle(*flags)
-        if is_last or number or step % self.config.save.every_steps == 0:
+        if is_last or number or self.selection_is_due(step) or step % self.config.save.every_steps == 0:
             phases.enter("save")
             self.saver.save(step, self.state, wait=bool(number))
         if number and not is_last:
@@ -351,6 +394,8 @@ class Loop:
         self.state.clear()
         self.state.update(state)
         self.tracker.rewind(checkpoint_step)
+        if self.selection_is_due(checkpoint_step):  # its evaluation is not in its state
+            self.evaluate(checkpoint_step, "after")
         if self.hooks.sample:
             self.hooks.sample(checkpoint_step, False)
         bar.update(checkpoint_step + 1 - step)

@@ -10,7 +10,8 @@ from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.train.answer_rows import AnswerRow, answer_batch
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, report_records
+from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, ShuffledRows, report_records, source_numbers
+from pipeline.train.record_order import Groups, Records
 from pipeline.train.run_summary import Work
 
 
@@ -27,7 +28,7 @@ def encode_pairs(
     pairs: list[Pair], split: str, chat: Chat, sequence_length: int, ledger: Ledger, margins: bool = True
 ) -> Arrays:
     """Token rows of pairs: `chosen` and `rejected` (prompt and answer, up to the end of the turn), `start` (index of
-    the answer's first token), `margin`.
+    the answer's first token), `margin`, `source` (its number in the order of the recipe).
 
     A pair that is longer than sequence_length is dropped: a truncated answer is not the answer that was compared.
     Without `margins` a pair that has one is dropped, because the stage's loss could not use it.
@@ -44,6 +45,7 @@ def encode_pairs(
             rows.append((chosen.ids, rejected.ids, chosen.start))
     usable = ledger.keep(pairs, split, reasons)
     return {
+        f"{split}.source": source_numbers(usable, list(ledger.sources)),
         f"{split}.chosen": Ragged.of([chosen for chosen, _, _ in rows], np.int32),
         f"{split}.rejected": Ragged.of([rejected for _, rejected, _ in rows], np.int32),
         f"{split}.start": np.array([start for _, _, start in rows], np.int64),
@@ -107,6 +109,15 @@ def pair_batch(arrays: Arrays, pad_id: int, split: str, indices) -> dict:
 def pair_length(arrays: Arrays, split: str, index: int) -> int:
     """Tokens of the longer answer of a pair, with its prompt."""
     return max(len(arrays[f"{split}.chosen"][index]), len(arrays[f"{split}.rejected"][index]))
+
+
+def pair_order(config: FinetuneConfig, arrays: Arrays, records: Records) -> ShuffledRows:
+    """The order of pairs over a run."""
+    groups = None
+    if config.group_by_length:
+        longer = np.maximum(arrays["train.chosen"].lengths, arrays["train.rejected"].lengths)
+        groups = Groups(lambda pair: int(longer[pair]), config.batch_size)
+    return ShuffledRows(config.seed, records.count, records, groups)
 
 
 def pair_counts(arrays: Arrays, extra: dict) -> Counts:

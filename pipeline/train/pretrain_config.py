@@ -10,7 +10,7 @@ from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, Strict
 from pipeline.core.errors import Problems, UserError
 from pipeline.data.tokens.fim import Fim
 from pipeline.train import train_length
-from pipeline.train.config import Schedule, TrainConfig
+from pipeline.train.config import Schedule, TrainConfig, check_mixture
 from pipeline.train.samples import Samples
 
 
@@ -28,24 +28,6 @@ class PretrainSchedule(Schedule):
                 " warmup; keep one"
             )
         return self
-
-
-def check_mixture(mixture: dict[str, float] | None):
-    """Raise ValueError for weights that cannot be used. Weights below 1 are read as shares: 0.5, 0.3 and 0.15 are
-    probably a typing error, 2 and 1 are not."""
-    if mixture is None:
-        return None
-    for source, weight in mixture.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{source} has the weight {weight}, expected 0 or more")
-    total = sum(mixture.values())
-    if total == 0:
-        raise ValueError("no source has a weight above 0; give one, or remove mixture")
-    if max(mixture.values()) < 1 and abs(total - 1) > 0.005:
-        raise ValueError(
-            f"its weights sum to {total:.4g}, expected 1; fix them, or use relative weights such as 2 and 1"
-        )
-    return mixture
 
 
 class MixtureChange(Strict):
