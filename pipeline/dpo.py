@@ -43,6 +43,8 @@ class Config(FinetuneConfig):
 
     sources: dict[str, PreferenceSource]
     """Pairs by name."""
+    evaluate: dict[str, PreferenceSource] = {}
+    """Held-out pairs by name, with metrics of their own (loss/NAME)."""
     loss: PairLossName | dict[PairLossName, Annotated[float, Field(gt=0)]] = "sigmoid"
     """One loss, or several with their weights, such as {sigmoid: 1.0, sft: 0.2}. sigmoid: DPO (Rafailov et al., 2023);
     sigmoid_norm: the same per token (Tulu 3); robust: unbiased for noisy labels (Chowdhury et al., 2024); ipo: a
@@ -108,7 +110,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
 
     from pipeline.train import finetune
-    from pipeline.train.finetune_data import encode_once
+    from pipeline.train.finetune_data import encode_once, heldout_sets
     from pipeline.train.loss_preference import needs_reference
     from pipeline.train.preference_data import (
         encoded_pairs,
@@ -123,7 +125,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     parent = finetune.load_parent(config, inputs["model"], output.stage)
     encode = functools.partial(encoded_pairs, config, parent.chat, output, margins=False)
     arrays, extra = encode_once(output, config, encode)
-    counts = pair_counts(arrays, extra)
+    sets = heldout_sets(config, arrays, len(arrays["heldout.start"]))
+    counts = pair_counts(arrays, extra, sets)
     rows = pair_order(config, arrays, finetune.records_of(config, arrays, counts.train))
     config = finetune.in_steps(config, rows.per_epoch)
     has_reference = needs_reference(config.losses)
@@ -141,7 +144,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     tables = {}
     if has_reference:
         taken = rows.taken(config.steps * config.batch_size)
-        used = {"train": taken.nonzero()[0].tolist(), "heldout": list(range(counts.heldout))}
+        used = {"train": taken.nonzero()[0].tolist(), "heldout": list(range(len(arrays["heldout.start"])))}
         cache = finetune.reference_cache(config, parent, inputs["model"], output)
         for split, indices in used.items():
             tables[split] = reference(engine, arrays, split, indices, parent.pad_id, cache, output)
@@ -155,9 +158,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Fit and publish
     length = functools.partial(pair_length, arrays)
-    result = finetune.fit(
-        engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs", read=read, length=length
-    )
+    result = finetune.fit(engine, config, output, text, rows, sets, collate, unit="pairs", read=read, length=length)
     finetune.publish_model(engine, config, parent, output)
 
     interval = wilson(result["after"]["accuracy"], counts.heldout)

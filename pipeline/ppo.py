@@ -62,6 +62,7 @@ class Config(FinetuneConfig):
 
     @model_validator(mode="after")
     def consistent(self):
+        refuse_unused(self, "evaluate", "is for sft, reward and dpo; hold out more prompts (holdout)")
         refuse_unused(self, "best", "is for sft, reward and dpo; use save.keep_best")
         refuse_unused(self, "mixture", "is for sft, reward and dpo; use `limit` or `part` of the sources")
         refuse_unused(self, "group_by_length", "is for sft, reward and dpo: here answers have no length yet")

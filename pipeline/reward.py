@@ -42,6 +42,8 @@ class Config(FinetuneConfig):
 
     sources: dict[str, PreferenceSource]
     """Pairs by name."""
+    evaluate: dict[str, PreferenceSource] = {}
+    """Held-out pairs by name, with metrics of their own (loss/NAME)."""
     centering: float = Field(0.0, ge=0)
     """Coefficient of (score of chosen + score of rejected)^2 in the loss; 0.01 in TRL's examples (Eisenstein et al.,
     2023)."""
@@ -57,7 +59,7 @@ class Config(FinetuneConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import finetune
-    from pipeline.train.finetune_data import encode_once
+    from pipeline.train.finetune_data import encode_once, heldout_sets
     from pipeline.train.loss_preference import bradley_terry
     from pipeline.train.preference_data import (
         encoded_pairs,
@@ -72,7 +74,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     parent = finetune.load_parent(config, inputs["model"], output.stage)
     encode = functools.partial(encoded_pairs, config, parent.chat, output, margins=True)
     arrays, extra = encode_once(output, config, encode)
-    counts = pair_counts(arrays, extra)
+    sets = heldout_sets(config, arrays, len(arrays["heldout.start"]))
+    counts = pair_counts(arrays, extra, sets)
     rows = pair_order(config, arrays, finetune.records_of(config, arrays, counts.train))
     config = finetune.in_steps(config, rows.per_epoch)
 
@@ -93,9 +96,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Fit, calibrate and publish
     length = functools.partial(pair_length, arrays)
-    result = finetune.fit(
-        engine, config, output, text, rows, range(counts.heldout), collate, unit="pairs", length=length
-    )
+    result = finetune.fit(engine, config, output, text, rows, sets, collate, unit="pairs", length=length)
     mean, deviation = moments(engine, counts.train, collate, config)
     model_config = engine.model.config
     model_config.alma_reward_gain, model_config.alma_reward_bias = 1 / deviation, -mean / deviation
@@ -153,7 +154,8 @@ def moments(engine, count: int, collate, config: Config) -> tuple[float, float]:
     import torch
 
     from pipeline.train.distributed import all_reduce_sum
-    from pipeline.train.finetune_data import chunks, micro_batch_rows, permutation
+    from pipeline.train.finetune_data import chunks, micro_batch_rows
+    from pipeline.train.record_order import permutation
 
     pairs = permutation(config.seed, 0, count)[: config.calibration_pairs]
     mine, counted = pairs[engine.data_rank :: engine.data_world], 1.0

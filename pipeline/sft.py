@@ -38,6 +38,8 @@ class Config(FinetuneConfig):
 
     sources: dict[str, ChatSource]
     """Conversations by name."""
+    evaluate: dict[str, ChatSource] = {}
+    """Held-out conversations by name, with metrics of their own (loss/NAME)."""
     packing: bool = True
     """Several conversations in a row, each with its own positions and attention. If false, one per row, padded."""
     too_long: Literal["drop", "truncate"] = "drop"
@@ -67,8 +69,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         conversation_losses,
         encoded_conversations,
     )
-    from pipeline.train.finetune_data import PackedRows, encode_once, pack, permutation
-    from pipeline.train.record_order import Groups
+    from pipeline.train.finetune_data import PackedRows, encode_once, heldout_sets, pack
+    from pipeline.train.record_order import Groups, permutation
     from pipeline.train.run_summary import Work
 
     # Load and encode
@@ -87,8 +89,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         groups = Groups(lambda row: int(ids.lengths[row[0]]), config.batch_size)
     rows = PackedRows(config.seed, ids.lengths, capacity, records, groups)
     config = finetune.in_steps(config, rows.per_epoch)
-    heldout_order = permutation(0, 0, len(heldout_ids)) if config.packing else range(len(heldout_ids))
-    heldout_rows = pack(heldout_ids.lengths, capacity, heldout_order)
+    sets = heldout_sets(config, arrays, len(heldout_ids))
+    heldout_rows = {}
+    for name, own in sets.items():
+        order = own.start + permutation(0, 0, len(own)) if config.packing else own
+        heldout_rows[name] = pack(heldout_ids.lengths, capacity, order)
     collate = functools.partial(conversation_batch, arrays, parent.pad_id)
 
     # Build
@@ -116,7 +121,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     finetune.say_sources(config, arrays, rows)
 
     # Fit and publish
-    measure = functools.partial(answers, engine, parent.chat, heldout_ids, extra, config)
+    measure = functools.partial(answers, engine, parent.chat, heldout_ids, len(sets[""]), extra, config)
     result = finetune.fit(
         engine,
         config,
@@ -192,17 +197,17 @@ def headline(
     return measures, nothing
 
 
-def answers(engine, chat, heldout_ids, extra: dict, config: Config) -> dict:
-    """Greedy answers to held-out prompts: the share that end their turn, and the mean score by rule where the answer
-    is known; `answered` and `checked` are the numbers of answers behind them. Collective."""
+def answers(engine, chat, heldout_ids, count: int, extra: dict, config: Config) -> dict:
+    """Greedy answers to some of the first `count` held-out prompts: the share that end their turn, and the mean score
+    by rule where the answer is known; `answered` and `checked` are the numbers of answers behind them. Collective."""
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import all_reduce_sum
-    from pipeline.train.finetune_data import permutation
+    from pipeline.train.record_order import permutation
 
     positions = getattr(engine.model.config, "max_position_embeddings", None) or 1 << 30
     asked = []
-    for index in permutation(0, 0, len(heldout_ids)).tolist():
+    for index in permutation(0, 0, count).tolist():
         if extra["starts"][index] + config.max_new_tokens <= positions:
             asked.append(index)
     mine = asked[: config.max_prompts][engine.data_rank :: engine.data_world]

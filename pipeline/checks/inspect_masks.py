@@ -121,7 +121,7 @@ def rows_of_stage(recipe: Recipe, stage: str | None) -> Rows:
     if config.kind == "ppo":
         longest -= config.rollout.max_new_tokens
     too_long = config.too_long if config.kind == "sft" else "drop"
-    return Rows(chat, config.sources, config.kind, longest, too_long)
+    return Rows(chat, config.records(), config.kind, longest, too_long)
 
 
 def rows_of_file(model: Path, data: Path, chat_template: str | None) -> Rows:

@@ -25,6 +25,9 @@ from pipeline.core.recipe_messages import block_class, validated
 # Kinds of stages, each a script `pipeline/KIND.py`. To add one, write the script and add its name here.
 KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "kto", "ppo", "assess", "export")
 
+# Blocks of a stage in which an entry may take over one of the recipe's `sources` with `from: NAME`.
+SOURCE_BLOCKS = ("sources", "evaluate")
+
 MAX_FILE_NAME, MAX_PATH = 255, 3000  # bytes
 
 
@@ -175,13 +178,14 @@ def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> St
     filled = block | {"kind": kind}
     filled.setdefault("seed", recipe.seed if model.uses_seed(block) else 0)
     problems = Problems()
-    if isinstance(block.get("sources"), dict) and "sources" in model.model_fields:
-        unused = block_class(model.model_fields["sources"].annotation).UNUSED
-        filled["sources"] = {}
-        for key, source in block["sources"].items():
+    for name in SOURCE_BLOCKS:
+        if not isinstance(block.get(name), dict) or name not in model.model_fields:
+            continue
+        unused = block_class(model.model_fields[name].annotation).UNUSED
+        filled[name] = {}
+        for key, source in block[name].items():
             with problems.gather():
-                at = (*where, "sources", key)
-                filled["sources"][key] = _with_shared_keys(source, at, recipe.sources, unused, places, path)
+                filled[name][key] = _with_shared_keys(source, (*where, name, key), recipe.sources, unused, places, path)
     if "model" in model.model_fields and recipe.model is not None:
         own = filled.get("model", {})
         # A few keys, as in pretrain.model.hidden_size=64, and not another model.

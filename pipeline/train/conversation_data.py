@@ -23,7 +23,7 @@ def encoded_conversations(config, chat: Chat, output: Output) -> tuple[Arrays, d
     JSON: `rejected`; `conversations` of both splits, of which some may be several rows; and of each held-out row
     `starts` (index of the last answer's first token) and `answers` (rule and known answer).
     """
-    *splits, ledger = load_conversations(config.sources, config.holdout, config.decontaminate)
+    *splits, ledger = load_conversations(config.records(), config.holdout, config.decontaminate)
     arrays: Arrays = {}
     extra: dict = {"conversations": {}}
     tokens, trained_tokens = {}, {}
@@ -36,10 +36,11 @@ def encoded_conversations(config, chat: Chat, output: Output) -> tuple[Arrays, d
         if any(row.weights is not None for row in encoded):
             weights = [row.trained if row.weights is None else row.weights for row in encoded]
             arrays[f"{split}.weights"] = Ragged.of(weights, np.float32)
-        sources = source_numbers(usable, list(config.sources))
+        sources = source_numbers(usable, ledger.names())
         arrays[f"{split}.source"] = np.repeat(sources, [len(several) for several in rows])
         tokens[split], trained_tokens[split] = len(ids.values), int(trained.values.sum())
-        extra["conversations"][split] = len(usable)
+        of_sources = int((sources < len(config.sources)).sum())
+        extra["conversations"][split] = of_sources or len(usable)
         if split == "heldout":
             extra["starts"] = [row.start for row in encoded]
             extra["answers"] = _known_answers(usable, rows)

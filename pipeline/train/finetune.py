@@ -261,7 +261,7 @@ def fit(
     output: Output,
     expected: Expected,
     rows: RowOrder,
-    heldout: Sequence,
+    heldout: dict[str, Sequence],
     collate: Callable[[str, list], dict],
     *,
     unit: str = "tok",
@@ -271,7 +271,8 @@ def fit(
     prepare: Callable[[str, list[list], list[dict]], None] | None = None,
     before_step: Callable[[list[list[tuple[int, Any]]]], None] | None = None,
 ) -> dict:
-    """Train an engine on `rows`, and evaluate it on all of `heldout`. Returns what `loop.run` does. Collective.
+    """Train an engine on `rows`, and evaluate it on each set of held-out rows (heldout_sets): metrics of the set NAME
+    are called loss/NAME, ... Returns what `loop.run` does. Collective.
 
     collate(split, rows) makes a micro-batch of rows of "train" or "heldout"; read(outputs, batch) gives what is kept of
     each held-out record, before and after, for the interval of the difference; measure() gives further numbers for an
@@ -280,16 +281,10 @@ def fit(
     the micro-batches of a step or an evaluation are used, with the weights that these will see. Collective.
     before_step(rows of each micro-batch, with their numbers in the run) is called before each step.
     """
-    heldout_rows = []
-    for part in heldout_share(len(heldout), config, engine):
-        heldout_rows.append([heldout[index] for index in part])
-    if length is not None:
-        heldout_rows = by_length(heldout_rows, functools.partial(length, "heldout"))
-    heldout_batches, records = [], []
-    for part in heldout_rows:
-        heldout_batches.append(collate("heldout", part))
-        for row in part:  # one record, or the records that are packed into a row
-            records += np.atleast_1d(row).tolist()
+    sets = {}
+    for name, own in heldout.items():
+        sets[name] = _heldout_batches(own, name, config, engine, collate, length)
+    records = [record for part in sets[""].rows for row in part for record in np.atleast_1d(row).tolist()]
 
     def batches(step: int) -> list[dict]:
         numbered = [[(index, rows.at(index)) for index in indices] for indices in loop.share(config, engine, step)]
@@ -305,16 +300,43 @@ def fit(
 
     def evaluate() -> dict:
         if prepare is not None:
-            prepare("heldout", heldout_rows, heldout_batches)
-        numbers = engine.evaluate(heldout_batches, read)
+            for own in sets.values():
+                prepare("heldout", own.rows, own.batches)
+        numbers = engine.evaluate(sets[""].batches, read)
         if read is not None:
             numbers["rows"] = _in_order(records, torch.cat(numbers.pop("results")))
+        for name, own in sets.items():
+            if name:
+                means = engine.evaluate(own.batches)
+                numbers |= {f"{key}/{name}": value for key, value in means.items() if key != "weight"}
         return numbers | measure() if measure else numbers
 
     selection = None if config.best is None else Selection(config.best, config.kind)
     return loop.fit(
         engine, config, output, batches, evaluate=evaluate, unit=unit, expected=expected, selection=selection
     )
+
+
+@dataclass(frozen=True)
+class HeldoutBatches:
+    """Micro-batches of held-out rows of this process, and the rows of each."""
+
+    rows: list[list]
+    batches: list[dict]
+
+
+def _heldout_batches(
+    heldout: Sequence,
+    name: str,
+    config: FinetuneConfig,
+    engine: Engine,
+    collate: Callable[[str, list], dict],
+    length: Callable[[str, Any], int] | None,
+) -> HeldoutBatches:
+    rows = [[heldout[index] for index in part] for part in heldout_share(len(heldout), config, engine, name)]
+    if length is not None:
+        rows = by_length(rows, functools.partial(length, "heldout"))
+    return HeldoutBatches(rows, [collate("heldout", part) for part in rows])
 
 
 def _in_order(records: list[int], values: torch.Tensor) -> list:
@@ -416,6 +438,9 @@ def summarise(
     """The metrics of a stage that `fit` has trained. unit: what its rate counts; measures: parts of the closing line;
     nothing: what shows that nothing was learned."""
     metrics = before_and_after(result, "heldout_")
+    for name in config.evaluate:
+        before, after = (result[when][f"loss/{name}"] for when in ("before", "after"))
+        measures.append(f"{name} {before:.3f} -> {after:.3f}")
     metrics["warnings"] = warn(output.stage, nothing)
     metrics["train_loss"] = result["last"]["loss"]
     metrics[f"train_{counts.noun}s"] = counts.train

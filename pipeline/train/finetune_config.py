@@ -10,6 +10,7 @@ from pipeline.core.config import EXECUTION, ExternalFiles, PlannedInput, Publish
 from pipeline.core.errors import Absent, Problems, UserError
 from pipeline.core.terminal import plural
 from pipeline.data.chat.chat_sources import TuningSource
+from pipeline.data.chat.record_accounting import EVALUATE
 from pipeline.data.dedup.decontaminate import SETS, Decontaminate
 from pipeline.models.lora_config import Lora
 from pipeline.train.best import Best
@@ -59,8 +60,12 @@ class FinetuneConfig(TrainConfig):
     """Batches of rows of like length, so that little is padded: rows are sorted by length within every 50 batches."""
     decontaminate: Decontaminate | None = None
     """Evaluation sets whose text must not be trained on."""
-    holdout: float = Field(0.1, gt=0, lt=1)
-    """Share of records, chosen by their own hash and so the same in every stage, that is only measured on."""
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of records, chosen by their own hash and so the same in every stage, that is only measured on. 0 needs
+    `evaluate`."""
+    evaluate: dict[str, TuningSource] = {}
+    """Held-out files by name: records that are only measured on, with metrics of their own (loss/NAME), in addition to
+    the held-out share of the sources. Records of the sources that are like them are not trained on."""
     optimizer: FinetuneOptimizer = FinetuneOptimizer()
     """AdamW."""
     schedule: FinetuneSchedule = FinetuneSchedule()
@@ -83,6 +88,15 @@ class FinetuneConfig(TrainConfig):
     Llama 3.2's own template."""
 
     _mixture = field_validator("mixture")(check_mixture)
+
+    @model_validator(mode="after")
+    def something_is_held_out(self):
+        if not self.holdout and not self.evaluate:
+            raise ValueError("holdout: 0 leaves nothing to measure on; give held-out files (evaluate), or a share")
+        for name in self.sources:
+            if name.startswith(EVALUATE):
+                raise ValueError(f"sources: {name}: names that begin with {EVALUATE!r} are those of held-out files")
+        return self
 
     @model_validator(mode="after")
     def mixture_of_sources(self):
@@ -188,6 +202,7 @@ class FinetuneConfig(TrainConfig):
     def external(cls) -> list[SourceBlock | ExternalFiles]:
         return [
             SourceBlock("sources", lambda config: config.sources),
+            SourceBlock("evaluate", lambda config: config.evaluate, prefix=EVALUATE),
             SETS,
             ExternalFiles("chat_template", cls.template_files, drop_key=False),
         ]
@@ -216,8 +231,12 @@ class FinetuneConfig(TrainConfig):
         problems = Problems()
         chat = planned_model.chat_of(self.input_models(inputs), self, problems)
         with problems.gather():
-            check_chat_records(self.sources, self.holdout, chat)
+            check_chat_records(self.records(), self.holdout, chat)
         problems.refuse()
+
+    def records(self) -> dict[str, TuningSource]:
+        """The sources, and the held-out files as evaluate.NAME."""
+        return self.sources | {f"{EVALUATE}{name}": source for name, source in self.evaluate.items()}
 
 
 def _ceil(value: float) -> int:

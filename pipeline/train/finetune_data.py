@@ -120,6 +120,22 @@ def source_numbers(rows: list, names: list[str]) -> np.ndarray:
     return np.array([names.index(row.source) for row in rows], np.int32)
 
 
+def heldout_sets(config: FinetuneConfig, arrays: Arrays, count: int) -> dict[str, range]:
+    """Which of `count` held-out rows are measured together: under the empty name those of the sources, or all if there
+    are none; under its name each held-out file. Raises UserError for a file without rows."""
+    if not config.evaluate:
+        return {"": range(count)}
+    source_of, first = arrays["heldout.source"], len(config.sources)
+    of_sources = int(np.count_nonzero(source_of < first))
+    sets = {"": range(of_sources or count)}
+    for number, name in enumerate(config.evaluate, first):
+        places = np.flatnonzero(source_of == number)
+        if not len(places):
+            raise UserError(f"stage {config.kind}: evaluate.{name}: none of its records is left (report.json says why)")
+        sets[name] = range(int(places[0]), int(places[-1]) + 1)
+    return sets
+
+
 @dataclass(frozen=True)
 class Counts:
     """Records of a stage. noun: what a record is, such as `pair`."""
@@ -283,13 +299,13 @@ def micro_batch_rows(config: FinetuneConfig, engine) -> int:
     return config.micro_batch or config.batch_size // engine.data_world
 
 
-def heldout_share(count: int, config: FinetuneConfig, engine) -> list[np.ndarray]:
-    """Held-out rows of this process, an array per micro-batch. Raises UserError if there are fewer rows than
-    processes."""
+def heldout_share(count: int, config: FinetuneConfig, engine, name: str = "") -> list[np.ndarray]:
+    """Held-out rows of this process, an array per micro-batch. name: of a held-out file. Raises UserError if there are
+    fewer rows than processes."""
     if count < engine.data_world:
+        more = f"give evaluate.{name} more records" if name else f"hold out more (holdout: {config.holdout})"
         raise UserError(
-            f"stage {config.kind}: {count} held-out rows cannot be shared by {engine.data_world} processes; hold out"
-            f" more (holdout: {config.holdout})"
+            f"stage {config.kind}: {count} held-out rows cannot be shared by {engine.data_world} processes; {more}"
         )
     mine = np.arange(engine.data_rank, count, engine.data_world)
     return chunks(mine, micro_batch_rows(config, engine))

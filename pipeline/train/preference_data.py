@@ -17,7 +17,7 @@ from pipeline.train.run_summary import Work
 
 def encoded_pairs(config: FinetuneConfig, chat: Chat, output: Output, margins: bool) -> tuple[Arrays, dict]:
     """Token rows of the pairs of both splits, as `encode_pairs` has them; writes report.json. For `encode_once`."""
-    train, heldout, ledger = load_pairs(config.sources, config.holdout, config.decontaminate)
+    train, heldout, ledger = load_pairs(config.records(), config.holdout, config.decontaminate)
     arrays = encode_pairs(train, "train", chat, config.sequence_length, ledger, margins)
     arrays |= encode_pairs(heldout, "heldout", chat, config.sequence_length, ledger, margins)
     report_records(ledger, config, output)
@@ -28,7 +28,7 @@ def encode_pairs(
     pairs: list[Pair], split: str, chat: Chat, sequence_length: int, ledger: Ledger, margins: bool = True
 ) -> Arrays:
     """Token rows of pairs: `chosen` and `rejected` (prompt and answer, up to the end of the turn), `start` (index of
-    the answer's first token), `margin`, `source` (its number in the order of the recipe).
+    the answer's first token), `margin`, `source` (its number, see Ledger.names).
 
     A pair that is longer than sequence_length is dropped: a truncated answer is not the answer that was compared.
     Without `margins` a pair that has one is dropped, because the stage's loss could not use it.
@@ -45,7 +45,7 @@ def encode_pairs(
             rows.append((chosen.ids, rejected.ids, chosen.start))
     usable = ledger.keep(pairs, split, reasons)
     return {
-        f"{split}.source": source_numbers(usable, list(ledger.sources)),
+        f"{split}.source": source_numbers(usable, ledger.names()),
         f"{split}.chosen": Ragged.of([chosen for chosen, _, _ in rows], np.int32),
         f"{split}.rejected": Ragged.of([rejected for _, rejected, _ in rows], np.int32),
         f"{split}.start": np.array([start for _, _, start in rows], np.int64),
@@ -120,5 +120,6 @@ def pair_order(config: FinetuneConfig, arrays: Arrays, records: Records) -> Shuf
     return ShuffledRows(config.seed, records.count, records, groups)
 
 
-def pair_counts(arrays: Arrays, extra: dict) -> Counts:
-    return Counts("pair", len(arrays["train.start"]), len(arrays["heldout.start"]), extra["rejected"])
+def pair_counts(arrays: Arrays, extra: dict, sets: dict[str, range]) -> Counts:
+    """sets: of held-out pairs."""
+    return Counts("pair", len(arrays["train.start"]), len(sets[""]), extra["rejected"])

@@ -28,7 +28,7 @@ from pipeline.data.chat.chat_sources import (
 )
 from pipeline.data.chat.fields import Rejected
 from pipeline.data.chat.messages import checked_text, comparison_text, parse_messages, without_fields, without_weight
-from pipeline.data.chat.record_accounting import Ledger
+from pipeline.data.chat.record_accounting import EVALUATE, Ledger, key_of
 from pipeline.data.chat.record_fields import number, truth_of
 from pipeline.data.chat.record_formats import conversation_of, conversation_text, labelled_of, pair_of, prompt_of
 from pipeline.data.chat.rendering import Dialogue
@@ -124,7 +124,8 @@ class Prompt(Row):
 def load_conversations(
     sources: dict[str, ChatSource], holdout: float, decontaminate: Decontaminate | None = None
 ) -> tuple[list[Conversation], list[Conversation], Ledger]:
-    """Conversations to train on and held out."""
+    """Conversations to train on and held out. Here and below, a source that is named evaluate.NAME is a held-out file:
+    all of it is held out, behind what is held out of the others."""
     rows, ledger = _collect(sources, lambda row: _digest([row.messages, row.tools, row.options]), decontaminate)
     return _split(rows, ledger, holdout, lambda row: _prompt_key(row.messages[:-1]))
 
@@ -177,7 +178,7 @@ def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Call
 def rows_of(source: TuningSource, name: str, ledger: Ledger, most: int | None = None) -> Iterator:
     """The rows of the first `most` records of a source, duplicates included; the ledger counts the records and why
     some of them become none."""
-    for item in itertools.islice(read(source, name), most):
+    for item in itertools.islice(_items(source, name), most):
         row = _row(source, name, item, ledger)
         if row is not None:
             yield row
@@ -315,13 +316,13 @@ def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:
     """Raise UserError for a source none of whose records could be used."""
     if name not in ledger.sources:
         selected = source.where or source.part != (0.0, 1.0)
-        raise UserError(f"sources.{name}: has no records{' after where, part and limit' if selected else ''}")
+        raise UserError(f"{key_of(name)}: has no records{' after where, part and limit' if selected else ''}")
     entry = ledger.sources[name]
     if entry["records"] > sum(reason["count"] for reason in entry["rejected"].values()):
         return
     todo = {ledger.advice[reason] for reason in entry["rejected"] if reason in ledger.advice}
     raise UserError(
-        f"sources.{name}: none of its {plural(entry['records'], 'record')} can be used: {ledger.why(name)}"
+        f"{key_of(name)}: none of its {plural(entry['records'], 'record')} can be used: {ledger.why(name)}"
         f"{''.join(encoding_advice(source, reason) for reason in entry['rejected'])}"
         f"{''.join(f'; {advice}' for advice in sorted(todo)[:3])}"
     )
@@ -331,12 +332,14 @@ def _refuse_empty(source: TuningSource, name: str, ledger: Ledger) -> None:
 
 
 def _collect(sources: dict, key: Callable, decontaminate: Decontaminate | None) -> tuple[list, Ledger]:
-    """Rows of all sources, in order, each text once, and none that has text of an evaluation set."""
+    """Rows of all sources, each text once, and none to train on that has text of an evaluation set. Held-out files come
+    first, so that what they have in common with a source is held out."""
     if not sources:
         raise UserError("sources: name at least one source")
     ledger, rows, seen = Ledger(), [], set()
-    for name, source in sources.items():
-        for item in read(source, name):
+    for name in sorted(sources, key=lambda name: not name.startswith(EVALUATE)):
+        source = sources[name]
+        for item in _items(source, name):
             row = _row(source, name, item, ledger)
             if row is None:
                 continue
@@ -349,20 +352,32 @@ def _collect(sources: dict, key: Callable, decontaminate: Decontaminate | None) 
                 ledger.note(name, row.format, _features(row))
         _refuse_empty(source, name, ledger)
     if decontaminate:
+        kept = [row for row in rows if row.source.startswith(EVALUATE)]
+        rows = rows[len(kept) :]
         found, ledger.evaluation = find_contaminated(map(_text_of, rows), decontaminate)
         for row, match in zip(rows, found, strict=True):
             if match:
                 ledger.reject(row.source, row.place, f"has text of the evaluation set {match}")
-        rows = [row for row, match in zip(rows, found, strict=True) if not match]
+            else:
+                kept.append(row)
+        rows = kept
     return rows, ledger
 
 
+def _items(source: TuningSource, name: str) -> Iterator[Record | Bad]:
+    if name.startswith(EVALUATE):
+        return read(source, name.removeprefix(EVALUATE), key=EVALUATE.rstrip("."))
+    return read(source, name)
+
+
 def _split(rows: list, ledger: Ledger, holdout: float, prompt: Callable) -> tuple[list, list, Ledger]:
-    """Held-out rows are chosen by their own hash; training rows that answer a held-out prompt, or nearly repeat a
-    held-out row, are dropped."""
+    """Held-out rows are chosen by their own hash, or are those of held-out files, which come last; training rows that
+    answer a held-out prompt, or nearly repeat a held-out row, are dropped."""
     from pipeline.data.dedup.minhash import near_duplicates
 
-    heldout = [row for row in rows if fraction(row.id) >= 1 - holdout]
+    of_files = [row for row in rows if row.source.startswith(EVALUATE)]
+    rows = rows[len(of_files) :]
+    heldout = [row for row in rows if fraction(row.id) >= 1 - holdout] + of_files
     asked = {prompt(row) for row in heldout}
     train = []
     for row in rows:

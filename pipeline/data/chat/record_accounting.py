@@ -20,6 +20,15 @@ EXPECTED = {
 }
 
 
+# Held-out files of the key `evaluate` are named evaluate.NAME among the sources of a stage.
+EVALUATE = "evaluate."
+
+
+def key_of(source: str) -> str:
+    """The key of a source in its stage."""
+    return source if source.startswith(EVALUATE) else f"sources.{source}"
+
+
 class Ledger:
     """What became of each record of each source, and which items of evaluation sets were found."""
 
@@ -57,7 +66,7 @@ class Ledger:
             if len(formats) == 1:
                 read = f"as {next(iter(formats))}"
             present = ", ".join(f"{feature} in {count:,}" for feature, count in entry.get("with", {}).items())
-            say(f"sources.{name}: {used} read {read}{f'; {present}' if present else ''}")
+            say(f"{key_of(name)}: {used} read {read}{f'; {present}' if present else ''}")
 
     def reject(self, source: str, place: str, reason: str, advice: str = "") -> None:
         """Count a record that is dropped, with what the user can do about it."""
@@ -105,7 +114,7 @@ class Ledger:
             ), f"{name}: a record is not accounted for"
             if not entry["train"] + entry["heldout"]:
                 raise UserError(
-                    f"sources.{name}: none of its {plural(entry['records'], 'record')} can be used: {self.why(name)}"
+                    f"{key_of(name)}: none of its {plural(entry['records'], 'record')} can be used: {self.why(name)}"
                 )
         train, heldout = self.total("train"), self.total("heldout")
         if not heldout or not train:
@@ -113,6 +122,10 @@ class Ledger:
                 f"sources: holdout: {holdout} leaves {train} rows to train on and {heldout} to measure on; give more"
                 " records or another holdout"
             )
+
+    def names(self) -> list[str]:
+        """The sources to train on, in order, and then the held-out files."""
+        return sorted(self.sources, key=lambda name: name.startswith(EVALUATE))
 
     def total(self, key: str) -> int:
         return sum(entry[key] for entry in self.sources.values())
@@ -135,7 +148,7 @@ class Ledger:
             if num_bad > max_bad * records:
                 places = f" (all places: {report})" if report else ""
                 raise UserError(
-                    f"sources.{name}: {num_bad} of {plural(records, 'record')} cannot be used"
+                    f"{key_of(name)}: {num_bad} of {plural(records, 'record')} cannot be used"
                     f" ({num_bad / records:.1%}), more than max_bad {max_bad:g}: {self.why(name, bad=True)}; fix the"
                     f" source, exclude such records with `where`, or raise max_bad{places}"
                 )
@@ -146,7 +159,7 @@ class Ledger:
             advice = "fix the source, or exclude such records with `where`"
         count = rejected["count"]
         say(
-            f"WARNING sources.{source}: {count:,} of {plural(records, 'record', ',')} ({count / records:.0%}) dropped:"
+            f"WARNING {key_of(source)}: {count:,} of {plural(records, 'record', ',')} ({count / records:.0%}) dropped:"
             f" {reason} (first: {rejected['first'][0]}); {advice}"
         )
 

@@ -14,6 +14,7 @@ from pipeline.data.chat.conversations import (
     load_pairs,
     load_prompts,
 )
+from pipeline.data.chat.record_accounting import key_of
 from pipeline.data.chat.template import Chat
 from pipeline.data.sources.sources import files
 
@@ -46,7 +47,8 @@ def _check_holdout(sources: dict[str, TuningSource], holdout: float, measures_on
     """Raise UserError if small sources leave nothing to train on, or nothing to measure on."""
     size = 0
     for name, source in sources.items():
-        size += sum(path.stat().st_size for _, path in files(source, name))
+        key, _, name = key_of(name).partition(".")
+        size += sum(path.stat().st_size for _, path in files(source, name, key))
     if not sources or size > MAX_BYTES:
         return
     first = next(iter(sources.values()))
