@@ -18,6 +18,7 @@ from pipeline.core.config import refuse_unused
 from pipeline.core.intervals import changes_of, wilson
 from pipeline.core.output import Output
 from pipeline.data.chat.chat_sources import PreferenceSource
+from pipeline.train.config import LossChunk
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
 VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
@@ -58,6 +59,9 @@ class Config(FinetuneConfig):
     """Probability that a pair's label is wrong, with sigmoid and sigmoid_norm (cDPO: Mitchell, 2023) and robust."""
     gamma: float = Field(1.0, ge=0)
     """simpo only: margin between the scores of both answers; half of beta is usual (Meng et al., 2024)."""
+    loss_chunk: LossChunk = "auto"
+    """Answer tokens whose logits exist at a time; none: all logits of a micro-batch. auto: in chunks if the family
+    allows it."""
     optimizer: DpoOptimizer = DpoOptimizer()
     """AdamW."""
 
@@ -95,6 +99,9 @@ class Config(FinetuneConfig):
         if "simpo" not in self.losses:
             refuse_unused(self, "gamma", "applies only to loss: simpo")
         return self
+
+    def head_chunk(self) -> Literal["auto"] | int | None:
+        return self.loss_chunk
 
     def sequences_per_row(self) -> int:
         return 2
@@ -136,7 +143,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     finetune.adapt(config, parent, model)
     work = pair_work(config, arrays, reference=has_reference)
     loss, read = objective(config)
-    engine, text = finetune.build_engine(model, loss, config, work, token_losses="each")
+    engine, text = finetune.build_engine(model, loss, config, work, per_token=True, selects=True)
     finetune.say_counts(output, counts)
     finetune.say_sources(config, arrays, rows)
 
@@ -150,7 +157,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             tables[split] = reference(engine, arrays, split, indices, parent.pad_id, cache, output)
 
     def collate(split: str, indices: list[int]) -> dict:
-        batch = pair_batch(arrays, parent.pad_id, split, indices)
+        batch = pair_batch(arrays, parent.pad_id, split, indices, config.fixed_length())
         if has_reference:
             chosen, rejected = tables[split][indices].unbind(1)
             batch["reference"] = torch.cat([chosen, rejected])

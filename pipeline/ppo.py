@@ -63,6 +63,7 @@ class Config(FinetuneConfig):
     @model_validator(mode="after")
     def consistent(self):
         refuse_unused(self, "evaluate", "is for sft, reward and dpo; hold out more prompts (holdout)")
+        refuse_unused(self, "compile", "is for rows of one length, and answers have many")
         refuse_unused(self, "best", "is for sft, reward and dpo; use save.keep_best")
         refuse_unused(self, "mixture", "is for sft, reward and dpo; use `limit` or `part` of the sources")
         refuse_unused(self, "group_by_length", "is for sft, reward and dpo: here answers have no length yet")
@@ -169,7 +170,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 def build_models(config: Config, policy, reward, prompts: int):
     """All models of a run, from its two parents. prompts: how many are trained on, for the header. Collective."""
-    from pipeline.models import build, cost
+    from pipeline.models import attention, build, cost
     from pipeline.rl.experience import Models
     from pipeline.rl.iteration import policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout
@@ -177,6 +178,8 @@ def build_models(config: Config, policy, reward, prompts: int):
     from pipeline.train.run_summary import Work, schedule_text
 
     policy_model, classifier = build.load(policy.folder), build.load(reward.folder, head="judge")
+    for model in (policy_model, classifier):
+        attention.choose(model, config.attention, config.precision)
     disable_dropout(policy_model)
     disable_dropout(classifier)
     reference, reward_model = frozen_models(config, policy_model, classifier)

@@ -85,7 +85,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     pad_id = padding(parent.tokenizer, parent.chat.end_id, model.get_input_embeddings().num_embeddings)
     model.config.pad_token_id = pad_id  # transformers finds a row's last token by it
     finetune.adapt(config, parent, model, complete=("score",))
-    collate = functools.partial(pair_batch, arrays, pad_id)
+    collate = functools.partial(pair_batch, arrays, pad_id, length=config.fixed_length())
 
     def loss(logits, batch: dict):
         return bradley_terry(logits.squeeze(-1), batch["margin"], config.centering)

@@ -18,6 +18,7 @@ from pipeline.core.intervals import change_of, shares, unchanged
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural, say
 from pipeline.data.chat.chat_sources import ChatSource
+from pipeline.train.config import LossChunk
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
 VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
@@ -44,6 +45,9 @@ class Config(FinetuneConfig):
     """Several conversations in a row, each with its own positions and attention. If false, one per row, padded."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What becomes of a conversation longer than sequence_length: dropped, or cut at its end."""
+    loss_chunk: LossChunk = "auto"
+    """Answer tokens whose logits exist at a time; none: all logits of a micro-batch. auto: in chunks if the family
+    allows it."""
     neftune: float | None = Field(None, gt=0)
     """Strength (alpha) of uniform noise on the embeddings in training, divided by sqrt(tokens of the conversation x
     width); 5 to 15 in Jain et al. (2023); none: no noise."""
@@ -53,6 +57,12 @@ class Config(FinetuneConfig):
     """Held-out prompts that are answered greedily at each evaluation; 0 for none."""
     max_new_tokens: Annotated[int, EXECUTION] = Field(64, ge=1)
     """Maximum length of these answers."""
+
+    def head_chunk(self) -> Literal["auto"] | int | None:
+        return self.loss_chunk
+
+    def packed_rows(self, world: int) -> int:
+        return self.micro_rows(world) if self.packing else 1
 
     @model_validator(mode="after")
     def groups_are_padded(self):
@@ -94,7 +104,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     for name, own in sets.items():
         order = own.start + permutation(0, 0, len(own)) if config.packing else own
         heldout_rows[name] = pack(heldout_ids.lengths, capacity, order)
-    collate = functools.partial(conversation_batch, arrays, parent.pad_id)
+    collate = functools.partial(conversation_batch, arrays, parent.pad_id, length=config.fixed_length())
 
     # Build
     model = parent.load()
@@ -109,7 +119,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         f" {epochs:.3g} epochs of {plural(rows.per_epoch, 'row', ',')}",
         tokens=epochs * len(ids.values),
     )
-    engine, text = finetune.build_engine(model, loss, config, work, token_losses="sum")
+    engine, text = finetune.build_engine(model, loss, config, work, selects=True)
     fill = float(ids.lengths.sum() / (rows.per_epoch * config.sequence_length))
     finetune.say_counts(output, counts, f" in {plural(rows.per_epoch, 'row')}, {fill:.0%} filled")
     if len(ids) > counts.train:
@@ -200,6 +210,8 @@ def headline(
 def answers(engine, chat, heldout_ids, count: int, extra: dict, config: Config) -> dict:
     """Greedy answers to some of the first `count` held-out prompts: the share that end their turn, and the mean score
     by rule where the answer is known; `answered` and `checked` are the numbers of answers behind them. Collective."""
+    import torch
+
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
     from pipeline.train.distributed import all_reduce_sum
@@ -212,7 +224,8 @@ def answers(engine, chat, heldout_ids, count: int, extra: dict, config: Config) 
             asked.append(index)
     mine = asked[: config.max_prompts][engine.data_rank :: engine.data_world]
     prompts = [heldout_ids[index][: extra["starts"][index]].tolist() for index in mine]
-    with engine.gathered():
+    # every length of a cache would be compiled again
+    with engine.gathered(), torch.compiler.set_stance("force_eager"):
         completions = generate(
             engine.model,
             prompts,

@@ -36,8 +36,8 @@ def check_packed(name: str, rows: int, subject: str) -> None:
     the message."""
     if "flash" in name and rows > 1:
         raise UserError(
-            f"{subject} keeps documents apart in a micro-batch of one row only, and a micro-batch here has {rows}; use"
-            " micro_batch: 1, or attention: sdpa"
+            f"{subject} keeps the documents or conversations of a row apart in a micro-batch of one row only, and a"
+            f" micro-batch here has {rows}; use micro_batch: 1, or attention: sdpa"
         )
 
 

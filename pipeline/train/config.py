@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import math
+import shutil
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pipeline.core.config import EXECUTION, PlannedInput, StageConfig, Strict, refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.core.terminal import plural
+from pipeline.models import attention
 
 
 def _either(numbers: list[int]) -> str:
@@ -47,6 +49,9 @@ Date = Annotated[str, AfterValidator(_iso_date)] | None
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+LossChunk = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, EXECUTION]
 
 
 def check_mixture(mixture: dict[str, float] | None):
@@ -288,6 +293,12 @@ class TrainConfig(StageConfig):
     ] = "none"
     """Keep less for the backward pass and compute the rest again. full: keep only each layer's input (Chen et al.,
     2016), a third more work; selective: also keep the results of matrix products and attention."""
+    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "eager"], EXECUTION] = "auto"
+    """auto: FlashAttention-2 if it is installed and precision is bf16 on a GPU, but not for rows of several documents
+    or conversations in micro-batches of more than one row; else torch's scaled_dot_product_attention."""
+    compile: Annotated[bool, EXECUTION] = False
+    """torch.compile each decoder layer: compiling takes tens of seconds, afterwards tokens per second are higher
+    (docs/performance.md). Rows are then padded to sequence_length. Not with zero: 3."""
     parallel: Annotated[Parallel, EXECUTION] = Parallel()
     """ZeRO stage and pipeline depth."""
     save: Annotated[Save, EXECUTION] = Save()
@@ -320,6 +331,7 @@ class TrainConfig(StageConfig):
 
     def check(self, world: int) -> None:
         self._check_keep_best()
+        self._check_compiler()
         self.check_layout(world)
 
     def warnings(self) -> list[str]:
@@ -340,6 +352,9 @@ class TrainConfig(StageConfig):
         """Check that `world` processes can have this layout. Raises UserError."""
         self._check_pipeline(world)
         self._check_shard(world)
+        attention.check_packed(
+            self.attention, self.packed_rows(world), f"stage {self.kind}: attention: {self.attention}"
+        )
         self._check_batch(world // self.parallel.pipeline)
 
     def _check_pipeline(self, world: int) -> None:
@@ -349,6 +364,11 @@ class TrainConfig(StageConfig):
                 f"stage {self.kind}: activation_checkpointing: selective cannot be combined with zero: 3, which gathers"
                 " weights again while results are recomputed, so that torch does not find those it kept; use full, or"
                 " zero: 2"
+            )
+        if self.compile and self.parallel.zero == 3:
+            raise UserError(
+                f"stage {self.kind}: compile: true cannot be combined with zero: 3, which gathers weights module by"
+                " module while a layer runs; use zero: 2, or remove compile"
             )
         if depth > 1 and not type(self).supports_pipeline():
             raise UserError(f"stage {self.kind}: pipeline: {depth} is for pretraining; use zero: 0, 1, 2 or 3 here")
@@ -373,6 +393,13 @@ class TrainConfig(StageConfig):
                 f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into groups of"
                 f" parallel.shard_ranks: {parallel.shard_ranks}; use"
                 f" {_either(nearest_divisors(world, parallel.shard_ranks))}"
+            )
+
+    def _check_compiler(self) -> None:
+        if self.compile and not (shutil.which("g++") or shutil.which("clang++")):
+            raise UserError(
+                f"stage {self.kind}: compile: true needs a C++ compiler (g++ or clang++), and this machine has none on"
+                " its PATH; install one or remove compile"
             )
 
     def _check_keep_best(self) -> None:
@@ -422,6 +449,14 @@ class TrainConfig(StageConfig):
     def sampled_rows(self) -> int:
         """Rows that the stage samples at a time."""
         return 0
+
+    def packed_rows(self, world: int) -> int:
+        """Rows of a micro-batch in which documents or conversations are kept apart by positions; 1 if none are."""
+        return 1
+
+    def head_chunk(self) -> Literal["auto"] | int | None:
+        """Tokens whose losses the output layer computes at a time; None if the loss gets logits."""
+        return None
 
     @classmethod
     def supports_shard(cls) -> bool:

@@ -93,8 +93,11 @@ def fitting_rows(rows: list[Encoded], sequence_length: int, too_long: str) -> li
     return [row for row in cut if row is not None] or "its answers begin after sequence_length"
 
 
-def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[int]]) -> dict:
-    """A micro-batch of packed rows. rows: the conversations of each. Gives input_ids, position_ids that start at 0 in
+def conversation_batch(
+    arrays: Arrays, pad_id: int, split: str, rows: list[list[int]], length: int | None = None
+) -> dict:
+    """A micro-batch of packed rows. rows: the conversations of each. length: of all rows, by default that of the
+    longest. Gives input_ids, position_ids that start at 0 in
     each conversation, and labels, already shifted; if records give weights, also those of the labels; and
     `conversations`, how many each row has.
 
@@ -103,7 +106,8 @@ def conversation_batch(arrays: Arrays, pad_id: int, split: str, rows: list[list[
     the end of a row has positions of its own and no labels.
     """
     all_ids, all_trained = arrays[f"{split}.ids"], arrays[f"{split}.trained"]
-    length = max(sum(len(all_ids[conversation]) for conversation in row) for row in rows)
+    if length is None:
+        length = max(sum(len(all_ids[conversation]) for conversation in row) for row in rows)
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     labels = np.full((len(rows), length), IGNORE, np.int64)
     positions = np.zeros((len(rows), length), np.int64)

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_pad
 from pipeline.models import build, cost, families, frozen, lora, vocabulary
 from pipeline.models.publish import publish, publish_adapter
 from pipeline.models.weights_hash import weights_hash
-from pipeline.train import chunked_loss, distributed, loop, train_length
+from pipeline.train import chunked_loss, distributed, layers, loop, train_length
 from pipeline.train import engine as engines
 from pipeline.train.best import Selection
 from pipeline.train.engine import Engine, Loss, Read
@@ -213,24 +213,17 @@ def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ..
 
 
 def build_engine(
-    model,
-    loss: Loss,
-    config: FinetuneConfig,
-    work: Work,
-    name: str = "model",
-    token_losses: Literal["sum", "each"] | None = None,
+    model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model", **losses
 ) -> tuple[Engine, Expected]:
     """Print what the stage will compute and how long that may take, then build the engine of the model. Returns the
     engine and the expected time for the meters. Collective.
 
-    token_losses: the output layer computes the losses of labelled tokens itself, in chunks, and no logits exist; `loss`
-    is differentiated through their `sum`, or through `each` of them (chunked_loss.py). Families for which this was not
-    verified give logits to `loss`.
+    losses: as for layers.prepare. Families for which chunks were not verified give logits to `loss`.
     """
-    head_rows = None
-    if token_losses is not None and chunked_loss.can_install(model):
-        chunked_loss.install(model, per_token=token_losses == "each", selects=True)
-        head_rows = chunked_loss.chunk_of(model.config.vocab_size, distributed.device().type)
+    layers.prepare(model, config, **losses)
+    head, head_rows = chunked_loss.installed(model), None
+    if head is not None:
+        head_rows = head.chunk or chunked_loss.chunk_of(model.config.vocab_size, distributed.device().type)
     size = cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     peak = total_peak(config)

@@ -167,6 +167,11 @@ class FinetuneConfig(TrainConfig):
             )
         return warnings
 
+    def fixed_length(self) -> int | None:
+        """Tokens to which all rows are padded, so that compiled layers see one shape; None: as many as the longest row
+        of a micro-batch."""
+        return self.sequence_length if self.compile else None
+
     def in_steps(self, rows: int) -> Self:
         """This config with `steps` and `schedule.warmup_steps`, where the recipe gives epochs of `rows` rows and a
         ratio of the steps."""

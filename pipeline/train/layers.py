@@ -11,8 +11,8 @@ import torch
 
 from pipeline.core.errors import UserError
 from pipeline.models import attention
-from pipeline.models.families import family_of
 from pipeline.train import chunked_loss, distributed
+from pipeline.train.config import TrainConfig
 
 # Results that selective checkpointing keeps: matrix products and attention. Everything between them (norms, rotations,
 # activations) is cheap to compute again and makes up most of the bytes (Korthikanti et al., 2022, section 4). By name,
@@ -28,21 +28,18 @@ ATTENTION = (
 NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
 
 
-def prepare(model, config) -> None:
-    """Set attention, output layer and compilation as a pretraining config says. Raises UserError for what this model
-    does not support."""
-    rows = config.micro_rows(distributed.world()) if config.document_mask else 1
-    attention.choose(model, config.attention, config.precision, rows)
-    can_chunk = family_of(model.config).chunked_loss
-    if isinstance(config.loss_chunk, int) and not can_chunk:
+def prepare(model, config: TrainConfig, **losses) -> None:
+    """Set attention, output layer and compilation as a config says. losses: options of chunked_loss.install, for a
+    stage with `head_chunk`. Raises UserError for what this model does not support."""
+    attention.choose(model, config.attention, config.precision, config.packed_rows(distributed.world()))
+    chunk, can_chunk = config.head_chunk(), chunked_loss.can_install(model)
+    if isinstance(chunk, int) and not can_chunk:
         raise UserError(
-            f"stage {config.kind}: loss_chunk: {config.loss_chunk} is not supported for the family"
-            f" {model.config.model_type}: it was not verified that its logits are the output layer's result, unchanged;"
-            " use loss_chunk: auto"
+            f"stage {config.kind}: loss_chunk: {chunk} is not supported for the family {model.config.model_type}: it"
+            " was not verified that its logits are the output layer's result, unchanged; use loss_chunk: auto"
         )
-    if config.loss_chunk is not None and can_chunk:
-        chunk = None if config.loss_chunk == "auto" else config.loss_chunk
-        chunked_loss.install(model, chunk, config.z_loss, config.compile)
+    if chunk is not None and can_chunk:
+        chunked_loss.install(model, None if chunk == "auto" else chunk, compiled=config.compile, **losses)
     if config.compile:
         compile(model)
 

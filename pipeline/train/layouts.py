@@ -103,12 +103,9 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
     parallel = config.parallel
     ranks = world // parallel.pipeline
     micro = config.micro_rows(world)
-    pretrains = type(config).supports_pipeline()
-    head_rows = None
-    if pretrains and family_of(model_config).chunked_loss:
-        head_rows = config.loss_chunk
-        if head_rows == "auto":
-            head_rows = chunked_loss.chunk_of(model_config.vocab_size, device)
+    head_rows = config.head_chunk() if family_of(model_config).chunked_loss else None
+    if head_rows == "auto":
+        head_rows = chunked_loss.chunk_of(model_config.vocab_size, device)
     return cost.Layout(
         ranks=ranks,
         depth=parallel.pipeline,
@@ -118,12 +115,12 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         precision=config.precision,
         optimizer=config.optimizer.kind,
         checkpointing=config.activation_checkpointing,
-        attention=config.attention if pretrains else "sdpa",
+        attention=config.attention,
         head_rows=head_rows,
         offload=parallel.offload,
         stage_layers=_stage_layers(config, model_config, size),
         shard=parallel.group_size(world, config.run.processes),
-        compiled=pretrains and config.compile,
+        compiled=config.compile,
     )
 
 

@@ -98,9 +98,10 @@ def pair_rows(arrays: Arrays, split: str, indices) -> list[AnswerRow]:
     return rows
 
 
-def pair_batch(arrays: Arrays, pad_id: int, split: str, indices) -> dict:
-    """A micro-batch of pairs: inputs and labels [2B, T], chosen first; margin [B]."""
-    batch = answer_batch(pair_rows(arrays, split, indices), pad_id)
+def pair_batch(arrays: Arrays, pad_id: int, split: str, indices, length: int | None = None) -> dict:
+    """A micro-batch of pairs: inputs and labels [2B, T], chosen first; margin [B]. length: T, by default that of the
+    longest row."""
+    batch = answer_batch(pair_rows(arrays, split, indices), pad_id, length)
     batch["weight"] = float(len(indices))
     batch["margin"] = torch.from_numpy(np.asarray(arrays[f"{split}.margin"][list(indices)], np.float32))
     return batch

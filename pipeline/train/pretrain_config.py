@@ -1,7 +1,6 @@
 """Keys of a pretraining stage (pipeline/pretrain.py)."""
 
 import math
-import shutil
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -10,7 +9,7 @@ from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, Strict
 from pipeline.core.errors import Problems, UserError
 from pipeline.data.tokens.fim import Fim
 from pipeline.train import train_length
-from pipeline.train.config import Schedule, TrainConfig, check_mixture
+from pipeline.train.config import LossChunk, Schedule, TrainConfig, check_mixture
 from pipeline.train.samples import Samples
 
 
@@ -85,18 +84,12 @@ class Config(TrainConfig):
     z_loss: float = Field(0.0, ge=0)
     """Weight of logsumexp(logits)^2 in addition to the cross-entropy, which keeps logits from drifting; PaLM (2022,
     section 5) has 1e-4. Logged as z_loss, not part of `loss`."""
-    loss_chunk: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | None, EXECUTION] = "auto"
+    loss_chunk: LossChunk = "auto"
     """Tokens whose logits exist at a time; none: all of a micro-batch. auto: in chunks if the family allows it
     (pipeline/train/chunked_loss.py)."""
-    attention: Annotated[Literal["auto", "sdpa", "flash_attention_2", "eager"], EXECUTION] = "auto"
-    """auto: FlashAttention-2 if it is installed and precision is bf16 on a GPU, but not with `document_mask` and
-    more than one row in a micro-batch; else torch's scaled_dot_product_attention."""
     samples: Annotated[Samples | None, EXECUTION] = None
     """Prompts that the model continues at intervals, written to logs/samples.jsonl and the terminal; none: no samples.
     """
-    compile: Annotated[bool, EXECUTION] = False
-    """torch.compile each decoder layer and the loss: compiling takes tens of seconds, afterwards tokens per second are
-    higher (docs/performance.md). Not with zero: 3."""
 
     _mixture = field_validator("mixture")(check_mixture)
 
@@ -135,6 +128,12 @@ class Config(TrainConfig):
                 " each document; in concatenated rows they would displace text"
             )
         return self
+
+    def packed_rows(self, world: int) -> int:
+        return self.micro_rows(world) if self.document_mask else 1
+
+    def head_chunk(self) -> Literal["auto"] | int | None:
+        return self.loss_chunk
 
     @classmethod
     def supports_pipeline(cls) -> bool:
@@ -202,24 +201,9 @@ class Config(TrainConfig):
                 planned_model.check_positions([inputs["model"]], self.sequence_length, advice)
         problems.refuse()
 
-    def check_layout(self, world: int) -> None:
-        super().check_layout(world)
-        if self.document_mask:
-            from pipeline.models import attention
-
-            subject = f"stage {self.kind}: document_mask: with attention: {self.attention} it"
-            attention.check_packed(self.attention, self.micro_rows(world), subject)
-        if self.compile and self.parallel.zero == 3:
-            raise UserError(
-                f"stage {self.kind}: compile: true cannot be combined with zero: 3, which gathers weights module by"
-                " module while a layer runs; use zero: 2, or remove compile"
-            )
-
     def check(self, world: int) -> None:
         super().check(world)
         self._check_from_step()
-        if self.compile:
-            self._check_compile()
         if "model" not in self.inputs:
             self._check_model_block()
 
@@ -235,13 +219,6 @@ class Config(TrainConfig):
             raise UserError(
                 f"stage {self.kind}: from_step: {self.from_step} leaves nothing to do in steps: {self.steps}, counted"
                 " from the beginning of the other run"
-            )
-
-    def _check_compile(self) -> None:
-        if not (shutil.which("g++") or shutil.which("clang++")):
-            raise UserError(
-                f"stage {self.kind}: compile: true needs a C++ compiler (g++ or clang++), and this machine has none on"
-                " its PATH; install one or remove compile"
             )
 
     def _check_model_block(self) -> None:

@@ -108,7 +108,7 @@ def test_the_recipe_is_refused_before_anything_starts(tmp_path, keys, world, row
     if rows is None:
         config.check(world)
     else:
-        with pytest.raises(UserError, match=f"document_mask: with attention: flash_attention_2 .* has {rows};"):
+        with pytest.raises(UserError, match=f"attention: flash_attention_2 keeps the documents .* has {rows};"):
             config.check(world)
 
 

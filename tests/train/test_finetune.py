@@ -14,6 +14,7 @@ from pipeline.core.config import identity
 from pipeline.core.errors import UserError
 from pipeline.dpo import Config
 from pipeline.models import build
+from pipeline.sft import Config as SftConfig
 from pipeline.train.finetune_config import FinetuneSchedule
 from pipeline.train.scores import reward_scores
 
@@ -383,3 +384,49 @@ def test_the_usual_learning_rate_is_named(adapted, tmp_path):
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     text = succeed("dpo", "lora.yaml", "dpo.optimizer={}", "dpo.steps=1", cwd=tmp_path)
     assert "WARNING: optimizer.lr: 1e-06 is the default for training all weights" in text
+
+
+# ---- speed and memory ------------------------------------------------------------------------------------------------
+
+SAME = {
+    "sft": (["attention=eager"], ["loss_chunk=7"], ["loss_chunk=~", "activation_checkpointing=full"]),
+    "reward": (["attention=eager", "activation_checkpointing=selective"],),
+    "dpo": (["attention=eager", "loss_chunk=~"], ["loss_chunk=7", "activation_checkpointing=full"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(SAME))
+def test_keys_of_speed_and_memory_change_no_loss(kind, tmp_path):
+    """Within 1e-5. With compile: true all rows have one length, so a killed run ends with the same bytes."""
+    tuned.copy_until(kind, tmp_path)
+    expected = [line["loss"] for line in tuned.lines(tuned.plain(), kind) if "loss" in line][:4]
+
+    def run(*words) -> dict[str, bytes]:
+        given = [f"{kind}.{word}" for word in ("steps=4", "save={every_steps: 2}", *words)]
+        succeed(kind, "tiny.yaml", *given, "--restart", cwd=tmp_path)
+        losses = [line["loss"] for line in tuned.lines(tmp_path, kind) if "loss" in line]
+        np.testing.assert_allclose(losses, expected, atol=1e-5, err_msg=str(words))
+        return files_of(tmp_path / "runs/tiny" / kind / "current")
+
+    for words in SAME[kind]:
+        run(*words)
+    compiled = run("compile=true")
+    shutil.rmtree(tmp_path / "runs/tiny" / kind)
+    words = [f"{kind}.{word}" for word in ("steps=4", "save={every_steps: 2}", "compile=true")]
+    code, text = stage(kind, "tiny.yaml", *words, cwd=tmp_path, fault="save:1")
+    assert code == -9, text
+    succeed(kind, "tiny.yaml", *words, cwd=tmp_path)
+    assert files_of(tmp_path / "runs/tiny" / kind / "current") == compiled
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"parallel": {"zero": 3}, "compile": True}, "compile: true cannot be combined with zero: 3"),
+        ({"attention": "flash_attention_2", "packing": True}, "a micro-batch here has 10; use micro_batch: 1"),
+    ],
+)
+def test_keys_that_cannot_be_combined(words, message):
+    with pytest.raises(UserError, match=message):
+        SftConfig(**KEYS, kind="sft", steps=1, **words).check(1)
