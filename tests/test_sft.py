@@ -165,7 +165,7 @@ def test_without_packing_the_same_is_measured(tmp_path):
         (["sft.sources.nouns.path=none.jsonl"], "none.jsonl does not exist"),
         (["sft.sources.nouns.answer='{knid}'"], "no field 'knid'.*the record has words, noun, kind, wrong"),
         (["sft.sequence_length=8"], "none of its 792 records can be used: 7.. x longer than sequence_length"),
-        (["sft.holdout=0"], "greater than 0"),
+        (["sft.holdout=0"], "holdout: 0 leaves nothing to measure on"),
         (["sft.sources.nouns.messages=[{role: user, content: hi}]"], "none with role: assistant"),
         (["sft.sources.nouns.mesages=[]"], "unknown key stages.sft.sources.nouns.mesages; did you mean .messages.?"),
         (["sft.inputs.model=./nowhere"], "nowhere is not a folder"),
