@@ -20,6 +20,7 @@ from pipeline.core.intervals import changes_of
 from pipeline.core.output import Output
 from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import LabelledSource
+from pipeline.train.config import LossChunk
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
 VERSION = 1
@@ -28,6 +29,8 @@ INPUTS = {"model": ("sft", "pretrain")}
 
 class KtoOptimizer(FinetuneOptimizer):
     """AdamW for KTO."""
+
+    USUAL_LR = (1e-7, 2e-4)
 
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate; 5e-7 to 5e-6 is usual for 7B parameters, small models take 1e-5 to 1e-4."""
@@ -38,6 +41,8 @@ class Config(FinetuneConfig):
 
     sources: dict[str, LabelledSource]
     """Judged answers by name."""
+    evaluate: dict[str, LabelledSource] = {}
+    """Held-out judged answers by name, with metrics of their own (loss/NAME)."""
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
     """kto: values relative to an estimate of the KL divergence from the reference (Ethayarajh et al., 2024);
     apo_zero_unpaired: relative to 0, without that estimate (D'Oosterlinck et al., 2024)."""
@@ -47,21 +52,28 @@ class Config(FinetuneConfig):
     """Weight of the losses of good answers."""
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of the losses of bad answers."""
+    loss_chunk: LossChunk = "auto"
+    """Answer tokens whose logits exist at a time; none: all logits of a micro-batch. auto: in chunks if the family
+    allows it."""
     optimizer: KtoOptimizer = KtoOptimizer()
     """AdamW."""
+
+    def head_chunk(self) -> Literal["auto"] | int | None:
+        return self.loss_chunk
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import finetune
-    from pipeline.train.finetune_data import ShuffledRows, encode_once
-    from pipeline.train.labelled_data import answer_counts, answer_work, encoded_answers, labelled_batch
+    from pipeline.train.finetune_data import encode_once, heldout_sets
+    from pipeline.train.labelled_data import answer_counts, answer_order, answer_work, encoded_answers, labelled_batch
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
     encode = functools.partial(encoded_answers, config, parent.chat, output)
     arrays, extra = encode_once(output, config, encode)
-    counts = answer_counts(arrays, extra)
-    rows = ShuffledRows(config.seed, counts.train)
+    sets = heldout_sets(config, arrays, len(arrays["heldout.start"]))
+    counts = answer_counts(arrays, extra, sets)
+    rows = answer_order(config, arrays, finetune.records_of(config, arrays, counts.train))
     config = finetune.in_steps(config, rows.per_epoch)
     say_balance(config, output, arrays["train.label"])
 
@@ -70,19 +82,20 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     finetune.adapt(config, parent, model)
     work = answer_work(config, arrays, mismatched=config.loss == "kto")
     loss, read = objective(config)
-    engine, text = finetune.build_engine(model, loss, config, work, token_losses="each")
+    engine, text = finetune.build_engine(model, loss, config, work, per_token=True, selects=True)
     finetune.say_counts(output, counts)
+    finetune.say_sources(config, arrays, rows)
 
     # Reference: log-probabilities before the first step, of the answers that the run takes
-    taken = min(config.steps * config.batch_size, counts.train)
-    used = {"train": sorted({rows.at(index) for index in range(taken)}), "heldout": list(range(counts.heldout))}
+    taken = rows.taken(config.steps * config.batch_size)
+    used = {"train": taken.nonzero()[0].tolist(), "heldout": list(range(len(arrays["heldout.start"])))}
     cache = finetune.reference_cache(config, parent, inputs["model"], output)
     tables = {}
     for split, indices in used.items():
         tables[split] = reference(engine, config, arrays, split, indices, parent.pad_id, cache, output)
 
     def collate(split: str, indices: list[int]) -> dict:
-        batch = labelled_batch(arrays, parent.pad_id, split, indices)
+        batch = labelled_batch(arrays, parent.pad_id, split, indices, config.fixed_length())
         batch["reference"] = tables[split][indices, 0]
         return batch
 
@@ -91,9 +104,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Fit and publish
     prepare = baseline(engine, config, arrays, tables, parent.pad_id)
-    heldout = range(counts.heldout)
     result = finetune.fit(
-        engine, config, output, text, rows, heldout, collate, unit="answers", read=read, length=length, prepare=prepare
+        engine, config, output, text, rows, sets, collate, unit="answers", read=read, length=length, prepare=prepare
     )
     finetune.publish_model(engine, config, parent, output)
 
@@ -101,7 +113,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     changes = changes_of(result, ("loss", "margin"))
     measures, nothing = headline(result["before"], result["after"], changes["margin"], ranked, counts.heldout)
     metrics = finetune.summarise(
-        config, output, result, rows, counts, unit="answers", measures=measures, nothing=nothing
+        config, output, result, rows, counts, unit="answers", measures=measures, nothing=nothing, arrays=arrays
     )
     metrics["heldout_auc_after"] = ranked
     for name, change in changes.items():

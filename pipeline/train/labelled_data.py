@@ -11,17 +11,19 @@ from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.train.answer_rows import AnswerRow, answer_batch
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, permutation, report_records
+from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, ShuffledRows, report_records, source_numbers
+from pipeline.train.record_order import Groups, Records, permutation
 from pipeline.train.run_summary import Work
 
 
 def encoded_answers(config: FinetuneConfig, chat: Chat, output: Output) -> tuple[Arrays, dict]:
     """Token rows of the judged answers of both splits: `ids` (prompt and answer, up to the end of the turn), `start`
-    (index of the answer's first token), `label` (is it a good one); writes report.json. For `encode_once`.
+    (index of the answer's first token), `label` (is it a good one), `source` (its number, see Ledger.names); writes
+    report.json. For `encode_once`.
 
     An answer that is longer than sequence_length is dropped: what was judged is the complete one.
     """
-    *splits, ledger = load_labelled(config.sources, config.holdout, config.decontaminate)
+    *splits, ledger = load_labelled(config.records(), config.holdout, config.decontaminate)
     arrays: Arrays = {}
     for split, answers in zip(SPLITS, splits, strict=True):
         arrays |= encode_answers(answers, split, chat, config.sequence_length, ledger)
@@ -35,6 +37,7 @@ def encode_answers(answers: list[Labelled], split: str, chat: Chat, sequence_len
     rows = [row for row, reason in zip(encoded, reasons, strict=True) if reason is None]
     usable = ledger.keep(answers, split, reasons)
     return {
+        f"{split}.source": source_numbers(usable, ledger.names()),
         f"{split}.ids": Ragged.of([row.ids for row in rows], np.int32),
         f"{split}.start": np.array([row.start for row in rows], np.int64),
         f"{split}.label": np.array([answer.label for answer in usable], np.bool_),
@@ -49,8 +52,16 @@ def answer_problem(encoded: Encoded | str, sequence_length: int) -> str | None:
     return "longer than sequence_length" if len(encoded.ids) > sequence_length else None
 
 
-def answer_counts(arrays: Arrays, extra: dict) -> Counts:
-    return Counts("answer", len(arrays["train.start"]), len(arrays["heldout.start"]), extra["rejected"])
+def answer_order(config: FinetuneConfig, arrays: Arrays, records: Records) -> ShuffledRows:
+    """The order of answers over a run."""
+    lengths = arrays["train.ids"].lengths
+    groups = Groups(lambda answer: int(lengths[answer]), config.batch_size) if config.group_by_length else None
+    return ShuffledRows(config.seed, records.count, records, groups)
+
+
+def answer_counts(arrays: Arrays, extra: dict, sets: dict[str, range]) -> Counts:
+    """sets: of held-out answers."""
+    return Counts("answer", len(arrays["train.start"]), len(sets[""]), extra["rejected"])
 
 
 def answer_work(config: FinetuneConfig, arrays: Arrays, mismatched: bool) -> Work:
@@ -73,9 +84,10 @@ def answer_row(arrays: Arrays, split: str, index: int) -> AnswerRow:
     return AnswerRow(arrays[f"{split}.ids"][index], int(arrays[f"{split}.start"][index]))
 
 
-def labelled_batch(arrays: Arrays, pad_id: int, split: str, indices) -> dict:
-    """A micro-batch of judged answers: inputs and labels [B, T], is_desirable [B]."""
-    batch = answer_batch([answer_row(arrays, split, index) for index in indices], pad_id)
+def labelled_batch(arrays: Arrays, pad_id: int, split: str, indices, length: int | None = None) -> dict:
+    """A micro-batch of judged answers: inputs and labels [B, T], is_desirable [B]. length: T, by default that of the
+    longest row."""
+    batch = answer_batch([answer_row(arrays, split, index) for index in indices], pad_id, length)
     batch["weight"] = float(len(indices))
     batch["is_desirable"] = torch.from_numpy(np.asarray(arrays[f"{split}.label"][list(indices)]))
     return batch
