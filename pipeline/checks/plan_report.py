@@ -16,7 +16,7 @@ def lines(plan: RecipePlan, cluster: Cluster, price: float | None, top: int) -> 
     for stage in plan.unplanned:
         result += ["", f"{stage.name}", f"  not planned: {stage.reason}"]
     result += ["", "Step times are arithmetic, tested on published runs of other frameworks, not on alma's:"]
-    result += ["docs/performance.md says how far they were off; python benchmarks/plan.py prints each row."]
+    result += ["docs/plan.md says how far they were off; python benchmarks/plan.py prints each row."]
     return result
 
 

@@ -1,6 +1,7 @@
 """What `alma plan` knows of each training stage of a recipe before it runs: its model, its layouts on a cluster, its
 data. No data are read and nothing is allocated."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from pipeline.checks.plan_apply import REMOVE
@@ -11,7 +12,10 @@ from pipeline.models import cost
 from pipeline.models.devices import Cluster
 from pipeline.train import layouts
 from pipeline.train.config import Parallel, TrainConfig
+from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.layouts import Candidate
+
+NF4_BYTES = 0.516  # per weight, with its scales (models/frozen.py)
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def plan_stage(node: Node, graph: dict[str, Node], cluster: Cluster) -> StagePla
             node.name, "its model or its vocabulary is not known before the stages in front of it have run"
         )
     model = on_meta(model_config)
-    costs = layouts.costs_of(model, config)
+    costs = _costs_of(model, config)
     current, problem = None, ""
     try:
         current = layouts.candidate(config, costs, cluster)
@@ -171,6 +175,24 @@ def plan_stage(node: Node, graph: dict[str, Node], cluster: Cluster) -> StagePla
         reads_packed="tokens" in node.parents,
         tokens_present=_tokens_present(node, graph),
     )
+
+
+def _costs_of(model, config: TrainConfig) -> layouts.Costs:
+    """With the adapters of a stage that has them. 4-bit weights are counted without their package."""
+    if not isinstance(config, FinetuneConfig) or config.lora is None:
+        return layouts.costs_of(model, config)
+    import torch
+
+    from pipeline.models import frozen, lora
+
+    four_bits = config.lora.base == "nf4"
+    frozen.store(model, "bf16" if four_bits else config.lora.base, config.precision, torch.device("cpu"), ())
+    lora.attach(model, config.lora, 0, ())
+    costs = layouts.costs_of(model, config)
+    if four_bits:
+        size = dataclasses.replace(costs.size, frozen_bytes=costs.size.frozen_bytes * NF4_BYTES / 2)
+        costs = dataclasses.replace(costs, size=size)
+    return costs
 
 
 def on_meta(model_config):

@@ -136,3 +136,13 @@ def test_a_failed_change_leaves_the_file_alone(tmp_path):
     with pytest.raises(UserError):
         plan_apply.apply(path, {("stages", "pretrain", "no_such_key"): 1})
     assert path.read_text() == TEXT and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_stage_with_adapters_needs_less():
+    """Frozen weights have neither gradients nor moments."""
+    peaks = {}
+    for base in ("fp32", "bf16", "nf4"):
+        words = [f"sft.lora={{rank: 8, base: {base}}}", "sft.parallel={}", "sft.batch_size=8"]
+        peaks[base] = stage_of("llama-7b", "8xH100", "sft", words).current.memory
+    assert peaks["fp32"]["optimizer"] < 0.01 * 8 * 6.74e9 and 4.0 < peaks["fp32"]["weights"] / 6.74e9 < 4.1
+    assert peaks["nf4"]["weights"] < 0.3 * peaks["bf16"]["weights"] < 0.2 * peaks["fp32"]["weights"]
