@@ -47,7 +47,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     recipe_config, config = config, train_length.in_steps(config, size.total)
     train_length.say_warnings(recipe_config, config)
     expected = print_plan(config, model, size, sampler, output)
-    layers.prepare(model, config, z_loss=config.z_loss)
+    layers.prepare_rows(model, config, z_loss=config.z_loss)
     engine = build_engine(config, model, store)
 
     # Training

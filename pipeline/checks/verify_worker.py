@@ -62,7 +62,7 @@ def train(config, job: dict, seed: Path) -> dict:
     seed_weights = {}
     if distributed.is_main():
         seed_weights = {key: value.clone() for key, value in model.state_dict().items()}
-    layers.prepare(model, config, z_loss=config.z_loss)
+    layers.prepare_rows(model, config, z_loss=config.z_loss)
     trainer = engine.build(model, loss_of(store.sources, config.z_loss), config)
     first_weights = trainer.consolidated() or {}
     from_seed = all(torch.equal(value, seed_weights[key]) for key, value in first_weights.items())

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from pipeline.core.files import write_json
+from pipeline.models import row_attention
 from pipeline.train import chunked_loss, distributed, layers, moe_aux_loss, state
 from pipeline.train.config import TrainConfig
 from pipeline.train.schedule import learning_rate
@@ -286,11 +287,16 @@ class Engine:
             return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
         moved = {key: move(value) for key, value in batch.items()}
-        moved["inputs"] = {key: move(value) for key, value in batch["inputs"].items()}
+        inputs = batch["inputs"]
+        moved["inputs"] = {key: move(value) for key, value in inputs.items()}
+        if "position_ids" in inputs and row_attention.is_installed(self.model):
+            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            positions = inputs["position_ids"]
+            moved["inputs"] |= row_attention.document_inputs(self.model, positions, self.device, dtype)
         return moved
 
     def _autocast(self):
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        return autocast(self.config, self.device)
 
     def _forward(self, module, batch: dict) -> tuple[torch.Tensor, dict]:
         """(loss sum with gradient, further sums); the loss itself is computed outside autocast."""
@@ -299,6 +305,17 @@ class Engine:
         with self._autocast():
             outputs = module(**({"use_cache": False} | batch["inputs"])).logits
         return self.loss_fn(outputs, batch)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The context of a forward pass. With activation checkpointing autocast keeps no casts of weights: it would keep
+    those of all layers until the forward pass ends, 2 bytes a parameter, where each is used once."""
+    return torch.autocast(
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=config.precision == "bf16",
+        cache_enabled=config.activation_checkpointing == "none",
+    )
 
 
 def _reading(loss_fn: Loss, read: Read, results: list[torch.Tensor]) -> Loss:
@@ -334,11 +351,12 @@ class Sums:
         values = torch.stack([value.to(device) for value in self.tensors.values()]).tolist()
         return dict(zip(self.tensors, values, strict=True))
 
-    def reduced(self) -> dict[str, float]:
-        """Sums over all processes. Collective."""
+    def reduced(self, *equal: str) -> dict[str, float]:
+        """Sums over all processes; those named `equal` are the same on all and stay as they are. Collective."""
         own = self.read()
-        keys = sorted(own, key=str)
-        return dict(zip(keys, distributed.all_reduce_sum([own[key] for key in keys]), strict=True))
+        keys = sorted((key for key in own if key not in equal), key=str)
+        sums = dict(zip(keys, distributed.all_reduce_sum([own[key] for key in keys]), strict=True))
+        return sums | {key: own[key] for key in equal}
 
 
 def shapes_of(model) -> tuple[dict[str, list[int]], set[str]]:

@@ -10,7 +10,7 @@ import types
 import torch
 
 from pipeline.core.errors import UserError
-from pipeline.models import attention
+from pipeline.models import attention, row_attention
 from pipeline.train import chunked_loss, distributed
 from pipeline.train.config import TrainConfig
 
@@ -23,6 +23,7 @@ ATTENTION = (
     "_flash_attention_forward",
     "_efficient_attention_forward",
     "_cudnn_attention_forward",
+    "_varlen_attn",
 )
 # Recomputation would fill a cache of keys and values a second time.
 NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
@@ -42,6 +43,14 @@ def prepare(model, config: TrainConfig, **losses) -> None:
         chunked_loss.install(model, None if chunk == "auto" else chunk, compiled=config.compile, **losses)
     if config.compile:
         compile(model)
+
+
+def prepare_rows(model, config: TrainConfig, **losses) -> None:
+    """The same for rows without padding, whose documents are kept apart by lengths (models/row_attention.py). Stages of
+    a pipeline pass on hidden states and positions and no more, so they keep transformers' way."""
+    prepare(model, config, **losses)
+    if config.parallel.pipeline == 1:
+        row_attention.install(model)
 
 
 def decoder_layers(model) -> list[torch.nn.Module]:

@@ -111,10 +111,10 @@ class Balance:
     def read(self, rows: float) -> dict[str, float]:
         """router_loss: mean over the rows of the step, summed over layers; expert_load: tokens of the busiest expert
         divided by the mean, in the layer where that is largest. Collective."""
-        own_counts = torch.zeros(self.shape, dtype=torch.float64)
-        for layer, counts in self.counts.items():
-            own_counts[layer] = counts.cpu()
-        own_loss = 0.0 if self.loss is None else self.loss.item()
+        own_loss, own_counts = 0.0, torch.zeros(self.shape, dtype=torch.float64)
+        if self.loss is not None:  # one read of the device for all layers
+            own_loss, *flat = torch.cat([self.loss.view(1), *self.counts.values()]).tolist()
+            own_counts[list(self.counts)] = torch.tensor(flat, dtype=torch.float64).view(len(self.counts), -1)
         loss, *flat = distributed.all_reduce_sum([own_loss, *own_counts.flatten().tolist()])
         counts = torch.tensor(flat).view(self.shape)
         counts = counts[counts.sum(1) > 0]

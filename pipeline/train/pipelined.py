@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pipeline.models import pipeline_split
 from pipeline.train import chunked_loss, distributed, moe_aux_loss, phases, shards
 from pipeline.train.bubble import Bubble
-from pipeline.train.engine import Engine, Sums, adamw, finite, set_learning_rate, shapes_of
+from pipeline.train.engine import Engine, Sums, adamw, autocast, finite, set_learning_rate, shapes_of
 from pipeline.train.sharded import GuardedAdamW, quiet, settings, start
 
 
@@ -20,9 +20,9 @@ class Stage(torch.nn.Module):
     """One stage, as one layer of the PipelineModule. The first stage takes ids (and positions), stages pass on hidden
     states (and positions), the last one returns logits."""
 
-    def __init__(self, model, index: int, parts: list[range], bf16: bool, fill):
+    def __init__(self, model, index: int, parts: list[range], config, fill):
         super().__init__()
-        self.first, self.last, self.bf16 = index == 0, index == len(parts) - 1, bf16
+        self.first, self.last, self.config = index == 0, index == len(parts) - 1, config
         layers = pipeline_split.cut(model, index, parts)
         self.offset = layers.start
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -40,7 +40,7 @@ class Stage(torch.nn.Module):
         arguments = {"input_ids" if self.first else "inputs_embeds": tensor, "use_cache": False}
         if positions:
             arguments["position_ids"] = positions[0]
-        with torch.autocast(distributed.device().type, dtype=torch.bfloat16, enabled=self.bf16):
+        with autocast(self.config, distributed.device()):
             if self.last:
                 return self.model(**arguments).logits
             hidden = self.model.base_model(**arguments).last_hidden_state
@@ -90,7 +90,7 @@ class Pipelined(Engine):
         self.sums, self.scale = Sums(), 1.0
 
         def spec(index: int):
-            arguments = (Stage, model, index, self.parts, config.precision == "bf16", fill)
+            arguments = (Stage, model, index, self.parts, config, fill)
             if self.tied and index in (0, self.count - 1):
                 return TiedLayerSpec("table", *arguments, tied_weight_attr="table.weight")
             return LayerSpec(*arguments)

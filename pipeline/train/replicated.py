@@ -10,6 +10,8 @@ from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, s
 from pipeline.train.muon import Muon
 from pipeline.train.state import Fragment
 
+NORM = "gradient_norm"  # key among a step's sums
+
 
 class Replicated(Engine):
     """Every process holds the whole model and optimizer; gradients are averaged by DDP on the last micro-batch of a
@@ -50,9 +52,9 @@ class Replicated(Engine):
                 phases.enter("backward")
                 (loss * (self.data_world / weight)).backward()  # DDP averages over processes
         phases.enter("reduce")
-        norm = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm)
-        total = sums.reduced()
-        norm, loss = float(norm), total.pop("loss")
+        sums.tensors[NORM] = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm)
+        total = sums.reduced(NORM)  # the only read of the device in a step
+        norm, loss = total.pop(NORM), total.pop("loss")
         applied = finite(loss, norm) and self._accepted(loss, norm)
         phases.enter("update")
         if applied:

@@ -112,6 +112,7 @@ class SampleWriter:
         it."""
         import torch
 
+        from pipeline.models import row_attention
         from pipeline.train import distributed
 
         is_main = distributed.is_main()
@@ -121,7 +122,7 @@ class SampleWriter:
             torch.autocast(self.engine.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
         ):
             if self.engine.model is not None:
-                with self.engine.sampling() as model:
+                with self.engine.sampling() as model, row_attention.padded(self.engine.model):
                     yield model
             elif distributed.from_main(self._has_room() if is_main else None):
                 weights = self.engine.consolidated()

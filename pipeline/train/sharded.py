@@ -10,7 +10,7 @@ import torch
 
 from pipeline.models.cost import DEEPSPEED_BUCKET
 from pipeline.train import distributed, phases, shards
-from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, set_learning_rate
+from pipeline.train.engine import Engine, Sums, adamw, autocast, clip_gradients, finite, set_learning_rate
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -32,12 +32,12 @@ class Autocast(torch.nn.Module):
     processes stay fp32, so the numbers of a run do not depend on its layout (DeepSpeed's own bf16 rounds gradients
     before it adds them up)."""
 
-    def __init__(self, model, enabled: bool):
+    def __init__(self, model, config):
         super().__init__()
-        self.model, self.enabled = model, enabled
+        self.model, self.config = model, config
 
     def forward(self, *args, **kwargs):
-        with torch.autocast(distributed.device().type, dtype=torch.bfloat16, enabled=self.enabled):
+        with autocast(self.config, distributed.device()):
             return self.model(*args, **kwargs)
 
 
@@ -111,7 +111,7 @@ class Sharded(Engine):
         self.optimizer = adamw(model.parameters(), config, self.device, GuardedAdamW)
         with quiet():
             start()
-            wrapped = Autocast(model, config.precision == "bf16")
+            wrapped = Autocast(model, config)
             self.engine, *_ = deepspeed.initialize(
                 model=wrapped,
                 optimizer=self.optimizer,

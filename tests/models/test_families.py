@@ -123,7 +123,7 @@ def test_stages_in_a_row_are_the_whole_model(family, count):
             build.new(block, made, LENGTH, seed=1, materialise=False),
             index,
             parts,
-            False,
+            config(),
             lambda model, name: initialise(model, 1, name),
         ).eval()
         if index == 0:

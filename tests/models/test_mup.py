@@ -48,7 +48,7 @@ def test_initial_values_by_depth(name):
             new({**block, "init": "depth"}, materialise=False),
             1,
             parts,
-            False,
+            config(),
             lambda model, name: initialise(model, 1, name),
         )
         assert all(

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from device_reads import Reads
 from pydantic import ValidationError
 from tiny_engine import INFINITE, LENGTH, ROWS, SMALL, batch_of, config, loss_fn, output_in, rows, spoiled, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuned import tokenizer as make_tokenizer
 
 from pipeline.core.errors import UserError
-from pipeline.models import build, model_block, pipeline_split
+from pipeline.models import build, model_block, pipeline_split, row_attention
 from pipeline.models.publish import publish
 from pipeline.train import checkpoints, engine
 from pipeline.train.config import Parallel, Schedule, TrainConfig
@@ -401,3 +402,19 @@ def test_layers_are_shared_out_by_cost():
     assert slowest == sorted(slowest, reverse=True) and slowest[0] > slowest[-1], (
         "a dear output layer leaves fewer layers to the last stage"
     )
+
+
+@pytest.mark.parametrize("parallel", [{}, {"shard": "full"}])
+def test_a_step_reads_the_device_once(parallel):
+    """Losses, further sums and the gradient norm are read together (Sums.read); nothing else asks for a value."""
+    settings = config(parallel=parallel, micro_batch=2)
+    model = tiny()
+    row_attention.install(model)
+    trainer = engine.build(model, loss_fn, settings)
+    batches = [batch_of(0, part) for part in share(settings, trainer, 0)]
+    for batch in batches:
+        batch["inputs"]["position_ids"] = torch.arange(LENGTH).remainder(5).repeat(2, 1)
+    assert trainer.step(batches)["applied"]
+    with Reads() as reads:
+        assert trainer.step(batches)["applied"]
+    assert reads.count == 0
