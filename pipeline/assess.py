@@ -94,6 +94,7 @@ class Config(StageConfig):
         return [SourceBlock("sources", lambda config: config.sources)]
 
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        planned_model.check_files({key: model for key, model in inputs.items() if key != "tokens"})
         if self.sequence_length and self.max_rows and "tokens" in inputs:
             models = [model for key, model in inputs.items() if key not in ("tokens", "reward")]
             planned_model.check_positions(models, self.sequence_length)

@@ -17,7 +17,9 @@ from pipeline.core import chain
 from pipeline.core.chain_summary import show_chain
 from pipeline.core.cli_arguments import Json, RecipeFile, Words, check_stage_names, split
 from pipeline.core.errors import EXIT_USER, UserError
+from pipeline.core.external_inputs import must_be_fetched
 from pipeline.core.files import write_atomic
+from pipeline.core.graph import Node
 from pipeline.core.launch import StageFailed
 from pipeline.core.precheck import checked
 from pipeline.core.recipe import load
@@ -123,13 +125,18 @@ def recipe_check(
     _, graph = checked(recipe, overrides, sources)
     check_stage_names(stages, graph, recipe)
     for name, node in graph.items():
-        parents = ", ".join(f"{key} <- {source}" for key, source in node.parents.items())
+        parents = ", ".join(f"{key} <- {_shown(source, graph)}" for key, source in node.parents.items())
         show(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
     for name, node in graph.items():
         for warning in node.config.warnings():
             show(f"{name}: WARNING: {warning}")
     left = "" if sources else " (--sources reads the first records of local sources, too)"
     show(f"{recipe}: {plural(len(graph), 'stage')}, every key is known{left}")
+
+
+def _shown(source: str, graph: dict[str, Node]) -> str:
+    is_missing = source not in graph and must_be_fetched(source)
+    return f"{source} (not here yet: alma run fetches it)" if is_missing else source
 
 
 @recipe_app.command("schema")

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from pipeline.core import artifact, faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import PublishedModel, StageConfig
+from pipeline.core.config import PlannedInput, PublishedModel, StageConfig
 from pipeline.core.files import write_atomic
 from pipeline.core.output import Output
 from pipeline.core.recipe import KINDS, module_of
@@ -40,6 +40,11 @@ class Config(StageConfig):
     """Type of the exported weights; bf16 halves the file and rounds."""
     compare_tokens: int = Field(512, ge=16)
     """Random tokens on which the exported model's logits are compared with the training model's."""
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        from pipeline.train import planned_model
+
+        planned_model.check_files(inputs)
 
     @classmethod
     def published_model(cls, artifact: Artifact) -> PublishedModel:
@@ -161,6 +166,7 @@ def model_card(model: Artifact, lineage: list[dict], parameters: int, loader: st
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [alma]",
+        *_base_models(lineage),
         "---",
         "",
         f"# {kind} model, {parameters / 1e6:.1f} M parameters",
@@ -190,6 +196,13 @@ def model_card(model: Artifact, lineage: list[dict], parameters: int, loader: st
     versions = ", ".join(f"{name} {version}" for name, version in software.items() if name != "platform")
     lines += ["", f"Made with alma, {versions}.", ""]
     return "\n".join(lines)
+
+
+def _base_models(lineage: list[dict]) -> list[str]:
+    """The key by which the Hugging Face hub links a model to those that it was made from."""
+    origins = [manifest.get("origin", {}) for manifest in lineage]
+    names = sorted({origin["name"] for origin in origins if origin.get("place") == "huggingface"})
+    return [f"base_model: [{', '.join(names)}]"] if names else []
 
 
 def _lineage_row(manifest: dict) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.checks import tables
-from pipeline.core import artifact
+from pipeline.core import artifact, external_inputs
 from pipeline.core.errors import UserError
 from pipeline.core.graph import Node, nodes
 from pipeline.core.recipe import Recipe
@@ -106,7 +106,7 @@ def _stage(recipe: Recipe, name: str | None) -> tuple[Node, Path, Path]:
 def _output(recipe: Recipe, key: str, source: str) -> Path:
     """The folder of an input: `source` is a stage of the recipe, or a path."""
     if source not in recipe.stages:
-        return artifact.external(key, Path(source)).path
+        return external_inputs.read(key, source).path
     output = artifact.current(recipe.root / source)
     if output is None:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.checks import synthetic_tokens
 from pipeline.checks.smaller_model import SHOWN, smaller
-from pipeline.core import artifact
+from pipeline.core import artifact, external_inputs
 from pipeline.core.config import RunConfig
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
@@ -192,4 +192,5 @@ def _existing(recipe: Recipe, source: str) -> Path | None:
     if source in recipe.stages:
         output = artifact.current(recipe.root / source)
         return output.path if output and not output.damage() else None
-    return Path(source).resolve() if Path(source).is_dir() else None
+    folder = external_inputs.folder_of(source)
+    return folder.resolve() if folder and folder.is_dir() else None

@@ -12,7 +12,7 @@ from pipeline.core.graph import Node, ancestors, nodes
 from pipeline.core.launch import launch
 from pipeline.core.output import link
 from pipeline.core.partial_runs import tidy
-from pipeline.core.precheck import check_records, check_runnable
+from pipeline.core.precheck import check_records, check_runnable, fetch_inputs
 from pipeline.core.recipe import Recipe, make_root
 from pipeline.core.status import as_run, examine_one, mark_absent
 from pipeline.core.terminal import say
@@ -76,6 +76,7 @@ def _check_first(
     for node in runnable:
         if node.state != "up to date" or node.name in again:
             check_runnable(recipe, graph, node, absent, problems)
+    fetch_inputs(recipe, graph, [node for node in runnable if node.state != "up to date"], problems)
     check_records(recipe, graph, [node for node in runnable if node.state != "up to date"], problems)
     problems.refuse()
     return absent

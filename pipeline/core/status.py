@@ -1,9 +1,8 @@
 """Which stages are up to date, which are not, and why: each stage is compared with what is published."""
 
 import contextlib
-from pathlib import Path
 
-from pipeline.core import artifact
+from pipeline.core import artifact, external_inputs
 from pipeline.core.changes import explain, record
 from pipeline.core.checkpoint_folder import newest_step
 from pipeline.core.config import dump
@@ -102,7 +101,7 @@ def find_inputs(node: Node, graph: dict[str, Node]) -> None:
             node.inputs[key] = parent.output
         else:
             try:
-                node.inputs[key] = artifact.external(key, Path(source), accepted_kinds(node, key))
+                node.inputs[key] = external_inputs.read(key, source, accepted_kinds(node, key))
             except Absent as error:
                 missing += error.lines
     try:

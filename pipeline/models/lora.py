@@ -29,8 +29,9 @@ from pipeline.core.files import write_json
 from pipeline.core.seeds import derive
 from pipeline.models import frozen
 from pipeline.models.lora_config import Lora
+from pipeline.models.model_files import ADAPTER_CONFIG as CONFIG
+from pipeline.models.model_files import ADAPTER_WEIGHTS as WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 # What peft has no place for: a hash of the model that an adapter was trained on, and how its weights were kept.
 BASE = "alma_base.json"
 PREFIX = "base_model.model."  # of peft's names of parameters

@@ -227,7 +227,12 @@ class FinetuneConfig(TrainConfig):
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         from pipeline.train import planned_model
 
-        planned_model.check_positions(self.input_models(inputs), self.sequence_length)
+        problems = Problems()
+        with problems.gather():
+            planned_model.check_files({key: inputs[key] for key in self.MODEL_INPUTS if key in inputs})
+        with problems.gather():
+            planned_model.check_positions(self.input_models(inputs), self.sequence_length)
+        problems.refuse()
 
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
         from pipeline.data.chat.record_checks import check_chat_records

@@ -1,6 +1,8 @@
 """What is known of a stage's input model before any stage runs: its positions, its tokenizer and its chat template."""
 
+import functools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,28 @@ if TYPE_CHECKING:
     from pipeline.train.finetune_config import FinetuneConfig
 
 
+def check_files(models: dict[str, PlannedInput], tokenizer: bool = True) -> None:
+    """Raise UserError for an input, by its name, whose folder from outside of the recipe has no model that can be
+    loaded, or no `tokenizer` with it. What stages publish is checked by its hashes."""
+    from pipeline.models import model_files
+
+    problems = Problems()
+    for key, model in models.items():
+        if model.config is None and model.folder is not None and os.path.isdir(model.folder):
+            with problems.gather(functools.partial("inputs.{}: {}".format, key)):
+                folder = _model_folder(model.folder)
+                model_files.check(folder)
+                if tokenizer:
+                    model_files.check_tokenizer(folder)
+    problems.refuse()
+
+
 def num_positions(model: PlannedInput) -> int | None:
     """Most tokens of a row that a model has positions for; None if there is no limit or it is not known."""
     if model.config is not None:
         return model.config.planned_positions(model.inputs)
+    if model.folder is None:  # not downloaded yet
+        return None
     from transformers import AutoConfig
 
     from pipeline.models.families import positions
@@ -95,7 +115,7 @@ def tokenizer_of(model: PlannedInput) -> Any:
     if model.folder is not None:
         folder = _model_folder(model.folder)
         return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return model.config.planned_tokenizer(model.inputs)
+    return model.config.planned_tokenizer(model.inputs) if model.config else None
 
 
 def chat_of(models: Iterable[PlannedInput], config: "FinetuneConfig", problems: Problems) -> Chat | None:

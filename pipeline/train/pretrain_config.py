@@ -195,6 +195,8 @@ class Config(TrainConfig):
             for change in self.mixture_changes:
                 with problems.gather():
                     check_source_names({"mixture_changes": change.mixture}, sources)
+        with problems.gather():
+            planned_model.check_files({key: inputs[key] for key in ("model",) if key in inputs}, tokenizer=False)
         if "model" in inputs and "rope_parameters" not in self.model_changes:
             advice = " (or scale positions, model_changes: {rope_parameters: ...})"
             with problems.gather():

@@ -106,6 +106,7 @@ def test_a_folder_made_elsewhere_is_asked(world, family, most):
     """Correctness 41: its config.json says how many positions there are, under the family's own name for them."""
     model = build.new({**families.of_family(family), "pad_vocab_to": 64}, families.Sized(64), 96, seed=1)
     model.save_pretrained(world / "base")
+    (world / "base" / "tokenizer.json").touch()
     words = ["sft.inputs={model: ./base}", "dpo.inputs={model: sft}"]
     for stage in ("sft", "dpo"):
         checked(stage, *words, f"{stage}.sequence_length=96")

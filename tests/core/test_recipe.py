@@ -482,8 +482,8 @@ def test_recipes_fit_the_gpus_they_name():
     """Correctness 7: eight of ten pipeline recipes needed more than 80 GB. Every recipe with a pipeline is listed."""
     piped = {}
     for path in ROOT.glob("recipes/*.yaml"):
-        stage = load(path).stages["pretrain"]
-        if stage.parallel.pipeline > 1:
+        stage = load(path).stages.get("pretrain")
+        if stage is not None and stage.parallel.pipeline > 1:
             piped[path.stem] = stage.activation_checkpointing
     assert piped == NEEDED
 

