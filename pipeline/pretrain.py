@@ -234,13 +234,10 @@ def build_engine(config: Config, model, store):
 
 def publish_model(engine, model_config, inputs: dict[str, Artifact], output: Output) -> None:
     """Write model/. Collective."""
-    from pipeline.models.publish import publish
     from pipeline.train.finetune_data import model_folder
 
-    weights = engine.consolidated()
-    if output.is_main:
-        parent = model_folder(inputs["model"]) if "model" in inputs else None
-        publish(weights, model_config, inputs["tokenizer"].path, output.path / "model", parent)
+    parent = model_folder(inputs["model"]) if "model" in inputs else None
+    engine.publish(model_config, inputs["tokenizer"].path, output.path / "model", parent)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

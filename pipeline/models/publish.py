@@ -2,13 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import UserError
 from pipeline.models.build import quiet
+from pipeline.models.families import num_experts
 from pipeline.models.transformers_4 import add_older_keys
 
+if TYPE_CHECKING:
+    import torch
+
 GENERATION = "generation_config.json"
+LARGEST_FILE: int | str = "5GB"  # of weights
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,27 +34,97 @@ def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path
     `model_config.architectures` names the class. `parent` is the folder that training started from, by default that of
     the tokenizer: its generation_config.json is kept, and the end of a chat turn is added to its stop ids (`stop_ids`).
     """
+    skeleton = _skeleton(model_config)
+    tied = _tied_names(skeleton)
+    weights = {name: value.contiguous() for name, value in state_dict.items() if name not in tied}
+    _begin(folder)
+    with quiet():
+        skeleton.save_pretrained(folder, state_dict=weights, max_shard_size=LARGEST_FILE)
+    add_older_keys(folder)
+    _write_beside_weights(folder, tokenizer_folder, Path(parent or tokenizer_folder), skeleton.can_generate())
+
+
+def publish_parts(
+    gather: Callable[[str], "torch.Tensor"],
+    model_config,
+    tokenizer_folder: Path,
+    folder: Path,
+    parent: Path | None = None,
+) -> None:
+    """Write the model folder that `publish` would write, from weights that no process holds completely: each file of
+    weights is written by one process, which gathers the parameters in it. gather(name): a complete parameter, fp32, on
+    every process. Collective. `can_publish_parts` says for which models."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    from pipeline.train import distributed
+
+    skeleton = _skeleton(model_config)
+    tied = _tied_names(skeleton)
+    shapes = {name: value for name, value in skeleton.state_dict().items() if name not in tied}
+    plan = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE
+    )
+    if distributed.is_main():
+        _begin(folder)
+        with quiet():
+            skeleton.save_pretrained(folder, state_dict={})  # the configuration
+        (folder / "model.safetensors").unlink(missing_ok=True)  # a file of no weights
+    distributed.barrier()
+    for number, (file, names) in enumerate(plan.filename_to_tensors.items()):
+        weights: dict[str, torch.Tensor] = {}
+        is_mine = number % distributed.world() == distributed.rank()
+        for name in names:
+            value = gather(name)
+            if is_mine:
+                weights[name] = value.to("cpu", torch.float32, copy=True)
+        if is_mine:
+            save_file(weights, folder / file, metadata={"format": "pt"})
+    distributed.barrier()
+    if not distributed.is_main():
+        return
+    if plan.is_sharded:
+        metadata = {"total_parameters": skeleton.num_parameters(), **plan.metadata}
+        index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    add_older_keys(folder)
+    _write_beside_weights(folder, tokenizer_folder, Path(parent or tokenizer_folder), skeleton.can_generate())
+
+
+def can_publish_parts(model) -> bool:
+    """Whether the files of a model hold its parameters under its own names and nothing else. transformers writes
+    experts one by one, and some families have buffers."""
+    persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return num_experts(model.config) is None and not persistent
+
+
+def _skeleton(model_config):
+    """The model without weights."""
     import torch
     import transformers
 
     model_class = getattr(transformers, model_config.architectures[0])
     with torch.device("meta"):
         skeleton = model_class._from_config(model_config)
+    if skeleton.can_generate():
+        # What transformers derives from config.json may contain values that it then refuses to save.
+        skeleton.generation_config = transformers.GenerationConfig()
+    return skeleton
+
+
+def _tied_names(skeleton) -> set[str]:
+    """Names of parameters that are another one's."""
+    if not skeleton.config.tie_word_embeddings:
+        return set()
+    return set(getattr(skeleton, "_tied_weights_keys", None) or ())
+
+
+def _begin(folder: Path) -> None:
     if folder.exists():  # of a run that was killed while writing
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    tied: set[str] = set()
-    if model_config.tie_word_embeddings:
-        tied = set(getattr(skeleton, "_tied_weights_keys", None) or ())
-    can_generate = skeleton.can_generate()
-    if can_generate:
-        # What transformers derives from config.json may contain values that it then refuses to save.
-        skeleton.generation_config = transformers.GenerationConfig()
-    weights = {name: value.contiguous() for name, value in state_dict.items() if name not in tied}
-    with quiet():
-        skeleton.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-    add_older_keys(folder)
-    _write_beside_weights(folder, tokenizer_folder, Path(parent or tokenizer_folder), can_generate)
 
 
 def publish_adapter(model, parent: Path, folder: Path, tokenizer_folder: Path, precision: str) -> None:

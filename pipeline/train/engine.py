@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from pipeline.core.files import write_json
-from pipeline.models import row_attention
+from pipeline.models import publish, row_attention
 from pipeline.train import chunked_loss, distributed, layers, moe_aux_loss, state
 from pipeline.train.config import TrainConfig
 from pipeline.train.schedule import learning_rate
@@ -256,6 +256,12 @@ class Engine:
         """The whole model's weights under transformers' names, fp32 on the CPU, on the main process; None elsewhere.
         Collective."""
         raise AssertionError("an engine implements this")
+
+    def publish(self, model_config, tokenizer_folder: Path, folder: Path, parent: Path | None = None) -> None:
+        """Write a model folder (models/publish.py). Collective."""
+        weights = self.consolidated()
+        if distributed.is_main():
+            publish.publish(weights, model_config, tokenizer_folder, folder, parent)
 
     def trained_weights(self) -> dict[str, torch.Tensor] | None:
         """Like `consolidated`, but only the parameters that have gradients. Collective."""

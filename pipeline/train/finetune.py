@@ -349,9 +349,8 @@ def publish_model(engine: Engine, config: FinetuneConfig, parent: Parent, output
         if output.is_main:
             _publish_adapted(engine.model, weights, config, parent, output)
         return folder
-    weights = engine.consolidated()
-    if output.is_main:
-        publish(weights, engine.model.config, parent.tokenizer_files(config, output), folder, parent.folder)
+    tokenizer_folder = parent.tokenizer_files(config, output) if output.is_main else parent.folder
+    engine.publish(engine.model.config, tokenizer_folder, folder, parent.folder)
     return folder
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.core.errors import UserError
+from pipeline.models import publish
 from pipeline.train import distributed, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, finite, gradient_norm, set_learning_rate
 from pipeline.train.fsdp_sharding import Fill, Sharder
@@ -172,6 +173,12 @@ class FullySharded(Engine):
             else:
                 result[name] = weights[first_names[id(parameters[name])]]
         return result
+
+    def publish(self, model_config, tokenizer_folder, folder, parent=None):
+        if publish.can_publish_parts(self.model):
+            publish.publish_parts(self._complete, model_config, tokenizer_folder, folder, parent)
+        else:
+            super().publish(model_config, tokenizer_folder, folder, parent)
 
     def trained_weights(self):
         return self._on_main(name for name in self.shapes if name not in self.frozen_names)

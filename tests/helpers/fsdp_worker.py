@@ -90,13 +90,19 @@ def observed(trainer) -> dict:
 
 
 def run(folder: Path) -> dict:
+    from tuned import tokenizer
+
+    from pipeline.models import publish
     from pipeline.train import distributed, fsdp_sharding
+    from pipeline.train.engine import Engine
 
     results: dict = {}
     for name in MODELS:
         results["initial", name] = engine_of(name).consolidated()
     if distributed.is_main():
         (folder / "experts").mkdir()
+        (folder / "tokenizer").mkdir()
+        tokenizer(folder / "tokenizer")
     distributed.barrier()
     trainer = engine_of("experts")
     numbers(trainer, 2)
@@ -112,6 +118,12 @@ def run(folder: Path) -> dict:
         trainer = engine_of(name, "bf16", chunks)
         results["fp32 gathers", name] = numbers(trainer), trainer.consolidated()
         fsdp_sharding.gathered_dtype = dtype
+    for name in ("llama", "mup", "experts"):
+        trainer = engine_of(name)
+        publish.LARGEST_FILE = 20_000
+        config, texts = trainer.skeleton.config, folder / "tokenizer"
+        trainer.publish(config, texts, folder / f"{name}-parts")
+        Engine.publish(trainer, config, texts, folder / f"{name}-whole")
     trainer = engine_of("experts")
     results["placements"] = {name: value.placements[0].dim for name, value in trainer.sharded.items()}
     return results

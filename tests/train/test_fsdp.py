@@ -92,6 +92,16 @@ def test_experts_are_split_inside_where_their_number_is_not_divisible(results, f
         assert stored == value.numel()
 
 
+@pytest.mark.parametrize("name", ["llama", "mup", "experts"])
+def test_files_written_by_many_processes_are_those_of_one(results, folder, name):
+    """Byte for byte; with experts, which transformers writes one by one, the main process writes all."""
+    parts, whole = (
+        {path.name: path.read_bytes() for path in (folder / f"{name}-{how}").iterdir()} for how in ("parts", "whole")
+    )
+    assert parts == whole
+    assert len([file for file in parts if file.endswith(".safetensors")]) > 2
+
+
 def test_a_model_of_70_billion_starts_and_trains_within_a_shard_and_a_layer():
     """LLaMA 2 70B on 256 GPUs, at its full width on fake tensors, with 4 and with 6 of its 80 layers. While it is
     built: its shard and one complete layer, 2% more at most. Each further layer takes 16 bytes of a parameter over 256
