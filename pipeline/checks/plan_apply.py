@@ -79,11 +79,11 @@ def _replaced_block(text: str, path: tuple[str, ...], node: MappingNode, value) 
     """A block with a line per key keeps its lines and their comments."""
     if not isinstance(value, dict) or not value:
         raise UserError(f"{'.'.join(path)} is a block of keys; write {flow(value)} by hand")
+    for key, item in value.items():  # before any is removed, because a block without keys is none
+        text = with_key(text, (*path, key), item)
     for name, _ in node.value:
         if name.value not in value:
             text = with_key(text, (*path, name.value), REMOVE)
-    for key, item in value.items():
-        text = with_key(text, (*path, key), item)
     return text
 
 

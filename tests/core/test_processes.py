@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,13 @@ def start(command: list, folder: Path, **options) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     with open(folder / "log", "w") as log:
         options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True} | options
-        return subprocess.Popen(command, cwd=folder, env=environment, **options)
+        return subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=default_signals, **options)
+
+
+def default_signals() -> None:
+    """Whatever `nohup` or a shell's `&` starts, these tests included, ignores SIGHUP or SIGINT, and so would a child."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def until(condition, process: subprocess.Popen, folder: Path, seconds: float = 120) -> None:
@@ -182,9 +187,7 @@ def test_a_terminal_that_is_closed_saves_too(world):
     main, terminal = pty.openpty()
     folder = world / "runs-closed/tiny"
     command = [sys.executable, ROOT / "pipeline/pretrain.py", "r.yaml", *STEPS, "output=runs-closed"]
-    # SIGHUP is ignored in whatever `nohup` starts, these tests included
-    hang_up = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-    stage = start(command, world, stdout=terminal, stderr=terminal, preexec_fn=hang_up)
+    stage = start(command, world, stdout=terminal, stderr=terminal)
     os.close(terminal)
     os.set_blocking(main, False)  # a read that waits for output would let the run reach its end
     deadline = time.time() + 120

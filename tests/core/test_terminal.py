@@ -180,8 +180,8 @@ def test_version_help_and_unknown_commands():
         code, out, err = alma(*words)
         assert code == 0 and "Usage:" in out and not err
     for words, names in (
-        (("rnu",), ("run", "status", "verify", "inspect", "recipe")),
-        (("inspect", "toknes"), ("tokens", "data", "tokenizer")),
+        (("rnu",), ("run", "status", "plan", "verify", "inspect", "recipe")),
+        (("inspect", "toknes"), ("tokens", "data", "masks", "tokenizer")),
     ):
         code, out, err = alma(*words)
         assert code == 2 and not out and f"'{words[-1]}'" in err
