@@ -58,10 +58,16 @@ BESIDE = {
         ["clean.dedup.near.shingle=3"],
     ],
     "pretrain": [["pretrain.optimizer.kind=muon", "pretrain.schedule={kind: wsd, decay_steps: 1}"]],
-    "sft": [["sft.sequence_length=16", "sft.too_long=truncate", "sft.spikes.policy=skip"], ["sft.lora={rank: 2}"]],
-    "reward": [["reward.lora={rank: 2}"]],
-    "dpo": [["dpo.lora={rank: 2}", "dpo.loss=simpo"], ["dpo.loss={robust: 1.0, sft: 0.1}", "dpo.label_smoothing=0.1"]],
-    "kto": [["kto.lora={rank: 2}"]],
+    "sft": [
+        ["sft.sequence_length=16", "sft.too_long=truncate", "sft.spikes.policy=skip"],
+        ["sft.lora={rank: 2}", "sft.best={every_steps: 1}"],
+    ],
+    "reward": [["reward.lora={rank: 2}", "reward.best={every_steps: 1}"]],
+    "dpo": [
+        ["dpo.lora={rank: 2}", "dpo.loss=simpo", "dpo.best={every_steps: 1}"],
+        ["dpo.loss={robust: 1.0, sft: 0.1}", "dpo.label_smoothing=0.1"],
+    ],
+    "kto": [["kto.lora={rank: 2}", "kto.best={every_steps: 1}"]],
     "ppo": [["ppo.ppo.kl_target=1.0", "ppo.rule=exact", "ppo.sources.nouns.answer='{kind}'"], ["ppo.lora={rank: 2}"]],
     "assess": [
         ["assess.sources.nouns.answer='{kind}'"],
