@@ -26,6 +26,7 @@ from pipeline.core.recipe import load
 from pipeline.core.stage import guarded
 from pipeline.core.status import examine
 from pipeline.core.terminal import keep_open, plural, show
+from pipeline.serve import commands as serving
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,6 +110,7 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
 
 
 app.command("plan")(plan_commands.plan)
+app.command("chat")(serving.chat)
 
 
 @recipe_app.command("check")

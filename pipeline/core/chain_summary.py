@@ -13,20 +13,6 @@ from pipeline.core.terminal import columns, show
 FILE_WIDTH = 160  # columns of the table in a file
 MIN_WIDTHS = {"in": 10, "out": 10, "measured": 20}  # columns that these need to be readable
 TITLES = ("stage", "in", "out", "measured", "time")
-QUESTION = """\
-    chat = [{"role": "user", "content": text.strip()}]
-    ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True,
-        return_tensors="pt", return_dict=True)
-    output = model.generate(**ids, max_new_tokens=64)
-    new = output[0, ids["input_ids"].shape[1]:]
-    print(tokenizer.decode(new, skip_special_tokens=True))
-"""
-CONTINUATION = """\
-    ids = tokenizer(text.strip(), return_tensors="pt")
-    output = model.generate(**ids, max_new_tokens=64)
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
-"""
 
 
 def shown_path(artifact: Artifact) -> str:
@@ -74,33 +60,12 @@ def show_chain(graph: dict[str, Node]) -> None:
             chosen = node.output
     if chosen:
         show(f"model      {model_folder(chosen)}")
-        show("           To talk to it, paste this into a shell:\n")
-        print(talk(chosen), flush=True)
+        show(f"           to talk to it: {talk(chosen)}")
 
 
 def talk(artifact: Artifact) -> str:
-    """A shell command that reads lines from the terminal and prints the model's answers, or for a base model its
-    continuations."""
-    loader = artifact.metrics.get("tokenizer_class", "PreTrainedTokenizerFast")
-    chats = published_model(artifact).use == "chat"
-    verb = "Ask" if chats else "Begin"
-    program = f"""
-import sys
-from transformers import AutoModelForCausalLM
-from transformers import {loader}
-folder = {quoted(model_folder(artifact))}
-tokenizer = {loader}.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-print("{verb} something; Ctrl-D ends.")
-for text in sys.stdin:
-{QUESTION if chats else CONTINUATION}"""
-    return f"python -c {shlex.quote(program)}"
-
-
-def quoted(text: str) -> str:
-    """A Python literal in double quotes, so that the program can be in a shell's single ones."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+    """The command that talks to a stage's model, or for a base model has it continue texts."""
+    return f"alma chat {shlex.quote(f'{os.path.relpath(artifact.path.parents[1])}:{artifact.stage}')}"
 
 
 def show_table(graph: dict[str, Node]) -> None:

@@ -180,7 +180,7 @@ def test_version_help_and_unknown_commands():
         code, out, err = alma(*words)
         assert code == 0 and "Usage:" in out and not err
     for words, names in (
-        (("rnu",), ("run", "status", "plan", "verify", "inspect", "recipe")),
+        (("rnu",), ("run", "status", "plan", "chat", "verify", "inspect", "recipe")),
         (("inspect", "toknes"), ("tokens", "data", "masks", "tokenizer")),
     ):
         code, out, err = alma(*words)
@@ -249,10 +249,14 @@ def _words(stage: str) -> list[str]:
     return [f"{stage}.steps=2", f"{stage}.schedule.kind=linear", f"{stage}.schedule.warmup_steps=1"]
 
 
-def test_the_command_to_talk_to_a_model_works(world, monkeypatch):
+def test_the_command_to_talk_to_a_model_works(world, monkeypatch, capsys):
     """Correctness 49: what the end of a chain prints can be pasted into a shell, and answers as the model does."""
+    import io
+    import shlex
+
     from transformers import AutoModelForCausalLM
 
+    from pipeline import cli
     from pipeline.core.chain_summary import talk
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
@@ -260,25 +264,19 @@ def test_the_command_to_talk_to_a_model_works(world, monkeypatch):
     if current(world / "runs/tiny/sft") is None:
         succeed("sft", "tiny.yaml", *_words("sft"), cwd=world)
     artifact = current(world / "runs/tiny/sft")
-    command = talk(artifact)
-    assert max(map(len, command.split("\n"))) <= 60
-    done = subprocess.run(
-        ["bash", "-c", command],
-        input="What is a red cat?\n什么是竹子？\n",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    program, *words = shlex.split(talk(artifact))
+    assert (program, words) == ("alma", ["chat", "runs/tiny:sft"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is a red cat?\n/reset\n什么是竹子？\n"))
+    cli.app([*words, "--max-new-tokens", "20"], standalone_mode=False)
     folder = artifact.path / "model"
     tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
-    expected = ["Ask something; Ctrl-D ends."]
+    expected = ""
     for text in ("What is a red cat?", "什么是竹子？"):
         prompt = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        made = model.generate(**ids, max_new_tokens=64)[0, ids["input_ids"].shape[1] :]
-        expected.append(tokenizer.decode(made, skip_special_tokens=True))
-    assert done.stdout.strip() == "\n".join(expected).strip()
+        made = model.generate(**ids, max_new_tokens=20)[0, ids["input_ids"].shape[1] :]
+        expected += tokenizer.decode(made, skip_special_tokens=True) + "\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_the_report_of_a_tokenizer_is_the_same_each_time(world):

@@ -22,6 +22,7 @@ FOLDERS = {
     "rl": "PPO",
     "models": "Building models and knowing what they cost",
     "assessment": "What stage assess reads and measures",
+    "serve": "`alma chat`",
     "checks": "`alma verify`, `alma inspect` and `alma plan`",
 }
 
