@@ -29,7 +29,7 @@ from pipeline.train.config import Date
 
 # 2: ends of answers from generation_config.json, rewards of models with other tokenizers, only prompts that fit
 VERSION = 3  # 3: prompts with reasoning and tools are asked, not rejected
-INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "kto", "ppo")}
+INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "kto", "ppo", "grpo")}
 
 
 class Config(StageConfig):

@@ -147,7 +147,7 @@ def test_micro_batches_do_not_change_the_result(world, plain):
     assert metrics["reward_after"] == pytest.approx(plain[1]["reward_after"], abs=1e-4)
 
 
-def ranks(world, *words, output):
+def ranks(world, *words, output, kind="ppo", recipe="recipe.yaml"):
     """Two processes as a launcher starts them."""
     import socket
     from concurrent.futures import ThreadPoolExecutor
@@ -165,12 +165,12 @@ def ranks(world, *words, output):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        return stage("ppo", "recipe.yaml", f"output={output}", *words, cwd=world, env=env)
+        return stage(kind, recipe, f"output={output}", *words, cwd=world, env=env)
 
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(one, range(2)))
     assert [code for code, _ in answers] == [0, 0], answers
-    found = (world / output / "t" / "ppo" / "current").resolve()
+    found = (world / output / "t" / kind / "current").resolve()
     return found, json.loads((found / "manifest.json").read_text())["metrics"]
 
 
@@ -252,7 +252,7 @@ def test_a_reward_model_with_its_own_tokenizer_reads_text(world, tmp_path):
         ),
         (
             ["ppo.micro_batch=4", "ppo.ppo.minibatches=4"],
-            "share of a minibatch, 2 prompts, is not divisible by micro_batch 4",
+            "share of a minibatch, 2 responses, is not divisible by micro_batch 4",
         ),
         (["ppo.sequence_length=65"], "sequence_length: 65 is more than the 64 positions"),
         (

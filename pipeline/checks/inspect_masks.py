@@ -23,11 +23,12 @@ from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.data.chat.token_view import Token, tokens_of
 
-KINDS = ("sft", "reward", "dpo", "kto", "ppo")
+KINDS = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 CHECKED = 200  # records of each source
 STYLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "template": "dim"}
 MARKS = ("⟦", "⟧")  # around text that carries loss, where there are no colors
-LOSS_ON = {"reward": "the score is read here", "ppo": "carries loss (a prompt has no such tokens)"}
+OF_PROMPTS = "carries loss (a prompt has no such tokens)"
+LOSS_ON = {"reward": "the score is read here", "ppo": OF_PROMPTS, "grpo": OF_PROMPTS}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def rows_of_stage(recipe: Recipe, stage: str | None) -> Rows:
             f" ({', '.join(node.parents.values())})"
         )
     longest = config.sequence_length
-    if config.kind == "ppo":
+    if config.kind in ("ppo", "grpo"):
         longest -= config.rollout.max_new_tokens
     too_long = config.too_long if config.kind == "sft" else "drop"
     return Rows(chat, config.records(), config.kind, longest, too_long)

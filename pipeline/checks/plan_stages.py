@@ -143,7 +143,9 @@ def plan_recipe(graph: dict[str, Node], names: list[str], cluster: Cluster) -> R
         planned = plan_stage(node, graph, cluster)
         (result.stages if isinstance(planned, StagePlan) else result.unplanned).append(planned)
     if not result.stages and not result.unplanned:
-        raise UserError("this recipe has no stage that trains; alma plan is for pretrain, sft, reward, dpo and ppo")
+        raise UserError(
+            "this recipe has no stage that trains; alma plan is for pretrain, sft, reward, dpo, ppo and grpo"
+        )
     return result
 
 

@@ -23,7 +23,7 @@ from pipeline.core.recipe_file import override, place_of, read, short_repr, sugg
 from pipeline.core.recipe_messages import block_class, validated
 
 # Kinds of stages, each a script `pipeline/KIND.py`. To add one, write the script and add its name here.
-KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "kto", "ppo", "assess", "export")
+KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo", "assess", "export")
 
 # Blocks of a stage in which an entry may take over one of the recipe's `sources` with `from: NAME`.
 SOURCE_BLOCKS = ("sources", "evaluate")

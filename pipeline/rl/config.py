@@ -1,4 +1,5 @@
-"""Keys of PPO in a recipe: algorithm, sampling, and the two optimizers. The other keys are in pipeline/ppo.py."""
+"""Keys of ppo and grpo in a recipe: algorithm, sampling, optimizers. The other keys are in online_config.py and in the
+two stages."""
 
 from typing import Annotated, Literal
 
@@ -51,8 +52,8 @@ class Rollout(Strict):
     """Rows that one process samples or measures at a time."""
 
 
-class Algorithm(Strict):
-    """PPO itself."""
+class Updates(Strict):
+    """What the policy learns from an iteration's responses, by any algorithm."""
 
     epochs: int = Field(4, ge=1)
     """Passes over an iteration's samples, each in another order."""
@@ -64,6 +65,29 @@ class Algorithm(Strict):
     """Another upper side of the clip range; none: the same."""
     dual_clip: float | None = Field(None, gt=1)
     """Bound of the loss, in ratios, where the advantage is negative; none: no bound."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of the KL divergence from the reference, per nat."""
+    target_kl: float | None = Field(None, gt=0)
+    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats per
+    token; none: never."""
+    ratio_limit: float = Field(10.0, gt=1)
+    """A response whose mean ratio is above this carries no policy loss; counted as skipped_fraction."""
+    importance_cap: float | None = Field(None, ge=1)
+    """Weight tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no
+    weights."""
+
+    @model_validator(mode="after")
+    def several_updates(self):
+        if self.epochs * self.minibatches == 1:
+            refuse_unused(
+                self, "target_kl", "ends an iteration's updates early, and epochs: 1 with minibatches: 1 is one"
+            )
+        return self
+
+
+class Algorithm(Updates):
+    """PPO itself."""
+
     value_clip: float | None = Field(0.2, gt=0)
     """The value may move this far from the old one before the larger loss counts; none: no clip. In standard
     deviations of the reward."""
@@ -88,16 +112,8 @@ class Algorithm(Strict):
     whitened."""
     rule_coef: float = Field(0.0, ge=0)
     """Weight of the task's `rule` in the score, in addition to the reward model; 0: the rule only measures."""
-    target_kl: float | None = Field(None, gt=0)
-    """End an iteration's policy updates when the policy has moved this far from the one that sampled, in nats per
-    token; none: never."""
     critic_warmup: int = Field(0, ge=0)
     """Number of first iterations in which only the value model is trained."""
-    ratio_limit: float = Field(10.0, gt=1)
-    """A response whose mean ratio is above this carries no policy loss; counted as skipped_fraction."""
-    importance_cap: float | None = Field(None, ge=1)
-    """Weight tokens by trainer's over sampler's probability, at most this, for a sampler of lower precision; none: no
-    weights."""
     calibrate: int = Field(256, ge=0)
     """Samples of the initial policy whose scores' mean and deviation become 0 and 1; 0: scores stay as they are."""
 
@@ -108,8 +124,55 @@ class Algorithm(Strict):
         if self.kl_coef == 0:
             refuse_unused(self, "kl_estimator", "estimates the KL in the reward, whose weight kl_coef is 0")
             refuse_unused(self, "kl_target", "adapts kl_coef by factors, and a kl_coef of 0 stays 0")
-        if self.epochs * self.minibatches == 1:
-            refuse_unused(
-                self, "target_kl", "ends an iteration's updates early, and epochs: 1 with minibatches: 1 is one"
+        return self
+
+
+AlgorithmName = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"]
+
+
+class GroupUpdates(Updates):
+    """How the policy learns from groups of responses. Defaults are those of the papers (group_objective.py)."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over an iteration's samples, each in another order."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's ratio, or the geometric mean of a response's ratios (GSPO, whose clip is about
+    3e-4)."""
+    average: Literal["response", "token", "constant"] | None = None
+    """What the loss is averaged over: responses, each the mean of its tokens (GRPO); all tokens alike (DAPO); or the
+    sum of the tokens over the number of responses times max_new_tokens (Dr. GRPO). None: response for grpo and rloo,
+    constant for dr_grpo, token for reinforce_pp."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL divergence from the reference, per nat; 0 needs no reference model."""
+    kl_in: Literal["loss", "reward"] | None = None
+    """Where the KL counts. None: in the loss for grpo and dr_grpo, in the reward for rloo, and for reinforce_pp in the
+    reward with one sample per prompt and in the loss with more."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the KL. None: k3 in the loss (k2 for reinforce_pp), k1 in the reward."""
+    mask_truncated: bool = False
+    """Responses that were cut off at max_new_tokens carry no loss (DAPO's overlong filtering)."""
+
+    @model_validator(mode="after")
+    def fitting_keys(self):
+        if self.kl_coef == 0:
+            refuse_unused(self, "kl_in", "says where the KL counts, and its weight kl_coef is 0")
+            refuse_unused(self, "kl_estimator", "estimates the KL, whose weight kl_coef is 0")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator: k1 in the loss has an expected gradient of 0; use k2 or k3, or kl_in: reward"
+            )
+        if self.ratio == "sequence" and self.average not in (None, "response"):
+            raise ValueError(
+                f"ratio: sequence is one ratio per response and goes with average: response, not {self.average}"
             )
         return self
+
+
+class Overlong(Strict):
+    """DAPO's soft punishment of long responses: nothing up to `buffer` tokens before max_new_tokens, and from there on
+    a share of `penalty` that grows to all of it at max_new_tokens."""
+
+    buffer: int = Field(ge=1)
+    """Tokens before max_new_tokens over which the penalty grows."""
+    penalty: float = Field(1.0, gt=0)
+    """Subtracted from the reward of a response of max_new_tokens."""

@@ -21,8 +21,18 @@ from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
 from pipeline.models import lora
 from pipeline.rl import rules
+from pipeline.rl.objective import Objective
 from pipeline.rl.prompts import Task
-from pipeline.rl.responses import Sample, ValueModel, at_responses, layout, policy_inputs, rows, token_statistics
+from pipeline.rl.responses import (
+    Sample,
+    SharedReward,
+    ValueModel,
+    at_responses,
+    layout,
+    policy_inputs,
+    rows,
+    token_statistics,
+)
 from pipeline.rl.rollout import generate
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
@@ -35,9 +45,10 @@ class Models:
     optimizer."""
 
     policy: Engine
-    value: Engine
+    value: Engine | None
+    """None for algorithms without a value model."""
     reference: torch.nn.Module | None
-    """None: the policy without its adapter."""
+    """None: the policy without its adapter, or no reference is needed (`measures_kl` of the config)."""
     reward: torch.nn.Module
     """A model of its own, or the backbone of the value model without its adapter (SharedReward)."""
     chat: Chat
@@ -45,6 +56,8 @@ class Models:
     """Set if the reward model has a tokenizer of its own: then it reads text, not the policy's ids."""
     config: object
     """The stage's Config."""
+    objective: Objective
+    """The algorithm."""
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
@@ -58,7 +71,7 @@ class Models:
     @contextlib.contextmanager
     def as_reward(self) -> Iterator[torch.nn.Module]:
         """The reward model. Collective."""
-        if self.reference is not None:
+        if not isinstance(self.reward, SharedReward):
             yield self.reward
             return
         with self.value.gathered():
@@ -133,12 +146,12 @@ def collect(
             measured = _logprobs(models, models.policy.model, samples)
             for sample, (logprobs, entropies) in zip(samples, measured, strict=True):
                 sample.logprobs, sample.entropies = logprobs, entropies
-    if measure != "score":
+    if measure != "score" and config.measures_kl():
         with models.as_reference() as reference:
             measured = _logprobs(models, reference, samples)
         for sample, (logprobs, _) in zip(samples, measured, strict=True):
             sample.ref_logprobs = logprobs
-    if measure == "all":
+    if measure == "all" and models.value is not None:
         with models.value.gathered():
             measured = _values(models, models.value.model, samples)
         for sample, values in zip(samples, measured, strict=True):
@@ -218,8 +231,11 @@ def _autocast(models: Models):
 
 def tensors_of(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """What was measured, as [B, longest] float tensors, and `mask`; zero after each response."""
-    names = ("sampled_logprobs", "logprobs", "ref_logprobs", "entropies", "values")
-    tensors = {name: rows([getattr(sample, name) for sample in samples], 0.0) for name in names}
+    tensors = {}
+    for name in ("sampled_logprobs", "logprobs", "ref_logprobs", "entropies", "values"):
+        values = [getattr(sample, name) for sample in samples]
+        if values[0]:  # a response has a token, so an empty list was not measured
+            tensors[name] = rows(values, 0.0)
     tensors["mask"] = rows([[1.0] * len(sample.response_ids) for sample in samples], 0.0)
     return tensors
 
@@ -237,15 +253,16 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
     sampled = collect(models, tasks, indices, seeds, temperature=config.rollout.temperature, measure="kl")
     greedy = collect(models, tasks, indices, seeds, temperature=0.0, measure="score")
 
-    divergences = [math.fsum(sample.sampled_logprobs) - math.fsum(sample.ref_logprobs) for sample in sampled]
     numbers = {
         "reward": _mean(sample.score for sample in sampled),
         "reward_greedy": _mean(sample.score for sample in greedy),
-        "kl": _mean(divergences),
         "eos_rate": _mean(sample.stopped for sample in sampled),
         "length": _mean(len(sample.response_ids) for sample in sampled),
         "repetition": _mean(repetition(sample.response_ids) for sample in sampled),
     }
+    if config.measures_kl():
+        divergences = [math.fsum(sample.sampled_logprobs) - math.fsum(sample.ref_logprobs) for sample in sampled]
+        numbers["kl"] = _mean(divergences)
     if len(sampled) > 1:  # half of the reward's 95% interval
         numbers["reward_half"] = mean_half([sample.score for sample in sampled])
     if config.rule:

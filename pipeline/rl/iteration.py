@@ -1,4 +1,5 @@
-"""One iteration of PPO: experience, advantages, updates of policy and value model, and what is logged of them.
+"""One iteration of an online algorithm: experience, advantages, updates of the policy and, in PPO, of the value model,
+and what is logged of them. What differs by algorithm is an `Objective`.
 
 `Iterations` is what the training loop (train/loop.py) drives, as it drives the engine updates of the other stages.
 """
@@ -12,15 +13,19 @@ import torch
 
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
-from pipeline.rl import advantages, kl, losses, rewards
+from pipeline.rl import rewards
+from pipeline.rl.advantages import explained_variance
 from pipeline.rl.experience import Clock, Models, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
-from pipeline.rl.responses import Sample, at_responses, layout, policy_inputs, token_statistics
+from pipeline.rl.responses import Sample, layout, policy_inputs
 from pipeline.train import distributed, phases
 from pipeline.train.engine import Accept
 
 # Above this mean difference, in nats per token, sampler and trainer are so far apart that a user should know.
 NOTABLE_DIFFERENCE = 0.1
+
+# Scores of a group that differ by no more than this are equal.
+EQUAL = 1e-6
 
 # Names in the log, and the engine's names, of what is averaged over the updates of an iteration.
 POLICY_MEANS = {
@@ -33,6 +38,7 @@ POLICY_MEANS = {
     "dual_clip_fraction": "dual_clip_fraction",
     "skipped_fraction": "skipped_fraction",
     "entropy_update": "entropy_update",
+    "kl_loss": "kl_loss",
 }
 VALUE_MEANS = {
     "value_loss": "loss",
@@ -43,18 +49,18 @@ VALUE_MEANS = {
 
 
 class Iterations:
-    """PPO's steps for the training loop: one step is one iteration, from sampling to the last update.
+    """Steps for the training loop: one step is one iteration, from sampling to the last update.
 
-    In checkpoints, PPO's part of the loop's state is: step (iterations so far), kl_coef, calibration (mean and
-    deviation of the reward), skipped_updates (updates of policy or value model that were not applied), shown (rows of
-    samples.jsonl).
+    In checkpoints, its part of the loop's state is: step (iterations so far), kl_coef, calibration (mean and deviation
+    of the reward, in PPO), skipped_updates (updates of policy or value model that were not applied), resampled (prompts
+    that were drawn in addition to batch_size per step), shown (rows of samples.jsonl).
     """
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
 
     def __init__(self, models: Models, pool: list[Task]):
         self.models, self.pool = models, pool
-        self.engines = [models.policy, models.value]
+        self.engines = [models.policy] if models.value is None else [models.policy, models.value]
         self.state: dict = {}
         self.accepted: list[tuple[float, float]] = []
 
@@ -64,7 +70,8 @@ class Iterations:
 
     def load(self, path: Path) -> str:
         changes = self.models.policy.load(path)
-        self.models.value.load(path)
+        if self.models.value is not None:
+            self.models.value.load(path)
         return changes
 
     def begin(self, state: dict) -> None:
@@ -72,9 +79,11 @@ class Iterations:
         policy."""
         self.state = state
         state.setdefault("step", 0)
-        state.setdefault("kl_coef", self.models.config.ppo.kl_coef)
+        state.setdefault("kl_coef", self.models.config.updates.kl_coef)
         state.setdefault("skipped_updates", state["skipped"])  # its name in older checkpoints
         state.setdefault("shown", {})
+        if self.models.value is None:
+            return
         if state.get("calibration") is None:
             # While it is measured, rewards and values have the units of the reward model.
             state["calibration"] = (0.0, 1.0)
@@ -100,7 +109,7 @@ class Iterations:
         if stats["rollout_difference"] > NOTABLE_DIFFERENCE and distributed.is_main():
             show(
                 f"{self.models.config.kind}: step {self.step_count}: log-probabilities of sampler and trainer differ by"
-                f" {stats['rollout_difference']:.2g} per token; give ppo.importance_cap, or precision: fp32"
+                f" {stats['rollout_difference']:.2g} per token; give importance_cap, or precision: fp32"
             )
         return stats
 
@@ -112,7 +121,7 @@ class Iterations:
         return self.accepted
 
     def progress_numbers(self, stats: dict) -> dict | None:
-        return {"reward": stats["reward"], "kl": stats["kl"]}
+        return {name: stats[name] for name in ("reward", "kl") if name in stats}
 
     def objective(self, evaluation: dict) -> float | None:
         """save.keep_best keeps the highest held-out reward."""
@@ -132,14 +141,14 @@ def iterate(
     lr: of the policy. batch_number: which batch of the data its prompts are; by default that of the step. Returns what
     is logged, and `accepted`: loss and gradient norm of each applied update of the policy.
     """
-    config = models.config
+    config, objective = models.config, models.objective
     phases.enter("rollout")
     begun, clock = time.perf_counter(), Clock()
     number = state["step"] if batch_number is None else batch_number
-    samples = _sample(models, pool, number, clock)
+    samples = _samples(models, pool, number, state, clock)
     tokens = tensors_of(samples)
-    scores = _shaped_scores(config, samples, state["calibration"])
-    signal = _signal(config, tokens, scores, state["kl_coef"])
+    scores = objective.scores(config, samples, state)
+    signal = objective.signal(config, tokens, scores, state["kl_coef"])
     updates = _update(models, samples, signal, state, lr, accept)
     clock.lap("update")
 
@@ -147,74 +156,73 @@ def iterate(
     stats |= updates
     stats |= clock.seconds
     stats["tok_per_second"] = round(stats["weight"] / (time.perf_counter() - begun), 1)
-    if config.ppo.kl_target is not None:
-        state["kl_coef"] = kl.adapted(
-            state["kl_coef"], stats["kl"], config.ppo.kl_target, config.ppo.kl_horizon, config.batch_size
-        )
+    objective.after(config, stats.get("kl"), state)
     return stats
 
 
-def _sample(models: Models, pool: list[Task], batch_number: int, clock: Clock) -> list[Sample]:
+def _samples(models: Models, pool: list[Task], batch_number: int, state: dict, clock: Clock) -> list[Sample]:
+    """The samples of an iteration, those of a prompt next to each other.
+
+    With rounds of resampling, groups whose scores are all equal are replaced by groups of further prompts, and come
+    last; if they are needed after the last round, they complete the batch (DAPO, section 3.2: dynamic sampling).
+    """
     config = models.config
-    indices = list(range(batch_number * config.batch_size, (batch_number + 1) * config.batch_size))
-    tasks = [pool[draw(config.seed or 0, index, len(pool))] for index in indices]
+    first = batch_number * config.batch_size + state.get("resampled", 0)
+    samples = _answers(models, pool, first, config.batch_size, clock)
+    if not config.resample_rounds():
+        return samples
+    num_drawn = config.batch_size
+    telling, equal = _by_spread(models, samples, state)
+    for _ in range(config.resample_rounds()):
+        missing = config.batch_size - len(telling)
+        if not missing:
+            break
+        further = _answers(models, pool, first + num_drawn, missing, clock)
+        num_drawn += missing
+        more, without = _by_spread(models, further, state)
+        telling, equal = telling + more, equal + without
+    state["resampled"] = state.get("resampled", 0) + num_drawn - config.batch_size
+    groups = (telling + equal)[: config.batch_size]
+    return [sample for group in groups for sample in group]
+
+
+def _answers(models: Models, pool: list[Task], first: int, count: int, clock: Clock) -> list[Sample]:
+    """Samples for prompts `first` to `first + count` of the run."""
+    config = models.config
+    each = config.responses_per_prompt()
+    indices = list(range(first * each, (first + count) * each))
+    tasks = [pool[draw(config.seed or 0, index // each, len(pool))] for index in indices]
     seeds = [derive(config.seed or 0, "rollout", index) for index in indices]
     return collect(models, tasks, indices, seeds, temperature=config.rollout.temperature, clock=clock)
 
 
-def _shaped_scores(config, samples: list[Sample], calibration: tuple[float, float]) -> torch.Tensor:
-    """Score of each response, [B]: calibrated, with the rule's share, clipped, less the penalty for a missing end."""
-    mean, deviation = calibration
-    raw = torch.tensor([sample.score for sample in samples])
-    rules = torch.tensor([sample.rule for sample in samples])
-    return rewards.shaped(
-        (raw - mean) / deviation + config.ppo.rule_coef * rules,
-        torch.tensor([sample.stopped for sample in samples]),
-        clip=config.ppo.reward_clip,
-        missing_eos_penalty=config.ppo.missing_eos_penalty,
-    )
+def _by_spread(models: Models, samples: list[Sample], state: dict) -> tuple[list[list[Sample]], list[list[Sample]]]:
+    """(groups of samples whose scores differ, groups whose scores are all equal)."""
+    each = models.config.responses_per_prompt()
+    spread = _spread(models.objective.scores(models.config, samples, state), each).tolist()
+    groups = [samples[start : start + each] for start in range(0, len(samples), each)]
+    telling = [group for group, width in zip(groups, spread, strict=True) if width > EQUAL]
+    equal = [group for group, width in zip(groups, spread, strict=True) if width <= EQUAL]
+    return telling, equal
 
 
-def _signal(config, tokens: dict[str, torch.Tensor], scores: torch.Tensor, kl_coef: float) -> dict[str, torch.Tensor]:
-    """What the two losses compare the models with, each [B, T]: logprobs, values, returns, advantages, mask, and with
-    importance_cap also importance."""
-    options, mask = config.ppo, tokens["mask"]
-    token_rewards = rewards.per_token(
-        scores, tokens["logprobs"], tokens["ref_logprobs"], mask, kl_coef=kl_coef, estimator=options.kl_estimator
-    )
-    if options.whiten_rewards:
-        token_rewards = advantages.whiten(token_rewards, mask, shift_mean=False)
-    advantage, returns = advantages.gae(
-        token_rewards, tokens["values"], mask, gamma=options.gamma, lambda_=options.lambda_
-    )
-    signal = {
-        "logprobs": tokens["logprobs"],
-        "values": tokens["values"],
-        "returns": returns,
-        "advantages": advantages.whiten(advantage, mask),
-        "mask": mask,
-    }
-    if options.importance_cap is not None:
-        signal["importance"] = losses.importance(tokens["logprobs"], tokens["sampled_logprobs"], options.importance_cap)
-    return signal
+def _spread(scores: torch.Tensor, each: int) -> torch.Tensor:
+    """Largest minus smallest score of each group."""
+    grouped = scores.view(-1, each)
+    return grouped.amax(1) - grouped.amin(1)
 
 
 def _statistics(
     config, samples: list[Sample], tokens: dict, scores: torch.Tensor, signal: dict, kl_coef: float
 ) -> dict:
-    """What is logged of an iteration's samples; docs/ppo.md explains each."""
+    """What is logged of an iteration's samples; docs/ppo.md and docs/grpo.md explain each."""
     mask = tokens["mask"]
     count, lengths = mask.sum(), mask.sum(1)
-    divergence = float(((tokens["logprobs"] - tokens["ref_logprobs"]) * mask).sum(1).mean())
     difference = ((tokens["sampled_logprobs"] - tokens["logprobs"]) * mask).abs()
     stats = {
         "reward": float(torch.tensor([sample.score for sample in samples]).mean()),
         "score": float(scores.mean()),
-        "kl": divergence,
-        "kl_coef": kl_coef,
-        "rlhf_reward": float(scores.mean()) - kl_coef * divergence,
         "entropy": float(tokens["entropies"].sum() / count),
-        "explained_variance": advantages.explained_variance(tokens["values"], signal["returns"], mask),
         "length_mean": float(lengths.mean()),
         "length_max": float(lengths.max()),
         "eos_rate": sum(sample.stopped for sample in samples) / len(samples),
@@ -223,6 +231,16 @@ def _statistics(
         "rollout_difference_max": float(difference.max()),
         "weight": float(count),
     }
+    if "ref_logprobs" in tokens:
+        divergence = float(((tokens["logprobs"] - tokens["ref_logprobs"]) * mask).sum(1).mean())
+        stats |= {"kl": divergence, "kl_coef": kl_coef}
+        stats["rlhf_reward"] = float(scores.mean()) - kl_coef * divergence
+    if "values" in tokens:
+        stats["explained_variance"] = explained_variance(tokens["values"], signal["returns"], mask)
+    each = config.responses_per_prompt()
+    if each > 1:
+        stats["reward_spread"] = float(scores.view(-1, each).std(1).mean())
+        stats["equal_groups"] = float((_spread(scores, each) <= EQUAL).float().mean())
     if config.rule:
         stats["rule"] = sum(sample.rule for sample in samples) / len(samples)
     return stats
@@ -240,9 +258,11 @@ def _update(
     rolled back.
     """
     config, step = models.config, state["step"]
-    value_lr = policy_lr * (config.value_optimizer.lr / config.optimizer.lr)  # the same schedule, another peak
+    value_lr = None
+    if models.value is not None:  # the same schedule, another peak
+        value_lr = policy_lr * (config.value_optimizer.lr / config.optimizer.lr)
     policy_stats, value_stats = [], []
-    update_policy, refused = step >= config.ppo.critic_warmup, False
+    update_policy, refused = step >= config.value_only_steps(), False
     for minibatch in _minibatches(config, step, len(samples)):
         if refused and config.spikes.policy != "skip":
             break
@@ -250,35 +270,37 @@ def _update(
         size = config.micro_batch or len(rows)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         if update_policy:
-            policy_batches = [_policy_batch(models, samples, signal, part) for part in parts]
+            weights = _row_weights(models, samples, minibatch)
+            policy_batches = [_policy_batch(models, samples, signal, part, weights) for part in parts]
             policy_stats.append(models.policy.step(policy_batches, policy_lr, accept))
             refused = refused or policy_stats[-1].get("refused", False)
-            if config.ppo.target_kl is not None:
+            if config.updates.target_kl is not None:
                 # Every process reads the same reduced number, so that all stop together.
-                update_policy = policy_stats[-1]["approx_kl"] <= config.ppo.target_kl
-        value_batches = [_value_batch(models, samples, signal, part) for part in parts]
-        value_stats.append(models.value.step(value_batches, value_lr))
+                update_policy = policy_stats[-1]["approx_kl"] <= config.updates.target_kl
+        if models.value is not None:
+            value_batches = [_value_batch(models, samples, signal, part) for part in parts]
+            value_stats.append(models.value.step(value_batches, value_lr))
     num_skipped = sum(not stats["applied"] for stats in policy_stats + value_stats)
     state["skipped_updates"] += num_skipped
 
     logged = _update_means(policy_stats, value_stats)
     logged["policy_updates"] = len(policy_stats)
-    logged["value_updates"] = len(value_stats)
     logged["skipped_updates"] = state["skipped_updates"]
     logged["applied"] = num_skipped == 0
     if refused:
         logged["refused"] = True
     logged["accepted"] = [(stats["loss"], stats["grad_norm"]) for stats in policy_stats if stats["applied"]]
     logged["lr"] = policy_lr
-    logged["value_lr"] = value_lr
+    if models.value is not None:
+        logged |= {"value_updates": len(value_stats), "value_lr": value_lr}
     return logged
 
 
 def _minibatches(config, step: int, count: int) -> Iterator[list[int]]:
     """Samples of each update of an iteration, over all processes: `epochs` passes, each in an order of its own. Which
     samples make an update does not depend on the number of processes."""
-    size = count // config.ppo.minibatches
-    for epoch in range(config.ppo.epochs):
+    size = count // config.updates.minibatches
+    for epoch in range(config.updates.epochs):
         source = np.random.default_rng(derive(config.seed or 0, "minibatches", step, epoch))
         order = source.permutation(count).tolist()
         for start in range(0, count, size):
@@ -290,10 +312,13 @@ def _update_means(policy_stats: list[dict], value_stats: list[dict]) -> dict:
     that one learns."""
 
     def means(stats: list[dict], names: dict[str, str]) -> dict:
+        names = {name: key for name, key in names.items() if key in stats[0]}
         return {name: sum(update[key] for update in stats) / len(stats) for name, key in names.items()}
 
-    logged = means(value_stats, VALUE_MEANS)
-    logged["loss"], logged["grad_norm"] = logged["value_loss"], logged["value_grad_norm"]
+    logged = {}
+    if value_stats:
+        logged = means(value_stats, VALUE_MEANS)
+        logged["loss"], logged["grad_norm"] = logged["value_loss"], logged["value_grad_norm"]
     if policy_stats:
         logged |= means(policy_stats, POLICY_MEANS)
         logged["loss"] = logged["policy_loss"]
@@ -303,9 +328,21 @@ def _update_means(policy_stats: list[dict], value_stats: list[dict]) -> dict:
     return logged
 
 
-def _policy_batch(models: Models, samples: list[Sample], signal: dict, rows: list[int]) -> dict:
+def _row_weights(models: Models, samples: list[Sample], minibatch: list[int]) -> dict[int, float]:
+    """Weight of each row of an update, over all processes; empty if all count alike."""
+    lengths = torch.tensor([float(len(samples[row].response_ids)) for row in minibatch])
+    stopped = torch.tensor([samples[row].stopped for row in minibatch])
+    weights = models.objective.row_weights(models.config, lengths, stopped)
+    return {} if weights is None else dict(zip(minibatch, weights.tolist(), strict=True))
+
+
+def _policy_batch(
+    models: Models, samples: list[Sample], signal: dict, rows: list[int], weights: dict[int, float]
+) -> dict:
     tensors = layout([samples[row] for row in rows], models.pad_id)
-    batch = _micro_batch(signal, rows, tensors, ("logprobs", "advantages", "importance"))
+    batch = _micro_batch(signal, rows, tensors, ("logprobs", "advantages", "importance", "ref_logprobs"))
+    if weights:
+        batch["row_weights"] = torch.tensor([[weights[row]] for row in rows])
     batch["inputs"] = policy_inputs(models.policy.model, tensors)
     batch["responses"] = tensors["responses"]
     return batch
@@ -327,28 +364,3 @@ def _micro_batch(signal: dict, rows: list[int], tensors: dict, names: tuple[str,
         if name in signal:
             batch[name] = signal[name][rows, : mask.shape[1]]
     return batch
-
-
-def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
-    """The engine's loss of the policy."""
-    options = config.ppo
-    logprobs, entropy = token_statistics(logits, batch["responses"], config.rollout.temperature)
-    loss, metrics = losses.policy_loss(
-        logprobs,
-        batch["logprobs"],
-        batch["advantages"],
-        batch["mask"],
-        clip=options.clip,
-        clip_high=options.clip_high,
-        dual_clip=options.dual_clip,
-        ratio_limit=options.ratio_limit,
-        weights=batch.get("importance"),
-    )
-    metrics["entropy_update"] = (entropy * batch["mask"]).sum()
-    return loss, metrics
-
-
-def value_loss_fn(config, logits: torch.Tensor, batch: dict):
-    """The engine's loss of the value model, whose logits are [B, T, 1]."""
-    values = at_responses(logits[..., 0], batch["mask"].shape[1])
-    return losses.value_loss(values, batch["values"], batch["returns"], batch["mask"], clip=config.ppo.value_clip)

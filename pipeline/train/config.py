@@ -423,7 +423,7 @@ class TrainConfig(StageConfig):
                 f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use"
                 f" {_either(sizes)}, or {_either(processes)} {'process' if processes[-1] == 1 else 'processes'}"
             )
-        rows = self.batch_size // ranks
+        rows = self.rows_of_step() // ranks
         if self.micro_batch and rows % self.micro_batch:
             raise UserError(
                 f"stage {self.kind}: a rank's share of {rows} rows is not divisible by micro_batch {self.micro_batch};"
@@ -432,7 +432,11 @@ class TrainConfig(StageConfig):
 
     def micro_rows(self, world: int) -> int:
         """Rows of a micro-batch in `world` processes."""
-        return self.micro_batch or self.batch_size // (world // self.parallel.pipeline)
+        return self.micro_batch or self.rows_of_step() // (world // self.parallel.pipeline)
+
+    def rows_of_step(self) -> int:
+        """Rows that all processes together compute a step from."""
+        return self.batch_size
 
     @classmethod
     def supports_pipeline(cls) -> bool:

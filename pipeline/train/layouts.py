@@ -111,7 +111,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         depth=parallel.pipeline,
         zero=parallel.zero,
         micro=micro,
-        accumulation=config.batch_size // ranks // micro,
+        accumulation=config.rows_of_step() // ranks // micro,
         precision=config.precision,
         optimizer=config.optimizer.kind,
         checkpointing=config.activation_checkpointing,

@@ -194,7 +194,7 @@ def tuning_lines(
 
 def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
     ranks = distributed.world()
-    rows = config.batch_size // work.updates // ranks
+    rows = config.rows_of_step() // work.updates // ranks
     micro = config.micro_batch or rows
     return cost.Layout(
         ranks=ranks,

@@ -74,7 +74,10 @@ def test_a_file_with_any_tokenizer(world, tmp_path):
         (["--model", "runs", "--data", "rows.jsonl"], "contains no tokenizer.json"),
         (["--model", "base", "--data", "rows.jsonl"], "no conversation among its fields"),
         (["tiny.yaml", "--source", "verbs"], "there is no such source; expected one of nouns"),
-        (["tiny.yaml", "pretrain"], "has no stage of kind sft or reward or dpo or kto or ppo called 'pretrain'"),
+        (
+            ["tiny.yaml", "pretrain"],
+            "has no stage of kind sft or reward or dpo or kto or ppo or grpo called 'pretrain'",
+        ),
         ([ROOT / "recipes/quickstart.yaml"], "stage sft: the tokenizer of its model is not there yet; run the stage"),
         (["tiny.yaml", "sft.sequence_length=8"], "none of its first records can be used: 200 x longer than"),
     ],

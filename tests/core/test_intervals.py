@@ -9,8 +9,8 @@ import tiny
 import tuned
 from harness import succeed
 
-from pipeline import ppo
 from pipeline.core.intervals import change_of, mean_change, mean_half, shares, student, unchanged
+from pipeline.rl.online import headline
 
 
 def test_student_against_the_published_table():
@@ -38,14 +38,14 @@ def test_ppo_says_how_sure_it_is():
     config = SimpleNamespace(rule="exact")
     before = {"reward": -0.1, "reward_half": 1.5, "rule": 0.0}
     after = {"reward": 1.92, "reward_half": 1.6, "rule": 0.25, "kl": 3.0}
-    said, nothing = ppo.headline(config, before, after, 4)
+    said, nothing = headline(config, before, after, 4)
     assert said == (
         "held-out reward -0.10 \u00b1 1.50 -> 1.92 \u00b1 1.60 (95%, n=4), exact 0% -> 25% (95%: 5% to 70%, n=4), KL 3.00"
     )
     assert nothing == ["held-out reward -0.10 \u00b1 1.50 -> 1.92 \u00b1 1.60 (95%, n=4)"]
     sure = {"reward_half": 0.1}
-    assert ppo.headline(config, before | sure, after | sure, 400)[1] == []
-    one = ppo.headline(SimpleNamespace(rule=None), {"reward": 0.0}, {"reward": 9.0, "kl": 0.0}, 1)
+    assert headline(config, before | sure, after | sure, 400)[1] == []
+    one = headline(SimpleNamespace(rule=None), {"reward": 0.0}, {"reward": 9.0, "kl": 0.0}, 1)
     assert one[0] == "held-out reward 0.00 -> 9.00 (95%, n=1), KL 0.00" and one[1]
 
 

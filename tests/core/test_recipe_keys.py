@@ -36,6 +36,7 @@ stages:
   dpo: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
   kto: {{{TUNING}, sources: {{nouns: {{from: nouns, {JUDGED}}}}}}}
   ppo: {{{TUNING}, rollout: {{max_new_tokens: 4}}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}}}
+  grpo: {{{TUNING}, rollout: {{max_new_tokens: 4}}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}}}
   assess:
     sources: {{nouns: {{from: nouns, {PROMPT}}}}}
     inputs: {{tokens: pack, sft: sft}}
@@ -69,6 +70,10 @@ BESIDE = {
     ],
     "kto": [["kto.lora={rank: 2}", "kto.best={every_steps: 1}"]],
     "ppo": [["ppo.ppo.kl_target=1.0", "ppo.rule=exact", "ppo.sources.nouns.answer='{kind}'"], ["ppo.lora={rank: 2}"]],
+    "grpo": [
+        ["grpo.rule=exact", "grpo.sources.nouns.answer='{kind}'", "grpo.update={kl_coef: 0.1, minibatches: 2}"],
+        ["grpo.lora={rank: 2}", "grpo.overlong={buffer: 2}"],
+    ],
     "assess": [
         ["assess.sources.nouns.answer='{kind}'"],
         ["assess.inputs={tokens: pack, sft: sft, dpo: dpo, reward: reward}", "assess.compare=[[sft, dpo]]"],

@@ -120,14 +120,35 @@ stages:
     log: {every_steps: 1}
 """
 
+GROUP_RECIPE = """
+name: t
+stages:
+  grpo:
+    inputs: {policy: ./policy, reward: ./reward}
+    sources: {words: {path: prompts.jsonl, prompt: "{word}", answer: zzzzzz}}
+    holdout: 0.3
+    steps: 3
+    batch_size: 4
+    samples: 4
+    sequence_length: 48
+    precision: fp32
+    rollout: {max_new_tokens: 6, temperature: 0.7}
+    update: {epochs: 2, minibatches: 2}
+    optimizer: {lr: 3e-3}
+    evaluate_prompts: 12
+    save: {every_steps: 1}
+    log: {every_steps: 1}
+"""
+
 
 def write_world(folder):
-    """A policy, a reward model, 61 prompts and a recipe."""
+    """A policy, a reward model, 61 prompts, a recipe of ppo and one of grpo."""
     write_models(folder)
     source = np.random.default_rng(0)
     words = ["".join(source.choice(list(LETTERS[:25]), size=source.integers(3, 9))) for _ in range(60)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in [*words, "q" * 60]))
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "group.yaml").write_text(GROUP_RECIPE)
     return folder
 
 
@@ -136,6 +157,7 @@ def inside(folder, output, words=("ppo.steps=4",)):
     from pipeline import ppo
     from pipeline.core import artifact
     from pipeline.core.recipe import load
+    from pipeline.rl.online import Parents
     from pipeline.rl.prompts import encoded_prompts, tasks_of
     from pipeline.train import finetune
 
@@ -145,5 +167,5 @@ def inside(folder, output, words=("ppo.steps=4",)):
     )
     _, extra = encoded_prompts(config, policy.chat, reward.chat, SimpleNamespace(path=output))
     pool, heldout = tasks_of(extra, "train"), tasks_of(extra, "heldout")
-    models = ppo.build_models(config, policy, reward, len(pool))
+    models = ppo.build_models(config, Parents(policy, reward), len(pool))
     return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped_updates": 0}

@@ -1,0 +1,154 @@
+"""Align a policy without a value model: a prompt is answered several times, and the answers are compared.
+
+    python pipeline/grpo.py recipe.yaml                                                  # one process
+    accelerate launch --num_processes 8 pipeline/grpo.py recipe.yaml                     # or torchrun, srun
+
+`algorithm` chooses between GRPO, Dr. GRPO, RLOO and REINFORCE++; keys of `update` add what DAPO and GSPO change. An
+iteration (one `step`): sample `samples` responses to each of `batch_size` prompts, score them, turn the scores of a
+group into advantages, update the policy. docs/grpo.md has the papers and the measurements.
+"""
+
+import copy
+import functools
+
+from pydantic import Field, model_validator
+
+from pipeline.core.artifact import Artifact
+from pipeline.core.config import refuse_unused
+from pipeline.core.output import Output
+from pipeline.core.terminal import plural
+from pipeline.rl.config import AlgorithmName, GroupUpdates, Overlong
+from pipeline.rl.online_config import OnlineConfig
+
+VERSION = 1
+INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
+
+
+class Config(OnlineConfig):
+    """Keys of stage `grpo`. steps: iterations. epochs: passes over the prompts; those over an iteration's samples are
+    `update.epochs`. batch_size: prompts of an iteration, each answered `samples` times. micro_batch: responses.
+    sequence_length: tokens of a prompt with its response."""
+
+    algorithm: AlgorithmName = "grpo"
+    """How rewards become advantages: grpo, dr_grpo (no division by the deviation), rloo (leave one out, whole responses
+    as actions), reinforce_pp (normalised over the batch)."""
+    samples: int = Field(8, ge=1)
+    """Responses to each prompt."""
+    update: GroupUpdates = GroupUpdates()
+    """The update of the policy."""
+    overlong: Overlong | None = None
+    """Penalty for long responses; none: length costs nothing."""
+    resample: int = Field(0, ge=0)
+    """Rounds of further prompts that replace those whose responses all have the same reward, from which nothing is
+    learned (DAPO's dynamic sampling); 0: none are replaced."""
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if self.samples == 1 and self.algorithm != "reinforce_pp":
+            raise ValueError(
+                f"samples: 1 leaves nothing to compare a response with; algorithm: {self.algorithm} needs 2 or more"
+                " (reinforce_pp takes 1)"
+            )
+        if self.samples == 1:
+            refuse_unused(self, "resample", "replaces groups of equal rewards, and samples: 1 makes no groups")
+        if self.algorithm == "rloo":
+            if self.update.kl_in == "loss":
+                raise ValueError("update.kl_in: loss is not for rloo, whose reward has the KL; remove it")
+            refuse_unused(self.update, "ratio", "is not for rloo, whose ratio is that of the whole response")
+            if self.update.average not in (None, "response"):
+                raise ValueError(
+                    f"update.average: {self.update.average} is not for rloo, whose actions are whole responses; remove"
+                    " it"
+                )
+        if self.update.ratio == "sequence" and self.algorithm != "grpo":
+            raise ValueError(f"update.ratio: sequence (GSPO) is for algorithm: grpo, not {self.algorithm}")
+        if self.overlong is not None and self.overlong.buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"overlong.buffer: {self.overlong.buffer} is more than rollout.max_new_tokens:"
+                f" {self.rollout.max_new_tokens}; use fewer"
+            )
+        return self
+
+    @property
+    def updates(self) -> GroupUpdates:
+        return self.update
+
+    def responses_per_prompt(self) -> int:
+        return self.samples
+
+    def resample_rounds(self) -> int:
+        return self.resample
+
+    def measures_kl(self) -> bool:
+        return self.update.kl_coef > 0
+
+    def other_models(self) -> dict[str, bool]:
+        models = {"reward model": False}
+        if self.measures_kl() and self.lora is None:
+            models["reference"] = False
+        return models
+
+
+def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    from pipeline.rl.online import Parents, align
+    from pipeline.train import finetune
+
+    policy, reward = (
+        finetune.load_parent(config, inputs[key], f"{config.kind}, {key} model") for key in ("policy", "reward")
+    )
+    return align(config, Parents(policy, reward), output, build_models)
+
+
+def build_models(config: Config, parents, prompts: int):
+    """The policy, its reference if the KL counts, and the reward model. prompts: how many are trained on, for the
+    header. Collective."""
+    from pipeline.models import attention, build, cost
+    from pipeline.rl.experience import Models
+    from pipeline.rl.group_objective import GROUPS, policy_loss_fn
+    from pipeline.rl.responses import disable_dropout
+    from pipeline.train import finetune
+    from pipeline.train.run_summary import Work
+
+    policy, reward = parents.policy, parents.reward
+    policy_model, reward_model = build.load(policy.folder), build.load(reward.folder, head="judge")
+    for model in (policy_model, reward_model):
+        attention.choose(model, config.attention, config.precision)
+        disable_dropout(model)
+    others = {"reward model": cost.count(reward_model)}
+    reference = None
+    if config.measures_kl() and config.lora is None:
+        reference = copy.deepcopy(policy_model).requires_grad_(False).eval()
+        others["reference"] = cost.count(reference)
+    reward_model.requires_grad_(False).eval()
+    finetune.adapt(config, policy, policy_model)
+
+    data = (
+        f"{plural(config.steps, 'iteration', ',')} x {plural(config.batch_size, 'prompt')}, each answered"
+        f" {config.samples} times with at most {config.rollout.max_new_tokens} tokens:"
+        f" {config.steps * config.batch_size / prompts:.3g} epochs of {plural(prompts, 'prompt', ',')};"
+        f" {plural(config.update.epochs, 'pass/passes')} over each iteration's answers, in"
+        f" {plural(config.update.minibatches, 'update')} each"
+    )
+    notes = ("time       depends on how long the answers become; the progress line shows how much is left",)
+    updates = config.update.minibatches
+    work = Work(data, updates=updates, notes=notes, others=others, sampled_rows=config.rollout.batch)
+    policy_loss = functools.partial(policy_loss_fn, config)
+    engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
+    if reference is not None:
+        reference.to(engine.device)
+    return Models(
+        policy=engine,
+        value=None,
+        reference=reference,
+        reward=reward_model.to(engine.device),
+        chat=policy.chat,
+        reward_chat=None if policy.chat.reads_like(reward.chat) else reward.chat,
+        config=config,
+        objective=GROUPS,
+    )
+
+
+if __name__ == "__main__":
+    from pipeline.core.stage import main
+
+    main("grpo")

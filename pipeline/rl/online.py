@@ -1,0 +1,105 @@
+"""The steps that ppo and grpo share, once their parents are loaded: encode prompts, build, iterate, publish, report.
+
+return align(config, Parents(policy, reward), output, build_models)
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.core.files import write_atomic
+from pipeline.core.intervals import shares, warn
+from pipeline.core.output import Output
+from pipeline.core.terminal import plural
+from pipeline.rl.experience import Models, evaluate
+from pipeline.rl.iteration import Iterations
+from pipeline.rl.online_config import OnlineConfig
+from pipeline.rl.prompts import encoded_prompts, tasks_of
+from pipeline.train import finetune, loop
+from pipeline.train.finetune import Parent
+from pipeline.train.finetune_data import encode_once
+
+
+@dataclass(frozen=True)
+class Parents:
+    """The models that a stage starts from."""
+
+    policy: Parent
+    reward: Parent
+
+
+def align(
+    config: OnlineConfig, parents: Parents, output: Output, build_models: Callable[[OnlineConfig, Parents, int], Models]
+) -> dict:
+    """Train a policy on its own answers, publish it, and return the stage's metrics. build_models(config, parents,
+    number of prompts to train on) is called once the length of the run is known. Collective."""
+    encode = functools.partial(encoded_prompts, config, parents.policy.chat, parents.reward.chat, output)
+    _, extra = encode_once(output, config, encode)
+    counts = extra["counts"]
+    config = finetune.in_steps(config, counts["train_prompts"])
+
+    models = build_models(config, parents, counts["train_prompts"])
+    iterations = Iterations(models, tasks_of(extra, "train"))
+    heldout = tasks_of(extra, "heldout")
+
+    def measure() -> dict:
+        numbers, rows = evaluate(models, heldout)
+        when = "before" if iterations.step_count == 0 else "after"
+        iterations.state["shown"][when] = rows
+        return numbers
+
+    result = loop.run(iterations, config, output, loop.Hooks(evaluate=measure))
+    finetune.publish_model(models.policy, config, parents.policy, output)
+    if output.is_main:
+        write_samples(output, result["shown"])
+    return summary(config, output, result, counts, min(config.evaluate_prompts, len(heldout)))
+
+
+def summary(config: OnlineConfig, output: Output, result: dict, counts: dict, evaluated: int) -> dict:
+    """The metrics of a stage. evaluated: number of held-out prompts that were answered."""
+    before, after = result["before"], result["after"]
+    measured, nothing = headline(config, before, after, evaluated)
+    metrics = finetune.before_and_after(result)
+    metrics["warnings"] = warn(output.stage, nothing)
+    if "kl" in after:
+        metrics["kl"] = after["kl"]
+        metrics["kl_coef"] = result["kl_coef"]
+    metrics["skipped_updates"] = result["skipped_updates"]
+    metrics |= counts
+    metrics["summary"] = {
+        "input": plural(counts["train_prompts"], "prompt"),
+        "output": f"{config.steps} x {config.rows_of_step()} responses",
+        "measure": measured,
+    }
+    return metrics
+
+
+def write_samples(output: Output, shown: dict[str, list[dict]]) -> None:
+    """samples.jsonl: held-out prompts with their answers before and after."""
+    lines = []
+    for when in ("before", "after"):
+        for row in shown[when]:
+            lines.append(json.dumps({"when": when, **row}, ensure_ascii=False, sort_keys=True) + "\n")
+    write_atomic(output.path / "samples.jsonl", "".join(lines))
+
+
+def headline(config, before: dict, after: dict, prompts: int) -> tuple[str, list[str]]:
+    """(the closing line, what of it shows nothing learned). The rise of the reward must exceed the 95% interval of a
+    difference of two means."""
+
+    def mean(numbers: dict) -> str:
+        interval = f" ± {numbers['reward_half']:.2f}" if prompts > 1 else ""
+        return f"{numbers['reward']:.2f}{interval}"
+
+    reward = f"held-out reward {mean(before)} -> {mean(after)} (95%, n={prompts})"
+    rise = after["reward"] - before["reward"]
+    significant = prompts > 1 and rise > math.hypot(before["reward_half"], after["reward_half"])
+    parts = [reward]
+    if config.rule:
+        parts.append(f"{config.rule} {shares(before['rule'], after['rule'], prompts)}")
+    if "kl" in after:
+        divergence = round(after["kl"], 2) + 0.0  # no minus sign before a zero
+        parts.append(f"KL {divergence:.2f}")
+    return ", ".join(parts), [] if significant else [reward]

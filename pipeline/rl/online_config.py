@@ -1,0 +1,108 @@
+"""Keys that ppo and grpo share: stages that learn from their own answers. Their steps are in online.py."""
+
+from pydantic import Field, model_validator
+
+from pipeline.core.config import refuse_unused
+from pipeline.core.errors import UserError
+from pipeline.data.chat.chat_sources import PromptSource
+from pipeline.rl.config import LinearSchedule, PolicyOptimizer, Rollout, Updates
+from pipeline.rl.rules import Rule
+from pipeline.train.finetune_config import FinetuneConfig
+
+
+class OnlineConfig(FinetuneConfig):
+    """A stage that samples answers to prompts, scores them and learns from the scores."""
+
+    MODEL_INPUTS = ("policy", "reward")
+
+    sources: dict[str, PromptSource]
+    """Prompts, by name."""
+    holdout: float = Field(0.05, gt=0, lt=1)
+    """Share of the prompts kept for evaluation; the same records as in the other tuning stages."""
+    rollout: Rollout = Rollout()
+    """Sampling."""
+    rule: Rule | None = None
+    """How a response is compared with the prompt's `answer`: exact, contains or prefix; none: only the reward model
+    judges."""
+    optimizer: PolicyOptimizer = PolicyOptimizer()
+    """AdamW of the policy."""
+    schedule: LinearSchedule = LinearSchedule()
+    """Schedule of the learning rates, over iterations."""
+    evaluate_prompts: int = Field(128, ge=1)
+    """Held-out prompts answered in an evaluation, once sampled and once greedily."""
+    show: int = Field(8, ge=0)
+    """How many of these are written to samples.jsonl."""
+
+    @model_validator(mode="after")
+    def online_keys(self):
+        refuse_unused(self, "evaluate", "is for sft, reward and dpo; hold out more prompts (holdout)")
+        refuse_unused(self, "compile", "is for rows of one length, and answers have many")
+        refuse_unused(self, "best", "is for sft, reward and dpo; use save.keep_best")
+        refuse_unused(self, "mixture", "is for sft, reward and dpo; use `limit` or `part` of the sources")
+        refuse_unused(self, "group_by_length", "is for sft, reward and dpo: here answers have no length yet")
+        for key in ("chat_template", "chat_template_kwargs"):
+            refuse_unused(self, key, "is for the stages that teach a template; policy and reward model have theirs")
+        if self.rollout.max_new_tokens >= self.sequence_length:
+            raise ValueError(
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in sequence_length"
+                f" {self.sequence_length}"
+            )
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout: {self.lora.dropout:g} would make the ratio of two passes over the same tokens noise;"
+                " remove it"
+            )
+        return self
+
+    @property
+    def updates(self) -> Updates:
+        """How the policy is updated."""
+        raise NotImplementedError
+
+    def responses_per_prompt(self) -> int:
+        return 1
+
+    def resample_rounds(self) -> int:
+        """Further rounds of prompts that replace those whose responses all have the same score."""
+        return 0
+
+    def value_only_steps(self) -> int:
+        """First iterations in which only the value model is trained."""
+        return 0
+
+    def measures_kl(self) -> bool:
+        """Whether a reference is needed."""
+        return True
+
+    def rows_of_step(self) -> int:
+        return self.batch_size * self.responses_per_prompt()
+
+    @classmethod
+    def uses_peak(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_shard(cls) -> bool:
+        return False
+
+    def sampled_rows(self) -> int:
+        return self.rollout.batch
+
+    def check_layout(self, world: int) -> None:
+        super().check_layout(world)
+        minibatches, samples = self.updates.minibatches, self.responses_per_prompt()
+        part, rows = minibatches * world, self.rows_of_step()
+        each = f" x {samples} samples" if samples > 1 else ""
+        if rows % part:
+            near = self.batch_size
+            while near * samples % part:
+                near += 1
+            raise UserError(
+                f"stage {self.kind}: batch_size {self.batch_size}{each} is not divisible by {minibatches} minibatches x"
+                f" {world} processes; use {near}"
+            )
+        if self.micro_batch and (rows // part) % self.micro_batch:
+            raise UserError(
+                f"stage {self.kind}: a process's share of a minibatch, {rows // part} responses, is not divisible by"
+                f" micro_batch {self.micro_batch}"
+            )
