@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,12 @@ app.add_typer(inspection.app, name="inspect")
 app.add_typer(recipe_app, name="recipe")
 
 
+class Where(StrEnum):
+    """Where a chain runs, if not here."""
+
+    slurm = "slurm"
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"alma {__version__}")
@@ -70,11 +77,29 @@ def run_command(
     fork: Annotated[
         bool, typer.Option("--fork", help="Resume from the last checkpoint of a run that another recipe made.")
     ] = False,
+    on: Annotated[
+        Where | None, typer.Option("--on", help="Queue one job per stage on this cluster instead of running here.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --on slurm: print the job scripts; nothing is written or queued.")
+    ] = False,
 ) -> None:
     """Run the chain: stages that are up to date are skipped, interrupted ones resume."""
     if restart and fork:
         raise UserError("--restart starts again and --fork resumes from a checkpoint: give one of the two")
+    if dry_run and not on:
+        raise UserError("--dry-run prints the jobs of --on slurm; `alma status` shows what alma run would do here")
     stages, overrides = split(words)
+    if on:
+        if restart or fork:
+            raise UserError(
+                "--restart and --fork cannot be given with --on slurm, because a job may start several times"
+            )
+        from pipeline.cluster.submit import show_jobs, submit
+
+        run_on_cluster = show_jobs if dry_run else submit
+        run_on_cluster(load(recipe, overrides), stages)
+        return
     graph = chain.run(load(recipe, overrides), stages, restart=restart, fork=fork)
     show_chain(graph)
 

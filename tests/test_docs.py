@@ -10,7 +10,7 @@ from paths import ROOT
 PAGES = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONGEST_LINE = 120  # columns, outside of tables, code and links that cannot be broken
 FOLDERS = "pipeline|tests|benchmarks|recipes|launch|docker|docs"
-PACKAGES = "core|data|train|rl|models|serve|checks"  # of pipeline/, which tables leave out
+PACKAGES = "core|cluster|data|train|rl|models|serve|checks"  # of pipeline/, which tables leave out
 FILE = rf"(?:{FOLDERS})/[\w./-]*\.(?:py|yaml|md|sh|sbatch|json|cpu|cuda)|(?:{PACKAGES})/[\w./-]*\.py"
 PATH = re.compile(rf"(?<![\w/.])({FILE})\b")
 PLACEHOLDER = re.compile(r"[A-Z]{4,}|test_X|/my\.yaml")  # pipeline/KIND.py

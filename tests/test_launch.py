@@ -63,7 +63,8 @@ def job(
     binaries = folder / "bin"
     if not binaries.exists():
         binaries.mkdir()
-        (folder / "launch").symlink_to(ROOT / "launch")
+        for name in ("launch", "pipeline"):
+            (folder / name).symlink_to(ROOT / name)
         for stage in ("clean", "pretrain"):
             (folder / stage).mkdir()
     tools = {
@@ -113,9 +114,12 @@ def test_job_script_names_stages_in_order_and_layouts(tmp_path):
     answer = job(tmp_path, "touch done")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     first, second = calls(tmp_path, "srun")
-    assert "--nodes=1 --ntasks=1 launch/slurm/rank.sh pipeline/clean.py r.yaml pretrain.steps=3 --stage clean" in first
     assert (
-        "--nodes=2 --ntasks-per-node=8 launch/slurm/rank.sh pipeline/pretrain.py r.yaml pretrain.steps=3 --stage"
+        "--nodes=1 --ntasks=1 python pipeline/cluster/rank.py pipeline/clean.py r.yaml pretrain.steps=3 --stage clean"
+        in first
+    )
+    assert (
+        "--nodes=2 --ntasks-per-node=8 python pipeline/cluster/rank.py pipeline/pretrain.py r.yaml pretrain.steps=3 --stage"
         " pretrain" in second
     )
 
@@ -128,7 +132,7 @@ def test_job_script_gives_slurm_the_nodes_and_the_time_of_the_recipe(tmp_path):
     answer = job(tmp_path, "touch done", {"nodes": 2, "minutes": 90}, SLURM_JOB_NUM_NODES="3")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (
-        "--time=90 --signal=USR1@120 --relative=0 --nodes=2 --ntasks-per-node=8 launch" in calls(tmp_path, "srun")[-1]
+        "--time=90 --signal=USR1@120 --relative=0 --nodes=2 --ntasks-per-node=8 python" in calls(tmp_path, "srun")[-1]
     )
     (tmp_path / "pretrain" / "done").unlink()
     answer = job(
@@ -254,12 +258,14 @@ def test_a_job_may_be_submitted_from_any_folder(tmp_path, words):
     (tmp_path / "calls").unlink()
     for stage in ("clean", "pretrain"):
         (tmp_path / stage / "done").unlink()
-    (tmp_path / "launch").unlink()
+    for name in ("launch", "pipeline"):
+        (tmp_path / name).unlink()
     program = tmp_path / "a program"
     shutil.copytree(ROOT / "launch", program / "launch")
+    shutil.copytree(ROOT / "pipeline/cluster", program / "pipeline/cluster")
     answer = job(tmp_path, "touch done", shown=f"{program}/launch/slurm/alma.sbatch{words}")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert f"{program}/launch/slurm/rank.sh {program}/pipeline/clean.py r.yaml" in calls(tmp_path, "srun")[0]
+    assert f"python {program}/pipeline/cluster/rank.py {program}/pipeline/clean.py r.yaml" in calls(tmp_path, "srun")[0]
     answer = job(tmp_path, "touch done")
     assert answer.returncode == 2 and "set ALMA_HOME to it" in answer.stderr
 
@@ -296,7 +302,7 @@ time.sleep(20)
 def test_a_rank_passes_signals_on_and_notes_how_it_ended(tmp_path, program, code, noted):
     environment = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_NUM_NODES": "2"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "ALMA_ENDED": str(tmp_path)}
-    command = [ROOT / "launch/slurm/rank.sh", "-c", program]
+    command = [sys.executable, ROOT / "pipeline/cluster/rank.py", "-c", program]
     answer = subprocess.run(command, env=environment, timeout=60, start_new_session=True)
     assert answer.returncode == code
     path = tmp_path / "rank-3"
@@ -320,7 +326,7 @@ with interruptible(output):
 
 @pytest.mark.parametrize("ended, reason", [("n2 41 137", "lost"), ("n2 41 1", "failed"), ("n2 41 143", "signal")])
 def test_slurms_signal_after_the_end_of_another_rank_is_no_request_to_stop(tmp_path, ended, reason):
-    """srun sends SIGTERM to the ranks that are left; the file of rank.sh is there before."""
+    """srun sends SIGTERM to the ranks that are left; the file of rank.py is there before."""
     (tmp_path / "ended").mkdir()
     (tmp_path / "ended/rank-1").write_text(ended)
     environment = {**os.environ, "ALMA_ENDED": str(tmp_path / "ended"), "RANK": "0", "WORLD_SIZE": "2"}

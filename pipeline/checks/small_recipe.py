@@ -10,10 +10,10 @@ from pathlib import Path
 from pipeline.checks import synthetic_tokens
 from pipeline.checks.smaller_model import SHOWN, smaller
 from pipeline.core import artifact, external_inputs
-from pipeline.core.config import RunConfig
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import Recipe
+from pipeline.core.run_config import Resources, RunConfig
 
 PARAMETERS = 5_000_000  # larger models are made smaller: this size takes a third of a second per step on one CPU core
 ROWS = 8  # of a batch, which can be divided into 2 data ranks x 4 micro-batches
@@ -118,6 +118,7 @@ def prepare(
         "attention": attention,
         "compile": False,
         "run": RunConfig(),
+        "resources": Resources(),
         "log": type(config.log)(every_steps=1),
         "mixture_changes": changes,
         "fim": fim,

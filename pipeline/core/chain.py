@@ -6,6 +6,7 @@
 
 import contextlib
 
+from pipeline.core.cli_arguments import check_stage_names
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.fork import NothingToFork, fork_source
 from pipeline.core.graph import Node, ancestors, nodes
@@ -22,13 +23,11 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     """Bring the stages `only` (default: all) and what they need up to date, one after another. Returns the examined
     graph."""
     graph = nodes(recipe)
-    for name in only:
-        if name not in graph:
-            raise UserError(f"recipe {recipe.name}: no stage is called {name!r}; expected one of {', '.join(graph)}")
+    check_stage_names(only, graph, f"recipe {recipe.name}")
     needed = ancestors(graph, only) if only else set(graph)
     make_root(recipe)
     forced = set(only) if only else set(graph)
-    absent = _check_first(recipe, graph, needed, forced if restart else set(), set(only))
+    absent = check_first(recipe, graph, needed, forced if restart else set(), set(only))
     if fork:
         _check_forks(graph, needed - absent)
     for name, node in graph.items():
@@ -59,13 +58,14 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     return graph
 
 
-def _check_first(
-    recipe: Recipe, graph: dict[str, Node], needed: set[str], again: set[str], named: set[str]
+def check_first(
+    recipe: Recipe, graph: dict[str, Node], needed: set[str], again: set[str], named: set[str], *, here: bool = True
 ) -> set[str]:
     """Check all stages that must run before the first one does. Raises one UserError with everything that is wrong.
     Returns the stages that need not run although they have no output here.
 
-    again: stages that are run even if they are up to date. named: stages that the command line names.
+    again: stages that are run even if they are up to date. named: stages that the command line names. here: they run on
+    this machine.
     """
     problems = Problems()
     for name, node in graph.items():
@@ -75,7 +75,7 @@ def _check_first(
     runnable = [node for name, node in graph.items() if name in needed - absent]
     for node in runnable:
         if node.state != "up to date" or node.name in again:
-            check_runnable(recipe, graph, node, absent, problems)
+            check_runnable(recipe, graph, node, absent, problems, here=here)
     fetch_inputs(recipe, graph, [node for node in runnable if node.state != "up to date"], problems)
     check_records(recipe, graph, [node for node in runnable if node.state != "up to date"], problems)
     problems.refuse()

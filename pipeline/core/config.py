@@ -4,18 +4,18 @@ The `Config` of a stage is in its script (`pipeline/KIND.py`). The core knows no
 know of one is an attribute or a method of `StageConfig`."""
 
 import contextlib
-import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe_file import short_repr
+from pipeline.core.run_config import MEMORY, WORD, Resources, RunConfig
+from pipeline.core.strict import Strict
 
 # Marks a key that changes how a stage is run and not what comes out (ranks, workers, saving, logging): it is recorded,
 # but is not part of the fingerprint.
@@ -26,28 +26,11 @@ NAME, PACKAGE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$", r"^[A-Za-z0-9._-]+==[A-Za-z0-9.
 PATTERNS = {
     NAME: "Latin letters, digits, '.', '_' and '-', beginning with a letter or a digit, because files get this name",
     PACKAGE: "NAME==VERSION",
+    WORD: "a word without spaces, quotes and backslashes",
+    MEMORY: "a number and K, M, G or T, such as 64G",
 }
 MAX_NAME_LENGTH = 100  # characters of the name of a recipe, stage or source, because files and folders get this name
 Name = Annotated[str, Field(pattern=NAME, max_length=MAX_NAME_LENGTH)]
-
-
-class Strict(BaseModel):
-    """A block of a recipe. Unknown keys are refused; the docstring under a field is its help text in the JSON
-    schema (recipe_schema.py)."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_boolean_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read true as 1."""
-        annotation = str(cls.model_fields[info.field_name].annotation)
-        takes_number = "int" in annotation or "float" in annotation
-        if isinstance(value, bool) and takes_number and "bool" not in annotation:
-            raise ValueError(f"is {str(value).lower()}, expected a number")
-        return value
 
 
 def refuse_unused(block: Strict, key: str, why: str) -> None:
@@ -67,57 +50,6 @@ def _without_duplicates(values: list) -> list:
 
 # For lists in which a second mention would change the identity of a run and not its result.
 Distinct = AfterValidator(_without_duplicates)
-
-
-SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-
-
-def seconds_of(text: str) -> float:
-    """Seconds of a duration such as 2h, 90m, 1h30m or 1.5d. Raises ValueError."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
-        raise ValueError(f"{short_repr(text)} is not a duration; write for example 2h, 90m or 1h30m (d, h, m, s)")
-    seconds = sum(float(number) * SECONDS_PER_UNIT[unit] for number, unit in parts)
-    if not 0 < seconds < 10 * 365 * SECONDS_PER_UNIT["d"]:
-        raise ValueError(f"{short_repr(text)} is not between a second and ten years")
-    return seconds
-
-
-class RunConfig(Strict):
-    """Where a stage runs. `alma run` starts this many processes; under `accelerate launch`, torchrun or srun the
-    launcher decides."""
-
-    processes: int = Field(1, ge=1, le=1024)
-    """Processes per node: one per GPU, or one per group of CPU cores."""
-    nodes: int | None = Field(None, ge=1, le=100_000)
-    """Nodes. More than one needs a launcher that spans them: the job script (launch/slurm/alma.sbatch) asks Slurm for
-    this many, uses this many of its job's, and refuses a job that has fewer. By default all nodes of the job, or one
-    without Slurm."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads per process; by default the cores of the machine divided by `processes`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What training computes on. cuda: one GPU per process, and an error if there are fewer; cpu: no GPU even if there
-    is one; auto: a GPU if there is one."""
-    time: str | None = None
-    """Wall-clock limit of one start of the stage under Slurm, such as 48h. The job script asks for a job of this length
-    and gives it to srun, which has the stage save two minutes before the end. The job is then queued again."""
-
-    @field_validator("time")
-    @classmethod
-    def _is_duration(cls, value: str | None) -> str | None:
-        if value is not None:
-            seconds_of(value)
-        return value
-
-    @property
-    def minutes(self) -> int | None:
-        """`time` in the unit that Slurm takes."""
-        return None if self.time is None else math.ceil(seconds_of(self.time) / 60)
-
-    @property
-    def world(self) -> int:
-        """Processes on all nodes."""
-        return self.processes * (self.nodes or 1)
 
 
 # ---- what a stage reads from outside the run folder ------------------------------------------------------------------
@@ -210,6 +142,8 @@ class StageConfig(Strict):
     """Seed of everything random in this stage; defaults to the recipe's."""
     run: Annotated[RunConfig, EXECUTION] = RunConfig()
     """Processes, nodes, threads."""
+    resources: Annotated[Resources, EXECUTION] = Resources()
+    """What the stage's job asks of a cluster."""
 
     HAS_STEPS: ClassVar[bool] = False
     """Whether the stage works in steps, in one or more processes, and resumes from checkpoints. Other stages run in one
@@ -221,6 +155,53 @@ class StageConfig(Strict):
     """The model in its output."""
 
     # ---- keys
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over_from_resources(cls, block: Any) -> Any:
+        """`nodes` and `time` of `resources` are those of `run`, by which everything else goes."""
+        resources, run = (block.get(key, {}) for key in ("resources", "run")) if isinstance(block, dict) else ({}, {})
+        if not isinstance(resources, dict) or not isinstance(run, dict):
+            return block
+        filled = dict(run)
+        for key in ("nodes", "time"):
+            value = resources.get(key)
+            if value is None:
+                continue
+            if run.get(key) not in (None, value):
+                raise ValueError(
+                    f"resources.{key} is {short_repr(value)} and run.{key} is {short_repr(run[key])}: give one of the"
+                    " two"
+                )
+            filled[key] = value
+        return block if filled == run else block | {"run": filled}
+
+    @model_validator(mode="after")
+    def _resources_fit_the_processes(self) -> Self:
+        gpus, processes = self.resources.gpus, self.run.processes
+        if gpus and not self.uses_device():
+            raise ValueError(f"resources.gpus: {gpus} would be idle, because stage {self.kind} uses no GPU; remove it")
+        if gpus and self.run.device == "cpu":
+            raise ValueError(f"resources.gpus: {gpus} would be idle with run.device: cpu; remove one of the two")
+        if gpus == 0 and self.run.device == "cuda":
+            raise ValueError("resources.gpus: 0 leaves no GPU for run.device: cuda; remove one of the two")
+        if gpus and gpus != processes:
+            raise ValueError(
+                f"resources.gpus: {gpus} per node and run.processes: {processes} do not fit, because each process uses"
+                " one GPU; give both the same number"
+            )
+        if self.resources.mounts and not self.resources.container:
+            raise ValueError("resources.mounts: are folders that a container sees, and there is none; remove it")
+        if self.resources.gpu_type and not self.gpus_per_node:
+            raise ValueError(f"resources.gpu_type: {self.resources.gpu_type} has no effect without GPUs; remove it")
+        return self
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs of each node that the stage's job asks for."""
+        if self.resources.gpus is not None:
+            return self.resources.gpus
+        return self.run.processes if self.uses_device() and self.run.device != "cpu" else 0
 
     def optional(self) -> set[str]:
         """Names of inputs that this stage, with these keys, does not need."""

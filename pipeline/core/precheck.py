@@ -38,14 +38,20 @@ def checked(path: str | Path, words: list[str] = (), sources: bool = False) -> t
     return recipe, graph
 
 
-def check_runnable(recipe: Recipe, graph: dict[str, Node], node: Node, absent: set[str], problems: Problems) -> None:
-    """Check that a stage can run on this machine. absent: stages that have no output here and cannot be run here. What
-    is wrong is added to `problems`."""
+def check_runnable(
+    recipe: Recipe, graph: dict[str, Node], node: Node, absent: set[str], problems: Problems, *, here: bool
+) -> None:
+    """Check that a stage can run: on this machine, or with `here=False` on others, which see the same files and have
+    the same packages. absent: stages that have no output here and cannot be run here. What is wrong is added to
+    `problems`."""
     located = functools.partial(recipe.located, node.name)
     with problems.gather(located):
         check(node, graph)
+    if here:
+        with problems.gather(located):
+            _check_processes(node)
     with problems.gather(located):
-        _check_machine(node)
+        node.config.check_machine()
     with problems.gather(located):
         ExternalContent(node.hash_cache).of(node.config)
     for key, source in node.parents.items():
@@ -76,18 +82,18 @@ def fetch_inputs(recipe: Recipe, graph: dict[str, Node], stages: Iterable[Node],
             check(node, graph)
 
 
-def _check_machine(node: Node) -> None:
+def _check_processes(node: Node) -> None:
+    """Raise UserError if the processes of a stage cannot be started on this machine."""
     run = node.config.run
     if (run.nodes or 1) > 1:
         raise UserError(
-            f"stage {node.name} asks for {run.nodes} nodes, but alma run starts processes on this machine only; start"
-            f" launch/slurm/alma.sbatch, or give {node.name}.run.nodes=1"
+            f"stage {node.name} asks for {run.nodes} nodes, but alma run starts processes on this machine only;"
+            f" add --on slurm, or give {node.name}.run.nodes=1"
         )
     if run.device == "cuda":
         from pipeline.train.distributed import choose_device
 
         choose_device(node.config, run.processes)
-    node.config.check_machine()
 
 
 def check_records(recipe: Recipe, graph: dict[str, Node], stages: Iterable[Node], problems: Problems) -> None:

@@ -47,6 +47,9 @@ class Recipe(Strict):
     model: dict[str, Any] | None = None
     """The model that `pretrain` builds: `family` and the keys of its `transformers` configuration. A stage's own
     `model` changes single keys of it, or replaces it if it has `family` or `from`."""
+    resources: dict[str, Any] = {}
+    """What the jobs of all stages ask of a cluster, such as `partition` and `account`: keys of a stage's `resources`,
+    which win. `nodes` and `gpus` differ between stages, so they are given per stage."""
     stages: dict[str, Any]
     """Stages in order; each key is the name of a stage, and its kind unless `kind` gives another."""
 
@@ -59,6 +62,14 @@ class Recipe(Strict):
     def _fits_a_path(cls, value: Path) -> Path:
         if any(len(os.fsencode(part)) > MAX_FILE_NAME for part in value.parts) or len(os.fsencode(value)) > MAX_PATH:
             raise ValueError(f"is too long for a path ({len(str(value)):,} characters)")
+        return value
+
+    @field_validator("resources")
+    @classmethod
+    def _is_not_of_a_stage(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in ("nodes", "gpus"):
+            if key in value:
+                raise ValueError(f"{key} differs between stages; give it in the `resources` of a stage")
         return value
 
     @property
@@ -145,6 +156,11 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), problems
     return recipe
 
 
+def _shared_resources(shared: dict[str, Any], uses_device: bool) -> dict[str, Any]:
+    """The recipe's `resources` for one stage: stages that use no GPU do not ask for a type of them."""
+    return {key: value for key, value in shared.items() if uses_device or key != "gpu_type"}
+
+
 def _inner_blocks(value: Any) -> dict:
     """The blocks in a block that may be anything."""
     if not isinstance(value, dict):
@@ -191,6 +207,11 @@ def _stage(name: str, block: Any, recipe: Recipe, places: dict, path: Any) -> St
         # A few keys, as in pretrain.model.hidden_size=64, and not another model.
         if isinstance(own, dict) and not {"family", "from"} & own.keys():
             filled["model"] = recipe.model | own
+    if recipe.resources and isinstance(filled.get("resources", {}), dict):
+        filled["resources"] = _shared_resources(recipe.resources, model.uses_device()) | filled.get("resources", {})
+        for key in recipe.resources:
+            if ("resources", key) in places:
+                places.setdefault((*where, "resources", key), places["resources", key])
     config = None
     with problems.gather():
         config = validated(model, filled, where, places, str(path))

@@ -14,7 +14,7 @@ Slurm send some of them twice.
 `requeue.json` in the stage's folder is the marker: stage, reason (signal, hang, lost, failed), step (at which the run
 ended), saved (the step from which it resumes), progress (a number that grows unless a try was in vain), from (the same
 for people), and further details. Exit codes do not survive launchers, so the job script reads this file
-(launch/slurm/again.py). A user error and a spike leave no marker, and an exception on one of several ranks leaves
+(pipeline/cluster/again.py). A user error and a spike leave no marker, and an exception on one of several ranks leaves
 `failed`: starting again would not help.
 """
 
@@ -24,6 +24,7 @@ import signal
 import time
 from pathlib import Path
 
+from pipeline.cluster.again import ended_ranks
 from pipeline.core.checkpoint_folder import newest_step
 from pipeline.core.errors import EXIT_INTERRUPTED, Stopped
 from pipeline.core.files import read_record, write_json
@@ -80,25 +81,14 @@ def signal_name(number: int) -> str:
 
 
 def failed_rank() -> dict | None:
-    """What the job script noted about a rank that failed (launch/slurm/rank.py): rank, host, process, code and
+    """What the job script noted about a rank that failed (pipeline/cluster/rank.py): rank, host, process, code and
     `text`. The note exists before Slurm sends SIGTERM to the others. None: no rank failed, or there is no such job
     script."""
     folder = os.environ.get("ALMA_ENDED")
-    if not folder:
-        return None
-    ended = []
-    for path in Path(folder).glob("rank-*"):
-        with contextlib.suppress(OSError, ValueError):
-            host, process, code = path.read_text(encoding="utf-8").split()
-            rank = int(path.name.removeprefix("rank-"))
-            ended.append({"rank": rank, "host": host, "process": int(process), "code": int(code)})
-    # these ranks were still starting when they were asked to stop
-    stopped_codes = {128 + number for number in SIGNALS}
-    failed = [entry for entry in ended if entry["code"] not in stopped_codes]
+    failed = ended_ranks(Path(folder)) if folder else []
     if not failed:
         return None
-    # a rank that was killed explains why others failed
-    first = min(failed, key=lambda entry: (entry["code"] <= 128, entry["rank"]))
+    first = failed[0]
     code = first["code"]
     first["text"] = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with code {code}"
     return first

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, Strict, check_source_names, seconds_of
+from pipeline.core.config import EXECUTION, PlannedInput, PublishedModel, Strict, check_source_names
 from pipeline.core.errors import Problems, UserError
+from pipeline.core.run_config import seconds_of
 from pipeline.data.tokens.fim import Fim
 from pipeline.train import train_length
 from pipeline.train.config import LossChunk, Schedule, TrainConfig, check_mixture

@@ -6,10 +6,10 @@ have ended. Learning rates of the steps before do not depend on it."""
 
 import json
 
-from pipeline.core.config import seconds_of
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.output import Output
+from pipeline.core.run_config import seconds_of
 from pipeline.core.terminal import plural, say
 from pipeline.train.config import Schedule
 

@@ -149,7 +149,7 @@ def test_every_key_of_every_stage_is_read_or_refused(least):
             beside |= reads(least, kind, words)
         for path, (model, field) in key_values.keys(kind).items():
             key, name = ".".join(path), f"{model.__name__}.{path[-1]}"
-            if name in read or key in STARTED or key in RARE:
+            if name in read or key in STARTED or key in RARE or key.startswith("resources."):  # tests/cluster
                 continue
             # not read where it stands alone: then it is refused there, or it is what makes itself be read
             said = refused(kind, key, key_values.other(field))
@@ -173,6 +173,15 @@ def test_every_key_of_every_stage_is_read_or_refused(least):
         ("pretrain.parallel.layers=[2]", "layers: [2] distributes layers over pipeline stages"),
         ("pretrain.parallel={pipeline: 2, layers: [1, 1], partition: uniform}", "and layers both set"),
         ("pretrain.run.time=banana", "'banana' is not a duration"),
+        ("pretrain.resources.time=banana", "'banana' is not a duration"),
+        ("pretrain.resources.gpus=8", "resources.gpus: 8 per node and run.processes: 1 do not fit"),
+        ("pretrain.resources.memory=64", "resources.memory is '64', expected a number and K, M, G or T"),
+        ("pretrain.resources.sbatch=[--time=3]", "'--time=3': give the key time instead"),
+        ("pretrain.resources.sbatch=[--array=1-3]", "'--array=1-3': alma gives --array itself"),
+        ("pretrain.resources.sbatch=[-p]", "'-p' is not an option"),
+        ("pretrain.resources.environment={A: 'b\nc'}", "expected one line of text"),
+        ("clean.resources.gpus=1", "resources.gpus: 1 would be idle, because stage clean uses no GPU"),
+        ("clean.resources.nodes=2", "stage clean: 2 processes were launched, but it runs in one"),
         ("clean.run.device=cuda", "run.device: cuda has no effect, because only stages that train or assess use a GPU"),
         ("export.run.device=cpu", "run.device: cpu has no effect, because only stages that train or assess use a GPU"),
         ("pack.seed=3", "seed: 3 decides which documents of `shards` are held out, and there are none"),

@@ -18,6 +18,7 @@ FOLDERS = {
     "data/tokenizer": "Training, importing and checking tokenizers, encoding",
     "data/tokens": "Token shards, and rows made of them",
     "data/chat": "Conversations, pairs and prompts as token ids",
+    "cluster": "Jobs of a cluster: `alma run RECIPE --on slurm`",
     "train": "Engines, the training loop, checkpoints, metrics",
     "rl": "PPO",
     "models": "Building models and knowing what they cost",
