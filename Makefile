@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, then run the whole chain on real text, on a CPU
 # make test         style, then the tests;  make test-all adds the slow ones
 # make test-quick   tests that start no stage, in less than a minute
+# make test-wheel   wheel and sdist, installed into fresh environments of PYTHONS, and a small chain in each
 # make style        the checks of form that `make test` begins with;  make format fixes most of them
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,9 @@ QUICK := $(patsubst %,tests/data/%.py,sources/test_byte_ranges sources/test_glob
 	$(patsubst %,tests/%.py,core/test_positions core/test_recipe models/test_cost models/test_experts models/test_mup \
 	rl/test_rollout)
 
-.PHONY: quickstart style format test test-quick test-all
+PYTHONS ?= python3.11 python3.12
+
+.PHONY: quickstart style format test test-quick test-all test-wheel
 
 quickstart: .venv/installed
 	$(BIN)/alma run recipes/quickstart.yaml
@@ -32,6 +35,10 @@ test: style
 
 test-all: style
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile=random
+
+test-wheel: .venv/installed
+	for python in $(PYTHONS); do \
+	  ALMA_WHEEL_PYTHON=$$python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_package.py || exit; done
 
 # torch first: with it in place no other package pulls a build of its own choice.
 .venv/installed: pyproject.toml constraints.txt

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from enum import StrEnum
@@ -14,7 +15,7 @@ from pipeline import __version__
 from pipeline.checks import inspect_commands as inspection
 from pipeline.checks import plan_commands
 from pipeline.checks import verify_commands as verify
-from pipeline.core import chain
+from pipeline.core import chain, shipped_recipes
 from pipeline.core.chain_summary import show_chain
 from pipeline.core.cli_arguments import Json, RecipeFile, Words, check_stage_names, split
 from pipeline.core.errors import EXIT_USER, UserError
@@ -22,7 +23,7 @@ from pipeline.core.external_inputs import must_be_fetched
 from pipeline.core.files import write_atomic
 from pipeline.core.graph import Node
 from pipeline.core.launch import StageFailed
-from pipeline.core.precheck import checked
+from pipeline.core.precheck import checked, lacking
 from pipeline.core.recipe import load
 from pipeline.core.stage import guarded
 from pipeline.core.status import examine
@@ -36,7 +37,7 @@ app = typer.Typer(
     help="Raw text to an aligned chat model, from one recipe.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipe_app = typer.Typer(no_args_is_help=True, help="Check a recipe, or write the JSON schema for editors.")
+recipe_app = typer.Typer(no_args_is_help=True, help="List and copy the recipes that come with alma, check a recipe.")
 app.add_typer(verify.app, name="verify")
 app.add_typer(inspection.app, name="inspect")
 app.add_typer(recipe_app, name="recipe")
@@ -90,6 +91,9 @@ def run_command(
     if dry_run and not on:
         raise UserError("--dry-run prints the jobs of --on slurm; `alma status` shows what alma run would do here")
     stages, overrides = split(words)
+    loaded = load(recipe, overrides)
+    if shipped_recipes.located(Path(recipe)) != Path(recipe):
+        show(f"{recipe}: the recipe that comes with alma; its runs are kept in {loaded.root.resolve()}")
     if on:
         if restart or fork:
             raise UserError(
@@ -98,9 +102,9 @@ def run_command(
         from pipeline.cluster.submit import show_jobs, submit
 
         run_on_cluster = show_jobs if dry_run else submit
-        run_on_cluster(load(recipe, overrides), stages)
+        run_on_cluster(loaded, stages)
         return
-    graph = chain.run(load(recipe, overrides), stages, restart=restart, fork=fork)
+    graph = chain.run(loaded, stages, restart=restart, fork=fork)
     show_chain(graph)
 
 
@@ -138,6 +142,25 @@ app.command("plan")(plan_commands.plan)
 app.command("chat")(serving.chat)
 
 
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """The recipes that come with alma: `alma run NAME` runs one, `alma recipe copy NAME` gives you its file."""
+    names = shipped_recipes.names()
+    width = max(map(len, names))
+    for name in names:
+        show(f"{name:<{width}}  {shipped_recipes.description(name)}")
+
+
+@recipe_app.command("copy")
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="Name of a recipe that comes with alma.")],
+    path: Annotated[Path | None, typer.Argument(help="File or folder to write to; by default this folder.")] = None,
+) -> None:
+    """Write a recipe that comes with alma to a file of yours, to change it."""
+    file = shipped_recipes.copy(name, path or Path())
+    show(f"{file}: written; run it with: alma run {shlex.quote(str(file))}")
+
+
 @recipe_app.command("check")
 def recipe_check(
     recipe: RecipeFile,
@@ -155,7 +178,7 @@ def recipe_check(
         parents = ", ".join(f"{key} <- {_shown(source, graph)}" for key, source in node.parents.items())
         show(f"{name:<12} {node.config.kind:<10} {parents}".rstrip())
     for name, node in graph.items():
-        for warning in node.config.warnings():
+        for warning in [*node.config.warnings(), *lacking(node)]:
             show(f"{name}: WARNING: {warning}")
     left = "" if sources else " (--sources reads the first records of local sources, too)"
     show(f"{recipe}: {plural(len(graph), 'stage')}, every key is known{left}")

@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 from pipeline.checks.small_recipe import ROWS
+from pipeline.core import optional_packages
 from pipeline.core.terminal import plural
+from pipeline.train.config import Parallel
 
 
 class Layout(NamedTuple):
@@ -13,6 +15,12 @@ class Layout(NamedTuple):
     """The block `parallel` of the recipe."""
     changes: dict = {}
     """Other keys of the stage that belong to the layout: `compile`."""
+
+    def lacking(self) -> str:
+        """Why this layout cannot be trained on this machine, if a package is missing."""
+        if not Parallel(**self.parallel).needs_deepspeed or optional_packages.is_installed("deepspeed"):
+            return ""
+        return f"needs the package deepspeed: {optional_packages.install_line('deepspeed')}"
 
     @property
     def depth(self) -> int:
@@ -118,12 +126,17 @@ def route(config, shape) -> tuple[list[Layout], str]:
 
     can_be_cut = family_of(shape).pipeline and shape.num_hidden_layers > 1
     by_name = {layout.name: layout for layout in LAYOUTS}
-    result = [by_name[name] for name in ROUTE if can_be_cut or by_name[name].depth == 1]
+    named = [by_name[name] for name in ROUTE if can_be_cut or by_name[name].depth == 1]
     own = own_layout(config, shape.num_hidden_layers)
-    result.append(by_name[REFERENCE] if own.name in ROUTE else own)
+    named.append(by_name[REFERENCE] if own.name in ROUTE else own)
+    result = [layout for layout in named if not layout.lacking()]
+    lacking = [layout.name for layout in named if layout.lacking()]
     line = f"moved      {' -> '.join(layout.name for layout in result)}"
     if not can_be_cut:
         line += "; no pipeline, because this model cannot be cut into stages"
+    if lacking:
+        line += f"; without {' and '.join(lacking)}, for the package deepspeed is not installed:"
+        line += f" {optional_packages.install_line('deepspeed')}"
     return result, line
 
 
@@ -151,5 +164,7 @@ def trials(precisions: list[str], layouts: list[Layout]) -> list[dict]:
                     "micro_batch": rows // micro_batches,
                     "precision": precision,
                 }
+                if layout.lacking():
+                    trial["refused"] = layout.lacking()
                 result.append(trial)
     return result

@@ -10,6 +10,7 @@ from pipeline.core.cli_arguments import Json, RecipeFile, Words, check_stage_nam
 from pipeline.core.errors import UserError
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import load
+from pipeline.core.shipped_recipes import located
 from pipeline.core.terminal import show
 
 
@@ -35,6 +36,11 @@ def plan(
     from pipeline.checks import plan_report, plan_stages
     from pipeline.models.devices import parse
 
+    if apply and located(Path(recipe)) != Path(recipe):
+        raise UserError(
+            f"{recipe}: --apply: this recipe comes with alma and is not changed; copy it first: alma recipe copy"
+            f" {recipe}"
+        )
     cluster = parse(on, per_node, network)
     stages, overrides = split(words)
     graph = nodes(load(recipe, overrides))

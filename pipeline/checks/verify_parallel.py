@@ -98,7 +98,11 @@ def _train(config, ready: Prepared, work: Path, all_trials: list[dict], gpus: in
     }
     results = []
     for world in sorted({trial["processes"] for trial in all_trials}):
-        chosen = [trial for trial in all_trials if trial["processes"] == world and trial["embeddings"] in seeds]
+        possible = [trial for trial in all_trials if trial["processes"] == world and trial["embeddings"] in seeds]
+        results += [trial for trial in possible if "refused" in trial]
+        chosen = [trial for trial in possible if "refused" not in trial]
+        if not chosen:
+            continue
         if gpus and world > gpus:
             refusal = {"refused": f"needs {world} GPUs, this machine has {gpus}"}
             results += [trial | refusal for trial in chosen]

@@ -227,8 +227,10 @@ def software() -> dict:
             versions[name] = metadata.version(name)
     if shutil.which("git"):
         folder = str(Path(__file__).parent)
+        # An installed package may be in a folder of somebody else's repository.
+        tracked = subprocess.run(["git", "-C", folder, "ls-files", "--error-unmatch", __file__], capture_output=True)
         command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
         answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode == 0:
+        if tracked.returncode == 0 and answer.returncode == 0:
             versions["git"] = answer.stdout.strip()
     return versions

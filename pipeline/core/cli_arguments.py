@@ -6,7 +6,7 @@ import typer
 
 from pipeline.core.errors import UserError
 
-RecipeFile = Annotated[str, typer.Argument(help="Recipe file.")]
+RecipeFile = Annotated[str, typer.Argument(help="Recipe file, or the name of a recipe that comes with alma.")]
 Words = Annotated[
     list[str] | None,
     typer.Argument(help="Names of stages, and key=value words that change the recipe.", metavar="[STAGE|key=value]..."),

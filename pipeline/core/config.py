@@ -67,6 +67,9 @@ class ExternalSource(Strict):
         the source in the recipe, for messages. Raises Absent for files that are not on this machine."""
         raise NotImplementedError
 
+    def check_machine(self, where: str) -> None:
+        """Check that this machine has the packages that read this source."""
+
 
 @dataclass(frozen=True)
 class SourceBlock:
@@ -239,6 +242,14 @@ class StageConfig(Strict):
 
     def check_machine(self) -> None:
         """Check that this machine has what this stage needs, such as an optional package."""
+        problems = Problems()
+        for block in self.external():
+            if not isinstance(block, SourceBlock):
+                continue
+            for name, source in block.sources(self).items():
+                with problems.gather():
+                    source.check_machine(f"stage {self.kind}: {block.key}.{name}")
+        problems.refuse()
 
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         """Check what this stage needs of its inputs, as far as it is known. Messages begin with a key of the stage."""

@@ -96,6 +96,15 @@ def _check_processes(node: Node) -> None:
         choose_device(node.config, run.processes)
 
 
+def lacking(node: Node) -> list[str]:
+    """What this machine lacks for a stage, such as optional packages. Not a mistake of the recipe, which may be checked
+    on another machine than the one that will run it."""
+    problems = Problems()
+    with problems.gather():
+        node.config.check_machine()
+    return [f"not on this machine: {line}" for line in problems.lines]
+
+
 def check_records(recipe: Recipe, graph: dict[str, Node], stages: Iterable[Node], problems: Problems) -> None:
     """Read the first records of every local source of `stages`, and their chat template if it exists already. What is
     wrong is added to `problems`. Missing files are not reported here, because ExternalContent does."""

@@ -21,6 +21,7 @@ from pipeline.core.config import MAX_NAME_LENGTH, Name, StageConfig, Strict, dum
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe_file import override, place_of, read, short_repr, suggestion
 from pipeline.core.recipe_messages import block_class, validated
+from pipeline.core.shipped_recipes import located
 
 # Kinds of stages, each a script `pipeline/KIND.py`. To add one, write the script and add its name here.
 KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo", "assess", "export")
@@ -112,12 +113,14 @@ def module_of(kind: str):
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), problems: Problems | None = None) -> Recipe:
     """Read a recipe, apply `extends` and `key=value` overrides, check every key.
 
-    Raises UserError with all mistakes. With `problems` they are added there instead, and the recipe has the stages
-    without mistakes; only what leaves no recipe at all is raised.
+    path: a file, or the name of a recipe that comes with alma. Raises UserError with all mistakes. With `problems` they
+    are added there instead, and the recipe has the stages without mistakes; only what leaves no recipe at all is
+    raised.
     """
     collected = Problems()
     places: dict[tuple, str] = {}
-    tree = read(Path(path), places)
+    path = located(Path(path))
+    tree = read(path, places)
     for word in overrides:
         with collected.gather():
             override(tree, word, places, list(Recipe.model_fields))

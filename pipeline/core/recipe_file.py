@@ -12,6 +12,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedOrderedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError
 
+from pipeline.core import shipped_recipes
 from pipeline.core.errors import UserError
 
 MAX_BYTES = 256_000
@@ -47,13 +48,16 @@ def read(path: Path, places: dict, seen: tuple = ()) -> dict:
     if not isinstance(parent, str):
         raise UserError(f"{where}: `extends` expects the path of one recipe, found {short_repr(parent)}")
     inherited: dict = {}
-    if not os.path.isfile(path.parent / parent):
+    file: Path | None = path.parent / parent
+    if not os.path.isfile(file):
+        file = shipped_recipes.extended(parent)
+    if file is None:
         near = [name for name in recipes_in((path.parent / parent).parent) if name != path.name]
         raise UserError(
             f"{where}: `extends` names {short_repr(parent)}, which does not exist;"
             f" {'that folder has ' + ', '.join(near) if near else 'that folder has no recipes'}"
         )
-    base = read(path.parent / parent, inherited, (*seen, here))
+    base = read(file, inherited, (*seen, here))
     for key, place in inherited.items():
         places.setdefault(key, place)
     return _merge(base, tree)
@@ -66,8 +70,12 @@ def _text(path: Path) -> str:
             data = handle.read(MAX_BYTES + 1)
     except FileNotFoundError:
         near = recipes_in(path.parent)
+        hint = "; `alma recipe list` shows those that come with alma"
+        if shipped_recipes.named(Path(path.stem)):
+            hint = f"; without a folder and .yaml, {path.stem} is the recipe of this name that comes with alma"
         raise UserError(
             f"{path}: no such recipe; {'this folder has ' + ', '.join(near) if near else 'its folder has no recipes'}"
+            f"{hint}"
         ) from None
     except OSError as error:
         raise UserError(f"{short_repr(path)}: cannot be read as a UTF-8 text file: {_reason(error)}") from None

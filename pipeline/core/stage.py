@@ -124,6 +124,7 @@ def _fetch_inputs(node: Node, graph: dict[str, Node]) -> None:
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
     """Do the work of a stage and publish it. If several ranks run and this one fails, a marker says why."""
     config = node.config
+    config.check_machine()
     for warning in config.warnings():
         say(f"{node.name}: WARNING: {warning}", rank)
     with stop.interruptible(output, config.KEPT):
@@ -154,6 +155,8 @@ def main(kind: str, argv: list[str] | None = None) -> None:
     if argv is None:
         keep_open()
     args = _arguments(kind, argv)
+    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher has this name for it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     die_with_launcher()
     code = guarded(functools.partial(_main, kind, args))
     stop.finish()
@@ -163,7 +166,7 @@ def main(kind: str, argv: list[str] | None = None) -> None:
 def _arguments(kind: str, argv: list[str] | None) -> argparse.Namespace:
     description = (module_of(kind).__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"pipeline/{kind}.py", description=description)
-    parser.add_argument("recipe", help="recipe file")
+    parser.add_argument("recipe", help="recipe file, or the name of a recipe that comes with alma")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -177,6 +180,8 @@ def _arguments(kind: str, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fork", action="store_true", help="resume from the last checkpoint of a run that another recipe made"
     )
+    # DeepSpeed's launcher adds it; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)  # so that key=value words may also follow an option
 
 

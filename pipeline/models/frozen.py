@@ -15,13 +15,12 @@ Linear layers except the output layer are quantised; the rest is as with bf16.
 
 import contextlib
 import functools
-import importlib.util
 import logging
 
 import torch
 from torch import nn
 
-from pipeline.core.errors import UserError
+from pipeline.core import optional_packages
 
 BLOCK = 64  # weights with one scale
 # A weight of 4 bits, its part of a scale of 8 bits, and of that scale's own, one fp32 number for 256 of them.
@@ -31,11 +30,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def require(base: str, subject: str) -> None:
     """Raise UserError if weights cannot be kept as `base` says on this machine. subject: the key, for the message."""
-    if base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{subject}: nf4 needs the package bitsandbytes, which is not installed; pip install 'alma[qlora]', or use"
-            " base: bf16"
-        )
+    if base == "nf4":
+        optional_packages.require("bitsandbytes", f"{subject}: nf4", "use base: bf16")
 
 
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pipeline.core import optional_packages
 from pipeline.core.config import EXECUTION, PlannedInput, StageConfig, Strict, refuse_unused
-from pipeline.core.errors import UserError
+from pipeline.core.errors import Problems, UserError
 from pipeline.core.terminal import plural
 from pipeline.models import attention
 
@@ -186,9 +187,13 @@ class Parallel(Strict):
         return world if self.shard == "full" else self.shard_ranks or per_node
 
     @property
+    def needs_deepspeed(self) -> bool:
+        return self.zero is not None or self.pipeline > 1
+
+    @property
     def needs_group(self) -> bool:
         """Whether even one process needs a process group."""
-        return self.zero is not None or self.shard is not None or self.pipeline > 1
+        return self.needs_deepspeed or self.shard is not None
 
 
 class Save(Strict):
@@ -333,6 +338,20 @@ class TrainConfig(StageConfig):
         self._check_keep_best()
         self._check_compiler()
         self.check_layout(world)
+
+    def check_machine(self) -> None:
+        problems = Problems()
+        with problems.gather():
+            super().check_machine()
+        if self.parallel.needs_deepspeed:
+            key = f"pipeline: {self.parallel.pipeline}" if self.parallel.pipeline > 1 else f"zero: {self.parallel.zero}"
+            instead = "" if self.parallel.pipeline > 1 else "split the model with torch: shard: full"
+            with problems.gather():
+                optional_packages.require("deepspeed", f"stage {self.kind}: parallel.{key}", instead)
+        with problems.gather():
+            if self.log.wandb:
+                optional_packages.require("wandb", f"stage {self.kind}: log.wandb", "remove the key")
+        problems.refuse()
 
     def warnings(self) -> list[str]:
         steps, warmup = self.last_step(), self.warmup_steps()

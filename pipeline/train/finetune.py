@@ -82,7 +82,6 @@ class Parent:
 def load_parent(config: FinetuneConfig, artifact: Artifact, name: str) -> Parent:
     """Tokenizer and chat template of a model. name: of the stage or model, for messages. Raises UserError for a folder,
     a tokenizer or a template that the stage cannot use."""
-    config.check_machine()
     folder = model_folder(artifact)
     tokenizer = tokenizer_of(folder, config.sequence_length)
     tokenizer, new_tokens = named_templates.with_template(tokenizer, config.chat_template, config.chat_template_kwargs)

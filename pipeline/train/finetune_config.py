@@ -200,8 +200,13 @@ class FinetuneConfig(TrainConfig):
     def check_machine(self) -> None:
         from pipeline.models import frozen
 
-        if self.lora is not None:
-            frozen.require(self.lora.base, f"stage {self.kind}: lora.base")
+        problems = Problems()
+        with problems.gather():
+            super().check_machine()
+        with problems.gather():
+            if self.lora is not None:
+                frozen.require(self.lora.base, f"stage {self.kind}: lora.base")
+        problems.refuse()
 
     @classmethod
     def external(cls) -> list[SourceBlock | ExternalFiles]:

@@ -369,9 +369,7 @@ def test_ways_to_keep_the_base_that_cannot_be_had():
 
 
 def test_a_missing_package_is_named_before_the_first_stage(monkeypatch):
-    from pipeline.models import frozen
-
-    monkeypatch.setattr(frozen.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = Config(**KEYS, kind="dpo", steps=1, lora={"base": "nf4"})
     with pytest.raises(UserError, match="stage dpo: lora.base: nf4 needs the package bitsandbytes"):
         config.check_machine()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.core import optional_packages
 from pipeline.core.config import EXECUTION, PACKAGE, ExternalSource, refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.data.sources.arrow_values import first_duplicate
@@ -169,6 +170,10 @@ class Source(ExternalSource):
             return None
         key, _, name = where.rpartition(".")
         return [[relative, sha256(path)] for relative, path in files(self, name, key)]
+
+    def check_machine(self, where: str) -> None:
+        if self.dataset:
+            optional_packages.require("datasets", f"{where}.dataset", "give the data set's files as `path`")
 
     def is_here(self) -> bool:
         """Whether it consists of local files, and all of them are on this machine."""
