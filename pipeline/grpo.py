@@ -83,43 +83,41 @@ class Config(OnlineConfig):
         return self.update.kl_coef > 0
 
     def other_models(self) -> dict[str, bool]:
-        models = {"reward model": False}
+        models = {"reward model": False} if self.uses_reward_model() else {}
         if self.measures_kl() and self.lora is None:
             models["reference"] = False
         return models
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.rl.online import Parents, align
-    from pipeline.train import finetune
+    from pipeline.rl.online import align, load_parents
 
-    policy, reward = (
-        finetune.load_parent(config, inputs[key], f"{config.kind}, {key} model") for key in ("policy", "reward")
-    )
-    return align(config, Parents(policy, reward), output, build_models)
+    return align(config, load_parents(config, inputs), output, build_models)
 
 
 def build_models(config: Config, parents, prompts: int):
-    """The policy, its reference if the KL counts, and the reward model. prompts: how many are trained on, for the
-    header. Collective."""
+    """The policy, its reference if the KL counts, and the reward model if one judges. prompts: how many are trained on,
+    for the header. Collective."""
     from pipeline.models import attention, build, cost
     from pipeline.rl.experience import Models
     from pipeline.rl.group_objective import GROUPS, policy_loss_fn
     from pipeline.rl.responses import disable_dropout
+    from pipeline.rl.reward_workers import RewardWorkers
     from pipeline.train import finetune
     from pipeline.train.run_summary import Work
 
-    policy, reward = parents.policy, parents.reward
-    policy_model, reward_model = build.load(policy.folder), build.load(reward.folder, head="judge")
-    for model in (policy_model, reward_model):
-        attention.choose(model, config.attention, config.precision)
-        disable_dropout(model)
-    others = {"reward model": cost.count(reward_model)}
+    policy, policy_model = parents.policy, build.load(parents.policy.folder)
+    attention.choose(policy_model, config.attention, config.precision)
+    disable_dropout(policy_model)
+    others, reward_model = {}, None
+    if parents.reward is not None:
+        reward_model = build.load(parents.reward.folder, head="judge").requires_grad_(False).eval()
+        attention.choose(reward_model, config.attention, config.precision)
+        others["reward model"] = cost.count(reward_model)
     reference = None
     if config.measures_kl() and config.lora is None:
         reference = copy.deepcopy(policy_model).requires_grad_(False).eval()
         others["reference"] = cost.count(reference)
-    reward_model.requires_grad_(False).eval()
     finetune.adapt(config, policy, policy_model)
 
     data = (
@@ -134,17 +132,19 @@ def build_models(config: Config, parents, prompts: int):
     work = Work(data, updates=updates, notes=notes, others=others, sampled_rows=config.rollout.batch)
     policy_loss = functools.partial(policy_loss_fn, config)
     engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
-    if reference is not None:
-        reference.to(engine.device)
+    for model in (reference, reward_model):
+        if model is not None:
+            model.to(engine.device)
     return Models(
         policy=engine,
         value=None,
         reference=reference,
-        reward=reward_model.to(engine.device),
+        reward=reward_model,
         chat=policy.chat,
-        reward_chat=None if policy.chat.reads_like(reward.chat) else reward.chat,
+        reward_chat=parents.reward_chat,
         config=config,
         objective=GROUPS,
+        workers=RewardWorkers(config.reward_workers),
     )
 
 

@@ -1,10 +1,10 @@
-"""Align a policy with a reward model by proximal policy optimisation (PPO), held near its start by a KL penalty.
+"""Align a policy with rewards by proximal policy optimisation (PPO), held near its start by a KL penalty.
 
     python pipeline/ppo.py recipes/quickstart.yaml                                      # one process
     accelerate launch --num_processes 8 pipeline/ppo.py recipes/llama-7b.yaml           # or torchrun, srun
 
-An iteration (one `step`): sample a response to each of `batch_size` prompts, score it with the reward model, turn
-scores and the KL to the reference into advantages (GAE), update policy and value model over `ppo.epochs` passes.
+An iteration (one `step`): sample a response to each of `batch_size` prompts, score it, turn scores and
+the KL to the reference into advantages (GAE), update policy and value model over `ppo.epochs` passes.
 Sources: Schulman et al., 2017 (PPO); Ziegler et al., 2019 and Stiennon et al., 2020 (on language models); Huang et al.,
 2024 (the details). docs/ppo.md has the checklist and its tests.
 """
@@ -52,31 +52,39 @@ class Config(OnlineConfig):
         return self.ppo.critic_warmup
 
     def other_models(self) -> dict[str, bool]:
-        copies = {"reference": False, "reward model": False} if self.lora is None else {}
-        return {"value model": True} | copies
+        models = {"value model": True}
+        if self.lora is None:
+            models["reference"] = False
+            if self.uses_reward_model():
+                models["reward model"] = False
+        return models
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.rl.online import Parents, align
-    from pipeline.train import finetune
+    from pipeline.rl.online import align, load_parents
 
-    policy, reward = (
-        finetune.load_parent(config, inputs[key], f"{config.kind}, {key} model") for key in ("policy", "reward")
-    )
-    return align(config, Parents(policy, reward), output, build_models)
+    return align(config, load_parents(config, inputs), output, build_models)
 
 
 def build_models(config: Config, parents, prompts: int):
-    """All models of a run, from its two parents. prompts: how many are trained on, for the header. Collective."""
+    """All models of a run, from its parents. prompts: how many are trained on, for the header. Collective."""
+    import torch
+
     from pipeline.models import attention, build, cost
     from pipeline.rl.experience import Models
     from pipeline.rl.ppo_objective import PPO, policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout
+    from pipeline.rl.reward_workers import RewardWorkers
     from pipeline.train import engine, finetune
     from pipeline.train.run_summary import Work, schedule_text
 
-    policy, reward = parents.policy, parents.reward
-    policy_model, classifier = build.load(policy.folder), build.load(reward.folder, head="judge")
+    policy, policy_model = parents.policy, build.load(parents.policy.folder)
+    critic = parents.reward or policy
+    if parents.reward is None:  # nothing knows the rewards yet: a value of 0 at every token
+        classifier = build.load(policy.folder, head="reward")
+        torch.nn.init.zeros_(classifier.score.weight)
+    else:
+        classifier = build.load(critic.folder, head="judge")
     for model in (policy_model, classifier):
         attention.choose(model, config.attention, config.precision)
     disable_dropout(policy_model)
@@ -84,9 +92,11 @@ def build_models(config: Config, parents, prompts: int):
     reference, reward_model = frozen_models(config, policy_model, classifier)
     others = {}
     if reference is not None:
-        others = {"reference": cost.count(reference), "reward model": cost.count(reward_model)}
+        others["reference"] = cost.count(reference)
+        if reward_model is not None:
+            others["reward model"] = cost.count(reward_model)
     finetune.adapt(config, policy, policy_model)
-    finetune.adapt(config, reward, classifier, complete=("score",))
+    finetune.adapt(config, critic, classifier, complete=("score",))
     others["value model"] = value_size = cost.count(classifier)
     value_model = ValueModel(classifier)
 
@@ -105,32 +115,34 @@ def build_models(config: Config, parents, prompts: int):
     policy_engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
     value_config = config.model_copy(update={"optimizer": config.value_optimizer})
     value_engine = engine.build(value_model, functools.partial(value_loss_fn, config), value_config, name="value")
-    if reference is not None:
-        reference.to(policy_engine.device)
+    for model in (reference, reward_model):
+        if model is not None:
+            model.to(policy_engine.device)
     return Models(
         policy=policy_engine,
         value=value_engine,
         reference=reference,
-        reward=reward_model.to(policy_engine.device),
+        reward=reward_model,
         chat=policy.chat,
-        reward_chat=None if policy.chat.reads_like(reward.chat) else reward.chat,
+        reward_chat=parents.reward_chat,
         config=config,
         objective=PPO,
+        workers=RewardWorkers(config.reward_workers),
     )
 
 
 def frozen_models(config: Config, policy_model, classifier):
     """(reference, reward model), which are never trained: copies of the two models that will be. With `lora` no copies
     are needed: the reference is None, for the policy without its adapter, and the reward model shares the value model's
-    backbone."""
+    backbone. The reward model is None if all rewards are functions."""
     from pipeline.rl.responses import SharedReward
 
     if config.lora is not None:
-        return None, SharedReward(classifier)
-    reference, reward_model = copy.deepcopy(policy_model), copy.deepcopy(classifier)
-    for model in (reference, reward_model):
-        model.requires_grad_(False).eval()
-    return reference, reward_model
+        return None, SharedReward(classifier) if config.uses_reward_model() else None
+    reference = copy.deepcopy(policy_model).requires_grad_(False).eval()
+    if not config.uses_reward_model():
+        return reference, None
+    return reference, copy.deepcopy(classifier).requires_grad_(False).eval()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import files_of, stage, succeed
 from ppo_world import write_world
+from test_ppo import LEARN as LEARN_PPO
 from test_ppo import close, logged, ranks, weights
 
 ALGORITHMS = {
@@ -115,6 +116,7 @@ def test_adapters_without_a_copy_of_the_policy(world):
         (["grpo.algorithm=rloo", "grpo.update.average=token"], "average: token is not for rloo"),
         (["grpo.update.kl_in=reward"], "kl_in: 'reward' says where the KL counts, and its weight kl_coef is 0"),
         (["grpo.update={ratio: sequence, average: token}"], "goes with average: response, not token"),
+        (["grpo.sources.words.reward_fields=[tests]"], "sources.words.reward_fields: there are no rewards"),
         (["grpo.overlong.buffer=7"], "overlong.buffer: 7 is more than rollout.max_new_tokens: 6"),
         (["grpo.algorithm=gae"], "algorithm is 'gae', expected 'grpo', 'dr_grpo', 'rloo' or 'reinforce_pp'"),
     ],
@@ -153,3 +155,137 @@ def test_it_learns_what_is_rewarded(world, algorithm):
 def test_a_large_kl_coefficient_holds_it_back(world):
     found, metrics, _ = run(world, *LEARN, "grpo.steps=12", "grpo.update.kl_coef=10", output="held")
     assert share_of_z(found, "after") < 0.2 and metrics["kl_after"] < 0.5
+
+
+# ---- rewards that are functions --------------------------------------------------------------------------------------
+
+FUNCTIONS = """
+import time
+
+def letters(response, letter="z"):
+    return response.count(letter) / max(1, len(response))
+
+def sometimes_hangs(response, prompt):
+    if sum(map(ord, prompt[-1]["content"])) % 10 == 0:
+        time.sleep(1000)
+    return 0.0
+
+def never(response):
+    raise ValueError("it never works")
+
+def told(response, prompt, finished, answer, tests):
+    assert [message["role"] for message in prompt] == ["system", "user", "assistant", "user"], prompt
+    return len(tests) + (answer == "zz") + 10 * isinstance(finished, bool)
+"""
+OWN = ("grpo.inputs={policy: ./policy}", "grpo.steps=2")
+SHARE = "share: {function: 'rewards.py:letters'}"
+
+
+@pytest.fixture(scope="module")
+def own(world):
+    (world / "rewards.py").write_text(FUNCTIONS)
+    return world
+
+
+def test_a_reward_that_hangs_on_one_prompt_in_ten(own):
+    """Counted and survived, by name and kind, and a killed run ends with the bytes of one that was not."""
+    rewards = f"grpo.rewards={{{SHARE}, slow: {{function: 'rewards.py:sometimes_hangs', seconds: 0.3, weight: 0.5}}}}"
+    words = (*OWN, rewards, "grpo.batch_size=10", "grpo.samples=2", "grpo.evaluate_prompts=2")
+    found, metrics, text = run(own, *words, output="hangs")
+    counts = metrics["reward_failures"]
+    assert counts["share"] == {} and set(counts["slow"]) == {"timeout"}
+    lines = iterations(found)
+    assert counts["slow"]["timeout"] == sum(line["reward_failures/slow"] for line in lines) > 0
+    for line in lines:
+        assert line["reward"] == pytest.approx(line["reward/share"] + 0.5 * line["reward/slow"])
+    assert (
+        "calls failed: timeout: more than 0.3 s" in text and "calls of rewards failed" in metrics["summary"]["measure"]
+    )
+    code, text = stage("grpo", "group.yaml", "output=hangs-killed", *words, cwd=own, fault="work:1")
+    assert code == -9, text
+    assert files_of(run(own, *words, output="hangs-killed")[0]) == files_of(found)
+
+
+def test_rewards_get_what_they_name(own):
+    """A conversation of several turns with a system prompt, and fields of its record."""
+    turns = [
+        {"role": "system", "content": "q"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    ]
+    rows = [
+        {"messages": [*turns, {"role": "user", "content": f"{a}{b}"}], "answer": "zz", "tests": ["x"] * 3}
+        for a in "abcdefgh"
+        for b in "ijklm"
+    ]
+    rows.append(rows[0] | {"messages": [*turns, {"role": "user", "content": "no"}], "tests": None})
+    (own / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = "grpo.sources={turns: {path: turns.jsonl, reward_fields: [answer, tests]}}"
+    words = (*OWN, source, "grpo.rewards={told: {function: 'rewards.py:told'}}", "grpo.sequence_length=64")
+    found, metrics, _ = run(own, *words, "grpo.steps=1", "grpo.max_bad=0.1", output="told")
+    assert metrics["reward_before"] == 14.0 and metrics["reward_failures"] == {"told": {}}
+    rejected = json.loads((found / "report.json").read_text())["sources"]["turns"]["rejected"]
+    assert any("no field 'tests', which reward_fields names" in reason for reason in rejected)
+
+
+def test_the_file_of_a_function_belongs_to_the_identity(own):
+    words = (*OWN, f"grpo.rewards={{{SHARE}}}", "grpo.steps=1")
+    first, _, _ = run(own, *words, output="identity")
+    (own / "rewards.py").write_text(FUNCTIONS + "\n# changed\n")
+    second, _, _ = run(own, *words, output="identity")
+    (own / "rewards.py").write_text(FUNCTIONS)
+    assert first.name != second.name and run(own, *words, output="identity")[0] == first
+
+
+@pytest.mark.parametrize(
+    "rewards, message",
+    [
+        (SHARE.replace("letters", "lettrs"), "rewards.py has no function 'lettrs' at its top level; it has letters"),
+        (SHARE.replace("rewards.py", "gone.py"), "gone.py does not exist"),
+        (SHARE.replace("}", ", arguments: {size: 1}}"), "letters has no parameter 'size'; it has letter"),
+        ("never: {function: 'rewards.py:never'}", "all 16 calls of rewards.py:never of an iteration failed"),
+        (
+            "r: {function: regexx}",
+            "there is no 'regexx' (a function of your own is FILE.py:NAME); did you mean 'regex'?",
+        ),
+        ("r: {function: regex}", "rewards.r: regex needs 'pattern', and source words does not give it"),
+        (
+            "r: {function: length, arguments: {most: 3}}",
+            "length has no argument 'most'; it has at_least, at_most, unit",
+        ),
+        ("r: {function: model, seconds: 3}", "seconds is for functions, and function: model is the reward model"),
+        ("r: {function: model}", "needs the input 'reward', a stage of kind reward"),
+    ],
+)
+def test_rewards_that_cannot_be_called_are_refused(own, rewards, message):
+    code, text = stage("grpo", "group.yaml", *OWN, f"grpo.rewards={{{rewards}}}", "output=refused-2", cwd=own)
+    assert code == 2 and "Traceback" not in text and message in text, text
+
+
+def test_an_input_that_is_not_read_is_refused(own):
+    code, text = stage("grpo", "group.yaml", f"grpo.rewards={{{SHARE}}}", "output=refused-3", cwd=own)
+    assert code == 2 and "inputs.reward: ./reward is not read, because no entry of rewards has function: model" in text
+
+
+def test_the_reward_model_may_be_one_of_several(own):
+    rewards = f"grpo.rewards={{{SHARE}, judge: {{function: model, weight: 2}}}}"
+    found, _, _ = run(own, rewards, "grpo.steps=1", output="several")
+    (line,) = iterations(found)
+    assert line["reward"] == pytest.approx(line["reward/share"] + 2 * line["reward/judge"])
+
+
+@pytest.mark.slow
+def test_ppo_learns_from_a_function(own):
+    """Without a reward model: the value model starts from the policy, with a value of 0 everywhere."""
+    rewards = f"ppo.rewards={{{SHARE}}}"
+    text = succeed("ppo", "recipe.yaml", "ppo.inputs={policy: ./policy}", rewards, *LEARN_PPO, "output=ppo", cwd=own)
+    found = (own / "ppo/t/ppo/current").resolve()
+    assert share_of_z(found, "before") < 0.15 and share_of_z(found, "after") > 0.8, text
+
+
+@pytest.mark.slow
+def test_two_processes_with_functions(own):
+    words = (*OWN, f"grpo.rewards={{{SHARE}}}")
+    alone, _, _ = run(own, *words, output="alone-own")
+    found, _ = ranks(own, *words, output="two-own", kind="grpo", recipe="group.yaml")
+    close(found, alone)

@@ -210,6 +210,10 @@ class StageConfig(Strict):
         """Names of inputs that this stage, with these keys, does not need."""
         return set()
 
+    def unread(self) -> set[str]:
+        """Names of inputs that this stage, with these keys, does not read."""
+        return set()
+
     @classmethod
     def uses_device(cls) -> bool:
         """Whether the stage computes on `run.device`."""

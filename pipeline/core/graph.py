@@ -99,7 +99,7 @@ def _parents(recipe: Recipe, name: str, config: StageConfig, problems: Problems)
         elif source not in recipe.broken:
             parents[key] = source
     for key, kinds in declared.items():
-        if key in parents or key in optional or key in config.inputs:
+        if key in parents or key in optional or key in config.inputs or key in config.unread():
             continue
         candidates = [stage for stage in earlier if recipe.stages[stage].kind in kinds]
         if candidates:

@@ -33,10 +33,11 @@ from pipeline.rl.responses import (
     rows,
     token_statistics,
 )
+from pipeline.rl.reward_workers import RewardWorkers
 from pipeline.rl.rollout import generate
+from pipeline.rl.scoring import add_scores, statistics
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
-from pipeline.train.scores import reward_scores
 
 
 @dataclass
@@ -49,8 +50,9 @@ class Models:
     """None for algorithms without a value model."""
     reference: torch.nn.Module | None
     """None: the policy without its adapter, or no reference is needed (`measures_kl` of the config)."""
-    reward: torch.nn.Module
-    """A model of its own, or the backbone of the value model without its adapter (SharedReward)."""
+    reward: torch.nn.Module | None
+    """A model of its own, or the backbone of the value model without its adapter (SharedReward). None: the rewards are
+    functions."""
     chat: Chat
     reward_chat: Chat | None
     """Set if the reward model has a tokenizer of its own: then it reads text, not the policy's ids."""
@@ -58,6 +60,8 @@ class Models:
     """The stage's Config."""
     objective: Objective
     """The algorithm."""
+    workers: RewardWorkers
+    """Of rewards that are functions."""
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
@@ -76,6 +80,10 @@ class Models:
             return
         with self.value.gathered():
             yield self.reward
+
+    def autocast(self):
+        """As the engine does it, so that the first ratio of an iteration is 1."""
+        return torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     @property
     def pad_id(self) -> int:
@@ -157,31 +165,12 @@ def collect(
         for sample, values in zip(samples, measured, strict=True):
             sample.values = values
     clock.lap("measure")
-    for sample, task, value in zip(samples, tasks, score(models, samples, tasks), strict=True):
-        sample.score = value
+    add_scores(models, samples, tasks)
+    for sample, task in zip(samples, tasks, strict=True):
         if config.rule is not None:
             sample.rule = rules.score(config.rule, models.text(sample), task.answer)
     clock.lap("score")
     return distributed.all_gather_lists(samples)
-
-
-def score(models: Models, samples: list[Sample], tasks: list[Task]) -> list[float]:
-    """The reward model's score at the last token of each response, as published (calibrated by the reward stage on
-    its own answers). Collective."""
-    conversations = [_read_by_reward(models, sample, task) for sample, task in zip(samples, tasks, strict=True)]
-    with models.as_reward() as reward, _autocast(models):
-        if not conversations:
-            return []
-        return reward_scores(reward, conversations, models.config.rollout.batch).tolist()
-
-
-def _read_by_reward(models: Models, sample: Sample, task: Task) -> list[int]:
-    """What the reward model reads: the policy's own ids, or the same conversation in its own tokens. A response that
-    was cut off gets no end of turn."""
-    chat = models.reward_chat
-    if chat is None:
-        return sample.prompt_ids + sample.response_ids
-    return chat.answered(task.dialogue, models.text(sample), sample.stopped)
 
 
 def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[float], list[float]]]:
@@ -215,18 +204,13 @@ def _forward(
     for start in range(0, len(samples), models.config.rollout.batch):
         part = samples[start : start + models.config.rollout.batch]
         batch = layout(part, models.pad_id, device)
-        with _autocast(models):
+        with models.autocast():
             tensors = read(batch)
         lists = [tensor.float().tolist() for tensor in tensors]
         for row, sample in enumerate(part):
             length = len(sample.response_ids)
             results.append(tuple(values[row][:length] for values in lists))
     return results
-
-
-def _autocast(models: Models):
-    """As the engine does it, so that the first ratio of an iteration is 1."""
-    return torch.autocast(models.policy.device.type, dtype=torch.bfloat16, enabled=models.config.precision == "bf16")
 
 
 def tensors_of(samples: list[Sample]) -> dict[str, torch.Tensor]:
@@ -260,6 +244,7 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
         "length": _mean(len(sample.response_ids) for sample in sampled),
         "repetition": _mean(repetition(sample.response_ids) for sample in sampled),
     }
+    numbers |= statistics(config, sampled)
     if config.measures_kl():
         divergences = [math.fsum(sample.sampled_logprobs) - math.fsum(sample.ref_logprobs) for sample in sampled]
         numbers["kl"] = _mean(divergences)
@@ -274,7 +259,7 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
 
 def _shown(models: Models, task: Task, sampled: Sample, greedy: Sample) -> dict:
     """A row of samples.jsonl."""
-    return {
+    row = {
         "prompt": task.text,
         "answer": task.answer,
         "sampled": models.text(sampled),
@@ -282,6 +267,10 @@ def _shown(models: Models, task: Task, sampled: Sample, greedy: Sample) -> dict:
         "greedy": models.text(greedy),
         "greedy_reward": round(greedy.score, 4),
     }
+    if sampled.rewards:
+        row["sampled_rewards"] = sampled.rewards
+        row["greedy_rewards"] = greedy.rewards
+    return row
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -18,6 +18,7 @@ from pipeline.rl.advantages import explained_variance
 from pipeline.rl.experience import Clock, Models, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, layout, policy_inputs
+from pipeline.rl.scoring import count_failures, statistics
 from pipeline.train import distributed, phases
 from pipeline.train.engine import Accept
 
@@ -53,7 +54,8 @@ class Iterations:
 
     In checkpoints, its part of the loop's state is: step (iterations so far), kl_coef, calibration (mean and deviation
     of the reward, in PPO), skipped_updates (updates of policy or value model that were not applied), resampled (prompts
-    that were drawn in addition to batch_size per step), shown (rows of samples.jsonl).
+    that were drawn in addition to batch_size per step), reward_failures (failed calls by reward and kind), shown
+    (rows of samples.jsonl).
     """
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
@@ -147,6 +149,7 @@ def iterate(
     number = state["step"] if batch_number is None else batch_number
     samples = _samples(models, pool, number, state, clock)
     tokens = tensors_of(samples)
+    count_failures(config, samples, state)
     scores = objective.scores(config, samples, state)
     signal = objective.signal(config, tokens, scores, state["kl_coef"])
     updates = _update(models, samples, signal, state, lr, accept)
@@ -231,6 +234,7 @@ def _statistics(
         "rollout_difference_max": float(difference.max()),
         "weight": float(count),
     }
+    stats |= statistics(config, samples)
     if "ref_logprobs" in tokens:
         divergence = float(((tokens["logprobs"] - tokens["ref_logprobs"]) * mask).sum(1).mean())
         stats |= {"kl": divergence, "kl_coef": kl_coef}

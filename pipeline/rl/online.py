@@ -1,7 +1,4 @@
-"""The steps that ppo and grpo share, once their parents are loaded: encode prompts, build, iterate, publish, report.
-
-return align(config, Parents(policy, reward), output, build_models)
-"""
+"""The steps that ppo and grpo share: load the parents, encode prompts, build, iterate, publish, report."""
 
 import functools
 import json
@@ -9,14 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.core.artifact import Artifact
 from pipeline.core.files import write_atomic
 from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural
+from pipeline.data.chat.template import Chat
 from pipeline.rl.experience import Models, evaluate
 from pipeline.rl.iteration import Iterations
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.prompts import encoded_prompts, tasks_of
+from pipeline.rl.scoring import import_functions
 from pipeline.train import finetune, loop
 from pipeline.train.finetune import Parent
 from pipeline.train.finetune_data import encode_once
@@ -27,7 +27,25 @@ class Parents:
     """The models that a stage starts from."""
 
     policy: Parent
-    reward: Parent
+    reward: Parent | None
+    """None: the rewards are functions."""
+
+    @property
+    def reward_chat(self) -> Chat | None:
+        """How the reward model reads text, if it does not read it as the policy writes it."""
+        if self.reward is None or self.policy.chat.reads_like(self.reward.chat):
+            return None
+        return self.reward.chat
+
+
+def load_parents(config: OnlineConfig, inputs: dict[str, Artifact]) -> Parents:
+    """The policy, and the reward model if the recipe uses one. Raises UserError for rewards that cannot be called."""
+    config.check_rewards()
+    policy = finetune.load_parent(config, inputs["policy"], f"{config.kind}, policy model")
+    reward = None
+    if config.uses_reward_model():
+        reward = finetune.load_parent(config, inputs["reward"], f"{config.kind}, reward model")
+    return Parents(policy, reward)
 
 
 def align(
@@ -35,7 +53,8 @@ def align(
 ) -> dict:
     """Train a policy on its own answers, publish it, and return the stage's metrics. build_models(config, parents,
     number of prompts to train on) is called once the length of the run is known. Collective."""
-    encode = functools.partial(encoded_prompts, config, parents.policy.chat, parents.reward.chat, output)
+    reward_chat = None if parents.reward is None else parents.reward.chat
+    encode = functools.partial(encoded_prompts, config, parents.policy.chat, reward_chat, output)
     _, extra = encode_once(output, config, encode)
     counts = extra["counts"]
     config = finetune.in_steps(config, counts["train_prompts"])
@@ -50,7 +69,11 @@ def align(
         iterations.state["shown"][when] = rows
         return numbers
 
-    result = loop.run(iterations, config, output, loop.Hooks(evaluate=measure))
+    try:
+        import_functions(models)
+        result = loop.run(iterations, config, output, loop.Hooks(evaluate=measure))
+    finally:
+        models.workers.close()
     finetune.publish_model(models.policy, config, parents.policy, output)
     if output.is_main:
         write_samples(output, result["shown"])
@@ -61,12 +84,17 @@ def summary(config: OnlineConfig, output: Output, result: dict, counts: dict, ev
     """The metrics of a stage. evaluated: number of held-out prompts that were answered."""
     before, after = result["before"], result["after"]
     measured, nothing = headline(config, before, after, evaluated)
+    failed = sum(sum(kinds.values()) for kinds in result.get("reward_failures", {}).values())
+    if failed:
+        measured += f", {plural(failed, 'call', ',')} of rewards failed"
     metrics = finetune.before_and_after(result)
     metrics["warnings"] = warn(output.stage, nothing)
     if "kl" in after:
         metrics["kl"] = after["kl"]
         metrics["kl_coef"] = result["kl_coef"]
     metrics["skipped_updates"] = result["skipped_updates"]
+    if config.rewards:
+        metrics["reward_failures"] = result["reward_failures"]
     metrics |= counts
     metrics["summary"] = {
         "input": plural(counts["train_prompts"], "prompt"),

@@ -1,11 +1,15 @@
 """Keys that ppo and grpo share: stages that learn from their own answers. Their steps are in online.py."""
 
+from pathlib import Path
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
-from pipeline.core.config import refuse_unused
-from pipeline.core.errors import UserError
-from pipeline.data.chat.chat_sources import PromptSource
+from pipeline.core.config import EXECUTION, ExternalFiles, Name, PlannedInput, SourceBlock, refuse_unused
+from pipeline.core.errors import Absent, Problems, UserError
+from pipeline.data.chat.chat_sources import RewardedSource
 from pipeline.rl.config import LinearSchedule, PolicyOptimizer, Rollout, Updates
+from pipeline.rl.reward_config import MODEL, Reward, check_calls, check_packages
 from pipeline.rl.rules import Rule
 from pipeline.train.finetune_config import FinetuneConfig
 
@@ -15,7 +19,7 @@ class OnlineConfig(FinetuneConfig):
 
     MODEL_INPUTS = ("policy", "reward")
 
-    sources: dict[str, PromptSource]
+    sources: dict[str, RewardedSource]
     """Prompts, by name."""
     holdout: float = Field(0.05, gt=0, lt=1)
     """Share of the prompts kept for evaluation; the same records as in the other tuning stages."""
@@ -24,6 +28,10 @@ class OnlineConfig(FinetuneConfig):
     rule: Rule | None = None
     """How a response is compared with the prompt's `answer`: exact, contains or prefix; none: only the reward model
     judges."""
+    rewards: dict[Name, Reward] = {}
+    """What the score of a response is made of, by name; none: the reward model."""
+    reward_workers: Annotated[int, EXECUTION] = Field(2, ge=1)
+    """Processes per rank that compute rewards which are functions."""
     optimizer: PolicyOptimizer = PolicyOptimizer()
     """AdamW of the policy."""
     schedule: LinearSchedule = LinearSchedule()
@@ -52,7 +60,56 @@ class OnlineConfig(FinetuneConfig):
                 f"lora.dropout: {self.lora.dropout:g} would make the ratio of two passes over the same tokens noise;"
                 " remove it"
             )
+        if not self.rewards:
+            refuse_unused(self, "reward_workers", "compute rewards that are functions, and there are none")
+            for name, source in self.sources.items():
+                if source.reward_fields:
+                    raise ValueError(
+                        f"sources.{name}.reward_fields: there are no rewards that could get them; remove it"
+                    )
+        if "reward" in self.inputs and not self.uses_reward_model():
+            raise ValueError(
+                f"inputs.reward: {self.inputs['reward']} is not read, because no entry of rewards has function:"
+                f" {MODEL}; remove it, or add such an entry"
+            )
         return self
+
+    def uses_reward_model(self) -> bool:
+        return not self.rewards or any(reward.function == MODEL for reward in self.rewards.values())
+
+    def unread(self) -> set[str]:
+        return set() if self.uses_reward_model() else {"reward"}
+
+    @classmethod
+    def external(cls) -> list[SourceBlock | ExternalFiles]:
+        return [*super().external(), ExternalFiles("rewards", cls.reward_files, drop_key=False)]
+
+    def reward_files(self) -> list[Path]:
+        """Files of the user's own reward functions. Raises Absent if one does not exist."""
+        files = sorted({reward.file for reward in self.rewards.values() if reward.is_own})
+        for file in files:
+            if not file.is_file():
+                raise Absent(f"rewards: {file} does not exist; functions are named FILE.py:NAME")
+        return files
+
+    def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        problems = Problems()
+        with problems.gather():
+            super().check_records(inputs)
+        with problems.gather():
+            self.check_rewards()
+        problems.refuse()
+
+    def check_rewards(self) -> None:
+        """Check that every reward function exists and gets what it needs. Raises UserError."""
+        given = {}
+        for name, source in self.sources.items():
+            given[name] = {*source.reward_fields, *({"answer"} if source.answer is not None else ())}
+        check_calls(self.rewards, given)
+
+    def check_machine(self) -> None:
+        super().check_machine()
+        check_packages(self.rewards)
 
     @property
     def updates(self) -> Updates:

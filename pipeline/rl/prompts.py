@@ -1,6 +1,6 @@
-"""Prompts as the policy reads them: what ppo answers."""
+"""Prompts as the policy reads them: what ppo and grpo answer."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
@@ -19,9 +19,11 @@ class Task:
     text: str
     """The messages for a person to read."""
     answer: str | None
+    fields: dict = field(default_factory=dict)
+    """What rewards get of the record, by name."""
 
 
-def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat, output: Output) -> tuple[Arrays, dict]:
+def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat | None, output: Output) -> tuple[Arrays, dict]:
     """Tasks of both splits as JSON, and `counts` of them; writes report.json. For `encode_once`.
 
     A prompt that does not leave room for `rollout.max_new_tokens` is dropped, and so is one that a chat template cannot
@@ -30,7 +32,7 @@ def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat, output: Output
     train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
     limit = config.sequence_length - config.rollout.max_new_tokens
-    same = policy_chat.reads_like(reward_chat)
+    same = reward_chat is None or policy_chat.reads_like(reward_chat)
     extra: dict = {}
     too_long = 0
     for split, prompts in zip(SPLITS, (train, heldout), strict=True):
@@ -48,7 +50,7 @@ def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat, output: Output
             except ValueError as error:  # text that a chat template cannot carry
                 reason = str(error)
             if reason is None:
-                tasks.append(asdict(Task(ids, prompt.dialogue, prompt.text, prompt.answer)))
+                tasks.append(asdict(Task(ids, prompt.dialogue, prompt.text, prompt.answer, prompt.fields)))
             else:
                 ledger.withdraw(prompt, split, reason)
         if not tasks:
@@ -68,7 +70,7 @@ def tasks_of(extra: dict, split: str) -> list[Task]:
     tasks = []
     for task in extra[split]:
         dialogue = Dialogue(**task["dialogue"])
-        tasks.append(Task(task["ids"], dialogue, task["text"], task["answer"]))
+        tasks.append(Task(task["ids"], dialogue, task["text"], task["answer"], task.get("fields", {})))
     return tasks
 
 

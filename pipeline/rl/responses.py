@@ -35,7 +35,11 @@ class Sample:
     entropies: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     score: float = 0.0
-    """Of the reward model, as published."""
+    """Of the reward model, as published, or the weighted sum of the rewards."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Value of each reward of the recipe."""
+    failures: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Of each reward whose function failed: kind and message (reward_workers.Outcome)."""
     rule: float = 0.0
     """By the task's rule; 0 without one."""
 

@@ -18,7 +18,7 @@ def inside(tmp_path, monkeypatch):
 def test_scores_do_not_depend_on_padding(inside):
     """5, 12: against the reward model alone on each row; responses whose last token is the pad id are read at that
     token all the same."""
-    from pipeline.rl.experience import score
+    from pipeline.rl.scoring import score
 
     models, *_ = inside
     made = samples_of([(5, 4), (1, 6), (9, 1), (3, 5)])

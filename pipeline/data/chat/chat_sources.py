@@ -157,3 +157,18 @@ class PromptSource(TuningSource):
 
     def has_templates(self) -> bool:
         return self.prompt is not None or super().has_templates()
+
+
+class RewardedSource(PromptSource):
+    """Prompts of stages that compute rewards."""
+
+    reward_fields: list[str] = []
+    """Fields of records that rewards get by their names, such as tests."""
+
+    @field_validator("reward_fields")
+    @classmethod
+    def _not_given_anyway(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name in ("response", "prompt", "finished"):
+                raise ValueError(f"{name!r} is what rewards are given of the response; rename the field")
+        return value

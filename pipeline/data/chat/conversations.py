@@ -24,6 +24,7 @@ from pipeline.data.chat.chat_sources import (
     Message,
     PreferenceSource,
     PromptSource,
+    RewardedSource,
     TuningSource,
 )
 from pipeline.data.chat.fields import Rejected
@@ -108,6 +109,8 @@ class Prompt(Row):
 
     messages: list[dict]
     answer: str | None
+    fields: dict = field(default_factory=dict)
+    """What rewards get of the record, by name."""
 
     @property
     def dialogue(self) -> Dialogue:
@@ -265,7 +268,8 @@ def _prompt(source: PromptSource, common: dict, fields: dict) -> Prompt:
         common["content"] = _template_values([turn.content for turn in turns], fields)
     if messages[-1]["role"] == "assistant":
         raise Rejected("the prompt does not end with the user")
-    return Prompt(**common, messages=messages, answer=_known_answer(source, fields))
+    values = _reward_fields(source, fields) if isinstance(source, RewardedSource) else {}
+    return Prompt(**common, messages=messages, answer=_known_answer(source, fields), fields=values)
 
 
 def _answer_of(template: str, name: str, fields: dict, join: str) -> dict:
@@ -283,16 +287,35 @@ def _known_answer(source: ChatSource | PromptSource, fields: dict) -> str | None
     return checked_text(render(source.answer, fields, "the record", source.join), "answer")
 
 
+def _reward_fields(source: RewardedSource, fields: dict) -> dict:
+    """The fields of a record that rewards get."""
+    values = {}
+    for name in source.reward_fields:
+        if fields.get(name) is None:
+            raise Rejected(f"the record has no field {name!r}, which reward_fields names")
+        try:
+            values[name] = json.loads(json.dumps(fields[name]))
+        except (TypeError, ValueError):
+            raise Rejected(f"the field {name!r}, which reward_fields names, cannot be written as JSON") from None
+    return values
+
+
 def _named(source: TuningSource) -> set[str]:
-    """Fields of records that the source gives a meaning: it selects by them, or reads `answer` or `margin` from
-    them."""
-    fields = list(source.where)
+    """Fields of records that the source gives a meaning: it selects by them, or reads `answer`, `margin` or what
+    rewards get from them."""
+    fields = [*source.where, *(source.reward_fields if isinstance(source, RewardedSource) else ())]
     for template in source.templates():
         fields += [field for _, field in parse_template(template) if field is not None]
     return {field.partition(".")[0] for field in fields}
 
 
-MAKERS = {ChatSource: _conversation, PreferenceSource: _pair, LabelledSource: _labelled, PromptSource: _prompt}
+MAKERS = {
+    ChatSource: _conversation,
+    PreferenceSource: _pair,
+    LabelledSource: _labelled,
+    PromptSource: _prompt,
+    RewardedSource: _prompt,
+}
 
 
 def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):

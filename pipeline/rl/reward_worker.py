@@ -1,0 +1,100 @@
+"""The process in which rewards are computed: `python -m pipeline.rl.reward_worker DESCRIPTOR PARENT`. Started by
+reward_workers.py, which sends calls and ends it when one takes too long.
+
+Messages are JSON, because what comes out of a process that has run a user's or a model's code is not to be unpickled.
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from pipeline.core.processes import die_with_parent
+from pipeline.rl import process_tree
+from pipeline.rl.verifiers import VERIFIERS
+
+GIB = 1 << 30
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Answer the calls from the other end of the socket until it is closed."""
+    die_with_parent(parent)
+    process_tree.adopt_orphans()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they are for the stage
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection, own = Connection(descriptor), os.getpid()
+    functions: dict[str, Callable] = {}
+    while True:
+        try:
+            call = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        answer = _answer(call, functions)
+        if os.getpid() != own:  # a function has forked, and this is the copy
+            os._exit(0)
+        connection.send_bytes(json.dumps(answer).encode())
+
+
+def _answer(call: dict, functions: dict[str, Callable]) -> dict:
+    """{"value": number} or {"failure": kind, "message": text}, and "processes": the function left some behind."""
+    own = os.getpid()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(call["memory"] * GIB), most))
+    random.seed(call["seed"])
+    try:
+        function = functions.get(call["function"])
+        if function is None:
+            function = functions[call["function"]] = load(call["function"])
+        if call["loads"]:
+            return {"value": 0.0, "processes": False}
+        answer = _number(function(**call["arguments"]))
+    except MemoryError:
+        answer = {"failure": "memory", "message": f"more than {call['memory']:g} GiB"}
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(last.filename)}:{last.lineno}"
+        answer = {"failure": "error", "message": f"{type(error).__name__}: {error} ({place})"[:300]}
+    if os.getpid() != own:
+        return answer
+    answer["processes"] = bool(process_tree.children(own))
+    process_tree.end_children(own)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    return answer
+
+
+def _number(value) -> dict:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return {"failure": "value", "message": f"returned {value!r}, expected a number"[:300]}
+    if not math.isfinite(number):
+        return {"failure": "value", "message": f"returned {number}, expected a finite number"}
+    return {"value": number}
+
+
+def load(name: str) -> Callable:
+    """A verifier, or the function NAME of FILE.py:NAME."""
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    path, _, function = name.rpartition(":")
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for modules next to it
+    spec = importlib.util.spec_from_file_location(f"alma_reward_{os.path.basename(path)[:-3]}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return vars(module)[function]
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), int(sys.argv[2]))
