@@ -4,21 +4,26 @@
     python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained("runs/quickstart/export/current")'
 
 The folder is also for vLLM, lm-eval, TRL, transformers 4.57 and llama.cpp's converter: safetensors, config, generation
-config, tokenizer with chat template. The card says where one of them would read other ids.
+config, tokenizer with chat template. The card says where one of them would read other ids. `gguf: [q8_0]` adds a file
+for llama.cpp and Ollama, with a Modelfile.
 """
 
-import json
+import copy
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipeline.core import artifact, faults
+from pipeline.core import faults
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import PlannedInput, PublishedModel, StageConfig
+from pipeline.core.config import Distinct, PlannedInput, PublishedModel, StageConfig
+from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.output import Output
 from pipeline.core.recipe import KINDS, module_of
+from pipeline.core.recipe_file import short_repr
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import say
 
@@ -28,23 +33,48 @@ INPUTS = {"model": ("ppo", "grpo", "dpo", "kto", "sft", "pretrain")}
 
 # fp32: the same arithmetic on the same numbers, so logits must be equal up to this difference. bf16 keeps 8 bits of
 # each weight (2^-9 relative), so the likeliest tokens are compared, which must agree at least so often: on random text
-# ties are near.
+# ties are near. fp16 keeps 11 bits.
 FP32_TOLERANCE = 1e-6
 BF16_AGREEMENT = 0.9
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Config(StageConfig):
     """What to export."""
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the exported weights; bf16 halves the file and rounds."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the exported weights; bf16 and fp16 halve the file and round."""
+    shard_size: str = "50GB"
+    """Largest file of weights; a model that is larger has several, and an index of them."""
+    gguf: Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], Distinct] = []
+    """GGUF files for llama.cpp, Ollama and LM Studio, one for each type of the weights: q8_0 and q4_0 are blocks of 32
+    weights in 8 and 4 bits. A Modelfile for Ollama names the first. Families: llama, mistral, qwen2, qwen3."""
     compare_tokens: int = Field(512, ge=16)
     """Random tokens on which the exported model's logits are compared with the training model's."""
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        if not re.fullmatch("[1-9][0-9]*(KB|MB|GB)", value):
+            raise ValueError(f"{short_repr(value)} is not a size; write for example 5GB or 500MB")
+        return value
 
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         from pipeline.train import planned_model
 
         planned_model.check_files(inputs)
+        if self.gguf:
+            from pipeline.models import gguf_write
+
+            config = planned_model.config_of(inputs["model"])
+            if config is not None:
+                gguf_write.refuse(config)
+
+    def check_machine(self) -> None:
+        if self.gguf:
+            from pipeline.models.gguf_file import require_library
+
+            require_library()
 
     @classmethod
     def published_model(cls, artifact: Artifact) -> PublishedModel:
@@ -64,6 +94,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import cost
     from pipeline.models.build import load, quiet
+    from pipeline.models.model_card import ancestry, model_card
     from pipeline.models.transformers_4 import add_older_keys
     from pipeline.train import distributed
     from pipeline.train.finetune_data import model_folder
@@ -72,9 +103,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     source = model_folder(inputs["model"])
     trained = load(source).eval()
     tokenizer = load_tokenizer(source)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    dtype = DTYPES[config.dtype]
     with quiet():
-        load(source).to(dtype).save_pretrained(output.path)
+        rounded = load(source).to(getattr(torch, dtype))
+        check_finite(rounded, config.dtype)
+        rounded.save_pretrained(output.path, max_shard_size=config.shard_size)
+        del rounded
     add_older_keys(output.path)
     export_tokenizer.write(tokenizer, source, output.path, trained.get_input_embeddings().num_embeddings)
     faults.point("save")
@@ -82,36 +116,128 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     # The comparison reads the written files, as a user will.
     with quiet():
         exported = AutoModelForCausalLM.from_pretrained(output.path, dtype=dtype, local_files_only=True).eval()
-    difference, agreement, num_tokens = compare(trained, exported, len(tokenizer), config)
+    comparison = compare(trained, exported, len(tokenizer), config)
+    check(comparison, config.dtype)
+    del exported
     faults.point("work")
 
     loader, remarks = export_tokenizer.readers(output.path)
+    files = write_gguf(trained, output.path, config)
+    remarks += files.remarks
     for remark in remarks:
         say(f"export: {remark}")
     parameters = cost.count(trained).total
-    comparison = (
-        f"Weights are {config.dtype}. Compared with the training model on {num_tokens} random tokens: largest"
-        f" difference of a logit {difference:.3g}, same likeliest token {agreement:.2%}."
+    paragraph = (
+        f"Weights are {config.dtype}. Compared with the training model on {comparison.num_tokens} random tokens:"
+        f" largest difference of a logit {comparison.difference:.3g}, same likeliest token {comparison.agreement:.2%}."
     )
-    card = model_card(inputs["model"], ancestry(inputs["model"]), parameters, loader, [comparison, *remarks])
+    card = model_card(
+        inputs["model"], ancestry(inputs["model"]), parameters, loader, [paragraph, *files.paragraphs, *remarks]
+    )
     write_atomic(output.path / "README.md", card)
-    return {
-        "logit_difference": difference,
-        "top1_agreement": agreement,
-        "compared_tokens": num_tokens,
+    written = f"{config.dtype} safetensors, tokenizer, card"
+    metrics = {
+        "logit_difference": comparison.difference,
+        "top1_agreement": comparison.agreement,
+        "compared_tokens": comparison.num_tokens,
         "parameters": parameters,
         "tokenizer_class": loader,
         "summary": {
             "input": f"{inputs['model'].stage}, {parameters / 1e6:.1f} M parameters",
-            "output": f"{config.dtype} safetensors, tokenizer, card",
-            "measure": f"logits differ by {difference:.1g} on {num_tokens} tokens",
+            "output": ", ".join([written, *files.names]),
+            "measure": f"logits differ by {comparison.difference:.1g} on {comparison.num_tokens} tokens",
         },
     }
+    if config.gguf:
+        metrics["gguf"] = files.metrics
+    return metrics
 
 
-def compare(trained, exported, vocab_size: int, config: Config) -> tuple[float, float, int]:
-    """(largest difference of a logit, share of equal likeliest tokens, tokens compared) on random tokens. Raises
-    AssertionError if they differ more than the dtype explains."""
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GgufFiles:
+    """What was written for llama.cpp."""
+
+    names: list[str] = field(default_factory=list)
+    metrics: dict[str, dict] = field(default_factory=dict)
+    """Of each type, its difference from the training model."""
+    paragraphs: list[str] = field(default_factory=list)
+    """For the card."""
+    remarks: list[str] = field(default_factory=list)
+
+
+def write_gguf(trained, folder: Path, config: Config) -> GgufFiles:
+    """The GGUF files that the recipe asks for, each read again and compared, and a Modelfile for the first. folder: the
+    exported one, with tokenizer and generation settings."""
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+    from pipeline.models import gguf_write, ollama
+    from pipeline.models.publish import generation_settings, stop_ids
+
+    files = GgufFiles()
+    if not config.gguf:
+        return files
+    tokenizer = load_tokenizer(folder)
+    ends = stop_ids(folder, tokenizer)
+    copied = copy.deepcopy(trained)
+    for weight_type in config.gguf:
+        path = folder / f"model-{weight_type}.gguf"
+        remarks = gguf_write.write(trained, folder, path, weight_type, ends)
+        files.remarks += [remark for remark in remarks if remark not in files.remarks]
+        copied.load_state_dict(gguf_write.read_weights(path, trained.config), strict=False)
+        comparison = compare(trained, copied, len(tokenizer), config)
+        if weight_type == "f32":
+            check(comparison, "fp32")
+        files.names.append(path.name)
+        files.metrics[weight_type] = {
+            "logit_difference": comparison.difference,
+            "top1_agreement": comparison.agreement,
+            "kl": comparison.kl,
+            "bytes": path.stat().st_size,
+        }
+        files.paragraphs.append(
+            f"`{path.name}` for llama.cpp ({path.stat().st_size / 1e6:,.1f} MB): same likeliest token"
+            f" {comparison.agreement:.2%}, KL divergence from the training model {comparison.kl:.2g} nats per token."
+        )
+    text, remarks = ollama.modelfile(
+        files.names[0],
+        tokenizer,
+        generation_settings(folder, tokenizer),
+        ends,
+        gguf_write.adds_bos(folder / files.names[0]),
+    )
+    write_atomic(folder / "Modelfile", text)
+    files.paragraphs.append("With Ollama: `ollama create NAME -f Modelfile`.")
+    files.remarks += remarks
+    return files
+
+
+# ---- comparisons -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same random tokens."""
+
+    difference: float
+    """Largest, of a logit."""
+    agreement: float
+    """Share of places with the same likeliest token."""
+    kl: float
+    """Mean KL divergence of the next token's distribution from the training model's, nats."""
+    num_tokens: int
+
+
+def check_finite(model, dtype: str) -> None:
+    """Raise UserError for weights that have become infinite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"dtype: {dtype} cannot hold all weights of {name} (its largest is 65,504); use bf16")
+
+
+def compare(trained, exported, vocab_size: int, config: Config) -> Comparison:
+    """Logits of two models on random tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(derive(config.seed, "export"))
@@ -121,100 +247,27 @@ def compare(trained, exported, vocab_size: int, config: Config) -> tuple[float, 
     with torch.no_grad():
         expected_logits = trained(input_ids=ids).logits.float()
         logits = exported(input_ids=ids).logits.float()
-    difference = (expected_logits - logits).abs().max().item()
-    agreement = (expected_logits.argmax(-1) == logits.argmax(-1)).float().mean().item()
-    if config.dtype == "fp32" and difference > FP32_TOLERANCE:
+    expected_logprobs, logprobs = expected_logits.log_softmax(-1), logits.log_softmax(-1)
+    return Comparison(
+        difference=(expected_logits - logits).abs().max().item(),
+        agreement=(expected_logits.argmax(-1) == logits.argmax(-1)).float().mean().item(),
+        kl=(expected_logprobs.exp() * (expected_logprobs - logprobs)).sum(-1).mean().item(),
+        num_tokens=ids.numel(),
+    )
+
+
+def check(comparison: Comparison, dtype: str) -> None:
+    """Raise AssertionError if the exported model differs more than its dtype explains."""
+    if dtype == "fp32" and comparison.difference > FP32_TOLERANCE:
         raise AssertionError(
-            f"the exported model's logits differ from the training model's by {difference:g}, more than"
+            f"the exported model's logits differ from the training model's by {comparison.difference:g}, more than"
             f" {FP32_TOLERANCE:g}"
         )
-    if agreement < BF16_AGREEMENT:
+    if comparison.agreement < BF16_AGREEMENT:
         raise AssertionError(
-            f"the exported model's likeliest token is the training model's in {agreement:.1%} of {ids.numel()} places,"
-            f" expected {BF16_AGREEMENT:.0%}"
+            f"the exported model's likeliest token is the training model's in {comparison.agreement:.1%} of"
+            f" {comparison.num_tokens} places, expected {BF16_AGREEMENT:.0%}"
         )
-    return difference, agreement, ids.numel()
-
-
-# ---- the card --------------------------------------------------------------------------------------------------------
-
-
-def ancestry(model: Artifact) -> list[dict]:
-    """Manifests of an artifact and of all its ancestors, parents first, each once."""
-    manifests: dict[str, dict] = {}
-
-    def visit(manifest: dict, folder: Path) -> None:
-        for parent in manifest.get("parents", {}).values():
-            output = artifact.read((folder / parent["path"]).resolve())
-            if output is None:
-                missing = parent | {"metrics": {}, "manifest": "not found"}
-                manifests.setdefault(parent["digest"], missing)
-            elif output.digest not in manifests:
-                visit(output.manifest, output.path.parent)
-        manifests[manifest["digest"]] = manifest
-
-    visit(model.manifest, model.path.parent)
-    return list(manifests.values())
-
-
-def model_card(model: Artifact, lineage: list[dict], parameters: int, loader: str, notes: list[str]) -> str:
-    """Markdown with the front matter that model hubs read. `loader`: the class that reads the tokenizer; `notes`:
-    paragraphs below the example. No times and no paths: the same model gives the same card."""
-    kind = model.manifest.get("config", {}).get("kind", model.kind)
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [alma]",
-        *_base_models(lineage),
-        "---",
-        "",
-        f"# {kind} model, {parameters / 1e6:.1f} M parameters",
-        "",
-        "```python",
-        f"from transformers import AutoModelForCausalLM, {loader}",
-        f"model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), {loader}.from_pretrained(FOLDER)",
-        "```",
-        "",
-    ]
-    for note in notes:
-        lines += [note[0].upper() + note[1:], ""]
-    lines += [
-        "## Lineage",
-        "",
-        "| stage | kind | fingerprint | content digest | in | out | measured |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [_lineage_row(manifest) for manifest in lineage]
-    sources = []
-    for manifest in lineage:
-        for name, entry in manifest.get("identity", {}).get("sources", {}).items():
-            sources.append(f"| {manifest['stage']} | {name} | `{_shortened(entry)}` |")
-    if sources:
-        lines += ["", "## Data", "", "| stage | source | identity |", "|---|---|---|", *sources]
-    software = lineage[-1].get("software", {})
-    versions = ", ".join(f"{name} {version}" for name, version in software.items() if name != "platform")
-    lines += ["", f"Made with alma, {versions}.", ""]
-    return "\n".join(lines)
-
-
-def _base_models(lineage: list[dict]) -> list[str]:
-    """The key by which the Hugging Face hub links a model to those that it was made from."""
-    origins = [manifest.get("origin", {}) for manifest in lineage]
-    names = sorted({origin["name"] for origin in origins if origin.get("place") == "huggingface"})
-    return [f"base_model: [{', '.join(names)}]"] if names else []
-
-
-def _lineage_row(manifest: dict) -> str:
-    summary = manifest.get("metrics", {}).get("summary", {})
-    cells = [manifest["stage"], manifest["kind"], manifest["fingerprint"][:12], manifest["digest"][:12]]
-    cells += [summary.get(key, "") for key in ("input", "output", "measure")]
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
-
-
-def _shortened(entry) -> str:
-    text = json.dumps(entry, ensure_ascii=False, sort_keys=True).replace("|", "/")
-    return text if len(text) <= 160 else text[:157] + "…"
 
 
 if __name__ == "__main__":

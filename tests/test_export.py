@@ -178,6 +178,57 @@ def test_the_card_says_how_to_load_the_tokenizer_so_that_ids_are_equal(family, t
     assert (other == [named.encode(text, add_special_tokens=False) for text in TEXTS]) == (family != "qwen2")
 
 
+def test_gguf_files_and_shards(tokenizers, tmp_path):
+    """What is asked for is in the folder, measured against the training model, and described in the card."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.core.errors import UserError
+    from pipeline.core.recipe import load
+    from pipeline.models import gguf_write
+
+    source = model("llama", tokenizers["sentencepiece-bpe"], tmp_path / "model")
+    block = {"inputs": {"model": str(source)}, "dtype": "fp16", "gguf": ["q8_0", "f32"], "shard_size": "30KB"}
+    (tmp_path / "e.yaml").write_text(json.dumps({"name": "e", "stages": {"export": block}}))
+    output = succeed("export", "e.yaml", cwd=tmp_path)
+    folder = tmp_path / "runs/e/export/current"
+    assert len(list(folder.glob("model-0000*.safetensors"))) > 1
+    assert "matrices are f16 in the q8_0 file: their rows are no multiple of 32" in output
+    trained = AutoModelForCausalLM.from_pretrained(source).eval()
+    halves = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for name, value in halves.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name].half()), name
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"]["gguf"]
+    assert metrics["f32"]["logit_difference"] == 0 == metrics["f32"]["kl"]
+    # The measure of q8_0, by hand
+    trained.load_state_dict(gguf_write.read_weights(folder / "model-q8_0.gguf", trained.config), strict=False)
+    original, ids = AutoModelForCausalLM.from_pretrained(source).eval(), torch.arange(5, 45)[None]
+    with torch.no_grad():
+        error = (trained(input_ids=ids).logits - original(input_ids=ids).logits).abs().max().item()
+    assert 0 < error < 3 * metrics["q8_0"]["logit_difference"] < 1
+    card, modelfile = (folder / "README.md").read_text(), (folder / "Modelfile").read_text()
+    assert "`model-f32.gguf` for llama.cpp" in card and "ollama create NAME -f Modelfile" in card
+    assert modelfile.startswith("FROM ./model-q8_0.gguf\n") and 'PARAMETER stop "<|im_end|>"' in modelfile
+    for word, sentence in (
+        ("export.shard_size=much", "'much' is not a size; write for example 5GB"),
+        ("export.gguf=[q4_k]", "'q4_k'"),
+        ("export.gguf=[f16, f16]", "names 'f16' twice"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(tmp_path / "e.yaml", [word])
+        assert sentence in str(caught.value)
+
+
+def test_a_model_that_gguf_cannot_hold_is_refused_before_the_chain(tokenizers, tmp_path):
+    from harness import stage
+
+    source = model("gemma", tokenizers["sentencepiece-bpe"], tmp_path / "model")
+    block = {"inputs": {"model": str(source)}, "gguf": ["f16"]}
+    (tmp_path / "e.yaml").write_text(json.dumps({"name": "e", "stages": {"export": block}}))
+    code, text = stage("export", "e.yaml", cwd=tmp_path)
+    assert code == 2 and "the model cannot be written as GGUF: gemma is not among the families" in text
+
+
 # ---- with the programs themselves ------------------------------------------------------------------------------------
 
 
