@@ -5,7 +5,14 @@ import importlib.util
 from pipeline.core.errors import UserError
 
 # Importable name -> extra of alma that installs it.
-EXTRAS = {"deepspeed": "deepspeed", "datasets": "datasets", "wandb": "wandb", "bitsandbytes": "qlora"}
+EXTRAS = {
+    "deepspeed": "deepspeed",
+    "datasets": "datasets",
+    "wandb": "wandb",
+    "bitsandbytes": "qlora",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
 
 
 def is_installed(package: str) -> bool:

@@ -1,14 +1,17 @@
-"""`alma chat`: its options."""
+"""`alma chat` and `alma serve`: their options."""
 
 import json
+import os
 from typing import Annotated, Literal
 
 import typer
 
 from pipeline.core.errors import UserError
+from pipeline.core.optional_packages import require
 from pipeline.core.recipe_file import short_repr
 
 TARGET = "The folder of a run with a stage (runs/quickstart:ppo), of a model, or ORG/NAME@REVISION."
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: a GPU if there is one.")]
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
@@ -72,6 +75,46 @@ def chat(
     }
     speakers = [chat.speaker(one, sampling, options, system, device, dtype) for one in targets]
     chat.run(speakers, seed, once)
+
+
+def serve(
+    target: Annotated[str, typer.Argument(help=TARGET, metavar="RUN[:STAGE]|MODEL")],
+    others: Annotated[
+        list[str] | None, typer.Option("--with", help="Another model; may be repeated.", metavar="RUN[:STAGE]")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address; others than loopback need ALMA_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")] = 4096,
+    max_body: Annotated[int, typer.Option("--max-body", min=100, help="Bytes of a request.")] = 1_000_000,
+    max_running: Annotated[int, typer.Option("--max-running", min=1, help="Requests generated at a time.")] = 2,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=1, help="Requests that wait; more are refused with 429.")
+    ] = 64,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, help="Seconds for a request, waiting included.")
+    ] = 300,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve models by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, and /health and /metrics. The
+    environment variable ALMA_API_KEY sets a key that clients must give."""
+    from pipeline.serve.target import resolve
+
+    key = os.environ.get("ALMA_API_KEY") or None
+    if key is None and host not in LOOPBACK:
+        raise UserError(f"--host {host}: others could use the model; set ALMA_API_KEY, or serve on 127.0.0.1")
+    for package in ("starlette", "uvicorn"):
+        require(package, "alma serve")
+    targets = {}
+    for name in [target, *(others or [])]:
+        found = resolve(name)
+        targets[found.title] = found
+
+    from pipeline.serve import listen
+    from pipeline.serve.server import Limits
+
+    limits = Limits(max_new_tokens, max_body, max_running, max_waiting, timeout)
+    listen.run(list(targets.values()), limits, key, host, port, device, dtype)
 
 
 def template_options(words: list[str]) -> dict:

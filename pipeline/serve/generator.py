@@ -12,6 +12,8 @@ A token in a message's text stays text: `<|im_end|>` that a user types ends noth
 """
 
 import datetime
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from pipeline.core.errors import UserError
 from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.chat.template import Chat
+from pipeline.data.tokenizer.encode import alphabet
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.models import build
 from pipeline.models.publish import generation_settings
@@ -71,6 +74,8 @@ class Generator:
     def __init__(self, folder: Path, device: str = "auto", dtype: str = "auto"):
         """device: auto, cpu or cuda; dtype: a key of DTYPES, or auto: bf16 on a GPU, fp32 on a CPU. Raises
         UserError."""
+        from tokenizers import Tokenizer
+
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
         if device == "auto":
@@ -78,6 +83,11 @@ class Generator:
         self.device, self.dtype = device, {"cuda": "bf16", "cpu": "fp32"}[device] if dtype == "auto" else dtype
         self.model = build.load(folder).to(dtype=DTYPES[self.dtype], device=device).eval()
         self.tokenizer = load_tokenizer(folder)
+        # A copy that is only read, so that threads may decode while another one encodes.
+        self.decoder = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        self._added = set(self.tokenizer.added_tokens_decoder)
+        self._alphabet = alphabet()
+        self._spells_bytes = "ByteLevel" in json.dumps(json.loads(self.decoder.to_str())["decoder"])
         self.settings = generation_settings(folder, self.tokenizer)
         self.chat: Chat | None = None
         if self.tokenizer.chat_template:
@@ -145,6 +155,19 @@ class Generator:
             raise UserError(f"the prompt has {len(prompt):,} tokens, and the model has {self.positions:,} positions")
         return min(wanted, self.positions - len(prompt))
 
+    def bytes_of(self, index: int) -> bytes:
+        """What a token spells, on its own."""
+        token = self.decoder.id_to_token(index)
+        if token is None:
+            return b""
+        if index in self._added:
+            return token.encode()
+        if self._spells_bytes:
+            return bytes(self._alphabet[letter] for letter in token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        return token.replace("\u2581", " ").encode()
+
     # ---- answers -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -191,7 +214,7 @@ class _Step:
         self._prompt_length, self._length, self._sampling = len(prompt), length, sampling
         self._stop_ids, self._on_token = stop_ids, on_token
         self._draws = torch.from_numpy(uniform(seeds, length)).to(generator.device)
-        self._rows = [_Text(generator.tokenizer, prompt, sampling.stop) for _ in seeds]
+        self._rows = [_Text(generator.decoder, prompt, sampling.stop) for _ in seeds]
         self._ended = torch.zeros(len(seeds), dtype=torch.bool, device=generator.device)
         self._warpers = LogitsProcessorList()
         if sampling.temperature > 0:
@@ -265,10 +288,10 @@ class _Step:
 class _Text:
     """The text of tokens as they come after a prompt, up to a stop text."""
 
-    def __init__(self, tokenizer, prompt: list[int], stop: tuple[str, ...]):
+    def __init__(self, backend, prompt: list[int], stop: tuple[str, ...]):
         from tokenizers.decoders import DecodeStream
 
-        self._backend = tokenizer.backend_tokenizer
+        self._backend = backend
         # With the prompt, because some decoders drop the space in front of a text's first word.
         self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
         self._asked = self._backend.decode(prompt, skip_special_tokens=True)

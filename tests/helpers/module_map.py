@@ -23,7 +23,7 @@ FOLDERS = {
     "rl": "PPO",
     "models": "Building models and knowing what they cost",
     "assessment": "What stage assess reads and measures",
-    "serve": "`alma chat`",
+    "serve": "`alma chat` and `alma serve`",
     "checks": "`alma verify`, `alma inspect` and `alma plan`",
 }
 

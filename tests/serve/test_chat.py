@@ -246,21 +246,22 @@ def test_on_a_terminal(run):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment)
     os.close(follower)
-    shown = b""
+    shown, place = b"", 0
 
     def until(mark: bytes) -> None:
-        nonlocal shown
+        """Read up to the next `mark` after the last one."""
+        nonlocal shown, place
         deadline = time.time() + 100
-        while mark not in shown.split(b"@")[-1]:
+        while (found := shown.find(mark, place)) < 0:
             assert time.time() < deadline, shown.decode()
             shown += os.read(leader, 4096)
-        shown += b"@"
+        place = found + len(mark)
 
+    for typed, mark in ((QUESTIONS[0], b"per second]"), ("/shout", b"/shout is no command"), ("/reset", b"forgotten")):
+        until(b"> ")
+        os.write(leader, f"{typed}\n".encode())
+        until(mark)
     until(b"> ")
-    os.write(leader, f"{QUESTIONS[0]}\n".encode())
-    until(b"per second]")
-    os.write(leader, b"/shout\n")
-    until(b"/shout is no command")
     os.write(leader, b"\x04")
     assert process.wait(60) == 0
     [answer] = expected_answers(resolve(f"{run}:sft").folder, QUESTIONS[:1], 9)
