@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from pipeline.data.dedup.document_index import Index
     from pipeline.data.dedup.exact_substring import UnitDocuments
 
-VERSION = 13
+VERSION = 14  # 14: a file of kind csv with a malformed header line is one bad record
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 MAX_DAMAGE = 3  # times that the same intermediate file may be found damaged
 

@@ -18,6 +18,7 @@ REPEATED = "two columns of one name; rename one"
 
 # Without this check a compressed file without its suffix would be a header line without rows: silently empty.
 UNREADABLE = "a header line with control characters, as compressed data and UTF-16 have"
+MALFORMED_HEADER = "malformed header line of a CSV file"
 _CONTROL = re.compile(r"[\0-\x08\x0e-\x1f]")
 
 
@@ -30,15 +31,15 @@ def csv_chunks(
     rows: list[tuple[int, Any]] = []
     for number, cells in _rows(lines, kind):
         place = f"{relative}:{number}"
-        if isinstance(cells, csv.Error):
-            rows.append((number, Bad(place, "malformed CSV", _excerpt(f"{cells}: {lines.broken_line}", encoding))))
-            weight += len(lines.broken_line)
-        elif header is None:
+        if header is None:
             bad = _bad_header(lines, number, cells)
             if bad:
                 yield bad
                 return
             header = cells
+        elif isinstance(cells, csv.Error):
+            rows.append((number, Bad(place, "malformed CSV", _excerpt(f"{cells}: {lines.broken_line}", encoding))))
+            weight += len(lines.broken_line)
         else:
             rows.append((number, _record(header, cells, place, encoding)))
             weight += sum(map(len, cells))
@@ -121,14 +122,17 @@ def _rows(lines: _Lines, kind: str) -> Iterator[tuple[int, list[str] | csv.Error
         number += length
 
 
-def _bad_header(lines: _Lines, number: int, header: list[str]) -> Chunk | None:
-    """The one bad record of a file whose rows cannot be read because of its header."""
-    joined = ",".join(header)
+def _bad_header(lines: _Lines, number: int, header: list[str] | csv.Error) -> Chunk | None:
+    """The one bad record of a file whose rows cannot be read because of its header line. The line after a malformed
+    header is a row, not the header."""
     if lines.damage and lines.damage[0][0] <= number:  # the header line is in the gap
         place, bad = lines.damage[0]
         return bad_chunk(lines.relative, place, bad.reason, bad.raw, lines.path.stat().st_size)
-    if any(map(_CONTROL.search, header)):
+    joined = lines.broken_line if isinstance(header, csv.Error) else ",".join(header)
+    if _CONTROL.search(joined):
         return bad_chunk(lines.relative, number, UNREADABLE, _excerpt(joined, lines.encoding))
+    if isinstance(header, csv.Error):
+        return bad_chunk(lines.relative, number, MALFORMED_HEADER, _excerpt(f"{header}: {joined}", lines.encoding))
     if duplicate := first_duplicate(header):
         return bad_chunk(lines.relative, number, REPEATED, _excerpt(f"{duplicate!r}: {joined}", lines.encoding))
     return None

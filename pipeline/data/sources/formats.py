@@ -91,7 +91,7 @@ class RepeatedKey(ValueError):
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise RepeatedKey("a key stands twice in a JSON object")
+        raise RepeatedKey("a JSON object has the same key twice")
     return record
 
 

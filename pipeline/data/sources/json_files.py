@@ -268,7 +268,7 @@ def _stream_member(text: _Text, step: str, rest: list[str], file: str, place: st
             text.value()
         elif key in keys:
             text.value()
-            yield Bad(f"{file}:{place}" if place else file, "a key stands twice in a JSON object", key[:EXCERPT])
+            yield Bad(f"{file}:{place}" if place else file, "a JSON object has the same key twice", key[:EXCERPT])
         elif rest:
             yield from _stream(text, rest, file, f"{place}.{step}" if place else step)
         else:

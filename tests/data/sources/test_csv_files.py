@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sources.csv_files import REPEATED, UNREADABLE
+from pipeline.data.sources.csv_files import MALFORMED_HEADER, REPEATED, UNREADABLE
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, read, text_of
 from pipeline.data.sources.sources import Source
@@ -59,7 +59,15 @@ def test_columns_without_a_name_may_be_several_and_named_ones_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [gzip.compress(b"text\nhello\n"), "text\nhello\n".encode("utf-16-le")], ids=["packed", "utf-16"]
+    "data",
+    [
+        gzip.compress(b"text\nhello\n", mtime=0),
+        gzip.compress(b"text\nhello\n", mtime=0x0D41),  # a carriage return in what would be the header line
+        gzip.compress(b"text\nhello\n", mtime=0x0A41),
+        gzip.compress(b"text\nhello\n", mtime=0x41220A),  # a quote
+        "text\nhello\n".encode("utf-16-le"),
+    ],
+    ids=["packed", "packed, carriage return", "packed, line feed", "packed, quote", "utf-16"],
 )
 def test_a_table_whose_header_is_no_text_is_one_bad_record(tmp_path, data):
     """correctness 20 and 29: a packed file without its suffix was a header line without rows, so nothing told of it."""
@@ -68,3 +76,10 @@ def test_a_table_whose_header_is_no_text_is_one_bad_record(tmp_path, data):
     found = list(read(Source(path=str(tmp_path / "*.csv")), "x"))
     assert [item.reason for item in found if isinstance(item, Bad)] == [UNREADABLE]
     assert [item.fields for item in found if isinstance(item, Record)] == [{"text": "hello"}]
+
+
+def test_a_row_is_not_taken_for_a_malformed_header(tmp_path):
+    """The columns would be named after a row, and that row lost."""
+    path = write(tmp_path / "a.csv", b'"text"s,n\nhello,1\nworld,2\n')
+    [bad] = records(path=path)
+    assert (bad.place, bad.reason) == ("a.csv:1", MALFORMED_HEADER) and bad.raw.endswith('"text"s,n\n')

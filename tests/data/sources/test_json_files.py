@@ -117,7 +117,7 @@ def test_arrays_that_look_like_lines_are_arrays(tmp_path):
 
 def test_a_key_that_stands_twice_makes_its_record_bad(tmp_path):
     """correctness 13, in JSON: alone in its line, item or block, and however deep; keys that differ in case are two."""
-    reason = "a key stands twice in a JSON object"
+    reason = "a JSON object has the same key twice"
     twice = [b'{"text": "a", "text": "b"}', b'{"text": "a", "m": [{"x": 1, "x": 1}]}', b'{"text": "a", "Text": "b"}']
     for name, data in (("a.jsonl", b"\n".join(twice)), ("a.json", b"[" + b", ".join(twice) + b"]")):
         found = records(write(tmp_path / name, data))
