@@ -4,7 +4,10 @@ The simulation (tests/helpers/simulated_stage.py) runs a step on fake tensors. T
 for the CUDA context and NCCL, and 5% of the rest for the allocator's fragmentation.
 """
 
+import dataclasses
+
 import pytest
+import simulated_tuning
 from paths import ROOT
 from simulated_stage import peak
 
@@ -76,6 +79,29 @@ def test_the_estimate_is_that_of_a_simulation(model, parallel, micro, checkpoint
     ((_, config, model_config),) = stages_of(model, words)
     simulated = peak(config, model_config, config.run.world).total
     assert estimate(config, model_config, config.run.world) == pytest.approx(simulated, rel=0.10)
+
+
+TUNED = [
+    ("qwen3-0.6b-lora", "sft", "qwen3-0.6b", 15),
+    ("qwen2.5-7b-qlora", "sft", "qwen2.5-7b", 15),
+    ("llama-3.1-8b-dpo", "dpo", "llama-3-8b", 45),
+]  # GiB that drivers show: a T4 of 16 GB has 15, an L40S of 48 GB has 45
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, stage, shape, gib", TUNED)
+def test_a_recipe_with_adapters_fits_the_gpu_it_names(name, stage, shape, gib):
+    """`shape`: the recipe that has the published model's sizes."""
+    config = load(ROOT / "recipes" / f"{name}.yaml").stages[stage]
+    (_, _, model_config), *_ = stages_of(shape)
+    simulated = simulated_tuning.peak(config, model_config).total
+    gpu = devices.like("a GPU", gib * 2**30, 1, 1).device
+    assert simulated <= gpu.usable, f"{simulated / 2**30:.1f} GiB"
+    plan = plan_stages.costs_of(plan_stages.on_meta(model_config), config)
+    layout = layouts.layout_of(config, model_config, plan.size, 1, "cuda")
+    sequences = dataclasses.replace(layout, micro=layout.micro * config.sequences_per_row())
+    predicted = sum(cost.memory(model_config, plan.size, config.sequence_length, sequences).values())
+    assert predicted == pytest.approx(simulated, rel=0.10)
 
 
 def test_a_layout_that_does_not_fit_is_told_what_would():

@@ -15,8 +15,6 @@ from pipeline.train.config import Parallel, TrainConfig
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.layouts import Candidate
 
-NF4_BYTES = 0.516  # per weight, with its scales (models/frozen.py)
-
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -157,7 +155,7 @@ def plan_stage(node: Node, graph: dict[str, Node], cluster: Cluster) -> StagePla
             node.name, "its model or its vocabulary is not known before the stages in front of it have run"
         )
     model = on_meta(model_config)
-    costs = _costs_of(model, config)
+    costs = costs_of(model, config)
     current, problem = None, ""
     try:
         current = layouts.candidate(config, costs, cluster)
@@ -179,7 +177,7 @@ def plan_stage(node: Node, graph: dict[str, Node], cluster: Cluster) -> StagePla
     )
 
 
-def _costs_of(model, config: TrainConfig) -> layouts.Costs:
+def costs_of(model, config: TrainConfig) -> layouts.Costs:
     """With the adapters of a stage that has them. 4-bit weights are counted without their package."""
     if not isinstance(config, FinetuneConfig) or config.lora is None:
         return layouts.costs_of(model, config)
@@ -192,7 +190,10 @@ def _costs_of(model, config: TrainConfig) -> layouts.Costs:
     lora.attach(model, config.lora, 0, ())
     costs = layouts.costs_of(model, config)
     if four_bits:
-        size = dataclasses.replace(costs.size, frozen_bytes=costs.size.frozen_bytes * NF4_BYTES / 2)
+        quantised = sum(layer.weight.numel() for layer in frozen.linear_layers(model))
+        size = dataclasses.replace(
+            costs.size, frozen_bytes=costs.size.frozen_bytes - quantised * (2 - frozen.NF4_BYTES)
+        )
         costs = dataclasses.replace(costs, size=size)
     return costs
 

@@ -41,6 +41,8 @@ class Size:
     """Bytes that these take (models/frozen.py)."""
     cast: int = 0
     """Parameters that multiply and are kept in fp32: bf16 autocast makes a copy of each."""
+    output_bytes: float = 0.0
+    """Bytes that the chunked loss makes for the output layer's weight: its gradient, its copy in bf16."""
     has_logits: bool = True
     """There is an output layer over the vocabulary; a reward model has none."""
     inputs: int = 0
@@ -96,8 +98,18 @@ def count(model) -> Size:
         frozen=sum(map(numel, still)),
         frozen_bytes=sum(map(frozen.nbytes, still)),
         cast=cast,
+        output_bytes=0.0 if outputs is None else _output_bytes(outputs.weight),
         has_logits=outputs is not None,
     )
+
+
+def _output_bytes(weight) -> float:
+    import torch
+
+    if weight.requires_grad:
+        # the gradient, kept in fp32 until the backward pass, and its product of one chunk (train/chunked_loss.py)
+        return 7.0 * weight.numel()
+    return 2.0 * weight.numel() if weight.dtype == torch.float32 else 0.0
 
 
 def _widths(model, picked: int) -> tuple[int, int, int]:
@@ -225,7 +237,7 @@ def _stage_memory(config, size: Size, sequence_length: int, layout: Layout, inde
     # 1F1B: the first stage has as many micro-batches in flight as there are stages
     in_flight = min(layout.accumulation, depth - index)
     parts["activations"] = tokens * (num_layers * kept * in_flight + ENDS * config.hidden_size)
-    logits = _logits_bytes(config, tokens, layout) if size.has_logits and last else 0.0
+    logits = _logits_bytes(config, size, tokens, layout) if size.has_logits and last else 0.0
     copies, again = _weight_copies(config, size, share, in_flight, layout)
     if layout.checkpointing != "none":
         again += tokens * complete
@@ -266,12 +278,10 @@ def state_bytes(size: Size, layout: Layout, share: float = 1.0) -> dict[str, flo
     return parts
 
 
-def _logits_bytes(config, tokens: int, layout: Layout) -> float:
+def _logits_bytes(config, size: Size, tokens: int, layout: Layout) -> float:
     if layout.head_rows:
-        # per logit its fp32 log-softmax and its gradient; the gradient of the output layer, kept until the backward
-        # pass, and its product of one chunk (train/chunked_loss.py)
-        output_layer = config.vocab_size * config.hidden_size
-        return 8.0 * min(tokens, layout.head_rows) * config.vocab_size + 7.0 * output_layer
+        # per logit its fp32 log-softmax and its gradient
+        return 8.0 * min(tokens, layout.head_rows) * config.vocab_size + size.output_bytes
     # per logit itself, its fp32 copy (bf16 only), its log-softmax, its gradient: never all at the same time
     capped = 2.0 if getattr(config, "final_logit_softcapping", None) else 0.0
     return (12.0 + capped) * tokens * config.vocab_size

@@ -137,7 +137,7 @@ def store(model, base: str, precision: str, device: torch.device, trained: tuple
     modules = {name: module for name, module in model.named_modules() if not _inside(name, trained)}
     if base == "nf4":
         require(base, "lora.base")
-        for layer in _linear_layers(model, modules):
+        for layer in linear_layers(model, modules):
             _to_four_bits(layer, DTYPES[precision], device)
     if precision == "bf16":
         _to_bf16(model, modules)
@@ -149,12 +149,14 @@ def _inside(name: str, modules: tuple[str, ...]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _linear_layers(model, modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """All linear layers but the output layer, whose weight may be the embedding's too."""
+def linear_layers(model, modules: dict[str, nn.Module] | None = None) -> list[nn.Module]:
+    """The layers that nf4 quantises: all linear layers but the output layer, whose weight may be the embedding's too.
+    modules: among these only, by name."""
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings()
-    return [layer for layer in modules.values() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not output]
+    candidates = model.modules() if modules is None else modules.values()
+    return [layer for layer in candidates if isinstance(layer, (nn.Linear, Conv1D)) and layer is not output]
 
 
 def _to_four_bits(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -215,7 +217,7 @@ def round_as(model, base: str, precision: str) -> None:
     if base != "nf4":
         return
     require(base, "an adapter that was trained with lora.base")
-    for layer in _linear_layers(model, dict(model.named_modules())):
+    for layer in linear_layers(model):
         weight = layer.weight.T if is_transposed(layer) else layer.weight
         rounded = _dequantised(_quantise(weight, DTYPES[precision], weight.device))
         layer.weight.copy_(rounded.T if is_transposed(layer) else rounded)
