@@ -35,6 +35,7 @@ def report(folder: Path, what: str) -> dict:
     return json.loads((folder / "runs" / "tiny" / "verify" / f"{what}.json").read_text())
 
 
+@pytest.mark.slow
 def test_all_layouts_agree(tmp_path, monkeypatch, capsys):
     """Without running any stage. Every layout is in the table, no number differs by more than 1e-5, and the folder is
     clean afterwards."""

@@ -94,7 +94,7 @@ def gone(folder: Path, seconds: float) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["terminal", "chain"])
+@pytest.mark.parametrize("how", ["terminal", pytest.param("chain", marks=pytest.mark.slow)])
 def test_the_first_interrupt_of_a_chain_saves_the_step_it_is_at(world, how):
     """correctness 43: a terminal's Ctrl-C reaches every process of the group, `kill -INT` the chain alone."""
     folder = world / f"runs-{how}/tiny"
@@ -206,7 +206,7 @@ def units(folder: Path) -> list[Path]:
     return list(folder.glob("runs/t/clean/*/work/units-*/*/*.parquet"))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupted_clean_keeps_its_units_and_says_so(tmp_path, workers):
     """correctness 43: a stage without steps. What was finished is not done again, and the result is the same."""
     draw = random.Random(3)
@@ -237,7 +237,7 @@ def published_yet(folder: Path) -> bool:
     return (folder / "runs/t/clean/current").exists()
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize("delay", [*(pytest.param(delay, marks=pytest.mark.slow) for delay in (0.0, 1.5)), 0.3])
 def test_nothing_outlives_a_chain_that_is_killed(world, delay):
     """correctness 34: from the moment at which a stage of two ranks is started, when its processes know nothing yet."""
     chain = start([*ALMA, "run", "r.yaml", *STEPS, "output=runs-killed", "pretrain.run.processes=2"], world)

@@ -9,7 +9,8 @@ from a server process and returns (exit code, stdout + stderr). The child can be
 import contextlib
 import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -28,7 +29,8 @@ _context.set_forkserver_preload(
 )
 
 
-def _child(kind: str, words: list[str], environment: dict, folder: str, log: str) -> None:
+def _enter(environment: dict, folder: str, log: str) -> None:
+    """Make this forked process look like one that a shell started in `folder`, with its output in `log`."""
     os.chdir(folder)
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -36,9 +38,20 @@ def _child(kind: str, words: list[str], environment: dict, folder: str, log: str
     os.dup2(handle, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
+
+
+def _child(kind: str, words: list[str], environment: dict, folder: str, log: str) -> None:
+    _enter(environment, folder, log)
     from pipeline.core.stage import main
 
     main(kind, words)
+
+
+def _rank(script: str, words: list[str], environment: dict, folder: str, log: str) -> None:
+    _enter(environment, folder, log)
+    sys.argv = [script, *words]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def stage(
@@ -77,12 +90,72 @@ def succeed(kind: str, *words, **options) -> str:
     return text
 
 
-def launch(processes: int, *words: str, cwd: Path) -> subprocess.CompletedProcess:
-    """A script in so many processes, as torchrun starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env=environment)
+class Rank:
+    """One process of a launch, with the methods of subprocess.Popen."""
+
+    def __init__(self, script: Path | str, words: list[str], environment: dict, folder: Path | str, log: Path):
+        self.process = _context.Process(target=_rank, args=(str(script), words, environment, str(folder), str(log)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Exit code. Raises TimeoutError."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            raise TimeoutError(f"process {self.pid} did not end in {seconds} s")
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def start_ranks(script: Path | str, words: list[list], cwd: Path | str, logs: list[Path]) -> list[Rank]:
+    """A script in len(words) processes, with the environment that torchrun gives them; `words` and `logs` are those of
+    each rank. As under srun, nobody ends the others when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    found = []
+    for rank, own in enumerate(words):
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "ACCELERATE_USE_CPU": "true",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(len(words)),
+            "LOCAL_WORLD_SIZE": str(len(words)),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        logs[rank].touch()
+        found.append(Rank(script, [str(word) for word in own], environment, cwd, logs[rank]))
+    return found
+
+
+def launch(processes: int, script: Path | str, *words, cwd: Path | str, seconds: float = 300) -> str:
+    """Run a script in so many processes and return what they wrote. Like torchrun, end all of them when one fails;
+    then raise AssertionError with their output."""
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        ranks = start_ranks(script, [list(words)] * processes, cwd, [log] * processes)
+        deadline = time.time() + seconds
+        while any(rank.poll() is None for rank in ranks):
+            if time.time() > deadline or any(rank.poll() for rank in ranks):
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.02)
+        codes = [rank.poll() for rank in ranks]
+        assert not any(codes), f"{script} ended with {codes}:\n{log.read_text()[-8000:]}"
+        return log.read_text()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

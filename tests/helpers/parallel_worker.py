@@ -1,8 +1,8 @@
-"""Runs in each process of one torchrun launch: every layout that two processes can have, one after another. Results go
-to the file named on the command line.
+"""Runs in each process of one launch: every layout that two processes can have, one after another. Results go to the
+file named on the command line.
 
-A launch costs ten seconds and a layout a tenth of one, so test_parallel.py starts this once and asserts on what it
-wrote. With `compiled` as second word: COMPILED, for test_layers.py.
+A launch costs seconds and a layout a tenth of one, so test_parallel.py starts this once and asserts on what it wrote.
+Second word: `compiled` runs COMPILED, for test_layers.py; `pairs` resumes every layout from every other.
 """
 
 import sys
@@ -57,6 +57,15 @@ COMPILED = {
 }
 PLAIN = [name for name in LAYOUTS if "chunks" not in name and "frozen" not in name]
 STEPS = 6
+NEIGHBOURS = 3  # layouts from whose checkpoints each layout resumes, unless all pairs are asked for
+
+
+def sources(target: str, pairs: bool) -> list[str]:
+    """The layouts from whose checkpoints `target` resumes: one process, and the next ones in the list or all."""
+    alike = [name for name in PLAIN if ("tied" in name) == ("tied" in target)]
+    at = alike.index(target)
+    others = alike[at + 1 :] + alike[:at]
+    return [f"one{' tied' * ('tied' in target)}", *(others if pairs else others[:NEIGHBOURS])]
 
 
 def kind_of(layout: str) -> str:
@@ -235,10 +244,7 @@ if __name__ == "__main__":
                 trainer = ENGINES.pop(layout)
                 results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}
         for target, trainer in ENGINES.items():
-            for source in [
-                f"one{' tied' * ('tied' in target)}",
-                *(other for other in PLAIN if other != target and ("tied" in other) == ("tied" in target)),
-            ]:
+            for source in sources(target, sys.argv[2:] == ["pairs"]):
                 results["elastic"][source, target] = go_on(trainer, scratch / source)
     if distributed.is_main():
         torch.save(results, sys.argv[1])

@@ -2,11 +2,9 @@
 loss; stages of a pipeline."""
 
 import math
-import os
-import subprocess
-import sys
 
 import families
+import harness
 import pytest
 import torch
 from family_batches import LENGTH, MUP, ROWS, VOCABULARY, batch_of, fresh, loss_fn
@@ -271,27 +269,9 @@ def test_two_processes_train_a_family_as_one_does(names, layouts, tmp_path):
     updates of 3e-3."""
     import families_worker
 
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONPATH": str(HELPERS),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(HELPERS / "families_worker.py"),
-        tmp_path / "results.pt",
-        names,
-        layouts,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    harness.launch(
+        2, HELPERS / "families_worker.py", tmp_path / "results.pt", names, layouts, cwd=tmp_path, seconds=600
+    )
     alone = {}
     for (name, layout), found in torch.load(tmp_path / "results.pt", weights_only=False).items():
         expected = alone.setdefault(name, families_worker.train(name, "one"))

@@ -56,13 +56,14 @@ def test_keys_that_contradict_each_other():
         Config(**keys, best={"every_steps": 10}).check(1)
 
 
-# At this rate adapters stop getting better after a few steps.
+# No evaluation is better by 100 than the first, so the run stops after the third, at step 6. Which of the three is the
+# best depends on the processor's rounding at this rate.
 WORDS = (
     "sft.lora={rank: 4}",
     "sft.neftune=5",
     "sft.optimizer.lr=1",
     "sft.steps=16",
-    "sft.best={metric: loss, every_steps: 2, patience: 2}",
+    "sft.best={metric: loss, every_steps: 2, patience: 2, min_delta: 100}",
     "sft.max_prompts=0",
     "sft.save={every_steps: 100, keep: 1}",
 )
@@ -76,15 +77,14 @@ def test_the_best_checkpoint_is_published_also_by_a_run_that_was_killed(tmp_path
     current = folder / "runs/tiny/sft/current"
     metrics = json.loads((current / "manifest.json").read_text())["metrics"]
     best, steps = metrics["best_step"], metrics["steps"]
-    assert f"stopped at step {steps}: loss has not improved in 2 evaluations" in text
-    assert best == steps - 4 > 0
+    assert steps == 6 and "stopped at step 6: loss has not improved" in text
     evaluations = [line for line in tuned.lines(folder, "sft") if "heldout_loss" in line]
     losses = {line["step"]: line["heldout_loss"] for line in evaluations if line["step"]}
     assert min(losses, key=losses.get) == best and losses[best] == metrics["heldout_loss_after"]
     expected = files_of(current)
 
     shutil.rmtree(folder / "runs")
-    for fault in (f"work:{best + 1}", "publish:1"):
+    for fault in ("work:5", "publish:1"):
         code, text = stage("sft", "tiny.yaml", *WORDS, cwd=folder, fault=fault)
         assert code == -9, text
     succeed("sft", "tiny.yaml", *WORDS, cwd=folder)

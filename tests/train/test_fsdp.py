@@ -1,13 +1,11 @@
 """The FSDP engine: models that are never complete, gathers in bf16, and how parameters are split. That it computes what
 the other engines compute is in test_parallel.py, test_families.py and test_verify.py."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import families
 import fsdp_worker
+import harness
 import pytest
 import simulated_fsdp
 import torch
@@ -21,30 +19,10 @@ from pipeline.models import model_block
 from pipeline.train import state
 from pipeline.train.config import Parallel
 
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "ACCELERATE_USE_CPU": "true",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "PYTHONPATH": str(HELPERS),
-}
-
 
 def launch(folder: Path, *words: str) -> dict:
     """Results of fsdp_worker.py in two processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(HELPERS / "fsdp_worker.py"),
-        str(folder / "results.pt"),
-        *words,
-    ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    harness.launch(2, HELPERS / "fsdp_worker.py", folder / "results.pt", *words, cwd=folder)
     return torch.load(folder / "results.pt", weights_only=False)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from harness import files_of
+from harness import Rank, files_of, start_ranks
 from paths import ROOT
 
-STEPS = 240
+STEPS = 160
 WORDS = (
     f"pretrain.steps={STEPS}",
     "pretrain.save.every_steps=20",
@@ -32,34 +32,13 @@ def world(tmp_path_factory):
     return folder
 
 
-def start(folder: Path, *words: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+def start(folder: Path, *words: str, second: tuple[str, ...] = ()) -> list[Rank]:
     """Both ranks; `second`: words for rank 1 alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    found = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": str(rank),
-        }
-        command = [
-            sys.executable,
-            str(ROOT / "pipeline/pretrain.py"),
-            "recipe.yaml",
-            *WORDS,
-            *words,
-            *(second if rank else ()),
-        ]
-        with open(folder / f"rank-{rank}.log", "w") as log:
-            found.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    return found
+    common = ["recipe.yaml", *WORDS, *words]
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    return start_ranks(ROOT / "pipeline/pretrain.py", [common, [*common, *second]], folder, logs)
 
 
 def said(folder: Path, rank: int) -> str:
@@ -90,7 +69,7 @@ def end(ranks, folder, seconds=60) -> list[int]:
     begun = time.time()
     try:
         return [rank.wait(max(1, seconds - (time.time() - begun))) for rank in ranks]
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         raise AssertionError(f"a rank did not end in {seconds} s\n{said(folder, 0)}\n{said(folder, 1)}") from None
     finally:
         for rank in ranks:

@@ -1,9 +1,6 @@
 """compile: true with recomputed activations, under DDP, ZeRO and a pipeline: what one process computes without it."""
 
-import os
-import subprocess
-import sys
-
+import harness
 import pytest
 import torch
 from parallel_worker import COMPILED, STEPS, kind_of, train
@@ -17,23 +14,7 @@ def results(tmp_path_factory):
     """One launch of two processes for all of them."""
     folder = tmp_path_factory.mktemp("compiled")
     (folder / "checkpoints").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONPATH": str(HELPERS),
-    }
-    done = subprocess.run(
-        [*command, str(HELPERS / "parallel_worker.py"), f"{folder}/results.pt", "compiled"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    harness.launch(2, HELPERS / "parallel_worker.py", folder / "results.pt", "compiled", cwd=folder, seconds=900)
     return torch.load(folder / "results.pt", weights_only=False)
 
 
