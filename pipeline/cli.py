@@ -141,6 +141,7 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
 app.command("plan")(plan_commands.plan)
 app.command("chat")(serving.chat)
 app.command("serve")(serving.serve)
+app.command("push")(serving.push)
 
 
 @recipe_app.command("list")

@@ -200,7 +200,7 @@ def _from_huggingface(reference: Reference) -> Path:
     except EntryNotFoundError:
         raise UserError(f"{name}@{revision} has no file {reference.file}; its files: {page}/tree/{revision}") from None
     except Exception as error:
-        if not _is_of_the_network(error):
+        if not is_of_the_network(error):
             raise
         raise _unreachable(reference, page, error) from None
 
@@ -253,7 +253,7 @@ def _bars() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _is_of_the_network(error: Exception) -> bool:
+def is_of_the_network(error: Exception) -> bool:
     """Whether a library could not get something: its own errors, those of its client (which one that is depends on its
     version), and those of the system."""
     libraries = ("huggingface_hub", "modelscope", "httpx", "requests", "urllib3")
@@ -305,7 +305,7 @@ def _from_modelscope(reference: Reference) -> Path:
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # also that the repository, revision or file does not exist
-        if not _is_of_the_network(error):
+        if not is_of_the_network(error):
             raise
         page = f"https://www.modelscope.cn/models/{reference.name}"
         raise _unreachable(reference, page, error) from None

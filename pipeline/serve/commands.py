@@ -1,4 +1,4 @@
-"""`alma chat` and `alma serve`: their options."""
+"""`alma chat`, `alma serve` and `alma push`: their options."""
 
 import json
 import os
@@ -115,6 +115,20 @@ def serve(
 
     limits = Limits(max_new_tokens, max_body, max_running, max_waiting, timeout)
     listen.run(list(targets.values()), limits, key, host, port, device, dtype)
+
+
+def push(
+    target: Annotated[str, typer.Argument(help=TARGET, metavar="RUN[:STAGE]|MODEL")],
+    repository: Annotated[str, typer.Argument(help="Of the Hugging Face hub.", metavar="ORG/NAME")],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is created, only you can see it.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
+) -> None:
+    """Upload an exported model with its card to the Hugging Face hub, in one commit."""
+    from pipeline.serve.push import run
+
+    run(target, repository, private, dry_run)
 
 
 def template_options(words: list[str]) -> dict:

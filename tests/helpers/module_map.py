@@ -23,7 +23,7 @@ FOLDERS = {
     "rl": "PPO",
     "models": "Building models and knowing what they cost",
     "assessment": "What stage assess reads and measures",
-    "serve": "`alma chat` and `alma serve`",
+    "serve": "`alma chat`, `alma serve` and `alma push`",
     "checks": "`alma verify`, `alma inspect` and `alma plan`",
 }
 
