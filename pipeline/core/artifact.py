@@ -53,6 +53,7 @@ NOT_CONTENT = {
     "checkpoints",
     "work",
     "wandb",
+    "trackers",
 }
 
 

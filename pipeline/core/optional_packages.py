@@ -8,10 +8,14 @@ from pipeline.core.errors import UserError
 EXTRAS = {
     "deepspeed": "deepspeed",
     "datasets": "datasets",
-    "wandb": "wandb",
     "bitsandbytes": "qlora",
     "starlette": "serve",
     "uvicorn": "serve",
+    "wandb": "wandb",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
 }
 
 

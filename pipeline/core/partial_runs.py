@@ -26,7 +26,7 @@ RUN = {
 }
 # Files and folders of a run that hold no work: they are written again, or only describe the run. Tables of rows
 # (data/tokens/packing.py) take seconds, and tasks of an array job (data/cleaning/slurm_executor.py) are not results.
-NOT_WORK = {"run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb"}
+NOT_WORK = {"run.json", "recipe.yaml", "metrics.jsonl", "logs", "wandb", "trackers"}
 NOT_WORK_FOLDERS = {("work", "tables"), ("work", "tasks")}
 
 
@@ -147,6 +147,6 @@ def temporary_files(run: Path) -> list[Path]:
     for path in run.rglob(".*.tmp"):
         *folders, _ = path.relative_to(run).parts
         is_hidden = any(name.startswith(".") and name.endswith(".tmp") for name in folders)
-        if path.is_file() and not is_hidden and (not folders or folders[0] not in ("logs", "wandb")):
+        if path.is_file() and not is_hidden and (not folders or folders[0] not in ("logs", "wandb", "trackers")):
             paths.append(path)
     return paths

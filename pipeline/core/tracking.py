@@ -1,5 +1,5 @@
-"""How a user follows a run: metrics.jsonl always, Weights & Biases if the recipe asks for it, a progress bar on a
-terminal, plain lines elsewhere."""
+"""How a user follows a run: metrics.jsonl always, the trackers that the recipe asks for (trackers.py), a progress bar
+on a terminal, plain lines elsewhere."""
 
 import json
 import math
@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from pipeline.core.files import write_atomic
-from pipeline.core.terminal import short, show, time_left
+from pipeline.core.terminal import short, time_left
+from pipeline.core.trackers import TrackedRun, TrackerName, Trackers
 
 PLAIN_SECONDS = 10
 MIN_BAR, MAX_BAR = 10, 40  # columns
@@ -18,17 +19,9 @@ MIN_BAR, MAX_BAR = 10, 40  # columns
 class Tracker:
     """Writes one JSON line per call to `log`. Only the main process writes; calls in other processes do nothing."""
 
-    def __init__(
-        self,
-        folder: Path,
-        is_main: bool = True,
-        wandb_project: str | None = None,
-        name: str = "",
-        config: dict | None = None,
-    ):
-        self.path, self.is_main, self.wandb = folder / "metrics.jsonl", is_main, None
-        if is_main and wandb_project:
-            self.wandb = _start_wandb(folder, wandb_project, name, config or {})
+    def __init__(self, folder: Path, is_main: bool = True, to: list[TrackerName] = (), run: TrackedRun | None = None):
+        self.path, self.is_main = folder / "metrics.jsonl", is_main
+        self.trackers = Trackers(to, run) if is_main and to else None
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
         """Drop lines after `step`, and the evaluation at it unless `evaluated`: a resumed run writes them again, and a
@@ -43,6 +36,8 @@ class Tracker:
         ]
         if len(kept) != len(lines):
             write_atomic(self.path, "".join(line + "\n" for line in kept))
+            if self.trackers:
+                self.trackers.rewind(step)
 
     def log(self, step: int, **values) -> None:
         if not self.is_main:
@@ -51,12 +46,12 @@ class Tracker:
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values}, ensure_ascii=False)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(line + "\n")
-        if self.wandb:
-            self.wandb.log({key: value for key, value in values.items() if isinstance(value, (int, float))}, step=step)
+        if self.trackers:
+            self.trackers.log(step, values)
 
     def close(self) -> None:
-        if self.wandb:
-            self.wandb.finish()
+        if self.trackers:
+            self.trackers.close()
 
 
 def plain(values: dict) -> dict:
@@ -72,29 +67,6 @@ def step_of(line: str) -> int:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return sys.maxsize  # the incomplete last line of a killed run
-
-
-def _start_wandb(folder: Path, project: str, name: str, config: dict):
-    """Start Weights & Biases. It never blocks and never fails a run: without a key it is offline, and an error is only
-    printed."""
-    try:
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        settings = wandb.Settings(silent=True, init_timeout=20)
-        return wandb.init(
-            project=project,
-            name=name,
-            id=folder.name.removesuffix(".partial"),
-            resume="allow",
-            dir=folder,
-            mode=mode,
-            config=config,
-            settings=settings,
-        )
-    except Exception as error:  # a run must not be lost because of its tracker
-        show(f"Weights & Biases could not start ({error}); metrics.jsonl is written as usual")
-        return None
 
 
 class Progress:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.core import optional_packages
-from pipeline.core.config import EXECUTION, PlannedInput, StageConfig, Strict, refuse_unused
+from pipeline.core.config import EXECUTION, Distinct, PlannedInput, StageConfig, Strict, refuse_unused
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.terminal import plural
+from pipeline.core.trackers import TrackerName
 from pipeline.models import attention
 
 
@@ -221,8 +222,26 @@ class Log(Strict):
     peak: Literal["measured"] | Annotated[float, Field(gt=0)] | None = None
     """Peak rate of one device, for MFU and the estimate of the time: TFLOP/s, or `measured` with matrix products at
     the start (takes a second); none: from a table of GPUs."""
+    to: Annotated[list[TrackerName], Distinct] = []
+    """Trackers that get the same numbers, each by its own package (`pip install 'alma[tensorboard]'`): offline and in
+    files of the run, if no account or server is set up (docs/trackers.md)."""
+    project: str | None = None
+    """Project, or experiment, of the run in the trackers; by default the recipe's name."""
     wandb: str | None = None
-    """Weights & Biases project; offline when WANDB_API_KEY is not set."""
+    """Weights & Biases project: short for `to: [wandb]` and `project`."""
+
+    @property
+    def trackers(self) -> list[TrackerName]:
+        return ["wandb"] if self.wandb else self.to
+
+    @model_validator(mode="after")
+    def no_unused_keys(self):
+        if self.wandb:
+            refuse_unused(self, "to", f"and wandb: {self.wandb} both name trackers; write to and project")
+            refuse_unused(self, "project", f"and wandb: {self.wandb} both name the project; write to and project")
+        elif not self.to:
+            refuse_unused(self, "project", "names the run's project in trackers, and `to` names none")
+        return self
 
 
 class Spikes(Strict):
@@ -348,9 +367,10 @@ class TrainConfig(StageConfig):
             instead = "" if self.parallel.pipeline > 1 else "split the model with torch: shard: full"
             with problems.gather():
                 optional_packages.require("deepspeed", f"stage {self.kind}: parallel.{key}", instead)
-        with problems.gather():
-            if self.log.wandb:
-                optional_packages.require("wandb", f"stage {self.kind}: log.wandb", "remove the key")
+        for tracker in self.log.trackers:
+            key = "log.wandb" if self.log.wandb else f"log.to: {tracker}"
+            with problems.gather():
+                optional_packages.require(tracker, f"stage {self.kind}: {key}", "remove it")
         problems.refuse()
 
     def warnings(self) -> list[str]:

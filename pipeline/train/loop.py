@@ -18,6 +18,7 @@ from pipeline.core.output import Output
 from pipeline.core.seeds import derive
 from pipeline.core.stop import StopSignal, saved_step, stop
 from pipeline.core.terminal import show
+from pipeline.core.trackers import TrackedRun
 from pipeline.core.tracking import Progress, Tracker, plain
 from pipeline.train import checkpoints, distributed, phases
 from pipeline.train.best import Selection
@@ -170,7 +171,9 @@ class Loop:
         self.rollback_note: dict = {}  # for the next line of metrics.jsonl
         self.resumed = False
         logged_config = {"stage": output.stage} | config.model_dump(mode="json")
-        self.tracker = Tracker(output.path, output.is_main, config.log.wandb, output.stage, logged_config)
+        project = config.log.wandb or config.log.project or output.folder.parent.name  # the recipe's name
+        run = TrackedRun(output.path, project, output.stage, logged_config)
+        self.tracker = Tracker(output.path, output.is_main, config.log.trackers, run)
         keep_best = config.save.keep_best or hooks.selection is not None
         self.saver = checkpoints.Saver(output, updates.engines, config.save, keep_best)
 

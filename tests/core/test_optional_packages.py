@@ -59,8 +59,7 @@ LACKING = (
     " or give the data set's files as `path`",
     "pretrain: parallel.pipeline: 2 needs the package deepspeed, which is not installed; run pip install"
     " 'alma[deepspeed]'",
-    "pretrain: log.wandb needs the package wandb, which is not installed; run pip install 'alma[wandb]', or remove the"
-    " key",
+    "pretrain: log.wandb needs the package wandb, which is not installed; run pip install 'alma[wandb]', or remove it",
 )
 
 
