@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,9 @@ from pipeline import __version__
 from pipeline.checks import inspect_commands as inspection
 from pipeline.checks import plan_commands
 from pipeline.checks import verify_commands as verify
+from pipeline.cluster import queue_commands
+from pipeline.cluster.job_files import folder_of
+from pipeline.cluster.queue import views
 from pipeline.core import chain, shipped_recipes
 from pipeline.core.chain_summary import show_chain
 from pipeline.core.cli_arguments import Json, RecipeFile, Words, check_stage_names, split
@@ -110,11 +114,14 @@ def run_command(
 
 @app.command("status")
 def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = False) -> None:
-    """One line per stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where."""
+    """One line per stage: up to date, stale and why, interrupted at which step, missing, damaged, running and where;
+    and its job, if it was queued on a cluster."""
     stages, overrides = split(words)
-    graph = examine(load(recipe, overrides))
+    loaded = load(recipe, overrides)
+    graph = examine(loaded)
     check_stage_names(stages, graph, recipe)
     chosen = {name: node for name, node in graph.items() if not stages or name in stages}
+    jobs = views(folder_of(loaded))
     if as_json:
         print(
             json.dumps(
@@ -127,6 +134,7 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
                         "folder": str(node.folder),
                         "nodes": node.config.run.nodes,
                         "minutes": node.config.run.minutes,
+                        "job": asdict(jobs[name]) if name in jobs else None,
                     }
                     for name, node in chosen.items()
                 }
@@ -135,9 +143,12 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
         return
     for name, node in chosen.items():
         made = f"  {os.path.relpath(node.output.path)}" if node.output else ""
-        show(f"{name:<12} {node.state:<12} {node.reason}{made}".rstrip())
+        job = f"  [{jobs[name].text}]" if name in jobs else ""
+        show(f"{name:<12} {node.state:<12} {node.reason}{made}{job}".rstrip())
 
 
+app.command("cancel")(queue_commands.cancel)
+app.command("logs")(queue_commands.logs)
 app.command("plan")(plan_commands.plan)
 app.command("chat")(serving.chat)
 app.command("serve")(serving.serve)

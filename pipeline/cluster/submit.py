@@ -124,7 +124,7 @@ def _refuse_live_jobs(folder: Path) -> None:
     if live:
         raise UserError(
             f"{folder.parent}: jobs of this run are queued or running: {', '.join(live)}; wait for them, or"
-            " end them (scancel) and run the same command again"
+            " end them (alma cancel) and run the same command again"
         )
 
 
@@ -156,7 +156,10 @@ def _submit_all(recipe: Recipe, stages: dict[str, Node], needs: dict[str, list[s
     for name, entry in jobs.items():
         after = f" after {', '.join(entry.needs)}" if entry.needs else ""
         show(f"{name:<12} job {entry.job}{after}")
-    show(f"{recipe.name}: {plural(len(jobs), 'job')} queued; their files are in {os.path.relpath(folder)}")
+    show(
+        f"{recipe.name}: {plural(len(jobs), 'job')} queued; their files are in {os.path.relpath(folder)}. alma"
+        " status shows how far they are, alma logs what they print, alma cancel ends them"
+    )
 
 
 def _print_file(path: Path, text: str) -> None:
