@@ -11,6 +11,9 @@ from ppo_world import write_world
 from test_ppo import LEARN as LEARN_PPO
 from test_ppo import close, logged, ranks, weights
 
+from pipeline.core.errors import UserError
+from pipeline.core.recipe import load
+
 ALGORITHMS = {
     "grpo": ["grpo.update.kl_coef=0.05", "grpo.resample=2"],
     "dr_grpo": ["grpo.algorithm=dr_grpo", "grpo.overlong={buffer: 3}"],
@@ -50,9 +53,8 @@ def test_the_stage(world):
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
 
-@pytest.mark.parametrize(
-    "name", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS if name != "grpo")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_killed_anywhere_it_ends_with_the_same_bytes(world, name):
     """After a step, inside a save and while publishing; weights, samples and curve of the uninterrupted run."""
     words = ALGORITHMS[name]
@@ -93,6 +95,7 @@ def test_micro_batches_do_not_change_the_result(world):
     close(found, whole)
 
 
+@pytest.mark.slow
 def test_adapters_without_a_copy_of_the_policy(world):
     """The reference is the policy without its adapter."""
     words = ("grpo.lora={rank: 4}", "grpo.update.kl_coef=0.05", "grpo.optimizer.lr=3e-2")
@@ -122,8 +125,16 @@ def test_adapters_without_a_copy_of_the_policy(world):
     ],
 )
 def test_what_cannot_be_done_is_refused(world, words, message):
-    code, text = stage("grpo", "group.yaml", *words, "output=refused", cwd=world)
-    assert code == 2 and message in text, text
+    assert message in refusal(world, *words)
+
+
+def refusal(folder, *words) -> str:
+    """What is said of a recipe before anything runs."""
+    with pytest.raises(UserError) as error:
+        config = load(folder / "group.yaml", words).stages["grpo"]
+        config.check(1)
+        config.check_rewards()
+    return str(error.value)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -228,6 +239,7 @@ def test_rewards_get_what_they_name(own):
     assert any("no field 'tests', which reward_fields names" in reason for reason in rejected)
 
 
+@pytest.mark.slow
 def test_the_file_of_a_function_belongs_to_the_identity(own):
     words = (*OWN, f"grpo.rewards={{{SHARE}}}", "grpo.steps=1")
     first, _, _ = run(own, *words, output="identity")
@@ -243,7 +255,6 @@ def test_the_file_of_a_function_belongs_to_the_identity(own):
         (SHARE.replace("letters", "lettrs"), "rewards.py has no function 'lettrs' at its top level; it has letters"),
         (SHARE.replace("rewards.py", "gone.py"), "gone.py does not exist"),
         (SHARE.replace("}", ", arguments: {size: 1}}"), "letters has no parameter 'size'; it has letter"),
-        ("never: {function: 'rewards.py:never'}", "all 16 calls of rewards.py:never of an iteration failed"),
         (
             "r: {function: regexx}",
             "there is no 'regexx' (a function of your own is FILE.py:NAME); did you mean 'regex'?",
@@ -254,19 +265,35 @@ def test_the_file_of_a_function_belongs_to_the_identity(own):
             "length has no argument 'most'; it has at_least, at_most, unit",
         ),
         ("r: {function: model, seconds: 3}", "seconds is for functions, and function: model is the reward model"),
-        ("r: {function: model}", "needs the input 'reward', a stage of kind reward"),
     ],
 )
-def test_rewards_that_cannot_be_called_are_refused(own, rewards, message):
+def test_rewards_that_cannot_be_called_are_refused(own, monkeypatch, rewards, message):
+    monkeypatch.chdir(own)
+    assert message in refusal(own, *OWN, f"grpo.rewards={{{rewards}}}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rewards, message",
+    [
+        ("never: {function: 'rewards.py:never'}", "all 16 calls of rewards.py:never of an iteration failed"),
+        ("r: {function: 'broken.py:f'}", "broken.py:f cannot be imported: error: ModuleNotFoundError"),
+        ("r: {function: model}", "needs the input 'reward', a stage of kind reward"),
+        (SHARE.replace("letters", "lettrs"), "rewards.py has no function 'lettrs' at its top level; it has letters"),
+    ],
+)
+def test_a_stage_ends_with_what_is_wrong_with_a_reward(own, rewards, message):
+    (own / "broken.py").write_text("import nowhere\n\ndef f(response):\n    return 1\n")
     code, text = stage("grpo", "group.yaml", *OWN, f"grpo.rewards={{{rewards}}}", "output=refused-2", cwd=own)
     assert code == 2 and "Traceback" not in text and message in text, text
 
 
 def test_an_input_that_is_not_read_is_refused(own):
-    code, text = stage("grpo", "group.yaml", f"grpo.rewards={{{SHARE}}}", "output=refused-3", cwd=own)
-    assert code == 2 and "inputs.reward: ./reward is not read, because no entry of rewards has function: model" in text
+    said = refusal(own, f"grpo.rewards={{{SHARE}}}")
+    assert "inputs.reward: ./reward is not read, because no entry of rewards has function: model" in said
 
 
+@pytest.mark.slow
 def test_the_reward_model_may_be_one_of_several(own):
     rewards = f"grpo.rewards={{{SHARE}, judge: {{function: model, weight: 2}}}}"
     found, _, _ = run(own, rewards, "grpo.steps=1", output="several")
@@ -278,7 +305,16 @@ def test_the_reward_model_may_be_one_of_several(own):
 def test_ppo_learns_from_a_function(own):
     """Without a reward model: the value model starts from the policy, with a value of 0 everywhere."""
     rewards = f"ppo.rewards={{{SHARE}}}"
-    text = succeed("ppo", "recipe.yaml", "ppo.inputs={policy: ./policy}", rewards, *LEARN_PPO, "output=ppo", cwd=own)
+    text = succeed(
+        "ppo",
+        "recipe.yaml",
+        "ppo.inputs={policy: ./policy}",
+        rewards,
+        *LEARN_PPO,
+        "ppo.steps=24",
+        "output=ppo",
+        cwd=own,
+    )
     found = (own / "ppo/t/ppo/current").resolve()
     assert share_of_z(found, "before") < 0.15 and share_of_z(found, "after") > 0.8, text
 

@@ -104,6 +104,7 @@ def compare(config, trainer, batch, old_logprobs, monkeypatch):
     assert float(batch["advantages"].abs().max()) > 0.1 and max(float(g.abs().max()) for g in wanted_gradients) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "theirs, mine",
     [
@@ -132,6 +133,7 @@ def test_grpo_and_its_relatives_equal_trl(tmp_path, monkeypatch, theirs, mine):
     compare(config_of(**mine), trainer, batch, batch["old_per_token_logps"], monkeypatch)
 
 
+@pytest.mark.slow
 def test_rloo_equals_trl(tmp_path, monkeypatch):
     """With the KL in the reward. TRL keeps the old log-probability of whole responses, so that of tokens is what the
     policy before its move gives."""
