@@ -1,5 +1,5 @@
-"""What the batch step of a stage's job does: it starts the processes, and queues the job again or not. srun is played
-by a shell script; tests/cluster/test_on_slurm.py has real ones."""
+"""What the batch step of a stage's job does: it starts the processes, and queues the job again or not. A shell
+script stands in for srun."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 """Slurm's commands as small programs on the PATH: they check the words that they are given as the real ones do, note
-them, and answer from files. tests/cluster/test_on_slurm.py runs the same on a real Slurm."""
+them, and answer from files."""
 
 import os
 import sys

@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+SECONDS = 900  # for a stage; one that compiles on a loaded machine takes minutes
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -75,10 +76,10 @@ def stage(
             while time.time() < deadline and process.is_alive():
                 time.sleep(0.01)
             process.kill()
-        process.join(300)
+        process.join(SECONDS)
         if process.is_alive():
             process.kill()
-            raise AssertionError(f"{kind} did not end in 300 s:\n{Path(log).read_text()}")
+            raise AssertionError(f"{kind} did not end in {SECONDS} s:\n{Path(log).read_text()}")
         with contextlib.suppress(FileNotFoundError):
             return process.exitcode, Path(log).read_text()
         return process.exitcode, ""
