@@ -32,6 +32,7 @@ from pipeline.core.recipe import load
 from pipeline.core.stage import guarded
 from pipeline.core.status import examine
 from pipeline.core.terminal import keep_open, plural, show
+from pipeline.report import commands as report_commands
 from pipeline.serve import commands as serving
 
 app = typer.Typer(
@@ -150,6 +151,7 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
 app.command("cancel")(queue_commands.cancel)
 app.command("logs")(queue_commands.logs)
 app.command("plan")(plan_commands.plan)
+app.command("report")(report_commands.report)
 app.command("chat")(serving.chat)
 app.command("serve")(serving.serve)
 app.command("push")(serving.push)

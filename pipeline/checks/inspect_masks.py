@@ -8,6 +8,7 @@ import itertools
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +23,9 @@ from pipeline.data.chat.conversations import Conversation, Labelled, Pair, Promp
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.data.chat.token_view import Token, tokens_of
+
+if TYPE_CHECKING:
+    from pipeline.train.finetune_config import FinetuneConfig
 
 KINDS = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 CHECKED = 200  # records of each source
@@ -118,6 +122,11 @@ def rows_of_stage(recipe: Recipe, stage: str | None) -> Rows:
             f"stage {node.name}: the tokenizer of its model is not there yet; run the stage that makes it first"
             f" ({', '.join(node.parents.values())})"
         )
+    return rows_with(chat, config)
+
+
+def rows_with(chat: Chat, config: "FinetuneConfig") -> Rows:
+    """How a finetuning stage makes its rows with the chat template of its model."""
     longest = config.sequence_length
     if config.kind in ("ppo", "grpo"):
         longest -= config.rollout.max_new_tokens

@@ -11,6 +11,7 @@ EXTRAS = {
     "bitsandbytes": "qlora",
     "starlette": "serve",
     "uvicorn": "serve",
+    "plotly": "report",
     "wandb": "wandb",
     "swanlab": "swanlab",
     "tensorboard": "tensorboard",

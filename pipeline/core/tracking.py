@@ -39,6 +39,15 @@ class Tracker:
             if self.trackers:
                 self.trackers.rewind(step)
 
+    def started(self, step: int) -> None:
+        """Note in logs/starts.jsonl that a process began or resumed at `step`: metrics.jsonl has no trace of it,
+        because a resumed run writes the lines of one that was not killed."""
+        if self.is_main:
+            folder = self.path.parent / "logs"
+            folder.mkdir(exist_ok=True)
+            with open(folder / "starts.jsonl", "a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": step, "time": round(time.time(), 3)}) + "\n")
+
     def log(self, step: int, **values) -> None:
         if not self.is_main:
             return

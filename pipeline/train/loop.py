@@ -197,6 +197,7 @@ class Loop:
         self.updates.begin(self.state)
         self.length = TrainingLength(self.config, self.output, self.updates.step_count)
         self.saver.check_room(self.length.steps)
+        self.tracker.started(self.updates.step_count)
         self._start_counting()
 
     def _print_resumed(self, path: str, difference: str, consequence: str) -> None:

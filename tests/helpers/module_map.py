@@ -24,6 +24,7 @@ FOLDERS = {
     "models": "Building models and knowing what they cost",
     "assessment": "What stage assess reads and measures",
     "serve": "`alma chat`, `alma serve` and `alma push`",
+    "report": "`alma report`",
     "checks": "`alma verify`, `alma inspect` and `alma plan`",
 }
 
