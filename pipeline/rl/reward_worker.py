@@ -13,6 +13,7 @@ import random
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ from pipeline.rl import process_tree
 from pipeline.rl.verifiers import VERIFIERS
 
 GIB = 1 << 30
+REAP_SECONDS = 10
 
 
 def serve(descriptor: int, parent: int) -> None:
@@ -67,10 +69,17 @@ def _answer(call: dict, functions: dict[str, Callable]) -> dict:
         return answer
     answer["processes"] = bool(process_tree.children(own))
     process_tree.end_children(own)
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
-            pass
+    _reap()
     return answer
+
+
+def _reap() -> None:
+    """Wait for all children, which have been killed: one that is still dying would be taken for the next call's."""
+    deadline = time.monotonic() + REAP_SECONDS
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.001)
 
 
 def _number(value) -> dict:

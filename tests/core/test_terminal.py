@@ -180,7 +180,7 @@ def test_version_help_and_unknown_commands():
         code, out, err = alma(*words)
         assert code == 0 and "Usage:" in out and not err
     for words, names in (
-        (("rnu",), ("run", "status", "plan", "chat", "serve", "push", "verify", "inspect", "recipe")),
+        (("rnu",), tuple("run status cancel logs plan report chat serve push verify inspect recipe".split())),
         (("inspect", "toknes"), ("tokens", "data", "masks", "tokenizer")),
     ):
         code, out, err = alma(*words)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_lora import ids, of_peft, our_name, tiny, trained
 
+from pipeline.core import optional_packages
 from pipeline.core.errors import UserError
 from pipeline.models import build, cost, experts, frozen, lora
 from pipeline.models.lora_config import Lora
@@ -156,7 +157,7 @@ def test_what_the_weights_take(bitsandbytes):
 
 
 def test_without_bitsandbytes_nf4_is_refused(monkeypatch):
-    monkeypatch.setattr(frozen.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional_packages, "is_installed", lambda name: False)
     with pytest.raises(
         UserError, match=r"lora.base: nf4 needs the package bitsandbytes, .* pip install 'alma\[qlora\]'"
     ):
