@@ -59,7 +59,12 @@ def show_jobs(recipe: Recipe, only: list[str]) -> None:
     absent = mark_absent({name: node for name, node in graph.items() if name in needed}) - set(only)
     stages = _out_of_date(graph, needed - absent)
     if slurm.is_here():
-        _check_requests(recipe, stages, slurm.partitions())
+        try:
+            found = slurm.partitions()
+        except UserError as error:  # its commands are here, and its controller is not
+            show(f"# resources were not compared with the cluster: {error}", sys.stderr)
+        else:
+            _check_requests(recipe, stages, found)
     needs = _needs(stages)
     for name, node in stages.items():
         _print_file(job_files.script_path(recipe, name), job_files.script(recipe, node, Path.cwd()))
