@@ -11,6 +11,7 @@ processes do not change the gradient. A non-finite loss or gradient norm leaves 
 False`)."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from pipeline.core.files import write_json
+from pipeline.core.terminal import say
 from pipeline.models import publish, row_attention
 from pipeline.train import chunked_loss, distributed, layers, moe_aux_loss, state
 from pipeline.train.config import TrainConfig
@@ -445,12 +447,31 @@ def finite(*values: float) -> bool:
     return all(math.isfinite(value) for value in values)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bf16; a CPU without them takes about seven times longer than
+    in fp32 (docs/log.md, 49)."""
+    if device.type != "cpu":
+        return True
+    return any(found for name, found in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+@functools.cache
+def _warn_of_slow_bf16(stage: str) -> None:
+    say(
+        f"{stage}: WARNING: precision: bf16 is slower than fp32 on this processor, which has no bf16 instructions;"
+        " precision: fp32 is faster here and more exact",
+        distributed.rank(),
+    )
+
+
 def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fill=None) -> Engine:
     """The engine that `config.parallel` asks for. The model's weights must be equal on every process.
 
     For a pipeline and with `shard` the model may be on the meta device: fill(part, global_name) then fills the part
     that a process keeps, or one part after another."""
     distributed.setup(config)
+    if config.precision == "bf16" and not multiplies_bf16(distributed.device()):
+        _warn_of_slow_bf16(config.kind)
     if config.activation_checkpointing != "none":
         layers.checkpoint(model, config.activation_checkpointing)
     if config.parallel.pipeline > 1:

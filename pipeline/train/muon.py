@@ -16,16 +16,12 @@ import torch
 
 from pipeline.core.errors import UserError
 from pipeline.train.config import TrainConfig
-from pipeline.train.engine import adamw, lr_scale
+from pipeline.train.engine import adamw, lr_scale, multiplies_bf16
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """In which Newton-Schulz multiplies: bf16, unless the device is a CPU without instructions for it."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities()
-    has_bf16 = any(found for name, found in capabilities.items() if name.endswith("bf16"))
-    return torch.bfloat16 if has_bf16 else torch.float32
+    """In which Newton-Schulz multiplies."""
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
 
 
 class MatrixMuon(torch.optim.Muon):

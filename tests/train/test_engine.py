@@ -48,6 +48,19 @@ def plain_loop(steps: int, settings: TrainConfig):
     return model, found
 
 
+@pytest.mark.parametrize(
+    "capability, precision, warned", [("avx512_bf16", "bf16", 0), ("avx2", "fp32", 0), ("avx2", "bf16", 1)]
+)
+def test_bf16_on_a_processor_without_it_is_warned_of_once(monkeypatch, capsys, capability, precision, warned):
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": capability == "avx512_bf16"}
+    )
+    settings = config(precision=precision, kind="toy")
+    for _ in range(2):
+        engine.build(tiny(), loss_fn, settings)
+    assert capsys.readouterr().out.count("toy: WARNING: precision: bf16 is slower than fp32") == warned
+
+
 @pytest.mark.parametrize("micro", [None, 4, 2, 1])
 def test_any_micro_batch_gives_the_steps_of_a_plain_loop(micro):
     """Relative 1e-5 for losses and norms of 6 clipped steps; weights to a thousandth of what a step changes (Adam
