@@ -75,6 +75,26 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
+def last_values(path: Path, most: int = 1 << 16) -> dict[str, float]:
+    """The last value of each metric among the last `most` bytes of a metrics.jsonl; empty for a file that is not
+    there."""
+    values: dict[str, float] = {}
+    if not path.exists():
+        return values
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off, at either end
+            continue
+        if isinstance(row, dict) and "step" in row:
+            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            values.update(numbers)
+    return values
+
+
 def thin(series: Series, most: int = MOST_POINTS) -> Series:
     """At most `most` points: of each stretch of the curve its lowest and its highest one, and both ends, so that a
     spike of one step is seen however long the run is."""
