@@ -32,6 +32,7 @@ from pipeline.core.recipe import load
 from pipeline.core.stage import guarded
 from pipeline.core.status import examine
 from pipeline.core.terminal import keep_open, plural, show
+from pipeline.manage import commands as manage_commands
 from pipeline.report import commands as report_commands
 from pipeline.serve import commands as serving
 
@@ -87,14 +88,16 @@ def run_command(
         Where | None, typer.Option("--on", help="Queue one job per stage on this cluster instead of running here.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --on slurm: print the job scripts; nothing is written or queued.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only show what would run, why, and about how long; with --on slurm, print the job scripts.",
+        ),
     ] = False,
 ) -> None:
     """Run the chain: stages that are up to date are skipped, interrupted ones resume."""
     if restart and fork:
         raise UserError("--restart starts again and --fork resumes from a checkpoint: give one of the two")
-    if dry_run and not on:
-        raise UserError("--dry-run prints the jobs of --on slurm; `alma status` shows what alma run would do here")
     stages, overrides = split(words)
     loaded = load(recipe, overrides)
     if shipped_recipes.located(Path(recipe)) != Path(recipe):
@@ -108,6 +111,11 @@ def run_command(
 
         run_on_cluster = show_jobs if dry_run else submit
         run_on_cluster(loaded, stages)
+        return
+    if dry_run:
+        from pipeline.manage.dry_run import dry_run as show_plan
+
+        show_plan(loaded, stages, restart=restart, fork=fork)
         return
     graph = chain.run(loaded, stages, restart=restart, fork=fork)
     show_chain(graph)
@@ -151,6 +159,9 @@ def status_command(recipe: RecipeFile, words: Words = None, as_json: Json = Fals
 app.command("cancel")(queue_commands.cancel)
 app.command("logs")(queue_commands.logs)
 app.command("plan")(plan_commands.plan)
+app.command("list")(manage_commands.list_runs)
+app.command("compare")(manage_commands.compare)
+app.command("gc")(manage_commands.gc)
 app.command("report")(report_commands.report)
 app.command("chat")(serving.chat)
 app.command("serve")(serving.serve)

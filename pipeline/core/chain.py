@@ -59,13 +59,20 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
 
 
 def check_first(
-    recipe: Recipe, graph: dict[str, Node], needed: set[str], again: set[str], named: set[str], *, here: bool = True
+    recipe: Recipe,
+    graph: dict[str, Node],
+    needed: set[str],
+    again: set[str],
+    named: set[str],
+    *,
+    here: bool = True,
+    fetch: bool = True,
 ) -> set[str]:
     """Check all stages that must run before the first one does. Raises one UserError with everything that is wrong.
     Returns the stages that need not run although they have no output here.
 
     again: stages that are run even if they are up to date. named: stages that the command line names. here: they run on
-    this machine.
+    this machine. fetch: download the models that they name.
     """
     problems = Problems()
     for name, node in graph.items():
@@ -76,8 +83,10 @@ def check_first(
     for node in runnable:
         if node.state != "up to date" or node.name in again:
             check_runnable(recipe, graph, node, absent, problems, here=here)
-    fetch_inputs(recipe, graph, [node for node in runnable if node.state != "up to date"], problems)
-    check_records(recipe, graph, [node for node in runnable if node.state != "up to date"], problems)
+    out_of_date = [node for node in runnable if node.state != "up to date"]
+    if fetch:
+        fetch_inputs(recipe, graph, out_of_date, problems)
+    check_records(recipe, graph, out_of_date, problems)
     problems.refuse()
     return absent
 

@@ -184,8 +184,6 @@ def test_what_cannot_run_is_refused_before_anything_is_queued(fake, words, said)
 def test_without_slurm_and_with_wrong_words_it_is_one_sentence(fake, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--restart and --fork cannot be given with --on slurm"):
         alma("--restart")
-    with pytest.raises(UserError, match="--dry-run prints the jobs of --on slurm"):
-        cli.app(["run", "r.yaml", "--dry-run"], standalone_mode=False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert "no Slurm here: sinfo is not on the PATH" in refusal()
 

@@ -25,6 +25,7 @@ FOLDERS = {
     "assessment": "What stage assess reads and measures",
     "serve": "`alma chat`, `alma serve` and `alma push`",
     "report": "`alma report`",
+    "manage": "`alma list`, `alma compare`, `alma gc` and `alma run --dry-run`",
     "checks": "`alma verify`, `alma inspect` and `alma plan`",
 }
 

@@ -1,0 +1,204 @@
+"""`alma gc`: what can be removed from runs, why, and how much it frees.
+
+    plan = removable([Path("runs/quickstart")])       # looks only
+    freed = remove(plan, [Path("runs/quickstart")])   # under the locks of the stages, after looking again
+
+What is never removed: outputs in use and whatever they were made from (references.py), unfinished runs with their
+checkpoints, the newest checkpoint of a published stage, those of the grid (`save.keep_every`), the best one, those that
+a branch or a fork starts from, and anything of a stage that is running.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.core import checkpoint_folder, faults
+from pipeline.core.checkpoint_folder import complete_checkpoints, step_of
+from pipeline.core.errors import UserError
+from pipeline.core.lock import Lock, describe_holder, lock_holder
+from pipeline.core.partial_runs import partials
+from pipeline.manage.listing import run_paths, size
+from pipeline.manage.references import References, references
+from pipeline.report.run_folder import stage_folders
+
+STAMP = r"-\d{8}-\d{6}-[0-9a-f]{4}"
+SET_ASIDE = re.compile(rf"(?:[0-9a-f]{{12}}|current)\.(abandoned|failed|replaced|damaged|copied){STAMP}")
+WHY_ASIDE = {
+    "abandoned": "unfinished run, set aside by --restart or --fork",
+    "failed": "run of another recipe that ended with an error",
+    "replaced": "output that --restart has replaced",
+    "damaged": "damaged output, set aside",
+    "copied": "copy of an output that links were followed for",
+}
+BEING_REMOVED = ".gc-"  # name of a folder that is being removed
+
+
+@dataclass(frozen=True)
+class Item:
+    """A folder that can go."""
+
+    run: str
+    stage: str
+    """Empty for what belongs to no stage."""
+    path: Path
+    why: str
+    bytes: int
+    locks: tuple[Path, ...]
+    """Folders of stages that must not run while it is removed."""
+
+
+@dataclass
+class Plan:
+    """What can be removed."""
+
+    items: list[Item] = field(default_factory=list)
+    left_alone: list[str] = field(default_factory=list)
+    """What was not looked at or cannot be judged, and why."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+
+def removable(runs: list[Path], held: frozenset[Path] = frozenset()) -> Plan:
+    """What can be removed from these runs. Outputs of all runs in the same folders count as what may refer to them.
+    held: folders of stages whose locks this process has. Raises UserError if an output in use cannot be read."""
+    beside: dict[Path, Path] = {}
+    for run in runs:
+        for path in [run, *run_paths(run.absolute().parent)]:
+            beside.setdefault(path.resolve(), path)
+    found = references(list(beside.values()))
+    plan = Plan()
+    for run in runs:
+        folders = stage_folders(run)
+        is_busy = False
+        for folder in folders:
+            holder = lock_holder(folder)
+            if holder and not holder["dead"] and folder not in held:
+                plan.left_alone.append(f"{folder}: in use by {describe_holder(holder)}")
+                is_busy = True
+                continue
+            is_busy |= bool(partials(folder))
+            plan.items += _of_stage(folder, found)
+        for path, why in found.unreadable.items():
+            if run.resolve() in path.parents:
+                plan.left_alone.append(f"{why}: an old output that cannot be read")
+        cache = run / "cache"
+        if cache.is_dir() and not is_busy:
+            why = "cache, computed again if a stage needs it"
+            plan.items.append(Item(run.name, "", cache, why, size(cache), tuple(folders)))
+    return plan
+
+
+def _item(folder: Path, path: Path, why: str) -> Item:
+    return Item(folder.parent.name, folder.name, path, why, size(path), (folder,))
+
+
+def _of_stage(folder: Path, found: References) -> list[Item]:
+    items = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.is_symlink():
+            continue
+        aside = SET_ASIDE.fullmatch(path.name)
+        if aside:
+            items.append(_item(folder, path, WHY_ASIDE[aside[1]]))
+        elif path.name.startswith(BEING_REMOVED):
+            items.append(_item(folder, path, "left by an alma gc that was interrupted"))
+        elif path.resolve() not in found.records:
+            continue
+        elif path.resolve() in found.needed:
+            items += _checkpoints(folder, path, found)
+        else:
+            made = found.records[path.resolve()].get("finished", "an unknown time")
+            items.append(_item(folder, path, f"old output of {made} that nothing refers to"))
+    return items
+
+
+def _checkpoints(folder: Path, output: Path, found: References) -> list[Item]:
+    """Checkpoints of an output that is kept: of a published one those that are superseded, of any one those that are
+    damaged."""
+    items = []
+    for path in sorted(checkpoint_folder.folder_of(output).glob("damaged-step-*")):
+        items.append(_item(folder, path, "damaged checkpoint, never resumed from"))
+    if output.name.endswith(".partial"):
+        return items
+    for path in sorted(checkpoint_folder.leftovers(output)):
+        items.append(_item(folder, path, "checkpoint that was being written or removed"))
+    checkpoints = complete_checkpoints(output)
+    if not checkpoints:
+        return items
+    newest = step_of(checkpoints[-1])
+    kept = {newest} | found.steps.get(output.resolve(), set()) | _best(output, checkpoints)
+    every = (found.records[output.resolve()]["config"].get("save") or {}).get("keep_every")
+    for path in checkpoints:
+        step = step_of(path)
+        if step not in kept and not (every and step % every == 0):
+            items.append(_item(folder, path, f"checkpoint superseded by that of step {newest}"))
+    return items
+
+
+def _best(output: Path, checkpoints: list[Path]) -> set[int]:
+    """The step with the lowest held-out loss, if the run has recorded these for save.keep_best."""
+    try:
+        losses = json.loads((checkpoint_folder.folder_of(output) / "losses.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return set()
+    except ValueError:  # cut off: any of them may be the best
+        return {step_of(path) for path in checkpoints}
+    evaluated = [step_of(path) for path in checkpoints if str(step_of(path)) in losses]
+    return {min(evaluated, key=lambda step: losses[str(step)])} if evaluated else set()
+
+
+# ---- removing --------------------------------------------------------------------------------------------------------
+
+
+def remove(plan: Plan, runs: list[Path]) -> Plan:
+    """Remove what is in `plan` and can still go now that its stages are locked. Returns what was removed, and what was
+    not and why. A kill leaves every folder complete, or under a name that nothing reads."""
+    done = Plan()
+    held: set[Path] = set()
+    with contextlib.ExitStack() as locks:
+        for folder in dict.fromkeys(folder for item in plan.items for folder in item.locks):
+            lock = Lock(folder)
+            try:
+                lock.acquire()
+            except UserError as error:
+                done.left_alone.append(str(error))
+                continue
+            except OSError as error:
+                done.left_alone.append(f"{folder}: cannot be locked ({error.strerror})")
+                continue
+            locks.callback(lock.release)
+            held.add(folder)
+        still = {item.path for item in removable(runs, frozenset(held)).items}
+        for item in plan.items:
+            if not held.issuperset(item.locks):
+                continue
+            if item.path not in still:
+                done.left_alone.append(f"{item.path}: something refers to it by now")
+                continue
+            try:
+                _remove(item.path)
+            except OSError as error:
+                done.left_alone.append(f"{error.filename or item.path}: cannot be removed ({error.strerror})")
+                continue
+            done.items.append(item)
+    return done
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, under a hidden name first."""
+    if re.fullmatch(r"step-\d+", path.name):
+        hidden = checkpoint_folder.removal_path(path)
+    elif path.name.startswith("."):
+        hidden = path
+    else:
+        hidden = path.with_name(f"{BEING_REMOVED}{path.name}-{uuid.uuid4().hex[:8]}")
+    if hidden != path:
+        path.rename(hidden)
+    faults.point("gc")
+    shutil.rmtree(hidden)
