@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import harness
 import pytest
 import tiny
 from paths import HELPERS, ROOT
 
 from pipeline import cli
-from pipeline.checks import layouts, verify_parallel, verify_resume
+from pipeline.checks import launch, layouts, verify_parallel, verify_resume
 from pipeline.checks.small_recipe import prepare
 from pipeline.core.recipe import load
 
@@ -55,38 +56,44 @@ def test_all_layouts_agree(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "runs" / "tiny" / "verify").iterdir()] == ["parallel.json"]
 
 
-def test_faults_are_detected(tmp_path, monkeypatch, capsys):
-    """Four layouts, each with its own fault (mutant_worker.py): all four fail, each for its own reason, and the exit code
-    is 1."""
+FAULTS = {
+    "DDP": lambda row: row["grad_norm"] == pytest.approx(0.5, abs=0.1),
+    "ZeRO-1": lambda row: row["loss"] > 1e-5,
+    "ZeRO-2": lambda row: row["loss"] > 1e-3,
+    "pipeline of 2": lambda row: row["loss"] > 1 and not row["nan_kept_out"],
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["DDP", "pipeline of 2"], id="two"),
+        pytest.param(["DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "pipeline of 2"], marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_faults_are_detected(tmp_path, monkeypatch, capsys, names):
+    """Layouts with a fault each (mutant_worker.py): all of them fail, each for its own reason, and the exit code is 1.
+    One process and ZeRO-0 have none."""
+    monkeypatch.setattr(launch, "run", harness.launch_of_a_proof)
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(verify_parallel, "WORKER", "mutant_worker")
-    monkeypatch.setattr(
-        layouts,
-        "LAYOUTS",
-        [
-            layout
-            for layout in layouts.LAYOUTS
-            if layout[0] in ("one process", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "pipeline of 2")
-        ],
-    )
+    compared = [layout for layout in layouts.LAYOUTS if layout.name in ("one process", *names)]
+    monkeypatch.setattr(layouts, "LAYOUTS", compared)
     monkeypatch.setattr(verify_parallel, "STEPS", 5)
     assert alma(monkeypatch, tmp_path, "verify", "parallel", "recipe.yaml") == 1, capsys.readouterr().out
     rows = {row["layout"]: row for row in report(tmp_path, "parallel")["layouts"]}
-    assert rows["one process"]["passed"] and rows["ZeRO-0"]["passed"], "no fault, not reported"
-    assert rows["DDP"]["grad_norm"] == pytest.approx(0.5, abs=0.1) and not rows["DDP"]["passed"]
-    assert rows["ZeRO-1"]["loss"] > 1e-5 and not rows["ZeRO-1"]["passed"]
-    assert rows["ZeRO-2"]["loss"] > 1e-3 and not rows["ZeRO-2"]["passed"]
-    assert (
-        not rows["pipeline of 2"]["nan_kept_out"]
-        and not rows["pipeline of 2"]["passed"]
-        and rows["pipeline of 2"]["loss"] > 1
-    )
+    assert set(rows) == {"one process", *names}
+    for name, row in rows.items():
+        assert row["passed"] == (name not in FAULTS), name
+        if name in FAULTS:
+            assert FAULTS[name](row), (name, row)
     assert "LAYOUTS DIFFER" in capsys.readouterr().out
 
 
 def test_a_killed_run_ends_like_one_that_was_not_killed(tmp_path, monkeypatch, capsys):
     """SIGKILL inside a save and after a step, on one layout: rows, losses, gradient norms and weights are equal bit for
     bit."""
+    monkeypatch.setattr(launch, "run", harness.launch_of_a_proof)
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     assert alma(monkeypatch, tmp_path, "verify", "resume", "recipe.yaml", "--same-layout", "--seed", "3") == 0, (
         capsys.readouterr().out
@@ -100,6 +107,7 @@ def test_a_killed_run_ends_like_one_that_was_not_killed(tmp_path, monkeypatch, c
 def test_a_run_that_loses_its_moments_is_detected(tmp_path, monkeypatch, capsys):
     """A fault in loading (mutant_pretrain.py): Adam's moments are zero after a resume. The rows are right, the rest
     is not, and the exit code is 1."""
+    monkeypatch.setattr(launch, "run", harness.launch_of_a_proof)
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
     monkeypatch.setattr(verify_resume, "SCRIPT", HELPERS / "mutant_pretrain.py")
     monkeypatch.setattr(verify_resume, "kills", lambda seed: ["work:5", "work:5"])

@@ -18,16 +18,7 @@ from pathlib import Path
 
 SECONDS = 900  # for a stage; one that compiles on a loaded machine takes minutes
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.auto.modeling_auto",
-        "numpy",
-        "pyarrow.parquet",
-        "pipeline.core.stage",
-    ]
-)
+_context.set_forkserver_preload(["tests.helpers.preload"])
 
 
 def _enter(environment: dict, folder: str, log: str) -> None:
@@ -50,9 +41,14 @@ def _child(kind: str, words: list[str], environment: dict, folder: str, log: str
 
 def _rank(script: str, words: list[str], environment: dict, folder: str, log: str) -> None:
     _enter(environment, folder, log)
-    sys.argv = [script, *words]
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    if script == "-m":
+        sys.argv = words
+        sys.path.insert(0, str(Path(__file__).parent))  # for the workers that tests have of their own
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [script, *words]
+        sys.path.insert(0, str(Path(script).resolve().parent))
+        runpy.run_path(script, run_name="__main__")
 
 
 def stage(
@@ -117,9 +113,11 @@ class Rank:
         self.process.kill()
 
 
-def start_ranks(script: Path | str, words: list[list], cwd: Path | str, logs: list[Path]) -> list[Rank]:
-    """A script in len(words) processes, with the environment that torchrun gives them; `words` and `logs` are those of
-    each rank. As under srun, nobody ends the others when one fails."""
+def start_ranks(
+    script: Path | str, words: list[list], cwd: Path | str, logs: list[Path], env: dict | None = None
+) -> list[Rank]:
+    """A script (or `-m`, with a module as first word) in len(words) processes, with the environment that torchrun gives
+    them; `words` and `logs` are those of each rank. As under srun, nobody ends the others when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -136,27 +134,43 @@ def start_ranks(script: Path | str, words: list[list], cwd: Path | str, logs: li
             "LOCAL_WORLD_SIZE": str(len(words)),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
+            **(env or {}),
         }
         logs[rank].touch()
         found.append(Rank(script, [str(word) for word in own], environment, cwd, logs[rank]))
     return found
 
 
+def _codes(ranks: list[Rank], seconds: float) -> list[int]:
+    """Exit codes of all. Like torchrun, end the others when one fails; also after so many seconds."""
+    deadline = time.time() + seconds
+    while any(rank.poll() is None for rank in ranks):
+        if time.time() > deadline or any(rank.poll() for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.02)
+    return [rank.poll() for rank in ranks]
+
+
 def launch(processes: int, script: Path | str, *words, cwd: Path | str, seconds: float = 300) -> str:
-    """Run a script in so many processes and return what they wrote. Like torchrun, end all of them when one fails;
-    then raise AssertionError with their output."""
+    """Run a script in so many processes and return what they wrote. Raises AssertionError with it when one fails."""
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
-        ranks = start_ranks(script, [list(words)] * processes, cwd, [log] * processes)
-        deadline = time.time() + seconds
-        while any(rank.poll() is None for rank in ranks):
-            if time.time() > deadline or any(rank.poll() for rank in ranks):
-                for rank in ranks:
-                    rank.kill()
-            time.sleep(0.02)
-        codes = [rank.poll() for rank in ranks]
+        codes = _codes(start_ranks(script, [list(words)] * processes, cwd, [log] * processes), seconds)
         assert not any(codes), f"{script} ended with {codes}:\n{log.read_text()[-8000:]}"
         return log.read_text()
+
+
+def launch_of_a_proof(
+    program: list[str], processes: int, *, on_gpu: bool, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """pipeline.checks.launch.run, by forks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        script, *words = program
+        ranks = start_ranks(script, [words] * processes, os.getcwd(), [log] * processes, environment)
+        failed = [code for code in _codes(ranks, SECONDS) if code]
+        return failed[0] if failed else 0, log.read_text()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
