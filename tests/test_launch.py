@@ -214,6 +214,7 @@ def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
 # ---- correctness 42 --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stage_without_steps_is_not_queued_again_for_ever(tmp_path):
     """The time limit comes each time before a unit is finished; with progress it goes on."""
     leave = "leave() {{ echo '{}' > requeue.json; exit 75; }}; trap leave USR1; kill -USR1 $PPID; sleep 5 & wait"
@@ -226,6 +227,7 @@ def test_a_stage_without_steps_is_not_queued_again_for_ever(tmp_path):
     assert len(calls(tmp_path, "scontrol requeue 7")) == 3
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_still_starting_at_the_limit_counts_as_a_try(tmp_path):
     """Python ends by the signal itself before alma can listen."""
     for _ in range(2):

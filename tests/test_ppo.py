@@ -174,7 +174,7 @@ def ranks(world, *words, output, kind="ppo", recipe="recipe.yaml"):
     return found, json.loads((found / "manifest.json").read_text())["metrics"]
 
 
-@pytest.mark.parametrize("zero", ["null", pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("zero", ["null", *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_two_processes_make_the_run_of_one(world, zero):
     """20, 28, 32, 38: the same samples, whitening and updates, and the same early stop, which only the reduced KL
     decides."""
@@ -323,7 +323,8 @@ def test_adapters_are_trained_and_resumed(world, adapted):
     assert files_of(ppo(world, *ADAPTED, output="adapted-killed")[0]) == files_of(found)
 
 
-@pytest.mark.parametrize("zero", [pytest.param("null", marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["null", 3])
 def test_adapters_on_two_processes(world, adapted, zero):
     found, _ = ranks(world, *ADAPTED, f"ppo.parallel.zero={zero}", output=f"adapted-{zero}")
     lines, wanted = logged(found), logged(adapted[0])

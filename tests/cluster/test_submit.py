@@ -118,6 +118,17 @@ def test_a_dry_run_prints_the_files_and_needs_neither_slurm_nor_data(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_where_slurm_does_not_answer_says_so_and_prints_the_files(fake, capsys):
+    """The commands are installed and no controller is there: a login node in maintenance. A submission is refused."""
+    fake.write("sinfo.fails", "Unable to contact slurm controller (connect failure)")
+    alma("--dry-run")
+    shown = capsys.readouterr()
+    assert "# resources were not compared with the cluster: " in shown.err and "Unable to contact" in shown.err
+    assert shown.out.count("#SBATCH --job-name=") == 5
+    assert "Unable to contact slurm controller" in refusal()
+    assert not fake.calls("sbatch")
+
+
 def test_a_second_submission_is_refused_while_jobs_live(fake, tmp_path):
     alma("tokenizer")
     assert len([line for line in fake.calls("sbatch") if "--test-only" not in line]) == 2

@@ -258,6 +258,7 @@ def test_a_source_that_changed_makes_its_readers_stale(whole):
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_without_the_raw_text_later_stages_show_their_state_and_run(whole, tmp_path, monkeypatch, capfd):
     """correctness 47: clean on one machine, train on another."""
     here = tmp_path / "here"
@@ -301,6 +302,7 @@ def test_without_the_raw_text_later_stages_show_their_state_and_run(whole, tmp_p
     assert "animals.txt does not exist" in refused(only=["clean"])
 
 
+@pytest.mark.slow
 def test_alma_run_is_killed_and_goes_on_and_its_stage_dies_with_it(tmp_path):
     """kill -9 of the chain's own process: the stage goes too, nothing holds the lock, and the same command ends."""
     rows_of(tmp_path)
@@ -385,6 +387,7 @@ FORKED = (
 )
 
 
+@pytest.mark.slow
 def test_a_fork_goes_on_and_what_comes_after_it_is_made_anew(tmp_path, monkeypatch):
     """Only the stage whose own keys changed goes on from its checkpoint; a stage whose input changed has nothing to
     go on from, and says so (correctness 48)."""

@@ -31,6 +31,7 @@ def blocked(kind: str, *words: str, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_pretraining_in_one_process_needs_no_optional_package(tmp_path):
     tiny.write_inputs(tmp_path)
     (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)

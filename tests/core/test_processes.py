@@ -94,7 +94,7 @@ def gone(folder: Path, seconds: float) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["terminal", pytest.param("chain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["chain", pytest.param("terminal", marks=pytest.mark.slow)])
 def test_the_first_interrupt_of_a_chain_saves_the_step_it_is_at(world, how):
     """correctness 43: a terminal's Ctrl-C reaches every process of the group, `kill -INT` the chain alone."""
     folder = world / f"runs-{how}/tiny"
@@ -150,6 +150,7 @@ def test_an_interrupt_while_a_program_is_importing_is_one_line(tmp_path):
             assert code == -signal.SIGINT and "KeyboardInterrupt" in said
 
 
+@pytest.mark.slow
 def test_the_second_interrupt_ends_a_chain_and_a_stage_at_once(world):
     """correctness 43. Saving takes as long as it likes: this process group is stopped in it."""
     folder = world / "runs-twice/tiny"
@@ -206,7 +207,8 @@ def units(folder: Path) -> list[Path]:
     return list(folder.glob("runs/t/clean/*/work/units-*/*/*.parquet"))
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_clean_keeps_its_units_and_says_so(tmp_path, workers):
     """correctness 43: a stage without steps. What was finished is not done again, and the result is the same."""
     draw = random.Random(3)
@@ -261,6 +263,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(world, delay):
     gone(world, 30)  # a rank that is still importing finds out when it has begun
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_by_the_chain(world):
     """correctness 34, 42: kill -9 of one of two ranks."""
     folder = world / "runs-rank/tiny"

@@ -2,7 +2,7 @@
 file named on the command line.
 
 A launch costs seconds and a layout a tenth of one, so test_parallel.py starts this once and asserts on what it wrote.
-Second word: `compiled` runs COMPILED, for test_layers.py; `pairs` resumes every layout from every other.
+Second word: none runs FAST, `all` LAYOUTS; `compiled` runs COMPILED, for test_layers.py.
 """
 
 import sys
@@ -55,17 +55,32 @@ COMPILED = {
     "pipeline compiled selective": {"pipeline": 2},
     "pipeline tied compiled chunks full": {"pipeline": 2},
 }
+FAST = [
+    "ddp",
+    "zero 1",
+    "zero 3",
+    "fsdp",
+    "fsdp hybrid",
+    "ddp chunks",
+    "fsdp tied",
+    "zero 3 frozen",
+    "fsdp frozen",
+    "pipeline",
+    "pipeline tied",
+    "pipeline chunks selective",
+    "pipeline frozen",
+]  # each engine, each way to freeze, chunk and checkpoint once; the slow tests run all of LAYOUTS
 PLAIN = [name for name in LAYOUTS if "chunks" not in name and "frozen" not in name]
 STEPS = 6
-NEIGHBOURS = 3  # layouts from whose checkpoints each layout resumes, unless all pairs are asked for
+NEIGHBOURS = 3  # layouts from whose checkpoints each of FAST resumes
 
 
-def sources(target: str, pairs: bool) -> list[str]:
-    """The layouts from whose checkpoints `target` resumes: one process, and the next ones in the list or all."""
-    alike = [name for name in PLAIN if ("tied" in name) == ("tied" in target)]
+def sources(target: str, layouts: list[str]) -> list[str]:
+    """Those of `layouts` from whose checkpoints `target` resumes: one process, and the next ones of FAST or all."""
+    alike = [name for name in PLAIN if name in layouts and ("tied" in name) == ("tied" in target)]
     at = alike.index(target)
     others = alike[at + 1 :] + alike[:at]
-    return [f"one{' tied' * ('tied' in target)}", *(others if pairs else others[:NEIGHBOURS])]
+    return [f"one{' tied' * ('tied' in target)}", *(others[:NEIGHBOURS] if layouts == FAST else others)]
 
 
 def kind_of(layout: str) -> str:
@@ -237,14 +252,15 @@ if __name__ == "__main__":
         results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}}
         # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
         results["generated"] = {name: generate(LAYOUTS[name]) for name in ("zero 3", "fsdp", "fsdp hybrid")}
-        for layout in LAYOUTS:
+        layouts = list(LAYOUTS) if sys.argv[2:] == ["all"] else FAST
+        for layout in layouts:
             results[layout] = train(layout, 2, scratch / layout)
             # before there is a pipeline, after which DeepSpeed sums its gradients over other processes
             if layout == "zero 0":
                 trainer = ENGINES.pop(layout)
                 results["elastic"] |= {(source, layout): go_on(trainer, scratch / source) for source in ("one", "ddp")}
         for target, trainer in ENGINES.items():
-            for source in sources(target, sys.argv[2:] == ["pairs"]):
+            for source in sources(target, layouts):
                 results["elastic"][source, target] = go_on(trainer, scratch / source)
     if distributed.is_main():
         torch.save(results, sys.argv[1])

@@ -80,6 +80,7 @@ def test_files_written_by_many_processes_are_those_of_one(results, folder, name)
     assert len([file for file in parts if file.endswith(".safetensors")]) > 2
 
 
+@pytest.mark.slow
 def test_a_model_of_70_billion_starts_and_trains_within_a_shard_and_a_layer():
     """LLaMA 2 70B on 256 GPUs, at its full width on fake tensors, with 4 and with 6 of its 80 layers. While it is
     built: its shard and one complete layer, 2% more at most. Each further layer takes 16 bytes of a parameter over 256

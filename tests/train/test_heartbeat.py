@@ -81,6 +81,7 @@ def word(folder: Path) -> dict:
     return json.loads((folder / "runs/tiny/pretrain/requeue.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_a_hang_and_a_death_end_both_ranks_with_a_name_and_the_result_is_that_of_a_quiet_run(world):
     # SIGUSR1 to rank 1 alone: both stop at one step
     ranks = start(world)

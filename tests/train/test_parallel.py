@@ -4,7 +4,6 @@ together."""
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 import tiny
 import torch
 from harness import files_of, succeed
-from parallel_worker import LAYOUTS, PLAIN, STEPS, go_on, kind_of, micro_batches, model, muon, train
+from parallel_worker import FAST, LAYOUTS, PLAIN, STEPS, go_on, kind_of, micro_batches, model, muon, train
 from paths import HELPERS, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,14 +28,18 @@ CPU = {
 }
 
 
+def marked(names) -> list:
+    """The layouts of FAST as they are, the others as slow."""
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(scope="module")
-def results(saved, alone):
-    return run_worker(saved)
-
-
-def run_worker(saved: Path, *words: str) -> dict:
+def results(request, saved, alone):
+    """What two processes found: of the layouts in FAST, or of all where a slow test is among those that run."""
+    ours = [item for item in request.session.items if item.path == request.path]
+    words = ["all"] if any(item.get_closest_marker("slow") for item in ours) else []
     path = saved.parent / "results.pt"
-    said = harness.launch(2, HELPERS / "parallel_worker.py", path, *words, cwd=saved.parent, seconds=600)
+    said = harness.launch(2, HELPERS / "parallel_worker.py", path, *words, cwd=saved.parent, seconds=900)
     assert "steps:" not in said and "SEED_LAYERS" not in said, "DeepSpeed's own messages"
     return torch.load(path, weights_only=False)
 
@@ -62,7 +65,7 @@ def alone(saved):
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", marked(LAYOUTS))
 def test_a_layout_trains_as_one_process_does(results, alone, name):
     """Losses and gradient norms of 6 steps, all of them clipped, to 1e-5 relative; weights to 1e-4 absolute after
     updates of 3e-3. A rank's whole share at once, four processes and faults that must be found are test_verify.py's."""
@@ -85,7 +88,7 @@ def test_a_layout_trains_as_one_process_does(results, alone, name):
             assert "tied" in name
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "frozen" in name])
+@pytest.mark.parametrize("name", marked(name for name in LAYOUTS if "frozen" in name))
 def test_what_has_no_gradient_stays_and_costs_nothing_in_a_checkpoint(results, saved, name):
     """Every second parameter is frozen: it keeps its bits, is in no file, and the disk estimate knows it."""
     from tiny_engine import config, spoiled
@@ -105,7 +108,7 @@ def test_what_has_no_gradient_stays_and_costs_nothing_in_a_checkpoint(results, s
     assert engine.build(start, spoiled, config()).state_bytes() == 12 * numel
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", marked(LAYOUTS))
 def test_resume_on_the_same_layout_is_exact(results, name):
     found = results[name]
     assert found["resumed steps"] == found["steps"][3:]
@@ -120,31 +123,14 @@ def the_same_course(found, expected, rel=1e-5):
         )
 
 
-@pytest.mark.parametrize("target", PLAIN)
+@pytest.mark.parametrize("target", marked(PLAIN))
 def test_any_layout_goes_on_from_any_other(results, alone, target):
     """What one process, DDP, ZeRO stages, offload and pipelines saved after 3 steps, loaded by each of them: losses
     and norms of the next 3 to 1e-5 of an uninterrupted run."""
-    targets = [into for _, into in results["elastic"]]
-    assert targets.count(target) >= 2
-    check_elastic(results, alone, target)
-
-
-@pytest.mark.slow
-def test_each_layout_goes_on_from_each_other(tmp_path, alone, saved):
-    """The same for all pairs."""
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    for name in ("one", "one tied", "one muon"):
-        shutil.copytree(saved / name, checkpoints / name)
-    results = run_worker(checkpoints, "pairs")
-    assert len(results["elastic"]) > 90
-    for target in PLAIN:
-        check_elastic(results, alone, target)
-
-
-def check_elastic(results, alone, target: str) -> None:
     from tiny_engine import config
 
+    targets = [into for _, into in results["elastic"]]
+    assert targets.count(target) >= 2
     for (source, into), (said, found) in results["elastic"].items():
         if into == target:
             the_same_course(found, alone[kind_of(target)]["steps"][3:])
@@ -162,7 +148,7 @@ def check_elastic(results, alone, target: str) -> None:
             )
 
 
-@pytest.mark.parametrize("source", PLAIN)
+@pytest.mark.parametrize("source", marked(PLAIN))
 @pytest.mark.parametrize("zero", [None, 0])
 def test_one_process_goes_on_from_what_two_saved(results, alone, saved, source, zero):
     """The other way round, with and without DeepSpeed; twice from one file, with the same bits."""
@@ -186,7 +172,7 @@ def test_muon_goes_on_from_one_process_to_two_and_back(results, saved):
     assert go_on(muon(), saved / "one muon") == ("", expected)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", marked(LAYOUTS))
 def test_harm_on_one_process_is_kept_from_the_weights_of_all(results, name):
     found = results[name]
     assert [found[harm] for harm in ("nan loss", "infinite loss, finite gradient", "nan gradient")] == [False] * 3
@@ -267,6 +253,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path):
     """accelerate launch: SIGTERM to the launcher; all save at one step and leave word; started again, the model is
     that of one process (1e-3)."""
