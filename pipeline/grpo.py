@@ -99,10 +99,9 @@ def build_models(config: Config, parents, prompts: int):
     """The policy, its reference if the KL counts, and the reward model if one judges. prompts: how many are trained on,
     for the header. Collective."""
     from pipeline.models import attention, build, cost
-    from pipeline.rl.experience import Models
     from pipeline.rl.group_objective import GROUPS, policy_loss_fn
+    from pipeline.rl.online import assemble
     from pipeline.rl.responses import disable_dropout
-    from pipeline.rl.reward_workers import RewardWorkers
     from pipeline.train import finetune
     from pipeline.train.run_summary import Work
 
@@ -132,20 +131,7 @@ def build_models(config: Config, parents, prompts: int):
     work = Work(data, updates=updates, notes=notes, others=others, sampled_rows=config.rollout.batch)
     policy_loss = functools.partial(policy_loss_fn, config)
     engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
-    for model in (reference, reward_model):
-        if model is not None:
-            model.to(engine.device)
-    return Models(
-        policy=engine,
-        value=None,
-        reference=reference,
-        reward=reward_model,
-        chat=policy.chat,
-        reward_chat=parents.reward_chat,
-        config=config,
-        objective=GROUPS,
-        workers=RewardWorkers(config.reward_workers),
-    )
+    return assemble(config, parents, GROUPS, engine, None, reference, reward_model)
 
 
 if __name__ == "__main__":

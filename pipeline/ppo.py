@@ -71,10 +71,9 @@ def build_models(config: Config, parents, prompts: int):
     import torch
 
     from pipeline.models import attention, build, cost
-    from pipeline.rl.experience import Models
+    from pipeline.rl.online import assemble
     from pipeline.rl.ppo_objective import PPO, policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout
-    from pipeline.rl.reward_workers import RewardWorkers
     from pipeline.train import engine, finetune
     from pipeline.train.run_summary import Work, schedule_text
 
@@ -115,20 +114,7 @@ def build_models(config: Config, parents, prompts: int):
     policy_engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
     value_config = config.model_copy(update={"optimizer": config.value_optimizer})
     value_engine = engine.build(value_model, functools.partial(value_loss_fn, config), value_config, name="value")
-    for model in (reference, reward_model):
-        if model is not None:
-            model.to(policy_engine.device)
-    return Models(
-        policy=policy_engine,
-        value=value_engine,
-        reference=reference,
-        reward=reward_model,
-        chat=policy.chat,
-        reward_chat=parents.reward_chat,
-        config=config,
-        objective=PPO,
-        workers=RewardWorkers(config.reward_workers),
-    )
+    return assemble(config, parents, PPO, policy_engine, value_engine, reference, reward_model)
 
 
 def frozen_models(config: Config, policy_model, classifier):

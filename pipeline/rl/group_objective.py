@@ -99,21 +99,22 @@ def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
     """The engine's loss of the policy."""
     options, mask = config.update, batch["mask"]
     logprobs, entropy = token_statistics(logits, batch["responses"], config.rollout.temperature)
-    weights = batch["row_weights"]
-    keywords = {
-        "clip": options.clip,
-        "clip_high": options.clip_high,
-        "dual_clip": options.dual_clip,
-        "ratio_limit": options.ratio_limit,
-        "weights": weights * batch["importance"] if "importance" in batch else weights,
-    }
-    arguments = (logprobs, batch["logprobs"], batch["advantages"], mask)
+    log_ratio = logprobs - batch["logprobs"]
     if config.algorithm == "rloo":
-        loss, metrics = rloo.loss(*arguments, **keywords)
-    elif config.algorithm == "reinforce_pp":
-        loss, metrics = losses.policy_loss(*arguments, **keywords)
-    else:
-        loss, metrics = grpo.loss(*arguments, ratio=options.ratio, **keywords)
+        log_ratio = rloo.response_log_ratio(log_ratio, mask)
+    elif options.ratio == "sequence":
+        log_ratio = grpo.sequence_log_ratio(log_ratio, mask)
+    weights = batch["row_weights"]
+    loss, metrics = losses.policy_loss(
+        log_ratio,
+        batch["advantages"],
+        mask,
+        clip=options.clip,
+        clip_high=options.clip_high,
+        dual_clip=options.dual_clip,
+        ratio_limit=options.ratio_limit,
+        weights=weights * batch["importance"] if "importance" in batch else weights,
+    )
     if "ref_logprobs" in batch:
         divergence = grpo.kl_loss(logprobs, batch["ref_logprobs"], mask, kl_estimator(config), weights)
         loss = loss + options.kl_coef * divergence

@@ -8,7 +8,6 @@ Training"). DAPO: Yu et al., 2025. GSPO: Zheng et al., 2025. What they average o
 import torch
 
 from pipeline.rl import kl
-from pipeline.rl.losses import clipped_surrogate
 
 
 def advantages(rewards_PS: torch.Tensor) -> torch.Tensor:
@@ -25,38 +24,11 @@ def dr_advantages(rewards_PS: torch.Tensor) -> torch.Tensor:
     return rewards_PS - rewards_PS.mean(1, keepdim=True)
 
 
-def loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    ratio: str,
-    clip: float,
-    clip_high: float | None = None,
-    dual_clip: float | None = None,
-    ratio_limit: float | None = None,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped surrogate (the sum over tokens, and sums of metrics), with all tensors [B, T].
-
-    ratio: "token", or "sequence" for GSPO, whose ratio is that of the whole response per token,
-    (pi(y) / pi_old(y)) ^ (1 / |y|): one value for all of its tokens, as is the reward.
-    """
-    log_ratio = logprobs - old_logprobs
-    if ratio == "sequence":
-        lengths = mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = ((log_ratio * mask).sum(1, keepdim=True) / lengths).expand_as(logprobs)
-    return clipped_surrogate(
-        log_ratio,
-        advantages,
-        mask,
-        clip=clip,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_limit=ratio_limit,
-        weights=weights,
-    )
+def sequence_log_ratio(log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """GSPO: from log ratios of tokens [B, T] that of the whole response per token, log (pi(y) / pi_old(y)) ^ (1 / |y|):
+    one value for all of its tokens, as is the reward."""
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    return ((log_ratio * mask).sum(1, keepdim=True) / lengths).expand_as(log_ratio)
 
 
 def kl_loss(

@@ -10,8 +10,7 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far beyond any clip range, and finite i
 
 
 def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
+    log_ratio: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
@@ -21,31 +20,8 @@ def policy_loss(
     ratio_limit: float | None = None,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate, equation 7. For the keywords see `clipped_surrogate`."""
-    return clipped_surrogate(
-        logprobs - old_logprobs,
-        advantages,
-        mask,
-        clip=clip,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_limit=ratio_limit,
-        weights=weights,
-    )
-
-
-def clipped_surrogate(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    clip: float,
-    clip_high: float | None,
-    dual_clip: float | None,
-    ratio_limit: float | None,
-    weights: torch.Tensor | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The same for a log ratio of any kind: of tokens, or one for all tokens of a response.
+    """Clipped surrogate, equation 7. log_ratio: log of new to old probability, of tokens, or one for all tokens of a
+    response.
 
     clip_high: another upper side of the clip range (DAPO, Yu et al., 2025). dual_clip: bound of the loss where the
     advantage is negative (Ye et al., 2020, equation 5). ratio_limit: rows with a larger mean ratio carry no loss; they

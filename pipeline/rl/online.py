@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from pipeline.core.artifact import Artifact
 from pipeline.core.files import write_atomic
 from pipeline.core.intervals import shares, warn
@@ -14,10 +16,13 @@ from pipeline.core.terminal import plural
 from pipeline.data.chat.template import Chat
 from pipeline.rl.experience import Models, evaluate
 from pipeline.rl.iteration import Iterations
+from pipeline.rl.objective import Objective
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.prompts import encoded_prompts, tasks_of
+from pipeline.rl.reward_workers import RewardWorkers
 from pipeline.rl.scoring import import_functions
 from pipeline.train import finetune, loop
+from pipeline.train.engine import Engine
 from pipeline.train.finetune import Parent
 from pipeline.train.finetune_data import encode_once
 
@@ -46,6 +51,32 @@ def load_parents(config: OnlineConfig, inputs: dict[str, Artifact]) -> Parents:
     if config.uses_reward_model():
         reward = finetune.load_parent(config, inputs["reward"], f"{config.kind}, reward model")
     return Parents(policy, reward)
+
+
+def assemble(
+    config: OnlineConfig,
+    parents: Parents,
+    objective: Objective,
+    policy: Engine,
+    value: Engine | None,
+    reference: torch.nn.Module | None,
+    reward: torch.nn.Module | None,
+) -> Models:
+    """The models of a run, the frozen ones moved to the policy's device."""
+    for model in (reference, reward):
+        if model is not None:
+            model.to(policy.device)
+    return Models(
+        policy=policy,
+        value=value,
+        reference=reference,
+        reward=reward,
+        chat=parents.policy.chat,
+        reward_chat=parents.reward_chat,
+        config=config,
+        objective=objective,
+        workers=RewardWorkers(config.reward_workers),
+    )
 
 
 def align(

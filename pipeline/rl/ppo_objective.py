@@ -62,8 +62,7 @@ def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
     options = config.ppo
     logprobs, entropy = token_statistics(logits, batch["responses"], config.rollout.temperature)
     loss, metrics = losses.policy_loss(
-        logprobs,
-        batch["logprobs"],
+        logprobs - batch["logprobs"],
         batch["advantages"],
         batch["mask"],
         clip=options.clip,

@@ -7,8 +7,6 @@ and the ratio is clipped as in PPO, which allows for several updates (TRL's RLOO
 
 import torch
 
-from pipeline.rl.losses import clipped_surrogate
-
 
 def advantages(rewards_PS: torch.Tensor) -> torch.Tensor:
     """A_i = r_i - mean of the others, over the S >= 2 responses to each of P prompts; [P, S]."""
@@ -17,28 +15,7 @@ def advantages(rewards_PS: torch.Tensor) -> torch.Tensor:
     return rewards_PS - others
 
 
-def loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    clip: float,
-    clip_high: float | None = None,
-    dual_clip: float | None = None,
-    ratio_limit: float | None = None,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped surrogate of the probability of whole responses, the product over their tokens. All tensors are
-    [B, T], with the same value at each token of a response; `weights` of 1 / length make it count once."""
-    log_ratio = ((logprobs - old_logprobs) * mask).sum(1, keepdim=True).expand_as(logprobs)
-    return clipped_surrogate(
-        log_ratio,
-        advantages,
-        mask,
-        clip=clip,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_limit=ratio_limit,
-        weights=weights,
-    )
+def response_log_ratio(log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """From log ratios of tokens [B, T] that of the whole response, the sum over its tokens, at each of them. In a loss
+    over tokens, weights of 1 / length make it count once."""
+    return (log_ratio * mask).sum(1, keepdim=True).expand_as(log_ratio)

@@ -13,7 +13,7 @@ def gradient(ratio, advantage, **changes):
     """Loss, gradient by the new log-probability, and metrics of one token."""
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     old, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    loss, metrics = losses.policy_loss(new, old, one * advantage, one, **{"clip": 0.2, **changes})
+    loss, metrics = losses.policy_loss(new - old, one * advantage, one, **{"clip": 0.2, **changes})
     return (
         float(loss.detach()),
         float(torch.autograd.grad(loss, new)[0]),
@@ -46,7 +46,7 @@ def test_log_ratios_are_bounded():
     """25."""
     new = torch.tensor([[0.0, -1e4]], requires_grad=True)
     loss, _ = losses.policy_loss(
-        new, torch.tensor([[-1e4, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), clip=0.2
+        new - torch.tensor([[-1e4, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2), clip=0.2
     )
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(new.grad).all()
@@ -55,14 +55,10 @@ def test_log_ratios_are_bounded():
 def test_rows_with_wild_ratios_carry_no_loss():
     """35: counted in tokens, whatever the micro-batch; a number that is none is left for the engine to refuse."""
     new = torch.tensor([[3.0, 4.0], [0.1, 0.0]], requires_grad=True)
-    loss, metrics = losses.policy_loss(
-        new, torch.zeros(2, 2), -torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0
-    )
+    loss, metrics = losses.policy_loss(new, -torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0)
     loss.backward()
     assert (new.grad[0] == 0).all() and (new.grad[1] != 0).all() and metrics["skipped_fraction"] == 2
-    loss, _ = losses.policy_loss(
-        new * math.nan, torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0
-    )
+    loss, _ = losses.policy_loss(new * math.nan, torch.ones(2, 2), torch.ones(2, 2), clip=0.2, ratio_limit=10.0)
     assert loss.isnan()
 
 
@@ -71,7 +67,7 @@ def test_importance_weights_are_bounded():
     weights = losses.importance(torch.tensor([[0.0, -1.0, 5.0]]), torch.tensor([[0.0, -1.5, 0.0]]), cap=2.0)
     torch.testing.assert_close(weights, torch.tensor([[1.0, math.exp(0.5), 2.0]]))
     one = torch.ones(1, 3)
-    loss, _ = losses.policy_loss(one * 0, one * 0, one, one, clip=0.2, weights=weights)
+    loss, _ = losses.policy_loss(one * 0, one, one, clip=0.2, weights=weights)
     assert float(loss) == pytest.approx(-float(weights.sum()))
 
 
@@ -93,7 +89,7 @@ def test_loss_sums_do_not_depend_on_how_rows_are_divided():
     (new, old, advantage, values), mask, _ = ragged()
     for function in (
         lambda x, rows: losses.policy_loss(
-            x[rows], old[rows], advantage[rows], mask[rows], clip=0.2, dual_clip=3.0, ratio_limit=10.0
+            x[rows] - old[rows], advantage[rows], mask[rows], clip=0.2, dual_clip=3.0, ratio_limit=10.0
         )[0],
         lambda x, rows: losses.value_loss(x[rows], old[rows], values[rows], mask[rows], clip=0.2)[0],
     ):
