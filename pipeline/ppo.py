@@ -51,6 +51,12 @@ class Config(OnlineConfig):
     def value_only_steps(self) -> int:
         return self.ppo.critic_warmup
 
+    def trains_on_rule(self) -> bool:
+        return self.ppo.rule_coef > 0
+
+    def adapts_kl_coef(self) -> bool:
+        return self.ppo.kl_target is not None
+
     def other_models(self) -> dict[str, bool]:
         models = {"value model": True}
         if self.lora is None:

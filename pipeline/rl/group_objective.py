@@ -117,7 +117,7 @@ def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
     )
     if "ref_logprobs" in batch:
         divergence = grpo.kl_loss(logprobs, batch["ref_logprobs"], mask, kl_estimator(config), weights)
-        loss = loss + options.kl_coef * divergence
+        loss = loss + batch["kl_coef"] * divergence
         metrics["kl_loss"] = divergence.detach()
     metrics["entropy_update"] = (entropy * mask).sum()
     return loss, metrics

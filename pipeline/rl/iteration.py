@@ -13,7 +13,7 @@ import torch
 
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
-from pipeline.rl import rewards
+from pipeline.rl import rewards, sentinel
 from pipeline.rl.advantages import explained_variance
 from pipeline.rl.experience import Clock, Models, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
@@ -55,7 +55,7 @@ class Iterations:
     In checkpoints, its part of the loop's state is: step (iterations so far), kl_coef, calibration (mean and deviation
     of the reward, in PPO), skipped_updates (updates of policy or value model that were not applied), resampled (prompts
     that were drawn in addition to batch_size per step), reward_failures (failed calls by reward and kind), shown
-    (rows of samples.jsonl).
+    (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are multiplied by the second).
     """
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
@@ -65,6 +65,7 @@ class Iterations:
         self.engines = [models.policy] if models.value is None else [models.policy, models.value]
         self.state: dict = {}
         self.accepted: list[tuple[float, float]] = []
+        self.verdict: tuple[str, str] | None = None
 
     @property
     def step_count(self) -> int:
@@ -105,9 +106,10 @@ class Iterations:
     def step(self, batch: int, lr: float, accept: Accept | None) -> dict:
         """One iteration over the prompts of global batch `batch`. `accept` is called before each update of the policy.
         lr: of the policy; the value model's has the same schedule and its own peak."""
-        stats = iterate(self.models, self.pool, self.state, lr, batch, accept)
+        stats = iterate(self.models, self.pool, self.state, lr * self.state.get("lr_scale", 1.0), batch, accept)
         self.accepted = stats.pop("accepted")
         self.state["step"] += 1
+        self.verdict = sentinel.judge(self.models.config, self.state, stats)
         if stats["rollout_difference"] > NOTABLE_DIFFERENCE and distributed.is_main():
             show(
                 f"{self.models.config.kind}: step {self.step_count}: log-probabilities of sampler and trainer differ by"
@@ -121,6 +123,9 @@ class Iterations:
     def applied_updates(self, stats: dict) -> list[tuple[float, float]]:
         """(loss, gradient norm) of each update of the policy that was applied in the last iteration."""
         return self.accepted
+
+    def alarm(self) -> tuple[str, str] | None:
+        return self.verdict
 
     def progress_numbers(self, stats: dict) -> dict | None:
         return {name: stats[name] for name in ("reward", "kl") if name in stats}
@@ -276,6 +281,8 @@ def _update(
         if update_policy:
             weights = _row_weights(models, samples, minibatch)
             policy_batches = [_policy_batch(models, samples, signal, part, weights) for part in parts]
+            for batch in policy_batches:
+                batch["kl_coef"] = state["kl_coef"]
             policy_stats.append(models.policy.step(policy_batches, policy_lr, accept))
             refused = refused or policy_stats[-1].get("refused", False)
             if config.updates.target_kl is not None:

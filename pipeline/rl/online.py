@@ -14,6 +14,7 @@ from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural
 from pipeline.data.chat.template import Chat
+from pipeline.rl import sentinel
 from pipeline.rl.experience import Models, evaluate
 from pipeline.rl.iteration import Iterations
 from pipeline.rl.objective import Objective
@@ -118,12 +119,16 @@ def summary(config: OnlineConfig, output: Output, result: dict, counts: dict, ev
     failed = sum(sum(kinds.values()) for kinds in result.get("reward_failures", {}).values())
     if failed:
         measured += f", {plural(failed, 'call', ',')} of rewards failed"
+    alarms = sentinel.summary_of(result)
+    if alarms:
+        measured += f", alarms: {alarms}"
     metrics = finetune.before_and_after(result)
     metrics["warnings"] = warn(output.stage, nothing)
     if "kl" in after:
         metrics["kl"] = after["kl"]
         metrics["kl_coef"] = result["kl_coef"]
     metrics["skipped_updates"] = result["skipped_updates"]
+    metrics["alarms"] = result.get("alarms", {}).get("raised", {})
     if config.rewards:
         metrics["reward_failures"] = result["reward_failures"]
     metrics |= counts

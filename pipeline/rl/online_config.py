@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 from pipeline.core.config import EXECUTION, ExternalFiles, Name, PlannedInput, SourceBlock, refuse_unused
 from pipeline.core.errors import Absent, Problems, UserError
 from pipeline.data.chat.chat_sources import RewardedSource
+from pipeline.rl import sentinel
 from pipeline.rl.config import LinearSchedule, PolicyOptimizer, Rollout, Updates
 from pipeline.rl.reward_config import MODEL, Reward, check_calls, check_packages
 from pipeline.rl.rules import Rule
+from pipeline.rl.sentinel import Alarm, AlarmName
 from pipeline.train.finetune_config import FinetuneConfig
 
 
@@ -32,6 +34,8 @@ class OnlineConfig(FinetuneConfig):
     """What the score of a response is made of, by name; none: the reward model."""
     reward_workers: Annotated[int, EXECUTION] = Field(2, ge=1)
     """Processes per rank that compute rewards which are functions."""
+    alarms: dict[AlarmName, Alarm] = {}
+    """What is done when a number of the iterations leaves its healthy range; those that are not named warn."""
     optimizer: PolicyOptimizer = PolicyOptimizer()
     """AdamW of the policy."""
     schedule: LinearSchedule = LinearSchedule()
@@ -72,10 +76,15 @@ class OnlineConfig(FinetuneConfig):
                 f"inputs.reward: {self.inputs['reward']} is not read, because no entry of rewards has function:"
                 f" {MODEL}; remove it, or add such an entry"
             )
+        sentinel.check(self)
         return self
 
     def uses_reward_model(self) -> bool:
         return not self.rewards or any(reward.function == MODEL for reward in self.rewards.values())
+
+    def reward_functions(self) -> list[str]:
+        """Names of the rewards that are functions."""
+        return [name for name, reward in self.rewards.items() if reward.function != MODEL]
 
     def unread(self) -> set[str]:
         return set() if self.uses_reward_model() else {"reward"}
@@ -130,6 +139,17 @@ class OnlineConfig(FinetuneConfig):
     def measures_kl(self) -> bool:
         """Whether a reference is needed."""
         return True
+
+    def trains_on_rule(self) -> bool:
+        """Whether `rule` is part of the score."""
+        return False
+
+    def adapts_kl_coef(self) -> bool:
+        """Whether the algorithm changes the KL's weight."""
+        return False
+
+    def rolls_back(self) -> bool:
+        return super().rolls_back() or any(alarm.action == "rollback" for alarm in self.alarms.values())
 
     def rows_of_step(self) -> int:
         return self.batch_size * self.responses_per_prompt()

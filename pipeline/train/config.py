@@ -383,6 +383,10 @@ class TrainConfig(StageConfig):
             " learning rate never reaches its peak",
         ]
 
+    def rolls_back(self) -> bool:
+        """Whether a run may have to return to a checkpoint, so that there must always be one."""
+        return self.spikes.policy == "rollback"
+
     def warmup_steps(self) -> int | None:
         """Steps of the warmup; None if only the running stage can tell."""
         return self.schedule.warmup_steps

@@ -81,6 +81,10 @@ class Updates:
         """(loss, gradient norm) of each update of the last step that was applied: what later ones are compared with."""
         return [(stats["loss"], stats["grad_norm"])]
 
+    def alarm(self) -> tuple[str, str] | None:
+        """("rollback" or "stop", why) if the last step, which was made, asks for it."""
+        return None
+
     def progress_numbers(self, stats: dict) -> dict | None:
         """Numbers for the terminal's line; None for loss and speed."""
         return None
@@ -225,7 +229,7 @@ class Loop:
             self.evaluate(step, "after")
         if self.resumed and self.hooks.sample:
             self.hooks.sample(step, step == self.length.steps)
-        if self.config.spikes.policy == "rollback" and not self.resumed:
+        if self.config.rolls_back() and not self.resumed:
             self.saver.save(step, self.state, wait=True)  # so that there is always a checkpoint to go back to
 
     def evaluation_is_due(self, step: int) -> bool:
@@ -326,6 +330,10 @@ class Loop:
             if action == "rollback":
                 self.roll_back(done + 1, bar)
                 return None, 0.0
+        alarm = self.updates.alarm()
+        if alarm is not None:
+            self.obey(done + 1, *alarm, bar)
+            return None, 0.0
         return stats, time.perf_counter() - start
 
     def log(self, stats: dict, seconds: float, bar: Progress) -> None:
@@ -377,6 +385,22 @@ class Loop:
         step = self.updates.step_count
         if distributed.from_main(saved_step(self.output)) != step:
             self.saver.save(step, self.state, wait=True)
+
+    def obey(self, step: int, action: str, reason: str, bar: Progress) -> None:
+        """Roll back after a step that raised an alarm. Raises UserError if the run is to stop."""
+        if action == "rollback" and self.guard.may_roll_back():
+            if self.output.is_main:
+                show(f"{self.output.stage}: step {step}: {reason}")
+            self.roll_back(step, bar)
+            return
+        self.saver.finish()
+        text = f"stage {self.output.stage}: step {step}: {reason}"
+        if action == "rollback":
+            text += f", and {self.config.spikes.rollbacks} rollbacks were made"
+        raise UserError(
+            f"{text}. Checkpoints are from before it; look at the samples and curves, change the recipe (alarms,"
+            " optimizer.lr, kl_coef, rewards) and resume with --fork, or start again with --restart"
+        )
 
     def roll_back(self, step: int, bar: Progress) -> None:
         """Return to the newest checkpoint; the rows of the steps since then are skipped from now on."""

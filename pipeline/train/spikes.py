@@ -99,9 +99,12 @@ class Guard:
             return "stop"
         if not stats.get("refused") or self.config.policy == "skip":
             return "continue"
-        if self.config.policy == "rollback" and self.state["rollbacks"] < self.config.rollbacks:
+        if self.config.policy == "rollback" and self.may_roll_back():
             return "rollback"
         return "stop"
+
+    def may_roll_back(self) -> bool:
+        return self.state["rollbacks"] < self.config.rollbacks
 
     # ---- which rows a step reads -------------------------------------------------------------------------------------
 
