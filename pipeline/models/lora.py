@@ -148,7 +148,7 @@ def attach(model, options: Lora, seed: int, complete: tuple[str, ...] = ()) -> N
 def _targets(model, options: Lora) -> dict[str, nn.Module]:
     """Layers that get an adapter, by name."""
     candidates = _linear_layers(model)
-    if not options.targets:
+    if options.targets is None:
         layers = {name: layer for name, (layer, inside) in candidates.items() if inside}
         if not layers:
             raise UserError(f"lora: the family {model.config.model_type} has no linear layers that can be adapted")

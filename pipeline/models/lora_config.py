@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.core.config import Distinct, Strict
 
@@ -17,8 +17,8 @@ class Lora(Strict):
     """The product is scaled by alpha / rank; none: 2 * rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of an adapter's input."""
-    targets: Annotated[list[str], Distinct] = []
-    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; by default all that are in the decoder
+    targets: Annotated[list[str], Distinct] | None = None
+    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; none: all that are in the decoder
     layers, which QLoRA (Dettmers et al., 2023, figure 2) found necessary to match full finetuning."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones (rsLoRA: Kalajdzievski, 2023)."""
@@ -31,6 +31,15 @@ class Lora(Strict):
     needs the package bitsandbytes."""
     publish: Literal["merged", "adapter"] = "merged"
     """merged: a complete model. adapter: the adapter only, in peft's format; the parent's folder must stay."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some_layer(cls, value: list[str] | None) -> list[str] | None:
+        if value == []:
+            raise ValueError(
+                "an empty list names no layer, so that nothing would be trained; remove the key for all linear layers"
+            )
+        return value
 
     @property
     def numerator(self) -> float:

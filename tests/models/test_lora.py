@@ -93,7 +93,7 @@ def our_name(name: str) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_those_of_peft(family, variant):
     options = Lora(rank=4, **VARIANTS[variant])
-    if options.targets and family == "gpt2":
+    if options.targets is not None and family == "gpt2":
         options = Lora(rank=4, targets=["c_attn"])
     base = tiny(family)
     ours = trained(copy.deepcopy(base), options)
