@@ -69,6 +69,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         pair_order,
         pair_work,
     )
+    from pipeline.train.scores import initial_score
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
@@ -115,18 +116,6 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     metrics["raw_score_mean"] = mean
     metrics["raw_score_deviation"] = deviation
     return metrics
-
-
-def initial_score(model, seed: int) -> None:
-    """The score layer ~ N(0, 1 / sqrt(width + 1)): scores of about 1 at the start, whatever the width (Stiennon et
-    al., 2020, appendix B; Huang et al., 2024)."""
-    import torch
-
-    from pipeline.core.seeds import derive
-
-    weight = model.score.weight
-    with torch.no_grad():
-        weight.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=torch.Generator().manual_seed(derive(seed, "score")))
 
 
 def padding(tokenizer, end_id: int, num_embeddings: int) -> int:

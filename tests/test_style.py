@@ -62,10 +62,8 @@ def test_the_core_names_no_stage():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value in KINDS:
                 named.append(f"{path.name}:{node.lineno} {node.value!r}")
-    line = next(
-        text for text in (ROOT / "pipeline/core/recipe.py").read_text().splitlines() if text.startswith("KINDS")
-    )
-    assert len(named) == len(KINDS) == sum(f'"{kind}"' in line for kind in KINDS), named
+    listed = (ROOT / "pipeline/core/recipe.py").read_text().partition("\nKINDS = (")[2].partition(")")[0]
+    assert len(named) == len(KINDS) == sum(f'"{kind}"' in listed for kind in KINDS), named
 
 
 def test_no_module_beside_the_stage_scripts_hides_another_one():

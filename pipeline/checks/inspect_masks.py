@@ -18,8 +18,15 @@ from pipeline.core.graph import planned_inputs
 from pipeline.core.recipe import Recipe
 from pipeline.core.status import examine
 from pipeline.core.terminal import plural
-from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, PromptSource, TuningSource
-from pipeline.data.chat.conversations import Conversation, Labelled, Pair, Prompt, first_usable, rows_of
+from pipeline.data.chat.chat_sources import (
+    ChatSource,
+    LabelledSource,
+    PreferenceSource,
+    PromptSource,
+    StepSource,
+    TuningSource,
+)
+from pipeline.data.chat.conversations import Conversation, Labelled, Pair, Prompt, Stepped, first_usable, rows_of
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.data.chat.token_view import Token, tokens_of
@@ -27,12 +34,17 @@ from pipeline.data.chat.token_view import Token, tokens_of
 if TYPE_CHECKING:
     from pipeline.train.finetune_config import FinetuneConfig
 
-KINDS = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
+KINDS = ("sft", "reward", "prm", "dpo", "kto", "ppo", "grpo")
 CHECKED = 200  # records of each source
 STYLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "template": "dim"}
 MARKS = ("⟦", "⟧")  # around text that carries loss, where there are no colors
 OF_PROMPTS = "carries loss (a prompt has no such tokens)"
-LOSS_ON = {"reward": "the score is read here", "ppo": OF_PROMPTS, "grpo": OF_PROMPTS}
+LOSS_ON = {
+    "reward": "the score is read here",
+    "prm": "the score of a step is read here",
+    "ppo": OF_PROMPTS,
+    "grpo": OF_PROMPTS,
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class Rows:
     """Tokens of a row, or of a prompt; None: any number."""
     too_long: str = "drop"
     """As the key of sft."""
+    separator: str = "\n"
+    """Between steps, as the key of prm."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +145,13 @@ def rows_with(chat: Chat, config: "FinetuneConfig") -> Rows:
     if config.kind in ("ppo", "grpo"):
         longest -= config.rollout.max_new_tokens
     too_long = config.too_long if config.kind == "sft" else "drop"
-    return Rows(chat, config.records(), config.kind, longest, too_long)
+    separator = config.separator if config.kind == "prm" else "\n"
+    return Rows(chat, config.records(), config.kind, longest, too_long, separator)
 
 
 def rows_of_file(model: Path, data: Path, chat_template: str | None) -> Rows:
     """The records of a file with the tokenizer of a model's folder. Raises UserError if it has no pairs, judged
-    answers, conversations or prompts."""
+    answers, answers with judged steps, conversations or prompts."""
     from pipeline.data.chat.named_templates import with_template
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
@@ -147,7 +162,13 @@ def rows_of_file(model: Path, data: Path, chat_template: str | None) -> Rows:
     chat = Chat(tokenizer)
     name = data.name
     reasons = {}
-    classes = {"dpo": PreferenceSource, "kto": LabelledSource, "sft": ChatSource, "ppo": PromptSource}
+    classes = {
+        "dpo": PreferenceSource,
+        "prm": StepSource,
+        "kto": LabelledSource,
+        "sft": ChatSource,
+        "ppo": PromptSource,
+    }
     for kind, source_class in classes.items():
         source = source_class(path=str(data))
         try:
@@ -164,7 +185,7 @@ def check(rows: Rows, name: str, number: int) -> Checked:
     checked = Checked()
     for record in rows_of(rows.sources[name], name, checked.ledger, CHECKED):
         try:
-            made = _fitting(rows, record, tokens_of(rows.chat, record))
+            made = _fitting(rows, record, tokens_of(rows.chat, record, rows.separator))
         except ValueError as error:
             made = str(error)
         if isinstance(made, str):
@@ -183,7 +204,7 @@ def check(rows: Rows, name: str, number: int) -> Checked:
 NamedRows = list[tuple[str, list[Token]]]
 
 
-def _fitting(rows: Rows, record: Conversation | Pair | Labelled | Prompt, made: NamedRows) -> NamedRows | str:
+def _fitting(rows: Rows, record: Conversation | Pair | Labelled | Stepped | Prompt, made: NamedRows) -> NamedRows | str:
     """The rows of a record as the stage reads them, or the reason why it drops the record."""
     from pipeline.train.conversation_data import fitting_rows
     from pipeline.train.preference_data import pair_problem

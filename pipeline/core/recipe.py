@@ -24,7 +24,21 @@ from pipeline.core.recipe_messages import block_class, validated
 from pipeline.core.shipped_recipes import located
 
 # Kinds of stages, each a script `pipeline/KIND.py`. To add one, write the script and add its name here.
-KINDS = ("clean", "tokenizer", "pack", "pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo", "assess", "export")
+KINDS = (
+    "clean",
+    "tokenizer",
+    "pack",
+    "pretrain",
+    "sft",
+    "reward",
+    "prm",
+    "dpo",
+    "kto",
+    "ppo",
+    "grpo",
+    "assess",
+    "export",
+)
 
 # Blocks of a stage in which an entry may take over one of the recipe's `sources` with `from: NAME`.
 SOURCE_BLOCKS = ("sources", "evaluate")

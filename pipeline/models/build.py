@@ -33,14 +33,19 @@ def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bo
     return model
 
 
-def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causal", seed: int = 0, config=None):
+Head = Literal["causal", "reward", "judge", "steps"]
+
+
+def load(folder: Path | str, head: Head = "causal", seed: int = 0, config=None):
     """The model of a folder. `config` replaces the folder's own (see model_block.changed_config).
 
     head="reward" and head="judge" give one score per sequence. If the folder has no score layer, it is drawn from
-    `seed` for "reward", a model that will be trained, and refused for "judge", whose scores are used.
+    `seed` for "reward", a model that will be trained, and refused for "judge", whose scores are used. head="steps", of
+    a model that will be trained, gives two scores per token, whose difference is the logit of "this step is right".
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoConfig
 
     from pipeline.models import lora
 
@@ -48,24 +53,21 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
         return _load_adapted(Path(folder), head, seed, config)
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: contains no model (no config.json); expected a folder in the Hugging Face layout")
-    folder_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if head == "judge":
-        _check_one_score(folder, folder_config)
+        _check_one_score(folder, AutoConfig.from_pretrained(folder, local_files_only=True))
     if config is None:
-        config = folder_config
-        if head != "causal":
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=1)
+        config = _config_of(folder, head)
     # Stages choose how a model computes. A folder may name a kernel that this machine does not have.
     config._attn_implementation = config._experts_implementation = None
-    model_class = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+    model_class = getattr(transformers, AUTO_CLASSES[head])
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(derive(seed, "initial", "score"))
         model, info = model_class.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, config=config
         )
     missing = set(info["missing_keys"])
-    if head == "reward":
-        missing -= {"score.weight"}
+    if head in ("reward", "steps"):
+        missing -= {"score.weight", "score.bias"}
     if head == "judge" and "score.weight" in missing:
         raise UserError(
             f"{folder}: is not a reward model: it has no score layer; give the output of a stage of kind reward"
@@ -81,8 +83,6 @@ def load(folder: Path | str, head: Literal["causal", "reward", "judge"] = "causa
 
 def _load_adapted(folder: Path, head: str, seed: int, config):
     """The model of a folder that contains an adapter, merged into its base."""
-    from transformers import AutoConfig
-
     from pipeline.models import lora
 
     if not (folder / "config.json").is_file():
@@ -91,14 +91,58 @@ def _load_adapted(folder: Path, head: str, seed: int, config):
             " files of its base model into it, or merge it with peft"
         )
     if config is None:
-        labels = {} if head == "causal" else {"num_labels": 1}
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **labels)
+        config = _config_of(folder, head)
     has_score = lora.trains_completely(folder, "score")
     base_head = "reward" if head == "judge" and has_score else head
     model = load(lora.base_of(folder), base_head, seed, config)
     lora.load(model, folder)
     lora.merge(model)
     return model
+
+
+AUTO_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "reward": "AutoModelForSequenceClassification",
+    "judge": "AutoModelForSequenceClassification",
+    "steps": "AutoModelForTokenClassification",
+}
+
+
+def _config_of(folder: Path | str, head: Head):
+    """The configuration of a folder, for a model with this head."""
+    from transformers import AutoConfig
+
+    if head == "causal":
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    if head != "steps":
+        return AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=1)
+    labels = {0: "wrong", 1: "right"}
+    label2id = {label: index for index, label in labels.items()}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, id2label=labels, label2id=label2id)
+    config.classifier_dropout = 0.0  # by default transformers drops a tenth of what this head reads, and of no other
+    check_scores_tokens(config)
+    return config
+
+
+def head_of(model) -> Head:
+    """The head that a model in memory has."""
+    name = type(model).__name__
+    if "TokenClassification" in name:
+        return "steps"
+    return "reward" if "SequenceClassification" in name else "causal"
+
+
+def check_scores_tokens(config) -> None:
+    """Raise UserError for a family without a model that scores tokens with a layer called `score`."""
+    from transformers.modeling_layers import GenericForTokenClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+    model_class = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), None)
+    if model_class is None or not issubclass(model_class, GenericForTokenClassification):
+        raise UserError(
+            f"a process reward model cannot be made of the family {config.model_type}: transformers has no class for it"
+            " that scores tokens; start from another model, such as llama, qwen2, qwen3 or mistral"
+        )
 
 
 def _check_one_score(folder: Path | str, config) -> None:

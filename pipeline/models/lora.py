@@ -48,7 +48,7 @@ UNSUPPORTED = {
     "target_parameters": (None, []),
 }
 
-
+TASKS = {"causal": "CAUSAL_LM", "reward": "SEQ_CLS", "steps": "TOKEN_CLS"}  # as peft calls them
 # fp32 rounding of a model of 80 layers stays below a tenth of this.
 MERGE_TOLERANCE = 1e-3
 
@@ -288,6 +288,7 @@ def save(model, folder: Path, base: Path, precision: str = "fp32") -> None:
     """Write a model's adapter as peft does, for a model in the folder `base`. precision: in which it was trained."""
     from safetensors.torch import save_file
 
+    from pipeline.models.build import head_of
     from pipeline.models.weights_hash import weights_hash
 
     adapter: Adapter = model.adapter
@@ -306,7 +307,7 @@ def save(model, folder: Path, base: Path, precision: str = "fp32") -> None:
     options = adapter.options
     settings = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM",
+        "task_type": TASKS[head_of(model)],
         "base_model_name_or_path": str(base),
         "r": options.rank,
         "lora_alpha": options.numerator,

@@ -359,8 +359,7 @@ def _publish_adapted(
     """Publish an adapter, or the parent's model with the adapter merged into its weights: those of the folder in fp32,
     or, where they were kept in 4 bits, what these are multiplied with."""
     folder, tokenizer_folder = output.path / "model", parent.tokenizer_files(config, output)
-    head = "reward" if trained.adapter.complete else "causal"
-    model = parent.load(head=head, config=copy.deepcopy(trained.config))
+    model = parent.load(head=build.head_of(trained), config=copy.deepcopy(trained.config))
     frozen.copy_dequantised(trained, model)
     lora.attach(model, config.lora, config.seed, trained.adapter.complete)
     lora.fill(model, weights)

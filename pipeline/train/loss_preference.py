@@ -1,4 +1,5 @@
-"""Losses over answers and pairs of answers, with their metrics: reward models, DPO and its relatives, KTO.
+"""Losses over answers, their steps, and pairs of answers, with their metrics: reward models, DPO and its relatives,
+KTO.
 
 A batch of pairs is [chosen 0..B-1, rejected 0..B-1]. Each loss over pairs is a function of `Pairs` and a row of
 `LOSSES`; `pair_losses` adds them up with weights. A stage gives the engine sums over pairs or answers, which it divides
@@ -283,6 +284,38 @@ def bradley_terry(
             "score": ((chosen + rejected) / 2).sum(),
         }
     return losses.sum(), metrics
+
+
+def step_losses(logits: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss of each step, whether it is judged right), both [S]: the cross-entropy of wrong and right at the last token
+    of each step (Lightman et al., 2023; Wang et al., 2024, eq. 3). All other positions carry no loss.
+
+    logits: [B, T, 2]. batch: `step_places` [S], where in B x T each step ends, and `step_labels` [S], 1 for right.
+    """
+    logits_S2 = logits.flatten(0, 1)[batch["step_places"]].float()
+    losses = F.cross_entropy(logits_S2, batch["step_labels"], reduction="none")
+    return losses, logits_S2[:, 1] > logits_S2[:, 0]
+
+
+def step_cross_entropy(logits: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
+    """The sum of `step_losses`, and how many steps are judged as their labels say."""
+    losses, judged = step_losses(logits, batch)
+    return losses.sum(), {"accuracy": (judged == (batch["step_labels"] == 1)).sum()}
+
+
+def read_steps(logits: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Of each answer of a micro-batch: the loss, the number of steps judged right as their labels say, whether the
+    first wrong step is found, or that there is none (Zheng et al., 2024, ProcessBench), the number of steps that are
+    right, and the number of steps. Shape: [B, 5]."""
+    losses, judged = step_losses(logits, batch)
+    labels, counts = batch["step_labels"] == 1, batch["steps"]
+    rows = []
+    for loss, ours, truth in zip(losses.split(counts), judged.split(counts), labels.split(counts), strict=True):
+        # The product of the steps so far: equal exactly where both have the same first wrong step.
+        found = torch.equal(ours.long().cumprod(0), truth.long().cumprod(0))
+        numbers = [loss.sum(), (ours == truth).sum(), torch.tensor(found), truth.sum(), torch.tensor(len(truth))]
+        rows.append(torch.stack([number.float().to(loss.device) for number in numbers]))
+    return torch.stack(rows)
 
 
 def _wins(difference: torch.Tensor) -> torch.Tensor:

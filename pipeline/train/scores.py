@@ -1,6 +1,19 @@
-"""Scores of a reward model: one number for a conversation, read at its last token and calibrated."""
+"""Scores of a reward model: one number for a conversation, read at its last token and calibrated; and the layer that
+gives them, at the start."""
 
 import torch
+
+from pipeline.core.seeds import derive
+
+
+def initial_score(model, seed: int) -> None:
+    """The score layer ~ N(0, 1 / sqrt(width + 1)): scores of about 1 at the start, whatever the width (Stiennon et
+    al., 2020, appendix B; Huang et al., 2024). A bias is 0."""
+    weight, bias = model.score.weight, model.score.bias
+    with torch.no_grad():
+        weight.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=torch.Generator().manual_seed(derive(seed, "score")))
+        if bias is not None:
+            bias.zero_()
 
 
 def calibrated(model, logits: torch.Tensor) -> torch.Tensor:

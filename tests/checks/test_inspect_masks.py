@@ -55,9 +55,10 @@ def test_a_file_with_any_tokenizer(world, tmp_path):
     records = {
         "talk": {"messages": [*asked, {"role": "assistant", "content": "a"}]},
         "pair": {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "steps": {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]},
         "prompt": {"prompt": "q"},
     }
-    expected = {"talk": "⟦a<|im_end|>⟧", "pair": "⟦b<|im_end|>⟧", "prompt": "user │ q"}
+    expected = {"talk": "⟦a<|im_end|>⟧", "pair": "⟦b<|im_end|>⟧", "steps": "a⟦⏎⟧b⟦<|im_end|>⟧", "prompt": "user │ q"}
     for name, record in records.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
         text = inspect("--model", world / "base", "--data", tmp_path / f"{name}.jsonl")
@@ -76,7 +77,7 @@ def test_a_file_with_any_tokenizer(world, tmp_path):
         (["tiny.yaml", "--source", "verbs"], "there is no such source; expected one of nouns"),
         (
             ["tiny.yaml", "pretrain"],
-            "has no stage of kind sft or reward or dpo or kto or ppo or grpo called 'pretrain'",
+            "has no stage of kind sft or reward or prm or dpo or kto or ppo or grpo called 'pretrain'",
         ),
         ([ROOT / "recipes/quickstart.yaml"], "stage sft: the tokenizer of its model is not there yet; run the stage"),
         (["tiny.yaml", "sft.sequence_length=8"], "none of its first records can be used: 200 x longer than"),

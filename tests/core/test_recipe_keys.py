@@ -33,6 +33,7 @@ stages:
   pretrain: {{{TUNING}}}
   sft: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.CHAT}}}}}}}
   reward: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
+  prm: {{{TUNING}, sources: {{steps: {{path: steps.jsonl}}}}}}
   dpo: {{{TUNING}, sources: {{nouns: {{from: nouns, {tuned.PAIR}}}}}}}
   kto: {{{TUNING}, sources: {{nouns: {{from: nouns, {JUDGED}}}}}}}
   ppo: {{{TUNING}, rollout: {{max_new_tokens: 4}}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}}}
@@ -64,6 +65,7 @@ BESIDE = {
         ["sft.lora={rank: 2}", "sft.best={every_steps: 1}"],
     ],
     "reward": [["reward.lora={rank: 2}", "reward.best={every_steps: 1}"]],
+    "prm": [["prm.lora={rank: 2}", "prm.best={every_steps: 1}"]],
     "dpo": [
         ["dpo.lora={rank: 2}", "dpo.loss=simpo", "dpo.best={every_steps: 1}"],
         ["dpo.loss={robust: 1.0, sft: 0.1}", "dpo.label_smoothing=0.1"],
@@ -104,6 +106,8 @@ RARE = {
 def least(tmp_path_factory):
     folder = tmp_path_factory.mktemp("least")
     chain_rows.rows_of(folder)
+    lines = [json.dumps(row, ensure_ascii=False) for row in tuned.stepped_rows()]
+    (folder / "steps.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "least.yaml").write_text(RECIPE, encoding="utf-8")
     before = os.getcwd()
     os.chdir(folder)

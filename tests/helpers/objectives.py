@@ -18,7 +18,7 @@ PAIR_LOSSES = {
     "orpo": {},
     "mixed": {"loss": {"sigmoid": 1.0, "orpo": 0.5, "sft": 0.2}},
 }
-OBJECTIVES = ("sft", "sft weighted", "reward", "kto", "apo_zero_unpaired", *PAIR_LOSSES)
+OBJECTIVES = ("sft", "sft weighted", "reward", "prm", "kto", "apo_zero_unpaired", *PAIR_LOSSES)
 KEYS = {"sources": {"s": {"path": "x"}}, "batch_size": 8, "sequence_length": 64, "steps": 1, "seed": 5}
 
 
@@ -51,42 +51,49 @@ def arrays_of() -> dict:
         "train.start": start,
         "train.margin": np.linspace(0, 1, 8).astype(np.float32),
         "train.label": np.arange(8) % 3 != 1,
+        "train.ends": Ragged.of([np.arange(4 + index % 3, lengths[index], 3) for index in range(8)], np.int64),
+        "train.labels": Ragged.of(
+            [np.arange(4 + index % 3, lengths[index], 3) % 2 == 0 for index in range(8)], np.bool_
+        ),
     }
 
 
 def model_of(name: str, adapted: bool):
     from tiny_engine import VOCABULARY, tiny
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
     from pipeline.models import lora
     from pipeline.models.initial_values import initialise
     from pipeline.models.lora_config import Lora
     from pipeline.train import chunked_loss
 
-    if name == "reward":
+    scores = name in ("reward", "prm")
+    if scores:
         keys = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-        config = LlamaConfig(vocab_size=VOCABULARY, num_labels=1, pad_token_id=0, **keys)
-        model = LlamaForSequenceClassification(config)
+        labels = 1 if name == "reward" else 2
+        config = LlamaConfig(vocab_size=VOCABULARY, num_labels=labels, pad_token_id=0, classifier_dropout=0.0, **keys)
+        model = (LlamaForSequenceClassification if name == "reward" else LlamaForTokenClassification)(config)
         initialise(model, seed=0)
     else:
         model = tiny(num_hidden_layers=2)
     if adapted:
-        lora.attach(model, Lora(rank=4), 0, ("score",) if name == "reward" else ())
+        lora.attach(model, Lora(rank=4), 0, ("score",) if scores else ())
         source = torch.Generator().manual_seed(1)
         for layer in lora.adapted_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1, generator=source)
-    if name != "reward":
+    if not scores:
         chunked_loss.install(model, chunk=7, per_token=not name.startswith("sft"), selects=True)
     return model
 
 
 def stage_of(name: str, arrays: dict, micro: int | None):
     """(config, loss function, collate(part), what is called with the engine to prepare a step, length of a row)."""
-    from pipeline import dpo, kto, reward, sft
+    from pipeline import dpo, kto, prm, reward, sft
     from pipeline.train.conversation_data import conversation_batch
     from pipeline.train.labelled_data import labelled_batch
-    from pipeline.train.loss_preference import bradley_terry
+    from pipeline.train.loss_preference import bradley_terry, step_cross_entropy
     from pipeline.train.preference_data import pair_batch, pair_length
+    from pipeline.train.step_data import step_batch
 
     keys = KEYS | {"precision": "fp32", "micro_batch": micro, "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9}}
     references = torch.randn(8, 2, generator=torch.Generator().manual_seed(2)) - 60
@@ -101,6 +108,9 @@ def stage_of(name: str, arrays: dict, micro: int | None):
             return bradley_terry(logits.squeeze(-1), batch["margin"], config.centering)
 
         return config, loss, lambda part: pair_batch(arrays, 0, "train", part), None, None
+    if name == "prm":
+        config = prm.Config(kind="prm", **keys)
+        return config, step_cross_entropy, lambda part: step_batch(arrays, 0, "train", part), None, None
     if name in PAIR_LOSSES:
         config = dpo.Config(kind="dpo", **({"loss": name} | PAIR_LOSSES[name]), **keys)
 

@@ -31,6 +31,18 @@ def rows() -> list[dict]:
     return found
 
 
+def stepped_rows() -> list[dict]:
+    """Answers of two or three steps, of which one may name a wrong kind; all after it count as wrong, too."""
+    found = []
+    for index, row in enumerate(rows()):
+        wrong_from = (None, 0, 1, 2)[index % 4]
+        steps = [row["kind"] if place != wrong_from else row["wrong"] for place in range(2 + index % 2)]
+        labels = [wrong_from is None or place < wrong_from for place in range(len(steps))]
+        prompt = f"What is a {row['words']} {row['noun']}?"
+        found.append({"prompt": prompt, "completions": steps, "labels": labels})
+    return found
+
+
 def tokenizer(folder: Path, sentencepiece: bool = False):
     from harness import byte_level
     from transformers import AutoTokenizer

@@ -179,6 +179,70 @@ def test_reward(tiny, tmp_path, centering):
     assert abs(float(metrics["accuracy"]) / 6 - trainer._metrics["train"]["accuracy"][-1]) < 1e-6
 
 
+def test_steps(tiny):
+    """TRL has had no trainer of process reward models since 1.13; its loss was that of transformers' models for tokens,
+    with a label at the last token of each step. That loss, with places that are found by decoding prefixes, and the
+    formula in fp64."""
+    from pipeline.data.chat.conversations import Stepped
+    from pipeline.train.loss_preference import read_steps, step_cross_entropy
+    from pipeline.train.step_data import encode_steps, step_batch
+
+    folder, tokenizer, chat = tiny
+    answers = [
+        Stepped(
+            id=str(i),
+            source="s",
+            place="",
+            content="",
+            prompt=[{"role": "user", "content": f"{row['words']} {row['noun']}"}],
+            steps=[f"{row['kind']} is {place}" for place in range(1 + i % 4)],
+            labels=[(i + place) % 3 != 0 for place in range(1 + i % 4)],
+        )
+        for i, row in enumerate(tuned.rows()[:6])
+    ]
+    ledger = Ledger()
+    ledger.sources["s"] = {"records": 6, "rejected": {}, "train": 0, "heldout": 0}
+    arrays = encode_steps(answers, "train", chat, "\n", 64, ledger)
+    ours = build.load(folder, head="steps", seed=2)
+    torch.nn.init.normal_(ours.score.bias)
+    theirs = copy.deepcopy(ours).train()
+    batch = step_batch(arrays, tokenizer.pad_token_id, "train", range(6))
+    loss, metrics = step_cross_entropy(ours.train()(**batch["inputs"]).logits, batch)
+
+    labels = torch.full_like(batch["inputs"]["input_ids"], -100)
+    for number, answer in enumerate(answers):
+        ids = arrays["train.ids"][number].tolist()
+        text = chat.decode(ids)
+        for place, label in enumerate(answer.labels[:-1]):
+            upto = text[: text.rindex("\n".join(answer.steps)) + len("\n".join(answer.steps[: place + 1])) + 1]
+            labels[number, next(i for i in range(len(ids)) if chat.decode(ids[: i + 1]) == upto)] = int(label)
+        labels[number, len(ids) - 1] = int(answer.labels[-1])
+    count = int((labels != -100).sum())
+    assert batch["weight"] == count == sum(len(answer.steps) for answer in answers)
+    outputs = theirs(**batch["inputs"], labels=labels)
+    compare(ours, loss / count, theirs, outputs.loss)
+    logits = outputs.logits.detach()[labels != -100].double()
+    truth = labels[labels != -100]
+    exact = (logits.exp().sum(-1).log() - logits[torch.arange(count), truth]).mean()
+    assert abs(float(loss) / count - float(exact)) < 1e-6
+    right = logits.argmax(-1) == truth
+    assert float(metrics["accuracy"]) == int(right.sum())
+    rows = read_steps(ours(**batch["inputs"]).logits.detach(), batch)
+    assert rows[:, 0].sum().item() == pytest.approx(float(loss), abs=1e-5) and rows[:, 4].sum() == count
+    at = 0
+    for row, answer in zip(rows.tolist(), answers, strict=True):
+        judged = logits.argmax(-1)[at : at + len(answer.labels)].tolist()
+        first = [
+            next((place for place, value in enumerate(values) if not value), None) for values in (judged, answer.labels)
+        ]
+        assert row[1:4] == [
+            sum(j == int(t) for j, t in zip(judged, answer.labels, strict=True)),
+            first[0] == first[1],
+            sum(answer.labels),
+        ]
+        at += len(answer.labels)
+
+
 def moved(folder):
     """(reference, a policy that has left it)."""
     reference, policy = build.load(folder), build.load(folder)

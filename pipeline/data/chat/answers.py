@@ -236,6 +236,23 @@ def _with_reasoning(message: dict) -> dict:
     return {**message, "reasoning_content": reasoning.strip("\n"), "content": content.lstrip("\n")}
 
 
+def row_of_steps(row: Row, steps: list[str], content: str) -> Row:
+    """A row whose only answer, with the text `content`, is divided into spans: one for each of `steps`, which follow
+    each other in it. What the template writes in front of the text belongs to the first step, and what it writes after
+    it, the end of the turn, to the last one. Raises Unusable if the text is not written as it is."""
+    begin, end = row.spans[0][0], row.spans[-1][1]
+    at = row.text.find(content, begin)
+    if "".join(steps) != content or at < 0:
+        raise Unusable("the chat template does not write the steps as they are, white space at their ends included")
+    spans = []
+    for step in steps:
+        at += len(step)
+        spans.append((begin, at, 1.0))
+        begin = at
+    spans[-1] = (spans[-1][0], end, 1.0)
+    return Row(row.text, spans, row.num_messages)
+
+
 def _marked(span: tuple[int, int, float], marks: list[tuple[int, int]], end: int) -> list[tuple[int, int, float]]:
     """What of an answer is between generation marks, and the end of its turn, which begins at `end`; nothing if
     nothing of it is marked."""

@@ -143,6 +143,11 @@ class LabelledSource(TuningSource):
         return self
 
 
+class StepSource(TuningSource):
+    """Answers in steps, each judged right or wrong (process reward models). Records must hold `prompt`, `completions`
+    (a list of texts) and `labels` (true or false for each), or `input` and `label` as Math-Shepherd has them."""
+
+
 class PromptSource(TuningSource):
     """Prompts for the model to answer. Without `prompt`, records must hold prompt, instruction, or a conversation,
     of which all before its last answer is the prompt."""

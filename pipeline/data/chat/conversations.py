@@ -1,5 +1,5 @@
-"""What the tuning stages read: conversations, pairs of answers, judged answers, and prompts, from the same named
-sources as everything else.
+"""What the tuning stages read: conversations, pairs of answers, judged answers, answers with judged steps, and prompts,
+from the same named sources as everything else.
 
     train, heldout, ledger = load_conversations({"reviews": ChatSource(path="reviews.jsonl", messages=[...])},
     holdout=0.1)
@@ -25,13 +25,21 @@ from pipeline.data.chat.chat_sources import (
     PreferenceSource,
     PromptSource,
     RewardedSource,
+    StepSource,
     TuningSource,
 )
 from pipeline.data.chat.fields import Rejected
 from pipeline.data.chat.messages import checked_text, comparison_text, parse_messages, without_fields, without_weight
 from pipeline.data.chat.record_accounting import EVALUATE, Ledger, key_of
 from pipeline.data.chat.record_fields import number, truth_of
-from pipeline.data.chat.record_formats import conversation_of, conversation_text, labelled_of, pair_of, prompt_of
+from pipeline.data.chat.record_formats import (
+    conversation_of,
+    conversation_text,
+    labelled_of,
+    pair_of,
+    prompt_of,
+    steps_of,
+)
 from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.dedup.decontaminate import Decontaminate, find_contaminated
 from pipeline.data.sources.formats import Bad
@@ -104,6 +112,24 @@ class Labelled(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stepped(Row):
+    """An answer in steps to messages, and whether each step is right. Its `id` is that of its prompt: the many answers
+    to one prompt, which such sets have, are held out together."""
+
+    prompt: list[dict]
+    steps: list[str]
+    labels: list[bool]
+
+    def pieces(self, separator: str) -> list[str]:
+        """The parts of the answer: each step but the last with the separator after it."""
+        return [f"{step}{separator}" for step in self.steps[:-1]] + self.steps[-1:]
+
+    def dialogue(self, separator: str) -> Dialogue:
+        answer = {"role": "assistant", "content": separator.join(self.steps)}
+        return self.dialogue_of([*self.prompt, answer])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt(Row):
     """Messages that wait for an answer."""
 
@@ -149,6 +175,16 @@ def load_labelled(
     """Judged answers to train on and held out."""
     rows, ledger = _collect(
         sources, lambda row: _digest([row.prompt, row.answer, row.label, row.tools, row.options]), decontaminate
+    )
+    return _split(rows, ledger, holdout, lambda row: _prompt_key(row.prompt))
+
+
+def load_stepped(
+    sources: dict[str, StepSource], holdout: float, decontaminate: Decontaminate | None = None
+) -> tuple[list[Stepped], list[Stepped], Ledger]:
+    """Answers with judged steps to train on and held out."""
+    rows, ledger = _collect(
+        sources, lambda row: _digest([row.prompt, row.steps, row.labels, row.tools, row.options]), decontaminate
     )
     return _split(rows, ledger, holdout, lambda row: _prompt_key(row.prompt))
 
@@ -256,6 +292,17 @@ def _labelled(source: LabelledSource, common: dict, fields: dict) -> Labelled:
     return Labelled(**common, prompt=[without_weight(message) for message in prompt], answer=answer, label=label)
 
 
+def _stepped(source: StepSource, common: dict, fields: dict) -> Stepped:
+    parsed = steps_of(fields, _named(source))
+    prompt = parsed.messages
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise Rejected("the prompt does not end with the user")
+    content = "\n".join([conversation_text(prompt), *parsed.steps])
+    common |= {"content": comparison_text(content), "format": parsed.format, "id": _prompt_key(prompt).hex()}
+    common |= {"tools": parsed.tools, "options": parsed.options}
+    return Stepped(**common, prompt=prompt, steps=parsed.steps, labels=parsed.labels)
+
+
 def _prompt(source: PromptSource, common: dict, fields: dict) -> Prompt:
     if source.prompt is None:
         parsed = prompt_of(fields, _named(source))
@@ -313,6 +360,7 @@ MAKERS = {
     ChatSource: _conversation,
     PreferenceSource: _pair,
     LabelledSource: _labelled,
+    StepSource: _stepped,
     PromptSource: _prompt,
     RewardedSource: _prompt,
 }
@@ -435,7 +483,7 @@ def _template_values(templates: list[str], fields: dict) -> str:
 
 def _text_of(row) -> str:
     """All that a model is trained on in a row, or reads before it: for evaluation sets also the system's message."""
-    messages = row.prompt if isinstance(row, (Pair, Labelled)) else row.messages
+    messages = row.messages if isinstance(row, (Conversation, Prompt)) else row.prompt
     system = [comparison_text(message["content"]) for message in messages if message["role"] == "system"]
     return "\n".join([*system, row.content])
 

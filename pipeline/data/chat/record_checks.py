@@ -2,17 +2,19 @@
 write them, and whether the records are enough."""
 
 from pipeline.core.errors import Problems, UserError
-from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, TuningSource
+from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, StepSource, TuningSource
 from pipeline.data.chat.conversations import (
     Conversation,
     Labelled,
     Pair,
     Prompt,
+    Stepped,
     first_usable,
     load_conversations,
     load_labelled,
     load_pairs,
     load_prompts,
+    load_stepped,
 )
 from pipeline.data.chat.record_accounting import key_of
 from pipeline.data.chat.template import Chat
@@ -58,6 +60,8 @@ def _check_holdout(sources: dict[str, TuningSource], holdout: float, measures_on
         noun, load = "pairs", load_pairs
     elif isinstance(first, LabelledSource):
         noun, load = "judged answers", load_labelled
+    elif isinstance(first, StepSource):
+        noun, load = "answers with judged steps", load_stepped
     else:
         noun, load = "prompts", load_prompts
     train, heldout, _ = load(sources, holdout)
@@ -68,7 +72,7 @@ def _check_holdout(sources: dict[str, TuningSource], holdout: float, measures_on
         )
 
 
-def _template_problem(chat: Chat, row: Conversation | Pair | Labelled | Prompt) -> str | None:
+def _template_problem(chat: Chat, row: Conversation | Pair | Labelled | Stepped | Prompt) -> str | None:
     """Why a chat template cannot write a row, or None."""
     if isinstance(row, Prompt):
         try:
@@ -80,6 +84,8 @@ def _template_problem(chat: Chat, row: Conversation | Pair | Labelled | Prompt) 
         encoded = chat.rows([row.dialogue])[0]
     elif isinstance(row, Pair):
         encoded = chat.encode([row.dialogues[0]])[0]
+    elif isinstance(row, Stepped):
+        encoded = chat.encode([row.dialogue("\n")])[0]
     else:
         encoded = chat.encode([row.dialogue])[0]
     return encoded if isinstance(encoded, str) else None

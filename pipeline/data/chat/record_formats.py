@@ -13,6 +13,7 @@ from pipeline.data.chat import tool_calls
 from pipeline.data.chat.fields import ANSWERS, JUDGEMENTS, REASONING, REFERENCES, Rejected, snake
 from pipeline.data.chat.messages import (
     check_fields,
+    checked_text,
     message_text,
     parse_messages,
     role_of,
@@ -51,6 +52,7 @@ FORMATS = {
     "conversation": (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")),
     "pair": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "judged answer": (("prompt", "completion", "label"), ("messages", "label")),
+    "answer with judged steps": (("prompt", "completions", "labels"), ("input", "label")),
     "prompt": (("prompt",), ("instruction",), ("messages",)),
 }
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "problem", "input", "user")
@@ -64,6 +66,15 @@ class ParsedPair(ParsedRecord):
     chosen: dict = field(default_factory=dict)
     rejected: dict = field(default_factory=dict)
     margin: float | None = None
+
+
+@dataclass
+class ParsedSteps(ParsedRecord):
+    """Messages that are answered in steps."""
+
+    steps: list[str] = field(default_factory=list)
+    labels: list[bool] = field(default_factory=list)
+    """Of each step: is it right?"""
 
 
 # ---- what a reader returns -------------------------------------------------------------------------------------------
@@ -101,6 +112,63 @@ def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[ParsedReco
     check_fields(fields, used, "the record", {"name"})
     parsed.format += f" + {name}"
     return parsed, label
+
+
+def steps_of(record: dict, named: set[str] = frozenset()) -> ParsedSteps:
+    """An answer in steps, each judged right or wrong: prompt + completions + labels, as TRL has them, or the two texts
+    of Math-Shepherd. Raises Rejected."""
+    fields = _without_nulls(record)
+    if "prompt" in fields and "completions" in fields and "labels" in fields:
+        used = {"prompt", "completions", "labels"}
+        steps, labels = fields["completions"], fields["labels"]
+        if not isinstance(steps, (list, tuple)) or not isinstance(labels, (list, tuple)):
+            raise Rejected("`completions` or `labels` is not a list")
+        if len(steps) != len(labels):
+            raise Rejected(f"{len(steps)} completions have {len(labels)} labels")
+        raw = _as_list(fields["prompt"], "user", "`prompt`")
+        form = f"{_format_name(raw, 'prompt')} + completions + labels"
+        judged = [truth_of(label, "a label") for label in labels]
+        texts = [checked_text(step, "a step") for step in steps]
+        parsed = ParsedSteps(parse_messages(raw), form, steps=texts, labels=judged)
+    elif isinstance(fields.get("input"), str) and isinstance(fields.get("label"), str):
+        used, parsed = {"input", "label"}, _math_shepherd(fields["input"], fields["label"])
+    else:
+        raise _unrecognised(record, "answer with judged steps")
+    if not parsed.steps:
+        raise Rejected("the answer has no steps")
+    refuse_weight(weight_of(fields, "the record"), "the record")
+    parsed.messages[:] = map(without_weight, parsed.messages)
+    used |= add_other_fields(parsed, fields, thoughts=False)
+    used |= named | weight_fields(fields) | repeated_fields(fields, parsed.messages)
+    check_fields(fields, used, "the record", {"name"} | REFERENCES)
+    return parsed
+
+
+# Math-Shepherd (Wang et al., 2024): a step ends with STEP_END in one text, with + or - in the other.
+STEP_END = "ки"
+FIRST_STEP = re.compile(r"\s*(?=Step 1\s*:)")
+
+
+def _math_shepherd(text: str, judged: str) -> ParsedSteps:
+    pieces = text.split(STEP_END)
+    *pieces, rest = pieces
+    labels, at = [], 0
+    for piece in pieces:
+        end = at + len(piece)
+        if judged[at:end] != piece or judged[end : end + 1] not in ("+", "-"):
+            raise Rejected(f"`label` is not `input` with + or - in place of each {STEP_END}")
+        labels.append(judged[end] == "+")
+        at = end + 1
+    if judged[at:].strip() != rest.strip():
+        raise Rejected(f"`label` is not `input` with + or - in place of each {STEP_END}")
+    if rest.strip():
+        raise Rejected(f"`input` does not end with {STEP_END}: its last step has no label")
+    question, *first = FIRST_STEP.split("".join(pieces[:1]), maxsplit=1)
+    if not first:
+        raise Rejected("`input` has no `Step 1:`, where the answer begins")
+    steps = [checked_text(step, "a step").strip() for step in [first[0], *pieces[1:]]]
+    messages = parse_messages([{"role": "user", "content": question}])
+    return ParsedSteps(messages, "Math-Shepherd (input, label)", steps=steps, labels=labels)
 
 
 def pair_of(record: dict, named: set[str] = frozenset()) -> ParsedPair:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.core.errors import UserError
-from pipeline.data.chat.answers import Answers, Row
+from pipeline.data.chat.answers import Answers, Row, row_of_steps
 from pipeline.data.chat.mask_checks import mask_problem
 from pipeline.data.chat.quoting import Quoting
 from pipeline.data.chat.rendering import Dialogue, Style, Template, Unusable
@@ -43,6 +43,8 @@ class Encoded:
     """Same length: does this token carry loss (an answer's, or the end of its turn)?"""
     weights: list[float] | None = None
     """Same length: the weight of each token in the loss; None if all that carry loss have 1."""
+    ends: tuple[int, ...] = ()
+    """Places of the last token of each part that carries loss: of answers, or of an answer's steps (`Chat.steps`)."""
 
     @property
     def start(self) -> int:
@@ -131,12 +133,19 @@ class Chat:
     def rows(self, conversations: list[list[dict] | Dialogue]) -> list[list[Encoded] | str]:
         """The rows of each conversation, in which each of its answers carries loss once, or the reason why it cannot
         be trained on. More than one where the template writes an answer differently once it is history."""
-        return self._encoded(conversations, self._answers.rows)
+        return self._encoded(conversations, self._of_dialogue(self._answers.rows))
 
     def encode(self, conversations: list[list[dict] | Dialogue]) -> list[Encoded | str]:
         """The last message of each conversation, an answer, which alone carries loss, after the prompt that it
         answers; or the reason why it cannot be trained on."""
-        encoded = self._encoded(conversations, self._last_answer)
+        encoded = self._encoded(conversations, self._of_dialogue(self._last_answer))
+        return [rows if isinstance(rows, str) else rows[0] for rows in encoded]
+
+    def steps(self, answers: list[tuple[Dialogue, list[str]]]) -> list[Encoded | str]:
+        """Each dialogue up to the end of its last message, an answer, whose text is that of its steps, one after
+        another; `ends` has where each step ends, and the end of the turn belongs to the last one. Or the reason why it
+        cannot be written."""
+        encoded = self._encoded(answers, lambda answer: [self._in_steps(*answer)])
         return [rows if isinstance(rows, str) else rows[0] for rows in encoded]
 
     def prompt(self, messages: list[dict] | Dialogue) -> list[int]:
@@ -151,6 +160,19 @@ class Chat:
         except Unusable as error:
             raise ValueError(str(error)) from None
         return self._encode(self._quoting.named(text))
+
+    def traced_steps(self, dialogue: Dialogue, steps: list[str]) -> Traced:
+        """The row of `steps` with the role of each token; the last token of each step has the weight 1. Raises
+        ValueError."""
+        try:
+            traced = self._trace(self._quoting.dialogue(dialogue), self._in_steps(dialogue, steps))
+        except Unusable as error:
+            raise ValueError(str(error)) from None
+        (encoded,) = self.steps([(dialogue, steps)])
+        weights = [0.0] * len(traced.ids)
+        for end in encoded.ends:
+            weights[end] = 1.0
+        return replace(traced, weights=weights)
 
     def traced(self, conversation: list[dict] | Dialogue, learned: Learned = "every answer") -> list[Traced]:
         """The rows that `rows`, `encode` or, with nothing learned, `prompt` makes of a conversation, with the role of
@@ -204,6 +226,15 @@ class Chat:
         unweighted = {key: value for key, value in answer.items() if key != "weight"}
         return [self._answers.row(replace(dialogue, messages=[*before, unweighted]), len(before))]
 
+    def _of_dialogue(self, rows_of: Callable[[Dialogue], list[Row]]) -> Callable[[list[dict] | Dialogue], list[Row]]:
+        return lambda conversation: rows_of(self._quoting.dialogue(_dialogue(conversation)))
+
+    def _in_steps(self, dialogue: Dialogue, steps: list[str]) -> Row:
+        """The row of `steps`."""
+        dialogue = self._quoting.dialogue(dialogue)
+        (row,) = self._last_answer(dialogue)
+        return row_of_steps(row, [self._quoting.text(step) for step in steps], dialogue.messages[-1]["content"])
+
     def _trace(self, dialogue: Dialogue, row: Row) -> Traced:
         text = self._quoting.named(row.text)
         encoding = self._encoder.encode(text, add_special_tokens=False)
@@ -235,7 +266,7 @@ class Chat:
         written: list[tuple[int, Row]] = []
         for index, conversation in enumerate(conversations):
             try:
-                rows = rows_of(self._quoting.dialogue(_dialogue(conversation)))
+                rows = rows_of(conversation)
                 results.append([])
                 written += [(index, row) for row in rows]
             except Unusable as error:
@@ -388,4 +419,4 @@ def _encoded(ids: list[int], spans: list[tuple[int, int, float]]) -> Encoded:
         trained[first:last] = [True] * (last - first)
         weights[first:last] = [weight] * (last - first)
     plain = all(weight == 1 for _, _, weight in spans)
-    return Encoded(ids[:length], trained, None if plain else weights)
+    return Encoded(ids[:length], trained, None if plain else weights, tuple(last - 1 for _, last, _ in spans))

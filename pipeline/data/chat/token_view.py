@@ -8,7 +8,7 @@ loss. `alma inspect masks` prints them.
 
 from dataclasses import dataclass
 
-from pipeline.data.chat.conversations import Conversation, Labelled, Pair, Prompt
+from pipeline.data.chat.conversations import Conversation, Labelled, Pair, Prompt, Stepped
 from pipeline.data.chat.template import Chat, Traced
 
 PENDING = 8  # most tokens that spell one character
@@ -28,9 +28,12 @@ class Token:
     """Its weight in the loss; 0: it carries none."""
 
 
-def tokens_of(chat: Chat, record: Conversation | Pair | Labelled | Prompt) -> list[tuple[str, list[Token]]]:
+def tokens_of(
+    chat: Chat, record: Conversation | Pair | Labelled | Stepped | Prompt, separator: str = "\n"
+) -> list[tuple[str, list[Token]]]:
     """(name, tokens) of each row that a record becomes: the rows of a conversation, both answers of a pair, a prompt.
-    The name is empty where there is one row. Raises ValueError if the chat template cannot write the record."""
+    The name is empty where there is one row. separator: between the steps of an answer. Raises ValueError if the chat
+    template cannot write the record."""
     if isinstance(record, Pair):
         names, rows = ["chosen", "rejected"], []
         for dialogue in record.dialogues:
@@ -38,6 +41,8 @@ def tokens_of(chat: Chat, record: Conversation | Pair | Labelled | Prompt) -> li
     elif isinstance(record, Conversation):
         rows = chat.traced(record.dialogue)
         names = [f"row {number} of {len(rows)}" for number in range(1, len(rows) + 1)]
+    elif isinstance(record, Stepped):
+        names, rows = [""], [chat.traced_steps(record.dialogue(separator), record.pieces(separator))]
     else:
         learned = "last answer" if isinstance(record, Labelled) else "nothing"
         names, rows = [""], chat.traced(record.dialogue, learned)

@@ -8,8 +8,8 @@ import pytest
 from chat_data import filler, loaded, source_of
 
 from pipeline.core.errors import UserError
-from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, PromptSource
-from pipeline.data.chat.conversations import load_conversations, load_labelled, load_pairs, load_prompts
+from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, PromptSource, StepSource
+from pipeline.data.chat.conversations import load_conversations, load_labelled, load_pairs, load_prompts, load_stepped
 from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.chat.template import Chat
 
@@ -310,6 +310,60 @@ def test_judged_answers(tmp_path):
     assert sorted(row.label for row in train + heldout) == [False] * 20 + [True] * 20
     with pytest.raises(ValueError, match="completion and label is missing"):
         LabelledSource(path="x", prompt="{q}")
+
+
+SHEPHERD = (
+    "Janet has 3 eggs. She eats 1. How many are left? Step 1: She has 3 - 1 = 2 eggs. ки\nStep 2: The answer is: 2 ки"
+)
+STEPPED = [
+    ({"prompt": "q1", "completions": ["a", "b "], "labels": [True, False]}, ["a", "b "], [True, False]),
+    ({"prompt": [{**ASKED, "content": "q2"}], "completions": ["a"], "labels": [1]}, ["a"], [True]),
+    (
+        {"input": SHEPHERD, "label": SHEPHERD.replace("ки\n", "+\n").replace("ки", "-"), "task": "GSM8K"},
+        ["Step 1: She has 3 - 1 = 2 eggs.", "Step 2: The answer is: 2"],
+        [True, False],
+    ),
+]
+
+
+def test_answers_with_judged_steps(tmp_path):
+    """TRL's fields, and a record as Math-Shepherd publishes them; what is not one of both is dropped with its reason."""
+    bad = [
+        ({"prompt": "q", "completions": ["a"], "labels": [True, False]}, "1 completions have 2 labels"),
+        ({"prompt": "q", "completions": ["a"], "labels": ["good"]}, "a label is neither true nor false"),
+        ({"prompt": "q", "completions": ["a", " "], "labels": [True, True]}, "a step is empty"),
+        ({"prompt": "q", "completions": [], "labels": []}, "the answer has no steps"),
+        ({"prompt": "q", "completions": ["a"], "labels": [True], "score": 3}, "the record has `score`"),
+        ({"input": "q Step 1: a ки", "label": "q Step 1: b +"}, "`label` is not `input` with + or -"),
+        ({"input": "q Step 1: a ки Step 2: b", "label": "q Step 1: a + Step 2: b"}, "`input` does not end with ки"),
+        ({"input": "q a ки", "label": "q a +"}, "`input` has no `Step 1:`"),
+        ({"prompt": "q", "completion": "a", "label": True}, "no answer with judged steps among its fields"),
+    ]
+    extra = [{"prompt": f"{row['instruction']}", "completions": ["x", "y"], "labels": [True, True]} for row in filler()]
+    records = [record for record, *_ in [*STEPPED, *bad]]
+    train, heldout, ledger = load_stepped(source_of(tmp_path / "a.jsonl", [*records, *extra], StepSource), 0.3)
+    rows = {int(row.place.rpartition(":")[2]): row for row in train + heldout}
+    for place, (_, steps, labels) in enumerate(STEPPED, 1):
+        assert (rows[place].steps, rows[place].labels) == (steps, labels)
+    assert rows[3].prompt == [{**ASKED, "content": "Janet has 3 eggs. She eats 1. How many are left?"}]
+    assert rows[3].format == "Math-Shepherd (input, label)"
+    reasons = list(ledger.sources["s"]["rejected"])
+    assert len(rows) == len(records) - len(bad) + len(extra)
+    for (_, expected), reason in zip(bad, reasons, strict=True):
+        assert reason.startswith(expected), (reason, expected)
+
+
+def test_all_answers_to_a_prompt_are_held_out_together(tmp_path):
+    """Sets of judged steps have dozens of answers to a prompt: held out one by one, hardly a prompt would be left."""
+    records = []
+    for row in filler():
+        for number in range(12):
+            steps = [f"{row['instruction']} {number} {number * 7919}", f"it is {number * number}"]
+            records.append({"prompt": row["instruction"], "completions": steps, "labels": [True, number % 2 == 0]})
+    train, heldout, ledger = load_stepped(source_of(tmp_path / "a.jsonl", records, StepSource), 0.3)
+    assert "its prompt is held out" not in ledger.sources["s"]["rejected"]
+    asked = [{row.prompt[0]["content"] for row in rows} for rows in (train, heldout)]
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
 
 
 @pytest.mark.parametrize(
