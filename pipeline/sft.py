@@ -19,10 +19,11 @@ from pipeline.core.output import Output
 from pipeline.core.terminal import plural, say
 from pipeline.data.chat.chat_sources import ChatSource
 from pipeline.train.config import LossChunk
+from pipeline.train.distillation import Distill
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
 VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
-INPUTS = {"model": ("pretrain", "sft")}
+INPUTS = {"model": ("pretrain", "sft"), "teacher?": ("sft", "dpo", "kto", "ppo", "grpo", "pretrain")}
 
 
 class SftOptimizer(FinetuneOptimizer):
@@ -36,6 +37,8 @@ class SftOptimizer(FinetuneOptimizer):
 
 class Config(FinetuneConfig):
     """Supervised fine-tuning."""
+
+    MODEL_INPUTS = ("model", "teacher")
 
     sources: dict[str, ChatSource]
     """Conversations by name."""
@@ -51,6 +54,8 @@ class Config(FinetuneConfig):
     neftune: float | None = Field(None, gt=0)
     """Strength (alpha) of uniform noise on the embeddings in training, divided by sqrt(tokens of the conversation x
     width); 5 to 15 in Jain et al. (2023); none: no noise."""
+    distill: Distill | None = None
+    """Learn from the probabilities of a larger model (input `teacher`) instead of, or next to, the answers' tokens."""
     optimizer: SftOptimizer = SftOptimizer()
     """AdamW."""
     max_prompts: Annotated[int, EXECUTION] = Field(64, ge=0)
@@ -59,10 +64,24 @@ class Config(FinetuneConfig):
     """Maximum length of these answers."""
 
     def head_chunk(self) -> Literal["auto"] | int | None:
-        return self.loss_chunk
+        return None if self.distill else self.loss_chunk
+
+    def other_models(self) -> dict[str, bool]:
+        return {"teacher": False} if self.distill else {}
 
     def packed_rows(self, world: int) -> int:
         return self.micro_rows(world) if self.packing else 1
+
+    @model_validator(mode="after")
+    def a_teacher_is_used(self):
+        if self.distill is None:
+            if "teacher" in self.inputs:
+                raise ValueError("inputs.teacher is read with `distill` only; give it, or remove the input")
+            return self
+        if "teacher" not in self.inputs:
+            raise ValueError("distill needs a model to learn from: give `inputs: {teacher: STAGE}`")
+        refuse_unused(self, "loss_chunk", "has no effect with distill, which needs all logits of a micro-batch")
+        return self
 
     @model_validator(mode="after")
     def groups_are_padded(self):
@@ -72,7 +91,8 @@ class Config(FinetuneConfig):
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
-    from pipeline.train import finetune
+    from pipeline.models import cost
+    from pipeline.train import distillation, finetune
     from pipeline.train.conversation_data import (
         check_packing,
         conversation_batch,
@@ -111,6 +131,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     if config.packing:
         check_packing(model, parent.chat.end_id)
     finetune.adapt(config, parent, model)
+    objective, read, others = loss, conversation_losses, {}
+    if config.distill is not None:
+        teacher = distillation.Teacher.load(config, inputs["teacher"], parent)
+        objective, read = distillation.objective(config.distill, teacher)
+        others["teacher"] = cost.count(teacher.model)
     noise = None if config.neftune is None else noise_of(model, config, ids.lengths)
     epochs = config.steps * config.batch_size / rows.per_epoch
     kind = "packed rows" if config.packing else "conversations"
@@ -118,8 +143,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         f"{plural(config.steps, 'step', ',')} x {config.batch_size} {kind} of at most {config.sequence_length} tokens:"
         f" {epochs:.3g} epochs of {plural(rows.per_epoch, 'row', ',')}",
         tokens=epochs * len(ids.values),
+        others=others,
     )
-    engine, text = finetune.build_engine(model, loss, config, work, selects=True)
+    engine, text = finetune.build_engine(model, objective, config, work, selects=True)
+    if config.distill is not None:
+        teacher.move(engine.device)
     fill = float(ids.lengths.sum() / (rows.per_epoch * config.sequence_length))
     finetune.say_counts(output, counts, f" in {plural(rows.per_epoch, 'row')}, {fill:.0%} filled")
     if len(ids) > counts.train:
@@ -133,16 +161,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     # Fit and publish
     measure = functools.partial(answers, engine, parent.chat, heldout_ids, len(sets[""]), extra, config)
     result = finetune.fit(
-        engine,
-        config,
-        output,
-        text,
-        rows,
-        heldout_rows,
-        collate,
-        read=conversation_losses,
-        measure=measure,
-        before_step=noise,
+        engine, config, output, text, rows, heldout_rows, collate, read=read, measure=measure, before_step=noise
     )
     finetune.publish_model(engine, config, parent, output)
 

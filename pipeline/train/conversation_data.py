@@ -137,9 +137,18 @@ def conversation_batch(
 def conversation_losses(outputs, batch: dict) -> torch.Tensor:
     """(loss, weight) of each conversation of a micro-batch, row by row: the loss in nats, summed over its answer tokens
     with their weights. Shape: [conversations, 2], fp32."""
-    labels_BT = batch["labels"]
-    _, losses_BT, _ = next_token(outputs, labels_BT)
-    weights_BT = batch.get("label_weights", (labels_BT != IGNORE).float())
+    _, losses_BT, _ = next_token(outputs, batch["labels"])
+    return conversation_sums(losses_BT, batch)
+
+
+def weights_of(batch: dict) -> torch.Tensor:
+    """The weight of each label of a micro-batch in the loss, [B, T]; 0 where there is none."""
+    return batch.get("label_weights", (batch["labels"] != IGNORE).float())
+
+
+def conversation_sums(losses_BT: torch.Tensor, batch: dict) -> torch.Tensor:
+    """(loss, weight) of each conversation of a micro-batch from the losses of its tokens, [conversations, 2]."""
+    weights_BT = weights_of(batch)
     numbers = []
     # Positions start at 0 in each conversation, and in the padding at a row's end.
     numbers_BT = (batch["inputs"]["position_ids"] == 0).cumsum(1) - 1

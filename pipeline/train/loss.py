@@ -1,7 +1,7 @@
-"""Next-token losses, in fp32 whatever the model computed in. Logits are already shifted by the caller's labels:
-logits_BTV[b, t] predicts labels_BT[b, t]."""
+"""Next-token losses and the distillation of one model from another, in fp32 whatever the model computed in. Logits are
+already shifted by the caller's labels: logits_BTV[b, t] predicts labels_BT[b, t]."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,29 @@ def _token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Te
     logits_NV = logits_BTV.flatten(0, -2).float()
     losses_N = F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORE, reduction="none")
     return losses_N.view(labels_BT.shape)
+
+
+def divergence(
+    student_BTV: torch.Tensor,
+    teacher_BTV: torch.Tensor,
+    labels_BT: torch.Tensor,
+    direction: Literal["forward", "reverse"],
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """KL divergence between two models' distributions of the next token in nats, at each position whose label is not
+    -100, 0 elsewhere; over the tokens that both have logits for. Shape: [B, T], fp32.
+
+    forward: KL(teacher || student) (Hinton et al., 2015); reverse: KL(student || teacher) (Gu et al., 2024, MiniLLM).
+    Both logits are divided by the temperature, and the result is multiplied by its square, so that the gradient's scale
+    does not depend on it (Hinton et al., 2015, section 2). The teacher gets no gradient.
+    """
+    places = labels_BT != IGNORE
+    shared = min(student_BTV.shape[-1], teacher_BTV.shape[-1])
+    student_NV = (student_BTV[places][:, :shared].float() / temperature).log_softmax(-1)
+    teacher_NV = (teacher_BTV[places][:, :shared].detach().float() / temperature).log_softmax(-1)
+    ours, theirs = (student_NV, teacher_NV) if direction == "forward" else (teacher_NV, student_NV)
+    losses_N = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1) * temperature**2
+    return losses_N.new_zeros(labels_BT.shape).index_put((places,), losses_N)
 
 
 def next_token(outputs, labels_BT: torch.Tensor, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict]:

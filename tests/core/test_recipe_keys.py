@@ -63,6 +63,7 @@ BESIDE = {
     "sft": [
         ["sft.sequence_length=16", "sft.too_long=truncate", "sft.spikes.policy=skip"],
         ["sft.lora={rank: 2}", "sft.best={every_steps: 1}"],
+        ["sft.inputs={model: pretrain, teacher: pretrain}", "sft.distill={weight: 0.5}"],
     ],
     "reward": [["reward.lora={rank: 2}", "reward.best={every_steps: 1}"]],
     "prm": [["prm.lora={rank: 2}", "prm.best={every_steps: 1}"]],

@@ -18,7 +18,7 @@ PAIR_LOSSES = {
     "orpo": {},
     "mixed": {"loss": {"sigmoid": 1.0, "orpo": 0.5, "sft": 0.2}},
 }
-OBJECTIVES = ("sft", "sft weighted", "reward", "prm", "kto", "apo_zero_unpaired", *PAIR_LOSSES)
+OBJECTIVES = ("sft", "sft weighted", "distill", "reward", "prm", "kto", "apo_zero_unpaired", *PAIR_LOSSES)
 KEYS = {"sources": {"s": {"path": "x"}}, "batch_size": 8, "sequence_length": 64, "steps": 1, "seed": 5}
 
 
@@ -81,14 +81,17 @@ def model_of(name: str, adapted: bool):
         source = torch.Generator().manual_seed(1)
         for layer in lora.adapted_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1, generator=source)
-    if not scores:
+    if not scores and name != "distill":
         chunked_loss.install(model, chunk=7, per_token=not name.startswith("sft"), selects=True)
     return model
 
 
 def stage_of(name: str, arrays: dict, micro: int | None):
     """(config, loss function, collate(part), what is called with the engine to prepare a step, length of a row)."""
+    from tiny_engine import tiny
+
     from pipeline import dpo, kto, prm, reward, sft
+    from pipeline.train import distillation
     from pipeline.train.conversation_data import conversation_batch
     from pipeline.train.labelled_data import labelled_batch
     from pipeline.train.loss_preference import bradley_terry, step_cross_entropy
@@ -101,6 +104,13 @@ def stage_of(name: str, arrays: dict, micro: int | None):
         own = {key: value for key, value in arrays.items() if "weights" not in key or name.endswith("weighted")}
         config = sft.Config(kind="sft", **keys)
         return config, sft.loss, lambda part: conversation_batch(own, 0, "train", [[i] for i in part]), None, None
+    if name == "distill":
+        own = {key: value for key, value in arrays.items() if "weights" not in key}
+        options = {"weight": 0.7, "divergence": "reverse", "temperature": 1.5}
+        config = sft.Config(kind="sft", distill=options, inputs={"teacher": "larger"}, **keys)
+        teacher = distillation.Teacher(tiny(num_hidden_layers=4, hidden_size=48).eval(), config)
+        loss = distillation.objective(config.distill, teacher)[0]
+        return config, loss, lambda part: conversation_batch(own, 0, "train", [[i] for i in part]), None, None
     if name == "reward":
         config = reward.Config(kind="reward", centering=0.1, **keys)
 

@@ -147,6 +147,35 @@ def test_sft(tiny, tmp_path):
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_distillation(direction, temperature):
+    """TRL's GKD, whose beta of 0 and 1 are the two directions; ours is multiplied by the temperature's square. A
+    teacher with further tokens that the student has no logits for. And the formula in fp64."""
+    from trl.experimental.gkd import GKDTrainer
+
+    from pipeline.train.loss import divergence
+
+    source = torch.Generator().manual_seed(0)
+    ours = torch.randn(3, 7, 40, generator=source).mul(3).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    teacher = torch.randn(3, 7, 44, generator=source) * 3
+    labels = torch.randint(0, 40, (3, 7), generator=source)
+    labels[0, :4] = labels[2, 3:] = -100
+    losses = divergence(ours, teacher, labels, direction, temperature)
+    beta = {"forward": 0, "reverse": 1}[direction]
+    expected = GKDTrainer.generalized_jsd_loss(theirs, teacher[..., :40], labels, beta, temperature, reduction="sum")
+    assert losses[labels == -100].abs().sum() == 0
+    torch.testing.assert_close(losses.sum(), expected * temperature**2, atol=TOLERANCE, rtol=1e-6)
+    losses.sum().backward()
+    (expected * temperature**2).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=TOLERANCE, rtol=0)
+    student, known = ((values.detach().double() / temperature).softmax(-1) for values in (ours, teacher[..., :40]))
+    first, second = (known, student) if direction == "forward" else (student, known)
+    exact = (first * (first / second).log()).sum(-1) * temperature**2 * (labels != -100)
+    torch.testing.assert_close(losses.double(), exact, atol=TOLERANCE, rtol=1e-5)
+
+
 @pytest.mark.parametrize("centering", [0.0, 0.01])
 def test_reward(tiny, tmp_path, centering):
     from datasets import Dataset

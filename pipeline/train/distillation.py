@@ -1,0 +1,119 @@
+"""Distillation: a model learns the probabilities that a larger one, its teacher, gives to each token of an answer. The
+key `distill` of sft.
+
+    teacher = Teacher.load(config, inputs["teacher"], parent)
+    teacher.move(engine.device)
+    logits_BTV = teacher.logits(batch)
+"""
+
+import functools
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from pipeline.core.artifact import Artifact
+from pipeline.core.config import Strict
+from pipeline.core.errors import UserError
+from pipeline.core.terminal import say
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.sft import Config
+    from pipeline.train.finetune import Parent
+
+
+class Distill(Strict):
+    """Learn from the probabilities of a teacher, a model with the same tokenizer (`inputs: {teacher: ...}`)."""
+
+    weight: float = Field(1.0, gt=0, le=1)
+    """Share of the divergence from the teacher in the loss; the rest is the cross-entropy of the answers' tokens."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student), all that the teacher may say becomes likely (Hinton et al., 2015); reverse:
+    KL(student || teacher), only what the teacher says is likely (MiniLLM: Gu et al., 2024)."""
+    temperature: float = Field(1.0, gt=0)
+    """Of both models' probabilities; above 1 the unlikely tokens count more."""
+
+
+class Teacher:
+    """A frozen model that reads the same micro-batches as the one that is trained. Every process holds all of it."""
+
+    def __init__(self, model, config: "Config"):
+        self.model, self.config = model, config
+        self._batch: dict | None = None
+        self._logits: torch.Tensor | None = None
+
+    @classmethod
+    def load(cls, config: "Config", artifact: Artifact, parent: "Parent") -> "Teacher":
+        """parent: of the model that is trained. Raises UserError for a teacher with other tokens, or one that lets
+        packed conversations see each other."""
+        from pipeline.models import attention, frozen
+        from pipeline.train import distributed, finetune
+        from pipeline.train.conversation_data import check_packing
+
+        name = f"{config.kind}, teacher"
+        own = finetune.load_parent(config, artifact, name)
+        if own.tokenizer.get_vocab() != parent.tokenizer.get_vocab():
+            raise UserError(
+                f"stage {config.kind}: inputs.teacher: {own.folder} has another tokenizer than the model that is"
+                f" trained ({len(own.tokenizer):,} and {len(parent.tokenizer):,} tokens), so that its probabilities are"
+                " of other tokens; give a teacher of the same family, or train on answers that it writes (docs/sft.md)"
+            )
+        if own.tokenizer.chat_template != parent.tokenizer.chat_template:
+            say(
+                f"{name}: WARNING: its chat template is another one; it reads conversations as the trained model's"
+                " template writes them"
+            )
+        model = own.load().requires_grad_(False).eval()
+        attention.choose(model, config.attention, config.precision, config.packed_rows(distributed.world()))
+        if config.packing:
+            check_packing(model, own.chat.end_id)
+        # With autocast the products are the same, and half of the memory is enough.
+        frozen.store(model, config.precision, config.precision, distributed.device())
+        return cls(model, config)
+
+    def move(self, device: "torch.device") -> None:
+        self.model.to(device)
+
+    def logits(self, batch: dict) -> "torch.Tensor":
+        """Its logits for a micro-batch, [B, T, V]. Those of the last micro-batch are kept, because an evaluation reads
+        them twice."""
+        import torch
+
+        from pipeline.train.engine import autocast
+
+        if batch is not self._batch:
+            inputs = batch["inputs"]
+            with torch.no_grad(), autocast(self.config, inputs["input_ids"].device):
+                self._logits = self.model(**({"use_cache": False} | inputs)).logits
+            self._batch = batch
+        return self._logits
+
+
+def token_losses(options: Distill, teacher: Teacher, logits, batch: dict) -> tuple:
+    """(loss of each token, its divergence from the teacher, its cross-entropy), each [B, T], without weights."""
+    from pipeline.train.loss import divergence, token_logprobs
+
+    labels_BT = batch["labels"]
+    apart_BT = divergence(logits, teacher.logits(batch), labels_BT, options.divergence, options.temperature)
+    nll_BT = -token_logprobs(logits, labels_BT)
+    return options.weight * apart_BT + (1 - options.weight) * nll_BT, apart_BT, nll_BT
+
+
+def objective(options: Distill, teacher: Teacher):
+    """(loss function of an engine, function that reads (loss, weight) of each conversation), both of logits and a batch
+    as stage sft makes them."""
+    from pipeline.train.conversation_data import conversation_sums, weights_of
+
+    losses = functools.partial(token_losses, options, teacher)
+
+    def loss(logits, batch: dict):
+        weights_BT = weights_of(batch)
+        total_BT, apart_BT, nll_BT = losses(logits, batch)
+        sums = {"kl": (apart_BT.detach() * weights_BT).sum(), "cross_entropy": (nll_BT.detach() * weights_BT).sum()}
+        return (total_BT * weights_BT).sum(), sums
+
+    def read(logits, batch: dict):
+        return conversation_sums(losses(logits, batch)[0], batch)
+
+    return loss, read
