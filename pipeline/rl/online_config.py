@@ -50,6 +50,7 @@ class OnlineConfig(FinetuneConfig):
         refuse_unused(self, "evaluate", "is for sft, reward and dpo; hold out more prompts (holdout)")
         refuse_unused(self, "compile", "is for rows of one length, and answers have many")
         refuse_unused(self, "best", "is for sft, reward and dpo; use save.keep_best")
+        refuse_unused(self, "average", "is for sft, reward, prm, dpo and kto, whose models have a held-out loss")
         refuse_unused(self, "mixture", "is for sft, reward and dpo; use `limit` or `part` of the sources")
         refuse_unused(self, "group_by_length", "is for sft, reward and dpo: here answers have no length yet")
         for key in ("chat_template", "chat_template_kwargs"):

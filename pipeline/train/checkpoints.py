@@ -40,6 +40,8 @@ class Saver:
         """keep_best: whether the checkpoint with the lowest noted loss stays; by default as the options say."""
         self.output, self.engines, self.options = output, engines, options
         self.keep_best = options.keep_best if keep_best is None else keep_best
+        self.kept_steps: set[int] = set()
+        """Steps whose checkpoints stay until the run ends."""
         self.folder = checkpoint_folder.folder_of(output.path)
         self.copiers = {engine.name: state.Copier() for engine in engines}
         self.step: int | None = None  # of the checkpoint that is being written
@@ -137,11 +139,11 @@ class Saver:
         """Before the first step: is there room for all checkpoints that will exist at a time, and for the model? Raises
         UserError with the numbers. Collective."""
         one, options = self._size(), self.options
-        count = options.keep + 1 + self.keep_best
+        count = options.keep + 1 + self.keep_best + len(self.kept_steps)
         if steps is not None:  # None: as many as fit into a time, which the first steps will show
             if options.keep_every:
                 count += steps // options.keep_every
-            count = min(count, -(-steps // options.every_steps))
+            count = min(count, -(-steps // options.every_steps) + len(self.kept_steps))
         model = 4 * sum(math.prod(shape) for shape in self.engines[0].shapes.values())
         existing = free = 0
         if self.output.is_main:
@@ -224,6 +226,7 @@ class Saver:
         kept = set(checkpoints[-self.options.keep :])
         if self.options.keep_every:
             kept |= {path for path in checkpoints if step_of(path) % self.options.keep_every == 0}
+        kept |= {path for path in checkpoints if step_of(path) in self.kept_steps}
         losses = self.losses
         evaluated = [path for path in checkpoints if str(step_of(path)) in losses]
         if self.keep_best and evaluated:

@@ -214,6 +214,20 @@ class Engine:
         self.step_count = reader.steps
         return reader.changed(self._layout())
 
+    def weight_views(self) -> list[torch.Tensor]:
+        """The elements of trained weights that this process holds, as flat views of live memory, in an order that stays
+        the same."""
+        own, common = self._saved()
+        fragments = [*own, *common, *self._copies()]
+        return [fragment.values for fragment in fragments if fragment.kind == "weight"]
+
+    @torch.no_grad()
+    def set_weights(self, values: list[torch.Tensor]) -> None:
+        """Replace trained weights by values in the order of `weight_views`. Collective."""
+        for view, value in zip(self.weight_views(), values, strict=True):
+            view.copy_(value)
+        self._loaded()
+
     def _trained_shapes(self) -> dict[str, list[int]]:
         return {name: shape for name, shape in self.shapes.items() if name not in self.frozen_names}
 

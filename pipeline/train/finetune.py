@@ -305,7 +305,15 @@ def fit(
 
     selection = None if config.best is None else Selection(config.best, config.kind)
     return loop.fit(
-        engine, config, output, batches, evaluate=evaluate, unit=unit, expected=expected, selection=selection
+        engine,
+        config,
+        output,
+        batches,
+        evaluate=evaluate,
+        unit=unit,
+        expected=expected,
+        selection=selection,
+        average=config.average,
     )
 
 
@@ -441,6 +449,8 @@ def summarise(
     if "best" in result:
         published = result["best"]["step"]
         metrics |= {"steps": result["steps"], "best_step": published}
+    if "average" in result:
+        metrics["average"] = result["average"]
     metrics["sources"] = sources_taken(config, arrays, rows, result["steps"])
     metrics[f"{unit}_per_second"] = result["rate"]
     metrics["summary"] = {

@@ -13,6 +13,7 @@ from pipeline.data.chat.chat_sources import TuningSource
 from pipeline.data.chat.record_accounting import EVALUATE
 from pipeline.data.dedup.decontaminate import SETS, Decontaminate
 from pipeline.models.lora_config import Lora
+from pipeline.train.average import Average
 from pipeline.train.best import Best
 from pipeline.train.config import Date, Optimizer, Schedule, TrainConfig, check_mixture
 
@@ -74,6 +75,8 @@ class FinetuneConfig(TrainConfig):
     """Train low-rank adapters in place of the whole model; none: all weights."""
     best: Best | None = None
     """Publish the checkpoint with the best held-out metric, and stop early; none: the last one."""
+    average: Average | None = None
+    """Publish the average of the last checkpoints, if its held-out loss is lower than that of the last one."""
     max_bad: Annotated[float, EXECUTION] = Field(0.05, ge=0, le=1)
     """Largest share of a source's records that may be unusable. Duplicates, rows like a held-out one and rows that are
     too long do not count. The stage ends if there are more, because then the source is not what the recipe says."""
@@ -134,7 +137,16 @@ class FinetuneConfig(TrainConfig):
     def check(self, world: int) -> None:
         if self.best is not None:
             self._check_best(self.best)
+        if self.average is not None:
+            self._check_average(self.average)
         super().check(world)
+
+    def _check_average(self, average: Average) -> None:
+        if self.best is not None or self.save.keep_best:
+            key = "save.keep_best" if self.best is None else "best"
+            raise UserError(f"stage {self.kind}: average and {key} both say what is published; remove one of the two")
+        if self.steps is not None:
+            average.check(self.steps, f"stage {self.kind}")
 
     def _check_best(self, best: Best) -> None:
         if self.save.keep_best:

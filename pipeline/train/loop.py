@@ -20,7 +20,8 @@ from pipeline.core.stop import StopSignal, saved_step, stop
 from pipeline.core.terminal import show
 from pipeline.core.trackers import TrackedRun
 from pipeline.core.tracking import Progress, Tracker, plain
-from pipeline.train import checkpoints, distributed, phases
+from pipeline.train import average, checkpoints, distributed, phases
+from pipeline.train.average import Average
 from pipeline.train.best import Selection
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Accept, Engine
@@ -102,13 +103,14 @@ class Hooks:
     list of what was measured on each held-out row, for the interval of a difference. sample(step, last): called after
     each step, after its checkpoint and evaluation, and again for the checkpoint from which a run resumes.
     describe(batch): the rows of a global batch, for the report of a spike. selection: which checkpoint the run ends
-    with, and whether it stops early.
+    with, and whether it stops early. average: of which checkpoints it is instead.
     """
 
     evaluate: Callable[[], dict] | None = None
     sample: Callable[[int, bool], None] | None = None
     describe: Callable[[int], list[dict]] | None = None
     selection: Selection | None = None
+    average: Average | None = None
 
 
 def fit(
@@ -124,10 +126,11 @@ def fit(
     sample: Callable[[int, bool], None] | None = None,
     describe: Callable[[int], list[dict]] | None = None,
     selection: Selection | None = None,
+    average: Average | None = None,
 ) -> dict:
     """Train an engine. batches(number) gives this process's micro-batches of a global batch: that of step `number`,
     unless a rollback skipped some (train/spikes.py). For all else see `run` and `Hooks`."""
-    hooks = Hooks(evaluate, sample, describe, selection)
+    hooks = Hooks(evaluate, sample, describe, selection, average)
     return run(Updates(engine, batches), config, output, hooks, unit=unit, expected=expected, branch=branch)
 
 
@@ -148,7 +151,7 @@ def run(
     None), before_rows and after_rows (their `rows`), first and last (what the first and last step returned), weight
     (sum over all steps), skipped (steps that were not applied), steps (how many were made), rate (weight per second of
     this process's training, without saving and evaluating), and with a selection best (best.py): then the weights and
-    `after` are those of the best checkpoint.
+    `after` are those of the best checkpoint; with an average the same of what is better, it or the last checkpoint.
     """
     loop = Loop(updates, config, output, hooks, unit, expected)
     loop.resume(branch)
@@ -159,6 +162,7 @@ def run(
         loop.tracker.close()
     steps = updates.step_count
     loop.load_best()
+    loop.try_average()
     return loop.state | {"rate": loop.meters.rate, "steps": steps}
 
 
@@ -200,6 +204,8 @@ class Loop:
             self.state.update(inherited(loop_state(branch)))
         self.updates.begin(self.state)
         self.length = TrainingLength(self.config, self.output, self.updates.step_count)
+        if self.hooks.average is not None:
+            self.saver.kept_steps = set(self.hooks.average.steps(self.length.steps))
         self.saver.check_room(self.length.steps)
         self.tracker.started(self.updates.step_count)
         self._start_counting()
@@ -285,6 +291,38 @@ class Loop:
             subject = f"stage {self.output.stage}: best: step {best['step']}"
             self.updates.load(checkpoints.of_step(self.output.path, best["step"], subject))
 
+    def try_average(self) -> None:
+        """Use the average of the last checkpoints, and its evaluation, if its held-out loss is the lower one. Of the
+        adapters of a model the two matrices are averaged, not their product."""
+        options = self.hooks.average
+        if options is None:
+            return
+        phases.enter("load")
+        paths = average.paths_of(options, self.output, self.length.steps)
+        for engine in self.updates.engines:
+            average.load_average(engine, paths, options.weights())
+        phases.enter("evaluate")
+        numbers = self.hooks.evaluate()
+        rows, last = numbers.pop("rows", None), self.state["after"]["loss"]
+        is_better = numbers["loss"] < last
+        self.state["average"] = {
+            "steps": options.steps(self.length.steps),
+            "loss": numbers["loss"],
+            "last_loss": last,
+            "published": is_better,
+        }
+        if self.output.is_main:
+            published = "the average" if is_better else "the last one"
+            show(
+                f"{self.output.stage}: average of the checkpoints of steps"
+                f" {', '.join(map(str, self.state['average']['steps']))}: held-out loss {numbers['loss']:.4f}, that of"
+                f" the last one is {last:.4f}; {published} is published"
+            )
+        if is_better:
+            self.state["after"], self.state["after_rows"] = numbers, rows
+        else:
+            self.updates.load(paths[-1])
+
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -366,7 +404,8 @@ class Loop:
         is_last = step == self.length.steps
         number, *flags = distributed.all_reduce_max([signals.number, *self.saver.flags()])
         self.saver.settle(*flags)
-        if is_last or number or self.selection_is_due(step) or step % self.config.save.every_steps == 0:
+        is_due = step % self.config.save.every_steps == 0 or step in self.saver.kept_steps
+        if is_last or number or self.selection_is_due(step) or is_due:
             phases.enter("save")
             self.saver.save(step, self.state, wait=bool(number))
         if number and not is_last:

@@ -47,6 +47,7 @@ def test_the_student_comes_near_the_teacher(plain):
     assert apart[0] < apart[1]
 
 
+@pytest.mark.slow
 def test_a_model_is_no_distance_from_itself(plain, tmp_path):
     shutil.copytree(plain[0], tmp_path, symlinks=True, dirs_exist_ok=True)
     words = ["small.inputs.model=sft", "small.steps=1", "small.distill={weight: 0.5, divergence: reverse}"]
@@ -56,6 +57,7 @@ def test_a_model_is_no_distance_from_itself(plain, tmp_path):
     assert found["heldout_loss_before"] == pytest.approx(0.5 * found["heldout_cross_entropy_before"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(plain, tmp_path):
     shutil.copytree(plain[0], tmp_path, symlinks=True, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "runs/tiny/small")
