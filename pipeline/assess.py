@@ -1,5 +1,5 @@
 """Measure models on the same held-out text and prompts: bits per byte and perplexity, win rates under the reward model,
-rule scores, samples.
+rule scores, samples; and on tasks of lm-eval.
 
     python pipeline/assess.py recipes/quickstart.yaml
 
@@ -14,9 +14,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core import faults
+from pipeline.assessment import task_files
+from pipeline.assessment.task_files import Task
+from pipeline.core import faults, optional_packages
 from pipeline.core.artifact import Artifact
-from pipeline.core.config import EXECUTION, PlannedInput, SourceBlock, StageConfig, refuse_unused
+from pipeline.core.config import EXECUTION, ExternalFiles, Name, PlannedInput, SourceBlock, StageConfig, refuse_unused
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
@@ -35,7 +37,7 @@ INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", 
 class Config(StageConfig):
     """What to measure; all models are measured on the same rows and prompts."""
 
-    KEPT = "models that were measured are kept, the current one starts over"
+    KEPT = "models and tasks that were measured are kept, the current one starts over"
 
     sequence_length: int | None = Field(None, ge=8)
     """Tokens of one row of held-out text; none: 1024, or fewer if a model has fewer positions."""
@@ -57,8 +59,10 @@ class Config(StageConfig):
     """How an answer is checked against `answer`."""
     compare: list[tuple[str, str]] = []
     """Pairs of inputs [a, b]: how often a's answer has the higher reward."""
+    tasks: dict[Name, Task] = {}
+    """Tasks of lm-eval that every model is asked, by names of your choice."""
     bootstrap: int = Field(2000, ge=100)
-    """Resamples for each 95% interval."""
+    """Resamples for each 95% interval of `compare`, and for standard errors in `tasks` that have no formula."""
     samples: int = Field(8, ge=0)
     """Greedy answers of each model that are written to samples.jsonl."""
     batch: Annotated[int, EXECUTION] = Field(32, ge=1)
@@ -79,10 +83,10 @@ class Config(StageConfig):
                 refuse_unused(self, key, "is about prompts, and there are no `sources`")
         elif all(source.answer is None for source in self.sources.values()):
             refuse_unused(self, "rule", "decides how answers are compared with `answer`, and no source has one")
-        if not self.compare:
+        if not self.compare and not self.tasks:
             refuse_unused(self, "bootstrap", "is for the intervals of comparisons, and `compare` is empty")
-        if not self.max_rows and not self.sources:
-            raise ValueError("max_rows: 0 leaves nothing to measure without prompts; give `sources`")
+        if not self.max_rows and not self.sources and not self.tasks:
+            raise ValueError("max_rows: 0 leaves nothing to measure without prompts; give `sources` or `tasks`")
         return self
 
     @classmethod
@@ -90,8 +94,25 @@ class Config(StageConfig):
         return True
 
     @classmethod
-    def external(cls) -> list[SourceBlock]:
-        return [SourceBlock("sources", lambda config: config.sources)]
+    def external(cls) -> list[SourceBlock | ExternalFiles]:
+        return [
+            SourceBlock("sources", lambda config: config.sources),
+            ExternalFiles("tasks", lambda config: task_files.all_files(config.tasks), drop_key=False),
+        ]
+
+    def check(self, world: int) -> None:
+        if world == 1:
+            super().check(world)
+        elif not self.tasks or self.sources or self.max_rows:
+            raise UserError(
+                f"stage {self.kind}: {world} processes share the requests of `tasks`, and nothing else: give tasks a"
+                " stage of their own, without sources and with max_rows: 0, or launch one process"
+            )
+
+    def check_machine(self) -> None:
+        super().check_machine()
+        if self.tasks:
+            optional_packages.require("lm_eval", f"stage {self.kind}: tasks", "remove `tasks`")
 
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         planned_model.check_files({key: model for key, model in inputs.items() if key != "tokens"})
@@ -100,10 +121,11 @@ class Config(StageConfig):
             planned_model.check_positions(models, self.sequence_length)
 
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        task_files.check(self.tasks)
         check_chat_records(self.sources, self.holdout, chat=None, measures_only=True)
 
     def optional(self) -> set[str]:
-        return {"tokens"} if self.sources else set()
+        return {"tokens"} if self.sources or self.tasks else set()
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
@@ -114,7 +136,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import distributed
     from pipeline.train.finetune_data import model_folder
 
-    distributed.choose_device(config, 1)
+    distributed.choose_device(config, distributed.local_world())
     distributed.setup()
     models = {name: artifact for name, artifact in inputs.items() if name not in ("tokens", "reward")}
     for pair in config.compare:
@@ -130,10 +152,19 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         rows = held_out_rows(config, inputs["tokens"], candidates)
     prompts, unusable = held_out_prompts(config, candidates, judge)
 
+    task_results: dict[str, dict] = {}
+    if config.tasks:
+        from pipeline.assessment.task_results import check_tasks, measure_tasks, write_tasks
+
+        check_tasks(config)
+        task_results = measure_tasks(config, candidates, output)
+        if not distributed.is_main():
+            return {}
     # Each model is a unit of work: a killed run loses only the model that it was measuring.
-    results = {}
-    with Progress("assess", len(models), "models") as bar:
-        for model in candidates:
+    results: dict[str, dict] = {}
+    measured = candidates if rows is not None or prompts else []
+    with Progress("assess", len(measured), "models") as bar:
+        for model in measured:
             file = output.path / "work" / f"{model.name}.json"
             if not file.exists():
                 result = measure(model, rows, prompts, config, judge, inputs.get("reward"))
@@ -144,7 +175,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             results[model.name] = json.loads(file.read_text(encoding="utf-8"))
             bar.update(1, model=model.name)
 
-    report = {name: _figures(result, bool(prompts)) for name, result in results.items()}
+    report = {name: _figures(results.get(name, {}), bool(prompts)) for name in models}
+    if config.tasks:
+        write_tasks(config, task_results, report, output)
     wins = {}
     for ours, theirs in config.compare:
         rewards = (results[ours]["rewards"], results[theirs]["rewards"])
@@ -152,14 +185,18 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     counts = {"prompts": len(prompts), "unusable_prompts": unusable}
     write_json(output.path / "report.json", {"models": report, "win_rates": wins} | counts)
     samples = _samples(prompts[: config.samples], results)
-    write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in samples))
+    if measured:
+        write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in samples))
+    asked, written = plural(len(prompts), "prompt"), plural(len(samples), "sample")
+    if config.tasks:
+        asked, written = f"{asked}, {plural(len(config.tasks), 'task')}", f"tasks.md, {written}"
     return {
         "models": report,
         "win_rates": wins,
         "summary": {
-            "input": f"{plural(len(models), 'model')}, {plural(len(prompts), 'prompt')}",
-            "output": f"report.json, {plural(len(samples), 'sample')}",
-            "measure": "; ".join(headline(wins, report)),
+            "input": f"{plural(len(models), 'model')}, {asked}",
+            "output": f"report.json, {written}",
+            "measure": "; ".join(headline(wins, report, task_results)),
         },
     }
 
@@ -183,8 +220,13 @@ def _samples(prompts: list, results: dict[str, dict]) -> list[str]:
     return lines
 
 
-def headline(wins: dict, report: dict) -> list[str]:
-    """For the closing table: win rates, or else a measure of each model, with the size of its sample."""
+def headline(wins: dict, report: dict, tasks: dict) -> list[str]:
+    """For the closing table: win rates, or else scores of tasks, or a measure of each model, with the size of its
+    sample."""
+    if tasks and not wins:
+        from pipeline.assessment.task_results import headlines
+
+        return headlines(tasks)
     if wins:
         return [f"{pair}: {win['rate']:.0%} [{win['low']:.0%}, {win['high']:.0%}]" for pair, win in wins.items()]
     parts = []

@@ -12,6 +12,7 @@ EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "plotly": "report",
+    "lm_eval": "eval",
     "wandb": "wandb",
     "swanlab": "swanlab",
     "tensorboard": "tensorboard",
