@@ -82,6 +82,11 @@ class Config(OnlineConfig):
     def measures_kl(self) -> bool:
         return self.update.kl_coef > 0
 
+    def measures_policy(self) -> bool:
+        """Not for one update per iteration: its own forward pass is that of the policy that sampled."""
+        several = self.update.epochs * self.update.minibatches > 1
+        return several or self.measures_kl() or self.update.importance_cap is not None
+
     def other_models(self) -> dict[str, bool]:
         models = {"reward model": False} if self.uses_reward_model() else {}
         if self.measures_kl() and self.lora is None:
@@ -101,13 +106,14 @@ def build_models(config: Config, parents, prompts: int):
     from pipeline.models import attention, build, cost
     from pipeline.rl.group_objective import GROUPS, policy_loss_fn
     from pipeline.rl.online import assemble
-    from pipeline.rl.responses import disable_dropout
+    from pipeline.rl.responses import disable_dropout, predict_at_labels
     from pipeline.train import finetune
     from pipeline.train.run_summary import Work
 
     policy, policy_model = parents.policy, build.load(parents.policy.folder)
     attention.choose(policy_model, config.attention, config.precision)
     disable_dropout(policy_model)
+    predict_at_labels(policy_model, config.rollout.temperature)
     others, reward_model = {}, None
     if parents.reward is not None:
         reward_model = build.load(parents.reward.folder, head="judge").requires_grad_(False).eval()

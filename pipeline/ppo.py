@@ -79,7 +79,7 @@ def build_models(config: Config, parents, prompts: int):
     from pipeline.models import attention, build, cost
     from pipeline.rl.online import assemble
     from pipeline.rl.ppo_objective import PPO, policy_loss_fn, value_loss_fn
-    from pipeline.rl.responses import ValueModel, disable_dropout
+    from pipeline.rl.responses import ValueModel, disable_dropout, predict_at_labels
     from pipeline.train import engine, finetune
     from pipeline.train.run_summary import Work, schedule_text
 
@@ -93,6 +93,7 @@ def build_models(config: Config, parents, prompts: int):
     for model in (policy_model, classifier):
         attention.choose(model, config.attention, config.precision)
     disable_dropout(policy_model)
+    predict_at_labels(policy_model, config.rollout.temperature)
     disable_dropout(classifier)
     reference, reward_model = frozen_models(config, policy_model, classifier)
     others = {}

@@ -96,6 +96,21 @@ def test_micro_batches_do_not_change_the_result(world):
 
 
 @pytest.mark.slow
+def test_one_update_takes_its_old_log_probabilities_from_its_own_forward_pass(world):
+    """The result of a run that measures them before the update, here for weights that are nearly 1."""
+    measured, _, _ = run(world, *ONE_UPDATE, "grpo.update.importance_cap=1e6", output="measured")
+    found, _, _ = run(world, *ONE_UPDATE, output="one-update")
+    close(found, measured)
+    for line, wanted in zip(iterations(found), iterations(measured), strict=True):
+        assert 0 < line["rollout_difference"] < 1e-6 and 0 < wanted["rollout_difference"] < 1e-6
+        assert line["entropy"] == pytest.approx(wanted["entropy"], rel=1e-5)
+        assert line["first_approx_kl"] == 0 and "rollout_difference_max" not in line
+
+
+ONE_UPDATE = ("grpo.update.epochs=1", "grpo.update.minibatches=1")
+
+
+@pytest.mark.slow
 def test_adapters_without_a_copy_of_the_policy(world):
     """The reference is the policy without its adapter."""
     words = ("grpo.lora={rank: 4}", "grpo.update.kl_coef=0.05", "grpo.optimizer.lr=3e-2")

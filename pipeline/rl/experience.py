@@ -27,9 +27,10 @@ from pipeline.rl.responses import (
     Sample,
     SharedReward,
     ValueModel,
-    at_responses,
+    by_length,
     layout,
-    policy_inputs,
+    places,
+    predict,
     rows,
     token_statistics,
 )
@@ -150,7 +151,7 @@ def collect(
         for task, index, completion in zip(tasks, indices, completions, strict=True):
             samples.append(Sample(index, task.ids, completion.ids, completion.stopped, completion.logprobs))
         clock.lap("rollout")
-        if measure == "all":
+        if measure == "all" and config.measures_policy():
             measured = _logprobs(models, models.policy.model, samples)
             for sample, (logprobs, entropies) in zip(samples, measured, strict=True):
                 sample.logprobs, sample.entropies = logprobs, entropies
@@ -177,8 +178,7 @@ def _logprobs(models: Models, model, samples: list[Sample]) -> list[tuple[list[f
     """(log-probability, entropy) at each response token of each sample."""
 
     def read(batch):
-        logits = model(**policy_inputs(model, batch)).logits
-        return token_statistics(logits, batch["responses"], models.config.rollout.temperature)
+        return token_statistics(predict(model, batch), batch["labels"], models.config.rollout.temperature)
 
     return _forward(models, model, samples, read)
 
@@ -187,7 +187,7 @@ def _values(models: Models, model: ValueModel, samples: list[Sample]) -> list[li
     """The value at each response token of each sample."""
 
     def read(batch):
-        return (at_responses(model(**batch["inputs"]).logits[..., 0], batch["responses"].shape[1]),)
+        return (model(**batch["inputs"]).logits[..., 0],)
 
     return [values for (values,) in _forward(models, model, samples, read)]
 
@@ -196,20 +196,20 @@ def _values(models: Models, model: ValueModel, samples: list[Sample]) -> list[li
 def _forward(
     models: Models, model, samples: list[Sample], read: Callable[[dict], tuple[torch.Tensor, ...]]
 ) -> list[tuple[list[float], ...]]:
-    """For each sample, the numbers at its response's tokens, of each tensor [B, R] that read(batch) returns; in
+    """For each sample, the numbers at its response's tokens, of each tensor [B, T] that read(batch) returns; in
     batches, without gradient."""
     device = next(model.parameters()).device
     model.eval()
-    results = []
-    for start in range(0, len(samples), models.config.rollout.batch):
-        part = samples[start : start + models.config.rollout.batch]
-        batch = layout(part, models.pad_id, device)
+    results: list[tuple[list[float], ...]] = [()] * len(samples)
+    order = by_length(list(range(len(samples))), samples)
+    for start in range(0, len(order), models.config.rollout.batch):
+        part = order[start : start + models.config.rollout.batch]
+        batch = layout([samples[index] for index in part], models.pad_id, device)
         with models.autocast():
             tensors = read(batch)
         lists = [tensor.float().tolist() for tensor in tensors]
-        for row, sample in enumerate(part):
-            length = len(sample.response_ids)
-            results.append(tuple(values[row][:length] for values in lists))
+        for row, index in enumerate(part):
+            results[index] = tuple(values[row][places(samples[index])] for values in lists)
     return results
 
 

@@ -46,10 +46,11 @@ def scores(config, samples: list[Sample], state: dict) -> torch.Tensor:
 
 
 def signal(config, tokens: dict[str, torch.Tensor], scores: torch.Tensor, kl_coef: float) -> dict[str, torch.Tensor]:
-    """What the loss compares the policy with, each [B, T]: logprobs, advantages, mask; with the KL in the loss also
-    ref_logprobs, and with importance_cap importance."""
+    """What the loss compares the policy with, each [B, T]: logprobs (if they were not measured, sampled_logprobs, for
+    the log), advantages, mask; with the KL in the loss also ref_logprobs, and with importance_cap importance."""
     mask = tokens["mask"]
-    signal = {"logprobs": tokens["logprobs"], "mask": mask}
+    name = "logprobs" if "logprobs" in tokens else "sampled_logprobs"
+    signal = {name: tokens[name], "mask": mask}
     penalties = torch.zeros_like(mask)
     if kl_coef and kl_in_reward(config):
         penalties = kl_coef * kl.estimate(tokens["logprobs"], tokens["ref_logprobs"], kl_estimator(config)) * mask
@@ -95,11 +96,12 @@ def after(config, divergence: float | None, state: dict) -> None:
     """Nothing is adapted."""
 
 
-def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
-    """The engine's loss of the policy."""
+def policy_loss_fn(config, outputs, batch: dict):
+    """The engine's loss of the policy. outputs: as for token_statistics."""
     options, mask = config.update, batch["mask"]
-    logprobs, entropy = token_statistics(logits, batch["responses"], config.rollout.temperature)
-    log_ratio = logprobs - batch["logprobs"]
+    logprobs, entropy = token_statistics(outputs, batch["labels"], config.rollout.temperature)
+    # Before the first update of an iteration the policy is the one that sampled.
+    log_ratio = logprobs - batch.get("logprobs", logprobs.detach())
     if config.algorithm == "rloo":
         log_ratio = rloo.response_log_ratio(log_ratio, mask)
     elif options.ratio == "sequence":
@@ -119,6 +121,8 @@ def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
         divergence = grpo.kl_loss(logprobs, batch["ref_logprobs"], mask, kl_estimator(config), weights)
         loss = loss + batch["kl_coef"] * divergence
         metrics["kl_loss"] = divergence.detach()
+    if "sampled_logprobs" in batch:
+        metrics["rollout_difference"] = ((logprobs.detach() - batch["sampled_logprobs"]).abs() * mask).sum()
     metrics["entropy_update"] = (entropy * mask).sum()
     return loss, metrics
 

@@ -17,7 +17,7 @@ from pipeline.rl import rewards, sentinel
 from pipeline.rl.advantages import explained_variance
 from pipeline.rl.experience import Clock, Models, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
-from pipeline.rl.responses import Sample, layout, policy_inputs
+from pipeline.rl.responses import Sample, by_length, layout, size_of, spread
 from pipeline.rl.scoring import count_failures, statistics
 from pipeline.train import distributed, phases
 from pipeline.train.engine import Accept
@@ -27,6 +27,9 @@ NOTABLE_DIFFERENCE = 0.1
 
 # Scores of a group that differ by no more than this are equal.
 EQUAL = 1e-6
+
+# Tokens of a micro-batch, if the recipe does not say. More are no faster, and rows of all lengths would be padded.
+TOKENS = 8192
 
 # Names in the log, and the engine's names, of what is averaged over the updates of an iteration.
 POLICY_MEANS = {
@@ -40,6 +43,7 @@ POLICY_MEANS = {
     "skipped_fraction": "skipped_fraction",
     "entropy_update": "entropy_update",
     "kl_loss": "kl_loss",
+    "rollout_difference": "rollout_difference",
 }
 VALUE_MEANS = {
     "value_loss": "loss",
@@ -47,6 +51,10 @@ VALUE_MEANS = {
     "value_clip_fraction": "value_clip_fraction",
     "value_mean": "value_mean",
 }
+
+# What the losses compare the two models with.
+POLICY_SIGNALS = ("logprobs", "sampled_logprobs", "advantages", "importance", "ref_logprobs")
+VALUE_SIGNALS = ("values", "returns")
 
 
 class Iterations:
@@ -162,6 +170,8 @@ def iterate(
 
     stats = _statistics(config, samples, tokens, scores, signal, state["kl_coef"])
     stats |= updates
+    if not config.measures_policy():  # the update's forward pass is that of the policy that sampled
+        stats["entropy"] = stats["entropy_update"]
     stats |= clock.seconds
     stats["tok_per_second"] = round(stats["weight"] / (time.perf_counter() - begun), 1)
     objective.after(config, stats.get("kl"), state)
@@ -226,19 +236,20 @@ def _statistics(
     """What is logged of an iteration's samples; docs/ppo.md and docs/grpo.md explain each."""
     mask = tokens["mask"]
     count, lengths = mask.sum(), mask.sum(1)
-    difference = ((tokens["sampled_logprobs"] - tokens["logprobs"]) * mask).abs()
     stats = {
         "reward": float(torch.tensor([sample.score for sample in samples]).mean()),
         "score": float(scores.mean()),
-        "entropy": float(tokens["entropies"].sum() / count),
         "length_mean": float(lengths.mean()),
         "length_max": float(lengths.max()),
         "eos_rate": sum(sample.stopped for sample in samples) / len(samples),
         "repetition": sum(repetition(sample.response_ids) for sample in samples) / len(samples),
-        "rollout_difference": float(difference.sum() / count),
-        "rollout_difference_max": float(difference.max()),
         "weight": float(count),
     }
+    if "logprobs" in tokens:
+        difference = ((tokens["sampled_logprobs"] - tokens["logprobs"]) * mask).abs()
+        stats["entropy"] = float(tokens["entropies"].sum() / count)
+        stats["rollout_difference"] = float(difference.sum() / count)
+        stats["rollout_difference_max"] = float(difference.max())
     stats |= statistics(config, samples)
     if "ref_logprobs" in tokens:
         divergence = float(((tokens["logprobs"] - tokens["ref_logprobs"]) * mask).sum(1).mean())
@@ -275,8 +286,8 @@ def _update(
     for minibatch in _minibatches(config, step, len(samples)):
         if refused and config.spikes.policy != "skip":
             break
-        rows = share(minibatch)
-        size = config.micro_batch or len(rows)
+        rows = by_length(share(minibatch), samples)
+        size = config.micro_batch or _rows_at_a_time(samples, minibatch)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         if update_policy:
             weights = _row_weights(models, samples, minibatch)
@@ -289,7 +300,7 @@ def _update(
                 # Every process reads the same reduced number, so that all stop together.
                 update_policy = policy_stats[-1]["approx_kl"] <= config.updates.target_kl
         if models.value is not None:
-            value_batches = [_value_batch(models, samples, signal, part) for part in parts]
+            value_batches = [_micro_batch(models, samples, signal, part, VALUE_SIGNALS) for part in parts]
             value_stats.append(models.value.step(value_batches, value_lr))
     num_skipped = sum(not stats["applied"] for stats in policy_stats + value_stats)
     state["skipped_updates"] += num_skipped
@@ -316,6 +327,11 @@ def _minibatches(config, step: int, count: int) -> Iterator[list[int]]:
         order = source.permutation(count).tolist()
         for start in range(0, count, size):
             yield order[start : start + size]
+
+
+def _rows_at_a_time(samples: list[Sample], minibatch: list[int]) -> int:
+    """Rows of a micro-batch of at most TOKENS tokens; equal on all processes."""
+    return max(1, TOKENS // max(size_of(samples[row]) for row in minibatch))
 
 
 def _update_means(policy_stats: list[dict], value_stats: list[dict]) -> dict:
@@ -350,28 +366,19 @@ def _row_weights(models: Models, samples: list[Sample], minibatch: list[int]) ->
 def _policy_batch(
     models: Models, samples: list[Sample], signal: dict, rows: list[int], weights: dict[int, float]
 ) -> dict:
-    tensors = layout([samples[row] for row in rows], models.pad_id)
-    batch = _micro_batch(signal, rows, tensors, ("logprobs", "advantages", "importance", "ref_logprobs"))
+    batch = _micro_batch(models, samples, signal, rows, POLICY_SIGNALS)
     if weights:
         batch["row_weights"] = torch.tensor([[weights[row]] for row in rows])
-    batch["inputs"] = policy_inputs(models.policy.model, tensors)
-    batch["responses"] = tensors["responses"]
     return batch
 
 
-def _value_batch(models: Models, samples: list[Sample], signal: dict, rows: list[int]) -> dict:
-    tensors = layout([samples[row] for row in rows], models.pad_id)
-    batch = _micro_batch(signal, rows, tensors, ("values", "returns"))
-    batch["inputs"] = tensors["inputs"]
-    return batch
-
-
-def _micro_batch(signal: dict, rows: list[int], tensors: dict, names: tuple[str, ...]) -> dict:
-    """Rows of the iteration's tensors, as wide as this micro-batch's longest response. The engine divides by response
-    tokens."""
-    mask = tensors["mask"]
-    batch = {"mask": mask, "weight": float(mask.sum())}
+def _micro_batch(models: Models, samples: list[Sample], signal: dict, rows: list[int], names: tuple[str, ...]) -> dict:
+    """Rows of the iteration, with what the loss compares them with at the places of their tokens. The engine divides by
+    response tokens."""
+    batch = layout([samples[row] for row in rows], models.pad_id)
+    batch["weight"] = float(batch["mask"].sum())
+    lengths = torch.tensor([len(samples[row].response_ids) for row in rows])
     for name in names:
         if name in signal:
-            batch[name] = signal[name][rows, : mask.shape[1]]
+            batch[name] = spread(signal[name][rows], lengths, batch["mask"])
     return batch

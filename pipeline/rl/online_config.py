@@ -141,6 +141,10 @@ class OnlineConfig(FinetuneConfig):
         """Whether a reference is needed."""
         return True
 
+    def measures_policy(self) -> bool:
+        """Whether the policy's log-probabilities are needed before an update."""
+        return True
+
     def trains_on_rule(self) -> bool:
         """Whether `rule` is part of the score."""
         return False

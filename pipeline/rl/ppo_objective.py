@@ -5,7 +5,7 @@ import torch
 
 from pipeline.rl import advantages, kl, losses, rewards
 from pipeline.rl.objective import Objective
-from pipeline.rl.responses import Sample, at_responses, token_statistics
+from pipeline.rl.responses import Sample, token_statistics
 
 
 def scores(config, samples: list[Sample], state: dict) -> torch.Tensor:
@@ -57,10 +57,10 @@ def after(config, divergence: float | None, state: dict) -> None:
         )
 
 
-def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
-    """The engine's loss of the policy."""
+def policy_loss_fn(config, outputs, batch: dict):
+    """The engine's loss of the policy. outputs: as for token_statistics."""
     options = config.ppo
-    logprobs, entropy = token_statistics(logits, batch["responses"], config.rollout.temperature)
+    logprobs, entropy = token_statistics(outputs, batch["labels"], config.rollout.temperature)
     loss, metrics = losses.policy_loss(
         logprobs - batch["logprobs"],
         batch["advantages"],
@@ -77,8 +77,9 @@ def policy_loss_fn(config, logits: torch.Tensor, batch: dict):
 
 def value_loss_fn(config, logits: torch.Tensor, batch: dict):
     """The engine's loss of the value model, whose logits are [B, T, 1]."""
-    values = at_responses(logits[..., 0], batch["mask"].shape[1])
-    return losses.value_loss(values, batch["values"], batch["returns"], batch["mask"], clip=config.ppo.value_clip)
+    return losses.value_loss(
+        logits[..., 0], batch["values"], batch["returns"], batch["mask"], clip=config.ppo.value_clip
+    )
 
 
 PPO = Objective(scores, signal, row_weights, after)

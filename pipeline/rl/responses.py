@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.models import lora
-from pipeline.rl.rollout import left_pad
+from pipeline.train import chunked_loss
+from pipeline.train.chunked_loss import IGNORE, TokenLosses
 from pipeline.train.scores import calibrated
 
 # Attributes by which transformers' attention and MLP modules keep a dropout rate that is not in an nn.Dropout.
@@ -45,22 +46,40 @@ class Sample:
 
 
 def layout(samples: list[Sample], pad_id: int, device=None) -> dict:
-    """{"inputs", "responses" [B, R], "mask" [B, R] float}: prompts padded on the left and responses on the right, so
-    that responses are in the same columns.
+    """{"inputs", "labels" [B, T], "mask" [B, T] float}: prompts with their responses, padded on the right. A response's
+    tokens are labels at the positions that predict them; elsewhere labels are -100 and the mask is 0.
 
-    Padding is known by length, never by token id: a pad id that equals a stop id does no harm.
+    Padding is known by length, never by token id: a pad id that equals a stop id does no harm. There is no attention
+    mask: a causal model sees padding on the right only from padding.
     """
-    input_ids, mask, _ = left_pad([sample.prompt_ids for sample in samples], pad_id, device)
-    lengths = torch.tensor([len(sample.response_ids) for sample in samples], device=device)
-    responses = rows([sample.response_ids for sample in samples], pad_id, device)
-    response_mask = torch.arange(responses.shape[1], device=device) < lengths[:, None]
-    mask = torch.cat([mask, response_mask.long()], 1)
-    inputs = {
-        "input_ids": torch.cat([input_ids, responses], 1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-    }
-    return {"inputs": inputs, "responses": responses, "mask": response_mask.float()}
+    input_ids = rows([sample.prompt_ids + sample.response_ids for sample in samples], pad_id)
+    labels = torch.full_like(input_ids, IGNORE)
+    for row, sample in enumerate(samples):
+        labels[row, places(sample)] = torch.tensor(sample.response_ids)
+    input_ids, labels = input_ids.to(device), labels.to(device)
+    return {"inputs": {"input_ids": input_ids}, "labels": labels, "mask": (labels != IGNORE).float()}
+
+
+def places(sample: Sample) -> slice:
+    """Where in its row a sample's response is predicted."""
+    start = len(sample.prompt_ids) - 1
+    return slice(start, start + len(sample.response_ids))
+
+
+def spread(values_BR: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Numbers of the first `lengths` tokens of each response, at their places in a layout; 0 elsewhere."""
+    counted_BR = torch.arange(values_BR.shape[1]) < lengths_B[:, None]
+    return torch.zeros_like(mask_BT).masked_scatter_(mask_BT.bool(), values_BR[counted_BR])
+
+
+def by_length(indices: list[int], samples: list[Sample]) -> list[int]:
+    """Indices of samples, shortest first, so that those that are padded together are of similar length."""
+    return sorted(indices, key=lambda index: (size_of(samples[index]), index))
+
+
+def size_of(sample: Sample) -> int:
+    """Tokens of a prompt with its response."""
+    return len(sample.prompt_ids) + len(sample.response_ids)
 
 
 def accepted(model: torch.nn.Module, inputs: dict) -> dict:
@@ -69,36 +88,38 @@ def accepted(model: torch.nn.Module, inputs: dict) -> dict:
     return {key: value for key, value in inputs.items() if key in parameters}
 
 
-def policy_inputs(model: torch.nn.Module, batch: dict) -> dict:
-    """Inputs of a causal LM. Logits are computed for the response's tokens only, where the family can do that."""
-    inputs = dict(batch["inputs"])
-    inputs["use_cache"] = False
-    inputs["logits_to_keep"] = batch["responses"].shape[1] + 1
-    return accepted(model, inputs)
-
-
-def rows(values: list[list], fill, device=None) -> torch.Tensor:
+def rows(values: list[list], fill) -> torch.Tensor:
     """Lists of different lengths -> [B, longest], filled on the right."""
     longest = max(len(row) for row in values)
-    return torch.tensor([list(row) + [fill] * (longest - len(row)) for row in values], device=device)
+    return torch.tensor([list(row) + [fill] * (longest - len(row)) for row in values])
 
 
-def at_responses(outputs: torch.Tensor, length: int) -> torch.Tensor:
-    """The part of a model's outputs [B, T, ...] that predicts the `length` last tokens: an output at one token is about
-    the next one."""
-    return outputs[:, -length - 1 : -1]
+def predict_at_labels(model: torch.nn.Module, temperature: float) -> None:
+    """Have a policy or reference compute statistics of response tokens only, and in chunks, where its family can."""
+    if chunked_loss.can_install(model):
+        chunked_loss.install(model, per_token=True, selects=True, temperature=temperature, entropies=True)
 
 
-def token_statistics(
-    logits: torch.Tensor, responses: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probability of each response token, entropy there), each [B, R], at the temperature at which they were
-    sampled. `logits` is [B, T, V]."""
-    logprobs_BRV = (at_responses(logits, responses.shape[1]).float() / temperature).log_softmax(-1)
-    chosen = logprobs_BRV.gather(-1, responses[..., None])[..., 0]
+def predict(model: torch.nn.Module, batch: dict):
+    """What a policy or reference gives for a layout, for `token_statistics`."""
+    head = chunked_loss.installed(model)
+    if head is not None:
+        head.expect([batch])
+    return model(**batch["inputs"], use_cache=False).logits
+
+
+def token_statistics(outputs, labels: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probability of each response token, entropy there), each [B, T] and 0 without a label, at the temperature at
+    which they were sampled. outputs: TokenLosses, or logits [B, T, V]."""
+    if isinstance(outputs, TokenLosses):
+        return -outputs.nll_BT, outputs.entropy_BT
+    counted = labels != IGNORE
+    logprobs_NV = (outputs[counted].float() / temperature).log_softmax(-1)
+    chosen = logprobs_NV.gather(-1, labels[counted][:, None])[:, 0]
     with torch.no_grad():
-        entropy = -(logprobs_BRV.exp() * logprobs_BRV).sum(-1)
-    return chosen, entropy
+        entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    zeros = chosen.new_zeros(labels.shape)
+    return zeros.masked_scatter(counted, chosen), zeros.masked_scatter(counted, entropy)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

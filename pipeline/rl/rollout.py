@@ -94,9 +94,13 @@ def left_pad(rows: list[list[int]], pad_id: int, device=None) -> tuple[torch.Ten
 def _sample_batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms) -> list[Completion]:
     device = next(model.parameters()).device
     parameters = inspect.signature(model.forward).parameters
-    input_ids, mask, positions = left_pad(prompts, pad_id, device)
+    # Equal prompts, as algorithms over groups have them, are read once.
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    places = {prompt: place for place, prompt in enumerate(distinct)}
+    source = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+    input_ids, mask, positions = left_pad(distinct, pad_id, device)
     width = input_ids.shape[1]
-    mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
+    mask = torch.cat([mask, mask.new_ones(len(distinct), max_new_tokens)], 1)
     stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
     draws = torch.from_numpy(uniforms).to(device)
     tokens_BT = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
@@ -115,8 +119,11 @@ def _sample_batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id,
         outputs = model(
             input_ids=step_ids, attention_mask=mask[:, : width + t], past_key_values=cache, use_cache=True, **extra
         )
-        cache = outputs.past_key_values
-        chosen, logprobs = choose(outputs.logits[:, -1], temperature, draws[active, t])
+        cache, logits = outputs.past_key_values, outputs.logits[:, -1]
+        if t == 0 and len(distinct) < len(prompts):
+            cache.batch_select_indices(source)
+            logits, mask, step_positions = logits[source], mask[source], step_positions[source]
+        chosen, logprobs = choose(logits, temperature, draws[active, t])
         rows = active[live]
         tokens_BT[rows, t], logprobs_BT[rows, t] = chosen[live], logprobs[live]
         ended = live & torch.isin(chosen, stops)

@@ -46,6 +46,8 @@ class TokenLosses(NamedTuple):
     `per_token`."""
     lse_BT: torch.Tensor
     """logsumexp of the logits, 0 where the label is -100, fp32 [B, T]; no gradient."""
+    entropy_BT: torch.Tensor | None = None
+    """Entropy of the distribution, 0 where the label is -100, fp32 [B, T]; no gradient. Of a layer with `entropies`."""
 
 
 class Head(torch.nn.Linear):
@@ -57,6 +59,8 @@ class Head(torch.nn.Linear):
     compiled: bool
     per_token: bool
     selects: bool
+    temperature: float
+    entropies: bool
     queue: list[dict]
 
     def expect(self, batches: list[dict]) -> None:
@@ -71,25 +75,26 @@ class Head(torch.nn.Linear):
         hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
         weights_N = None if weights_BT is None else weights_BT.flatten()
         if not self.selects:
-            total, nll_N, lse_N = self._losses(hidden_ND, labels_N, weights_N)
-            return TokenLosses(total, nll_N.view(labels_BT.shape), lse_N.view(labels_BT.shape))
+            total, *values = self._losses(hidden_ND, labels_N, weights_N)
+            return TokenLosses(total, *(value_N.view(labels_BT.shape) for value_N in values))
         places = (labels_N != IGNORE).nonzero()[:, 0]
         weights_N = None if weights_N is None else weights_N[places]
-        total, nll_N, lse_N = self._losses(hidden_ND[places], labels_N[places], weights_N)
-        zeros = nll_N.new_zeros(labels_N.shape)
-        nll_BT, lse_BT = (zeros.index_put((places,), values).view(labels_BT.shape) for values in (nll_N, lse_N))
-        return TokenLosses(total, nll_BT, lse_BT)
+        total, *values = self._losses(hidden_ND[places], labels_N[places], weights_N)
+        zeros = values[0].new_zeros(labels_N.shape)
+        placed = [zeros.index_put((places,), value_N).view(labels_BT.shape) for value_N in values]
+        return TokenLosses(total, *placed)
 
-    def _losses(self, hidden_ND, labels_N, weights_N) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(sum of losses [], losses [N], logsumexps [N])."""
+    def _losses(self, hidden_ND, labels_N, weights_N) -> tuple[torch.Tensor, ...]:
+        """(sum of losses [], losses [N], logsumexps [N]), and with `entropies` also entropies [N]."""
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         chunk = self.chunk or chunk_of(self.out_features, device)
         backward = torch.is_grad_enabled() and (hidden_ND.requires_grad or self.weight.requires_grad)
         if self.per_token:
             assert weights_N is None and not self.z_loss, "weights and z_loss belong to a sum over tokens"
-            nll_N, lse_N = PerToken.apply(hidden_ND, self.weight, self.bias, labels_N, chunk, dtype, backward)
-            return nll_N.sum(), nll_N, lse_N
+            options = (chunk, dtype, backward, self.temperature, self.entropies)
+            nll_N, lse_N, entropy_N = PerToken.apply(hidden_ND, self.weight, self.bias, labels_N, *options)
+            return (nll_N.sum(), nll_N, lse_N, entropy_N) if self.entropies else (nll_N.sum(), nll_N, lse_N)
         return Chunked.apply(
             hidden_ND, self.weight, self.bias, labels_N, weights_N, chunk, self.z_loss, dtype, backward, self.compiled
         )
@@ -113,18 +118,22 @@ def install(
     *,
     per_token: bool = False,
     selects: bool = False,
+    temperature: float = 1.0,
+    entropies: bool = False,
 ) -> Head:
     """Make the model's output layer a Head.
 
     chunk: tokens at a time; None: so many that the logits of a chunk take 32 MB on a CPU, 1 GB on a GPU. per_token: the
     single losses are differentiable, and not only their sum. selects: positions without a label are skipped, so that
-    the number of tokens differs from batch to batch.
+    the number of tokens differs from batch to batch. With per_token also temperature, by which logits are divided, and
+    entropies, which are returned then.
     """
+    assert per_token or (temperature == 1 and not entropies), "temperature and entropies belong to single losses"
     assert can_install(model), f"{model.config.model_type} has no output layer that can be computed in chunks"
     head = model.get_output_embeddings()
     head.__class__ = Head
     head.chunk, head.z_loss, head.compiled, head.queue = chunk, z_loss, compiled, []
-    head.per_token, head.selects = per_token, selects
+    head.per_token, head.selects, head.temperature, head.entropies = per_token, selects, temperature, entropies
     return head
 
 
@@ -215,10 +224,7 @@ def _chunk(hidden_ND, weight_VD, bias_V, labels_N, z_loss: float, backward: bool
     logits = F.linear(hidden_ND, weight_VD, bias_V)
     counted = labels_N != IGNORE
     index = labels_N.clamp(min=0)[:, None]
-    logp = torch.log_softmax(logits, -1, dtype=torch.float32)
-    logp_label = logp.gather(1, index)[:, 0]
-    lse = torch.where(counted, logits.gather(1, index)[:, 0].float() - logp_label, 0.0)
-    nll = torch.where(counted, -logp_label, 0.0)
+    nll, lse, logp = _token_losses(logits, labels_N)
     if not backward:
         return nll, lse, None
     # d nll / d logits = p - onehot; d lse^2 / d logits = 2 lse p
@@ -255,54 +261,88 @@ def _compiled_chunk():
 
 
 class PerToken(torch.autograd.Function):
-    """(losses [N], logsumexps [N]) whose losses are differentiable, each by itself."""
+    """(losses [N], logsumexps [N], entropies [N]) of logits / temperature. The losses are differentiable, each by
+    itself; entropies are 0 unless they are asked for."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, chunk: int, dtype: torch.dtype, backward: bool):
-        nll_N, lse_N = (torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
+    def forward(
+        ctx,
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        labels_N,
+        chunk: int,
+        dtype: torch.dtype,
+        backward: bool,
+        temperature: float,
+        entropies: bool,
+    ):
+        zeros = torch.zeros(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
+        nll_N, lse_N, entropy_N = zeros, zeros.clone(), zeros.clone()
         needs_hidden, *needs_others = (backward and needed for needed in ctx.needs_input_grad[:3])
-        ctx.chunk, ctx.dtype, ctx.again = chunk, dtype, any(needs_others)
+        ctx.chunk, ctx.dtype, ctx.again, ctx.temperature = chunk, dtype, any(needs_others), temperature
         sums = Gradients(hidden_ND, weight_VD, bias_V, [needs_hidden and not ctx.again, False, False])
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for start in range(0, len(labels_N), chunk):
                 part = slice(start, start + chunk)
                 hidden = hidden_ND[part].to(dtype)
-                nll_N[part], lse_N[part], grad_logits = _chunk(
-                    hidden, weight, bias, labels_N[part], 0.0, sums.hidden is not None
-                )
-                sums.add(part, grad_logits, hidden, weight)
+                logits = _logits(hidden, weight, bias, temperature)
+                nll_N[part], lse_N[part], logp = _token_losses(logits, labels_N[part])
+                probabilities = None
+                if entropies or sums.hidden is not None:
+                    probabilities = logp.exp()
+                if entropies:
+                    entropy_N[part] = -torch.linalg.vecdot(probabilities, logp)
+                if sums.hidden is not None:
+                    scale_N = torch.full_like(nll_N[part], 1 / temperature)
+                    sums.add(part, _scaled(probabilities, labels_N[part], scale_N).to(dtype), hidden, weight)
         if ctx.again:
             ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N)
         else:
             ctx.save_for_backward(sums.hidden)
-        ctx.mark_non_differentiable(lse_N)
-        return nll_N, lse_N
+        ctx.mark_non_differentiable(lse_N, entropy_N)
+        return nll_N, lse_N, entropy_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, scale_N, _):
+    def backward(ctx, scale_N, *_):
         if not ctx.again:
             (grad_hidden,) = ctx.saved_tensors
-            scaled = grad_hidden * scale_N[:, None].to(grad_hidden.dtype)
-            return scaled, None, None, None, None, None, None
+            return grad_hidden * scale_N[:, None].to(grad_hidden.dtype), *[None] * 8
         hidden_ND, weight_VD, bias_V, labels_N, lse_N = ctx.saved_tensors
         sums = Gradients(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        scale_N = scale_N / ctx.temperature
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight, bias = weight_VD.to(ctx.dtype), None if bias_V is None else bias_V.to(ctx.dtype)
             for start in range(0, len(labels_N), ctx.chunk):
                 part = slice(start, start + ctx.chunk)
                 hidden = hidden_ND[part].to(ctx.dtype)
-                grad_logits = _chunk_gradient(hidden, weight, bias, labels_N[part], lse_N[part], scale_N[part])
-                sums.add(part, grad_logits, hidden, weight)
-        return (*sums.of_inputs(), None, None, None, None)
+                logits = _logits(hidden, weight, bias, ctx.temperature)
+                probabilities = logits.float().sub_(lse_N[part, None]).exp_()
+                grad_logits = _scaled(probabilities, labels_N[part], scale_N[part])
+                sums.add(part, grad_logits.to(ctx.dtype), hidden, weight)
+        return (*sums.of_inputs(), *[None] * 6)
 
 
-def _chunk_gradient(hidden_ND, weight_VD, bias_V, labels_N, lse_N, scale_N):
-    """Gradient of the sum of scale * loss with respect to the logits [N, V]."""
+def _logits(hidden_ND, weight_VD, bias_V, temperature: float) -> torch.Tensor:
+    """[N, V]; divided in fp32, as in sampling."""
     logits = F.linear(hidden_ND, weight_VD, bias_V)
+    return logits if temperature == 1 else logits.float().div_(temperature)
+
+
+def _token_losses(logits_NV, labels_N) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses [N], logsumexps [N], log-probabilities [N, V]), fp32; the first two are 0 where the label is -100."""
+    counted = labels_N != IGNORE
+    index = labels_N.clamp(min=0)[:, None]
+    logp = torch.log_softmax(logits_NV, -1, dtype=torch.float32)
+    logp_label = logp.gather(1, index)[:, 0]
+    lse = torch.where(counted, logits_NV.gather(1, index)[:, 0].float() - logp_label, 0.0)
+    return torch.where(counted, -logp_label, 0.0), lse, logp
+
+
+def _scaled(probabilities_NV, labels_N, scale_N) -> torch.Tensor:
+    """Gradient of the sum of scale * loss with respect to the logits [N, V], in place of the probabilities."""
     scale = torch.where(labels_N != IGNORE, scale_N, 0.0)[:, None]
-    p = logits.float().sub_(lse_N[:, None]).exp_()
-    p *= scale
-    p.scatter_add_(1, labels_N.clamp(min=0)[:, None], -scale)
-    return p.to(logits.dtype)
+    probabilities_NV *= scale
+    return probabilities_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -scale)

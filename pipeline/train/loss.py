@@ -78,7 +78,7 @@ def next_token(outputs, labels_BT: torch.Tensor, z_loss: float = 0.0) -> tuple[t
     """
     sums = {}
     if isinstance(outputs, TokenLosses):
-        total, nll_BT, lse_BT = outputs
+        total, nll_BT, lse_BT, _ = outputs
         if z_loss:
             sums["z_loss"] = z_loss * lse_BT.square().sum()
         return total, nll_BT, sums

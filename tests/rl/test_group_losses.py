@@ -86,7 +86,7 @@ def ours(config, trainer, batch, old_logprobs, monkeypatch):
         tokens["ref_logprobs"] = batch["ref_per_token_logps"]
     signal = group_objective.signal(config, tokens, scores, config.update.kl_coef)
     weights = group_objective.row_weights(config, lengths, torch.ones(len(lengths), dtype=torch.bool))
-    inputs = {**signal, "responses": batch["completion_ids"], "row_weights": weights[:, None]}
+    inputs = {**signal, "labels": batch["completion_ids"], "row_weights": weights[:, None]}
     inputs["kl_coef"] = config.update.kl_coef
     logprobs, *_ = logprobs_of(trainer, batch)
     monkeypatch.setattr(group_objective, "token_statistics", lambda *_: (logprobs, torch.zeros_like(logprobs)))

@@ -65,15 +65,9 @@ def test_each_sample_once_an_epoch_in_a_fresh_order(inside, monkeypatch):
         rows = []
         for batches in seen[2 * epoch : 2 * epoch + 2]:
             for batch in batches:
-                length = batch["mask"].shape[1]
-                for ids, attended, mask in zip(
-                    batch["inputs"]["input_ids"],
-                    batch["inputs"]["attention_mask"].bool(),
-                    batch["mask"].bool(),
-                    strict=True,
-                ):
-                    prompt, response = slice(None, -length), slice(-length, None)
-                    rows.append((ids[prompt][attended[prompt]].tolist(), ids[response][mask].tolist()))
+                for ids, mask in zip(batch["inputs"]["input_ids"], batch["mask"].bool(), strict=True):
+                    start, end = (mask.nonzero()[[0, -1], 0] + 1).tolist()
+                    rows.append((ids[:start].tolist(), ids[start : end + 1].tolist()))
         assert sorted(rows) == wanted
         orders.append(rows)
     assert orders[0] != orders[1]

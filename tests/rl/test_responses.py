@@ -6,7 +6,17 @@ import pytest
 import torch
 from ppo_world import PAD, VOCABULARY, samples_of, tiny
 
-from pipeline.rl.responses import Sample, ValueModel, disable_dropout, layout, token_statistics
+from pipeline.rl.responses import (
+    Sample,
+    ValueModel,
+    disable_dropout,
+    layout,
+    places,
+    predict,
+    predict_at_labels,
+    spread,
+    token_statistics,
+)
 
 
 def test_layout_and_masks():
@@ -19,38 +29,54 @@ def test_layout_and_masks():
         ],
         pad_id=PAD,
     )
-    assert batch["mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
-    assert batch["inputs"]["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]
-    assert batch["inputs"]["position_ids"][1].tolist() == [0, 0, 0, 1, 2, 3]
-    assert batch["responses"].tolist() == [[5, PAD, PAD], [5, 6, PAD], [PAD, PAD, PAD]]
+    assert batch["inputs"]["input_ids"].tolist() == [[7, 8, 9, 5, PAD], [7, 5, 6, PAD, PAD], [7, PAD, PAD, PAD, PAD]]
+    assert batch["mask"].tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    none = -100
+    labels = [[none, none, 5, PAD, none], [5, 6, PAD, none, none], [PAD, none, none, none, none]]
+    assert batch["labels"].tolist() == labels
+    values = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [6.0, 0.0, 0.0]])
+    placed = spread(values, torch.tensor([2, 3, 1]), batch["mask"])
+    assert placed.tolist() == [[0, 0, 1, 2, 0], [3, 4, 5, 0, 0], [6, 0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("in_chunks", [False, True])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_a_row_alone_and_in_a_batch(temperature):
-    """2, 9: log-probabilities, entropies and values, against a plain forward pass over the row without padding."""
-    policy, value = tiny(), ValueModel(tiny("reward"))
+def test_a_row_alone_and_in_a_batch(temperature, in_chunks):
+    """2, 9: log-probabilities, entropies and values, against a plain forward pass over the row without padding; and
+    gradients, of output layers that compute the response's tokens only and of those that compute all."""
+    policy, plain, value = tiny(), tiny(), ValueModel(tiny("reward"))
+    if in_chunks:
+        predict_at_labels(policy, temperature)
+        policy.get_output_embeddings().chunk = 4
     made = samples_of([(5, 4), (1, 6), (9, 1)])
     batch = layout(made, PAD)
-    with torch.no_grad():
-        logprobs, entropy = token_statistics(policy(**batch["inputs"]).logits, batch["responses"], temperature)
-        values = value(**batch["inputs"]).logits[:, -batch["responses"].shape[1] - 1 : -1, 0]
-        for row, sample in enumerate(made):
-            ids, n = torch.tensor([sample.prompt_ids + sample.response_ids]), len(sample.response_ids)
-            distribution = torch.distributions.Categorical(logits=policy(ids).logits[0, -n - 1 : -1] / temperature)
-            torch.testing.assert_close(
-                logprobs[row, :n], distribution.log_prob(torch.tensor(sample.response_ids)), atol=1e-5, rtol=0
-            )
-            torch.testing.assert_close(entropy[row, :n], distribution.entropy(), atol=1e-5, rtol=0)
-            # 11: what the reward model scores when the sequence ends at each token
-            for t in range(n):
-                prefix = torch.tensor([sample.prompt_ids + sample.response_ids[:t]])
-                torch.testing.assert_close(values[row, t], value.classifier(prefix).logits[0, 0], atol=1e-5, rtol=0)
+    logprobs, entropy = token_statistics(predict(policy, batch), batch["labels"], temperature)
+    values = value(**batch["inputs"]).logits[..., 0].detach()
+    wanted = []
+    for row, sample in enumerate(made):
+        ids, n, own = torch.tensor([sample.prompt_ids + sample.response_ids]), len(sample.response_ids), places(sample)
+        distribution = torch.distributions.Categorical(logits=plain(ids).logits[0, -n - 1 : -1] / temperature)
+        wanted.append(distribution.log_prob(torch.tensor(sample.response_ids)))
+        torch.testing.assert_close(logprobs[row, own], wanted[-1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropy[row, own], distribution.entropy().detach(), atol=1e-5, rtol=0)
+        # 11: what the reward model scores when the sequence ends at each token
+        for t in range(n):
+            prefix = torch.tensor([sample.prompt_ids + sample.response_ids[:t]])
+            expected = value.classifier(prefix).logits[0, 0].detach()
+            torch.testing.assert_close(values[row, own][t], expected, atol=1e-5, rtol=0)
+    assert (logprobs[batch["mask"] == 0] == 0).all() and (entropy[batch["mask"] == 0] == 0).all()
+    factors = torch.linspace(-1, 2, int(batch["mask"].sum()))
+    (logprobs[batch["mask"].bool()] * factors).sum().backward()
+    (torch.cat(wanted) * factors).sum().backward()
+    for found, expected in zip(policy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_entropy_of_a_uniform_model():
     """30."""
-    _, entropy = token_statistics(torch.zeros(2, 5, VOCABULARY), torch.zeros(2, 3, dtype=torch.long), 1.0)
-    torch.testing.assert_close(entropy, torch.full((2, 3), math.log(VOCABULARY)))
+    labels = torch.tensor([[0, 0, -100], [0, -100, -100]])
+    _, entropy = token_statistics(torch.zeros(2, 3, VOCABULARY), labels, 1.0)
+    torch.testing.assert_close(entropy, (labels == 0) * math.log(VOCABULARY))
 
 
 def test_values_in_calibrated_units():

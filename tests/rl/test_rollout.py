@@ -69,6 +69,18 @@ def test_a_row_does_not_depend_on_its_batch(build, temperature):
     assert [c.ids for c in back] == [c.ids for c in whole][::-1]
 
 
+def test_equal_prompts_are_read_once_and_answered_each_by_its_seed(monkeypatch):
+    model, prompts = llama(), prompts_of(5) * 4
+    alone = sample(model, prompts, batch=1)
+    forward, read = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda **inputs: read.append(len(inputs["input_ids"])) or forward(**inputs))
+    whole = sample(model, prompts)
+    assert read[:2] == [5, 20] and len({tuple(completion.ids) for completion in whole}) > 15
+    for one, other in zip(alone, whole, strict=True):
+        assert one.ids == other.ids and one.stopped == other.stopped
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
 def test_greedy_is_what_transformers_generates():
     model, prompts = llama().eval(), prompts_of(12)
     for prompt, completion in zip(prompts, sample(model, prompts, temperature=0), strict=True):
