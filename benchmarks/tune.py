@@ -17,10 +17,7 @@ JSON:
     sft_peak_ratio, dpo_peak_ratio         peak memory at vocabulary 128k, alma / TRL (goal 0.5)
 """
 
-import argparse
 import json
-import os
-import statistics
 import sys
 import tempfile
 from importlib.metadata import version
@@ -29,9 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from meter import measured, python  # noqa: E402
+import sides  # noqa: E402
 
-THREADS, BATCH, LENGTH, LARGE = 2, 8, 1024, 131072
+BATCH, LENGTH, LARGE = 8, 1024, 131072
 
 
 # ---- what both sides get ---------------------------------------------------------------------------------------------
@@ -40,6 +37,8 @@ THREADS, BATCH, LENGTH, LARGE = 2, 8, 1024, 131072
 def prepare(folder: Path, count: int) -> None:
     """Records, and a model in two sizes of vocabulary."""
     from rules_corpus import read
+
+    from pipeline.models.publish import publish
 
     rows = [row for name in ("answers_en", "answers_zh") for row in json.loads(read(name))]
     rows = [rows[number * len(rows) // count] for number in range(count)]
@@ -54,10 +53,13 @@ def prepare(folder: Path, count: int) -> None:
     for name, records in (("talks", talks), ("pairs", pairs)):
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_models(folder, [row["instruction"] + row["output"] for row in rows])
+    model = write_model(folder, [row["instruction"] + row["output"] for row in rows])
+    model.resize_token_embeddings(LARGE)
+    publish(model.state_dict(), model.config, folder / "tokenizer", folder / "large")
 
 
-def write_models(folder: Path, texts: list[str]) -> None:
+def write_model(folder: Path, texts: list[str]):
+    """A tokenizer trained on texts, and a model with random weights, which is returned."""
     from pipeline.data.tokenizer import byte_bpe, pretokenize
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.data.tokenizer.special_tokens import SPECIAL
@@ -79,8 +81,7 @@ def write_models(folder: Path, texts: list[str]) -> None:
     }
     model = build.new(block, load_tokenizer(folder / "tokenizer"), LENGTH, seed=0)
     publish(model.state_dict(), model.config, folder / "tokenizer", folder / "model")
-    model.resize_token_embeddings(LARGE)
-    publish(model.state_dict(), model.config, folder / "tokenizer", folder / "large")
+    return model
 
 
 # ---- contestants: each returns units (trained tokens or pairs), seconds and rows -------------------------------------
@@ -159,60 +160,37 @@ SIDES = {"alma": alma, "trl": trl}
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
 
-def turn(side: str, task: str, folder: Path, model: str) -> dict:
-    """One run of a contestant in a process of its own: what it returned, its rate, and its peak in GB."""
-    result = folder / "result.json"
-    words = ["--side", side, "--task", task, "--folder", str(folder), "--model", model]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    cost = measured(python(__file__, *words), env=environment, cwd=folder)
-    numbers = json.loads(result.read_text())
-    numbers |= {"rate": numbers["units"] / numbers["seconds"], "peak": cost.peak}
-    print(
-        f"{task:7s} {model:6s} {side:5s} {numbers['rate']:8.1f} per s, {numbers['units']:,.0f} of {numbers['rows']}"
-        f" rows in {numbers['seconds']:.0f} s, peak {cost.peak:.2f} GB",
-        flush=True,
-    )
-    return numbers
-
-
-def ratio(task: str, folder: Path, model: str, rounds: int, key: str) -> float:
+def compared(task: str, folder: Path, model: str, rounds: int, key: str) -> float:
     """Median over rounds of alma's number divided by TRL's."""
-    values = []
+    pairs = []
     for _ in range(rounds):
-        mine = turn("alma", task, folder, model)
-        values.append(mine[key] / turn("trl", task, folder, model)[key])
-    return statistics.median(values)
+        pairs.append(tuple(sides.turn(__file__, side, task, folder, model) for side in ("alma", "trl")))
+    return sides.ratio(key, pairs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = sides.arguments(__doc__)
     parser.add_argument("--quick", action="store_true", help="64 records, one round")
     parser.add_argument("--records", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
-    for hidden in ("--side", "--task", "--folder", "--model"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.side:
-        folder = Path(given.folder)
-        result = SIDES[given.side](given.task, folder, given.model)
-        (folder / "result.json").write_text(json.dumps(result))
+    if sides.serve(given, SIDES):
         return
     records, rounds = (64, 1) if given.quick else (given.records, given.rounds)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, records)
         result = {
-            "sft_ratio_default": ratio("sft", folder, "model", rounds, "rate"),
-            "sft_ratio_packed": ratio("packed", folder, "model", rounds, "rate"),
-            "dpo_ratio": ratio("dpo", folder, "model", rounds, "rate"),
-            "lora_ratio": ratio("lora", folder, "model", rounds, "rate"),
-            "sft_peak_ratio": ratio("sft", folder, "large", 1, "peak"),
-            "dpo_peak_ratio": ratio("dpo", folder, "large", 1, "peak"),
+            "sft_ratio_default": compared("sft", folder, "model", rounds, "rate"),
+            "sft_ratio_packed": compared("packed", folder, "model", rounds, "rate"),
+            "dpo_ratio": compared("dpo", folder, "model", rounds, "rate"),
+            "lora_ratio": compared("lora", folder, "model", rounds, "rate"),
+            "sft_peak_ratio": compared("sft", folder, "large", 1, "peak"),
+            "dpo_peak_ratio": compared("dpo", folder, "large", 1, "peak"),
         }
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
     rounded = {key: round(value, 3) for key, value in result.items()}
-    print(json.dumps({**rounded, "records": records, "rounds": rounds, "threads": THREADS, **packages}))
+    print(json.dumps({**rounded, "records": records, "rounds": rounds, "threads": sides.THREADS, **packages}))
 
 
 if __name__ == "__main__":
