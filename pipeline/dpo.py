@@ -139,11 +139,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     has_reference = needs_reference(config.losses)
 
     # Build
-    model = parent.load()
-    finetune.adapt(config, parent, model)
+    model, weights = finetune.load_model(config, parent)
+    finetune.adapt(config, parent, model, weights)
     work = pair_work(config, arrays, reference=has_reference)
     loss, read = objective(config)
-    engine, text = finetune.build_engine(model, loss, config, work, per_token=True, selects=True)
+    engine, text = finetune.build_engine(model, loss, config, work, weights=weights, per_token=True, selects=True)
     finetune.say_counts(output, counts)
     finetune.say_sources(config, arrays, rows)
 

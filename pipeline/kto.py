@@ -78,11 +78,11 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     say_balance(config, output, arrays["train.label"])
 
     # Build
-    model = parent.load()
-    finetune.adapt(config, parent, model)
+    model, weights = finetune.load_model(config, parent)
+    finetune.adapt(config, parent, model, weights)
     work = answer_work(config, arrays, mismatched=config.loss == "kto")
     loss, read = objective(config)
-    engine, text = finetune.build_engine(model, loss, config, work, per_token=True, selects=True)
+    engine, text = finetune.build_engine(model, loss, config, work, weights=weights, per_token=True, selects=True)
     finetune.say_counts(output, counts)
     finetune.say_sources(config, arrays, rows)
 

@@ -42,13 +42,13 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Model
     branch = branch_checkpoint(config, inputs, output)
-    model = make_model(config, inputs, store, tokenizer)
+    model, fill = make_model(config, inputs, store, tokenizer)
     model_config, size = model.config, cost.count(model)
     recipe_config, config = config, train_length.in_steps(config, size.total)
     train_length.say_warnings(recipe_config, config)
     expected = print_plan(config, model, size, sampler, output)
     layers.prepare_rows(model, config, z_loss=config.z_loss)
-    engine = build_engine(config, model, store)
+    engine = build_engine(config, model, fill, store)
 
     # Training
     batches = batch_reader(config, engine, sampler, store)
@@ -155,21 +155,29 @@ def branch_checkpoint(config: Config, inputs: dict[str, Artifact], output: Outpu
 
 
 def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
-    """The model that training starts from: new, or that of another stage or folder. Raises UserError if it does not fit
-    the tokens."""
+    """(the model that training starts from, what fills the part that a process keeps): new, or that of another stage or
+    folder. Where a process keeps only a part the model is on the meta device. Raises UserError if it does not fit the
+    tokens."""
     from pipeline.models import build, model_block, mup, vocabulary
+    from pipeline.models.initial_values import initialise
     from pipeline.train.finetune_data import model_folder
 
+    is_whole = not config.parallel.keeps_parts
     if "model" not in inputs:
-        # The stages of a pipeline and the parts of a sharded model are filled one by one, see build_engine.
-        materialise = config.parallel.pipeline == 1 and config.parallel.shard is None
-        return build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=materialise)
+        model = build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=is_whole)
+        return model, lambda part, global_name: initialise(part, config.seed, global_name, model)
     folder = model_folder(inputs["model"])
     pieces = new_tokens(config, folder, tokenizer)
     model_config = model_block.changed_config(folder, config.model_changes, config.sequence_length)
-    model = build.load(folder, config=model_config)
+    if is_whole:
+        model, weights = build.load(folder, config=model_config), None
+    else:
+        model, weights = build.skeleton(folder, config=model_config)
     vocabulary.add_rows(model, pieces)
     mup.scale_learning_rates(model)
+    if weights is not None:
+        weights.new_rows = pieces
+        weights.then.append(lambda part, global_name: mup.scale_learning_rates(part, global_name, model))
     if config.document_mask:
         model_block.check_document_mask(model.config.model_type)
     if model.config.vocab_size < store.vocab_size:
@@ -177,7 +185,7 @@ def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
             f"inputs.model has {model.config.vocab_size} tokens, inputs.tokens was packed with {store.vocab_size};"
             " they must share one tokenizer"
         )
-    return model
+    return model, weights
 
 
 def new_tokens(config: Config, folder: Path, tokenizer) -> dict[int, list[int]]:
@@ -221,13 +229,9 @@ def print_plan(config: Config, model, size, sampler, output: Output):
     return Expected(sampler.epoch_tokens, flops, peak, run_summary.expected_seconds(config, flops, peak))
 
 
-def build_engine(config: Config, model, store):
-    from pipeline.models.initial_values import initialise
+def build_engine(config: Config, model, fill, store):
     from pipeline.train import engine
     from pipeline.train.batches import loss_of
-
-    def fill(part, global_name) -> None:
-        initialise(part, config.seed, global_name, model)
 
     return engine.build(model, loss_of(store.sources, config.z_loss), config, fill=fill)
 

@@ -87,10 +87,10 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     say_balance(output, arrays["train.labels"].values)
 
     # Build
-    model = parent.load(head="steps")
-    initial_score(model, config.seed)
-    finetune.adapt(config, parent, model, complete=("score",))
-    engine, text = finetune.build_engine(model, step_cross_entropy, config, step_work(config, arrays))
+    model, weights = finetune.load_model(config, parent, head="steps")
+    initial_score(model, config.seed, weights)
+    finetune.adapt(config, parent, model, weights, complete=("score",))
+    engine, text = finetune.build_engine(model, step_cross_entropy, config, step_work(config, arrays), weights=weights)
     finetune.say_counts(output, counts)
     finetune.say_sources(config, arrays, rows)
     collate = functools.partial(step_batch, arrays, parent.pad_id, length=config.fixed_length())

@@ -81,17 +81,17 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     config = finetune.in_steps(config, rows.per_epoch)
 
     # Build
-    model = parent.load(head="reward")
-    initial_score(model, config.seed)
+    model, weights = finetune.load_model(config, parent, head="reward")
+    initial_score(model, config.seed, weights)
     pad_id = padding(parent.tokenizer, parent.chat.end_id, model.get_input_embeddings().num_embeddings)
     model.config.pad_token_id = pad_id  # transformers finds a row's last token by it
-    finetune.adapt(config, parent, model, complete=("score",))
+    finetune.adapt(config, parent, model, weights, complete=("score",))
     collate = functools.partial(pair_batch, arrays, pad_id, length=config.fixed_length())
 
     def loss(logits, batch: dict):
         return bradley_terry(logits.squeeze(-1), batch["margin"], config.centering)
 
-    engine, text = finetune.build_engine(model, loss, config, pair_work(config, arrays))
+    engine, text = finetune.build_engine(model, loss, config, pair_work(config, arrays), weights=weights)
     finetune.say_counts(output, counts)
     finetune.say_sources(config, arrays, rows)
 

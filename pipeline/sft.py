@@ -92,6 +92,7 @@ class Config(FinetuneConfig):
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.models import cost
+    from pipeline.models.families import family_of
     from pipeline.train import distillation, finetune
     from pipeline.train.conversation_data import (
         check_packing,
@@ -127,10 +128,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     collate = functools.partial(conversation_batch, arrays, parent.pad_id, length=config.fixed_length())
 
     # Build
-    model = parent.load()
-    if config.packing:
+    model, weights = finetune.load_model(config, parent)
+    if config.packing and not (weights and family_of(model.config).document_mask):
+        if weights:  # a family that nobody has checked, and a model that cannot compute yet
+            model, weights = parent.load(), None
         check_packing(model, parent.chat.end_id)
-    finetune.adapt(config, parent, model)
+    finetune.adapt(config, parent, model, weights)
     objective, read, others = loss, conversation_losses, {}
     if config.distill is not None:
         teacher = distillation.Teacher.load(config, inputs["teacher"], parent)
@@ -145,7 +148,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         tokens=epochs * len(ids.values),
         others=others,
     )
-    engine, text = finetune.build_engine(model, objective, config, work, selects=True)
+    engine, text = finetune.build_engine(model, objective, config, work, weights=weights, selects=True)
     if config.distill is not None:
         teacher.move(engine.device)
     fill = float(ids.lengths.sum() / (rows.per_epoch * config.sequence_length))
@@ -241,10 +244,18 @@ def answers(engine, chat, heldout_ids, count: int, extra: dict, config: Config) 
     for index in permutation(0, 0, count).tolist():
         if extra["starts"][index] + config.max_new_tokens <= positions:
             asked.append(index)
-    mine = asked[: config.max_prompts][engine.data_rank :: engine.data_world]
+    mine, counts = asked[: config.max_prompts], 1.0
+    if engine.samples_together:
+        counts = float(engine.data_rank == 0)
+    else:
+        mine = mine[engine.data_rank :: engine.data_world]
     prompts = [heldout_ids[index][: extra["starts"][index]].tolist() for index in mine]
-    # every length of a cache would be compiled again
-    with engine.gathered(), torch.compiler.set_stance("force_eager"):
+    in_bf16 = engine.samples_together and config.precision == "bf16"  # matrices are gathered in bf16
+    with (
+        engine.sampling() if engine.samples_together else engine.gathered(),
+        torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=in_bf16),
+        torch.compiler.set_stance("force_eager"),  # every length of a cache would be compiled again
+    ):
         completions = generate(
             engine.model,
             prompts,
@@ -261,7 +272,8 @@ def answers(engine, chat, heldout_ids, count: int, extra: dict, config: Config) 
         if answer is not None:
             checked += 1
             right += score(rule, chat.tokenizer.decode(completion.ids, skip_special_tokens=True), answer)
-    ended, right, checked, answered = all_reduce_sum([ended, right, checked, float(len(mine))])
+    own = [ended, right, checked, float(len(mine))]
+    ended, right, checked, answered = all_reduce_sum([counts * value for value in own])
     numbers = {}
     if answered:
         numbers |= {"eos_rate": ended / answered, "answered": answered}

@@ -5,12 +5,15 @@ read by from_pretrained, vLLM, lm-eval and TRL.
 """
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Literal
 
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive
 from pipeline.models.model_block import full_config
+
+SCORE = {"score.weight", "score.bias"}  # transformers' names of a classifier's head
 
 
 def new(block: dict, tokenizer, sequence_length: int, seed: int, materialise: bool = True):
@@ -44,13 +47,66 @@ def load(folder: Path | str, head: Head = "causal", seed: int = 0, config=None):
     a model that will be trained, gives two scores per token, whose difference is the logit of "this step is right".
     """
     import torch
-    import transformers
-    from transformers import AutoConfig
 
     from pipeline.models import lora
 
     if lora.is_adapter(folder):
         return _load_adapted(Path(folder), head, seed, config)
+    model_class, config = _class_and_config(folder, head, config)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(derive(seed, "initial", "score"))
+        model, info = model_class.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, config=config
+        )
+    missing = set(info["missing_keys"])
+    if head in ("reward", "steps"):
+        missing -= SCORE
+    if head == "judge" and missing & SCORE:
+        raise _no_judge(folder)
+    if missing:
+        raise UserError(
+            f"{folder}: the weights of {', '.join(sorted(missing)[:3])} are missing for a {type(model).__name__};"
+            " publish the model again, or name another folder"
+        )
+    _prepare(model)
+    return model
+
+
+def skeleton(folder: Path | str, head: Head = "causal", seed: int = 0, config=None):
+    """(the model of a folder with its parameters on the meta device, what fills it part by part), so that no process
+    needs to hold all of it; arguments and values are those of `load`. The second is None, and the model complete, for
+    the folders that can only be read as a whole: adapters, which are merged into their base, and models whose files
+    have both of two weights that the configuration ties."""
+    import torch
+    from transformers import GenerationConfig
+
+    from pipeline.models import lora
+    from pipeline.models.folder_weights import FolderWeights
+
+    folder = Path(folder)
+    if lora.is_adapter(folder):
+        return load(folder, head, seed, config), None
+    model_class, chosen = _class_and_config(folder, head, config)
+    with torch.device("meta"):
+        model = model_class.from_config(copy.deepcopy(chosen), dtype=torch.float32)
+    optional = set() if head == "causal" else SCORE
+    weights = FolderWeights(folder, model, derive(seed, "initial", "score"), optional)
+    if head == "judge" and "score.weight" not in weights.sources:
+        raise _no_judge(folder)
+    if weights.has_two_tables():
+        return load(folder, head, seed, config), None
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    _prepare(model)
+    return model.eval(), weights
+
+
+def _class_and_config(folder: Path | str, head: str, config):
+    """(transformers' class, configuration) of the model in a folder. config: instead of the folder's. Raises UserError
+    for a folder without a model, or with one whose head is another."""
+    import transformers
+    from transformers import AutoConfig
+
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: contains no model (no config.json); expected a folder in the Hugging Face layout")
     if head == "judge":
@@ -59,26 +115,13 @@ def load(folder: Path | str, head: Head = "causal", seed: int = 0, config=None):
         config = _config_of(folder, head)
     # Stages choose how a model computes. A folder may name a kernel that this machine does not have.
     config._attn_implementation = config._experts_implementation = None
-    model_class = getattr(transformers, AUTO_CLASSES[head])
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(derive(seed, "initial", "score"))
-        model, info = model_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, config=config
-        )
-    missing = set(info["missing_keys"])
-    if head in ("reward", "steps"):
-        missing -= {"score.weight", "score.bias"}
-    if head == "judge" and "score.weight" in missing:
-        raise UserError(
-            f"{folder}: is not a reward model: it has no score layer; give the output of a stage of kind reward"
-        )
-    if missing:
-        raise UserError(
-            f"{folder}: the weights of {', '.join(sorted(missing)[:3])} are missing for a {type(model).__name__};"
-            " publish the model again, or name another folder"
-        )
-    _prepare(model)
-    return model
+    return getattr(transformers, AUTO_CLASSES[head]), config
+
+
+def _no_judge(folder: Path | str) -> UserError:
+    return UserError(
+        f"{folder}: is not a reward model: it has no score layer; give the output of a stage of kind reward"
+    )
 
 
 def _load_adapted(folder: Path, head: str, seed: int, config):

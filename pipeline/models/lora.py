@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,8 @@ def _adapted_class(base: type) -> type:
 def attach(model, options: Lora, seed: int, complete: tuple[str, ...] = ()) -> None:
     """Freeze a model and give its linear layers adapters, which change nothing until they are trained: lora_B is 0.
     lora_A is drawn as peft draws it, from (seed, name of the layer). complete: modules that are trained as they are.
+    The adapters of a model on the meta device have no values; `initialise` gives them to a part of it, and
+    `checking_calls` is for a call of the model when it is complete.
 
     Raises UserError if there is no such layer, if none is as wide as the rank, or if the model computes without calling
     one.
@@ -130,19 +132,33 @@ def attach(model, options: Lora, seed: int, complete: tuple[str, ...] = ()) -> N
         )
     model.requires_grad_(False)
     adapter = Adapter(options, complete)
-    for name, layer in layers.items():
+    for layer in layers.values():
         _adapt(layer, adapter)
-        source = torch.Generator().manual_seed(derive(seed, "lora", name))
-        bound = 1 / math.sqrt(layer.lora_A.shape[1])
-        with torch.no_grad():
-            layer.lora_A.uniform_(-bound, bound, generator=source)
-            if options.dora:
-                layer.lora_magnitude.copy_(layer._row_lengths())
     for name in complete:
         model.get_submodule(name).requires_grad_(True)
     model.adapter = adapter
-    if model.device.type != "meta":  # of which only the cost is estimated
-        _check_called(model, layers)
+    if model.device.type != "meta":
+        initialise(model, seed)
+        with checking_calls(model):
+            _call(model)
+
+
+@torch.no_grad()
+def initialise(part, seed: int, global_name: Callable[[str], str] = str) -> None:
+    """First values of the adapters in a part of a model, whose own weights are there. global_name: name of a module in
+    the part -> in the whole model."""
+    for name, layer in adapted_layers(part).items():
+        source = torch.Generator().manual_seed(derive(seed, "lora", global_name(name)))
+        bound = 1 / math.sqrt(layer.lora_A.shape[1])
+        layer.lora_A.uniform_(-bound, bound, generator=source)
+        layer.lora_B.zero_()
+        if layer.adapter.options.dora:
+            layer.lora_magnitude.copy_(layer._row_lengths())
+
+
+def reads_whole_weight(layer: nn.Module) -> bool:
+    """Whether the first values of a layer's adapter depend on all rows of its weight."""
+    return isinstance(layer, Adapted) and layer.adapter.options.dora
 
 
 def _targets(model, options: Lora) -> dict[str, nn.Module]:
@@ -203,17 +219,15 @@ def _adapt(layer: nn.Module, adapter: Adapter, rank: int | None = None) -> None:
     layer.__class__ = _adapted_class(type(layer))
 
 
-def _check_called(model, layers: dict[str, nn.Module]) -> None:
-    """Raise UserError if the model computes with the weight of an adapted layer without calling the layer, as fused
-    kernels do: its adapter would be ignored."""
-    called = set()
+@contextlib.contextmanager
+def checking_calls(model) -> Iterator[None]:
+    """Inside, the model must be called. Raises UserError if it computes with the weight of an adapted layer without
+    calling the layer, as fused kernels do: its adapter would be ignored."""
+    layers, called = adapted_layers(model), set()
     handles = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
-    training = model.training
     try:
-        with torch.no_grad(), frozen.computing(model):
-            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        yield
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     ignored = [name for name in layers if name not in called]
@@ -224,13 +238,27 @@ def _check_called(model, layers: dict[str, nn.Module]) -> None:
         )
 
 
+def _call(model) -> None:
+    training = model.training
+    try:
+        with torch.no_grad(), frozen.computing(model):
+            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.train(training)
+
+
 def fill(model, weights: dict[str, torch.Tensor]) -> None:
-    """Copy trained weights, by name, into a model with adapters."""
+    """Give a model with adapters trained weights, by name. Of a model on the meta device these are then the only
+    weights."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert parameters.keys() == weights.keys(), "the weights are those of another adapter"
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            if parameter.is_meta:
+                module, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(module), attribute, nn.Parameter(weights[name]))
+            else:
+                parameter.copy_(weights[name])
 
 
 def adapted_layers(model) -> dict[str, nn.Module]:
@@ -258,6 +286,21 @@ def merge(model) -> None:
         del layer.adapter
         layer.__class__ = type(layer).__mro__[2]  # Lora..., Adapted, and what it was
     del model.adapter
+
+
+@torch.no_grad()
+def merged_and_compared(layer: nn.Module) -> tuple[torch.Tensor, float]:
+    """(the weight of an adapted layer with its update, the largest difference that it makes to outputs for random
+    inputs, as a share of the largest output). Raises AssertionError if that is more than rounding can explain."""
+    inputs = torch.randn(8, frozen.widths(layer)[0], generator=torch.Generator().manual_seed(0))
+    layer.eval()
+    before = layer(inputs)
+    weight = layer.merged_weight()
+    matrix = weight.T if frozen.is_transposed(layer) else weight
+    difference = float((F.linear(inputs, matrix, layer.bias) - before).abs().max() / before.abs().max())
+    if not difference < MERGE_TOLERANCE:
+        raise AssertionError(f"merging an adapter changed outputs by {difference:.1e}, more than {MERGE_TOLERANCE:g}")
+    return weight, difference
 
 
 @torch.no_grad()

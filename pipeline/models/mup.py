@@ -93,15 +93,13 @@ def scale_initial_values(part, global_name: Callable[[str], str], model) -> None
         factors = {"hidden": math.sqrt(ratio), "output": ratio, "other": 1.0}
         for kind, parameter in _kinds(part, global_name, model):
             parameter.mul_(factors[kind])
-    _scale_learning_rates(part, global_name, model)
+    scale_learning_rates(part, global_name, model)
 
 
-def scale_learning_rates(model) -> None:
-    """Note the factor of the learning rate on each parameter for which it is not 1, as the attribute `lr_scale`."""
-    _scale_learning_rates(model, str, model)
-
-
-def _scale_learning_rates(part, global_name: Callable[[str], str], model) -> None:
+def scale_learning_rates(part, global_name: Callable[[str], str] = str, model=None) -> None:
+    """Note the factor of the learning rate on each parameter for which it is not 1, as the attribute `lr_scale`. part:
+    a model, or a part of `model`."""
+    model = part if model is None else model
     ratio = _width_ratio(model.config)
     if ratio is None:
         return

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.errors import UserError
 from pipeline.models.build import quiet
-from pipeline.models.families import num_experts
 from pipeline.models.transformers_4 import add_older_keys
 
 if TYPE_CHECKING:
@@ -50,39 +49,59 @@ def publish_parts(
     tokenizer_folder: Path,
     folder: Path,
     parent: Path | None = None,
+    alone: bool = False,
 ) -> None:
-    """Write the model folder that `publish` would write, from weights that no process holds completely: each file of
-    weights is written by one process, which gathers the parameters in it. gather(name): a complete parameter, fp32, on
-    every process. Collective. `can_publish_parts` says for which models."""
+    """Write the model folder that `publish` would write, from weights that no process holds completely: they are
+    gathered one after another, and each file is written by one process. gather(name): a complete parameter or buffer,
+    on every process. Collective, unless the main process does it `alone`. `can_publish_parts` says for which models."""
     import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
 
     from pipeline.train import distributed
 
     skeleton = _skeleton(model_config)
-    tied = _tied_names(skeleton)
-    shapes = {name: value for name, value in skeleton.state_dict().items() if name not in tied}
-    plan = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE
+    weights = _weights(skeleton)
+    # As split_torch_state_dict_into_shards, which knows no storages of the meta device: the experts of a layer are
+    # views of one tensor and stay in one file.
+    plan = split_state_dict_into_shards_factory(
+        revert_weight_conversion(skeleton, weights),
+        get_storage_size=lambda value: value.untyped_storage().nbytes(),
+        get_storage_id=lambda value: value.untyped_storage()._cdata,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=LARGEST_FILE,
     )
-    if distributed.is_main():
+    rank, world = (0, 1) if alone else (distributed.rank(), distributed.world())
+    if rank == 0:
         _begin(folder)
         with quiet():
             skeleton.save_pretrained(folder, state_dict={})  # the configuration
         (folder / "model.safetensors").unlink(missing_ok=True)  # a file of no weights
-    distributed.barrier()
-    for number, (file, names) in enumerate(plan.filename_to_tensors.items()):
-        weights: dict[str, torch.Tensor] = {}
-        is_mine = number % distributed.world() == distributed.rank()
-        for name in names:
-            value = gather(name)
-            if is_mine:
-                weights[name] = value.to("cpu", torch.float32, copy=True)
-        if is_mine:
-            save_file(weights, folder / file, metadata={"format": "pt"})
-    distributed.barrier()
-    if not distributed.is_main():
+    if world > 1:
+        distributed.barrier()
+    files = list(plan.filename_to_tensors)
+    mine = set(files[rank::world])
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, empty in weights.items():
+        stored_names = list(revert_weight_conversion(skeleton, {name: empty}))
+        places = {stored: plan.tensor_to_filename[stored] for stored in stored_names}
+        value = gather(name)
+        if not mine & set(places.values()):
+            continue
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        values = revert_weight_conversion(skeleton, {name: value.to("cpu", dtype, copy=True)})
+        for stored, file in places.items():
+            if file not in mine:
+                continue
+            part = parts.setdefault(file, {})
+            part[stored] = values[stored].clone() if len(values) > 1 else values[stored].contiguous()
+            if len(part) == len(plan.filename_to_tensors[file]):
+                save_file(parts.pop(file), folder / file, metadata={"format": "pt"})
+    assert not parts, "a file of weights is incomplete"
+    if world > 1:
+        distributed.barrier()
+    if rank:
         return
     if plan.is_sharded:
         metadata = {"total_parameters": skeleton.num_parameters(), **plan.metadata}
@@ -93,11 +112,24 @@ def publish_parts(
     _write_beside_weights(folder, tokenizer_folder, Path(parent or tokenizer_folder), skeleton.can_generate())
 
 
-def can_publish_parts(model) -> bool:
-    """Whether the files of a model hold its parameters under its own names and nothing else. transformers writes
-    experts one by one, and some families have buffers."""
-    persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return num_experts(model.config) is None and not persistent
+def can_publish_parts(model_config) -> bool:
+    """Whether what transformers writes of each weight depends on that weight alone: experts, which it writes one by
+    one, yes; weights that it joins, no."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    skeleton = _skeleton(model_config)
+    weights = _weights(skeleton)
+    alone = {}
+    for name, empty in weights.items():
+        alone |= {stored: value.shape for stored, value in revert_weight_conversion(skeleton, {name: empty}).items()}
+    together = revert_weight_conversion(skeleton, weights)
+    return alone == {stored: value.shape for stored, value in together.items()}
+
+
+def _weights(skeleton) -> dict[str, "torch.Tensor"]:
+    """What a model's files are made of, by its own names: parameters and buffers without memory."""
+    left_out = _tied_names(skeleton) | set(skeleton._keys_to_ignore_on_save or ())
+    return {name: value for name, value in skeleton.state_dict().items() if name not in left_out}
 
 
 def _skeleton(model_config):

@@ -192,6 +192,11 @@ class Parallel(Strict):
         return self.zero is not None or self.pipeline > 1
 
     @property
+    def keeps_parts(self) -> bool:
+        """Whether a process keeps only a part of the model's weights."""
+        return self.pipeline > 1 or self.shard is not None or self.zero == 3
+
+    @property
     def needs_group(self) -> bool:
         """Whether even one process needs a process group."""
         return self.needs_deepspeed or self.shard is not None

@@ -43,6 +43,8 @@ class Engine:
     """
 
     layout: str
+    samples_together = False
+    """Whether all processes must sample the same, because each forward pass is collective."""
 
     def __init__(self, model, loss_fn: Loss, config: TrainConfig, name: str):
         self.model, self.loss_fn, self.config, self.name = model, loss_fn, config, name
@@ -481,8 +483,8 @@ def _warn_of_slow_bf16(stage: str) -> None:
 def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fill=None) -> Engine:
     """The engine that `config.parallel` asks for. The model's weights must be equal on every process.
 
-    For a pipeline and with `shard` the model may be on the meta device: fill(part, global_name) then fills the part
-    that a process keeps, or one part after another."""
+    Where a process keeps only a part of the model (`parallel.keeps_parts`) it may be on the meta device:
+    fill(part, global_name) then fills the part that a process keeps, or one part after another."""
     distributed.setup(config)
     if config.precision == "bf16" and not multiplies_bf16(distributed.device()):
         _warn_of_slow_bf16(config.kind)
@@ -499,7 +501,7 @@ def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fil
     if config.parallel.zero is not None:
         from pipeline.train.sharded import Sharded
 
-        return Sharded(model, loss_fn, config, name)
+        return Sharded(model, loss_fn, config, name, fill)
     from pipeline.train.replicated import Replicated
 
     return Replicated(model, loss_fn, config, name)

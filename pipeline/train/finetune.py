@@ -2,8 +2,9 @@
 
     parent = load_parent(config, inputs["model"], output.stage)       # folder, tokenizer and chat template
     arrays, extra = encode_once(output, config, encode)               # finetune_data.py: records become token rows
-    adapt(config, parent, model)                                      # with `lora`
-    engine, expected = build_engine(model, loss, config, work)        # says what will be computed
+    model, weights = load_model(config, parent)                       # in parts, if a process keeps only one
+    adapt(config, parent, model, weights)                             # with `lora`
+    engine, expected = build_engine(model, loss, config, work, weights=weights)     # says what will be computed
     result = fit(engine, config, output, expected, rows, heldout, collate)
     publish_model(engine, config, parent, output)
     return summarise(config, output, result, ...)
@@ -11,7 +12,6 @@
 A stage adds its loss, how its records become rows and batches, and what it says of the result.
 """
 
-import copy
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from pipeline.data.chat import named_templates
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_padding
 from pipeline.models import build, cost, families, frozen, lora, vocabulary
-from pipeline.models.publish import publish, publish_adapter
+from pipeline.models.folder_weights import FolderWeights
 from pipeline.models.weights_hash import weights_hash
 from pipeline.train import chunked_loss, distributed, layers, loop, train_length
 from pipeline.train import engine as engines
@@ -40,6 +40,7 @@ from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import Arrays, Counts, by_length, heldout_share, model_folder
 from pipeline.train.metrics import Expected, total_peak
+from pipeline.train.publish_adapted import publish_adapted
 from pipeline.train.record_order import MixedRecords, Records
 from pipeline.train.reference_logprobs import Cache
 from pipeline.train.run_summary import Work, tuning_lines
@@ -65,10 +66,25 @@ class Parent:
     def load(self, head: str = "causal", config=None):
         """The model, with rows for new tokens. config: instead of the folder's."""
         if config is not None and self.new_tokens:
-            config.vocab_size = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+            config.vocab_size = self._vocab_size()
         model = build.load(self.folder, head=head, config=config)
         vocabulary.add_rows(model, self.new_tokens)
         return model
+
+    def skeleton(self, head: str = "causal", config=None) -> tuple[Any, FolderWeights | None]:
+        """The model on the meta device, with rows for new tokens, and what fills it part by part; the model complete
+        and None for a folder that can only be read as a whole (build.skeleton). config: instead of the folder's."""
+        if config is not None and self.new_tokens:
+            config.vocab_size = self._vocab_size()
+        model, weights = build.skeleton(self.folder, head=head, config=config)
+        vocabulary.add_rows(model, self.new_tokens)
+        if weights is not None:
+            weights.new_rows = self.new_tokens
+        return model, weights
+
+    def _vocab_size(self) -> int:
+        """Rows of the folder's embedding."""
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
     def tokenizer_files(self, config: FinetuneConfig, output: Output) -> Path:
         """The folder of the tokenizer to publish with the model."""
@@ -190,9 +206,20 @@ def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
 # ---- build -----------------------------------------------------------------------------------------------------------
 
 
-def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ...] = ()) -> None:
+def load_model(config: FinetuneConfig, parent: Parent, head: str = "causal") -> tuple[Any, FolderWeights | None]:
+    """(the model that a stage starts from, what `build_engine` fills it with). Where a process keeps only a part of it,
+    it stays on the meta device until the engine reads layer after layer; otherwise it is complete, and there is nothing
+    to fill."""
+    if not config.parallel.keeps_parts:
+        return parent.load(head=head), None
+    return parent.skeleton(head)
+
+
+def adapt(
+    config: FinetuneConfig, parent: Parent, model, weights: FolderWeights | None = None, complete: tuple[str, ...] = ()
+) -> None:
     """With `lora`, freeze the model, keep its weights as `lora.base` says and give it adapters; `complete` names
-    modules that are trained as they are."""
+    modules that are trained as they are. weights: what the model will be filled with."""
     if config.lora is None:
         return
     if config.lora.publish == "adapter" and lora.is_adapter(parent.folder):
@@ -207,17 +234,26 @@ def adapt(config: FinetuneConfig, parent: Parent, model, complete: tuple[str, ..
         )
     frozen.store(model, config.lora.base, config.precision, distributed.device(), complete)
     lora.attach(model, config.lora, config.seed, complete)
+    if weights is not None:
+        weights.then.append(lambda part, global_name: lora.initialise(part, config.seed, global_name))
     if families.num_experts(model.config):
         say(f"{config.kind}: lora: routed experts get no adapter and stay as they are; linear layers have one")
 
 
 def build_engine(
-    model, loss: Loss, config: FinetuneConfig, work: Work, name: str = "model", **losses
+    model,
+    loss: Loss,
+    config: FinetuneConfig,
+    work: Work,
+    name: str = "model",
+    weights: FolderWeights | None = None,
+    **losses,
 ) -> tuple[Engine, Expected]:
     """Print what the stage will compute and how long that may take, then build the engine of the model. Returns the
     engine and the expected time for the meters. Collective.
 
-    losses: as for layers.prepare. Families for which chunks were not verified give logits to `loss`.
+    weights: what fills a model on the meta device. losses: as for layers.prepare. Families for which chunks were not
+    verified give logits to `loss`.
     """
     layers.prepare(model, config, **losses)
     head, head_rows = chunked_loss.installed(model), None
@@ -228,8 +264,18 @@ def build_engine(
     peak = total_peak(config)
     for line in tuning_lines(config, model.config, size, flops, peak, work, head_rows):
         say(line)
-    engine = engines.build(model, loss, config, name=name)
+    engine = engines.build(model, loss, config, name=name, fill=weights)
+    if weights is not None and config.lora is not None:
+        _check_adapters(engine)
     return engine, Expected(seconds=work.seconds(flops, peak))
+
+
+def _check_adapters(engine: Engine) -> None:
+    """Raise UserError if an adapter would be ignored, for a model that could not be called before. Collective."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    batch = {"inputs": {"input_ids": ids}, "labels": ids, "weight": 2.0}
+    with lora.checking_calls(engine.model), torch.compiler.set_stance("force_eager"):
+        engine.forward([batch], lambda *_: torch.zeros(()))
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -354,29 +400,11 @@ def publish_model(engine: Engine, config: FinetuneConfig, parent: Parent, output
     if config.lora is not None:
         weights = engine.trained_weights()
         if output.is_main:
-            _publish_adapted(engine.model, weights, config, parent, output)
+            publish_adapted(engine.model, weights, config, parent, output)
         return folder
     tokenizer_folder = parent.tokenizer_files(config, output) if output.is_main else parent.folder
     engine.publish(engine.model.config, tokenizer_folder, folder, parent.folder)
     return folder
-
-
-def _publish_adapted(
-    trained, weights: dict[str, torch.Tensor], config: FinetuneConfig, parent: Parent, output: Output
-) -> None:
-    """Publish an adapter, or the parent's model with the adapter merged into its weights: those of the folder in fp32,
-    or, where they were kept in 4 bits, what these are multiplied with."""
-    folder, tokenizer_folder = output.path / "model", parent.tokenizer_files(config, output)
-    model = parent.load(head=build.head_of(trained), config=copy.deepcopy(trained.config))
-    frozen.copy_dequantised(trained, model)
-    lora.attach(model, config.lora, config.seed, trained.adapter.complete)
-    lora.fill(model, weights)
-    if config.lora.publish == "adapter":
-        publish_adapter(model, parent.folder, folder, tokenizer_folder, config.precision)
-        return
-    difference = lora.merge_and_compare(model, config.sequence_length)
-    say(f"{config.kind}: adapter merged; logits differ by at most {difference:.1e} of the largest one")
-    publish(model.state_dict(), model.config, tokenizer_folder, folder, parent.folder)
 
 
 def say_counts(output: Output, counts: Counts, detail: str = "") -> None:

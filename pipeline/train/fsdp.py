@@ -53,6 +53,7 @@ class FullySharded(Engine):
     parameters, `whole` the parameters that every process holds."""
 
     layout = "fsdp"
+    samples_together = True
 
     def __init__(self, model, loss_fn, config, name, fill: Fill | None = None):
         super().__init__(model, loss_fn, config, name)
@@ -154,9 +155,11 @@ class FullySharded(Engine):
             self.model.reshard()
 
     def _complete(self, name: str) -> torch.Tensor:
-        """A complete parameter, on the device. Collective."""
+        """A complete parameter or buffer, on the device. Collective."""
         if name in self.whole:
             return self.whole[name].detach()
+        if name not in self.sharded:
+            return self.model.get_buffer(name)
         return self.sharded[name].detach().full_tensor()
 
     def consolidated(self):
@@ -175,7 +178,7 @@ class FullySharded(Engine):
         return result
 
     def publish(self, model_config, tokenizer_folder, folder, parent=None):
-        if publish.can_publish_parts(self.model):
+        if publish.can_publish_parts(model_config):
             publish.publish_parts(self._complete, model_config, tokenizer_folder, folder, parent)
         else:
             super().publish(model_config, tokenizer_folder, folder, parent)

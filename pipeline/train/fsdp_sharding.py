@@ -1,22 +1,16 @@
 """How the FSDP engine (train/fsdp.py) splits a model: which parameters are gathered together, in which type, and which
 every process holds."""
 
-import itertools
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import nn
 
 from pipeline.models import lora
 from pipeline.models.experts import MATRICES
-from pipeline.train import layers
+from pipeline.models.folder_weights import Fill, keep_rows
 from pipeline.train.chunked_loss import Head
 from pipeline.train.engine import lr_scale
+from pipeline.train.model_parts import Parts, own_parameters, parameter_at
 from pipeline.train.shards import Piece
-
-Fill = Callable[[nn.Module, Callable[[str], str]], None]
-"""fill(part, global_name): gives the parameters of a part of a model their values. global_name: name inside the part ->
-name in the whole model."""
 
 
 class Sharder:
@@ -30,41 +24,46 @@ class Sharder:
         options = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
         self.exact = MixedPrecisionPolicy(**options)
         self.rounded = MixedPrecisionPolicy(param_dtype=gathered_dtype(model, precision), **options)
-        self.layers = {id(layer) for layer in layers.decoder_layers(model)}
-        self.tied = _tied(model)
+        self.parts = Parts(model)
         self.kept: set[nn.Parameter] = set()  # on every process
         self.scales: dict[str, float] = {}
 
     def shard(self, fill: Fill | None) -> None:
         """Split part after part. fill: gives a part on the meta device its values, on the CPU."""
-        for name in list(_parts(self.model, self.layers)):
-            part = self.model.get_submodule(name)
-            if any(tensor.is_meta for tensor in itertools.chain(part.parameters(), part.buffers())):
-                self._materialise(part, name, fill)
+        for name in self.parts.names:
+            part = self.parts.materialise(name, fill, self._keep_rows)
             # no name here refers to a parameter, or it would stay complete while the next part is created
             self.scales |= {f"{name}.{inner}": lr_scale(parameter) for inner, parameter in part.named_parameters()}
             self._shard_part(part)
         self._fully_shard(self.model, self.exact)
-        for name, parameter in self.model.named_parameters():
-            assert not parameter.is_meta, f"{name} is beside the parts of {type(self.model).__name__}"
+        self.parts.check_complete()
         self._prefetch()
 
-    def _materialise(self, part: nn.Module, name: str, fill: Fill | None) -> None:
-        assert fill is not None, "a model on the meta device needs values"
-        part.to_empty(device="cpu")
-        for places in self.tied:  # `to_empty` has made new parameters
-            parameter = next((value for value in map(_parameter_at, places) if not value.is_meta), None)
-            for module, attribute in places if parameter is not None else ():
-                setattr(module, attribute, parameter)
-        fill(part, lambda inner: f"{name}.{inner}" if inner else name)
+    def _keep_rows(self, part: nn.Module) -> None:
+        """Note on each parameter which of its rows this process keeps, so that a folder's others are not read."""
+        for module, attribute, parameter in own_parameters(part):
+            if not self._is_whole(part, module, attribute, parameter) and not lora.reads_whole_weight(module):
+                dim = self._placement(parameter).dim
+                keep_rows(parameter, dim, *self._rows(parameter, dim))
+
+    def _is_whole(self, part: nn.Module, module: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
+        """Whether every process keeps a parameter."""
+        is_layer = id(part) in self.parts.layers
+        return parameter.dim() < 2 or (is_layer and not _only_multiplied(module, attribute, parameter))
+
+    def _rows(self, parameter: torch.Tensor, dim: int) -> tuple[int, int]:
+        """The indices of a dimension that this process keeps: (first, end)."""
+        length = parameter.shape[dim]
+        rows = -(-length // self.size)
+        start = rows * self.mesh["shard"].get_local_rank()
+        return min(start, length), min(start + rows, length)
 
     def _shard_part(self, part: nn.Module) -> None:
-        is_layer = id(part) in self.layers
-        for module in part.modules():
-            for attribute, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() < 2 or (is_layer and not _only_multiplied(module, attribute, parameter)):
-                    self._keep(parameter)
-        shared = {id(parameter) for places in self.tied for parameter in map(_parameter_at, places)}
+        is_layer = id(part) in self.parts.layers
+        for module, attribute, parameter in own_parameters(part):
+            if self._is_whole(part, module, attribute, parameter):
+                self._keep(parameter)
+        shared = {id(parameter) for places in self.parts.tied for parameter in map(parameter_at, places)}
         if any(id(parameter) in shared for parameter in part.parameters()):
             return  # a table that two modules read belongs to the root, which holds it while both are used
         if is_layer:
@@ -101,13 +100,12 @@ class Sharder:
 
     def _prefetch(self) -> None:
         """Gather the next layer while one computes. In the backward pass torch does so by itself."""
-        found = [module for module in self.model.modules() if id(module) in self.layers]
+        found = [module for module in self.model.modules() if id(module) in self.parts.layers]
         for layer, following in zip(found, found[1:], strict=False):
             layer.set_modules_to_forward_prefetch([following])
 
     def result(self) -> tuple[dict[str, nn.Parameter], dict[str, Piece], dict[str, nn.Parameter]]:
         """(sharded parameters, this process's pieces of them, whole parameters), by name."""
-        rank = self.mesh["shard"].get_local_rank()
         sharded, pieces, whole = {}, {}, {}
         for name, parameter in self.model.named_parameters():
             if parameter in self.kept:
@@ -121,8 +119,7 @@ class Sharder:
             values = nn.Parameter(local, requires_grad=parameter.requires_grad)
             values.lr_scale = self.scales[name]
             dim = parameter.placements[-1].dim
-            rows = -(-parameter.shape[dim] // self.size)
-            pieces[name] = Piece(values, parameter.shape, dim, rows * rank)
+            pieces[name] = Piece(values, parameter.shape, dim, self._rows(parameter, dim)[0])
         return sharded, pieces, whole
 
 
@@ -143,26 +140,3 @@ def _only_multiplied(module: nn.Module, attribute: str, parameter: nn.Parameter)
     if parameter.dim() == 3:
         return attribute in MATRICES
     return type(module).__name__.lower().endswith("topkrouter")
-
-
-def _parts(model: nn.Module, layer_ids: set[int], name: str = "") -> Iterator[str]:
-    """Names of the modules that are split one after another: decoder layers, and the modules beside them."""
-    for child_name, child in model.named_children():
-        full_name = f"{name}.{child_name}" if name else child_name
-        if id(child) in layer_ids or not any(id(module) in layer_ids for module in child.modules()):
-            yield full_name
-        else:
-            yield from _parts(child, layer_ids, full_name)
-
-
-def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places, (module, attribute), of each parameter that several modules share."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            places.setdefault(id(parameter), []).append((module, attribute))
-    return [found for found in places.values() if len(found) > 1]
-
-
-def _parameter_at(place: tuple[nn.Module, str]) -> nn.Parameter:
-    return getattr(*place)

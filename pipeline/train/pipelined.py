@@ -141,31 +141,34 @@ class Pipelined(Engine):
         text = self.bubble.advice(self.parts)
         return f"pipeline   {text}" if text else None
 
-    def _loss(self, outputs, index):
-        """Called on the last stage; `index` says which micro-batch this is."""
-        loss, metrics = self.loss_fn(outputs, self.micro_batches[int(index)])
-        if self.counted[int(index)]:
+    def _loss(self, outputs, _):
+        """Called on the last stage, for one micro-batch after the other."""
+        batch, is_counted = next(self.expected)
+        loss, metrics = self.loss_fn(outputs, batch)
+        if is_counted:
             self.sums.add(loss, metrics)
         return loss * self.scale
 
     def _begin(self, micro_batches, counted, scale: float):
         """Prepare for a pass over micro-batches; returns the iterator that DeepSpeed reads. scale: of their losses."""
-        self.micro_batches, self.counted, self.sums, self.scale = micro_batches, counted, Sums(), scale
+        # On the last stage the k-th forward pass of a step is its k-th micro-batch. To read its number, which DeepSpeed
+        # moves to the device, would wait for it.
+        self.expected, self.sums, self.scale = zip(micro_batches, counted, strict=True), Sums(), scale
         shapes = [[(key, *value.shape) for key, value in batch["inputs"].items()] for batch in micro_batches]
         assert all(shape == shapes[0] for shape in shapes), "micro-batches of a pipeline must have one shape"
         # With positions, two tensors are sent between stages: a stage that expects one would wait forever.
         if shapes[0] != self.input_shapes:
             self.engine.reset_activation_shape()
             self.input_shapes = shapes[0]
-        if self.head:  # on the last stage the k-th forward of a step is its k-th micro-batch
+        if self.head:
             self.head.expect(micro_batches)
 
         def feed():
-            for index, batch in enumerate(micro_batches):
+            for batch in micro_batches:
                 inputs = batch["inputs"]
                 assert set(inputs) <= {"input_ids", "position_ids"}, "a pipeline takes input_ids and position_ids"
                 tensors = [inputs[key] for key in ("input_ids", "position_ids") if key in inputs]
-                yield tuple(tensors), torch.tensor(index)
+                yield tuple(tensors), torch.tensor(0)  # labels, which DeepSpeed asks for
 
         return feed()
 

@@ -4,12 +4,26 @@ gives them, at the start."""
 import torch
 
 from pipeline.core.seeds import derive
+from pipeline.models.folder_weights import FolderWeights
 
 
-def initial_score(model, seed: int) -> None:
+def initial_score(model, seed: int, weights: FolderWeights | None = None) -> None:
     """The score layer ~ N(0, 1 / sqrt(width + 1)): scores of about 1 at the start, whatever the width (Stiennon et
-    al., 2020, appendix B; Huang et al., 2024). A bias is 0."""
-    weight, bias = model.score.weight, model.score.bias
+    al., 2020, appendix B; Huang et al., 2024). A bias is 0. weights: what a model on the meta device will be filled
+    with; the layer is drawn after that."""
+    if weights is None:
+        _draw(model.score, seed)
+        return
+
+    def draw(part, _) -> None:
+        if part is model.score:
+            _draw(part, seed)
+
+    weights.then.append(draw)
+
+
+def _draw(layer, seed: int) -> None:
+    weight, bias = layer.weight, layer.bias
     with torch.no_grad():
         weight.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=torch.Generator().manual_seed(derive(seed, "score")))
         if bias is not None:

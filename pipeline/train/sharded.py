@@ -8,9 +8,12 @@ import warnings
 
 import torch
 
+from pipeline.models import publish
 from pipeline.models.cost import DEEPSPEED_BUCKET
+from pipeline.models.folder_weights import Fill
 from pipeline.train import distributed, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, autocast, clip_gradients, finite, set_learning_rate
+from pipeline.train.model_parts import Parts
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -48,7 +51,7 @@ def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
         "stage": zero,
         "reduce_bucket_size": DEEPSPEED_BUCKET,
         "allgather_bucket_size": DEEPSPEED_BUCKET,
-        "overlap_comm": False,
+        "overlap_comm": overlaps(config, distributed.device()),
     }
     if zero == 3:
         sharding |= {
@@ -68,7 +71,15 @@ def settings(config, micro: int, accumulation: int, ranks: int) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW: equal numbers on every layout
         "steps_per_print": 2**31 - 1,
+        # On by default, it waits for the whole device before and after each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
+
+
+def overlaps(config, device: torch.device) -> bool:
+    """Whether gradients are sent, and with ZeRO-3 weights gathered, while the device computes. It takes streams, which
+    a CPU does not have, and a pipeline of DeepSpeed's cannot."""
+    return device.type == "cuda" and config.parallel.pipeline == 1
 
 
 def start() -> None:
@@ -97,26 +108,40 @@ def quiet():
         logger.setLevel(max(level, logging.WARNING))
 
 
+def split_parameters(model, fill: Fill | None, options: dict) -> None:
+    """Split the parameters of a model over the processes as ZeRO-3 keeps them, one part of the model after another.
+    Each part is filled on every process; DeepSpeed sends the main process's values to the others. Collective."""
+    import deepspeed
+
+    parts = Parts(model)
+    for name in parts.names:
+        deepspeed.zero.Init(module=parts.materialise(name, fill), config_dict_or_path=options)
+    parts.check_complete()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(distributed.device())
+
+
 class Sharded(Engine):
     """ZeRO: optimizer state (1), gradients (2) and parameters (3) are split over the processes; 0 splits nothing."""
 
     layout = "sharded"
 
-    def __init__(self, model, loss_fn, config, name):
+    def __init__(self, model, loss_fn, config, name, fill: Fill | None = None):
         super().__init__(model, loss_fn, config, name)
         import deepspeed
 
         self.stage = config.parallel.zero
-        model.to(self.device)
-        self.optimizer = adamw(model.parameters(), config, self.device, GuardedAdamW)
+        options = settings(config, 1, 1, self.data_world)
         with quiet():
             start()
+            if self.stage == 3:
+                split_parameters(model, fill, options)
+            else:
+                model.to(self.device)
+            self.optimizer = adamw(model.parameters(), config, self.device, GuardedAdamW)
             wrapped = Autocast(model, config)
             self.engine, *_ = deepspeed.initialize(
-                model=wrapped,
-                optimizer=self.optimizer,
-                config=settings(config, 1, 1, self.data_world),
-                dist_init_required=False,
+                model=wrapped, optimizer=self.optimizer, config=options, dist_init_required=False
             )
         self.named = dict(model.named_parameters())
         self.frozen = {name: parameter for name, parameter in self.named.items() if name in self.frozen_names}
@@ -159,22 +184,25 @@ class Sharded(Engine):
 
     def _apply(self, loss: float) -> tuple[float, bool]:
         """(gradient norm, applied) with ZeRO 1 to 3."""
-        allowed, asked = finite(loss), False
+        allowed, norm = finite(loss), None
 
         # Called for each parameter group. The first call is at the same point on all processes: after the gradient norm
         # was found to be finite, before the update.
         def allow() -> bool:
-            nonlocal allowed, asked
-            if allowed and not asked:
-                allowed = self._accepted(loss, float(self.engine.optimizer._global_grad_norm))
-                asked = True
+            nonlocal allowed, norm
+            if allowed and norm is None:
+                norm = float(self.engine.optimizer._global_grad_norm)
+                allowed = self._accepted(loss, norm)
             return allowed
 
         self.optimizer.allow = allow
         phases.enter("update")
         self.engine.step()
         stepped = self.engine.was_step_applied()
-        norm = float(self.engine.get_global_grad_norm()) if stepped else float("inf")
+        if not stepped:
+            norm = float("inf")
+        elif norm is None:
+            norm = float(self.engine.get_global_grad_norm())
         return norm, allowed and stepped
 
     def _forward_sums(self, micro_batches, counted):
@@ -225,6 +253,21 @@ class Sharded(Engine):
                 if distributed.is_main():
                     weights[name] = value.detach().cpu().clone()
         return weights if distributed.is_main() else None
+
+    def publish(self, model_config, tokenizer_folder, folder, parent=None):
+        if self.stage == 3 and publish.can_publish_parts(model_config):
+            publish.publish_parts(self._complete, model_config, tokenizer_folder, folder, parent)
+        else:
+            super().publish(model_config, tokenizer_folder, folder, parent)
+
+    def _complete(self, name: str) -> torch.Tensor:
+        """A complete parameter or buffer, on the device. Collective."""
+        import deepspeed
+
+        if name not in self.named:
+            return self.model.get_buffer(name)
+        with deepspeed.zero.GatheredParameters([self.named[name]]):
+            return self.named[name].detach().clone()
 
     def trained_weights(self):
         import deepspeed

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from counted import Counted
 
 VOCABULARY = 61
 MODELS = {
@@ -58,6 +59,23 @@ def engine_of(name: str, precision: str = "fp32", chunks: bool = False, **change
     )
 
 
+def read_engine(where: Path, adapters: bool = False):
+    """An engine of the model in a folder, of which each process reads its part."""
+    from tiny_engine import config, loss_fn
+
+    from pipeline.models import build, frozen, lora
+    from pipeline.models.lora_config import Lora
+    from pipeline.train import engine
+
+    model, weights = build.skeleton(where)
+    if adapters:
+        frozen.store(model, "bf16", "bf16", torch.device("cpu"))
+        lora.attach(model, Lora(rank=4), seed=7)
+        weights.then.append(lambda part, global_name: lora.initialise(part, 7, global_name))
+    settings = config(parallel={"shard": "full"}, micro_batch=2, precision="bf16" if adapters else "fp32")
+    return engine.build(model, loss_fn, settings, fill=weights)
+
+
 def numbers(trainer, steps: int = 3) -> list[dict]:
     from parallel_worker import micro_batches
 
@@ -83,10 +101,33 @@ def observed(trainer) -> dict:
     for layer in found:
         handles.append(layer.register_forward_pre_hook(note_types))
         handles += [layer.register_forward_pre_hook(count), layer.register_full_backward_pre_hook(count)]
-    trainer.step(micro_batches(trainer.config, trainer, 0))
+    batches = micro_batches(trainer.config, trainer, 0)
+    with Counted() as counted:
+        trainer.step(batches)
     for handle in handles:
         handle.remove()
-    return {"types": types, "complete": max(complete)}
+    sent, products = dict(counted.bytes), counted.products
+    return {"types": types, "complete": max(complete), "sent": sent, "products": products, "reads": counted.reads}
+
+
+def expected_bytes(name: str) -> dict[tuple[str, str], int]:
+    """What a step of two micro-batches in bf16 sends, in bytes of complete tensors. Of each micro-batch: matrices of
+    layers in bf16 for the forward and the backward pass; the embedding in fp32 for the forward pass; the output layer
+    likewise if it computes its losses in chunks, else as a layer; all gradients in fp32. At the end the vectors'
+    gradients. 61 rows of a table are sent as 62, the next number that two processes share evenly."""
+    sizes = {key: value.numel() for key, value in made(name, materialise=False).named_parameters()}
+    shapes = {key: value.dim() for key, value in made(name, materialise=False).named_parameters()}
+    table, micro_batches = 62 * SIZES["hidden_size"], 2
+    layers = sum(size for key, size in sizes.items() if ".layers." in key and shapes[key] > 1)
+    vectors = sum(size for key, size in sizes.items() if shapes[key] == 1)
+    twice = layers if ROUNDED[name] else layers + table
+    once = 2 * table if ROUNDED[name] else table
+    return {
+        ("allgather", "bfloat16"): micro_batches * 2 * 2 * twice,
+        ("allgather", "float32"): micro_batches * 4 * once,
+        ("reduce_scatter", "float32"): micro_batches * 4 * (layers + 2 * table),
+        ("allreduce", "float32"): 4 * vectors,
+    }
 
 
 def run(folder: Path) -> dict:
@@ -124,6 +165,10 @@ def run(folder: Path) -> dict:
         config, texts = trainer.skeleton.config, folder / "tokenizer"
         trainer.publish(config, texts, folder / f"{name}-parts")
         Engine.publish(trainer, config, texts, folder / f"{name}-whole")
+    for name in ("llama", "mup", "experts"):
+        results["read", name] = read_engine(folder / f"{name}-whole").consolidated()
+    adapted = read_engine(folder / "experts-whole", adapters=True)
+    results["read", "adapters"] = adapted.consolidated()
     trainer = engine_of("experts")
     results["placements"] = {name: value.placements[0].dim for name, value in trainer.sharded.items()}
     return results
@@ -160,6 +205,39 @@ def limited() -> dict[str, str]:
     return found
 
 
+def limited_reading(where: Path) -> dict:
+    """The model in a folder, 256 MB in bf16 and 512 MB in fp32: the most bytes of tensors while ZeRO-3 splits it, and
+    two engines of it in a process that may take 400 MB more than it has."""
+    import resource
+
+    from simulated_fsdp import Live
+    from tiny_engine import config, loss_fn
+
+    from pipeline.models import build
+    from pipeline.train import distributed, engine, sharded
+
+    model, weights = build.skeleton(where)
+    sharded.start()
+    with Live() as live:
+        options = sharded.settings(config(parallel={"zero": 3}, micro_batch=2), 1, 1, distributed.world())
+        sharded.split_parameters(model, weights, options)
+    kept = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
+    del model, weights
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
+    found: dict = {"zero 3": (live.peak, kept)}
+    for name, parallel in (("fsdp", {"shard": "full"}), ("ddp", {})):
+        try:
+            model, weights = build.skeleton(where) if parallel else (build.load(where), None)
+            trainer = engine.build(model, loss_fn, config(parallel=parallel, micro_batch=2), fill=weights)
+            found[name] = f"{sum(parameter.numel() for parameter in trainer.parameters)} parameters"
+            del trainer, model, weights
+        except (MemoryError, RuntimeError, OSError) as error:
+            found[name] = str(error).splitlines()[0]
+        distributed.barrier()
+    return found
+
+
 if __name__ == "__main__":
     import warnings
 
@@ -168,7 +246,12 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     distributed.setup()
     path = Path(sys.argv[1])
-    results = limited() if sys.argv[2:] == ["limited"] else run(path.parent)
+    if sys.argv[2:] == ["limited"]:
+        results = limited()
+    elif sys.argv[2:] == ["limited reading"]:
+        results = limited_reading(path.parent / "model")
+    else:
+        results = run(path.parent)
     if distributed.is_main():
         torch.save(results, path)
     distributed.barrier()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from counted import Counted
 
 LAYOUTS = {
     "ddp": {},
@@ -164,8 +165,12 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
         resumed = fresh()
         found["said"] = resumed.load(folder)
         found["resumed steps"] = [
-            resumed.step(micro_batches(settings, resumed, step)) for step in range(resumed.step_count, STEPS)
+            resumed.step(micro_batches(settings, resumed, step)) for step in range(resumed.step_count, STEPS - 1)
         ]
+        batches = micro_batches(settings, resumed, STEPS - 1)
+        with Counted() as counted:
+            found["resumed steps"].append(resumed.step(batches))
+        found["counted"] = distributed.all_gather_object((dict(counted.bytes), dict(counted.calls), counted.reads))
         found["resumed weights"] = resumed.consolidated()
         # Harm on one process alone: each must leave the weights alone, everywhere
         for spoil in ("nan loss", "infinite loss, finite gradient", "nan gradient"):

@@ -8,15 +8,18 @@ import fsdp_worker
 import harness
 import pytest
 import simulated_fsdp
+import sparse_model
 import torch
 from paths import HELPERS, ROOT
 from pydantic import ValidationError
 from tiny_engine import config
+from transformers import AutoModelForCausalLM
 
 from pipeline.core.errors import UserError
 from pipeline.core.recipe import load
-from pipeline.models import model_block
-from pipeline.train import state
+from pipeline.models import build, folder_weights, frozen, lora, model_block
+from pipeline.models.lora_config import Lora
+from pipeline.train import engine, state
 from pipeline.train.config import Parallel
 
 
@@ -55,6 +58,8 @@ def test_gathering_matrices_in_bf16_changes_no_bit(results, name):
     assert all(torch.equal(weights[key], value) for key, value in expected_weights.items())
     observed = results["observed", name]
     assert observed["types"] == {("torch.bfloat16", "torch.float32")}
+    assert observed["products"] == {(torch.bfloat16, torch.bfloat16)}
+    assert observed["sent"] == fsdp_worker.expected_bytes(name)
     assert observed["complete"] == 1, "of three layers, in the forward and in the backward pass"
 
 
@@ -72,7 +77,7 @@ def test_experts_are_split_inside_where_their_number_is_not_divisible(results, f
 
 @pytest.mark.parametrize("name", ["llama", "mup", "experts"])
 def test_files_written_by_many_processes_are_those_of_one(results, folder, name):
-    """Byte for byte; with experts, which transformers writes one by one, the main process writes all."""
+    """Byte for byte, experts included, which transformers writes one by one."""
     parts, whole = (
         {path.name: path.read_bytes() for path in (folder / f"{name}-{how}").iterdir()} for how in ("parts", "whole")
     )
@@ -100,6 +105,78 @@ def test_a_model_of_70_billion_starts_and_trains_within_a_shard_and_a_layer():
     kept = 16 * layer / world + 4 * width * config.sequence_length * config.micro_batch
     assert kept <= per_layer < 1.02 * kept
     assert steps[6] + 74 * per_layer < 24 * 2**30
+
+
+@pytest.mark.parametrize("name", ["llama", "mup", "experts"])
+def test_what_each_process_reads_is_together_what_the_folder_has(results, folder, name):
+    """Bit for bit, three experts over two processes included."""
+    expected = AutoModelForCausalLM.from_pretrained(folder / f"{name}-whole", dtype=torch.float32).state_dict()
+    found = results["read", name]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_frozen_weights_are_read_into_bf16_and_adapters_drawn(results, folder):
+    model = build.load(folder / "experts-whole")
+    frozen.store(model, "bf16", "bf16", torch.device("cpu"))
+    lora.attach(model, Lora(rank=4), seed=7)
+    expected, found = model.state_dict(), results["read", "adapters"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value.float()) for key, value in expected.items())
+
+
+@pytest.mark.slow
+def test_a_published_model_of_70_billion_is_read_within_a_shard_and_a_layer(tmp_path):
+    """LLaMA 2 70B, all 80 layers, real tensors, as process 0 of 256: 138 GB on disk, of which this process reads its
+    256th and the vectors, and its memory grows by 4 bytes for each of these, and at most a fifth of a layer."""
+    recipe = load(ROOT / "recipes" / "llama-2-70b.yaml", ["pretrain.parallel={shard: full}"])
+    stage, vocabulary = recipe.stages["pretrain"], families.Sized(recipe.stages["tokenizer"].vocab_size)
+    model_config = model_block.full_config(stage.model, vocabulary, stage.sequence_length)
+    total = sparse_model.write(model_config, tmp_path / "model")
+    assert total > 137e9
+    read, rows = [0], folder_weights.Files.rows
+
+    def counting(*words):
+        tensor = rows(*words)
+        read[0] += tensor.nbytes
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch, simulated_fsdp.processes(256):
+        patch.setattr(folder_weights.Files, "rows", counting)
+        model, weights = build.skeleton(tmp_path / "model")
+        before = resident_peak(reset=True)
+        trainer = engine.build(model, lambda *_: None, stage.model_copy(update={"compile": False}), fill=weights)
+        growth = resident_peak() - before
+    count = sum(parameter.numel() for parameter in trainer.parameters)
+    assert total / 2 / 256 < count < 1.01 * total / 2 / 256
+    assert read[0] == 2 * count
+    layer = 4 * 856e6
+    assert 4 * count < growth < 4 * count + layer / 5
+
+
+def resident_peak(reset: bool = False) -> int:
+    """The most bytes that this process has had in memory, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.slow
+def test_two_processes_read_what_neither_has_memory_for(tmp_path):
+    """Of 512 MB of weights, 256 MB in the files, each process keeps half; with 400 MB it can, and a complete copy
+    cannot be made. ZeRO-3 holds half and one layer, 13 MB, while it is read."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 40, "num_attention_heads": 8, "intermediate_size": 1408}
+    block = {"family": "llama", "num_key_value_heads": 8, **sizes}
+    config = model_block.full_config(block, fsdp_worker.Tokenizer(), 64)
+    sparse_model.write(config, tmp_path / "model", most=25_000_000)
+    found = launch(tmp_path, "limited reading")
+    peak, kept = found["zero 3"]
+    assert 0.49 * 512e6 < kept < 0.52 * 512e6
+    assert peak < kept + 2 * 13e6
+    count = int(found["fsdp"].split()[0])
+    assert 0.49 * 128e6 < count < 0.52 * 128e6
+    assert "allocate" in found["ddp"]
 
 
 @pytest.mark.slow

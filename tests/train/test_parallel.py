@@ -17,6 +17,7 @@ import torch
 from harness import files_of, succeed
 from parallel_worker import FAST, LAYOUTS, PLAIN, STEPS, go_on, kind_of, micro_batches, model, muon, train
 from paths import HELPERS, ROOT
+from tiny_engine import LENGTH
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CPU = {
@@ -305,3 +306,48 @@ def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path
         256 / last["seconds/step"], rel=0.01
     )
     assert set(files_of(folder / "current")) == set(files_of(tmp_path / "alone/tiny/pretrain/current"))
+
+
+NUMBER = 8  # bytes: one that DeepSpeed's processes agree on, of the gradient norm
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if "tied" not in name and "offload" not in name])
+def test_a_step_sends_what_its_layout_needs(results, name):
+    """Bytes of complete tensors in a step of two micro-batches (four of half the size in a pipeline), all in fp32.
+    ZeRO-3 gathers no weights of a model as small as this one, whose processes keep them (DeepSpeed's threshold is
+    100,000 elements), so only what it shares out after the step. What FSDP sends in bf16 is test_fsdp.py's."""
+    own = model()
+    total = 4 * sum(parameter.numel() for parameter in own.parameters())
+    vectors = 4 * sum(parameter.numel() for parameter in own.parameters() if parameter.dim() == 1)
+    table = 4 * 62 * 32  # 61 rows, as two processes share them
+    matrices = total - vectors + 2 * (table - 4 * 61 * 32)
+    hidden = 4 * 2 * LENGTH * 32  # of a micro-batch of two rows
+    expected = {
+        "ddp": {"allreduce": total},
+        "zero 0": {"allreduce": total},
+        "zero 1": {"allreduce": total + NUMBER, "allgather": total},
+        "zero 2": {"allreduce": 2 * total + NUMBER, "allgather": total},
+        "zero 3": {"reduce_scatter": 2 * total, "allgather": total},
+        # the embedding is not gathered for the backward pass
+        "fsdp": {"allgather": 2 * (2 * matrices - table), "reduce_scatter": 2 * matrices, "allreduce": vectors},
+        "fsdp hybrid": {"allreduce": total},
+        "pipeline": {"send": 4 * hidden, "recv": 4 * hidden},
+    }[name]
+    for sent, *_ in results[name]["counted"]:
+        assert {kind for _, kind in sent} == {"float32"}
+        found = {operator: count for (operator, _), count in sent.items()}
+        if name == "pipeline":  # the rest stays in a stage, which is one process here
+            found = {operator: found[operator] for operator in expected}
+        assert found == expected
+
+
+READS = {"ddp": 0, "fsdp": 0, "fsdp hybrid": 0, "zero 0": 1, "zero 1": 4, "zero 2": 4, "zero 3": 2}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_step_waits_for_few_values(results, name):
+    """Of tensors, besides the sums that are read once a step: none, with DeepSpeed the gradient norm and whether it is
+    finite. transformers reads one more for each of the two micro-batches, because they have no positions (pretraining's
+    have them: test_engine.py)."""
+    for *_, reads in results[name]["counted"]:
+        assert reads == READS[name] + 2

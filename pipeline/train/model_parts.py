@@ -1,0 +1,77 @@
+"""A model on the meta device as parts that get memory and values one after another: decoder layers, and the modules
+beside them."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from pipeline.models.folder_weights import Fill
+from pipeline.train import layers
+
+
+class Parts:
+    """The parts of a model. Parameters that several modules share stay shared."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = {id(layer) for layer in layers.decoder_layers(model)}
+        self.tied = _tied(model)
+        self.names = list(_names(model, self.layers))
+
+    def materialise(
+        self, name: str, fill: Fill | None, prepare: Callable[[nn.Module], None] = lambda part: None
+    ) -> nn.Module:
+        """A part, whose parameters get memory on the CPU, and values from `fill`, if they are on the meta device.
+        prepare(part) is called in between."""
+        part = self.model.get_submodule(name)
+        if any(tensor.is_meta for tensor in itertools.chain(part.parameters(), part.buffers())):
+            assert fill is not None, "a model on the meta device needs values"
+            part.to_empty(device="cpu")
+            for places in self.tied:  # `to_empty` has made new parameters
+                parameter = next((value for value in map(parameter_at, places) if not value.is_meta), None)
+                for module, attribute in places if parameter is not None else ():
+                    setattr(module, attribute, parameter)
+            prepare(part)
+            fill(part, lambda inner: f"{name}.{inner}" if inner else name)
+        return part
+
+    def materialise_all(self, fill: Fill) -> None:
+        for name in self.names:
+            self.materialise(name, fill)
+        self.check_complete()
+
+    def check_complete(self) -> None:
+        """No parameter may be on the meta device after all parts were materialised."""
+        for name, parameter in self.model.named_parameters():
+            assert not parameter.is_meta, f"{name} is beside the parts of {type(self.model).__name__}"
+
+
+def own_parameters(part: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(module, attribute, parameter) of each parameter of a part."""
+    found = []
+    for module in part.modules():
+        found += [(module, name, parameter) for name, parameter in module.named_parameters(recurse=False)]
+    return found
+
+
+def parameter_at(place: tuple[nn.Module, str]) -> nn.Parameter:
+    return getattr(*place)
+
+
+def _names(model: nn.Module, layer_ids: set[int], name: str = "") -> Iterator[str]:
+    """Names of the modules that are parts."""
+    for child_name, child in model.named_children():
+        full_name = f"{name}.{child_name}" if name else child_name
+        if id(child) in layer_ids or not any(id(module) in layer_ids for module in child.modules()):
+            yield full_name
+        else:
+            yield from _names(child, layer_ids, full_name)
+
+
+def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places, (module, attribute), of each parameter that several modules share."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module, attribute, parameter in own_parameters(model):
+        places.setdefault(id(parameter), []).append((module, attribute))
+    return [found for found in places.values() if len(found) > 1]
