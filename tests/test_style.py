@@ -1,6 +1,7 @@
 """Rules of docs/contributing.md that a program can check."""
 
 import ast
+import functools
 import sys
 
 from paths import ROOT
@@ -9,14 +10,17 @@ FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "benchmarks").glob(
 LONGEST_FUNCTION = 100  # lines
 
 
-def functions(tree: ast.AST):
-    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+@functools.cache
+def nodes(path) -> list[ast.AST]:
+    """All nodes of a file's syntax tree; parsed once for all tests."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def test_no_function_is_longer_than_a_screen_or_two():
     long = []
     for path in FILES:
-        for node in functions(ast.parse(path.read_text(encoding="utf-8"))):
+        functions = [node for node in nodes(path) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        for node in functions:
             lines = node.end_lineno - node.lineno + 1
             if lines > LONGEST_FUNCTION:
                 long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines")
@@ -26,7 +30,7 @@ def test_no_function_is_longer_than_a_screen_or_two():
 def test_no_private_name_is_imported_from_another_module():
     private = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline"):
                 for alias in node.names:
                     if alias.name.startswith("_") and not alias.name.startswith("__"):
@@ -34,9 +38,9 @@ def test_no_private_name_is_imported_from_another_module():
     assert not private, "make these public or move them: " + "; ".join(private)
 
 
-def looked_up(tree: ast.AST) -> list[tuple[int, str]]:
+def looked_up(path) -> list[tuple[int, str]]:
     """(line, first argument) of every getattr and hasattr."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls = [node for node in nodes(path) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     return [(node.lineno, ast.unparse(node.args[0])) for node in calls if node.func.id in ("getattr", "hasattr")]
 
 
@@ -45,7 +49,7 @@ def test_what_the_core_asks_of_a_stage_is_a_method():
     In models/ a config is one of transformers, whose attributes depend on the family."""
     calls = []
     for path in FILES:
-        for line, subject in looked_up(ast.parse(path.read_text(encoding="utf-8"))):
+        for line, subject in looked_up(path):
             is_config = subject.split(".")[-1] == "config" and not subject.endswith("model.config")
             of_config = is_config and path.parent.name != "models"
             if path.parent.name == "core" or of_config:
@@ -59,7 +63,7 @@ def test_the_core_names_no_stage():
 
     named = []
     for path in (ROOT / "pipeline/core").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.Constant) and node.value in KINDS:
                 named.append(f"{path.name}:{node.lineno} {node.value!r}")
     listed = (ROOT / "pipeline/core/recipe.py").read_text().partition("\nKINDS = (")[2].partition(")")[0]
@@ -82,7 +86,7 @@ def test_no_module_beside_the_stage_scripts_hides_another_one():
 def test_no_conditional_expression_is_nested():
     nested = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.IfExp):
                 parts = (node.body, node.test, node.orelse)
                 if any(isinstance(part, ast.IfExp) for part in parts):
