@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.assessment import task_files
+from pipeline.assessment.judge import Client, Judge, judge_pair
 from pipeline.assessment.task_files import Task
 from pipeline.core import faults, optional_packages
 from pipeline.core.artifact import Artifact
@@ -58,7 +59,9 @@ class Config(StageConfig):
     rule: Literal["exact", "contains", "prefix"] = "contains"
     """How an answer is checked against `answer`."""
     compare: list[tuple[str, str]] = []
-    """Pairs of inputs [a, b]: how often a's answer has the higher reward."""
+    """Pairs of inputs [a, b]: how often a's answer has the higher reward, or is preferred by `judge`."""
+    judge: Judge | None = None
+    """A language model that judges the pairs of `compare`, by an API like OpenAI's."""
     tasks: dict[Name, Task] = {}
     """Tasks of lm-eval that every model is asked, by names of your choice."""
     bootstrap: int = Field(2000, ge=100)
@@ -76,8 +79,10 @@ class Config(StageConfig):
         unknown = {name for pair in self.compare for name in pair} - models
         if models and unknown:
             raise ValueError(f"compare: {min(unknown)!r} is not a model input; these are: {', '.join(sorted(models))}")
-        if self.compare and "reward" not in self.inputs:
-            raise ValueError("compare needs a judge: give `inputs: {reward: STAGE}`")
+        if self.compare and not self.judge and "reward" not in self.inputs:
+            raise ValueError("compare needs a judge: give `inputs: {reward: STAGE}`, or `judge`")
+        if self.judge and not self.compare:
+            raise ValueError("judge: judges the pairs of `compare`, and there are none; give `compare`")
         if not self.sources:
             for key in ("holdout", "max_prompts", "max_new_tokens", "temperature", "rule", "samples"):
                 refuse_unused(self, key, "is about prompts, and there are no `sources`")
@@ -111,6 +116,8 @@ class Config(StageConfig):
 
     def check_machine(self) -> None:
         super().check_machine()
+        if self.judge:
+            self.judge.check_machine()
         if self.tasks:
             optional_packages.require("lm_eval", f"stage {self.kind}: tasks", "remove `tasks`")
 
@@ -152,6 +159,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         rows = held_out_rows(config, inputs["tokens"], candidates)
     prompts, unusable = held_out_prompts(config, candidates, judge)
 
+    client = Client(config.judge) if config.judge else None
+    if client:
+        client.check()
     task_results: dict[str, dict] = {}
     if config.tasks:
         from pipeline.assessment.task_results import check_tasks, measure_tasks, write_tasks
@@ -180,8 +190,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         write_tasks(config, task_results, report, output)
     wins = {}
     for ours, theirs in config.compare:
-        rewards = (results[ours]["rewards"], results[theirs]["rewards"])
-        wins[f"{ours} over {theirs}"] = win_rate(*rewards, config, f"{ours}/{theirs}")
+        if judge is not None:
+            rewards = (results[ours]["rewards"], results[theirs]["rewards"])
+            wins[f"{ours} over {theirs}"] = win_rate(*rewards, config, f"{ours}/{theirs}")
+        if client:
+            by_judge = judge_pair(config, client, prompts, results, ours, theirs, output)
+            wins[f"{ours} over {theirs}, by {config.judge.model}"] = by_judge
     counts = {"prompts": len(prompts), "unusable_prompts": unusable}
     write_json(output.path / "report.json", {"models": report, "win_rates": wins} | counts)
     samples = _samples(prompts[: config.samples], results)

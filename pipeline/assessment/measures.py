@@ -3,6 +3,7 @@
 import math
 
 from pipeline.assessment.inputs import Candidate
+from pipeline.assessment.win_rates import interval
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive
@@ -130,18 +131,8 @@ def judged(rows: list[list[int]], reward_model: Artifact, config) -> list[float]
 
 
 def win_rate(ours: list[float], theirs: list[float], config, name: str) -> dict:
-    """Share of prompts on which ours has the higher reward, with a 95% percentile bootstrap interval over prompts."""
-    import numpy as np
-
-    ours, theirs = np.array(ours), np.array(theirs)
-    outcomes = np.where(ours > theirs, 1.0, np.where(ours == theirs, 0.5, 0.0))
-    generator = np.random.default_rng(derive(config.seed, "bootstrap", name))
-    resamples = generator.integers(len(outcomes), size=(config.bootstrap, len(outcomes)))
-    low, high = np.quantile(outcomes[resamples].mean(1), [0.025, 0.975])
-    return {
-        "rate": float(outcomes.mean()),
-        "low": float(low),
-        "high": float(high),
-        "ties": float((outcomes == 0.5).mean()),
-        "prompts": len(outcomes),
-    }
+    """Share of prompts on which ours has the higher reward, with a 95% interval; equal rewards count half."""
+    outcomes = []
+    for mine, other in zip(ours, theirs, strict=True):
+        outcomes.append(0.5 if mine == other else float(mine > other))
+    return interval(outcomes, config, name)
