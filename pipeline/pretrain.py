@@ -161,8 +161,9 @@ def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     from pipeline.models import build, model_block, mup, vocabulary
     from pipeline.models.initial_values import initialise
     from pipeline.train.finetune_data import model_folder
+    from pipeline.train.model_parts import starts_in_parts
 
-    is_whole = not config.parallel.keeps_parts
+    is_whole = not starts_in_parts(config)
     if "model" not in inputs:
         model = build.new(config.model, tokenizer, config.sequence_length, config.seed, materialise=is_whole)
         return model, lambda part, global_name: initialise(part, config.seed, global_name, model)

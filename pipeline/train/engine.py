@@ -23,6 +23,7 @@ from pipeline.core.terminal import say
 from pipeline.models import publish, row_attention
 from pipeline.train import chunked_loss, distributed, layers, moe_aux_loss, state
 from pipeline.train.config import TrainConfig
+from pipeline.train.model_parts import Parts
 from pipeline.train.schedule import learning_rate
 
 Loss = Callable[[torch.Tensor, dict], tuple[torch.Tensor, dict]]
@@ -483,8 +484,8 @@ def _warn_of_slow_bf16(stage: str) -> None:
 def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fill=None) -> Engine:
     """The engine that `config.parallel` asks for. The model's weights must be equal on every process.
 
-    Where a process keeps only a part of the model (`parallel.keeps_parts`) it may be on the meta device:
-    fill(part, global_name) then fills the part that a process keeps, or one part after another."""
+    The model may be on the meta device: fill(part, global_name) then fills the part that a process keeps, or one part
+    after another."""
     distributed.setup(config)
     if config.precision == "bf16" and not multiplies_bf16(distributed.device()):
         _warn_of_slow_bf16(config.kind)
@@ -498,6 +499,8 @@ def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fil
         from pipeline.train.fsdp import FullySharded
 
         return FullySharded(model, loss_fn, config, name, fill)
+    if config.parallel.zero != 3 and any(parameter.is_meta for parameter in model.parameters()):
+        Parts(model).materialise_all(fill, distributed.device())
     if config.parallel.zero is not None:
         from pipeline.train.sharded import Sharded
 

@@ -40,6 +40,7 @@ from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import Arrays, Counts, by_length, heldout_share, model_folder
 from pipeline.train.metrics import Expected, total_peak
+from pipeline.train.model_parts import Parts, starts_in_parts
 from pipeline.train.publish_adapted import publish_adapted
 from pipeline.train.record_order import MixedRecords, Records
 from pipeline.train.reference_logprobs import Cache
@@ -208,11 +209,15 @@ def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
 
 def load_model(config: FinetuneConfig, parent: Parent, head: str = "causal") -> tuple[Any, FolderWeights | None]:
     """(the model that a stage starts from, what `build_engine` fills it with). Where a process keeps only a part of it,
-    it stays on the meta device until the engine reads layer after layer; otherwise it is complete, and there is nothing
-    to fill."""
-    if not config.parallel.keeps_parts:
+    and on GPUs, it stays on the meta device until the engine reads part after part; otherwise it is complete, and there
+    is nothing to fill. Weights that are kept in 4 bits are made of complete ones."""
+    is_quantised = config.lora is not None and config.lora.base == "nf4"
+    if is_quantised or not starts_in_parts(config):
         return parent.load(head=head), None
-    return parent.skeleton(head)
+    model, weights = parent.skeleton(head)
+    if weights is not None and not Parts(model).cover():
+        return parent.load(head=head), None
+    return model, weights
 
 
 def adapt(

@@ -4,10 +4,18 @@ beside them."""
 import itertools
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from pipeline.models.folder_weights import Fill
-from pipeline.train import layers
+from pipeline.train import distributed, layers
+from pipeline.train.config import TrainConfig
+
+
+def starts_in_parts(config: TrainConfig) -> bool:
+    """Whether a model is on the meta device until its engine creates one part after another: where a process keeps only
+    a part of it, and on GPUs, so that the CPU's memory never has all of it."""
+    return config.parallel.keeps_parts or distributed.device().type == "cuda"
 
 
 class Parts:
@@ -36,10 +44,16 @@ class Parts:
             fill(part, lambda inner: f"{name}.{inner}" if inner else name)
         return part
 
-    def materialise_all(self, fill: Fill) -> None:
+    def materialise_all(self, fill: Fill, device: torch.device | None = None) -> None:
+        """All parts, each moved to the device before the next one is created."""
         for name in self.names:
-            self.materialise(name, fill)
+            self.materialise(name, fill).to(device or "cpu")
         self.check_complete()
+
+    def cover(self) -> bool:
+        """Whether each parameter of the model is in a part."""
+        prefixes = tuple(f"{name}." for name in self.names)
+        return all(name.startswith(prefixes) for name, _ in self.model.named_parameters())
 
     def check_complete(self) -> None:
         """No parameter may be on the meta device after all parts were materialised."""

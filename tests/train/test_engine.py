@@ -417,6 +417,22 @@ def test_layers_are_shared_out_by_cost():
     )
 
 
+def test_a_model_that_is_filled_in_parts_trains_as_a_complete_one(tmp_path):
+    """As on GPUs, where each part is moved before the next one is read: weights and a step to the bit."""
+    make_tokenizer(tmp_path / "tokenizer")
+    source = tiny(tie_word_embeddings=True)
+    source.config.architectures = ["LlamaForCausalLM"]
+    publish(source.state_dict(), source.config, tmp_path / "tokenizer", tmp_path / "model")
+    settings, found = config(micro_batch=2), []
+    for model, weights in (build.skeleton(tmp_path / "model"), (build.load(tmp_path / "model"), None)):
+        trainer = engine.build(model, loss_fn, settings, fill=weights)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        stats = trainer.step([batch_of(0, part) for part in share(settings, trainer, 0)])
+        found.append((stats, trainer.consolidated()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
+
+
 @pytest.mark.parametrize("parallel", [{}, {"shard": "full"}])
 def test_a_step_reads_the_device_once(parallel):
     """Losses, further sums and the gradient norm are read together (Sums.read); nothing else asks for a value."""
