@@ -124,7 +124,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         pair_batch,
         pair_counts,
         pair_length,
-        pair_order,
+        pair_lengths,
         pair_work,
     )
 
@@ -134,7 +134,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     arrays, extra = encode_once(output, config, encode)
     sets = heldout_sets(config, arrays, len(arrays["heldout.start"]))
     counts = pair_counts(arrays, extra, sets)
-    rows = pair_order(config, arrays, finetune.records_of(config, arrays, counts.train))
+    rows = finetune.shuffled_rows(config, arrays, pair_lengths(arrays))
     config = finetune.in_steps(config, rows.per_epoch)
     has_reference = needs_reference(config.losses)
 

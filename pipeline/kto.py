@@ -65,7 +65,7 @@ class Config(FinetuneConfig):
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train import finetune
     from pipeline.train.finetune_data import encode_once, heldout_sets
-    from pipeline.train.labelled_data import answer_counts, answer_order, answer_work, encoded_answers, labelled_batch
+    from pipeline.train.labelled_data import answer_counts, answer_work, encoded_answers, labelled_batch
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
@@ -73,7 +73,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     arrays, extra = encode_once(output, config, encode)
     sets = heldout_sets(config, arrays, len(arrays["heldout.start"]))
     counts = answer_counts(arrays, extra, sets)
-    rows = answer_order(config, arrays, finetune.records_of(config, arrays, counts.train))
+    rows = finetune.shuffled_rows(config, arrays, arrays["train.ids"].lengths)
     config = finetune.in_steps(config, rows.per_epoch)
     say_balance(config, output, arrays["train.label"])
 

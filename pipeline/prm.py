@@ -74,7 +74,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.train.finetune_data import encode_once, heldout_sets
     from pipeline.train.loss_preference import read_steps, step_cross_entropy
     from pipeline.train.scores import initial_score
-    from pipeline.train.step_data import encoded_steps, step_batch, step_counts, step_order, step_work
+    from pipeline.train.step_data import encoded_steps, step_batch, step_counts, step_work
 
     # Load and encode
     parent = finetune.load_parent(config, inputs["model"], output.stage)
@@ -82,7 +82,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     arrays, extra = encode_once(output, config, encode)
     sets = heldout_sets(config, arrays, len(arrays["heldout.ids"]))
     counts = step_counts(arrays, extra, sets)
-    rows = step_order(config, arrays, finetune.records_of(config, arrays, counts.train))
+    rows = finetune.shuffled_rows(config, arrays, arrays["train.ids"].lengths)
     config = finetune.in_steps(config, rows.per_epoch)
     say_balance(output, arrays["train.labels"].values)
 

@@ -66,7 +66,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         pair_batch,
         pair_counts,
         pair_length,
-        pair_order,
+        pair_lengths,
         pair_work,
     )
     from pipeline.train.scores import initial_score
@@ -77,7 +77,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     arrays, extra = encode_once(output, config, encode)
     sets = heldout_sets(config, arrays, len(arrays["heldout.start"]))
     counts = pair_counts(arrays, extra, sets)
-    rows = pair_order(config, arrays, finetune.records_of(config, arrays, counts.train))
+    rows = finetune.shuffled_rows(config, arrays, pair_lengths(arrays))
     config = finetune.in_steps(config, rows.per_epoch)
 
     # Build

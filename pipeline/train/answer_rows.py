@@ -1,4 +1,4 @@
-"""Prompts with one answer each as padded micro-batches: what reward, dpo and kto give to a model."""
+"""Prompts with one answer each as padded micro-batches: what reward, prm, dpo and kto give to a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.data.chat.template import Encoded
 from pipeline.train.chunked_loss import IGNORE
 
 
@@ -16,6 +17,13 @@ class AnswerRow:
     ids: np.ndarray
     start: int
     """Index of the answer's first token, at least 1."""
+
+
+def answer_problem(encoded: Encoded | str, sequence_length: int) -> str | None:
+    """Why an answer cannot be learned from, or None. encoded: as the chat template writes it, or why it cannot."""
+    if isinstance(encoded, str):
+        return encoded
+    return "longer than sequence_length" if len(encoded.ids) > sequence_length else None
 
 
 def answer_batch(rows: Sequence[AnswerRow], pad_id: int, length: int | None = None) -> dict:

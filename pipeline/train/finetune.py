@@ -38,11 +38,11 @@ from pipeline.train import engine as engines
 from pipeline.train.best import Selection
 from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import Arrays, Counts, by_length, heldout_share, model_folder
+from pipeline.train.finetune_data import Arrays, Counts, ShuffledRows, by_length, heldout_share, model_folder
 from pipeline.train.metrics import Expected, total_peak
 from pipeline.train.model_parts import Parts, starts_in_parts
 from pipeline.train.publish_adapted import publish_adapted
-from pipeline.train.record_order import MixedRecords, Records
+from pipeline.train.record_order import Groups, MixedRecords, Records
 from pipeline.train.reference_logprobs import Cache
 from pipeline.train.run_summary import Work, tuning_lines
 
@@ -193,6 +193,13 @@ def records_of(config: FinetuneConfig, arrays: Arrays, count: int) -> Records:
                 " why); give it the weight 0"
             )
     return MixedRecords(config.seed, source_of, [config.mixture[name] for name in config.sources])
+
+
+def shuffled_rows(config: FinetuneConfig, arrays: Arrays, lengths: np.ndarray) -> ShuffledRows:
+    """The order of rows over a run. lengths: tokens of each row to train on, by which `group_by_length` groups them."""
+    records = records_of(config, arrays, len(lengths))
+    groups = Groups(lambda row: int(lengths[row]), config.batch_size) if config.group_by_length else None
+    return ShuffledRows(config.seed, records.count, records, groups)
 
 
 def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:

@@ -8,11 +8,11 @@ from pipeline.core.seeds import derive
 from pipeline.core.terminal import plural
 from pipeline.data.chat.conversations import Labelled, load_labelled
 from pipeline.data.chat.record_accounting import Ledger
-from pipeline.data.chat.template import Chat, Encoded
-from pipeline.train.answer_rows import AnswerRow, answer_batch
+from pipeline.data.chat.template import Chat
+from pipeline.train.answer_rows import AnswerRow, answer_batch, answer_problem
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, ShuffledRows, report_records, source_numbers
-from pipeline.train.record_order import Groups, Records, permutation
+from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, report_records, source_numbers
+from pipeline.train.record_order import permutation
 from pipeline.train.run_summary import Work
 
 
@@ -42,21 +42,6 @@ def encode_answers(answers: list[Labelled], split: str, chat: Chat, sequence_len
         f"{split}.start": np.array([row.start for row in rows], np.int64),
         f"{split}.label": np.array([answer.label for answer in usable], np.bool_),
     }
-
-
-def answer_problem(encoded: Encoded | str, sequence_length: int) -> str | None:
-    """Why a judged answer cannot be learned from, or None. encoded: as the chat template writes it, or why it
-    cannot."""
-    if isinstance(encoded, str):
-        return encoded
-    return "longer than sequence_length" if len(encoded.ids) > sequence_length else None
-
-
-def answer_order(config: FinetuneConfig, arrays: Arrays, records: Records) -> ShuffledRows:
-    """The order of answers over a run."""
-    lengths = arrays["train.ids"].lengths
-    groups = Groups(lambda answer: int(lengths[answer]), config.batch_size) if config.group_by_length else None
-    return ShuffledRows(config.seed, records.count, records, groups)
 
 
 def answer_counts(arrays: Arrays, extra: dict, sets: dict[str, range]) -> Counts:

@@ -10,8 +10,7 @@ from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat, Encoded
 from pipeline.train.answer_rows import AnswerRow, answer_batch
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, ShuffledRows, report_records, source_numbers
-from pipeline.train.record_order import Groups, Records
+from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, report_records, source_numbers
 from pipeline.train.run_summary import Work
 
 
@@ -112,13 +111,9 @@ def pair_length(arrays: Arrays, split: str, index: int) -> int:
     return max(len(arrays[f"{split}.chosen"][index]), len(arrays[f"{split}.rejected"][index]))
 
 
-def pair_order(config: FinetuneConfig, arrays: Arrays, records: Records) -> ShuffledRows:
-    """The order of pairs over a run."""
-    groups = None
-    if config.group_by_length:
-        longer = np.maximum(arrays["train.chosen"].lengths, arrays["train.rejected"].lengths)
-        groups = Groups(lambda pair: int(longer[pair]), config.batch_size)
-    return ShuffledRows(config.seed, records.count, records, groups)
+def pair_lengths(arrays: Arrays) -> np.ndarray:
+    """`pair_length` of each pair to train on."""
+    return np.maximum(arrays["train.chosen"].lengths, arrays["train.rejected"].lengths)
 
 
 def pair_counts(arrays: Arrays, extra: dict, sets: dict[str, range]) -> Counts:

@@ -7,11 +7,10 @@ from pipeline.core.output import Output
 from pipeline.core.terminal import plural
 from pipeline.data.chat.conversations import Stepped, load_stepped
 from pipeline.data.chat.record_accounting import Ledger
-from pipeline.data.chat.template import Chat, Encoded
-from pipeline.train.answer_rows import AnswerRow, answer_batch
+from pipeline.data.chat.template import Chat
+from pipeline.train.answer_rows import AnswerRow, answer_batch, answer_problem
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, ShuffledRows, report_records, source_numbers
-from pipeline.train.record_order import Groups, Records
+from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, report_records, source_numbers
 from pipeline.train.run_summary import Work
 
 
@@ -37,7 +36,7 @@ def encode_steps(
 ) -> Arrays:
     """separator: between the steps of an answer."""
     encoded = chat.steps([(answer.dialogue(separator), answer.pieces(separator)) for answer in answers])
-    reasons = [step_problem(row, sequence_length) for row in encoded]
+    reasons = [answer_problem(row, sequence_length) for row in encoded]
     rows = [row for row, reason in zip(encoded, reasons, strict=True) if reason is None]
     usable = ledger.keep(answers, split, reasons)
     return {
@@ -46,20 +45,6 @@ def encode_steps(
         f"{split}.ends": Ragged.of([row.ends for row in rows], np.int64),
         f"{split}.labels": Ragged.of([answer.labels for answer in usable], np.bool_),
     }
-
-
-def step_problem(encoded: Encoded | str, sequence_length: int) -> str | None:
-    """Why an answer cannot be learned from, or None. encoded: as the chat template writes it, or why it cannot."""
-    if isinstance(encoded, str):
-        return encoded
-    return "longer than sequence_length" if len(encoded.ids) > sequence_length else None
-
-
-def step_order(config: FinetuneConfig, arrays: Arrays, records: Records) -> ShuffledRows:
-    """The order of answers over a run."""
-    lengths = arrays["train.ids"].lengths
-    groups = Groups(lambda answer: int(lengths[answer]), config.batch_size) if config.group_by_length else None
-    return ShuffledRows(config.seed, records.count, records, groups)
 
 
 def step_counts(arrays: Arrays, extra: dict, sets: dict[str, range]) -> Counts:
