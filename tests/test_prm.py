@@ -103,6 +103,20 @@ def test_an_adapter(plain, tmp_path):
     torch.testing.assert_close(theirs(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_it_is_refused_as_a_reward_model(plain):
+    """As a stage by its kind, as a folder by its head; an answer has no score of its own."""
+    folder = plain[0]
+    with pytest.raises(UserError, match="scores tokens, as a process reward model does, and has no score for a whole"):
+        build.load(folder / "runs/tiny/prm/current/model", head="judge")
+    prompts = "sources: {nouns: {path: rows.jsonl, prompt: 'What is a {words} {noun}?'}}"
+    keys = (
+        f"{{{tuned.COMMON}, steps: 1, inputs: {{policy: sft, reward: prm}}, rollout: {{max_new_tokens: 4}}, {prompts}}}"
+    )
+    (folder / "ppo.yaml").write_text(f"{tuned.RECIPE}{STAGE}  ppo:\n    {keys}\n", encoding="utf-8")
+    code, text = stage("ppo", "ppo.yaml", cwd=folder)
+    assert code == 2 and "stage 'prm' is of kind prm, expected reward" in text and "Traceback" not in text, text
+
+
 STEPS = ["x is 4.", "  so y is 5 <|im_end|>", "answer: 9"]
 
 

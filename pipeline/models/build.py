@@ -189,6 +189,11 @@ def check_scores_tokens(config) -> None:
 
 
 def _check_one_score(folder: Path | str, config) -> None:
+    if any("TokenClassification" in name for name in config.architectures or []):
+        raise UserError(
+            f"{folder}: scores tokens, as a process reward model does, and has no score for a whole answer; give the"
+            " output of a stage of kind reward"
+        )
     is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise UserError(
