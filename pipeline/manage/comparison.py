@@ -43,10 +43,14 @@ def show_comparison(result: Comparison, everything: bool) -> None:
     show(f"{one} and {two}")
     table = new_table("stage", one, two, "differences", text=("stage", one, two, "differences"))
     for stage in result.stages:
-        table.add_row(stage.stage, *(state or "-" for state in stage.states), "\n".join(_lines(stage, one, two)))
+        table.add_row(stage.stage, *map(_state, stage.states), "\n".join(_lines(stage, one, two)))
     console().print(table)
     _show_numbers("measured at the end", result.numbers, result.names, everything)
     _show_numbers("last step that both have logged", result.curves, result.names, everything)
+
+
+def _state(state: str) -> str:
+    return {"": "-", "missing": "not started"}.get(state, state)
 
 
 def _lines(stage: StageDifference, one: str, two: str) -> list[str]:
@@ -61,10 +65,11 @@ def _lines(stage: StageDifference, one: str, two: str) -> list[str]:
 
 
 def _show_numbers(title: str, numbers: list[NumberDifference], names: tuple[str, str], everything: bool) -> None:
-    shown = [row for row in numbers if everything or row.first != row.second]
     if not numbers:
         return
-    equal = sum(row.first == row.second for row in numbers)
+    of_both = [row for row in numbers if row.difference is not None]
+    equal = sum(row.first == row.second for row in of_both)
+    shown = numbers if everything else [row for row in of_both if row.first != row.second]
     if shown:
         columns = ("stage", "number", "step", *names, "difference", "")
         has_steps = any(row.step is not None for row in shown)
@@ -74,8 +79,9 @@ def _show_numbers(title: str, numbers: list[NumberDifference], names: tuple[str,
             cells = [row.stage, row.name, *([number(row.step)] if has_steps else []), number(row.first)]
             table.add_row(*cells, number(row.second), *_change(row))
         console().print(table)
-    if equal and not everything:
-        show(f"{title}: {plural(equal, 'number')} equal (--all shows them)")
+    if len(shown) < len(numbers):
+        one_sided = len(numbers) - len(of_both)
+        show(f"{title}: {plural(equal, 'number')} equal, {one_sided} of one run only (--all shows them)")
 
 
 def _change(row: NumberDifference) -> tuple[str, str]:

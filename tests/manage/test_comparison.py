@@ -58,7 +58,11 @@ def test_as_text(runs):
     said = compare("runs/a", "runs/b")
     for text in ("optimizer.lr: 0.001 -> 0.0003", "only in a", "same bytes", "-0.15", "-5.0%"):
         assert text in said, text
-    assert "shared" not in said and "shared" in compare("runs/a", "runs/b", "--all")
+    assert (
+        "shared" not in said
+        and "of one run only (--all shows them)" in said
+        and "shared" in compare("runs/a", "runs/b", "--all")
+    )
 
 
 def test_keys_that_decide_no_result(runs):
