@@ -296,6 +296,7 @@ def _line(name: str, sample: dict) -> dict:
     return {
         "task": name,
         "doc": sample["doc_id"],
+        "filter": sample["filter"],
         "prompt": first[0],
         "target": sample["target"] if isinstance(sample["target"], (str, int, float)) else str(sample["target"]),
         "answers": [response if isinstance(response, str) else list(response) for response in _flat(sample["resps"])],

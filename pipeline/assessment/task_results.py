@@ -4,6 +4,7 @@ tasks.json, tasks.md, what was asked and answered, and a model card for each mod
 import json
 from pathlib import Path
 
+from pipeline.assessment import task_differences
 from pipeline.assessment.harness import load_task, open_model, run_task
 from pipeline.assessment.inputs import Candidate
 from pipeline.core import faults
@@ -57,15 +58,18 @@ def _read(output: Output, model: str, key: str) -> dict:
 
 def write_tasks(config, results: dict[str, dict], report: dict[str, dict], output: Output) -> None:
     """Write the scores, add them to the report of each model, and write what was asked and answered and the cards."""
+    asked: dict[str, dict[str, list]] = {}
     for model, tasks in results.items():
+        asked[model] = {key: _read(output, model, key)["samples"] for key in tasks}
         report[model]["tasks"] = {key: entry["scores"] for key, entry in tasks.items()}
         report[model].update(_main_scores(tasks))
         for key in tasks:
-            lines = [json.dumps(sample, ensure_ascii=False) for sample in _read(output, model, key)["samples"]]
+            lines = [json.dumps(sample, ensure_ascii=False) for sample in asked[model][key]]
             write_atomic(output.path / "tasks" / model / f"{key}.jsonl", "".join(line + "\n" for line in lines))
         write_atomic(output.path / "cards" / f"{model}.md", card(model, tasks, config))
-    write_json(output.path / "tasks.json", {"models": results, "lm_eval": _version()})
-    write_atomic(output.path / "tasks.md", table(results, config))
+    changes = task_differences.differences(config, asked)
+    write_json(output.path / "tasks.json", {"models": results, "differences": changes, "lm_eval": _version()})
+    write_atomic(output.path / "tasks.md", table(results, config) + task_differences.table(changes))
 
 
 def _main_scores(tasks: dict) -> dict[str, float]:

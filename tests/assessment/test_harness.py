@@ -151,6 +151,27 @@ def test_the_same_as_lm_eval_itself(here, key, file, options):
                 assert math.isclose(answer[0], theirs_[0], abs_tol=1e-4) and answer[1] == theirs_[1]
 
 
+def test_differences_on_the_same_questions(here):
+    """Zero examples against two on the same 20 questions, and against the chat template on the first 12 of them."""
+    current = here / "runs/t/assess/current"
+    rows = json.loads((current / "tasks.json").read_text())["differences"]
+    found = {(row["first"], row["second"], row["metric"]): row for row in rows}
+    scores = {key: published(here)["tasks"][key]["kinds"]["metrics"]["acc"]["value"] for key in ("kinds", "shots")}
+    row = found["kinds", "shots", "kinds acc"]
+    assert row["questions"] == 20 and row["difference"] == pytest.approx(scores["shots"] - scores["kinds"], abs=1e-9)
+    assert row["low"] <= row["difference"] <= row["high"]
+    lines = {}
+    for key in ("kinds", "chat"):
+        text = (current / f"tasks/base/{key}.jsonl").read_text()
+        lines[key] = {line["doc"]: line["scores"]["acc"] for line in map(json.loads, text.splitlines())}
+    common = lines["kinds"].keys() & lines["chat"].keys()
+    expected = sum(lines["chat"][doc] - lines["kinds"][doc] for doc in common) / len(common)
+    row = found["kinds", "chat", "kinds acc"]
+    assert row["questions"] == len(common) == 12 and row["difference"] == pytest.approx(expected, abs=1e-9)
+    assert not any("written" in pair for *pair, _ in found), "another task"
+    assert "| base | kinds | shots | kinds acc |" in (current / "tasks.md").read_text()
+
+
 def test_examples_and_the_template_are_in_the_prompt(here):
     def prompt(key: str) -> str:
         return json.loads((here / f"runs/t/assess/current/tasks/base/{key}.jsonl").read_text().splitlines()[0])[
