@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 import tiny
 import torch
-from harness import files_of, stage, succeed
+from harness import files_of, launch, stage, succeed
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.core import recipe
@@ -273,11 +274,9 @@ stages:
 """
 
 
-def test_a_model_goes_on_with_tokens_added_to_its_tokenizer(world):
-    """Old rows stay, new ones are the mean of the rows of the old pieces, in embedding and output layer; text that has
-    no new token gets the logits of before. transformers reads the result."""
-    from pipeline.data.tokenizer.extension import new_pieces
-
+@pytest.fixture(scope="module")
+def grown(world):
+    """A model that goes on with more tokens than it had, on one process."""
     folder, _ = world
     shutil.copytree(published(folder) / "model", folder / "grown")
     draw = random.Random(0)
@@ -289,7 +288,15 @@ def test_a_model_goes_on_with_tokens_added_to_its_tokenizer(world):
     (folder / "more.yaml").write_text(MORE)
     for kind in ("tokenizer", "pack"):
         succeed(kind, "more.yaml", cwd=folder)
-    said = succeed("pretrain", "more.yaml", cwd=folder)
+    return folder, succeed("pretrain", "more.yaml", cwd=folder)
+
+
+def test_a_model_goes_on_with_tokens_added_to_its_tokenizer(grown):
+    """Old rows stay, new ones are the mean of the rows of the old pieces, in embedding and output layer; text that has
+    no new token gets the logits of before. transformers reads the result."""
+    from pipeline.data.tokenizer.extension import new_pieces
+
+    folder, said = grown
     assert "20 tokens were added to the tokenizer of" in said
     report = json.loads((folder / "runs/more/tokenizer/current/report.json").read_text())
     assert report["vocab_size"] == 310 and report["before"]["bytes_per_token"] < report["bytes_per_token"]
@@ -313,6 +320,39 @@ def test_a_model_goes_on_with_tokens_added_to_its_tokenizer(world):
     )
     code, text = stage("pretrain", "more.yaml", "pretrain.from_step=1", "output=wrong", cwd=folder)
     assert code == 2 and "Traceback" not in text, text
+
+
+IN_PARTS = """
+from pipeline.core.recipe import load
+from pipeline.core.stage import run_stage
+from pipeline.train import distributed
+for name, layout in (("zero", "{zero: 3}"), ("shard", "{shard: full}"), ("pipeline", "{pipeline: 2}")):
+    words = [f"output={name}", f"pretrain.parallel={layout}", "pretrain.run.processes=2", "pretrain.micro_batch=2"]
+    words += ["pretrain.inputs.tokens=./runs/more/pack/current"]
+    words += ["pretrain.inputs.tokenizer=./runs/more/tokenizer/current"]
+    run_stage(load("more.yaml", words), "pretrain")
+    distributed.barrier()
+distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_no_process_reads_completely_goes_on_as_on_one(grown):
+    """Losses to 1e-5 and the result, rows of new tokens included, to 1e-6: ZeRO-3, FSDP and a pipeline."""
+    folder, _ = grown
+    (folder / "parts.py").write_text(IN_PARTS)
+    launch(2, "parts.py", cwd=folder)
+    expected = load_file(folder / "runs/more/pretrain/current/model/model.safetensors")
+    lines = [json.loads(line) for line in (folder / "runs/more/pretrain/current/metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    for name in ("zero", "shard", "pipeline"):
+        current = folder / name / "more/pretrain/current"
+        found = load_file(current / "model/model.safetensors")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=1e-6, rtol=0)
+        lines = [json.loads(line) for line in (current / "metrics.jsonl").open()]
+        assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-5)
 
 
 # ---- how documents become rows ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pipeline.train.pipelined import Stage
 
 VOCABULARY, LENGTH = 64, 48
 KNOWN = [family for family in FAMILIES if family != "olmo3"]  # there is no tiny model of it
-FAST = ("llama", "gpt2", "phi3", "mixtral", "deepseek_v3")
+FAST = ("llama", "phi3", "deepseek_v3")
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,15 @@ def test_a_family_is_read_as_from_pretrained_reads_it(family, tmp_path, texts):
     assert_equal(filled(*build.skeleton(folder)), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mixtral", "deepseek_v3"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    "family, rank",
+    [
+        ("llama", 0),
+        ("mixtral", 2),
+        *(pytest.param(family, 0, marks=pytest.mark.slow) for family in ("gpt2", "qwen3_moe", "mixtral")),
+        *(pytest.param(family, 2, marks=pytest.mark.slow) for family in ("llama", "gpt2", "deepseek_v3")),
+    ],
+)
 def test_some_rows_are_read_and_no_others(family, rank, tmp_path, texts):
     """A third of the rows of each matrix; what is not kept stays as it was."""
     folder = published(tmp_path / "model", texts, family)
@@ -105,7 +112,13 @@ def test_some_rows_are_read_and_no_others(family, rank, tmp_path, texts):
     assert sum(tensor.numel() for tensor in read) == kept
 
 
-@pytest.mark.parametrize("family, tied", [("llama", True), ("gpt2", True), ("qwen3_moe", False)])
+@pytest.mark.parametrize(
+    "family, tied",
+    [
+        ("llama", True),
+        *(pytest.param(*words, marks=pytest.mark.slow) for words in (("gpt2", True), ("qwen3_moe", False))),
+    ],
+)
 def test_a_stage_of_a_pipeline_reads_its_own_layers(family, tied, tmp_path, texts):
     """The last one has the embedding as its output layer, if these are tied."""
     folder = published(tmp_path / "model", texts, family, tie_word_embeddings=tied)
@@ -147,7 +160,7 @@ def test_new_tokens_begin_as_with_a_complete_model(tied, tmp_path, texts):
     assert not expected.get_input_embeddings().weight[66].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"dora": True}])
 def test_adapters_begin_as_with_a_complete_model(options, tmp_path, texts):
     folder = published(tmp_path / "model", texts, "qwen3_moe")
     expected = build.load(folder)

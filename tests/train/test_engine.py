@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from counted import Counted
 from device_reads import Reads
 from pydantic import ValidationError
 from tiny_engine import INFINITE, LENGTH, ROWS, SMALL, batch_of, config, loss_fn, output_in, rows, spoiled, tiny
@@ -431,6 +432,17 @@ def test_a_model_that_is_filled_in_parts_trains_as_a_complete_one(tmp_path):
         found.append((stats, trainer.consolidated()))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
+
+
+@pytest.mark.parametrize("parallel", [{}, {"shard": "full"}])
+def test_matrices_are_multiplied_in_bf16(parallel):
+    """All products of a step with `precision: bf16`, forward and backward; with fp32 none."""
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        settings = config(parallel=parallel, micro_batch=2, precision=precision)
+        trainer = engine.build(tiny(), loss_fn, settings)
+        with Counted() as counted:
+            trainer.step([batch_of(0, part) for part in share(settings, trainer, 0)])
+        assert counted.products == {(dtype, dtype)}
 
 
 @pytest.mark.parametrize("parallel", [{}, {"shard": "full"}])

@@ -18,7 +18,12 @@ from pipeline.train.publish_adapted import publish_adapted
 
 @pytest.mark.parametrize(
     "family, options",
-    [("llama", {}), ("gpt2", {}), ("qwen3_moe", {"rank_stabilised": True}), ("qwen2", {"dora": True})],
+    [
+        ("qwen3_moe", {"rank_stabilised": True}),
+        pytest.param("llama", {}, marks=pytest.mark.slow),
+        pytest.param("gpt2", {}, marks=pytest.mark.slow),
+        pytest.param("qwen2", {"dora": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_is_merged_in_parts_as_it_is_as_a_whole(family, options, tmp_path, capsys, monkeypatch):
     """With frozen weights in bf16, whose fp32 values are the folder's; in files of 20 kB."""
