@@ -8,7 +8,6 @@ iteration (one `step`): sample `samples` responses to each of `batch_size` promp
 group into advantages, update the policy. docs/grpo.md has the papers and the measurements.
 """
 
-import copy
 import functools
 
 from pydantic import Field, model_validator
@@ -103,7 +102,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def build_models(config: Config, parents, prompts: int):
     """The policy, its reference if the KL counts, and the reward model if one judges. prompts: how many are trained on,
     for the header. Collective."""
-    from pipeline.models import attention, build, cost
+    from pipeline.models import attention, build, cost, sampling_cost
+    from pipeline.rl import rollout_memory
+    from pipeline.rl.frozen_models import only_read
     from pipeline.rl.group_objective import GROUPS, policy_loss_fn
     from pipeline.rl.online import assemble
     from pipeline.rl.responses import disable_dropout, predict_at_labels
@@ -116,13 +117,14 @@ def build_models(config: Config, parents, prompts: int):
     predict_at_labels(policy_model, config.rollout.temperature)
     others, reward_model = {}, None
     if parents.reward is not None:
-        reward_model = build.load(parents.reward.folder, head="judge").requires_grad_(False).eval()
+        reward_model = build.load(parents.reward.folder, head="judge")
         attention.choose(reward_model, config.attention, config.precision)
-        others["reward model"] = cost.count(reward_model)
+        others["reward model"] = sampling_cost.only_read(cost.count(reward_model))
+        reward_model = only_read(reward_model, config, shared=False)
     reference = None
     if config.measures_kl() and config.lora is None:
-        reference = copy.deepcopy(policy_model).requires_grad_(False).eval()
-        others["reference"] = cost.count(reference)
+        others["reference"] = sampling_cost.only_read(cost.count(policy_model))
+        reference = only_read(policy_model, config, shared=True)
     finetune.adapt(config, policy, policy_model)
 
     data = (
@@ -132,9 +134,12 @@ def build_models(config: Config, parents, prompts: int):
         f" {plural(config.update.epochs, 'pass/passes')} over each iteration's answers, in"
         f" {plural(config.update.minibatches, 'update')} each"
     )
-    notes = ("time       depends on how long the answers become; the progress line shows how much is left",)
+    notes = (
+        *rollout_memory.describe(config, policy_model, others),
+        "time       depends on how long the answers become; the progress line shows how much is left",
+    )
     updates = config.update.minibatches
-    work = Work(data, updates=updates, notes=notes, others=others, sampled_rows=config.rollout.batch)
+    work = Work(data, updates=updates, notes=notes, others=others)
     policy_loss = functools.partial(policy_loss_fn, config)
     engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
     return assemble(config, parents, GROUPS, engine, None, reference, reward_model)

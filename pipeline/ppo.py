@@ -9,7 +9,6 @@ Sources: Schulman et al., 2017 (PPO); Ziegler et al., 2019 and Stiennon et al., 
 2024 (the details). docs/ppo.md has the checklist and its tests.
 """
 
-import copy
 import functools
 
 from pydantic import model_validator
@@ -76,7 +75,8 @@ def build_models(config: Config, parents, prompts: int):
     """All models of a run, from its parents. prompts: how many are trained on, for the header. Collective."""
     import torch
 
-    from pipeline.models import attention, build, cost
+    from pipeline.models import attention, build, cost, sampling_cost
+    from pipeline.rl import rollout_memory
     from pipeline.rl.online import assemble
     from pipeline.rl.ppo_objective import PPO, policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel, disable_dropout, predict_at_labels
@@ -95,12 +95,12 @@ def build_models(config: Config, parents, prompts: int):
     disable_dropout(policy_model)
     predict_at_labels(policy_model, config.rollout.temperature)
     disable_dropout(classifier)
-    reference, reward_model = frozen_models(config, policy_model, classifier)
     others = {}
-    if reference is not None:
-        others["reference"] = cost.count(reference)
-        if reward_model is not None:
-            others["reward model"] = cost.count(reward_model)
+    if config.lora is None:
+        others["reference"] = sampling_cost.only_read(cost.count(policy_model))
+        if config.uses_reward_model():
+            others["reward model"] = sampling_cost.only_read(cost.count(classifier))
+    reference, reward_model = frozen_models(config, policy_model, classifier)
     finetune.adapt(config, policy, policy_model)
     finetune.adapt(config, critic, classifier, complete=("score",))
     others["value model"] = value_size = cost.count(classifier)
@@ -114,9 +114,10 @@ def build_models(config: Config, parents, prompts: int):
     )
     notes = (
         f"value      {value_size.total:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
+        *rollout_memory.describe(config, policy_model, others),
         "time       depends on how long the answers become; the progress line shows how much is left",
     )
-    work = Work(data, updates=config.ppo.minibatches, notes=notes, others=others, sampled_rows=config.rollout.batch)
+    work = Work(data, updates=config.ppo.minibatches, notes=notes, others=others)
     policy_loss = functools.partial(policy_loss_fn, config)
     policy_engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
     value_config = config.model_copy(update={"optimizer": config.value_optimizer})
@@ -128,14 +129,16 @@ def frozen_models(config: Config, policy_model, classifier):
     """(reference, reward model), which are never trained: copies of the two models that will be. With `lora` no copies
     are needed: the reference is None, for the policy without its adapter, and the reward model shares the value model's
     backbone. The reward model is None if all rewards are functions."""
+    from pipeline.rl.frozen_models import only_read
     from pipeline.rl.responses import SharedReward
+    from pipeline.train import distributed
 
     if config.lora is not None:
-        return None, SharedReward(classifier) if config.uses_reward_model() else None
-    reference = copy.deepcopy(policy_model).requires_grad_(False).eval()
+        return None, SharedReward(classifier).to(distributed.device()) if config.uses_reward_model() else None
+    reference = only_read(policy_model, config, shared=True)
     if not config.uses_reward_model():
         return reference, None
-    return reference, copy.deepcopy(classifier).requires_grad_(False).eval()
+    return reference, only_read(classifier, config, shared=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from harness import files_of, stage, succeed
 from ppo_world import write_world
 from test_ppo import LEARN as LEARN_PPO
-from test_ppo import close, logged, ranks, weights
+from test_ppo import close, logged, plain_name, ranks, weights
 
 from pipeline.core.errors import UserError
 from pipeline.core.recipe import load
@@ -71,13 +71,20 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(world, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["null", 2, 3])
+@pytest.mark.parametrize(
+    "parallel", ["{}", "{zero: 2}", "{zero: 3}", "{shard: full}", "{shard: hybrid, shard_ranks: 1}"]
+)
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
-def test_two_processes_make_the_run_of_one(world, name, zero):
+def test_two_processes_make_the_run_of_one(world, name, parallel):
     words = [*ALGORITHMS[name], "grpo.steps=2"]
     alone, _, _ = run(world, *words, output=f"alone-{name}")
     found, _ = ranks(
-        world, *words, f"grpo.parallel.zero={zero}", output=f"two-{name}-{zero}", kind="grpo", recipe="group.yaml"
+        world,
+        *words,
+        f"grpo.parallel={parallel}",
+        output=f"two-{name}-{plain_name(parallel)}",
+        kind="grpo",
+        recipe="group.yaml",
     )
     close(found, alone)
     for key in ("reward", "kl", "grad_norm", "approx_kl", "reward_spread", "policy_loss"):

@@ -147,8 +147,13 @@ def test_micro_batches_do_not_change_the_result(world, plain):
     assert metrics["reward_after"] == pytest.approx(plain[1]["reward_after"], abs=1e-4)
 
 
-def ranks(world, *words, output, kind="ppo", recipe="recipe.yaml"):
-    """Two processes as a launcher starts them."""
+def plain_name(keys: str) -> str:
+    """Of a folder."""
+    return "".join(filter(str.isalnum, keys))
+
+
+def ranks(world, *words, output, kind="ppo", recipe="recipe.yaml", fault=None):
+    """Two processes as a launcher starts them. fault: where both are killed."""
     import socket
     from concurrent.futures import ThreadPoolExecutor
 
@@ -165,24 +170,33 @@ def ranks(world, *words, output, kind="ppo", recipe="recipe.yaml"):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        return stage(kind, recipe, f"output={output}", *words, cwd=world, env=env)
+        return stage(kind, recipe, f"output={output}", *words, cwd=world, env=env, fault=fault)
 
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(one, range(2)))
+    if fault:
+        assert all(code for code, _ in answers), answers
+        return None
     assert [code for code, _ in answers] == [0, 0], answers
     found = (world / output / "t" / kind / "current").resolve()
     return found, json.loads((found / "manifest.json").read_text())["metrics"]
 
 
-@pytest.mark.parametrize("zero", ["null", *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
-def test_two_processes_make_the_run_of_one(world, zero):
+@pytest.mark.parametrize(
+    "parallel",
+    ["{shard: full}", *(pytest.param(keys, marks=pytest.mark.slow) for keys in ("{}", "{zero: 2}", "{zero: 3}"))],
+)
+def test_two_processes_make_the_run_of_one(world, parallel):
     """20, 28, 32, 38: the same samples, whitening and updates, and the same early stop, which only the reduced KL
     decides."""
     words = ["ppo.ppo.target_kl=0.02", "ppo.ppo.epochs=3", "ppo.steps=2"]
     alone, _, _ = ppo(world, *words, output="alone")
-    found, _ = ranks(world, *words, f"ppo.parallel.zero={zero}", output=f"zero-{zero}")
+    found, _ = ranks(world, *words, f"ppo.parallel={parallel}", output=f"two-{plain_name(parallel)}")
     close(found, alone)
     lines, wanted = logged(found), logged(alone)
+    first, first_wanted = (next(line for line in run if "policy_loss" in line) for run in (lines, wanted))
+    for key in ("reward", "kl", "entropy", "policy_loss", "value_loss", "grad_norm", "value_grad_norm"):
+        assert first[key] == pytest.approx(first_wanted[key], rel=1e-5, abs=1e-6), key
     assert [line.get("policy_updates") for line in lines] == [line.get("policy_updates") for line in wanted]
     assert min(line["policy_updates"] for line in wanted if "policy_updates" in line) < 6
     for key in (
@@ -202,6 +216,19 @@ def test_two_processes_make_the_run_of_one(world, zero):
             atol=1e-5,
         )
     assert (found / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [(), ("ppo.lora={rank: 4}",)], ids=["all weights", "adapters"])
+def test_killed_under_fsdp_it_ends_with_the_same_bytes(world, adapters):
+    """40: both models and the two that are only read split over two processes, in bf16; killed after a step and in a
+    save."""
+    words = ("ppo.parallel={shard: full}", "ppo.precision=bf16", *adapters)
+    whole, metrics = ranks(world, *words, output="fsdp-whole")
+    for fault in ("work:1", "save:2"):
+        ranks(world, *words, output="fsdp-killed", fault=fault)
+    found, again = ranks(world, *words, output="fsdp-killed")
+    assert files_of(found) == files_of(whole) and again == metrics
 
 
 def test_the_two_models_learn_apart(world):
@@ -324,9 +351,9 @@ def test_adapters_are_trained_and_resumed(world, adapted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["null", 3])
-def test_adapters_on_two_processes(world, adapted, zero):
-    found, _ = ranks(world, *ADAPTED, f"ppo.parallel.zero={zero}", output=f"adapted-{zero}")
+@pytest.mark.parametrize("parallel", ["{}", "{zero: 3}", "{shard: full}"])
+def test_adapters_on_two_processes(world, adapted, parallel):
+    found, _ = ranks(world, *ADAPTED, f"ppo.parallel={parallel}", output=f"adapted-{plain_name(parallel)}")
     lines, wanted = logged(found), logged(adapted[0])
     for key in ("reward", "kl", "grad_norm", "value_grad_norm", "policy_loss", "value_loss"):
         np.testing.assert_allclose(

@@ -212,6 +212,12 @@ class Layout:
     """Ranks that share one copy of the model (FSDP); None: see `zero`."""
     compiled: bool = False
     """Layers are compiled, which recomputes what is cheap."""
+    loss_tokens: int | None = None
+    """Tokens of a row that have logits; None: all."""
+
+    @property
+    def splits_weights(self) -> bool:
+        return self.shard is not None or self.zero == 3
 
 
 def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str, float]:
@@ -237,15 +243,19 @@ def _stage_memory(config, size: Size, sequence_length: int, layout: Layout, inde
     # 1F1B: the first stage has as many micro-batches in flight as there are stages
     in_flight = min(layout.accumulation, depth - index)
     parts["activations"] = tokens * (num_layers * kept * in_flight + ENDS * config.hidden_size)
-    logits = _logits_bytes(config, size, tokens, layout) if size.has_logits and last else 0.0
+    logits = 0.0
+    if size.has_logits and last:
+        with_logits = tokens if layout.loss_tokens is None else layout.micro * layout.loss_tokens
+        logits = _logits_bytes(config, size, with_logits, layout)
     copies, again = _weight_copies(config, size, share, in_flight, layout)
-    if layout.checkpointing != "none":
-        again += tokens * complete
+    again += tokens * complete if layout.checkpointing != "none" else 0.0
+    if layout.shard:
+        copies, again = _sharded_bytes(config, size, again, layout)
     if copies + logits >= again:
         parts["logits"], parts["temporary"] = logits, copies
     else:
         parts["logits"], parts["temporary"] = 0.0, again
-    parts["temporary"] += _buffer_bytes(config, size, own, layout)
+    parts["temporary"] += _buffer_bytes(size, own, layout)
     return parts
 
 
@@ -305,13 +315,24 @@ def _weight_copies(config, size: Size, share: float, in_flight: int, layout: Lay
     return dense, 2.0 * (size.body - size.lookup) / config.num_hidden_layers
 
 
-def _buffer_bytes(config, size: Size, own: float, layout: Layout) -> float:
+def _sharded_bytes(config, size: Size, again: float, layout: Layout) -> tuple[float, float]:
+    """(bytes at the end of a forward pass, bytes in the backward pass of a layer) of FSDP, in addition to activations
+    and logits. again: bytes of a layer that is computed again.
+
+    While a layer computes its gradients, it and the next one are gathered, and the previous one's gradients are reduced
+    in fp32; its own have the type of its gathered weights. A table that is input and output layer at once is gathered
+    throughout, and its gradient waits for both."""
+    gathered = 2.0 if layout.precision == "bf16" else 4.0
+    layer = size.body / config.num_hidden_layers
+    trained = layer * size.trained / size.total
+    backward = 2 * gathered * layer + 4.0 * trained + max(gathered * trained, again)
+    if config.tie_word_embeddings:
+        return 4.0 * size.embedding, backward + 8.0 * size.embedding
+    return 4.0 * (size.embedding - size.lookup), backward
+
+
+def _buffer_bytes(size: Size, own: float, layout: Layout) -> float:
     """Of the engine: gathered weights, buffers for reducing. own: parameters of this process's stage."""
-    if layout.shard:
-        # FSDP: two layers gathered and one that is reduced in fp32; both tables in fp32, the output layer's gradient
-        layer = size.body / config.num_hidden_layers
-        gathered = 2.0 if layout.precision == "bf16" else 4.0
-        return 2 * gathered * layer + 8.0 * layer + 4.0 * size.embedding
     zero = _zero_stage(layout)
     total = 2 * 4.0 * min(DEEPSPEED_BUCKET, own) if zero else 0.0
     if zero == 3:
@@ -330,9 +351,9 @@ def layer_bytes(config, size: Size, sequence_length: int, layout: Layout) -> tup
     item = 2.0 if layout.precision == "bf16" else 4.0
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1
-    queries, keys, values = _attention_widths(config, heads)
+    queries, keys, values = attention_widths(config, heads)
     picked, per_layer = routed(config)
-    inner = _inner_width(config) * (picked if per_layer > 1 else 1)
+    inner = inner_width(config) * (picked if per_layer > 1 else 1)
     gated = per_layer > 1 or hasattr(config, "rms_norm_eps")  # families with RMSNorm have gated layers
     scores = heads * sequence_length if layout.attention == "eager" or size.materialises_scores else 0
     read, given = size.inputs / layers, size.outputs / layers
@@ -369,7 +390,7 @@ def _score_bytes(config, item: float) -> float:
     return kept
 
 
-def _attention_widths(config, heads: int) -> tuple[int, int, int]:
+def attention_widths(config, heads: int) -> tuple[int, int, int]:
     """Widths of the queries, of the keys as they are computed, and of the values repeated for each head."""
     if getattr(config, "qk_nope_head_dim", None):
         queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
@@ -378,16 +399,7 @@ def _attention_widths(config, heads: int) -> tuple[int, int, int]:
     return heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head, heads * head
 
 
-def cache_bytes(config, rows: int, length: int) -> float:
-    """Bytes of the keys and values of `rows` sequences while they are sampled, in fp32."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return 0.0
-    share = (getattr(config, "num_key_value_heads", None) or heads) / heads
-    return 4.0 * attention_width(config) * share * rows * length
-
-
-def _inner_width(config) -> int:
+def inner_width(config) -> int:
     """Width of the feed-forward layer, or of one expert."""
     for key in ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner"):
         width = getattr(config, key, None)

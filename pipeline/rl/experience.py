@@ -21,6 +21,7 @@ from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
 from pipeline.models import lora
 from pipeline.rl import rules
+from pipeline.rl.frozen_models import SplitModel, complete
 from pipeline.rl.objective import Objective
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import (
@@ -49,9 +50,9 @@ class Models:
     policy: Engine
     value: Engine | None
     """None for algorithms without a value model."""
-    reference: torch.nn.Module | None
+    reference: torch.nn.Module | SplitModel | None
     """None: the policy without its adapter, or no reference is needed (`measures_kl` of the config)."""
-    reward: torch.nn.Module | None
+    reward: torch.nn.Module | SplitModel | None
     """A model of its own, or the backbone of the value model without its adapter (SharedReward). None: the rewards are
     functions."""
     chat: Chat
@@ -68,7 +69,8 @@ class Models:
     def as_reference(self) -> Iterator[torch.nn.Module]:
         """The reference. Collective."""
         if self.reference is not None:
-            yield self.reference
+            with complete(self.reference) as reference:
+                yield reference
             return
         with self.policy.gathered(), lora.disabled(self.policy.model):
             yield self.policy.model
@@ -77,10 +79,11 @@ class Models:
     def as_reward(self) -> Iterator[torch.nn.Module]:
         """The reward model. Collective."""
         if not isinstance(self.reward, SharedReward):
-            yield self.reward
+            with complete(self.reward) as reward:
+                yield reward
             return
-        with self.value.gathered():
-            yield self.reward
+        with self.value.gathered(), self.reward.inside(self.value.model.classifier) as reward:
+            yield reward
 
     def autocast(self):
         """As the engine does it, so that the first ratio of an iteration is 1."""

@@ -16,6 +16,7 @@ from pipeline.core.terminal import plural
 from pipeline.data.chat.template import Chat
 from pipeline.rl import sentinel
 from pipeline.rl.experience import Models, evaluate
+from pipeline.rl.frozen_models import SplitModel
 from pipeline.rl.iteration import Iterations
 from pipeline.rl.objective import Objective
 from pipeline.rl.online_config import OnlineConfig
@@ -60,13 +61,10 @@ def assemble(
     objective: Objective,
     policy: Engine,
     value: Engine | None,
-    reference: torch.nn.Module | None,
-    reward: torch.nn.Module | None,
+    reference: torch.nn.Module | SplitModel | None,
+    reward: torch.nn.Module | SplitModel | None,
 ) -> Models:
-    """The models of a run, the frozen ones moved to the policy's device."""
-    for model in (reference, reward):
-        if model is not None:
-            model.to(policy.device)
+    """The models of a run. reference, reward: on the device (frozen_models.only_read)."""
     return Models(
         policy=policy,
         value=value,

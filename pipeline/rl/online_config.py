@@ -1,7 +1,7 @@
 """Keys that ppo and grpo share: stages that learn from their own answers. Their steps are in online.py."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,9 @@ from pipeline.rl.reward_config import MODEL, Reward, check_calls, check_packages
 from pipeline.rl.rules import Rule
 from pipeline.rl.sentinel import Alarm, AlarmName
 from pipeline.train.finetune_config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from pipeline.models.sampling_cost import Sampling
 
 
 class OnlineConfig(FinetuneConfig):
@@ -163,12 +166,23 @@ class OnlineConfig(FinetuneConfig):
     def uses_peak(cls) -> bool:
         return False
 
-    @classmethod
-    def supports_shard(cls) -> bool:
-        return False
+    def sampling(self) -> "Sampling":
+        from pipeline.models.sampling_cost import Sampling
 
-    def sampled_rows(self) -> int:
-        return self.rollout.batch
+        return Sampling(self.rollout.batch, self.rollout.max_new_tokens)
+
+    def with_fewer_samples(self) -> list[Self]:
+        configs: list[Self] = [self]
+        while configs[-1].rollout.batch > 1:
+            rollout = self.rollout.model_copy(update={"batch": configs[-1].rollout.batch // 2})
+            configs.append(self.model_copy(update={"rollout": rollout}))
+        return configs
+
+    def loss_tokens(self) -> int:
+        return self.rollout.max_new_tokens + 1
+
+    def micro_rows(self, world: int) -> int:
+        return self.micro_batch or self.rows_of_step() // self.updates.minibatches // world
 
     def check_layout(self, world: int) -> None:
         super().check_layout(world)

@@ -1,8 +1,10 @@
 """Prompts with their sampled responses, as tensors: layout of a batch, log-probabilities and values at response
 tokens."""
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -141,10 +143,19 @@ class SharedReward(torch.nn.Module):
         super().__init__()
         self.score = copy.deepcopy(classifier.score).requires_grad_(False)
         self.config = classifier.config
-        self._classifier = [classifier]  # in a list, so that its parameters are not this module's
+        self._classifiers = []  # in a list, so that its parameters are not this module's
+
+    @contextlib.contextmanager
+    def inside(self, classifier) -> Iterator["SharedReward"]:
+        """Inside, it can be called. classifier: the value model's, complete."""
+        self._classifiers.append(classifier)
+        try:
+            yield self
+        finally:
+            self._classifiers.clear()
 
     def base_model(self, **inputs):
-        classifier = self._classifier[0]
+        (classifier,) = self._classifiers
         training = classifier.training
         classifier.eval()
         try:
@@ -163,11 +174,14 @@ class ValueModel(torch.nn.Module):
         super().__init__()
         self.classifier = classifier
         self.config = classifier.config
-        self.set_units(0.0, 1.0)
+        # Buffers, because an engine that splits a model reads them when it puts the complete model together.
+        self.register_buffer("mean", torch.tensor(0.0), persistent=False)
+        self.register_buffer("deviation", torch.tensor(1.0), persistent=False)
 
     def set_units(self, mean: float, deviation: float) -> None:
         """Constants of the run (rewards.calibration), set once and kept in the checkpoint's state."""
-        self.mean, self.deviation = mean, deviation
+        self.mean.fill_(mean)
+        self.deviation.fill_(deviation)
 
     def forward(self, **inputs):
         from transformers.modeling_outputs import TokenClassifierOutput

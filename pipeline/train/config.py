@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import math
 import shutil
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -14,6 +14,9 @@ from pipeline.core.errors import Problems, UserError
 from pipeline.core.terminal import plural
 from pipeline.core.trackers import TrackerName
 from pipeline.models import attention
+
+if TYPE_CHECKING:
+    from pipeline.models.sampling_cost import Sampling
 
 
 def _either(numbers: list[int]) -> str:
@@ -186,6 +189,11 @@ class Parallel(Strict):
         if self.shard is None:
             return None
         return world if self.shard == "full" else self.shard_ranks or per_node
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a process keeps only a part of the weights, and gathers the others when it needs them."""
+        return self.shard is not None or self.zero == 3
 
     @property
     def needs_deepspeed(self) -> bool:
@@ -431,11 +439,6 @@ class TrainConfig(StageConfig):
 
     def _check_shard(self, world: int) -> None:
         parallel = self.parallel
-        if parallel.shard and not type(self).supports_shard():
-            raise UserError(
-                f"stage {self.kind}: parallel.shard: {parallel.shard} is not supported by this stage, whose value model"
-                " is given its units after it was split; use zero: 3"
-            )
         if parallel.shard_ranks and world % parallel.shard_ranks:
             raise UserError(
                 f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into groups of"
@@ -498,9 +501,17 @@ class TrainConfig(StageConfig):
         """Further models of the same size in memory, by name, and whether each is trained."""
         return {}
 
-    def sampled_rows(self) -> int:
-        """Rows that the stage samples at a time."""
-        return 0
+    def sampling(self) -> "Sampling | None":
+        """What a process samples at a time; None if the stage does not."""
+        return None
+
+    def with_fewer_samples(self) -> list[Self]:
+        """This config, and the same with fewer and fewer rows sampled at a time, which changes memory and no result."""
+        return [self]
+
+    def loss_tokens(self) -> int | None:
+        """Most tokens of a row that the loss gets logits of; None: all."""
+        return None
 
     def packed_rows(self, world: int) -> int:
         """Rows of a micro-batch in which documents or conversations are kept apart by positions; 1 if none are."""
@@ -509,10 +520,6 @@ class TrainConfig(StageConfig):
     def head_chunk(self) -> Literal["auto"] | int | None:
         """Tokens whose losses the output layer computes at a time; None if the loss gets logits."""
         return None
-
-    @classmethod
-    def supports_shard(cls) -> bool:
-        return True
 
     @classmethod
     def balances_experts(cls) -> bool:

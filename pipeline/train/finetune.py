@@ -274,7 +274,7 @@ def build_engine(
     size = cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     peak = total_peak(config)
-    for line in tuning_lines(config, model.config, size, flops, peak, work, head_rows):
+    for line in tuning_lines(config, model, size, flops, peak, work, head_rows):
         say(line)
     engine = engines.build(model, loss, config, name=name, fill=weights)
     if weights is not None and config.lora is not None:

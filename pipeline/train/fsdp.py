@@ -64,6 +64,7 @@ class FullySharded(Engine):
         sharder = Sharder(model, self.mesh, self.device, config.precision)
         sharder.shard(fill)
         self.sharded, self.pieces, self.whole = sharder.result()
+        self.gathered_in = sharder.gathered_in
         self.parameters = [piece.values for piece in self.pieces.values()] + list(self.whole.values())
         self.optimizer = adamw(self.parameters, config, self.device)
 
@@ -137,8 +138,9 @@ class FullySharded(Engine):
     @contextlib.contextmanager
     def gathered(self):
         sharded, complete = self.model, self.skeleton
-        weights = {name: self._complete(name) for name in self.shapes}
-        with _filled(complete, weights, dict(sharded.named_buffers())):
+        # in the types in which layers are gathered: half of the bytes under bf16, and the same results under autocast
+        weights = {name: self._complete(name, self.gathered_in(name)) for name in self.shapes}
+        with filled(complete, weights, dict(sharded.named_buffers())):
             complete.train(sharded.training)
             self.model = complete
             try:
@@ -154,13 +156,13 @@ class FullySharded(Engine):
         finally:
             self.model.reshard()
 
-    def _complete(self, name: str) -> torch.Tensor:
-        """A complete parameter or buffer, on the device. Collective."""
+    def _complete(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A complete parameter or buffer, on the device, in another type if one is given. Collective."""
         if name in self.whole:
             return self.whole[name].detach()
         if name not in self.sharded:
             return self.model.get_buffer(name)
-        return self.sharded[name].detach().full_tensor()
+        return self.sharded[name].detach().to(dtype or self.sharded[name].dtype).full_tensor()
 
     def consolidated(self):
         weights = self._on_main(self.shapes)
@@ -245,7 +247,7 @@ def without_weights(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _filled(skeleton: nn.Module, weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]):
+def filled(skeleton: nn.Module, weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]):
     """Inside, the skeleton has these weights and buffers."""
     before = dict(skeleton.named_parameters())
     values = {id(before[name]): nn.Parameter(value, requires_grad=False) for name, value in weights.items()}

@@ -27,6 +27,7 @@ class Sharder:
         self.parts = Parts(model)
         self.kept: set[nn.Parameter] = set()  # on every process
         self.scales: dict[str, float] = {}
+        self.rounded_names: set[str] = set()
 
     def shard(self, fill: Fill | None) -> None:
         """Split part after part. fill: gives a part on the meta device its values, on the CPU."""
@@ -34,7 +35,8 @@ class Sharder:
             part = self.parts.materialise(name, fill, self._keep_rows)
             # no name here refers to a parameter, or it would stay complete while the next part is created
             self.scales |= {f"{name}.{inner}": lr_scale(parameter) for inner, parameter in part.named_parameters()}
-            self._shard_part(part)
+            if self._shard_part(part) is self.rounded:
+                self.rounded_names |= {f"{name}.{inner}" for inner, _ in part.named_parameters()}
         self._fully_shard(self.model, self.exact)
         self.parts.check_complete()
         self._prefetch()
@@ -58,22 +60,27 @@ class Sharder:
         start = rows * self.mesh["shard"].get_local_rank()
         return min(start, length), min(start + rows, length)
 
-    def _shard_part(self, part: nn.Module) -> None:
+    def _shard_part(self, part: nn.Module):
+        """Returns the types in which the part is gathered; None if the root gathers it."""
         is_layer = id(part) in self.parts.layers
         for module, attribute, parameter in own_parameters(part):
             if self._is_whole(part, module, attribute, parameter):
                 self._keep(parameter)
         shared = {id(parameter) for places in self.parts.tied for parameter in map(parameter_at, places)}
         if any(id(parameter) in shared for parameter in part.parameters()):
-            return  # a table that two modules read belongs to the root, which holds it while both are used
+            return None  # a table that two modules read belongs to the root, which holds it while both are used
         if is_layer:
-            self._fully_shard(part, self.rounded)
-        elif isinstance(part, nn.Embedding) or isinstance(part, Head):
-            self._fully_shard(part, self.exact)
-            if not (isinstance(part, Head) and part.per_token):
-                part.set_unshard_in_backward(False)  # its gradients do not need the table
+            policy = self.rounded
+        elif isinstance(part, (nn.Embedding, Head)):
+            policy = self.exact
         elif isinstance(part, nn.Linear):
-            self._fully_shard(part, self.rounded)
+            policy = self.rounded
+        else:
+            return None
+        self._fully_shard(part, policy)
+        if policy is self.exact and not (isinstance(part, Head) and part.per_token):
+            part.set_unshard_in_backward(False)  # its gradients do not need the table
+        return policy
 
     def _keep(self, parameter: nn.Parameter) -> None:
         parameter.data = parameter.data.to(self.device)
@@ -121,6 +128,27 @@ class Sharder:
             dim = parameter.placements[-1].dim
             pieces[name] = Piece(values, parameter.shape, dim, self._rows(parameter, dim)[0])
         return sharded, pieces, whole
+
+    def gathered_in(self, name: str) -> torch.dtype | None:
+        """The type in which a sharded parameter is gathered; None: its own."""
+        return self.rounded.param_dtype if name in self.rounded_names else None
+
+
+def multiplied_names(model: nn.Module) -> set[str]:
+    """Parameters of a complete model that only matrix products read, so that autocast rounds them at each use: what
+    the sharder gathers in bf16."""
+    parts, names = Parts(model), set()
+    shared = {id(parameter) for places in parts.tied for parameter in map(parameter_at, places)}
+    for part_name in parts.names:
+        part = model.get_submodule(part_name)
+        if id(part) not in parts.layers and (isinstance(part, Head) or not isinstance(part, nn.Linear)):
+            continue
+        for prefix, module in part.named_modules(prefix=part_name):
+            for attribute, parameter in module.named_parameters(recurse=False):
+                is_matrix = parameter.dim() >= 2 and id(parameter) not in shared
+                if is_matrix and _only_multiplied(module, attribute, parameter):
+                    names.add(f"{prefix}.{attribute}")
+    return names
 
 
 def gathered_dtype(model, precision: str) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from pipeline.core.errors import UserError
-from pipeline.models import cost, pipeline_split, step_time
+from pipeline.models import cost, pipeline_split, sampling_cost, step_time
 from pipeline.models.devices import Cluster
 from pipeline.models.families import family_of
 from pipeline.train import chunked_loss
@@ -78,6 +78,7 @@ def _words(keys: dict) -> list[str]:
         words.append(f"{checkpointing} checkpointing")
     if keys.get("compile"):
         words.append("compiled")
+    words += [f"{key} {value}" for key, value in keys.items() if "." in key]
     return words
 
 
@@ -121,6 +122,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         stage_layers=_stage_layers(config, model_config, size),
         shard=parallel.group_size(world, config.run.processes),
         compiled=config.compile,
+        loss_tokens=config.loss_tokens(),
     )
 
 
@@ -157,37 +159,17 @@ def _measured(config: TrainConfig, layout: cost.Layout, parallel: dict, costs: C
         keys["activation_checkpointing"] = layout.checkpointing
     if layout.compiled:
         keys["compile"] = True
+    sampling = config.sampling()
+    if sampling is not None:
+        keys[sampling.key] = sampling.rows
     sequences = dataclasses.replace(layout, micro=layout.micro * config.sequences_per_row())
     others = {}
     for name, is_trained in config.other_models().items():
-        others[name] = costs.size if is_trained else _frozen(costs.size)
-    memory = stage_memory(costs.config, costs.size, config.sequence_length, sequences, others, config.sampled_rows())
+        others[name] = costs.size if is_trained else sampling_cost.only_read(costs.size)
+    memory = sampling_cost.stage_memory(costs.config, costs.size, config.sequence_length, sequences, others, sampling)
     setup = step_time.setup_of(sequences, config.sequence_length)
     seconds = step_time.step_seconds(costs.shape, setup, cluster)
     return Candidate(keys, layout, memory, seconds, setup.step_tokens)
-
-
-def _frozen(size: cost.Size) -> cost.Size:
-    """Of a model that is only read, in fp32."""
-    return dataclasses.replace(size, frozen=size.total, frozen_bytes=4.0 * size.total)
-
-
-def stage_memory(
-    model_config, size: cost.Size, length: int, layout: cost.Layout, others: dict[str, cost.Size], sampled_rows: int
-) -> dict[str, float]:
-    """Bytes at the peak of a step on one process, by part, with `others`, further models in memory. What is only needed
-    while `sampled_rows` rows are sampled at a time replaces what is only needed while it updates, if it is more."""
-    parts = cost.memory(model_config, size, length, layout)
-    for name, other in others.items():
-        # A model that is only read is complete on each process.
-        parts[name] = sum(cost.state_bytes(other, layout).values()) if other.trained else other.weight_bytes
-    cache = cost.cache_bytes(model_config, sampled_rows, length)
-    updating = ("activations", "logits", "temporary")
-    if cache > sum(parts[name] for name in updating):
-        for name in updating:
-            del parts[name]
-        parts["keys and values"] = cache
-    return parts
 
 
 # ---- all layouts -----------------------------------------------------------------------------------------------------
@@ -230,8 +212,7 @@ def _parallels(config: TrainConfig, model_config, cluster: Cluster) -> list[dict
     found: list[dict] = [{}]
     if cluster.count > 1:
         found += [{"zero": 1}, {"zero": 2}, {"zero": 3}]
-        if type(config).supports_shard():
-            found += [{"shard": "full"}, {"shard": "hybrid"}] if cluster.nodes > 1 else [{"shard": "full"}]
+        found += [{"shard": "full"}, {"shard": "hybrid"}] if cluster.nodes > 1 else [{"shard": "full"}]
     if type(config).supports_pipeline() and family_of(model_config).pipeline:
         depths = [depth for depth in divisors(cluster.count) if 1 < depth <= model_config.num_hidden_layers]
         found += [{"zero": 1, "pipeline": depth} for depth in depths]
@@ -267,7 +248,10 @@ def _with_micro_batches(config: TrainConfig, keys: dict, costs: Costs, cluster: 
         except UserError:  # rows of documents that attention cannot keep apart in larger micro-batches
             break
         layout = dataclasses.replace(base, micro=micro, accumulation=rows // micro)
-        found.append(_measured(config, layout, keys["parallel"], costs, cluster))
+        options = [
+            _measured(changed, layout, keys["parallel"], costs, cluster) for changed in config.with_fewer_samples()
+        ]
+        found.append(next((one for one in options if one.fits(cluster)), options[-1]))
     return found
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline.core.terminal import byte_size, plural
-from pipeline.models import cost, devices
+from pipeline.models import cost, devices, sampling_cost
 from pipeline.models.cost import Flops, Size
 from pipeline.models.devices import Cluster
 from pipeline.train import distributed, layouts
-from pipeline.train.layouts import layout_of, stage_memory
+from pipeline.train.layouts import layout_of
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
 ASSUMED_MFU = 0.4
@@ -156,8 +156,6 @@ class Work:
     """Further lines."""
     others: dict[str, Size] = field(default_factory=dict)
     """Further models in memory, by name."""
-    sampled_rows: int = 0
-    """Rows that are sampled at a time."""
 
     def flops(self, per_token: Flops) -> float | None:
         return None if self.tokens is None else per_token.full * (self.tokens + self.forward_tokens / 3)
@@ -169,11 +167,11 @@ class Work:
 
 
 def tuning_lines(
-    config, model_config, size: Size, flops: Flops, peak: float | None, work: Work, head_rows: int | None = None
+    config, model, size: Size, flops: Flops, peak: float | None, work: Work, head_rows: int | None = None
 ) -> list[str]:
     """The header of a stage that learns from records. peak: FLOP/s of all devices, if known. head_rows: positions whose
     logits exist at a time; None: all of a micro-batch."""
-    layout = _tuning_layout(config, work, head_rows)
+    model_config, layout = model.config, _tuning_layout(config, work, head_rows)
     lines = [
         model_line(model_config, size),
         f"data       {work.data}",
@@ -184,8 +182,9 @@ def tuning_lines(
         estimate = time_estimate(work.seconds(flops, peak), peak)
         lines.append(f"compute    {work.flops(flops):.2e} FLOPs, {work.tokens:,.0f} tokens{estimate}")
     sequences = dataclasses.replace(layout, micro=layout.micro * config.sequences_per_row())
-    length = config.sequence_length
-    lines += _memory_lines(stage_memory(model_config, size, length, sequences, work.others, work.sampled_rows))
+    length, sampling = config.sequence_length, config.sampling()
+    parts = sampling_cost.stage_memory(model_config, size, length, sequences, work.others, sampling)
+    lines += _memory_lines(parts, functools.partial(layouts.advice, config, model))
     saved = size.frozen_bytes - 2.0 * size.frozen
     if config.lora is not None and config.lora.base == "fp32" and config.precision == "bf16" and saved > NOTABLE_BYTES:
         lines.append(f"           lora.base: bf16 would keep the frozen weights in {byte_size(saved)} less")
@@ -207,6 +206,7 @@ def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
         head_rows=head_rows,
         offload=config.parallel.offload,
         shard=config.parallel.group_size(ranks, distributed.local_world()),
+        loss_tokens=config.loss_tokens(),
     )
 
 

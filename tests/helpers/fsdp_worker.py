@@ -130,10 +130,28 @@ def expected_bytes(name: str) -> dict[tuple[str, str], int]:
     }
 
 
+@torch.no_grad()
+def gathered(trainer) -> tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]:
+    """Logits of a model that is gathered for sampling, those of the model in fp32, and the types of the first one's
+    weights."""
+    ids = torch.arange(24).view(2, 12)
+    logits, types = [], set()
+    for exact in (False, True):
+        if exact:
+            trainer.gathered_in = lambda name: None
+        with trainer.gathered(), torch.autocast("cpu", torch.bfloat16):
+            trainer.model.eval()
+            logits.append(trainer.model(ids).logits)
+            if not exact:
+                types = {parameter.dtype for parameter in trainer.model.parameters()}
+    return *logits, types
+
+
 def run(folder: Path) -> dict:
     from tuned import tokenizer
 
     from pipeline.models import publish
+    from pipeline.rl.frozen_models import SplitModel
     from pipeline.train import distributed, fsdp_sharding
     from pipeline.train.engine import Engine
 
@@ -169,6 +187,18 @@ def run(folder: Path) -> dict:
         results["read", name] = read_engine(folder / f"{name}-whole").consolidated()
     adapted = read_engine(folder / "experts-whole", adapters=True)
     results["read", "adapters"] = adapted.consolidated()
+    model = made("gpt2", materialise=True)
+    model.odd = torch.nn.Parameter(torch.arange(7.0))  # not divisible by two processes
+    frozen = SplitModel(model, "bf16", trainer.device)
+    with frozen.complete() as complete:
+        weights = {name: value.detach().clone() for name, value in complete.named_parameters()}
+    results["split"] = (
+        dict(model.named_parameters()),
+        {name: part.numel() for name, part in frozen.parts.items()},
+        weights,
+    )
+    for name in ROUNDED:
+        results["gathered", name] = gathered(engine_of(name, "bf16"))
     trainer = engine_of("experts")
     results["placements"] = {name: value.placements[0].dim for name, value in trainer.sharded.items()}
     return results

@@ -2,19 +2,21 @@
 have shapes and no data, in a process group that sends nothing.
 
     building, training = peaks(config, model_config, world)       # bytes
+    peak(config, model_config, world)                             # of training, from a few layers
 
 Counted are the storages that are alive after each operation. What the CUDA context, NCCL and fragmentation take is not
 simulated.
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,11 +58,11 @@ class Live(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def processes(world: int) -> Iterator[None]:
-    """This process as rank 0 of `world`, whose collectives do nothing."""
+def processes(world: int, local: int = 8) -> Iterator[None]:
+    """This process as rank 0 of `world`, `local` on its node, whose collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    values = {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(min(8, world))}
+    values = {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(local)}
     with mock.patch.dict(os.environ, values | {"ACCELERATE_USE_CPU": "true"}):
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
         try:
@@ -69,37 +71,91 @@ def processes(world: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def peak(config, model_config, world: int) -> float:
+    """Bytes of a step at full depth: of two small numbers of layers, continued in a straight line, because a model's
+    layers are alike."""
+    few = (getattr(model_config, "first_k_dense_replace", None) or 0) + 3
+    if model_config.num_hidden_layers <= few + 2:
+        return peaks(config, model_config, world)[1]
+    first, second = (peaks(config, with_layers(model_config, count), world)[1] for count in (few, few + 2))
+    return first + (model_config.num_hidden_layers - few) / 2 * (second - first)
+
+
+def with_layers(model_config, count: int):
+    """A configuration with fewer layers."""
+    model_config = copy.deepcopy(model_config)
+    model_config.num_hidden_layers = count
+    for key in ("layer_types", "mlp_layer_types"):
+        if getattr(model_config, key, None):
+            setattr(model_config, key, getattr(model_config, key)[:count])
+    return model_config
+
+
 def peaks(config, model_config, world: int) -> tuple[int, int]:
     """Bytes while the engine is built, and in a step of two micro-batches with the optimizer's moments."""
+    with simulated(config, world) as live:
+        model = on_meta(config, model_config)
+        engine = engine_of(model, _loss, config, "model")
+        building, live.peak = live.peak, 0
+        moments = moments_of(engine)
+        for _ in range(2):
+            _micro_batch(engine, config)
+        assert moments
+        return building, live.peak
+
+
+@contextlib.contextmanager
+def simulated(config, world: int) -> Iterator[Live]:
+    """Rank 0 of `world` processes on fake tensors. What operations make is counted by the object that is yielded."""
+    with processes(world, config.run.processes):
+        mesh = fsdp.mesh_of(config.parallel, torch.device("cpu"))  # its ranks are real numbers
+        with (
+            mock.patch.object(fsdp, "mesh_of", lambda *_: mesh),
+            mock.patch.object(fsdp, "without_weights", empty_copy),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            Live() as live,
+        ):
+            yield live
+
+
+def on_meta(config, model_config, reward: bool = False):
+    """A model as a stage has it before its engine is built: as engine.build and layers.prepare do it on a GPU, and with
+    causal attention that has no mask, as row_attention's kernel."""
     import transformers
 
     from pipeline.models import experts
 
-    with processes(world):
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).train()
-        experts.install(model)
-        layers.prepare(model, config)
-        if config.activation_checkpointing != "none":
-            layers.checkpoint(model, config.activation_checkpointing)
-        mesh = fsdp.mesh_of(config.parallel, torch.device("cpu"))  # its ranks are real numbers
-        replaced = {"mesh_of": lambda *_: mesh, "without_weights": lambda model: None}
-        with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.multiple(fsdp, **replaced), Live() as live:
-            engine = fsdp.FullySharded(model, _loss, config, "model", fill=lambda part, global_name: None)
-            building, live.peak = live.peak, 0
-            moments = [torch.empty_like(parameter) for parameter in engine.parameters for _ in range(2)]
-            for _ in range(2):
-                _micro_batch(engine, config)
-            assert moments
-            return building, live.peak
+    kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = kind.from_config(model_config, dtype=torch.float32).train()
+    experts.install(model)
+    layers.prepare(model, config)
+    head = chunked_loss.installed(model)
+    if head is not None and head.chunk is None:
+        head.chunk = chunked_loss.chunk_of(model_config.vocab_size, "cuda")
+    if config.activation_checkpointing != "none":
+        layers.checkpoint(model, config.activation_checkpointing)
+    return model
+
+
+def empty_copy(model, copied=fsdp.without_weights):
+    """Of a model on the meta device. Fake tensors cannot be copied deeply."""
+    with unset_fake_temporarily():
+        return copied(model)
+
+
+def engine_of(model, loss, config, name: str):
+    return fsdp.FullySharded(model, loss, config, name, fill=lambda part, global_name: None)
+
+
+def moments_of(engine) -> list[torch.Tensor]:
+    """What AdamW keeps after its first update."""
+    return [torch.empty_like(parameter) for parameter in engine.parameters for _ in range(2)]
 
 
 def _micro_batch(engine, config) -> None:
     ids = torch.zeros(config.micro_rows(engine.data_world), config.sequence_length, dtype=torch.long)
-    inputs = {"input_ids": ids}
-    if config.document_mask:
-        inputs["position_ids"] = torch.zeros_like(ids)
-    loss, _ = engine._forward(engine.model, {"inputs": inputs, "labels": ids})
+    loss, _ = engine._forward(engine.model, {"inputs": {"input_ids": ids}, "labels": ids})
     loss.backward()
 
 

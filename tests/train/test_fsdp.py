@@ -179,6 +179,23 @@ def test_two_processes_read_what_neither_has_memory_for(tmp_path):
     assert "allocate" in found["ddp"]
 
 
+def test_models_that_are_only_read_are_split_and_put_together_again(results):
+    """Each of two processes keeps half of every parameter, padded to equal lengths."""
+    model, halves, complete = results["split"]
+    assert complete.keys() == dict(model).keys() == halves.keys()
+    assert any(value.numel() % 2 for value in complete.values())
+    for name, value in complete.items():
+        assert torch.equal(value, model[name].to(value.dtype)) and halves[name] == -(-value.numel() // 2)
+    assert {value.dtype for value in complete.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_a_model_that_is_gathered_in_bf16_computes_the_same(results):
+    """For sampling and measuring, under autocast: equal to the bit to the model gathered in fp32."""
+    for name in fsdp_worker.ROUNDED:
+        rounded, exact, types = results["gathered", name]
+        assert torch.equal(rounded, exact) and types == {torch.bfloat16, torch.float32}
+
+
 @pytest.mark.slow
 def test_two_processes_build_what_neither_has_memory_for(tmp_path):
     """Of 512 MB of weights each process keeps half; with 400 MB it can, and with DDP it cannot."""

@@ -1,0 +1,132 @@
+"""The memory of a stage that samples from the model it trains and reads the samples with further models: online RL.
+Arithmetic, like cost.py.
+
+    parts = stage_memory(config, size, sequence_length, layout, others, Sampling(rows=8, new_tokens=512))
+
+A process is in one of three phases at a time: it samples, it measures the samples (log-probabilities, values, scores),
+or it updates. What it needs is the states of all models and what the largest phase adds.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from pipeline.models import cost
+from pipeline.models.cost import Layout, Size
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a process samples and measures at a time."""
+
+    rows: int
+    """Prompts with their responses."""
+    new_tokens: int
+    """Most tokens of a response; a row has sequence_length tokens at most."""
+    key: str = "rollout.batch"
+    """Of the stage, that gives `rows`."""
+
+
+def only_read(size: Size) -> Size:
+    """Of a model that gets no gradients, as a stage keeps it for reading (rl/frozen_models.py)."""
+    return dataclasses.replace(size, frozen=size.total, frozen_bytes=4.0 * size.total)
+
+
+def stage_memory(
+    config, size: Size, length: int, layout: Layout, others: dict[str, Size], sampling: Sampling | None
+) -> dict[str, float]:
+    """Bytes at the peak of a step on one process, by part. others: further models in memory, by name; those that are
+    trained have the layout of the first. sampling: None for a stage that does not sample."""
+    updating = cost.memory(config, size, length, layout)
+    kept = {name: updating.pop(name) for name in ("weights", "gradients", "optimizer")}
+    if layout.shard:  # gradients exist while a model is updated, and then of that one alone
+        updating["gradients"] = kept.pop("gradients")
+    phases = [updating]
+    if sampling is not None:
+        phases += [sampling_bytes(config, size, length, layout, sampling)]
+        phases += [measuring_bytes(config, size, length, layout, sampling)]
+    kept |= others_bytes(config, layout, others)
+    return kept | max(phases, key=lambda parts: sum(parts.values()))
+
+
+def others_bytes(config, layout: Layout, others: dict[str, Size]) -> dict[str, float]:
+    """What a process keeps of further models in all phases."""
+    parts = {}
+    for name, other in others.items():
+        if other.trained:
+            parts[name] = kept_bytes(other, layout)
+        else:
+            parts[name] = complete_bytes(config, other, layout.precision) / _readers(layout)
+    return parts
+
+
+def kept_bytes(size: Size, layout: Layout) -> float:
+    """Of a model that is trained, while it is not updated."""
+    parts = cost.state_bytes(size, layout)
+    return sum(parts.values()) - (parts["gradients"] if layout.shard else 0.0)
+
+
+def _readers(layout: Layout) -> int:
+    """Processes over which a model that is only read is split."""
+    return layout.ranks if layout.splits_weights else 1
+
+
+def complete_bytes(config, size: Size, precision: str) -> float:
+    """Bytes of a complete model whose matrices are rounded where that changes no result: all but tables that are looked
+    up."""
+    if precision != "bf16":
+        return size.weight_bytes
+    multiplied = size.cast  # without tables that are only looked up
+    if config.tie_word_embeddings:
+        multiplied -= size.embedding
+    return size.weight_bytes - 2.0 * max(0, multiplied)
+
+
+def gathered_bytes(config, size: Size, layout: Layout) -> float:
+    """What a process gathers for sampling and measuring, in addition to its part of the weights."""
+    if layout.shard:
+        return complete_bytes(config, size, layout.precision)
+    return size.weight_bytes if layout.zero == 3 else 0.0
+
+
+def sampling_bytes(config, size: Size, length: int, layout: Layout, sampling: Sampling) -> dict[str, float]:
+    """While a batch is sampled: at its last token, when the cache is longest, or while the prompts are read."""
+    rows, prompt = sampling.rows, length - sampling.new_tokens
+    in_bf16 = layout.precision == "bf16" and (layout.shard is not None or size.frozen_bytes < 4.0 * size.frozen)
+    # Rotary positions leave keys in fp32 under autocast.
+    keys, values, repeated = _cache_widths(config)
+    item = 2.0 if in_bf16 else 4.0
+    per_token = 4.0 * keys + item * values
+    layers = config.num_hidden_layers
+    # A layer's cache while it gets a token, and its keys and values for attention: cast, and repeated for each head.
+    decoding = rows * length * (per_token + 2 * item * repeated) + 40.0 * rows * config.vocab_size
+    reading = _forward_bytes(config, size, rows, prompt, item) + rows * prompt * 2 * item * repeated
+    cache, temporary = rows * length * per_token * layers, decoding
+    if rows * prompt * per_token * layers + reading > cache + temporary:
+        cache, temporary = rows * prompt * per_token * layers, reading
+    return {"gathered": gathered_bytes(config, size, layout), "keys and values": cache, "temporary": temporary}
+
+
+def measuring_bytes(config, size: Size, length: int, layout: Layout, sampling: Sampling) -> dict[str, float]:
+    """While log-probabilities of a batch are computed, without gradients."""
+    rows, item = sampling.rows, 2.0 if layout.precision == "bf16" else 4.0
+    # per logit itself, in fp32, its log-softmax; for the entropy that one's exponential and product
+    logits = (item + 16.0) * rows * (sampling.new_tokens + 1) * config.vocab_size
+    forward = _forward_bytes(config, size, rows, length, item)
+    return {"gathered": gathered_bytes(config, size, layout), "logits": logits, "temporary": forward}
+
+
+def _forward_bytes(config, size: Size, rows: int, length: int, item: float) -> float:
+    """Of one layer that keeps nothing, while its feed-forward part computes: the fp32 residual and its norm, and three
+    of the widest results; and the mask of rows of unequal length."""
+    inner = cost.inner_width(config) * (cost.routed(config)[0] if size.experts else 1)
+    return rows * length * (12.0 * config.hidden_size + 3 * item * inner) + 3.0 * rows * length**2
+
+
+def _cache_widths(config) -> tuple[float, float, float]:
+    """Widths of a layer's keys and values in the cache, and of values that are repeated for each head."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0.0, 0.0, 0.0
+    queries, keys, values = cost.attention_widths(config, heads)
+    share = keys / queries
+    return keys, values * share, values

@@ -1,0 +1,157 @@
+"""The memory of one process of stage ppo under FSDP at full size, simulated as in simulated_fsdp.py: both engines, the
+reference and the reward model as the stage builds them, and the phases of an iteration one after another.
+
+    peaks(config, model_config, world)       # phase -> bytes, from a few layers
+
+What is sampled depends on data, which fake tensors have not. So sampling is simulated as its two largest moments: the
+prompts are read, and the last token is computed with a full cache of keys and values. Reward and value model have the
+policy's shape.
+"""
+
+import functools
+from unittest import mock
+
+import simulated_fsdp
+import torch
+
+from pipeline.rl import frozen_models, ppo_objective
+from pipeline.rl.responses import ValueModel, at_responses, policy_inputs, token_statistics
+from pipeline.rl.rollout import choose
+from pipeline.train import engine as engines
+
+
+def peaks(config, model_config, world: int) -> dict[str, float]:
+    few = 3
+    first, second = (_peaks(config, simulated_fsdp.with_layers(model_config, count), world) for count in (few, few + 2))
+    more = (model_config.num_hidden_layers - few) / 2
+    return {phase: first[phase] + more * (second[phase] - first[phase]) for phase in first}
+
+
+def _peaks(config, model_config, world: int) -> dict[str, float]:
+    model_config.num_labels, model_config.pad_token_id = 1, 0
+    with simulated_fsdp.simulated(config, world) as live:
+        frozen = [_read_only(config, model_config, reward) for reward in (False, True)]
+        policy = simulated_fsdp.engine_of(
+            simulated_fsdp.on_meta(config, model_config),
+            functools.partial(ppo_objective.policy_loss_fn, config),
+            config,
+            "policy",
+        )
+        value = simulated_fsdp.engine_of(
+            ValueModel(simulated_fsdp.on_meta(config, model_config, reward=True)),
+            functools.partial(ppo_objective.value_loss_fn, config),
+            config,
+            "value",
+        )
+        moments = simulated_fsdp.moments_of(policy) + simulated_fsdp.moments_of(value)
+        found = {}
+        for phase, act in {
+            "sample": lambda: _sample(config, policy),
+            "measure": lambda: _measure(config, policy),
+            "reference": lambda: _read(config, frozen[0], _logprobs),
+            "values": lambda: _values(config, value),
+            "scores": lambda: _read(config, frozen[1], _scores),
+            "update of the policy": lambda: _update(config, policy),
+            "update of the value model": lambda: _update(config, value),
+        }.items():
+            live.peak = live.now()
+            act()
+            found[phase] = live.peak
+        assert moments
+        return found
+
+
+def _read_only(config, model_config, reward: bool):
+    model = simulated_fsdp.on_meta(config, model_config, reward)
+    empty = simulated_fsdp.empty_copy(model)
+    with mock.patch.object(frozen_models, "without_weights", lambda _: empty):
+        return frozen_models.only_read(model.to_empty(device="cpu"), config, shared=False)
+
+
+def _batch(config, rows: int) -> dict:
+    """Rows of the largest size, as `layout` in pipeline/rl/responses.py makes them."""
+    length, new = config.sequence_length, config.rollout.max_new_tokens
+    mask = torch.ones(rows, length, dtype=torch.long)
+    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "position_ids": torch.zeros_like(mask)}
+    return {"inputs": inputs, "responses": mask[:, -new:], "mask": mask[:, -new:].float()}
+
+
+def _autocast(config):
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16")
+
+
+@torch.no_grad()
+def _sample(config, engine) -> None:
+    from transformers import DynamicCache
+
+    rows, length, new = config.rollout.batch, config.sequence_length, config.rollout.max_new_tokens
+    with engine.gathered(), _autocast(config):
+        model = engine.model.eval()
+        ids = torch.zeros(rows, length - new, dtype=torch.long)
+        arguments = {"use_cache": True, "logits_to_keep": 1}
+        mask = torch.ones(rows, length, dtype=torch.long)
+        cache = model(input_ids=ids, attention_mask=mask[:, :-new], position_ids=ids, **arguments).past_key_values
+        full = DynamicCache(config=model.config)
+        for index, layer in enumerate(cache.layers):
+            heads, width = layer.keys.shape[1], layer.keys.shape[3]
+            keys, values = (
+                torch.empty(rows, heads, length - 1, width, dtype=kept.dtype) for kept in (layer.keys, layer.values)
+            )
+            full.update(keys, values, index)
+            layer.keys = layer.values = None
+        del cache, layer, keys, values
+        outputs = model(
+            input_ids=ids[:, :1], attention_mask=mask, position_ids=ids[:, :1], past_key_values=full, **arguments
+        )
+        choose(outputs.logits[:, -1], config.rollout.temperature, torch.zeros(rows, dtype=torch.float64))
+    engine.model.train()
+
+
+@torch.no_grad()
+def _logprobs(config, model) -> None:
+    batch = _batch(config, config.rollout.batch)
+    with _autocast(config):
+        logits = model(**policy_inputs(model, batch)).logits
+        token_statistics(logits, batch["responses"], config.rollout.temperature)
+
+
+def _measure(config, engine) -> None:
+    with engine.gathered():
+        _logprobs(config, engine.model.eval())
+    engine.model.train()
+
+
+def _read(config, model, act) -> None:
+    with model.complete() as whole:
+        act(config, whole)
+
+
+@torch.no_grad()
+def _scores(config, model) -> None:
+    inputs = _batch(config, config.rollout.batch)["inputs"]
+    del inputs["position_ids"]
+    with _autocast(config):
+        model.score(model.base_model(**inputs, use_cache=False).last_hidden_state)
+
+
+@torch.no_grad()
+def _values(config, engine) -> None:
+    batch = _batch(config, config.rollout.batch)
+    with engine.gathered(), _autocast(config):
+        at_responses(engine.model.eval()(**batch["inputs"]).logits[..., 0], config.rollout.max_new_tokens)
+    engine.model.train()
+
+
+def _update(config, engine: engines.Engine) -> None:
+    batch = _batch(config, config.micro_batch)
+    for name in ("logprobs", "advantages", "values", "returns"):
+        batch[name] = torch.zeros_like(batch["mask"])
+    if engine.name == "policy":
+        batch["inputs"] = policy_inputs(engine.model, batch)
+    for _ in range(2):
+        loss, _ = engine._forward(engine.model, batch)
+        loss.backward()
+    for parameter in engine.parameters:
+        parameter.grad = None
+    for parameter in engine.sharded.values():
+        parameter.grad = None
