@@ -44,18 +44,21 @@ def stage_memory(
     if sampling is not None:
         phases += [sampling_bytes(config, size, length, layout, sampling)]
         phases += [measuring_bytes(config, size, length, layout, sampling)]
-    kept |= others_bytes(config, layout, others)
+    kept |= others_bytes(config, layout, others, sampling is not None)
     return kept | max(phases, key=lambda parts: sum(parts.values()))
 
 
-def others_bytes(config, layout: Layout, others: dict[str, Size]) -> dict[str, float]:
-    """What a process keeps of further models in all phases."""
+def others_bytes(config, layout: Layout, others: dict[str, Size], online: bool) -> dict[str, float]:
+    """What a process keeps of further models in all phases. online: those that are only read are kept as online RL
+    keeps them, and not complete in fp32."""
     parts = {}
     for name, other in others.items():
         if other.trained:
             parts[name] = kept_bytes(other, layout)
+        elif not online:
+            parts[name] = other.weight_bytes
         else:
-            parts[name] = complete_bytes(config, other, layout.precision) / _readers(layout)
+            parts[name] = complete_bytes(config, other, layout) / _readers(layout)
     return parts
 
 
@@ -70,21 +73,23 @@ def _readers(layout: Layout) -> int:
     return layout.ranks if layout.splits_weights else 1
 
 
-def complete_bytes(config, size: Size, precision: str) -> float:
-    """Bytes of a complete model whose matrices are rounded where that changes no result: all but tables that are looked
-    up."""
-    if precision != "bf16":
+def complete_bytes(config, size: Size, layout: Layout) -> float:
+    """Bytes of a complete model whose matrices are in bf16 where that changes no result: all but tables that are looked
+    up, and an output layer that computes in chunks."""
+    if layout.precision != "bf16":
         return size.weight_bytes
     multiplied = size.cast  # without tables that are only looked up
     if config.tie_word_embeddings:
         multiplied -= size.embedding
+    elif layout.head_rows:
+        multiplied -= size.embedding - size.lookup
     return size.weight_bytes - 2.0 * max(0, multiplied)
 
 
 def gathered_bytes(config, size: Size, layout: Layout) -> float:
     """What a process gathers for sampling and measuring, in addition to its part of the weights."""
     if layout.shard:
-        return complete_bytes(config, size, layout.precision)
+        return complete_bytes(config, size, layout)
     return size.weight_bytes if layout.zero == 3 else 0.0
 
 
@@ -109,8 +114,10 @@ def sampling_bytes(config, size: Size, length: int, layout: Layout, sampling: Sa
 def measuring_bytes(config, size: Size, length: int, layout: Layout, sampling: Sampling) -> dict[str, float]:
     """While log-probabilities of a batch are computed, without gradients."""
     rows, item = sampling.rows, 2.0 if layout.precision == "bf16" else 4.0
-    # per logit itself, in fp32, its log-softmax; for the entropy that one's exponential and product
-    logits = (item + 16.0) * rows * (sampling.new_tokens + 1) * config.vocab_size
+    # per logit itself, its fp32 log-softmax and for the entropy that one's exponential; with chunks the weight's copy
+    positions = rows * sampling.new_tokens
+    logits = (item + 8.0) * min(positions, layout.head_rows or positions) * config.vocab_size
+    logits += item * (size.embedding - size.lookup) if layout.head_rows else 0.0
     forward = _forward_bytes(config, size, rows, length, item)
     return {"gathered": gathered_bytes(config, size, layout), "logits": logits, "temporary": forward}
 

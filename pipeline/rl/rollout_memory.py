@@ -29,7 +29,7 @@ def describe(config, model, others: dict[str, cost.Size]) -> tuple[str, ...]:
     gathered = sampling_cost.gathered_bytes(model.config, size, layout)
     if device.type == "cuda":
         kept = sampling_cost.kept_bytes(size, layout)
-        kept += sum(sampling_cost.others_bytes(model.config, layout, others).values())
+        kept += sum(sampling_cost.others_bytes(model.config, layout, others, online=True).values())
         require(config.kind, gathered, kept, torch.cuda.get_device_properties(device).total_memory)
     still = [name for name, other in others.items() if not other.trained]
     text = f"sampling   each process gathers the policy once per iteration ({byte_size(gathered)}) and drops it after"

@@ -104,7 +104,9 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
     parallel = config.parallel
     ranks = world // parallel.pipeline
     micro = config.micro_rows(world)
-    head_rows = config.head_chunk() if family_of(model_config).chunked_loss else None
+    head_rows = config.head_chunk() if config.sampling() is None else "auto"  # rl/responses.py: predict_at_labels
+    if not family_of(model_config).chunked_loss:
+        head_rows = None
     if head_rows == "auto":
         head_rows = chunked_loss.chunk_of(model_config.vocab_size, device)
     return cost.Layout(

@@ -114,8 +114,10 @@ def expected_bytes(name: str) -> dict[tuple[str, str], int]:
     """What a step of two micro-batches in bf16 sends, in bytes of complete tensors. Of each micro-batch: matrices of
     layers in bf16 for the forward and the backward pass; the embedding in fp32 for the forward pass; the output layer
     likewise if it computes its losses in chunks, else as a layer; all gradients in fp32. At the end the vectors'
-    gradients. 61 rows of a table are sent as 62, the next number that two processes share evenly."""
+    gradients. 61 rows of a table are sent as 62, the next number that two processes share evenly, and 3 rows of a router
+    as 4."""
     sizes = {key: value.numel() for key, value in made(name, materialise=False).named_parameters()}
+    sizes |= {key: size // 3 * 4 for key, size in sizes.items() if key.endswith("mlp.gate.weight")}
     shapes = {key: value.dim() for key, value in made(name, materialise=False).named_parameters()}
     table, micro_batches = 62 * SIZES["hidden_size"], 2
     layers = sum(size for key, size in sizes.items() if ".layers." in key and shapes[key] > 1)

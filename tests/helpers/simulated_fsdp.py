@@ -129,7 +129,8 @@ def on_meta(config, model_config, reward: bool = False):
     with unset_fake_temporarily(), torch.device("meta"):
         model = kind.from_config(model_config, dtype=torch.float32).train()
     experts.install(model)
-    layers.prepare(model, config)
+    prepare = layers.prepare_rows if config.kind == "pretrain" else layers.prepare
+    prepare(model, config)
     head = chunked_loss.installed(model)
     if head is not None and head.chunk is None:
         head.chunk = chunked_loss.chunk_of(model_config.vocab_size, "cuda")

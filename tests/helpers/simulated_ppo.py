@@ -15,8 +15,9 @@ import simulated_fsdp
 import torch
 
 from pipeline.rl import frozen_models, ppo_objective
-from pipeline.rl.responses import ValueModel, at_responses, policy_inputs, token_statistics
+from pipeline.rl.responses import ValueModel, predict, predict_at_labels, token_statistics
 from pipeline.rl.rollout import choose
+from pipeline.train import chunked_loss
 from pipeline.train import engine as engines
 
 
@@ -32,7 +33,7 @@ def _peaks(config, model_config, world: int) -> dict[str, float]:
     with simulated_fsdp.simulated(config, world) as live:
         frozen = [_read_only(config, model_config, reward) for reward in (False, True)]
         policy = simulated_fsdp.engine_of(
-            simulated_fsdp.on_meta(config, model_config),
+            _language_model(config, model_config),
             functools.partial(ppo_objective.policy_loss_fn, config),
             config,
             "policy",
@@ -61,8 +62,18 @@ def _peaks(config, model_config, world: int) -> dict[str, float]:
         return found
 
 
+def _language_model(config, model_config):
+    """A policy or reference. Which positions have labels depends on data, so the losses are computed at all of them, as
+    many at a time as on a GPU."""
+    model = simulated_fsdp.on_meta(config, model_config)
+    predict_at_labels(model, config.rollout.temperature)
+    head = chunked_loss.installed(model)
+    head.selects, head.chunk = False, chunked_loss.chunk_of(model_config.vocab_size, "cuda")
+    return model
+
+
 def _read_only(config, model_config, reward: bool):
-    model = simulated_fsdp.on_meta(config, model_config, reward)
+    model = simulated_fsdp.on_meta(config, model_config, True) if reward else _language_model(config, model_config)
     empty = simulated_fsdp.empty_copy(model)
     with mock.patch.object(frozen_models, "without_weights", lambda _: empty):
         return frozen_models.only_read(model.to_empty(device="cpu"), config, shared=False)
@@ -70,10 +81,8 @@ def _read_only(config, model_config, reward: bool):
 
 def _batch(config, rows: int) -> dict:
     """Rows of the largest size, as `layout` in pipeline/rl/responses.py makes them."""
-    length, new = config.sequence_length, config.rollout.max_new_tokens
-    mask = torch.ones(rows, length, dtype=torch.long)
-    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "position_ids": torch.zeros_like(mask)}
-    return {"inputs": inputs, "responses": mask[:, -new:], "mask": mask[:, -new:].float()}
+    ids = torch.zeros(rows, config.sequence_length, dtype=torch.long)
+    return {"inputs": {"input_ids": ids}, "labels": ids, "mask": ids.float()}
 
 
 def _autocast(config):
@@ -111,8 +120,7 @@ def _sample(config, engine) -> None:
 def _logprobs(config, model) -> None:
     batch = _batch(config, config.rollout.batch)
     with _autocast(config):
-        logits = model(**policy_inputs(model, batch)).logits
-        token_statistics(logits, batch["responses"], config.rollout.temperature)
+        token_statistics(predict(model, batch), batch["labels"], config.rollout.temperature)
 
 
 def _measure(config, engine) -> None:
@@ -128,17 +136,17 @@ def _read(config, model, act) -> None:
 
 @torch.no_grad()
 def _scores(config, model) -> None:
-    inputs = _batch(config, config.rollout.batch)["inputs"]
-    del inputs["position_ids"]
+    ids = _batch(config, config.rollout.batch)["labels"]
     with _autocast(config):
-        model.score(model.base_model(**inputs, use_cache=False).last_hidden_state)
+        hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+        model.score(hidden[:, -1])
 
 
 @torch.no_grad()
 def _values(config, engine) -> None:
     batch = _batch(config, config.rollout.batch)
     with engine.gathered(), _autocast(config):
-        at_responses(engine.model.eval()(**batch["inputs"]).logits[..., 0], config.rollout.max_new_tokens)
+        engine.model.eval()(**batch["inputs"])
     engine.model.train()
 
 
@@ -146,8 +154,6 @@ def _update(config, engine: engines.Engine) -> None:
     batch = _batch(config, config.micro_batch)
     for name in ("logprobs", "advantages", "values", "returns"):
         batch[name] = torch.zeros_like(batch["mask"])
-    if engine.name == "policy":
-        batch["inputs"] = policy_inputs(engine.model, batch)
     for _ in range(2):
         loss, _ = engine._forward(engine.model, batch)
         loss.backward()

@@ -126,6 +126,46 @@ def _prepare(model, config) -> None:
         chunked_loss.install(model, chunk, config.z_loss)
     if config.activation_checkpointing != "none":
         layers.checkpoint(model, config.activation_checkpointing)
+    if config.compile:
+        _compile(model)
+
+
+class Uncompiled(torch.nn.Module):
+    """A layer whose parameters can be exchanged, and that is called as its class says."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return type(self.layer).forward(self.layer, *args, **kwargs)
+
+
+def _compile(model) -> None:
+    """What torch.compile keeps of a layer for its backward pass: its forward and backward graphs, cut by the compiler's
+    partitioner, which recomputes what is cheap. The graphs run operation by operation, where the compiler fuses, so
+    what exists only inside a layer is more than in truth."""
+    for layer in layers.decoder_layers(model):
+        layer.forward = _graphs(Uncompiled(layer))
+
+
+def _graphs(module):
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def call(parameters, *args, **kwargs):
+        return torch.func.functional_call(module, parameters, args, kwargs)
+
+    traced = aot_function(
+        call,
+        lambda graph, inputs: graph,
+        lambda graph, inputs: graph,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    parameters = dict(module.named_parameters())
+    return lambda *args, **kwargs: traced(parameters, *args, **kwargs)
 
 
 def _measured(config, model, world: int, stage: int | None) -> Peak:

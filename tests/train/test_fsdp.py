@@ -90,7 +90,7 @@ def test_a_model_of_70_billion_starts_and_trains_within_a_shard_and_a_layer():
     """LLaMA 2 70B on 256 GPUs, at its full width on fake tensors, with 4 and with 6 of its 80 layers. While it is
     built: its shard and one complete layer, 2% more at most. Each further layer takes 16 bytes of a parameter over 256
     processes and its kept input, 2% more at most, so all 80 need less than 24 GiB."""
-    recipe = load(ROOT / "recipes" / "llama-2-70b.yaml", ["pretrain.parallel={shard: full}"])
+    recipe = load(ROOT / "recipes" / "llama-2-70b.yaml", ["pretrain.micro_batch=1"])
     config, vocabulary = recipe.stages["pretrain"], families.Sized(recipe.stages["tokenizer"].vocab_size)
     model_config = model_block.full_config(config.model, vocabulary, config.sequence_length)
     width, inner, heads = model_config.hidden_size, model_config.intermediate_size, model_config.num_key_value_heads

@@ -229,8 +229,8 @@ def launch(folder: Path, *words: str) -> subprocess.Popen:
     )
 
 
-# recipes/llama-7b.yaml, smaller in every number, on two processes: the same family, the same layout (a pipeline over
-# ZeRO-1), the same keys.
+# recipes/llama-7b.yaml, smaller in every number, on two processes: the same family, the layout that its comment names for
+# DeepSpeed (a pipeline over ZeRO-1), the same keys.
 SMALL_LLAMA_7B = f"""
 extends: {ROOT}/recipes/llama-7b.yaml
 name: tiny
@@ -245,7 +245,7 @@ stages:
     mixture: ~
     precision: fp32
     schedule: {{warmup_steps: 10}}
-    parallel: {{pipeline: 2}}
+    parallel: {{shard: ~, zero: 1, pipeline: 2}}
     run: {{nodes: 1, processes: 2, device: auto}}
     save: {{every_steps: 1000}}
     heldout_rows: 10
