@@ -125,7 +125,10 @@ def table(results: dict[str, dict], config) -> str:
 def interval_text(numbers: dict) -> str:
     """0.250 [0.170, 0.350]"""
     value = f"{numbers['value']:.4g}"
-    return value if numbers["low"] is None else f"{value} [{numbers['low']:.3g}, {numbers['high']:.3g}]"
+    if numbers["low"] is None:
+        return value
+    low, high = round(numbers["low"], 9), round(numbers["high"], 9)  # Wilson's for 0 is 0 up to rounding errors
+    return f"{value} [{low:.3g}, {high:.3g}]"
 
 
 def card(model: str, tasks: dict, config) -> str:
