@@ -298,7 +298,9 @@ class PerToken(torch.autograd.Function):
                     scale_N = torch.full_like(nll_N[part], 1 / temperature)
                     sums.add(part, _scaled(probabilities, labels_N[part], scale_N).to(dtype), hidden, weight)
         if ctx.again:
-            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N)
+            # The probabilities of a single chunk are kept, if there are any: with them nothing is computed again.
+            kept = probabilities if entropies and 0 < len(labels_N) <= chunk else None
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N, kept)
         else:
             ctx.save_for_backward(sums.hidden)
         ctx.mark_non_differentiable(lse_N, entropy_N)
@@ -310,7 +312,7 @@ class PerToken(torch.autograd.Function):
         if not ctx.again:
             (grad_hidden,) = ctx.saved_tensors
             return grad_hidden * scale_N[:, None].to(grad_hidden.dtype), *[None] * 8
-        hidden_ND, weight_VD, bias_V, labels_N, lse_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, labels_N, lse_N, kept = ctx.saved_tensors
         sums = Gradients(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
         scale_N = scale_N / ctx.temperature
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -318,8 +320,11 @@ class PerToken(torch.autograd.Function):
             for start in range(0, len(labels_N), ctx.chunk):
                 part = slice(start, start + ctx.chunk)
                 hidden = hidden_ND[part].to(ctx.dtype)
-                logits = _logits(hidden, weight, bias, ctx.temperature)
-                probabilities = logits.float().sub_(lse_N[part, None]).exp_()
+                if kept is None:
+                    logits = _logits(hidden, weight, bias, ctx.temperature)
+                    probabilities = logits.float().sub_(lse_N[part, None]).exp_()
+                else:
+                    probabilities = kept.clone()
                 grad_logits = _scaled(probabilities, labels_N[part], scale_N[part])
                 sums.add(part, grad_logits.to(ctx.dtype), hidden, weight)
         return (*sums.of_inputs(), *[None] * 6)

@@ -39,15 +39,16 @@ def test_layout_and_masks():
     assert placed.tolist() == [[0, 0, 1, 2, 0], [3, 4, 5, 0, 0], [6, 0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.mark.parametrize("chunk", [None, 4, 100])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_a_row_alone_and_in_a_batch(temperature, in_chunks):
+def test_a_row_alone_and_in_a_batch(temperature, chunk):
     """2, 9: log-probabilities, entropies and values, against a plain forward pass over the row without padding; and
-    gradients, of output layers that compute the response's tokens only and of those that compute all."""
+    gradients, of output layers that compute the response's tokens only (in several chunks, in one) and of those that
+    compute all."""
     policy, plain, value = tiny(), tiny(), ValueModel(tiny("reward"))
-    if in_chunks:
+    if chunk is not None:
         predict_at_labels(policy, temperature)
-        policy.get_output_embeddings().chunk = 4
+        policy.get_output_embeddings().chunk = chunk
     made = samples_of([(5, 4), (1, 6), (9, 1)])
     batch = layout(made, PAD)
     logprobs, entropy = token_statistics(predict(policy, batch), batch["labels"], temperature)
