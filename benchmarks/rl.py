@@ -36,7 +36,7 @@ import sides  # noqa: E402
 
 TRL_WITH_PPO = "trl==1.12.0"
 PARTS = ("rollout", "measure", "score", "update")
-ROWS, MICRO, SAMPLES, EPOCHS = 32, 8, 8, 4
+MICRO, SAMPLES, EPOCHS = 8, 8, 4
 # Of each task: model folder, longest prompt, longest response.
 TASKS = {"ppo": ("model", 128, 64), "grpo": ("model", 128, 64), "mix": ("ends", 256, 192)}
 MEAN_RESPONSE = 48  # tokens of a response in mix, if nothing cuts it off
@@ -119,6 +119,11 @@ def write_ending_model(folder: Path, model) -> None:
     tokenizer.save_pretrained(folder / "ends")
 
 
+def size_of(folder: Path) -> tuple[int, int]:
+    """(responses of an iteration, iterations)."""
+    return tuple(json.loads((folder / "size.json").read_text()))
+
+
 def precision() -> str:
     import torch
 
@@ -135,13 +140,13 @@ def alma(task: str, folder: Path, model: str) -> dict:
     from pipeline.rl import iteration
 
     model, longest_prompt, longest_response = TASKS[task]
-    iterations = int((folder / "iterations").read_text())
+    rows, iterations = size_of(folder)
     kind = "grpo" if task == "grpo" else "ppo"
     if kind == "grpo":
-        own = f"batch_size: {ROWS // SAMPLES}, samples: {SAMPLES}, rewards: {{e: {{function: 'rewards.py:letters'}}}}"
+        own = f"batch_size: {rows // SAMPLES}, samples: {SAMPLES}, rewards: {{e: {{function: 'rewards.py:letters'}}}}"
         inputs = f"{{policy: {folder / model}}}"
     else:
-        own = f"batch_size: {ROWS}, ppo: {{epochs: {EPOCHS}, calibrate: 0}}"
+        own = f"batch_size: {rows}, ppo: {{epochs: {EPOCHS}, calibrate: 0}}"
         inputs = f"{{policy: {folder / model}, reward: {folder / 'reward'}}}"
     recipe = folder / f"{task}.yaml"
     recipe.write_text(
@@ -170,7 +175,7 @@ def alma(task: str, folder: Path, model: str) -> dict:
     shares = {part: round(own / seconds, 3) for part, own in parts.items()}
     length = sum(line["length_mean"] for line in lines) / iterations
     return {
-        "units": ROWS * iterations,
+        "units": rows * iterations,
         "seconds": seconds,
         "cpu": cpu,
         "rows": output.manifest["metrics"]["train_prompts"],
@@ -183,7 +188,7 @@ def trl(task: str, folder: Path, model: str) -> dict:
     return trl_grpo(task, folder) if task == "grpo" else trl_ppo(task, folder)
 
 
-def trl_options(folder: Path) -> dict:
+def trl_options(folder: Path, rows: int) -> dict:
     return {
         "output_dir": str(folder / "trl"),
         "use_cpu": True,
@@ -191,7 +196,7 @@ def trl_options(folder: Path) -> dict:
         "report_to": "none",
         "save_strategy": "no",
         "per_device_train_batch_size": MICRO,
-        "gradient_accumulation_steps": ROWS // MICRO,
+        "gradient_accumulation_steps": rows // MICRO,
         "temperature": 1.0,
     }
 
@@ -202,12 +207,12 @@ def trl_ppo(task: str, folder: Path) -> dict:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     model, _, longest_response = TASKS[task]
-    iterations = int((folder / "iterations").read_text())
+    rows, iterations = size_of(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / model, padding_side="left")
     data = Dataset.from_dict({"input_ids": encoded(folder, prompts_of(folder, task))})
     config = PPOConfig(
-        **trl_options(folder),
-        total_episodes=ROWS * iterations,
+        **trl_options(folder, rows),
+        total_episodes=rows * iterations,
         response_length=longest_response,
         stop_token="eos",
         num_ppo_epochs=EPOCHS,
@@ -224,7 +229,7 @@ def trl_ppo(task: str, folder: Path) -> dict:
         train_dataset=data,
         eval_dataset=data,
     )
-    return {"units": ROWS * iterations, "rows": len(data), **timed_training(trainer)}
+    return {"units": rows * iterations, "rows": len(data), **timed_training(trainer)}
 
 
 def timed_training(trainer) -> dict:
@@ -238,7 +243,7 @@ def trl_grpo(task: str, folder: Path) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     model, _, longest_response = TASKS[task]
-    iterations = int((folder / "iterations").read_text())
+    rows, iterations = size_of(folder)
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts_of(folder, task)])
 
     def letters(completions, **_):
@@ -246,10 +251,13 @@ def trl_grpo(task: str, folder: Path) -> dict:
         return [text.count("e") / max(1, len(text)) for text in texts]
 
     config = GRPOConfig(
-        **trl_options(folder), max_steps=iterations, num_generations=SAMPLES, max_completion_length=longest_response
+        **trl_options(folder, rows),
+        max_steps=iterations,
+        num_generations=SAMPLES,
+        max_completion_length=longest_response,
     )
     trainer = GRPOTrainer(str(folder / model), reward_funcs=letters, args=config, train_dataset=data)
-    return {"units": ROWS * iterations, "rows": len(data), **timed_training(trainer)}
+    return {"units": rows * iterations, "rows": len(data), **timed_training(trainer)}
 
 
 SIDES = {"alma": alma, "trl": trl}
@@ -278,7 +286,7 @@ def rounds_of(task: str, folder: Path, rounds: int, old_trl: Path) -> list[tuple
 
 def main() -> None:
     parser = sides.arguments(__doc__)
-    parser.add_argument("--quick", action="store_true", help="one iteration, one round")
+    parser.add_argument("--quick", action="store_true", help="one iteration of 16 responses, one round")
     parser.add_argument("--tasks", default=",".join(TASKS), help="some of ppo, grpo, mix (all)")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
@@ -286,12 +294,12 @@ def main() -> None:
     given = parser.parse_args()
     if sides.serve(given, SIDES):
         return
-    iterations, rounds = (1, 1) if given.quick else (given.iterations, given.rounds)
+    rows, iterations, rounds = (16, 1, 1) if given.quick else (32, given.iterations, given.rounds)
     result: dict = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
-        (folder / "iterations").write_text(str(iterations))
+        (folder / "size.json").write_text(json.dumps([rows, iterations]))
         old_trl = given.trl.resolve() if given.trl else install_trl(folder / "old_trl")
         for task in given.tasks.split(","):
             pairs = rounds_of(task, folder, rounds, old_trl)
@@ -302,7 +310,13 @@ def main() -> None:
             for part in PARTS:
                 result.setdefault(part, {})[task] = pairs[-1][0]["shares"][part]
     packages = {name: version(name) for name in ("torch", "transformers", "trl")}
-    setting = {"iterations": iterations, "rounds": rounds, "threads": sides.THREADS, "precision": precision()}
+    setting = {
+        "responses": rows,
+        "iterations": iterations,
+        "rounds": rounds,
+        "threads": sides.THREADS,
+        "precision": precision(),
+    }
     print(json.dumps({**result, **setting, **packages, "ppo_of": TRL_WITH_PPO}))
 
 
