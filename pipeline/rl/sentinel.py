@@ -275,4 +275,4 @@ def _act(config, state: dict, alarm: Alarm, reason: str) -> None:
 def summary_of(state: dict) -> str:
     """How often each alarm was raised, in words; empty if none was."""
     raised = state.get("alarms", {}).get("raised", {})
-    return ", ".join(f"{name} {count}" for name, count in raised.items())
+    return ", ".join(f"{name} {count}" for name, count in sorted(raised.items()))

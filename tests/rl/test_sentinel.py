@@ -125,17 +125,18 @@ def test_actions():
 def test_what_it_remembers_is_in_the_state():
     """A run that is interrupted after any iteration raises the same alarms."""
     config = group_config(length={"action": "raise_beta"})
-    faults = [{"length_mean": 50.0, "reward": 0.9, "rule": 0.1}] * 12
+    exploited = {"length_mean": 50.0, "reward": 0.9, "rule": 0.1}
+    faults = [exploited] * 10 + [exploited | {"eos_rate": 0.1}] * 2
     whole, _, lines = after(config, faults)
     state = {"step": 0, "kl_coef": 0.1}
     for number, fault in enumerate([*[{}] * (2 * WINDOW), *faults]):
-        state = json.loads(json.dumps(state))
+        state = json.loads(json.dumps(state, sort_keys=True))  # as in a checkpoint
         state["step"] += 1
         stats = healthy(number) | fault
         judge(config, state, stats)
         if number >= 2 * WINDOW:
             assert stats == lines[number - 2 * WINDOW]
-    assert state == whole
+    assert state == whole and sentinel.summary_of(state) == sentinel.summary_of(whole)
 
 
 @pytest.mark.parametrize(
