@@ -113,7 +113,6 @@ ONLINE = {
     "as the recipe has it": ("llama-7b", ()),
     "long answers": ("llama-7b", ("ppo.rollout={max_new_tokens: 1536, batch: 4}", "ppo.micro_batch=2")),
     "grouped queries and a large vocabulary": ("llama-3-8b", ("ppo.rollout.batch=32",)),
-    "8 GPUs, layers recomputed": ("llama-7b", ("ppo.run={processes: 8}", "ppo.activation_checkpointing=full")),
     "fp32": ("llama-7b", ("ppo.precision=fp32", "ppo.parallel={shard: hybrid}")),
 }
 
