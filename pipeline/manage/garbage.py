@@ -69,8 +69,9 @@ def removable(runs: list[Path], held: frozenset[Path] = frozenset()) -> Plan:
     held: folders of stages whose locks this process has. Raises UserError if an output in use cannot be read."""
     beside: dict[Path, Path] = {}
     for run in runs:
-        for path in [run, *run_paths(run.absolute().parent)]:
-            beside.setdefault(path.resolve(), path)
+        for parent in {run.absolute().parent, run.resolve().parent}:  # two, if the run is a link
+            for path in [run, *run_paths(parent)]:
+                beside.setdefault(path.resolve(), path)
     found = references(list(beside.values()))
     plan = Plan()
     for run in runs:
@@ -84,9 +85,9 @@ def removable(runs: list[Path], held: frozenset[Path] = frozenset()) -> Plan:
                 continue
             is_busy |= bool(partials(folder))
             plan.items += _of_stage(folder, found)
-        for path, why in found.unreadable.items():
-            if run.resolve() in path.parents:
-                plan.left_alone.append(f"{why}: an old output that cannot be read")
+            for path, why in found.unreadable.items():
+                if path.parent == folder.resolve():
+                    plan.left_alone.append(f"{why}: an old output that cannot be read")
         cache = run / "cache"
         if cache.is_dir() and not is_busy:
             why = "cache, computed again if a stage needs it"

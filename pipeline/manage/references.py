@@ -2,9 +2,11 @@
 
 An output is needed if it is in use (`current`), if a run that can be resumed or another needed output was made from
 it, or if it may still become the one in use. References are followed from run to run, because an input may be the
-output of another recipe.
+output of another recipe. A recorded path holds only from the folder as it was given to the run, which may have been a
+link, so inputs are found by their content as well.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +32,23 @@ class References:
     steps: dict[Path, set[int]] = field(default_factory=dict)
     """Output -> steps of its checkpoints that a branch starts from or a fork was made from."""
     unreadable: dict[Path, str] = field(default_factory=dict)
-    """Old outputs whose manifest cannot be read -> why. Nothing can depend on them, and they are left alone."""
+    """Old outputs whose manifest cannot be read -> why. They are left alone, and nothing needed was made from them."""
+    folders: dict[Path, set[Path]] = field(default_factory=dict)
+    """Output -> folders of its stage as the runs have them, which may be links."""
+    contents: dict[tuple[str, str], set[Path]] = field(default_factory=dict)
+    """Fingerprint and digest -> published outputs that have both: copies of one another."""
+
+    def add(self, output: Path, folder: Path, record: dict) -> None:
+        """Note an output in a stage's folder."""
+        self.records[output] = record
+        self.folders.setdefault(output, set()).add(folder)
+        if "digest" in record:
+            self.contents.setdefault((record["fingerprint"], record["digest"]), set()).add(output)
 
 
 def references(runs: list[Path]) -> References:
-    """Read the records of all outputs of these runs. Raises UserError for one in use that cannot be read, because then
-    nobody knows what it needs."""
+    """Read the records of all outputs of these runs. Raises UserError for one in use that cannot be read, and for one
+    whose input cannot be found, because then nobody knows what it needs."""
     found = References()
     roots: list[Path] = []
     for run in runs:
@@ -59,11 +72,11 @@ def _read_stage(folder: Path, found: References) -> list[Path]:
     try:
         in_use = artifact.current(folder)
         if in_use:
-            found.records[in_use.path] = in_use.manifest
+            found.add(in_use.path, folder, in_use.manifest)
             roots.append(in_use.path)
         for path in partials(folder):
             output = path.resolve()
-            found.records[output] = run_info(path)
+            found.add(output, folder, run_info(path))
             roots.append(output)
     except Damaged as error:
         raise UserError(
@@ -72,7 +85,7 @@ def _read_stage(folder: Path, found: References) -> list[Path]:
         ) from None
     for path in sorted(folder.iterdir()):
         output = path.resolve()
-        if not OUTPUT_NAME.fullmatch(path.name) or output in found.records:
+        if not OUTPUT_NAME.fullmatch(path.name) or output in roots:
             continue
         try:
             old = artifact.read(path)
@@ -81,7 +94,7 @@ def _read_stage(folder: Path, found: References) -> list[Path]:
             continue
         if old is None:
             continue
-        found.records[output] = old.manifest
+        found.add(output, folder, old.manifest)
         if not in_use or _may_be_linked(folder, path):
             roots.append(output)
     return roots
@@ -94,22 +107,46 @@ def _may_be_linked(folder: Path, output: Path) -> bool:
     return not link.is_symlink() or (output / "manifest.json").stat().st_mtime > link.lstat().st_mtime
 
 
-def _sources(output: Path, found: References) -> list[Path]:
-    """The outputs that an output was made from or forked from, as far as they are in these runs."""
-    record, folder = found.records[output], output.parent
-    paths = [folder / str(parent.get("path", "")) for parent in (record.get("parents") or {}).values()]
-    if record.get("forked_from"):
-        paths.append(folder / record["forked_from"])
-    owners = [_owner(path.resolve(), found) for path in paths]
-    return [owner for owner in owners if owner]
+def _sources(output: Path, found: References) -> set[Path]:
+    """The outputs that an output was made from or forked from, as far as they are in these runs. Raises UserError for
+    an input that a stage of its run made and that is not there."""
+    record = found.records[output]
+    sources = set()
+    for key, parent in (record.get("parents") or {}).items():
+        owners = _owners_of_input(output, parent, found)
+        # What was made elsewhere is recorded with its files, and need not be in these runs.
+        is_needed = "files" not in parent or any(
+            parent["fingerprint"].startswith(path.name) for path in found.unreadable
+        )
+        if not owners and is_needed:
+            raise UserError(
+                f"{output}: its inputs.{key} ({parent['stage']}, {parent['fingerprint'][:12]}) is not in these runs or"
+                " cannot be read; so it is not known what that was made from, and nothing is removed. Put it back, run"
+                f" this stage again with --restart, or move {output.parent} to another folder"
+            )
+        sources |= owners
+    if record.get("forked_from"):  # a run that was forked is set aside, and then its path leads nowhere
+        sources |= _owner((output.parent / record["forked_from"]).resolve(), found)
+    return sources
 
 
-def _owner(path: Path, found: References) -> Path | None:
-    """The output that a path is or is in."""
+def _owners_of_input(output: Path, parent: dict, found: References) -> set[Path]:
+    """The outputs that an input may be: the one that its path leads to if that has its content, otherwise also all
+    others that have its content."""
+    by_path: set[Path] = set()
+    for folder in (output.parent, *(os.path.abspath(folder) for folder in found.folders[output])):
+        # Without following links, as the path was made.
+        by_path |= _owner(Path(os.path.normpath(os.path.join(folder, parent["path"]))).resolve(), found)
+    by_content = found.contents.get((parent["fingerprint"], parent["digest"]), set())
+    return (by_path & by_content) or (by_path | by_content)
+
+
+def _owner(path: Path, found: References) -> set[Path]:
+    """The output that a path is or is in; empty if there is none."""
     for folder in (path, *path.parents):
         if folder in found.records:
-            return folder
-    return None
+            return {folder}
+    return set()
 
 
 def _add_branches(output: Path, found: References) -> None:
@@ -119,17 +156,22 @@ def _add_branches(output: Path, found: References) -> None:
     step = record.get("config", {}).get("from_step")
     model = (record.get("parents") or {}).get("model")
     if step and model:
-        owner = _owner((output.parent / model["path"]).resolve(), found)
-        found.steps.setdefault(owner, set()).add(step)
+        _add_step(_owners_of_input(output, model, found), step, found)
     fork = re.search(r"step-(\d+)$", record.get("forked_from") or "")
     if fork:
-        owner = _owner((output.parent / record["forked_from"]).resolve(), found)
-        found.steps.setdefault(owner, set()).add(int(fork[1]))
+        _add_step(_owner((output.parent / record["forked_from"]).resolve(), found), int(fork[1]), found)
     recipe = output / "recipe.yaml"
     if not recipe.is_file() or not HAS_BRANCH.search(recipe.read_text(encoding="utf-8", errors="replace")):
         return
     for block in read_recipe(recipe, {}).get("stages", {}).values():
         name = block.get("inputs", {}).get("model")
         if block.get("from_step") and name:
-            owner = (output.parents[1] / name / "current").resolve()
-            found.steps.setdefault(owner, set()).add(block["from_step"])
+            owners = set()
+            for folder in found.folders[output]:
+                owners |= _owner((folder.parent / name / "current").resolve(), found)
+            _add_step(owners, block["from_step"], found)
+
+
+def _add_step(outputs: set[Path], step: int, found: References) -> None:
+    for output in outputs:
+        found.steps.setdefault(output, set()).add(step)

@@ -233,3 +233,44 @@ def test_random_histories(tmp_path, seed):
     in_use = {output.fingerprint for output in pending}
     left = {json.loads(path.read_text())["fingerprint"] for path in runs.glob("*/*/*/manifest.json")}
     assert left == in_use | seen
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def chain(runs: Path) -> None:
+    """In `a`, pretrain was made from the first of two packs; `b` continues from its step 10."""
+    packs = [ledger.output(runs / "a/pack", {"x": x}) for x in (1, 2)]
+    pretrain = ledger.output(runs / "a/pretrain", {}, {"tokens": packs[0]}, checkpoints=(10, 20, 30))
+    ledger.output(runs / "b/decay", {"from_step": 10}, {"model": pretrain}, kind="pretrain", checkpoints=(12,))
+
+
+@pytest.mark.parametrize("linked", ["runs", "runs/a", "runs/b", "runs/a/pack", "runs/a/pretrain", "runs/b/decay"])
+def test_what_links_lead_to_is_needed(tmp_path, linked):
+    """The only thing that can go is the checkpoint of step 20, wherever the folders really are."""
+    link = tmp_path / linked
+    target = tmp_path / "mnt/deep/store" / linked.replace("/", "-")
+    target.mkdir(parents=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+    chain(tmp_path / "runs")
+    for folder in ("runs", "runs/a"):
+        found = removable(tmp_path / folder)
+        assert [path.split("/")[-1] for path in found] == ["step-000020"], found
+
+
+def test_an_input_that_is_nowhere_stops_everything(runs):
+    """Of b's unfinished dpo: it is not known what b's old sft was made from."""
+    old = next(output for output in artifact.published(runs / "b/sft") if output.manifest["config"]["lr"] == 1)
+    shutil.rmtree(old.path)
+    result = CliRunner().invoke(app, ["gc", str(runs), "--yes"])
+    assert isinstance(result.exception, UserError)
+    assert "inputs.model" in str(result.exception) and "nothing is removed" in str(result.exception)
+    assert len(names(runs, "a/pack")) == 3
+
+
+def test_an_input_that_cannot_be_read_stops_everything(runs):
+    old = next(output for output in artifact.published(runs / "b/sft") if output.manifest["config"]["lr"] == 1)
+    (old.path / "manifest.json").write_text("{")
+    result = CliRunner().invoke(app, ["gc", str(runs), "--yes"])
+    assert isinstance(result.exception, UserError) and "nothing is removed" in str(result.exception)
