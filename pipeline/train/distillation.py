@@ -7,6 +7,7 @@ key `distill` of sft.
 """
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -45,29 +46,28 @@ class Teacher:
 
     @classmethod
     def load(cls, config: "Config", artifact: Artifact, parent: "Parent") -> "Teacher":
-        """parent: of the model that is trained. Raises UserError for a teacher with other tokens, or one that lets
-        packed conversations see each other."""
-        from pipeline.models import attention, frozen
+        """parent: of the model that is trained. The keys `chat_template` and `chat_template_kwargs` are about that
+        model: the teacher knows the tokens and the template of its own folder. Raises UserError for a teacher with
+        other tokens, or one that lets packed conversations see each other."""
+        from pipeline.models import attention, build, frozen
         from pipeline.train import distributed, finetune
         from pipeline.train.conversation_data import check_packing
+        from pipeline.train.finetune_data import model_folder
 
-        name = f"{config.kind}, teacher"
-        own = finetune.load_parent(config, artifact, name)
-        if own.tokenizer.get_vocab() != parent.tokenizer.get_vocab():
-            raise UserError(
-                f"stage {config.kind}: inputs.teacher: {own.folder} has another tokenizer than the model that is"
-                f" trained ({len(own.tokenizer):,} and {len(parent.tokenizer):,} tokens), so that its probabilities are"
-                " of other tokens; give a teacher of the same family, or train on answers that it writes (docs/sft.md)"
-            )
-        if own.tokenizer.chat_template != parent.tokenizer.chat_template:
+        folder = model_folder(artifact)
+        tokenizer = finetune.tokenizer_of(folder, config.sequence_length)
+        check_tokens(config, folder, tokenizer, parent)
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        if template != parent.tokenizer.chat_template:
+            other = "its chat template is another one" if template else "it has no chat template"
             say(
-                f"{name}: WARNING: its chat template is another one; it reads conversations as the trained model's"
-                " template writes them"
+                f"{config.kind}, teacher: WARNING: {other}; it reads conversations as the trained model's template"
+                " writes them"
             )
-        model = own.load().requires_grad_(False).eval()
+        model = build.load(folder).requires_grad_(False).eval()
         attention.choose(model, config.attention, config.precision, config.packed_rows(distributed.world()))
         if config.packing:
-            check_packing(model, own.chat.end_id)
+            check_packing(model, parent.chat.end_id)
         # With autocast the products are the same, and half of the memory is enough.
         frozen.store(model, config.precision, config.precision, distributed.device())
         return cls(model, config)
@@ -88,6 +88,26 @@ class Teacher:
                 self._logits = self.model(**({"use_cache": False} | inputs)).logits
             self._batch = batch
         return self._logits
+
+
+def check_tokens(config: "Config", folder: Path, tokenizer, parent: "Parent") -> None:
+    """Raise UserError if a teacher, in `folder` with its own tokenizer, has other tokens than the model that is
+    trained."""
+    own, vocabulary = tokenizer.get_vocab(), parent.tokenizer.get_vocab()
+    if own == vocabulary:
+        return
+    new = {token: index for token, index in vocabulary.items() if index in parent.new_tokens and token not in own}
+    if new and own == {token: index for token, index in vocabulary.items() if token not in new}:
+        raise UserError(
+            f"stage {config.kind}: chat_template: {config.chat_template} adds the tokens {', '.join(sorted(new))},"
+            f" which the teacher, {folder}, does not have and has not learned; remove chat_template, or train the"
+            " teacher with it first"
+        )
+    raise UserError(
+        f"stage {config.kind}: inputs.teacher: {folder} has another tokenizer than the model that is trained"
+        f" ({len(tokenizer):,} and {len(parent.tokenizer):,} tokens), so that its probabilities are of other tokens;"
+        " give a teacher of the same family, or train on answers that it writes (docs/sft.md)"
+    )
 
 
 def token_losses(options: Distill, teacher: Teacher, logits, batch: dict) -> tuple:

@@ -69,6 +69,30 @@ def test_killed_and_resumed(plain, tmp_path):
     assert expected == found
 
 
+TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+MARK{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+MARK{% endif -%}"""
+
+
+def test_a_template_of_the_student_alone(plain, tmp_path):
+    """The teacher keeps its own: another one is warned of, and one whose tokens the teacher lacks is refused."""
+    shutil.copytree(plain[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    assert "chat template is another one" not in plain[1]
+    (tmp_path / "other.jinja").write_text(TEMPLATE.replace("MARK", "> "))
+    words = ["small.chat_template=other.jinja", "small.steps=1"]
+    text = succeed("sft", "tiny.yaml", "--stage", "small", *words, cwd=tmp_path).replace("\n", " ")
+    assert "teacher: WARNING: its chat template is another one" in text
+    (tmp_path / "tokens.jinja").write_text(TEMPLATE.replace("MARK", "<|think|>"))
+    words = ["small.chat_template=tokens.jinja", "small.steps=1"]
+    code, text = stage("sft", "tiny.yaml", "--stage", "small", *words, cwd=tmp_path)
+    message = "adds the tokens <|think|>, which the teacher"
+    assert code == 2 and message in text.replace("\n", " ") and "Traceback" not in text, text
+
+
 def test_mistakes_are_sentences(plain, tmp_path):
     shutil.copytree(plain[0], tmp_path, symlinks=True, dirs_exist_ok=True)
     (tmp_path / "other").mkdir()
