@@ -47,6 +47,9 @@ class Config(FinetuneConfig):
     optimizer: PrmOptimizer = PrmOptimizer()
     """AdamW."""
 
+    def between_steps(self) -> str:
+        return self.separator
+
     @field_validator("separator")
     @classmethod
     def _separates(cls, value: str) -> str:
@@ -100,7 +103,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
     # Fit and publish
     result = finetune.fit(
-        engine, config, output, text, rows, sets, collate, unit="answers", read=read_steps, length=length
+        engine, config, output, text, rows, sets, collate, unit="steps", read=read_steps, length=length
     )
     engine.model.config.alma_step_separator = config.separator
     finetune.publish_model(engine, config, parent, output)
@@ -108,7 +111,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     numbers = accuracies(result["before_rows"], result["after_rows"])
     measures, nothing = headline(result["before"]["accuracy"], result["after"]["accuracy"], numbers, counts.heldout)
     metrics = finetune.summarise(
-        config, output, result, rows, counts, unit="answers", measures=measures, nothing=nothing, arrays=arrays
+        config, output, result, rows, counts, unit="steps", measures=measures, nothing=nothing, arrays=arrays
     )
     metrics |= {f"heldout_{name}": value for name, value in numbers.items()}
     metrics["train_judged_steps"] = len(arrays["train.ends"].values)

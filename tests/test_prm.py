@@ -3,6 +3,7 @@ it had not been."""
 
 import json
 import random
+import shutil
 
 import numpy as np
 import published_templates as published
@@ -74,6 +75,19 @@ def test_the_published_model_scores_steps(plain):
     assert np.mean(right) > 0.7, np.mean(right)
 
 
+def test_the_rate_counts_judged_steps(plain, tmp_path):
+    """Steps per second times seconds, against answers of three steps each."""
+    shutil.copytree(plain[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    three = [json.dumps(row) for row in tuned.stepped_rows() if len(row["labels"]) == 3]
+    (tmp_path / "three.jsonl").write_text("\n".join(three) + "\n")
+    words = ["prm.sources.nouns.path=three.jsonl", "prm.steps=3"]
+    succeed("prm", "tiny.yaml", *words, cwd=tmp_path)
+    counts = [line["steps_per_second"] * line["seconds/step"] for line in tuned.lines(tmp_path, "prm") if "lr" in line]
+    assert counts == pytest.approx([8 * 3] * 3, rel=0.02)
+    found = tuned.metrics(tmp_path, "prm")
+    assert found["steps_per_second"] > 0 and "answers_per_second" not in found
+
+
 @pytest.mark.slow
 def test_killed_and_resumed(plain, tmp_path):
     world(tmp_path)
@@ -117,6 +131,7 @@ def test_it_is_refused_as_a_reward_model(plain):
     assert code == 2 and "stage 'prm' is of kind prm, expected reward" in text and "Traceback" not in text, text
 
 
+ROWS = tuned.stepped_rows()[:40]
 STEPS = ["x is 4.", "  so y is 5 <|im_end|>", "answer: 9"]
 
 
@@ -177,6 +192,38 @@ def test_families_without_such_a_model_are_refused_before_anything_runs(tmp_path
             config.check_inputs({"model": model})
         with pytest.raises(UserError, match=message):
             build.load(model.folder / "model", head="steps")
+
+
+TRIMMED = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content | trim }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+
+
+def test_steps_that_the_template_changes_are_refused_before_anything_runs(tmp_path):
+    """As the stage writes them: with its separator, and white space at their ends included."""
+    (tmp_path / "trimmed.jinja").write_text(TRIMMED)
+    model = PlannedInput("llama", folder=tuned.base(tmp_path / "llama"))
+    for ending, refused in (("", False), (" ", True)):
+        rows = [dict(row, completions=[*row["completions"][:-1], row["completions"][-1] + ending]) for row in ROWS]
+        (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = Config(
+            kind="prm",
+            sources={"s": {"path": str(tmp_path / "steps.jsonl")}},
+            chat_template=str(tmp_path / "trimmed.jinja"),
+            separator="\n\n",
+            steps=1,
+            batch_size=2,
+            sequence_length=64,
+        )
+        if not refused:
+            config.check_records({"model": model})
+            continue
+        with pytest.raises(UserError, match="white space at their ends included"):
+            config.check_records({"model": model})
 
 
 def test_accuracies_by_hand():

@@ -258,8 +258,12 @@ class FinetuneConfig(TrainConfig):
         problems = Problems()
         chat = planned_model.chat_of(self.input_models(inputs), self, problems)
         with problems.gather():
-            check_chat_records(self.records(), self.holdout, chat)
+            check_chat_records(self.records(), self.holdout, chat, separator=self.between_steps())
         problems.refuse()
+
+    def between_steps(self) -> str | None:
+        """What an answer has between its judged steps; None for a stage whose records have no steps."""
+        return None
 
     def records(self) -> dict[str, TuningSource]:
         """The sources, and the held-out files as evaluate.NAME."""

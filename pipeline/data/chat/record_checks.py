@@ -1,6 +1,8 @@
 """Checks of chat records before the first stage runs: the first records of each source, whether the chat template can
 write them, and whether the records are enough."""
 
+import functools
+
 from pipeline.core.errors import Problems, UserError
 from pipeline.data.chat.chat_sources import ChatSource, LabelledSource, PreferenceSource, StepSource, TuningSource
 from pipeline.data.chat.conversations import (
@@ -24,12 +26,17 @@ MAX_BYTES = 1_000_000  # of sources that are read completely here
 
 
 def check_chat_records(
-    sources: dict[str, TuningSource], holdout: float, chat: Chat | None, measures_only: bool = False
+    sources: dict[str, TuningSource],
+    holdout: float,
+    chat: Chat | None,
+    measures_only: bool = False,
+    separator: str | None = None,
 ) -> None:
     """Read the first usable record of every source that is on this machine, and all records if they are few. Raises
     UserError with everything that is wrong.
 
-    chat: the template that will write the records, if it is known. measures_only: nothing is trained on.
+    chat: the template that will write the records, if it is known. measures_only: nothing is trained on. separator:
+    what an answer has between its steps, for sources with judged steps.
     """
     problems = Problems()
     usable = []
@@ -37,7 +44,8 @@ def check_chat_records(
         if not source.is_here():
             continue
         with problems.gather():
-            first_usable(source, name, encode=None if chat is None else lambda row: _template_problem(chat, row))
+            encode = None if chat is None else functools.partial(_template_problem, chat, separator)
+            first_usable(source, name, encode=encode)
             usable.append(name)
     if len(usable) == len(sources):
         with problems.gather():
@@ -72,8 +80,10 @@ def _check_holdout(sources: dict[str, TuningSource], holdout: float, measures_on
         )
 
 
-def _template_problem(chat: Chat, row: Conversation | Pair | Labelled | Stepped | Prompt) -> str | None:
-    """Why a chat template cannot write a row, or None."""
+def _template_problem(
+    chat: Chat, separator: str | None, row: Conversation | Pair | Labelled | Stepped | Prompt
+) -> str | None:
+    """Why a chat template cannot write a row as its stage will, or None."""
     if isinstance(row, Prompt):
         try:
             chat.prompt(row.dialogue)
@@ -85,7 +95,7 @@ def _template_problem(chat: Chat, row: Conversation | Pair | Labelled | Stepped 
     elif isinstance(row, Pair):
         encoded = chat.encode([row.dialogues[0]])[0]
     elif isinstance(row, Stepped):
-        encoded = chat.encode([row.dialogue("\n")])[0]
+        encoded = chat.steps([(row.dialogue(separator), row.pieces(separator))])[0]
     else:
         encoded = chat.encode([row.dialogue])[0]
     return encoded if isinstance(encoded, str) else None
