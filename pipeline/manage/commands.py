@@ -102,6 +102,7 @@ def _show_plan(plan) -> None:
         table.add_row(str(item.path), byte_size(item.bytes), item.why)
     console().print(table)
     show(f"{plural(len(plan.items), 'folder')}, {byte_size(plan.bytes)}")
+    show("not known here: checkpoints that branches (from_step) of recipes that have never run will start from")
 
 
 def _confirm(plan) -> None:

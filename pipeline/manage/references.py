@@ -6,8 +6,10 @@ output of another recipe. A recorded path holds only from the folder as it was g
 link, so inputs are found by their content as well.
 """
 
+import functools
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +17,12 @@ from pipeline.core import artifact
 from pipeline.core.errors import Damaged, UserError
 from pipeline.core.partial_runs import partials, run_info
 from pipeline.core.recipe_file import read as read_recipe
+from pipeline.models.references import is_reference, parse
 from pipeline.report.run_folder import stage_folders
 
 OUTPUT_NAME = re.compile(r"[0-9a-f]{12}")
-HAS_BRANCH = re.compile(r"from_step:\s*\d")
+NAMES_OUTPUTS = re.compile(r"from_step:\s*\d|/[0-9a-f]{12}\b")
+"""In the text of a recipe: a branch, or the folder of an output that may be an old one."""
 
 
 @dataclass
@@ -61,7 +65,7 @@ def references(runs: list[Path]) -> References:
             continue
         found.needed.add(output)
         pending += _sources(output, found)
-    for output in found.needed:
+        pending += _named_in_recipe(output, found)
         _add_branches(output, found)
     return found
 
@@ -150,8 +154,7 @@ def _owner(path: Path, found: References) -> set[Path]:
 
 
 def _add_branches(output: Path, found: References) -> None:
-    """Note the checkpoints that an output continues from (`from_step`, --fork), and those that stages of its recipe
-    will continue from."""
+    """Note the checkpoints that an output continues from (`from_step`, --fork)."""
     record = found.records[output]
     step = record.get("config", {}).get("from_step")
     model = (record.get("parents") or {}).get("model")
@@ -160,18 +163,64 @@ def _add_branches(output: Path, found: References) -> None:
     fork = re.search(r"step-(\d+)$", record.get("forked_from") or "")
     if fork:
         _add_step(_owner((output.parent / record["forked_from"]).resolve(), found), int(fork[1]), found)
-    recipe = output / "recipe.yaml"
-    if not recipe.is_file() or not HAS_BRANCH.search(recipe.read_text(encoding="utf-8", errors="replace")):
-        return
-    for block in read_recipe(recipe, {}).get("stages", {}).values():
-        name = block.get("inputs", {}).get("model")
-        if block.get("from_step") and name:
-            owners = set()
-            for folder in found.folders[output]:
-                owners |= _owner((folder.parent / name / "current").resolve(), found)
-            _add_step(owners, block["from_step"], found)
 
 
-def _add_step(outputs: set[Path], step: int, found: References) -> None:
+def _add_step(outputs: Iterable[Path], step: int, found: References) -> None:
     for output in outputs:
         found.steps.setdefault(output, set()).add(step)
+
+
+# ---- stages that may not have run yet --------------------------------------------------------------------------------
+
+
+def _named_in_recipe(output: Path, found: References) -> set[Path]:
+    """The outputs that the recipe of an output names by their folders. Notes the checkpoints that its stages will
+    continue from."""
+    path = output / "recipe.yaml"
+    if not path.is_file() or not NAMES_OUTPUTS.search(path.read_text(encoding="utf-8", errors="replace")):
+        return set()
+    recipe = _recipe(path, path.stat().st_mtime_ns)
+    named: set[Path] = set()
+    for block in (recipe.get("stages") or {}).values():
+        block = block or {}  # a stage without keys
+        for key, source in (block.get("inputs") or {}).items():
+            if is_reference(source):
+                owners, is_known = _owners_of_folder(source, output, recipe, found)
+                named |= owners
+            else:
+                paths = [folder.parent / source / "current" for folder in found.folders[output]]
+                owners, is_known = _owners_of_any(paths, found), True
+            if key == "model" and block.get("from_step"):
+                # Any output with this checkpoint may be meant by a folder that is not there.
+                _add_step(owners if is_known else found.records, block["from_step"], found)
+    return named
+
+
+@functools.cache
+def _recipe(path: Path, changed: int) -> dict:
+    """The blocks of a recipe; each is read once, because gc looks at all of them again under each lock."""
+    return read_recipe(path, {})
+
+
+def _owners_of_folder(source: str, output: Path, recipe: dict, found: References) -> tuple[set[Path], bool]:
+    """The outputs that an input from outside of a recipe is, and whether it is known what it is. A relative path begins
+    where the run was started: in the folder that has the recipe's `output`, or where this process was."""
+    reference = parse(source)
+    if reference.place != "path":
+        return set(), True
+    bases = {Path.cwd()}
+    below = Path(recipe.get("output") or "runs", str(recipe.get("name"))).parts
+    for folder in found.folders[output]:
+        run = Path(os.path.abspath(folder.parent)).parts
+        if run[-len(below) :] == below:
+            bases.add(Path(*run[: -len(below)]))
+    paths = [base / reference.name for base in bases]
+    owners = _owners_of_any(paths, found)
+    return owners, bool(owners) or any(path.exists() for path in paths)
+
+
+def _owners_of_any(paths: list[Path], found: References) -> set[Path]:
+    owners: set[Path] = set()
+    for path in paths:
+        owners |= _owner(path.resolve(), found)
+    return owners

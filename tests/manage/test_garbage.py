@@ -102,6 +102,52 @@ def test_a_branch_that_has_not_run_yet(runs):
     assert any(path.endswith("step-000025") for path in removable(runs))
 
 
+def plan_of_b(runs: Path, model: str, rest: str = "") -> None:
+    """The recipe of b's decay names a stage that has not run yet and continues from step 30 of a folder."""
+    block = f"{{kind: pretrain, inputs: {{model: {model}}}, from_step: 30}}"
+    recipe = f"name: b\noutput: runs\nstages:\n  later: {block}\n{rest}"
+    (artifact.current(runs / "b/decay").path / "recipe.yaml").write_text(recipe)
+
+
+@pytest.mark.parametrize("model", ["./runs/a/pretrain/current", "ABSOLUTE", "./gone/pretrain/current"])
+@pytest.mark.parametrize("started_in", [".", "elsewhere"])
+def test_a_branch_of_another_run_that_has_not_run_yet(runs, monkeypatch, model, started_in):
+    """Its input is a folder, relative to where the run was started. If that leads nowhere, any output may be meant."""
+    folder = runs.parent / started_in
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    plan_of_b(runs, model.replace("ABSOLUTE", str(runs / "a/pretrain/current")))
+    found = removable(runs)
+    assert not any(path.endswith("step-000030") for path in found)
+    assert any(path.endswith("step-000025") for path in found)
+
+
+def test_a_branch_of_what_is_in_no_run(runs, tmp_path):
+    """A folder elsewhere, or a model of a hub: no checkpoint of these runs is meant."""
+    (tmp_path / "other").mkdir()
+    for model in (str(tmp_path / "other"), "org/name@0123abc"):
+        plan_of_b(runs, model)
+        assert any(path.endswith("step-000030") for path in removable(runs))
+
+
+def test_an_old_output_that_a_later_stage_names(runs):
+    first = next(output for output in artifact.published(runs / "a/pack") if output.manifest["config"]["x"] == 1)
+    assert f"a/pack/{first.path.name}" in removable(runs)
+    plan_of_b(runs, "org/name@0123abc", f"  more: {{kind: pretrain, inputs: {{tokens: {first.path}}}}}\n")
+    assert f"a/pack/{first.path.name}" not in removable(runs)
+
+
+def test_blocks_without_keys(runs):
+    plan_of_b(runs, "./runs/a/pretrain/current", "  pack:\n  tokenizer: {inputs: }\n")
+    assert not any(path.endswith("step-000030") for path in removable(runs))
+    (artifact.current(runs / "b/decay").path / "recipe.yaml").write_text("# from_step: 3\nname: b\nstages:\n")
+    assert removable(runs)
+
+
+def test_it_says_what_it_does_not_know(runs):
+    assert "recipes that have never run" in gc(runs, "--dry-run")
+
+
 def test_the_best_checkpoint_stays(runs):
     output = artifact.current(runs / "b/sft").path
     (output / "checkpoints/losses.json").write_text('{"3": 1.0, "4": 2.0}')
