@@ -35,6 +35,7 @@ WHY_ASIDE = {
     "copied": "copy of an output that links were followed for",
 }
 BEING_REMOVED = ".gc-"  # name of a folder that is being removed
+WHY_LEFT = "left by an alma gc that was interrupted"
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,15 @@ def removable(runs: list[Path], held: frozenset[Path] = frozenset()) -> Plan:
             for path, why in found.unreadable.items():
                 if path.parent == folder.resolve():
                     plan.left_alone.append(f"{why}: an old output that cannot be read")
+        for path in sorted(run.glob(f"{BEING_REMOVED}*")):
+            plan.items.append(Item(run.name, "", path, WHY_LEFT, size(path), tuple(folders)))
         cache = run / "cache"
         if cache.is_dir() and not is_busy:
             why = "cache, computed again if a stage needs it"
             plan.items.append(Item(run.name, "", cache, why, size(cache), tuple(folders)))
+    links = [item for item in plan.items if item.path.is_symlink()]
+    plan.items = [item for item in plan.items if not item.path.is_symlink()]
+    plan.left_alone += [f"{item.path}: a link, which gc does not follow ({item.why})" for item in links]
     return plan
 
 
@@ -108,7 +114,7 @@ def _of_stage(folder: Path, found: References) -> list[Item]:
         if aside:
             items.append(_item(folder, path, WHY_ASIDE[aside[1]]))
         elif path.name.startswith(BEING_REMOVED):
-            items.append(_item(folder, path, "left by an alma gc that was interrupted"))
+            items.append(_item(folder, path, WHY_LEFT))
         elif path.resolve() not in found.records:
             continue
         elif path.resolve() in found.needed:
@@ -123,6 +129,8 @@ def _checkpoints(folder: Path, output: Path, found: References) -> list[Item]:
     """Checkpoints of an output that is kept: of a published one those that are superseded, of any one those that are
     damaged."""
     items = []
+    for path in sorted(checkpoint_folder.folder_of(output).glob(f"{BEING_REMOVED}*")):
+        items.append(_item(folder, path, WHY_LEFT))
     for path in sorted(checkpoint_folder.folder_of(output).glob("damaged-step-*")):
         items.append(_item(folder, path, "damaged checkpoint, never resumed from"))
     if output.name.endswith(".partial"):

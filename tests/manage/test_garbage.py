@@ -281,6 +281,48 @@ def test_random_histories(tmp_path, seed):
     assert left == in_use | seen
 
 
+def test_leftovers_of_an_interrupted_removal(tmp_path, monkeypatch):
+    """Of a cache, a damaged and a superseded checkpoint and an old output: all are under hidden names, and the next gc
+    removes them."""
+    runs = tmp_path / "runs"
+    ledger.output(runs / "a/sft", {"lr": 1}, checkpoints=(1,))
+    output = ledger.output(runs / "a/sft", {"lr": 2}, checkpoints=(1, 2)).path
+    (output / "checkpoints/damaged-step-000003").mkdir()
+    (runs / "a/cache").mkdir()
+    before = set(removable(runs))
+    assert len(before) == 4
+
+    def interrupted(path, *args, **kwargs):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", interrupted)
+        assert "0 folders removed" in gc(runs, "--yes")
+    left = removable(runs)
+    assert len(left) == 4 and not before & set(left)
+    assert "4 folders removed" in gc(runs, "--yes")
+    assert not removable(runs) and not [path for path in runs.rglob(".*") if path.name != ".hashes.json"]
+    assert steps(output) == [2]
+
+
+def test_links_are_not_removed(tmp_path):
+    """A cache or a checkpoint on another disk."""
+    runs = tmp_path / "runs"
+    output = ledger.output(runs / "a/sft", {}, checkpoints=(1, 2, 3)).path
+    for name in ("a/cache", f"a/sft/{output.name}/checkpoints/step-000001"):
+        target = tmp_path / "disk" / Path(name).name
+        if (runs / name).exists():
+            shutil.copytree(runs / name, target)
+            shutil.rmtree(runs / name)
+        else:
+            target.mkdir(parents=True)
+        (runs / name).symlink_to(target)
+    said = gc(runs, "--yes")
+    assert "1 folder removed" in said and steps(output) == [1, 3]
+    assert f"left alone: {runs / 'a/cache'}: a link" in said and (runs / "a/cache").is_symlink()
+    assert f"left alone: {output / 'checkpoints/step-000001'}: a link" in said
+
+
 # ---- links -----------------------------------------------------------------------------------------------------------
 
 
