@@ -53,6 +53,9 @@ class Config(OnlineConfig):
     def trains_on_rule(self) -> bool:
         return self.ppo.rule_coef > 0
 
+    def scored_by(self) -> dict:
+        return super().scored_by() | {"calibrate": self.ppo.calibrate}
+
     def adapts_kl_coef(self) -> bool:
         return self.ppo.kl_target is not None
 

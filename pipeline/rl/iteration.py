@@ -63,7 +63,8 @@ class Iterations:
     In checkpoints, its part of the loop's state is: step (iterations so far), kl_coef, calibration (mean and deviation
     of the reward, in PPO), skipped_updates (updates of policy or value model that were not applied), resampled (prompts
     that were drawn in addition to batch_size per step), reward_failures (failed calls by reward and kind), shown
-    (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are multiplied by the second).
+    (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are multiplied by the second), run
+    (fingerprint of the run that saved it) and scored_by (what the calibration was measured with).
     """
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
@@ -85,10 +86,19 @@ class Iterations:
             self.models.value.load(path)
         return changes
 
-    def begin(self, state: dict) -> None:
+    def begin(self, state: dict, run: str) -> None:
         """Use the loop's state from now on; a new run measures the reward's mean and deviation under the initial
-        policy."""
+        policy. A fork takes from its recipe what alarms or kl_target may have changed in the run before; if its rewards
+        are others, calibration and first evaluation are repeated with the policy that it starts from."""
         self.state = state
+        scored_by = self.models.config.scored_by()
+        if state.get("run") != run:
+            for key in ("kl_coef", "lr_scale", "alarms"):
+                state.pop(key, None)
+            if state.get("scored_by") != scored_by:
+                state.pop("calibration", None)
+                state["before"] = None
+        state |= {"run": run, "scored_by": scored_by}
         state.setdefault("step", 0)
         state.setdefault("kl_coef", self.models.config.updates.kl_coef)
         state.setdefault("skipped_updates", state["skipped"])  # its name in older checkpoints
@@ -131,6 +141,13 @@ class Iterations:
     def applied_updates(self, stats: dict) -> list[tuple[float, float]]:
         """(loss, gradient norm) of each update of the policy that was applied in the last iteration."""
         return self.accepted
+
+    def carry(self, before: dict, state: dict) -> None:
+        sentinel.carry(before, state)
+        if state["before"] is None:  # the checkpoint is that of the run which was forked
+            for key in ("before", "before_rows"):
+                state[key] = before[key]
+            state["shown"]["before"] = before["shown"]["before"]
 
     def alarm(self) -> tuple[str, str] | None:
         return self.verdict

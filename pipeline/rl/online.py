@@ -95,7 +95,7 @@ def align(
 
     def measure() -> dict:
         numbers, rows = evaluate(models, heldout)
-        when = "before" if iterations.step_count == 0 else "after"
+        when = "before" if iterations.state["before"] is None else "after"
         iterations.state["shown"][when] = rows
         return numbers
 

@@ -152,6 +152,11 @@ class OnlineConfig(FinetuneConfig):
         """Whether `rule` is part of the score."""
         return False
 
+    def scored_by(self) -> dict:
+        """What the scores of equal responses depend on, besides the inputs; for JSON."""
+        rewards = {name: reward.model_dump(mode="json") for name, reward in self.rewards.items()}
+        return {"rewards": rewards, "rule": self.rule}
+
     def adapts_kl_coef(self) -> bool:
         """Whether the algorithm changes the KL's weight."""
         return False

@@ -209,8 +209,7 @@ def judge(config, state: dict, stats: dict) -> tuple[str, str] | None:
     """Judge an iteration by its numbers. Raises alarms: prints them, counts them in state["alarms"], changes kl_coef
     and lr_scale of the state, and adds `alarm/NAME` to the numbers. Returns ("rollback" or "stop", why) if an alarm
     asks for it. Collective."""
-    initial = {"iterations": 0, "first": {}, "last": {}, "outside": {}, "raised": {}}
-    memory = state.setdefault("alarms", initial)
+    memory = state.setdefault("alarms", _memory())
     verdicts = []
     # One process measures: a number that rounding puts on either side of a limit must not part the others.
     values = distributed.from_main(_values(config, memory, stats) if distributed.is_main() else None)
@@ -234,6 +233,12 @@ def judge(config, state: dict, stats: dict) -> tuple[str, str] | None:
     _remember(config, memory, stats)
     verdicts.sort(key=lambda verdict: verdict[0] != "stop")
     return verdicts[0] if verdicts else None
+
+
+def _memory() -> dict:
+    """What a run begins with: iterations judged so far, the first and last WINDOW values of each number, and by alarm
+    the iterations outside its range in a row and how often it was raised."""
+    return {"iterations": 0, "first": {}, "last": {}, "outside": {}, "raised": {}}
 
 
 def _values(config, memory: dict, stats: dict) -> dict[str, float]:
@@ -270,6 +275,14 @@ def _act(config, state: dict, alarm: Alarm, reason: str) -> None:
         reason += f"; learning rates are now {state['lr_scale']:.3g} of the schedule's"
     if distributed.is_main():
         show(f"{config.kind}: step {state['step']}: {reason}")
+
+
+def carry(before: dict, state: dict) -> None:
+    """After a rollback to a checkpoint's `state`: keep how often each alarm was raised, and count the iterations
+    outside a range from 0, because those that led to the alarm are undone. before: the state before the rollback."""
+    memory = state.setdefault("alarms", _memory())
+    memory["raised"] = dict(before["alarms"]["raised"])
+    memory["outside"] = {}
 
 
 def summary_of(state: dict) -> str:

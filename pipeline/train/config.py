@@ -270,7 +270,7 @@ class Spikes(Strict):
     window: int = Field(128, ge=4)
     """Applied steps that a value is compared with. While there are fewer than half of them, nothing is a spike."""
     rollbacks: int = Field(3, ge=1)
-    """Rollbacks after which the next spike stops the run."""
+    """Rollbacks after which the next spike, or alarm of online RL, stops the run."""
     in_a_row: int = Field(16, ge=1)
     """Consecutive steps that are not applied (spikes, or not finite) after which the run stops, with every policy."""
 
@@ -279,8 +279,6 @@ class Spikes(Strict):
         if self.policy == "off":
             refuse_unused(self, "sigma", "defines a spike, and policy: off looks for none")
             refuse_unused(self, "window", "defines a spike, and policy: off looks for none")
-        if self.policy != "rollback":
-            refuse_unused(self, "rollbacks", f"applies only to policy: rollback, and policy is {self.policy}")
         return self
 
 
@@ -355,6 +353,16 @@ class TrainConfig(StageConfig):
                 refuse_unused(self.log, "peak", "is for estimates of time, which here depend on the answers' lengths")
             except ValueError as error:
                 raise ValueError(f"log.{error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def rollbacks_of_something(self):
+        if not self.rolls_back():
+            why = f"applies only to policy: rollback, and policy is {self.spikes.policy}"
+            try:
+                refuse_unused(self.spikes, "rollbacks", why)
+            except ValueError as error:
+                raise ValueError(f"spikes.{error}") from None
         return self
 
     @model_validator(mode="after")

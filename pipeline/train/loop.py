@@ -45,6 +45,11 @@ def seed_step(config: TrainConfig, step: int, data_rank: int) -> None:
     torch.manual_seed(derive(config.seed or 0, "step", step, data_rank))
 
 
+def alarms_of(stats: dict) -> dict:
+    """The numbers of a step for which it raised alarms."""
+    return {key.removeprefix("alarm/"): value for key, value in stats.items() if key.startswith("alarm/")}
+
+
 class Updates:
     """Steps that are one engine update each. The loop below uses exactly these attributes and methods.
 
@@ -66,8 +71,12 @@ class Updates:
         """Load a checkpoint. Returns what differs in the layout, in words. Collective."""
         return self.engine.load(path)
 
-    def begin(self, state: dict) -> None:
-        """Called once before the first evaluation and step, with the state of the checkpoint or a new one."""
+    def begin(self, state: dict, run: str) -> None:
+        """Called before the first evaluation and step, and after each rollback, with the state of the checkpoint or a
+        new one. run: fingerprint of this run; under --fork the checkpoint is from another one."""
+
+    def carry(self, before: dict, state: dict) -> None:
+        """Put what a rollback does not undo into the checkpoint's state. before: the state before the rollback."""
 
     def step(self, batch: int, lr: float, accept: Accept | None) -> dict:
         """Make the next step from global batch number `batch`. Returns its numbers, with `loss`, `grad_norm`,
@@ -202,7 +211,7 @@ class Loop:
             difference = self.updates.load(branch)
             self._print_resumed(str(branch), difference, "")
             self.state.update(inherited(loop_state(branch)))
-        self.updates.begin(self.state)
+        self.updates.begin(self.state, self.output.fingerprint)
         self.length = TrainingLength(self.config, self.output, self.updates.step_count)
         if self.hooks.average is not None:
             self.saver.kept_steps = set(self.hooks.average.steps(self.length.steps))
@@ -228,7 +237,8 @@ class Loop:
         step = self.updates.step_count
         # A checkpoint is written before its evaluation, which may have been lost.
         is_lost = self.resumed and self.evaluation_is_due(step)
-        self.tracker.rewind(step if self.resumed else -1, evaluated=not is_lost)
+        is_measured = not is_lost and self.state["before"] is not None
+        self.tracker.rewind(step if self.resumed else -1, evaluated=is_measured)
         if self.hooks.evaluate and self.state["before"] is None:
             self.evaluate(step, "before")
         elif is_lost:
@@ -337,6 +347,10 @@ class Loop:
                 if stats is None:  # rolled back
                     continue
                 self.log(stats, seconds, bar)
+                alarm = self.updates.alarm()
+                if alarm is not None:
+                    self.obey(*alarm, stats, bar)
+                    continue
                 faults.point("work")
                 self.save(signals)
                 step = self.updates.step_count
@@ -366,12 +380,8 @@ class Loop:
                 self.save_state_before()
                 raise UserError(self.guard.error_message(self.output, done + 1, reason, self.updates.atomic))
             if action == "rollback":
-                self.roll_back(done + 1, bar)
+                self.roll_back(done + 1, done, bar)
                 return None, 0.0
-        alarm = self.updates.alarm()
-        if alarm is not None:
-            self.obey(done + 1, *alarm, bar)
-            return None, 0.0
         return stats, time.perf_counter() - start
 
     def log(self, stats: dict, seconds: float, bar: Progress) -> None:
@@ -390,7 +400,7 @@ class Loop:
         self.state["last"] = stats
         is_last = step == self.length.steps
         is_due = step % self.config.log.every_steps == 0 or step == 1 or is_last
-        if is_due or not stats["applied"] or self.rollback_note:
+        if is_due or not stats["applied"] or self.rollback_note or alarms_of(stats):
             numbers = stats | self.meters.line(step, self.length.steps)
             for engine in self.updates.engines:
                 numbers |= engine.measured()
@@ -425,12 +435,14 @@ class Loop:
         if distributed.from_main(saved_step(self.output)) != step:
             self.saver.save(step, self.state, wait=True)
 
-    def obey(self, step: int, action: str, reason: str, bar: Progress) -> None:
+    def obey(self, action: str, reason: str, stats: dict, bar: Progress) -> None:
         """Roll back after a step that raised an alarm. Raises UserError if the run is to stop."""
+        step = self.updates.step_count
         if action == "rollback" and self.guard.may_roll_back():
             if self.output.is_main:
                 show(f"{self.output.stage}: step {step}: {reason}")
-            self.roll_back(step, bar)
+            self.roll_back(step, step, bar)
+            self.rollback_note["rollback_alarms"] = plain(alarms_of(stats))  # their own line has been dropped
             return
         self.saver.finish()
         text = f"stage {self.output.stage}: step {step}: {reason}"
@@ -438,11 +450,12 @@ class Loop:
             text += f", and {self.config.spikes.rollbacks} rollbacks were made"
         raise UserError(
             f"{text}. Checkpoints are from before it; look at the samples and curves, change the recipe (alarms,"
-            " optimizer.lr, kl_coef, rewards) and resume with --fork, or start again with --restart"
+            " optimizer.lr, kl_coef, weights of rewards) and resume with --fork, or start again with --restart"
         )
 
-    def roll_back(self, step: int, bar: Progress) -> None:
-        """Return to the newest checkpoint; the rows of the steps since then are skipped from now on."""
+    def roll_back(self, step: int, shown: int, bar: Progress) -> None:
+        """Return to the newest checkpoint; the rows of the steps up to `step` since then are skipped from now on.
+        shown: the step at which the bar is."""
         phases.enter("load")  # may take long: all files are hashed and read
         self.saver.finish()
         faults.point("rollback")
@@ -458,14 +471,17 @@ class Loop:
         self.updates.load(path)
         checkpoint_step = step_of(path)
         state = self.guard.rolled_back(saved_state, checkpoint_step, step - 1, self.config.batch_size)
+        before = dict(self.state)
         self.state.clear()
         self.state.update(state)
+        self.updates.begin(self.state, self.output.fingerprint)
+        self.updates.carry(before, self.state)
         self.tracker.rewind(checkpoint_step)
         if self.selection_is_due(checkpoint_step):  # its evaluation is not in its state
             self.evaluate(checkpoint_step, "after")
         if self.hooks.sample:
             self.hooks.sample(checkpoint_step, False)
-        bar.update(checkpoint_step + 1 - step)
+        bar.update(checkpoint_step - shown)
         self._start_counting()
         spikes = self.guard.state
         self.rollback_note = {"rollbacks": spikes["rollbacks"], "skipped_rows": spikes["skipped_rows"]}

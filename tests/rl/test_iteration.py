@@ -87,7 +87,7 @@ def test_one_learning_rate_from_the_loop_is_that_of_both_models(world, monkeypat
             lambda batches, lr, *rest, name=name, step=step: used.update({name: lr}) or step(batches, lr, *rest),
         )
     iterations = Iterations(models, pool)
-    iterations.begin(state | {"skipped": 0})
+    iterations.begin(state | {"skipped": 0}, "run")
     stats = iterations.step(0, 1e-4, None)
     assert (stats["lr"], stats["value_lr"]) == (used["policy"], used["value"]) == pytest.approx((1e-4, 1e-4 * 10 / 3))
 
@@ -130,3 +130,27 @@ def test_without_their_adapters_the_trained_models_are_reference_and_reward_mode
         frozen = {name for name, p in trained.named_parameters() if not p.requires_grad}
         assert all(torch.equal(trained.get_parameter(name), parent.get_parameter(name)) for name in frozen)
         assert len(lora.adapted_layers(trained)) == 7 * trained.config.num_hidden_layers
+
+
+def test_a_fork_takes_what_alarms_changed_from_its_recipe(world):
+    """kl_coef, lr_scale and the alarms' memory; a resumed run keeps them. With other rewards also the calibration and
+    the first evaluation."""
+    from pipeline.rl.iteration import Iterations
+
+    models, pool, _, _ = ppo_world.inside(world, world, ["ppo.ppo.kl_coef=0.3", "ppo.steps=4"])
+    iterations = Iterations(models, pool)
+    new = {"skipped": 0, "before": None}
+    iterations.begin(new, "one")
+    measured = new["calibration"]
+    assert new["kl_coef"] == 0.3 and measured != (0.0, 1.0)
+    changed = {"kl_coef": 9.0, "lr_scale": 0.5, "alarms": {"raised": {"kl": 2}}, "calibration": [5.0, 2.0]}
+    saved = new | changed | {"before": {"reward": 1.0}}
+    resumed, forked = dict(saved), dict(saved)
+    iterations.begin(resumed, "one")
+    assert resumed == saved
+    iterations.begin(forked, "two")
+    assert forked["kl_coef"] == 0.3 and not {"lr_scale", "alarms"} & set(forked)
+    assert forked["calibration"] == [5.0, 2.0] and forked["before"] == {"reward": 1.0}
+    other = saved | {"scored_by": saved["scored_by"] | {"rewards": {"length": {}}}}
+    iterations.begin(other, "two")
+    assert other["calibration"] == pytest.approx(measured) and other["before"] is None

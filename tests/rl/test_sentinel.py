@@ -7,6 +7,7 @@ import pytest
 from harness import files_of, stage
 from ppo_world import write_world
 from test_grpo import iterations, run
+from test_ppo import logged
 
 from pipeline import grpo, ppo
 from pipeline.rl import sentinel
@@ -194,6 +195,52 @@ def test_a_reward_that_fails_on_half_of_the_prompts_stops_the_run(world):
     code, text = stage("grpo", "group.yaml", *words, alarms, "output=flaky", cwd=world)
     assert code == 2 and "Traceback" not in text, text
     assert "step 1: alarm reward_failures: share of calls of a reward that fail: 0." in text and "--fork" in text
+
+
+@pytest.mark.slow
+def test_a_fork_follows_its_own_recipe(world):
+    """kl_coef, learning rate and rewards of the run that it continues were changed, by alarms and in the recipe."""
+    words = ["grpo.steps=6", "grpo.update={kl_coef: 0.1, epochs: 2, minibatches: 2}", "output=forked"]
+    alarm = "grpo.alarms={eos_rate: {action: ACTION, below: 1.0, in_a_row: 1, factor: 2}}"
+    raised = [*words, alarm.replace("ACTION", "raise_beta")]
+    code, text = stage("grpo", "group.yaml", *raised, cwd=world, fault="work:4")
+    assert code == -9 and "kl_coef is now 0.4" in text, text
+    rewards = "grpo.rewards={model: {function: model}, short: {function: length, weight: -1, arguments: {at_most: 3, unit: characters}}}"
+    changes = [
+        "grpo.update={kl_coef: 0.07, epochs: 2, minibatches: 2}",
+        rewards,
+        "grpo.alarms={eos_rate: {action: off}}",
+    ]
+    found, metrics, text = run(world, *words, *changes, "--fork", output="forked")
+    lines = iterations(found)
+    assert lines[0]["step"] > 1 and lines[-1]["step"] == 6
+    assert {line["kl_coef"] for line in lines} == {0.07} and metrics["alarms"] == {}
+    assert lines[0]["lr"] == pytest.approx(3e-3 * (1 - (lines[0]["step"] - 1) / 6))
+    before = [line for line in logged(found) if "heldout_reward" in line][0]
+    assert before["step"] == lines[0]["step"] - 1 and before["heldout_reward"] == metrics["reward_before"]
+
+
+def test_alarms_are_found_in_the_results_of_a_run_that_was_rolled_back(world):
+    """Raised in the second iteration: counted, and named in the first line after the rollback, though lines are
+    written every tenth iteration only. With a checkpoint of each, the count of iterations begins again."""
+    words = ["grpo.steps=4", "grpo.log.every_steps=10", "grpo.spikes.rollbacks=1", "grpo.save.every_steps=1"]
+    alarm = "grpo.alarms={eos_rate: {action: rollback, below: 1.1, in_a_row: 2}}"
+    code, text = stage("grpo", "group.yaml", *words, alarm, "output=noted", cwd=world)
+    assert code == 2 and "step 2: alarm eos_rate" in text and "back to step 1" in text, text
+    assert "step 3: alarm eos_rate" in text and "and 1 rollbacks were made" in text, text
+    (partial,) = (world / "noted/t/grpo").glob("*.partial")
+    lines = {line["step"]: line for line in logged(partial) if "policy_loss" in line}
+    assert list(lines) == [1, 2, 3] and set(lines[2]["rollback_alarms"]) == {"eos_rate"}
+    assert "alarm/eos_rate" in lines[3] and "alarm/eos_rate" not in lines[2]
+    state = json.loads((partial / "checkpoints/step-000002/complete.json").read_text())["state"]
+    assert state["alarms"]["raised"] == {"eos_rate": 1} and state["alarms"]["outside"]["eos_rate"] == 1
+
+
+def test_a_line_with_an_alarm_is_always_written(world):
+    alarm = "grpo.alarms={eos_rate: {below: 1.1, in_a_row: 2}}"
+    found, metrics, _ = run(world, "grpo.steps=4", "grpo.log.every_steps=10", alarm, output="due")
+    assert [line["step"] for line in iterations(found)] == [1, 2, 4] and "alarm/eos_rate" in iterations(found)[1]
+    assert metrics["alarms"]["eos_rate"] == 1
 
 
 RISES = ("grpo.optimizer.lr=3e-2", "grpo.update={kl_coef: 0.01, epochs: 2, minibatches: 2}", "grpo.steps=8")
