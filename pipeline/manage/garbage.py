@@ -10,10 +10,11 @@ a branch or a fork starts from, and anything of a stage that is running.
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.core import checkpoint_folder, faults
@@ -47,9 +48,9 @@ class Item:
     """Empty for what belongs to no stage."""
     path: Path
     why: str
-    bytes: int
     locks: tuple[Path, ...]
-    """Folders of stages that must not run while it is removed."""
+    """Folders of stages that must not run while it is renamed, before it is deleted."""
+    bytes: int = 0
 
 
 @dataclass
@@ -65,18 +66,38 @@ class Plan:
         return sum(item.bytes for item in self.items)
 
 
-def removable(runs: list[Path], held: frozenset[Path] = frozenset()) -> Plan:
+def removable(runs: list[Path]) -> Plan:
     """What can be removed from these runs. Outputs of all runs in the same folders count as what may refer to them.
-    held: folders of stages whose locks this process has. Raises UserError if an output in use cannot be read."""
-    beside: dict[Path, Path] = {}
+    Raises UserError if an output in use cannot be read."""
+    plan = _removable(_distinct(runs), _references(runs), frozenset())
+    distinct: dict[Path, Item] = {}
+    for item in plan.items:  # runs may share the folder of a stage
+        distinct.setdefault(item.path.resolve(), item)
+    plan.items = [replace(item, bytes=size(item.path)) for item in distinct.values()]
+    return plan
+
+
+def _distinct(folders: list[Path]) -> list[Path]:
+    """Folders without further names of the same one: of `a` and `latest -> a`, `a`."""
+    found: dict[Path, Path] = {}
+    for folder in sorted(folders, key=lambda path: path.is_symlink()):
+        found.setdefault(folder.resolve(), folder)
+    return [folder for folder in folders if found[folder.resolve()] is folder]
+
+
+def _references(runs: list[Path]) -> References:
+    beside = list(runs)
     for run in runs:
         for parent in {run.absolute().parent, run.resolve().parent}:  # two, if the run is a link
-            for path in [run, *run_paths(parent)]:
-                beside.setdefault(path.resolve(), path)
-    found = references(list(beside.values()))
+            beside += run_paths(parent)
+    return references(_distinct(beside))
+
+
+def _removable(runs: list[Path], found: References, held: frozenset[Path]) -> Plan:
+    """What can be removed, without sizes. held: folders of stages whose locks this process has."""
     plan = Plan()
     for run in runs:
-        folders = stage_folders(run)
+        folders = _distinct(stage_folders(run))
         is_busy = False
         for folder in folders:
             holder = lock_holder(folder)
@@ -90,11 +111,11 @@ def removable(runs: list[Path], held: frozenset[Path] = frozenset()) -> Plan:
                 if path.parent == folder.resolve():
                     plan.left_alone.append(f"{why}: an old output that cannot be read")
         for path in sorted(run.glob(f"{BEING_REMOVED}*")):
-            plan.items.append(Item(run.name, "", path, WHY_LEFT, size(path), tuple(folders)))
+            plan.items.append(Item(run.name, "", path, WHY_LEFT, tuple(folders)))
         cache = run / "cache"
         if cache.is_dir() and not is_busy:
             why = "cache, computed again if a stage needs it"
-            plan.items.append(Item(run.name, "", cache, why, size(cache), tuple(folders)))
+            plan.items.append(Item(run.name, "", cache, why, tuple(folders)))
     links = [item for item in plan.items if item.path.is_symlink()]
     plan.items = [item for item in plan.items if not item.path.is_symlink()]
     plan.left_alone += [f"{item.path}: a link, which gc does not follow ({item.why})" for item in links]
@@ -102,7 +123,7 @@ def removable(runs: list[Path], held: frozenset[Path] = frozenset()) -> Plan:
 
 
 def _item(folder: Path, path: Path, why: str) -> Item:
-    return Item(folder.parent.name, folder.name, path, why, size(path), (folder,))
+    return Item(folder.parent.name, folder.name, path, why, (folder,))
 
 
 def _of_stage(folder: Path, found: References) -> list[Item]:
@@ -167,47 +188,71 @@ def _best(output: Path, checkpoints: list[Path]) -> set[int]:
 
 def remove(plan: Plan, runs: list[Path]) -> Plan:
     """Remove what is in `plan` and can still go now that its stages are locked. Returns what was removed, and what was
-    not and why. A kill leaves every folder complete, or under a name that nothing reads."""
+    not and why. A kill leaves every folder complete, or under a name that nothing reads.
+
+    Stages are locked one by one, and only while their folders get such names: deleting may take hours, in which other
+    stages, and this one, can start.
+    """
     done = Plan()
-    held: set[Path] = set()
-    with contextlib.ExitStack() as locks:
-        for folder in dict.fromkeys(folder for item in plan.items for folder in item.locks):
+    hidden: list[tuple[Item, Path]] = []
+    by_locks: dict[tuple[Path, ...], list[Item]] = {}
+    for item in plan.items:
+        if item.path.name.startswith(BEING_REMOVED):
+            hidden.append((item, item.path))
+        else:
+            by_locks.setdefault(item.locks, []).append(item)
+    for locks, items in by_locks.items():
+        hidden += _hide(items, locks, runs, done)
+    for item, path in hidden:
+        faults.point("gc")
+        try:
+            _delete(path)
+        except OSError as error:
+            done.left_alone.append(f"{error.filename or path}: cannot be removed ({error.strerror})")
+            continue
+        done.items.append(item)
+    return done
+
+
+def _hide(items: list[Item], locks: tuple[Path, ...], runs: list[Path], done: Plan) -> list[tuple[Item, Path]]:
+    """Rename what can still go of the items with these locks. Returns them with their new paths; notes in `done` what
+    is left alone."""
+    hidden = []
+    with contextlib.ExitStack() as stack:
+        for folder in locks:
             lock = Lock(folder)
             try:
                 lock.acquire()
             except UserError as error:
                 done.left_alone.append(str(error))
-                continue
+                return []
             except OSError as error:
                 done.left_alone.append(f"{folder}: cannot be locked ({error.strerror})")
-                continue
-            locks.callback(lock.release)
-            held.add(folder)
-        still = {item.path for item in removable(runs, frozenset(held)).items}
-        for item in plan.items:
-            if not held.issuperset(item.locks):
-                continue
+                return []
+            stack.callback(lock.release)
+        try:
+            now = _removable([locks[0].parent], _references(runs), frozenset(locks))
+        except UserError as error:  # a record was damaged since the plan was made
+            done.left_alone.append(str(error))
+            return []
+        still = {item.path for item in now.items}
+        for item in items:
             if item.path not in still:
                 done.left_alone.append(f"{item.path}: something refers to it by now")
                 continue
+            path = item.path.with_name(f"{BEING_REMOVED}{item.path.name.lstrip('.')}-{uuid.uuid4().hex[:8]}")
             try:
-                _remove(item.path)
+                os.rename(item.path, path)
             except OSError as error:
-                done.left_alone.append(f"{error.filename or item.path}: cannot be removed ({error.strerror})")
+                done.left_alone.append(f"{item.path}: cannot be removed ({error.strerror})")
                 continue
-            done.items.append(item)
-    return done
+            faults.point("gc")
+            hidden.append((item, path))
+    return hidden
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder, under a hidden name first."""
-    if re.fullmatch(r"step-\d+", path.name):
-        hidden = checkpoint_folder.removal_path(path)
-    elif path.name.startswith("."):
-        hidden = path
-    else:
-        hidden = path.with_name(f"{BEING_REMOVED}{path.name}-{uuid.uuid4().hex[:8]}")
-    if hidden != path:
-        path.rename(hidden)
-    faults.point("gc")
-    shutil.rmtree(hidden)
+def _delete(path: Path) -> None:
+    """Delete a folder that another gc may be deleting as well."""
+    while path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)

@@ -20,6 +20,7 @@ from pipeline.core.checkpoint_folder import complete_checkpoints, step_of
 from pipeline.core.errors import UserError
 from pipeline.core.lock import Lock
 from pipeline.core.partial_runs import partials, run_info, set_aside
+from pipeline.manage import garbage
 
 
 def gc(*words, code=0, answer=None) -> str:
@@ -237,7 +238,7 @@ def test_mistakes(tmp_path, monkeypatch, words, message):
 def test_killed_while_it_removes(runs):
     """Every folder is complete or has a name that nothing reads, and the next gc ends the work."""
     code = "import sys, pathlib; from pipeline.manage.commands import gc; gc(pathlib.Path(sys.argv[1]), yes=True)"
-    for number in (1, 2):
+    for number in (1, 2, 6):  # renamed two, and deleted some
         answer = subprocess.run(
             [sys.executable, "-c", code, str(runs)], env=os.environ | {"ALMA_FAULT": f"gc:{number}"}
         )
@@ -321,6 +322,53 @@ def test_links_are_not_removed(tmp_path):
     assert "1 folder removed" in said and steps(output) == [1, 3]
     assert f"left alone: {runs / 'a/cache'}: a link" in said and (runs / "a/cache").is_symlink()
     assert f"left alone: {output / 'checkpoints/step-000001'}: a link" in said
+
+
+def test_stages_are_locked_one_by_one_and_not_while_folders_are_deleted(runs, monkeypatch):
+    """Deleting takes hours on a slow disk, and a stage must be able to start meanwhile."""
+    held: list[int] = []
+    acquire, rmtree = Lock.acquire, shutil.rmtree
+
+    def counted(action):
+        def wrapper(*args, **kwargs):
+            held.append(len(list(runs.rglob("lock.json"))))
+            return action(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(Lock, "acquire", counted(acquire))
+    monkeypatch.setattr("shutil.rmtree", counted(rmtree))
+    assert "5 folders removed" in gc(runs, "--yes")
+    assert held == [0] * 8, "three stages, five folders"
+
+
+def test_what_is_in_use_by_the_time_it_is_locked(runs):
+    plan = garbage.removable([runs / "a", runs / "b"])
+    first = next(output for output in artifact.published(runs / "a/pack") if output.manifest["config"]["x"] == 1)
+    assert first.path in [item.path for item in plan.items]
+    (runs / "a/pack/current").unlink()
+    (runs / "a/pack/current").symlink_to(first.path.name)
+    done = garbage.remove(plan, [runs / "a", runs / "b"])
+    assert done.left_alone == [f"{first.path}: something refers to it by now"] and first.path.exists()
+    assert len(done.items) == 4
+
+
+@pytest.mark.parametrize("name", ["0-latest", "latest"])
+def test_a_run_with_two_names(runs, name):
+    """`latest -> a` is another name of the run, not another run."""
+    before = removable(runs)
+    (runs / name).symlink_to("a")
+    assert removable(runs) == before
+    assert len(removable(runs / name)) == 3
+    assert "5 folders removed" in gc(runs, "--yes")
+
+
+def test_runs_that_share_a_stage(runs):
+    before = removable(runs)
+    (runs / "c").mkdir()
+    (runs / "c/pack").symlink_to(runs / "a/pack")
+    assert removable(runs) == before and "5 folders removed" in gc(runs, "--yes")
+    assert len(names(runs, "c/pack")) == 2
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
