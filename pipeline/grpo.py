@@ -19,7 +19,7 @@ from pipeline.core.terminal import plural
 from pipeline.rl.config import AlgorithmName, GroupUpdates, Overlong
 from pipeline.rl.online_config import OnlineConfig
 
-VERSION = 1
+VERSION = 2  # 2: rows as in ppo 6; one update per iteration takes its old log-probabilities from its own forward pass
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
 
 

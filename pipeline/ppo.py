@@ -19,7 +19,7 @@ from pipeline.core.terminal import plural
 from pipeline.rl.config import Algorithm, ValueOptimizer
 from pipeline.rl.online_config import OnlineConfig
 
-VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
+VERSION = 6  # 6: micro-batches are sorted by length and padded on the right, so that sums have another order
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
 
 

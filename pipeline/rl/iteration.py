@@ -18,7 +18,7 @@ from pipeline.rl.advantages import explained_variance
 from pipeline.rl.experience import Clock, Models, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, by_length, layout, size_of, spread
-from pipeline.rl.scoring import count_failures, statistics
+from pipeline.rl.scoring import count_failures, failures_of, statistics
 from pipeline.train import distributed, phases
 from pipeline.train.engine import Accept
 
@@ -177,9 +177,9 @@ def iterate(
     phases.enter("rollout")
     begun, clock = time.perf_counter(), Clock()
     number = state["step"] if batch_number is None else batch_number
-    samples = _samples(models, pool, number, state, clock)
+    samples, drawn = _samples(models, pool, number, state, clock)
     tokens = tensors_of(samples)
-    count_failures(config, samples, state)
+    count_failures(config, drawn, state)
     scores = objective.scores(config, samples, state)
     signal = objective.signal(config, tokens, scores, state["kl_coef"])
     updates = _update(models, samples, signal, state, lr, accept)
@@ -187,6 +187,8 @@ def iterate(
 
     stats = _statistics(config, samples, tokens, scores, signal, state["kl_coef"])
     stats |= updates
+    if config.reward_functions():
+        stats |= failures_of(config, drawn) | {"reward_calls": len(drawn)}
     if not config.measures_policy():  # the update's forward pass is that of the policy that sampled
         stats["entropy"] = stats["entropy_update"]
     stats |= clock.seconds
@@ -195,8 +197,10 @@ def iterate(
     return stats
 
 
-def _samples(models: Models, pool: list[Task], batch_number: int, state: dict, clock: Clock) -> list[Sample]:
-    """The samples of an iteration, those of a prompt next to each other.
+def _samples(
+    models: Models, pool: list[Task], batch_number: int, state: dict, clock: Clock
+) -> tuple[list[Sample], list[Sample]]:
+    """(the samples of an iteration, those of a prompt next to each other; all that were drawn for it).
 
     With rounds of resampling, groups whose scores are all equal are replaced by groups of further prompts, and come
     last; if they are needed after the last round, they complete the batch (DAPO, section 3.2: dynamic sampling).
@@ -205,8 +209,8 @@ def _samples(models: Models, pool: list[Task], batch_number: int, state: dict, c
     first = batch_number * config.batch_size + state.get("resampled", 0)
     samples = _answers(models, pool, first, config.batch_size, clock)
     if not config.resample_rounds():
-        return samples
-    num_drawn = config.batch_size
+        return samples, samples
+    drawn, num_drawn = list(samples), config.batch_size
     telling, equal = _by_spread(models, samples, state)
     for _ in range(config.resample_rounds()):
         missing = config.batch_size - len(telling)
@@ -214,11 +218,12 @@ def _samples(models: Models, pool: list[Task], batch_number: int, state: dict, c
             break
         further = _answers(models, pool, first + num_drawn, missing, clock)
         num_drawn += missing
+        drawn += further
         more, without = _by_spread(models, further, state)
         telling, equal = telling + more, equal + without
     state["resampled"] = state.get("resampled", 0) + num_drawn - config.batch_size
     groups = (telling + equal)[: config.batch_size]
-    return [sample for group in groups for sample in group]
+    return [sample for group in groups for sample in group], drawn
 
 
 def _answers(models: Models, pool: list[Task], first: int, count: int, clock: Clock) -> list[Sample]:

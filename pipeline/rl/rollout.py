@@ -91,13 +91,17 @@ def left_pad(rows: list[list[int]], pad_id: int, device=None) -> tuple[torch.Ten
     return input_ids, attention_mask, (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _sample_batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms) -> list[Completion]:
+def _sample_batch(
+    prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms, once=True
+) -> list[Completion]:
+    """once: equal prompts, as algorithms over groups have them, are read once."""
     device = next(model.parameters()).device
     parameters = inspect.signature(model.forward).parameters
-    # Equal prompts, as algorithms over groups have them, are read once.
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    places = {prompt: place for place, prompt in enumerate(distinct)}
+    places: dict[tuple, int] = {}
+    for prompt in prompts:
+        places.setdefault(tuple(prompt), len(places))
     source = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+    distinct = list(places) if once else prompts
     input_ids, mask, positions = left_pad(distinct, pad_id, device)
     width = input_ids.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(distinct), max_new_tokens)], 1)
@@ -119,6 +123,9 @@ def _sample_batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id,
         outputs = model(
             input_ids=step_ids, attention_mask=mask[:, : width + t], past_key_values=cache, use_cache=True, **extra
         )
+        if t == 0 and len(distinct) < len(prompts) and not hasattr(outputs.past_key_values, "batch_select_indices"):
+            # Rows of this cache cannot be copied, so each prompt is read.
+            return _sample_batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms, once=False)
         cache, logits = outputs.past_key_values, outputs.logits[:, -1]
         if t == 0 and len(distinct) < len(prompts):
             cache.batch_select_indices(source)

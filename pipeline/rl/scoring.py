@@ -94,10 +94,16 @@ def import_functions(models) -> None:
 def statistics(config, samples: list[Sample]) -> dict[str, float]:
     """Mean of each reward, and how many of its calls failed, for the log."""
     numbers = {}
-    for name, reward in config.rewards.items():
+    for name in config.rewards:
         numbers[f"reward/{name}"] = sum(sample.rewards[name] for sample in samples) / len(samples)
-        if reward.function != MODEL:
-            numbers[f"reward_failures/{name}"] = sum(name in sample.failures for sample in samples)
+    return numbers | failures_of(config, samples)
+
+
+def failures_of(config, samples: list[Sample]) -> dict[str, int]:
+    """How many calls of each reward failed, for the log."""
+    numbers = {}
+    for name in config.reward_functions():
+        numbers[f"reward_failures/{name}"] = sum(name in sample.failures for sample in samples)
     return numbers
 
 

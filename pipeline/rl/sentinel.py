@@ -37,6 +37,11 @@ Action = Literal["off", "warn", "raise_beta", "lower_rate", "rollback", "stop"]
 WINDOW = 8
 
 
+# How often an alarm may change kl_coef or the learning rates. 10 times the default factor of 1.5 is a factor of 58;
+# what that does not cure is another fault, and without an end the rate would go to 0 and kl_coef to infinity.
+CHANGES = 10
+
+
 @dataclass(frozen=True)
 class Healthy:
     """The range of a number in which nothing is wrong."""
@@ -74,7 +79,8 @@ class Alarm(Strict):
     in_a_row: int = Field(2, ge=1)
     """Iterations outside the range, one after another, after which the alarm is raised."""
     factor: float = Field(1.5, gt=1)
-    """Of raise_beta and lower_rate, which are repeated every `in_a_row` iterations outside the range."""
+    """Of raise_beta and lower_rate, which are repeated every `in_a_row` iterations outside the range, at most 10 times
+    in a run; then the alarm only warns."""
 
     @model_validator(mode="after")
     def no_unused_keys(self):
@@ -159,19 +165,23 @@ def _relative(key: str) -> Callable[[object, dict, dict], float | None]:
 def _proxy_gap(config, memory: dict, stats: dict) -> float | None:
     """The largest fall of a rule; 0 if the reward has not risen."""
 
+    def is_known(key: str) -> bool:
+        return all(len(memory[when].get(key, [])) == WINDOW for when in ("first", "last"))
+
     def rise(key: str) -> float:
         return (math.fsum(memory["last"][key]) - math.fsum(memory["first"][key])) / WINDOW
 
-    if memory["iterations"] < 2 * WINDOW:
+    rules = [rule for rule in rules_of(config) if is_known(rule)]
+    if memory["iterations"] < 2 * WINDOW or not is_known("reward") or not rules:
         return None
     if rise("reward") <= 0:
         return 0.0
-    return max(-rise(rule) for rule in rules_of(config))
+    return max(-rise(rule) for rule in rules)
 
 
 def _failures(config, memory: dict, stats: dict) -> float:
     failed = max(stats[f"reward_failures/{name}"] for name in config.reward_functions())
-    return failed / config.rows_of_step()
+    return failed / stats["reward_calls"]
 
 
 def _plain(key: str) -> Callable[[object, dict, dict], float | None]:
@@ -220,16 +230,24 @@ def judge(config, state: dict, stats: dict) -> tuple[str, str] | None:
             continue
         memory["outside"][name] = memory["outside"].get(name, 0) + 1
         alarm = alarm_of(config, name)
-        if _is_raised(alarm, memory["outside"][name]):
+        is_used_up = memory["changes"].get(name, 0) == CHANGES
+        action = "warn" if is_used_up else alarm.action
+        if _is_raised(action, alarm.in_a_row, memory["outside"][name]):
             memory["raised"][name] = memory["raised"].get(name, 0) + 1
             stats[f"alarm/{name}"] = value
             reason = f"alarm {name}: {HEALTHY[name].noun}: {value:.3g} {_outside(value, low, high)}"
             if alarm.in_a_row > 1:
                 reason += f" for {plural(memory['outside'][name], 'iteration')}"
-            if alarm.action in ("rollback", "stop"):
-                verdicts.append((alarm.action, reason))
-            else:
-                _act(config, state, alarm, reason)
+            if action in ("rollback", "stop"):
+                verdicts.append((action, reason))
+                continue
+            if action != "warn":
+                reason += _change(state, alarm)
+                memory["changes"][name] = memory["changes"].get(name, 0) + 1
+                if memory["changes"][name] == CHANGES:
+                    reason += f"; that was the last of {CHANGES} changes, this alarm only warns from now on"
+            if distributed.is_main():
+                show(f"{config.kind}: step {state['step']}: {reason}")
     _remember(config, memory, stats)
     verdicts.sort(key=lambda verdict: verdict[0] != "stop")
     return verdicts[0] if verdicts else None
@@ -237,8 +255,8 @@ def judge(config, state: dict, stats: dict) -> tuple[str, str] | None:
 
 def _memory() -> dict:
     """What a run begins with: iterations judged so far, the first and last WINDOW values of each number, and by alarm
-    the iterations outside its range in a row and how often it was raised."""
-    return {"iterations": 0, "first": {}, "last": {}, "outside": {}, "raised": {}}
+    the iterations outside its range in a row, how often it was raised, and how often it changed kl_coef or rates."""
+    return {"iterations": 0, "first": {}, "last": {}, "outside": {}, "raised": {}, "changes": {}}
 
 
 def _values(config, memory: dict, stats: dict) -> dict[str, float]:
@@ -253,11 +271,11 @@ def _values(config, memory: dict, stats: dict) -> dict[str, float]:
     return values
 
 
-def _is_raised(alarm: Alarm, outside: int) -> bool:
+def _is_raised(action: str, in_a_row: int, outside: int) -> bool:
     """A warning is given once until the number has been inside its range again; the other actions are repeated."""
-    if alarm.action == "warn":
-        return outside == alarm.in_a_row
-    return outside % alarm.in_a_row == 0
+    if action == "warn":
+        return outside == in_a_row
+    return outside % in_a_row == 0
 
 
 def _outside(value: float, low: float, high: float) -> str:
@@ -266,15 +284,13 @@ def _outside(value: float, low: float, high: float) -> str:
     return f"is above {high:g}" if value > high else f"is below {low:g}"
 
 
-def _act(config, state: dict, alarm: Alarm, reason: str) -> None:
+def _change(state: dict, alarm: Alarm) -> str:
+    """Change kl_coef or the scale of the learning rates. Returns the end of the sentence that says so."""
     if alarm.action == "raise_beta":
         state["kl_coef"] *= alarm.factor
-        reason += f"; kl_coef is now {state['kl_coef']:.3g}"
-    if alarm.action == "lower_rate":
-        state["lr_scale"] = state.get("lr_scale", 1.0) / alarm.factor
-        reason += f"; learning rates are now {state['lr_scale']:.3g} of the schedule's"
-    if distributed.is_main():
-        show(f"{config.kind}: step {state['step']}: {reason}")
+        return f"; kl_coef is now {state['kl_coef']:.3g}"
+    state["lr_scale"] = state.get("lr_scale", 1.0) / alarm.factor
+    return f"; learning rates are now {state['lr_scale']:.3g} of the schedule's"
 
 
 def carry(before: dict, state: dict) -> None:

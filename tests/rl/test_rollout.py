@@ -176,3 +176,17 @@ def test_left_padding_keeps_positions():
 )
 def test_rules(rule, response, answer, wanted):
     assert score(rule, response, answer) == wanted
+
+
+def test_equal_prompts_without_a_cache_whose_rows_can_be_selected(monkeypatch):
+    """Such a family reads each of them, and samples the same."""
+    from transformers.cache_utils import Cache, DynamicCache
+
+    model, prompts = llama(), [[3, 4, 5], [6, 7], [3, 4, 5], [6, 7], [3, 4, 5]]
+    wanted = sample(model, prompts)
+    for kind in (Cache, DynamicCache):
+        monkeypatch.delattr(kind, "batch_select_indices", raising=False)
+    found = sample(model, prompts)
+    assert [completion.ids for completion in found] == [completion.ids for completion in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)

@@ -43,6 +43,7 @@ def healthy(number=0) -> dict:
         "equal_groups": 0.2,
         "reward_failures/own": 0,
         "reward_failures/held": 0,
+        "reward_calls": 20,
     }
 
 
@@ -121,6 +122,39 @@ def test_actions():
     assert state["alarms"]["raised"] == {"repetition": 2, "eos_rate": 4} and verdicts == [None] * 4
     _, verdicts, _ = after(group_config(**alarms), [{"kl": 6.0}, {"kl": 6.0, "entropy": 0.0}])
     assert verdicts[0][0] == "rollback" and "6 is above 5" in verdicts[0][1] and verdicts[1][0] == "stop"
+
+
+def test_beta_and_rate_are_changed_ten_times_and_no_more(capsys):
+    """Then the alarm warns: once, until the number has been inside its range again. The rate has its own count."""
+    alarms = {
+        "repetition": {"action": "raise_beta", "factor": 2, "in_a_row": 1},
+        "eos_rate": {"action": "lower_rate", "factor": 2, "in_a_row": 2},
+    }
+    fault = {"repetition": 0.5, "eos_rate": 0.1}
+    state, _, lines = after(group_config(**alarms), [fault] * 15 + [{}] + [fault] * 3)
+    assert state["kl_coef"] == pytest.approx(0.1 * 2**10) and state["lr_scale"] == pytest.approx(2.0**-8)
+    assert [number for number, line in enumerate(lines) if "alarm/repetition" in line] == [*range(10), 16]
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("that was the last of 10 changes, this alarm only warns from now on") == 1
+
+
+def test_a_gap_is_measured_where_both_windows_are_full():
+    """A reward or a rule that is not a number is not remembered: no error, and no mean of too few values."""
+    for key in ("reward", "rule", "reward/held"):
+        nothing = [{key: math.nan}] * (2 * WINDOW)
+        state, _, _ = after(group_config(), [], state={"step": 0, "kl_coef": 0.1, **memory_of(nothing)})
+        assert "proxy_gap" not in state["alarms"]["raised"]
+    broken = [{"reward/held": math.nan, "reward": 0.4}] * WINDOW + [{"reward/held": math.nan}] * WINDOW
+    falls = [{"reward/held": math.nan, "reward": 0.9, "rule": 0.1}] * (WINDOW + 1)
+    assert "proxy_gap" in memory_of([*broken, *falls])["alarms"]["raised"], "the other rule counts"
+
+
+def memory_of(faults: list[dict]) -> dict:
+    """The alarms' memory after these iterations and no others."""
+    state = {"step": 0, "kl_coef": 0.1}
+    for number, fault in enumerate(faults):
+        judge(group_config(), state, healthy(number) | fault)
+    return {"alarms": state["alarms"]}
 
 
 def test_what_it_remembers_is_in_the_state():
@@ -241,6 +275,29 @@ def test_a_line_with_an_alarm_is_always_written(world):
     found, metrics, _ = run(world, "grpo.steps=4", "grpo.log.every_steps=10", alarm, output="due")
     assert [line["step"] for line in iterations(found)] == [1, 2, 4] and "alarm/eos_rate" in iterations(found)[1]
     assert metrics["alarms"]["eos_rate"] == 1
+
+
+PARTLY = """
+def letters(response, prompt):
+    if sum(map(ord, prompt[-1]["content"])) % 2:
+        raise ValueError("not this one")
+    return len(response) + sum(map(ord, response)) / 1e4
+"""
+
+
+@pytest.mark.slow
+def test_failed_calls_of_prompts_that_are_replaced_count(world):
+    """All answers to a prompt fail or none: groups of failures are equal and are drawn again."""
+    (world / "partly.py").write_text(PARTLY)
+    words = ["grpo.inputs={policy: ./policy}", "grpo.rewards={share: {function: 'partly.py:letters'}}", "grpo.steps=2"]
+    found, metrics, _ = run(world, *words, "grpo.resample=6", output="partly")
+    lines = iterations(found)
+    assert all(line["equal_groups"] == 0 for line in lines)
+    for line in lines:  # a group has 4 answers, 4 groups remain
+        assert line["reward_calls"] == 16 + line["reward_failures/share"]
+    failed = sum(line["reward_failures/share"] for line in lines)
+    assert failed > 0 and metrics["reward_failures"]["share"] == {"error": failed}
+    assert metrics["alarms"]["reward_failures"] == 1
 
 
 RISES = ("grpo.optimizer.lr=3e-2", "grpo.update={kl_coef: 0.01, epochs: 2, minibatches: 2}", "grpo.steps=8")
