@@ -17,6 +17,7 @@ from pipeline.core.recipe import load
 from pipeline.data.tokenizer.fast_tokenizer import encode_text, load_tokenizer
 from pipeline.models import build, downloads, gguf_file
 from pipeline.models.references import parse
+from pipeline.train.engine import multiplies_bf16
 
 pytest.importorskip("gguf")
 TEXTS = [
@@ -191,10 +192,13 @@ def test_smollm2_as_llama_cpp_reads_it(smollm2, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_smollm2_is_finetuned_and_still_knows_the_capital_of_france(kind, smollm2, tmp_path):
-    """A few steps of the shipped recipes, with all that they download."""
+    """A few steps of the shipped recipes, with all that they download; in fp32 on a processor that would emulate bf16
+    for an hour."""
     recipe = ROOT / f"recipes/smollm2-135m-{kind}.yaml"
     small = {"sft": ("epochs=0.2", "sources.alpaca.limit=200"), "dpo": ("epochs=0.3", "sources.preferences.limit=120")}
     words = [f"{kind}.{word}" for word in small[kind]] + ["sft.max_prompts=0"] * (kind == "sft")
+    if not multiplies_bf16(torch.device("cpu")):
+        words.append(f"{kind}.precision=fp32")
     ran = subprocess.run(
         [sys.executable, "-m", "pipeline.cli", "run", str(recipe), *words], cwd=tmp_path, capture_output=True, text=True
     )
