@@ -166,7 +166,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     if config.tasks:
         from pipeline.assessment.task_results import check_tasks, measure_tasks, write_tasks
 
-        check_tasks(config)
+        check_tasks(config, candidates)
         task_results = measure_tasks(config, candidates, output)
         if not distributed.is_main():
             return {}

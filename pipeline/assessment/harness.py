@@ -44,7 +44,10 @@ class SharedModel(LM):
         return self._shared(requests, self.model.generate_until, 0)
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        return self.model.apply_chat_template(chat_history, add_generation_prompt)
+        """As lm-eval's own does it, but for messages that the template refuses: lm-eval asks without those of the
+        system, and this raises UserError."""
+        tokenizer = self.model.tokenizer
+        return _written(f"assess.tasks: {self.name}", tokenizer, chat_history, add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
@@ -80,6 +83,39 @@ class SharedModel(LM):
         else:
             room = self.model.max_length - new_tokens(arguments[1], self.model)
         return len(self.model.tok_encode(text)) > room
+
+
+def check_template(key: str, task: Task, candidate: Candidate) -> None:
+    """Raise UserError if a model's chat template cannot write what an entry of `tasks` asks."""
+    if not task.chat_template:
+        return
+    where = f"assess.tasks.{key}"
+    if not candidate.tokenizer.chat_template:
+        raise UserError(f"{where}.chat_template: {candidate.name} has no chat template; ask it without")
+    if task.system:
+        history = [{"role": "system", "content": task.system}, {"role": "user", "content": "1 + 1?"}]
+        text = _written(f"{where}.system: {candidate.name}", candidate.tokenizer, history, True)
+        if task.system.strip() not in text:
+            raise UserError(f"{where}.system: the chat template of {candidate.name} leaves it out; remove system")
+
+
+def _written(where: str, tokenizer, history: list[dict], add_generation_prompt: bool) -> str:
+    """A conversation as a chat template writes it. Raises UserError if it refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+    except TemplateError as error:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in history))
+        raise UserError(
+            f"{where}: its chat template refuses a conversation of {roles}: {error}; ask without what it refuses"
+            " (system, or a task's description), or without chat_template"
+        ) from None
 
 
 def new_tokens(options: dict, model) -> int:
@@ -187,6 +223,7 @@ def open_model(candidate: Candidate, batch: int) -> SharedModel:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoConfig
 
+    from pipeline.data.tokenizer.fast_tokenizer import begin_id
     from pipeline.models.build import load
     from pipeline.train.distributed import device
 
@@ -194,7 +231,12 @@ def open_model(candidate: Candidate, batch: int) -> SharedModel:
     model = load(candidate.folder).to(device(), stored or torch.float32).eval()
     with quiet_harness():
         inner = HFLM(
-            model, backend="causal", tokenizer=candidate.tokenizer, max_length=candidate.positions, batch_size=batch
+            model,
+            backend="causal",
+            tokenizer=candidate.tokenizer,
+            max_length=candidate.positions,
+            batch_size=batch,
+            prefix_token_id=begin_id(candidate.tokenizer),
         )
     return SharedModel(inner, batch, candidate.name)
 
@@ -209,8 +251,6 @@ def run_task(model: SharedModel, key: str, task: Task, bootstrap: int) -> tuple[
     from pipeline.train import distributed
 
     loaded = load_task(key, task)
-    if task.chat_template and not model.model.tokenizer.chat_template:
-        raise UserError(f"assess.tasks.{key}.chat_template: {model.name} has no chat template; ask it without")
     for one in loaded["tasks"].values():
         _check_room(model, key, one)
     random.seed(DEFAULT_RANDOM_SEED)

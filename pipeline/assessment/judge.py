@@ -6,6 +6,7 @@ positions of its answers swapped, because judges prefer a position (Zheng et al.
     judge_pair(config, client, prompts, results, ours, theirs, output)
 """
 
+import http.client
 import json
 import os
 import re
@@ -159,17 +160,27 @@ class Client:
             with self.opener.open(request, timeout=self.options.timeout) as response:
                 content = response.read()
         except urllib.error.HTTPError as error:
-            message = " ".join(error.read(2000).decode("utf-8", errors="replace").split())[:300]
+            message = _message(error)
             if error.code >= 500 or error.code in BUSY:
                 raise _Later(f"code {error.code} {message}", _seconds(error.headers.get("Retry-After"))) from None
             raise UserError(f"assess.judge: {address} refused the request with code {error.code}: {message}") from None
-        except (OSError, urllib.error.URLError) as error:  # also a timeout, and a connection that was closed
+        # also a timeout, and a connection that was closed, perhaps in the middle of an answer
+        except (OSError, http.client.HTTPException) as error:
             raise _Later(str(getattr(error, "reason", None) or error or type(error).__name__)) from None
         try:
             answer = json.loads(content)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
             raise _Later(f"its answer is not that of a chat completion: {content[:200]!r}") from None
         return answer if isinstance(answer, str) else ""
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What a server writes beside a code, as far as it can be read."""
+    try:
+        text = error.read(2000)
+    except (OSError, http.client.HTTPException) as broken:
+        return f"(its message broke off: {broken})"
+    return " ".join(text.decode("utf-8", errors="replace").split())[:300]
 
 
 def _seconds(text: str | None) -> float | None:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from pipeline.assessment import task_differences
-from pipeline.assessment.harness import load_task, open_model, run_task
+from pipeline.assessment.harness import check_template, load_task, open_model, run_task
 from pipeline.assessment.inputs import Candidate
 from pipeline.core import faults
 from pipeline.core.files import write_atomic, write_json
@@ -15,10 +15,13 @@ from pipeline.core.terminal import say
 MOST_NAMED = 3  # scores in the closing table
 
 
-def check_tasks(config) -> None:
-    """Load every task and its data once, before a model is measured. Raises UserError for the first that cannot be."""
+def check_tasks(config, candidates: list[Candidate]) -> None:
+    """Load every task and its data once, before a model is measured. Raises UserError for the first that cannot be, or
+    that a model cannot be asked."""
     for key, task in config.tasks.items():
         load_task(key, task)
+        for candidate in candidates:
+            check_template(key, task, candidate)
 
 
 def measure_tasks(config, candidates: list[Candidate], output: Output) -> dict[str, dict]:

@@ -75,13 +75,14 @@ def load(folder: Path | str, head: Head = "causal", seed: int = 0, config=None):
 def skeleton(folder: Path | str, head: Head = "causal", seed: int = 0, config=None):
     """(the model of a folder with its parameters on the meta device, what fills it part by part), so that no process
     needs to hold all of it; arguments and values are those of `load`. The second is None, and the model complete, for
-    the folders that can only be read as a whole: adapters, which are merged into their base, and models whose files
-    have both of two weights that the configuration ties."""
+    the folders that can only be read as a whole: adapters, which are merged into their base, models whose files have
+    both of two weights that the configuration ties, and those with parameters beside the parts that are read."""
     import torch
     from transformers import GenerationConfig
 
     from pipeline.models import lora
     from pipeline.models.folder_weights import FolderWeights
+    from pipeline.train.model_parts import Parts
 
     folder = Path(folder)
     if lora.is_adapter(folder):
@@ -93,7 +94,7 @@ def skeleton(folder: Path | str, head: Head = "causal", seed: int = 0, config=No
     weights = FolderWeights(folder, model, derive(seed, "initial", "score"), optional)
     if head == "judge" and "score.weight" not in weights.sources:
         raise _no_judge(folder)
-    if weights.has_two_tables():
+    if weights.has_two_tables() or not Parts(model).cover():
         return load(folder, head, seed, config), None
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -25,7 +25,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.chat.template import Chat
 from pipeline.data.tokenizer.encode import alphabet
-from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+from pipeline.data.tokenizer.fast_tokenizer import begin_id, load_tokenizer
 from pipeline.models import build
 from pipeline.models.publish import generation_settings
 from pipeline.rl.rollout import choose, uniform
@@ -136,7 +136,7 @@ class Generator:
             ids = ids[:-1]  # some tokenizers end every text, and this one goes on
         if ids:
             return ids
-        begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        begin = begin_id(self.tokenizer)
         if begin is None:
             raise UserError("the prompt has no tokens, and the tokenizer has none that begins a text; write something")
         return [begin]

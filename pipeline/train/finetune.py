@@ -40,7 +40,7 @@ from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import Arrays, Counts, ShuffledRows, by_length, heldout_share, model_folder
 from pipeline.train.metrics import Expected, total_peak
-from pipeline.train.model_parts import Parts, starts_in_parts
+from pipeline.train.model_parts import starts_in_parts
 from pipeline.train.publish_adapted import publish_adapted
 from pipeline.train.record_order import Groups, MixedRecords, Records
 from pipeline.train.reference_logprobs import Cache
@@ -221,10 +221,7 @@ def load_model(config: FinetuneConfig, parent: Parent, head: str = "causal") -> 
     is_quantised = config.lora is not None and config.lora.base == "nf4"
     if is_quantised or not starts_in_parts(config):
         return parent.load(head=head), None
-    model, weights = parent.skeleton(head)
-    if weights is not None and not Parts(model).cover():
-        return parent.load(head=head), None
-    return model, weights
+    return parent.skeleton(head)
 
 
 def adapt(

@@ -6,17 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 import tuned
 from harness import files_of, stage, succeed
+from transformers import AutoTokenizer
 
 from pipeline.assessment import task_files
+from pipeline.assessment.inputs import candidate
 from pipeline.core.errors import UserError
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
+from pipeline.models import build
 
 pytest.importorskip("lm_eval")
+from pipeline.assessment.harness import open_model  # noqa: E402 - imports lm_eval
 
 CHOICE = """\
 task: kinds
@@ -195,6 +201,44 @@ def test_the_ids_are_those_of_training(here):
         assert model.tok_encode(text) == tokenizer(text)["input_ids"]
 
 
+def test_a_text_with_nothing_in_front_is_scored_after_the_end_of_a_text(here):
+    """As documents begin in packed rows, against transformers."""
+    from lm_eval.api.instance import Instance
+
+    artifact = SimpleNamespace(path=here / "base/model", manifest={})
+    model = open_model(candidate("base", artifact, SimpleNamespace(sources={})), 2)
+    text = "What is a old cat?"
+    [(found, _)] = model.loglikelihood([Instance("loglikelihood", {}, ("", text), 0)])
+    tokenizer = AutoTokenizer.from_pretrained(here / "base/model")
+    ids = torch.tensor([[tokenizer.convert_tokens_to_ids("<|eos|>"), *tokenizer(text).input_ids]])
+    with torch.no_grad():
+        logprobs = build.load(here / "base/model").eval()(ids).logits[0].log_softmax(-1)
+    expected = sum(logprobs[place, ids[0, place + 1]].item() for place in range(ids.shape[1] - 1))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+STRICT = """\
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}SYSTEM{%- endif -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+
+
+def test_a_system_message_that_the_template_refuses_or_drops(here):
+    """lm-eval would ask without it."""
+    shutil.copytree(here / "base/model", here / "strict")
+    keys = "tasks: {a: {file: kinds.yaml, limit: 2, chat_template: true, system: Be brief.}}"
+    for handling, message in (
+        ("{{ raise_exception('no system, please') }}", "refuses a conversation of system, user: no system, please"),
+        ("{%- continue -%}", "assess.tasks.a.system: the chat template of base leaves it out"),
+    ):
+        (here / "strict/chat_template.jinja").write_text(STRICT.replace("SYSTEM", handling))
+        assert message in refusal(here, keys, "./strict")
+
+
 def test_tables_and_cards(here):
     import yaml
 
@@ -258,8 +302,8 @@ def test_two_processes_share_the_requests(here):
     assert json.loads((two / "manifest.json").read_text())["processes"] == 2
 
 
-def refusal(world, keys: str) -> str:
-    (world / "bad.yaml").write_text(f"name: bad\nstages:\n  assess: {{inputs: {{base: ./base/model}}, {keys}}}\n")
+def refusal(world, keys: str, model: str = "./base/model") -> str:
+    (world / "bad.yaml").write_text(f"name: bad\nstages:\n  assess: {{inputs: {{base: {model}}}, {keys}}}\n")
     with pytest.raises(UserError) as error:
         run_stage(load("bad.yaml"), "assess")
     return str(error.value)

@@ -25,6 +25,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, reply):
         self.reply, self.asked, self.headers_seen = reply, [], []
+        self.torn = 0  # bytes that an answer announces and does not have
         self.open = threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -47,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(reply, str):
             content = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(content) + self.server.torn))
         self.send_header("Location", "http://127.0.0.1:1/elsewhere")
         self.end_headers()
         self.wfile.write(content)
@@ -138,6 +139,15 @@ def test_busy_and_broken_answers_are_tried_again(serve, tmp_path, waits):
     server = serve(lambda *_: b'{"choices": []}')
     with pytest.raises(UserError, match="has not answered in 3 tries: its answer is not that of a chat completion"):
         Client(options(server.url)).check()
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(serve, waits):
+    """The server closes the connection before the end that it has announced."""
+    server = serve(lambda *_: "[[A]]")
+    server.torn = 10
+    with pytest.raises(UserError, match="has not answered in 3 tries: IncompleteRead"):
+        Client(options(server.url)).check()
+    assert waits == [1.0, 2.0] and len(server.asked) == 3
 
 
 def test_a_judge_that_does_not_answer(serve, waits):

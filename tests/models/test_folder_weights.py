@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_engine import config
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from tuned import tokenizer as make_tokenizer
 
 from pipeline.core.errors import UserError
@@ -201,6 +207,33 @@ def test_what_cannot_be_read_in_parts_is_read_as_a_whole(tmp_path, texts):
     read, weights = build.skeleton(folder)
     assert weights is None
     assert torch.equal(read.lm_head.weight, tensors["lm_head.weight"])
+
+
+class WithGainConfig(LlamaConfig):
+    model_type = "llama_with_gain"
+
+
+class WithGain(LlamaForCausalLM):
+    """A parameter beside the layers and beside all modules that are read as a part."""
+
+    config_class = WithGainConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gain = torch.nn.Parameter(torch.full((config.hidden_size,), 0.5))
+
+
+def test_a_parameter_beside_the_parts(tmp_path):
+    """The model is read as a whole."""
+    AutoConfig.register("llama_with_gain", WithGainConfig)
+    AutoModelForCausalLM.register(WithGainConfig, WithGain)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = WithGain(WithGainConfig(vocab_size=VOCABULARY, **sizes))
+    made.save_pretrained(tmp_path)
+    read, weights = build.skeleton(tmp_path)
+    assert weights is None
+    assert_equal(read, made)
+    assert read.gain.tolist() == [0.5] * 16
 
 
 def test_weights_that_are_missing_or_of_another_shape_are_named(tmp_path, texts):

@@ -133,6 +133,12 @@ def generator(run):
     return Generator(resolve(f"{run}:pretrain").folder)
 
 
+def test_nothing_is_continued_after_the_end_of_a_text(generator):
+    """As each document of packed rows begins; no row has alma's bos."""
+    assert generator.tokenizer.bos_token == "<|bos|>"
+    assert generator.text_prompt("") == [generator.tokenizer.convert_tokens_to_ids("<|eos|>")]
+
+
 def test_a_seed_decides_an_answer_whatever_is_in_its_batch(generator):
     together = sampled(generator, [1, 2, 1, 3], max_new_tokens=12)
     ids = [[token.id for token in row] for row in together]

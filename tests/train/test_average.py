@@ -125,7 +125,8 @@ def test_on_two_ranks_like_one_process(layout, tmp_path):
     averages = [tuned.metrics(folder, "sft")["average"] for folder in (one, two)]
     for key in ("loss", "last_loss"):
         assert averages[0][key] == pytest.approx(averages[1][key], abs=1e-5)
+    assert averages[0]["published"] == averages[1]["published"]
     models = [load_file(folder / "runs/tiny/sft/current/model/model.safetensors") for folder in (one, two)]
-    if averages[0]["published"] == averages[1]["published"]:
-        for name, value in models[0].items():
-            torch.testing.assert_close(value, models[1][name], atol=1e-4, rtol=0)
+    assert models[0].keys() == models[1].keys()
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name], atol=1e-4, rtol=0)

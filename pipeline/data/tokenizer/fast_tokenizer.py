@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.errors import UserError
+from pipeline.data.tokenizer.special_tokens import BOS
 from pipeline.data.tokenizer.tokenizer_folder import CONFIG, check_config, read_backend, readable, recoverable
 
 
@@ -41,6 +42,15 @@ def load_tokenizer(folder: Path | str):
                 " of ordinary text would depend on the program; save the tokenizer again, with both files"
             )
     return fast
+
+
+def begin_id(tokenizer) -> int | None:
+    """The token after which a model with this tokenizer expects the beginning of a text, None if there is none: in
+    packed rows of tokenizers trained here the end of the text before (heldout_rows.py), because their bos is in no
+    row; elsewhere bos, or eos for tokenizers without one."""
+    if tokenizer.bos_token is None or (tokenizer.bos_token == BOS and tokenizer.eos_token is not None):
+        return tokenizer.eos_token_id
+    return tokenizer.bos_token_id
 
 
 def use_known_padding(tokenizer, rows: int) -> None:
