@@ -1,5 +1,6 @@
 """Documentation that a program can check: links, paths and lines, and that both READMEs say the same."""
 
+import itertools
 import re
 import unicodedata
 
@@ -85,6 +86,16 @@ def test_lines_are_not_wider_than_a_page(page):
         if columns(line) > LONGEST_LINE and not unbreakable:
             wide.append(f"{page.name}:{number}: {columns(line)} columns")
     assert not wide, "\n".join(wide)
+
+
+@pytest.mark.parametrize("name", ["decisions.md", "log.md"])
+def test_numbers_of_sections_are_unique_and_ascend(name):
+    """Code and other pages refer to them; sections without a number stand anywhere."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    numbered = [int(number) for number in re.findall(r"^## (\d+)\. ", text, flags=re.MULTILINE)]
+    assert len(numbered) > 40
+    wrong = [f"{second} after {first}" for first, second in itertools.pairwise(numbered) if second <= first]
+    assert not wrong, f"{name}: {', '.join(wrong)}"
 
 
 def structure(text: str) -> dict:
