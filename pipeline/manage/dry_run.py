@@ -45,35 +45,36 @@ def dry_run(recipe: Recipe, only: list[str], *, restart: bool = False, fork: boo
             continue
         again = restart and name in forced and (node.state != "up to date" or bool(only))
         with problems.gather():
-            action, reason = "not needed", node.reason
+            action, reason, forked_at = "not needed", node.reason, 0
             if name not in absent:
-                action, reason = _action(node, graph, again, fork)
+                action, reason, forked_at = _action(node, graph, again, fork)
             time = None
             if action in ("run", "resume"):
-                time = estimate(node, earlier.get(node.config.kind, []), resumes=action == "resume")
+                time = estimate(node, earlier.get(node.config.kind, []), action == "resume", forked_at)
             plans.append(Planned(name, action, reason, time))
     _show(plans, graph)
     problems.refuse()
 
 
-def _action(node: Node, graph: dict[str, Node], again: bool, fork: bool) -> tuple[str, str]:
-    """(action, reason). Raises UserError if `alma run` would stop at this stage."""
+def _action(node: Node, graph: dict[str, Node], again: bool, fork: bool) -> tuple[str, str, int]:
+    """(action, reason, step that --fork continues from or 0). Raises UserError if `alma run` would stop here."""
     if node.state == "running":
         raise UserError(f"{node.folder}: another run is writing here: {node.reason}; wait for it, or end it")
     if again:
-        return "run", "--restart"
+        return "run", "--restart", 0
     if node.state == "up to date":
-        return "up to date", node.reason
+        return "up to date", node.reason, 0
     if node.state == "interrupted":
         last = node.config.last_step()
         of = f" of {last:,}" if last and node.reason.startswith("at step") else ""
-        return "resume", node.reason + of
+        return "resume", node.reason + of, 0
     if fork and node.config.HAS_STEPS and node.identity:
         try:
             source = fork_source(node.folder, as_run(node, graph), node.name, node.config.last_step())
-            return "run", f"--fork, from step {step_of(source)} of {source.parents[1].name}"
+            step = step_of(source)
+            return "run", f"--fork, from step {step:,} of {source.parents[1].name}", step
         except NothingToFork as nothing:
-            return "run", f"--fork has no checkpoint to continue from ({nothing.reason}): from step 0"
+            return "run", f"--fork has no checkpoint to continue from ({nothing.reason}): from step 0", 0
     others = [path for path in partials(node.folder) if node.identity and worth_keeping(path)]
     if others and not fork:
         raise UserError(
@@ -81,7 +82,7 @@ def _action(node: Node, graph: dict[str, Node], again: bool, fork: bool) -> tupl
             " recipe back to finish it, or give --restart to start again, or --fork to continue from its last"
             " checkpoint"
         )
-    return "run", _why(node, graph)
+    return "run", _why(node, graph), 0
 
 
 def _why(node: Node, graph: dict[str, Node]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from pipeline.core.checkpoint_folder import newest_step
 from pipeline.core.config import dump
 from pipeline.core.config import identity as identity_of_keys
 from pipeline.core.errors import UserError
+from pipeline.core.fingerprint import fingerprint_of
 from pipeline.core.graph import Node
-from pipeline.core.partial_runs import partials, run_info
+from pipeline.core.partial_runs import run_info
 from pipeline.core.recipe import module_of
 from pipeline.manage.listing import run_paths
 from pipeline.report.run_folder import stage_folders
@@ -55,19 +57,31 @@ def earlier_runs(output: Path) -> dict[str, list[Artifact]]:
     return found
 
 
-def estimate(node: Node, earlier: list[Artifact], resumes: bool) -> Estimate | None:
+def inherited_steps(record: dict) -> int:
+    """Steps that a run took over from the one that it was forked from or continues (`from_step`), in which it spent no
+    time itself. record: manifest.json or run.json."""
+    fork = re.search(r"step-(\d+)$", record.get("forked_from") or "")
+    return int(fork[1]) if fork else record["config"].get("from_step") or 0
+
+
+def estimate(node: Node, earlier: list[Artifact], resumes: bool, forked_at: int = 0) -> Estimate | None:
     """The time that a stage will take, None if nothing of its kind has run. earlier: outputs of its kind. resumes: an
-    unfinished run of it continues, whose own steps are the best measure.
+    unfinished run of it continues, whose own steps are the best measure. forked_at: the step that --fork continues
+    from.
     """
-    spent, step, last = 0.0, 0, node.config.last_step()
+    spent, last = 0.0, node.config.last_step()
+    first = forked_at or inherited_steps({"config": dump(node.config)})
     if resumes:
-        own = partials(node.folder)[-1]
-        spent, step = run_info(own)["seconds"], newest_step(own)
-        if step and last and spent:
-            return Estimate(spent / step * max(0, last - step), f"as its first {step:,} steps")
+        own = node.folder / f"{fingerprint_of(node.identity)[:12]}.partial"
+        record = run_info(own)
+        spent, first = record["seconds"], inherited_steps(record)
+        step = newest_step(own)
+        if step > first and last and spent:
+            made = step - first
+            return Estimate(spent / made * max(0, last - step), f"as its first {made:,} steps")
     best: Estimate | None = None
     for published in sorted(earlier, key=lambda output: output.manifest.get("finished", ""), reverse=True):
-        candidate = _like(node, published, last)
+        candidate = _like(node, published, last and max(0, last - first))
         if candidate and (best is None or len(candidate.other) < len(best.other)):
             best = candidate
     if best is None or not spent:
@@ -75,19 +89,21 @@ def estimate(node: Node, earlier: list[Artifact], resumes: bool) -> Estimate | N
     return Estimate(max(0.0, best.seconds - spent), f"{best.basis}, less what is done", best.other)
 
 
-def _like(node: Node, published: Artifact, last: int | None) -> Estimate | None:
-    """As long as an earlier output took, in proportion to its steps. None for one of an older alma with other keys."""
+def _like(node: Node, published: Artifact, steps: int | None) -> Estimate | None:
+    """As long as an earlier output took, in proportion to the steps that both make themselves. None for one of an older
+    alma with other keys."""
     record = published.manifest
     try:
         before = module_of(node.config.kind).Config.model_validate(record["config"])
     except ValidationError:
         return None
     seconds, last_before = record["seconds"], before.last_step()
+    made = last_before and last_before - inherited_steps(record)
     basis = f"as {os.path.relpath(published.path)}"
-    if last and last_before and last != last_before:
-        seconds *= last / last_before
-        basis += f" per step (it made {last_before:,})"
-    return Estimate(seconds, basis, _other_keys(node, record, last is not None))
+    if steps and made and steps != made:
+        seconds *= steps / made
+        basis += f" per step (it made {made:,})"
+    return Estimate(seconds, basis, _other_keys(node, record, steps is not None))
 
 
 def _other_keys(node: Node, record: dict, scaled: bool) -> list[str]:

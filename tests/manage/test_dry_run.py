@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,8 +13,11 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.core import artifact, chain
 from pipeline.core.errors import UserError
+from pipeline.core.graph import nodes
 from pipeline.core.launch import StageFailed
 from pipeline.core.lock import Lock
+from pipeline.core.recipe import load
+from pipeline.manage.durations import earlier_runs, estimate
 
 RECIPE = """\
 name: dry
@@ -99,7 +104,6 @@ def published_pretraining(world, steps: int, seconds: float):
     import ledger
 
     from pipeline.core.config import dump, identity
-    from pipeline.core.recipe import load
     from pipeline.pretrain import VERSION
 
     config = load("r.yaml", [f"pretrain.steps={steps}"]).stages["pretrain"]
@@ -116,6 +120,26 @@ def test_time_in_proportion_to_steps(world):
     rows = dry_run("pretrain.run.processes=2", "pretrain.optimizer.lr=1e-4")
     assert "with another optimizer.lr, number of processes" in rows["pretrain"]
     assert rows[""] == "3 stages would run, about 1000 s without the 2 stages of unknown time; nothing was run"
+
+
+def test_steps_of_another_run_took_this_one_no_time(world):
+    """60 steps, of which 50 are those of the run that it was forked from: 200 s are 20 s per step. A branch or a fork
+    from step 30 makes 70 of 100."""
+    published_pretraining(world, 60, 200.0)
+    path = artifact.current(world / "runs/other60/pretrain").path / "manifest.json"
+    newest = {"forked_from": "0123456789ab/checkpoints/step-000050", "finished": "2999-01-01T00:00:00Z"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | newest))
+    try:
+        row = dry_run()["pretrain"].replace(",", "")
+        assert "2000 s" in row and "per step (it made 10)" in row
+        earlier = earlier_runs(Path("runs"))["pretrain"]
+        node = nodes(load("r.yaml"))["pretrain"]
+        assert estimate(node, earlier, resumes=False, forked_at=30).seconds == 1400
+        keys = ["pretrain.from_step=30", "pretrain.inputs.model=./runs/other60/pretrain/current"]
+        branch = nodes(load("r.yaml", keys))["pretrain"]
+        assert estimate(branch, earlier, resumes=False).seconds == 1400
+    finally:
+        shutil.rmtree(world / "runs/other60")
 
 
 def test_it_names_the_stage_that_alma_run_starts(world, monkeypatch):
@@ -140,7 +164,6 @@ def test_an_interrupted_stage_by_its_own_steps(tmp_path, monkeypatch):
     from pipeline.core.config import dump
     from pipeline.core.files import write_atomic
     from pipeline.core.output import Output
-    from pipeline.core.recipe import load
     from pipeline.core.status import examine, records
 
     monkeypatch.chdir(tmp_path)
@@ -157,6 +180,16 @@ def test_an_interrupted_stage_by_its_own_steps(tmp_path, monkeypatch):
     rows = dry_run()
     assert "resume" in rows["sft"] and "at step 10 of 40" in rows["sft"] and " 90 s" in rows["sft"]
     assert "as its first 10 steps" in rows["sft"]
+    other = output.path.with_name("0123456789ab.partial")
+    other.mkdir()
+    write_atomic(other / "run.json", json.dumps(record | {"seconds": 9000.0}))
+    assert " 90 s" in dry_run()["sft"], "a run of another recipe is newer"
+    shutil.rmtree(other)
+    fork = {"forked_from": "0123456789ab.partial/checkpoints/step-000005"}
+    write_atomic(output.path / "run.json", json.dumps(record | fork))
+    rows = dry_run()
+    assert " 180 s" in rows["sft"] and "as its first 5 steps" in rows["sft"]
+    write_atomic(output.path / "run.json", json.dumps(record))
     with pytest.raises(AssertionError, match="unfinished run of stage sft was made by another recipe"):
         dry_run("sft.optimizer.lr=1e-4")
     assert "--fork, from step 10" in dry_run("sft.optimizer.lr=1e-4", "--fork")["sft"]
