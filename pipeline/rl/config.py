@@ -9,6 +9,9 @@ from pipeline.core.config import EXECUTION, Strict, refuse_unused
 from pipeline.train.config import Decay
 from pipeline.train.finetune_config import FinetuneOptimizer, FinetuneSchedule
 
+# Tokens of a micro-batch, if the recipe does not say. More are no faster, and rows of all lengths would be padded.
+MICRO_BATCH_TOKENS = 8192
+
 
 class PolicyOptimizer(FinetuneOptimizer):
     """AdamW as PPO on language models uses it."""

@@ -15,6 +15,7 @@ from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
 from pipeline.rl import rewards, sentinel
 from pipeline.rl.advantages import explained_variance
+from pipeline.rl.config import MICRO_BATCH_TOKENS
 from pipeline.rl.experience import Clock, Models, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, by_length, layout, size_of, spread
@@ -27,9 +28,6 @@ NOTABLE_DIFFERENCE = 0.1
 
 # Scores of a group that differ by no more than this are equal.
 EQUAL = 1e-6
-
-# Tokens of a micro-batch, if the recipe does not say. More are no faster, and rows of all lengths would be padded.
-TOKENS = 8192
 
 # Names in the log, and the engine's names, of what is averaged over the updates of an iteration.
 POLICY_MEANS = {
@@ -352,8 +350,8 @@ def _minibatches(config, step: int, count: int) -> Iterator[list[int]]:
 
 
 def _rows_at_a_time(samples: list[Sample], minibatch: list[int]) -> int:
-    """Rows of a micro-batch of at most TOKENS tokens; equal on all processes."""
-    return max(1, TOKENS // max(size_of(samples[row]) for row in minibatch))
+    """Rows of a micro-batch of at most MICRO_BATCH_TOKENS tokens; equal on all processes."""
+    return max(1, MICRO_BATCH_TOKENS // max(size_of(samples[row]) for row in minibatch))
 
 
 def _update_means(policy_stats: list[dict], value_stats: list[dict]) -> dict:

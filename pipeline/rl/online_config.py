@@ -9,7 +9,7 @@ from pipeline.core.config import EXECUTION, ExternalFiles, Name, PlannedInput, S
 from pipeline.core.errors import Absent, Problems, UserError
 from pipeline.data.chat.chat_sources import RewardedSource
 from pipeline.rl import sentinel
-from pipeline.rl.config import LinearSchedule, PolicyOptimizer, Rollout, Updates
+from pipeline.rl.config import MICRO_BATCH_TOKENS, LinearSchedule, PolicyOptimizer, Rollout, Updates
 from pipeline.rl.reward_config import MODEL, Reward, check_calls, check_packages
 from pipeline.rl.rules import Rule
 from pipeline.rl.sentinel import Alarm, AlarmName
@@ -43,6 +43,9 @@ class OnlineConfig(FinetuneConfig):
     """AdamW of the policy."""
     schedule: LinearSchedule = LinearSchedule()
     """Schedule of the learning rates, over iterations."""
+    micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
+    """Responses in memory at a time on one process; none: as many of its share of an update as have 8,192 tokens with
+    their prompts. Gradients are accumulated."""
     evaluate_prompts: int = Field(128, ge=1)
     """Held-out prompts answered in an evaluation, once sampled and once greedily."""
     show: int = Field(8, ge=0)
@@ -187,7 +190,10 @@ class OnlineConfig(FinetuneConfig):
         return self.rollout.max_new_tokens + 1
 
     def micro_rows(self, world: int) -> int:
-        return self.micro_batch or self.rows_of_step() // self.updates.minibatches // world
+        if self.micro_batch:
+            return self.micro_batch
+        share = self.rows_of_step() // self.updates.minibatches // world
+        return min(share, max(1, MICRO_BATCH_TOKENS // self.sequence_length))
 
     def check_layout(self, world: int) -> None:
         super().check_layout(world)

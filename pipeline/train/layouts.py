@@ -114,7 +114,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         depth=parallel.pipeline,
         zero=parallel.zero,
         micro=micro,
-        accumulation=config.rows_of_step() // ranks // micro,
+        accumulation=-(-(config.rows_of_step() // ranks) // micro),
         precision=config.precision,
         optimizer=config.optimizer.kind,
         checkpointing=config.activation_checkpointing,

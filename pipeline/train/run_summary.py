@@ -194,12 +194,12 @@ def tuning_lines(
 def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
     ranks = distributed.world()
     rows = config.rows_of_step() // work.updates // ranks
-    micro = config.micro_batch or rows
+    micro = config.micro_rows(ranks)
     return cost.Layout(
         ranks=ranks,
         zero=config.parallel.zero,
         micro=micro,
-        accumulation=rows // micro,
+        accumulation=-(-rows // micro),
         precision=config.precision,
         optimizer=config.optimizer.kind,
         checkpointing=config.activation_checkpointing,

@@ -154,3 +154,19 @@ def test_a_fork_takes_what_alarms_changed_from_its_recipe(world):
     other = saved | {"scored_by": saved["scored_by"] | {"rewards": {"length": {}}}}
     iterations.begin(other, "two")
     assert other["calibration"] == pytest.approx(measured) and other["before"] is None
+
+
+def test_the_header_says_how_many_rows_a_micro_batch_has(world, monkeypatch, capsys):
+    """Without micro_batch as many as have the tokens of a micro-batch, at the longest: of 2 updates of 4 rows each, 2
+    of 48 tokens. A plan asks the same method."""
+    from pipeline.rl import online_config
+
+    assert online_config.MICRO_BATCH_TOKENS == 8192
+    monkeypatch.setattr(online_config, "MICRO_BATCH_TOKENS", 100)
+    models, _, _, _ = ppo_world.inside(world, world)
+    said = capsys.readouterr()
+    assert "2 micro-batches of 2 rows" in said.out + said.err
+    config = models.config
+    assert [config.micro_rows(processes) for processes in (1, 2, 4)] == [2, 2, 1]
+    assert config.model_copy(update={"sequence_length": 4096}).micro_rows(1) == 1
+    assert config.model_copy(update={"micro_batch": 4}).micro_rows(1) == 4
