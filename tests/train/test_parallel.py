@@ -311,7 +311,7 @@ def test_a_small_llama_7b_on_two_processes_stops_when_asked_and_goes_on(tmp_path
 NUMBER = 8  # bytes: one that DeepSpeed's processes agree on, of the gradient norm
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if "tied" not in name and "offload" not in name])
+@pytest.mark.parametrize("name", marked(name for name in PLAIN if "tied" not in name and "offload" not in name))
 def test_a_step_sends_what_its_layout_needs(results, name):
     """Bytes of complete tensors in a step of two micro-batches (four of half the size in a pipeline), all in fp32.
     ZeRO-3 gathers no weights of a model as small as this one, whose processes keep them (DeepSpeed's threshold is
@@ -344,7 +344,7 @@ def test_a_step_sends_what_its_layout_needs(results, name):
 READS = {"ddp": 0, "fsdp": 0, "fsdp hybrid": 0, "zero 0": 1, "zero 1": 4, "zero 2": 4, "zero 3": 2}
 
 
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", marked(READS))
 def test_a_step_waits_for_few_values(results, name):
     """Of tensors, besides the sums that are read once a step: none, with DeepSpeed the gradient norm and whether it is
     finite. transformers reads one more for each of the two micro-batches, because they have no positions (pretraining's
