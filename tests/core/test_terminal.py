@@ -180,7 +180,10 @@ def test_version_help_and_unknown_commands():
         code, out, err = alma(*words)
         assert code == 0 and "Usage:" in out and not err
     for words, names in (
-        (("rnu",), tuple("run status cancel logs plan report chat serve push verify inspect recipe".split())),
+        (
+            ("rnu",),
+            tuple("run status cancel logs plan list compare gc report chat serve push verify inspect recipe".split()),
+        ),
         (("inspect", "toknes"), ("tokens", "data", "masks", "tokenizer")),
     ):
         code, out, err = alma(*words)
