@@ -86,7 +86,7 @@ def test_values_in_calibrated_units():
     batch = layout(samples_of([(4, 3)]), PAD)
     with torch.no_grad():
         plain = value(**batch["inputs"]).logits
-        value.mean, value.deviation = 3.0, 2.0
+        value.set_units(3.0, 2.0)
         torch.testing.assert_close(value(**batch["inputs"]).logits, (plain - 3) / 2)
 
 
