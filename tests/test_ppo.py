@@ -365,6 +365,7 @@ def test_adapters_on_two_processes(world, adapted, parallel):
         )
 
 
+@pytest.mark.slow
 def test_adapters_on_a_base_in_4_bits(world, plain):
     """Two models in memory where all weights need four; sampled and measured in the type of `precision`, so the KL to
     the start, which is the policy without its adapter, is 0 at first."""
@@ -419,6 +420,7 @@ def test_it_learns_what_is_rewarded(world):
     )
 
 
+@pytest.mark.slow
 def test_a_large_kl_coefficient_holds_it_back(world):
     found, metrics, _ = ppo(world, *LEARN, "ppo.steps=12", "ppo.ppo.kl_coef=10", output="held")
     assert share_of_z(found, "after") < 0.2 and metrics["kl_after"] < 0.5

@@ -98,7 +98,8 @@ distributed.shutdown()
 """
 
 
-@pytest.mark.parametrize("layout", ["zero=1", pytest.param("shard=full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zero=1", "shard=full"])
 def test_two_ranks_with_zero_like_one_process(layout, tmp_path):
     """The losses of the first eight steps and the evaluation before them, of all three stages, within 1e-5 of one
     process's."""

@@ -94,7 +94,8 @@ def gone(folder: Path, seconds: float) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["chain", pytest.param("terminal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["chain", "terminal"])
 def test_the_first_interrupt_of_a_chain_saves_the_step_it_is_at(world, how):
     """correctness 43: a terminal's Ctrl-C reaches every process of the group, `kill -INT` the chain alone."""
     folder = world / f"runs-{how}/tiny"
@@ -111,6 +112,7 @@ def test_the_first_interrupt_of_a_chain_saves_the_step_it_is_at(world, how):
     assert lock_holder(folder / "pretrain") is None and not started_in(world)
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_a_stage_is_starting_is_one_sentence(world):
     """correctness 43: Python is still importing, and a terminal sends Ctrl-C to it too."""
     folder = world / "runs-starting/tiny"

@@ -82,7 +82,7 @@ def world(tmp_path_factory):
     (folder / "pipeline/count.py").write_text(STAGE)
     kinds = folder / "pipeline/core/recipe.py"
     before = kinds.read_text()
-    kinds.write_text(before.replace('"export")', '"export", "count")'))
+    kinds.write_text(before.replace("KINDS = (", 'KINDS = (\n    "count",'))
     assert kinds.read_text() != before
     (folder / "one.txt").write_text("\n".join(tiny.texts(1, 150)) + "\n", encoding="utf-8")
     (folder / "words.txt").write_text("gnu\ncat\n")

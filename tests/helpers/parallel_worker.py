@@ -61,16 +61,12 @@ FAST = [
     "zero 1",
     "zero 3",
     "fsdp",
-    "fsdp hybrid",
     "ddp chunks",
-    "fsdp tied",
-    "zero 3 frozen",
     "fsdp frozen",
     "pipeline",
-    "pipeline tied",
     "pipeline chunks selective",
     "pipeline frozen",
-]  # each engine, each way to freeze, chunk and checkpoint once; the slow tests run all of LAYOUTS
+]  # each engine; frozen, chunked and checkpointed ones; the slow tests run all of LAYOUTS
 PLAIN = [name for name in LAYOUTS if "chunks" not in name and "frozen" not in name]
 STEPS = 6
 NEIGHBOURS = 3  # layouts from whose checkpoints each of FAST resumes

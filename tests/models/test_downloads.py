@@ -191,6 +191,7 @@ def test_a_folder_that_is_no_model_is_refused_before_any_stage(folder, base):
     assert "'./x.gguf' does not exist" in one_sentence("sft.inputs.model=./x.gguf")
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_unpacked_once(folder, monkeypatch, tmp_path):
     pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -260,7 +260,8 @@ def test_a_router_that_was_not_checked_is_refused():
 @pytest.mark.parametrize(
     "names, layouts",
     [
-        pytest.param(f"qwen3-30b-a3b,llama-7b{MUP}", "zero 3,fsdp,pipeline", id="two"),
+        pytest.param("qwen3-30b-a3b", "fsdp,pipeline", id="experts"),
+        pytest.param(f"qwen3-30b-a3b,llama-7b{MUP}", "zero 3,fsdp,pipeline", marks=pytest.mark.slow, id="two"),
         pytest.param(f"gpt2-124m,llama-7b{MUP}", "ddp,zero 1,zero 3,fsdp", marks=pytest.mark.slow, id="two more"),
         pytest.param("all", "zero 1,zero 3,fsdp,pipeline", marks=pytest.mark.slow, id="all"),
     ],

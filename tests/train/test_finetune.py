@@ -65,7 +65,7 @@ def test_keys_at_their_default_change_no_fingerprint():
     assert keys["steps"] == 3 and "epochs" not in keys and "schedule" not in keys
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_a_run_of_epochs_is_the_run_of_as_many_steps(kind, tmp_path):
     """Also when it is killed in its second epoch."""
     tuned.copy_until(kind, tmp_path)
@@ -273,6 +273,7 @@ def test_an_adapter_of_a_reward_model(adapted, tmp_path):
     assert not torch.equal(merged[0], merged[1])
 
 
+@pytest.mark.slow
 def test_a_base_in_4_bits_killed_and_resumed(adapted, tmp_path):
     """It ends with the bytes of a run that was not killed, its checkpoints hold the adapter only, and the published
     model is made of the numbers that were multiplied."""

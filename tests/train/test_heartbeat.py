@@ -159,6 +159,7 @@ with Watch(output, Watchdog(hang=3, lost=50)):
 """
 
 
+@pytest.mark.slow
 def test_of_two_in_the_same_phase_the_silent_one_is_named(tmp_path):
     """Rank 0 waits in place 1 of step 7. Rank 1 was last seen there too, or before, or after (gloo lets one rank out of
     a collective before the other has all it needs), and shows no more heartbeats; or it beats on."""

@@ -115,6 +115,7 @@ def test_mistakes_and_an_array_job_that_dies_are_sentences(corpus, slurm, tmp_pa
     assert code == 2 and "the array job 4711 has ended before its work was done" in text
 
 
+@pytest.mark.slow
 def test_what_a_worker_of_an_array_job_meets_is_the_stages(slurm, tmp_path, corpus):
     """A source with too many bad records ends the stage as it does with local processes; nothing of it hangs."""
     path = write(tmp_path / "run", corpus, **BLOCK, executor="slurm", workers=1)
@@ -180,6 +181,7 @@ def until(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_unit_whose_worker_was_killed_is_done_by_another(two, capfd):
     """correctness 36: the other worker idled and the stage waited for ever."""
     futures = [two.submit(time.sleep, 3) for _ in range(2)]

@@ -56,6 +56,7 @@ def test_a_lost_or_damaged_unit_is_made_again(families, whole, tmp_path, harm):
     assert files_of(published(path.parent)) == files_of(published(whole))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_work_goes_on(tmp_path):
     """The whole stage on a file system of half a megabyte, which is then made larger: every unit that was done is
     still there and not made again."""

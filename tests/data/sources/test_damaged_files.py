@@ -205,7 +205,9 @@ def test_a_table_with_a_repeated_column_costs_itself_and_no_other(tmp_path):
     assert code == 2 and f"decontaminate.sets.e: 2.csv:1: {REPEATED}" in said, said
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize(
+    "suffix", [*(pytest.param(suffix, marks=pytest.mark.slow) for suffix in ("jsonl", "jsonl.zst")), "parquet"]
+)
 def test_one_big_file_is_many_units_that_survive_a_kill(tmp_path, suffix):
     rng = random.Random(1)
     rows = [{"text": text(rng, number % 3 == 0)} for number in range(1500)]

@@ -57,6 +57,7 @@ def fuzz(home: Path, seed: int, count: int) -> None:
     assert ran.returncode == 0 and len(cases) == count, f"seed {seed}: ended in {lines[-1:]}: {ran.stderr[-2000:]}"
 
 
+@pytest.mark.slow
 def test_a_sample_of_damaged_tokenizers_is_reported(home):
     fuzz(home, 1, 25)
 
