@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Encoded
 from pipeline.train.chunked_loss import IGNORE
 
@@ -24,6 +25,14 @@ def answer_problem(encoded: Encoded | str, sequence_length: int) -> str | None:
     if isinstance(encoded, str):
         return encoded
     return "longer than sequence_length" if len(encoded.ids) > sequence_length else None
+
+
+def usable_answers(encoded: list, answers: list, split: str, sequence_length: int, ledger: Ledger) -> tuple[list, list]:
+    """(token rows, answers) of the answers that can be learned from; the ledger counts the others with their reasons.
+    encoded: what Chat gives for each of `answers`."""
+    reasons = [answer_problem(row, sequence_length) for row in encoded]
+    rows = [row for row, reason in zip(encoded, reasons, strict=True) if reason is None]
+    return rows, ledger.keep(answers, split, reasons)
 
 
 def answer_batch(rows: Sequence[AnswerRow], pad_id: int, length: int | None = None) -> dict:

@@ -8,7 +8,7 @@ from pipeline.core.terminal import plural
 from pipeline.data.chat.conversations import Stepped, load_stepped
 from pipeline.data.chat.record_accounting import Ledger
 from pipeline.data.chat.template import Chat
-from pipeline.train.answer_rows import AnswerRow, answer_batch, answer_problem
+from pipeline.train.answer_rows import AnswerRow, answer_batch, usable_answers
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import SPLITS, Arrays, Counts, Ragged, report_records, source_numbers
 from pipeline.train.run_summary import Work
@@ -36,9 +36,7 @@ def encode_steps(
 ) -> Arrays:
     """separator: between the steps of an answer."""
     encoded = chat.steps([(answer.dialogue(separator), answer.pieces(separator)) for answer in answers])
-    reasons = [answer_problem(row, sequence_length) for row in encoded]
-    rows = [row for row, reason in zip(encoded, reasons, strict=True) if reason is None]
-    usable = ledger.keep(answers, split, reasons)
+    rows, usable = usable_answers(encoded, answers, split, sequence_length, ledger)
     return {
         f"{split}.source": source_numbers(usable, ledger.names()),
         f"{split}.ids": Ragged.of([row.ids for row in rows], np.int32),
