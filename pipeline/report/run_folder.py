@@ -89,8 +89,10 @@ def read_run(path: Path) -> Run:
     found = {folder.name: _read_stage(folder) for folder in folders}
     recipe = _newest_recipe(list(found.values()))
     kinds = _planned_kinds(recipe)
+    # Times of starts are whole seconds; stages of the same second are in the order of their names.
+    others = sorted((found[name].record.get("started", ""), name) for name in set(found) - set(kinds))
     ordered = {}
-    for name in [*kinds, *sorted(set(found) - set(kinds), key=lambda name: found[name].record.get("started", ""))]:
+    for name in [*kinds, *(name for _, name in others)]:
         ordered[name] = found.get(name) or StageRun(name, kinds[name], "missing")
     return Run(path, path.resolve().name, {name: _judged(stage, ordered) for name, stage in ordered.items()}, recipe)
 
