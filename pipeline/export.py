@@ -46,9 +46,10 @@ class Config(StageConfig):
     """Type of the exported weights; bf16 and fp16 halve the file and round."""
     shard_size: str = "50GB"
     """Largest file of weights; a model that is larger has several, and an index of them."""
-    gguf: Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]], Distinct] = []
+    gguf: Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k"]], Distinct] = []
     """GGUF files for llama.cpp, Ollama and LM Studio, one for each type of the weights: q8_0 and q4_0 are blocks of 32
-    weights in 8 and 4 bits. A Modelfile for Ollama names the first. Families: llama, mistral, qwen2, qwen3."""
+    weights in 8 and 4 bits, q4_k blocks of 256 in 4.5. A Modelfile for Ollama names the first. Families: llama,
+    mistral, qwen2, qwen3."""
     compare_tokens: int = Field(512, ge=16)
     """Random tokens on which the exported model's logits are compared with the training model's."""
 
@@ -69,6 +70,7 @@ class Config(StageConfig):
             config = planned_model.config_of(inputs["model"])
             if config is not None:
                 gguf_write.refuse(config)
+                gguf_write.refuse_types(config, self.gguf)
 
     def check_machine(self) -> None:
         if self.gguf:
@@ -178,6 +180,7 @@ def write_gguf(trained, folder: Path, config: Config) -> GgufFiles:
     files = GgufFiles()
     if not config.gguf:
         return files
+    gguf_write.refuse_types(trained.config, config.gguf)
     tokenizer = load_tokenizer(folder)
     ends = stop_ids(folder, tokenizer)
     copied = copy.deepcopy(trained)

@@ -211,7 +211,7 @@ def test_gguf_files_and_shards(tokenizers, tmp_path):
     assert modelfile.startswith("FROM ./model-q8_0.gguf\n") and 'PARAMETER stop "<|im_end|>"' in modelfile
     for word, sentence in (
         ("export.shard_size=much", "'much' is not a size; write for example 5GB"),
-        ("export.gguf=[q4_k]", "'q4_k'"),
+        ("export.gguf=[q4_1]", "'q4_1'"),
         ("export.gguf=[f16, f16]", "names 'f16' twice"),
     ):
         with pytest.raises(UserError) as caught:

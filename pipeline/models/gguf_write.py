@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from pipeline.core.errors import UserError
-from pipeline.models import gguf_tokenizer
+from pipeline.models import gguf_q4_k, gguf_tokenizer
 
 # transformers' model_type -> llama.cpp's architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -24,7 +24,10 @@ TYPES = {
     "bf16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
     "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
+    "q4_k": ("Q4_K", "MOSTLY_Q4_K_S"),
 }
+# Instead of a type, for rows that its blocks do not divide: llama.cpp's choice for q4_k, then f16.
+INSTEAD = {"Q4_K": "Q5_0"}
 LARGEST_HALF = 65504.0
 
 
@@ -39,6 +42,20 @@ def refuse(config, tokenizer_folder: Path | None = None) -> None:
             gguf_tokenizer.metadata_of(tokenizer_folder, config.vocab_size)
         except UserError as error:
             raise UserError(f"the model cannot be written as GGUF: {error}") from None
+
+
+def refuse_types(config, types: list[str]) -> None:
+    """Raise UserError for a type that no matrix of the model's layers could have, so that the file would be another
+    than its name says."""
+    if "q4_k" not in types:
+        return
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rows = {config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim}
+    if all(row % gguf_q4_k.BLOCK for row in rows):
+        raise UserError(
+            f"q4_k has blocks of {gguf_q4_k.BLOCK} weights, and no matrix of the model has rows of a multiple of that"
+            f" ({', '.join(map(str, sorted(rows)))}); use q4_0 or q8_0"
+        )
 
 
 def _reason(config) -> str | None:
@@ -84,9 +101,7 @@ def write(model, tokenizer_folder: Path, path: Path, weight_type: str, ends: lis
     for key, value in tokenizer.items():
         _add(writer, f"tokenizer.{key}", value)
     plan = _plan(model, gguf.GGMLQuantizationType[tensor_name])
-    smaller = [name for name, _, kind in plan if kind.name == "F16" and tensor_name not in ("F16", "F32")]
-    if smaller:
-        remarks.append(f"{len(smaller)} matrices are f16 in the {weight_type} file: their rows are no multiple of 32")
+    remarks += _other_types(plan, weight_type)
     try:
         for name, value, kind in plan:
             shape, size = _layout(value.shape, kind)
@@ -213,19 +228,48 @@ def _plan(model, kind) -> list[tuple]:
     """(name in the file, value, type) of each tensor."""
     import gguf
 
+    output = "token_embd.weight" if model.config.tie_word_embeddings else "output.weight"
     state, plan = model.state_dict(), []
     for name, target in _names(model.config).items():
         value = state[name]
-        stored = kind
-        if value.dim() == 1:
-            stored = gguf.GGMLQuantizationType.F32
-        elif value.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            stored = gguf.GGMLQuantizationType.F16
+        wanted = kind
+        if kind.name == "Q4_K" and target == output:
+            # Errors of this matrix reach the answer as they are. llama.cpp gives it q6_k, which gguf cannot make.
+            wanted = gguf.GGMLQuantizationType.Q8_0
+        stored = gguf.GGMLQuantizationType.F32 if value.dim() == 1 else _fitting(value.shape[-1], wanted)
         plan.append((target, value, stored))
     factors = _frequency_factors(model)
     if factors is not None:
         plan.append(("rope_freqs.weight", factors, gguf.GGMLQuantizationType.F32))
     return plan
+
+
+def _fitting(row: int, kind):
+    """The type that a matrix with rows of this length gets."""
+    import gguf
+
+    for name in (kind.name, INSTEAD.get(kind.name)):
+        if name and row % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0] == 0:
+            return gguf.GGMLQuantizationType[name]
+    return gguf.GGMLQuantizationType.F16
+
+
+def _other_types(plan: list[tuple], weight_type: str) -> list[str]:
+    """Remarks on matrices that a file has in another type than its name says, because blocks do not divide their
+    rows."""
+    if weight_type in ("f32", "f16", "bf16"):
+        return []
+    stored = [kind.name for _, value, kind in plan if value.dim() > 1]
+    remarks = []
+    if "Q5_0" in stored:
+        remarks.append(
+            f"{stored.count('Q5_0')} matrices are q5_0 in the {weight_type} file: their rows are no multiple of 256"
+        )
+    if "F16" in stored:
+        remarks.append(
+            f"{stored.count('F16')} matrices are f16 in the {weight_type} file: their rows are no multiple of 32"
+        )
+    return remarks
 
 
 def _frequency_factors(model):
@@ -279,4 +323,6 @@ def _packed(name: str, value, kind):
     array = value.detach().float().contiguous().numpy()
     if kind.name == "F16" and abs(array).max() > LARGEST_HALF:
         raise UserError(f"{name} has weights beyond {LARGEST_HALF:,.0f}, the largest of f16; write bf16 or f32")
+    if kind.name == "Q4_K":
+        return gguf_q4_k.quantize(array)
     return gguf.quantize(array, kind)

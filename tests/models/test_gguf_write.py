@@ -82,6 +82,30 @@ def test_weights_are_read_again_as_they_were(name, tokenizers, tmp_path):
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_q4_k_takes_other_types_where_its_blocks_do_not_fit(tokenizers, tmp_path):
+    """As llama.cpp's quantize: q5_0 for rows of 64; the output matrix in q8_0, where llama.cpp has q6_k."""
+    blocks = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = build.new({"family": "llama", **blocks}, load_tokenizer(tokenizers["byte-bpe"]), 128, seed=1)
+    publish(made.state_dict(), made.config, tokenizers["byte-bpe"], tmp_path / "m")
+    remarks = written(made, tmp_path / "m", tmp_path / "m.gguf", "q4_k")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q4_K" and kinds["output.weight"] == "Q8_0"
+    assert {kinds[f"blk.0.{part}.weight"] for part in ("ffn_up", "attn_q")} == {"Q5_0"} == {kinds["token_embd.weight"]}
+    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+    assert remarks == ["7 matrices are q5_0 in the q4_k file: their rows are no multiple of 256"]
+    weights = gguf_write.read_weights(tmp_path / "m.gguf", made.config)
+    for name, value in made.state_dict().items():
+        assert (weights[name] - value).abs().max() <= value.abs().max() / 7, name
+    small = build.new(
+        {"family": "llama", **blocks, "intermediate_size": 96}, load_tokenizer(tokenizers["byte-bpe"]), 128, seed=1
+    )
+    with pytest.raises(
+        UserError, match="no matrix of the model has rows of a multiple of that .64, 96.; use q4_0 or q8_0"
+    ):
+        gguf_write.refuse_types(small.config, ["f16", "q4_k"])
+    gguf_write.refuse_types(small.config, ["q4_0"])
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
 def test_transformers_reads_the_same_model_and_tokenizer(name, tokenizers, tmp_path):
     """Through the reader of GGUF files, whose weights transformers reads."""
@@ -267,3 +291,33 @@ def test_llama_cpp_gives_the_same_ids_tokens_and_logits(form, tokenizers, tmp_pa
         largest = max(largest, of_model)
     print(f"{form}: {num_same} of {num_tokens} greedy tokens are the same")
     assert 0 < largest < TOLERANCE and num_same > 0.97 * num_tokens > 100 and num_compared > 300
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_q4_k_as_it_is_unpacked_here(tokenizers, tmp_path):
+    """16 greedy tokens after each text, against transformers with the weights of the file. llama.cpp also rounds what
+    is multiplied by such weights, to 8 bits, so its log-probabilities differ more than with f32."""
+    python = aside(tmp_path / "venv", XLLAMACPP)
+    block = {"family": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    block |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08}
+    made = build.new(block, load_tokenizer(tokenizers["byte-bpe"]), 128, seed=1)
+    publish(made.state_dict(), made.config, tokenizers["byte-bpe"], tmp_path / "m")
+    made = build.load(tmp_path / "m").eval()
+    path = tmp_path / "m.gguf"
+    assert not written(made, tmp_path / "m", path, "q4_k")
+    kinds = [tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors]
+    assert kinds.count("Q4_K") == 15 and kinds.count("Q8_0") == 1
+    made.load_state_dict(gguf_write.read_weights(path, made.config), strict=False)
+    fast, largest, num_same, num_tokens = load_tokenizer(tmp_path / "m"), 0.0, 0, 0
+    for text, there in zip(TEXTS, answer(python, GREEDY, path, json.dumps(TEXTS)), strict=True):
+        prompt = fast(text, split_special_tokens=True).input_ids
+        with torch.no_grad():
+            logprobs = made(torch.tensor([prompt + there["tokens"]])).logits[0].log_softmax(-1)
+        for place, likely in enumerate(there["logprobs"], len(prompt) - 1):
+            for index, logprob in likely.items():
+                largest = max(largest, abs(logprob - logprobs[place, int(index)].item()))
+        for place, token in enumerate(there["tokens"], len(prompt) - 1):
+            num_same += int(token == logprobs[place].argmax())
+            num_tokens += 1
+    print(f"largest difference of a log-probability {largest:.2g}; {num_same} of {num_tokens} greedy tokens")
+    assert 0 < largest < 0.3 and num_same > 0.9 * num_tokens > 60
