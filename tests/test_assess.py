@@ -73,7 +73,7 @@ def assess(folder, inputs: str, keys: str = "", code: int = 0) -> tuple[dict, st
 
 
 def test_a_reward_model_reads_text_with_its_own_tokenizer(folder):
-    """Without a pack, with a plain reward folder whose tokenizer is not the model's."""
+    """Correctness 15: without a pack, with a plain reward folder whose tokenizer is not the model's."""
     report, _ = assess(folder, "sft: ./sft, reward: ./reward")
     metrics = json.loads((folder / "runs/a/assess/current/manifest.json").read_text())["metrics"]
     assert "bits_per_byte" not in report["models"]["sft"] and "(n=6)" in metrics["summary"]["measure"]
@@ -97,7 +97,7 @@ def test_the_same_tokenizer_is_read_as_ids(folder):
 
 
 def test_llama3_answers_and_ends_its_turn(folder):
-    """Its template has no marks, and it has no padding token and no <|im_end|>."""
+    """Correctness 15: its template has no marks, and it has no padding token and no <|im_end|>."""
     report, _ = assess(folder, "llama3: ./llama3, sft: ./sft, reward: ./reward", ", compare: [[sft, llama3]]")
     assert report["models"]["llama3"]["answers"] == 6 and report["win_rates"]["sft over llama3"]["prompts"] == 6
     tokenizer = load_tokenizer(folder / "llama3")
@@ -113,7 +113,7 @@ def test_a_model_without_an_end(folder):
 
 
 def test_tokens_of_another_tokenizer_are_refused(folder):
-    """Bits per byte of ids that mean other text to the model. Without them it is measured."""
+    """Correctness 15: bits per byte of ids that mean other text to the model. Without them it is measured."""
     keys = ", sequence_length: 32"
     output = assess(folder, "tokens: ./tokens, sft: ./sft", keys, code=2)[1]
     assert "was packed with another tokenizer than that of sft" in output and "max_rows: 0" in output

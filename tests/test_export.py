@@ -257,7 +257,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_transformers_4_57_reads_the_same_ids_and_logits(tokenizers, tmp_path):
-    """The exports of all three forms, and models of all families as a training stage publishes them,
+    """Correctness 18: the exports of all three forms, and models of all families as a training stage publishes them,
     in an environment with transformers 4.57."""
     import torch
     from transformers import AutoModelForCausalLM

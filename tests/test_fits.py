@@ -65,6 +65,7 @@ def estimate(config, model_config, world: int) -> float:
 
 @pytest.mark.parametrize("name", [marked(name) for name in RECIPES])
 def test_a_recipe_fits_the_gpus_it_names(name):
+    """Correctness 7: the peak of the fullest process, simulated at full size, and the printed estimate within 10%."""
     stages = stages_of(name)
     assert stages, "has no pretraining stage: it belongs into UNCHECKED"
     for stage, config, model_config in stages:

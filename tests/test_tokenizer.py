@@ -261,7 +261,8 @@ REVEALING = [
 
 
 def test_every_stage_reads_the_same_ids_whatever_family_the_model_is_of(trained, tmp_path):
-    """pack (encoder), pretrain, assess and export (load_tokenizer), and the finetuning stages (tokenizer_of) beside the config.json of every family that recipes or document masks name."""
+    """Correctness 1: pack (encoder), pretrain, assess and export (load_tokenizer), and the finetuning stages
+    (tokenizer_of) beside the config.json of every family that recipes or document masks name."""
     same_ids_in_every_family(trained, tmp_path / "model")
 
 
@@ -638,7 +639,7 @@ SPACED = [
 
 @pytest.mark.parametrize("kind, name", [("bpe", "x.model"), ("bpe", "tokenizer.model.v3"), ("unigram", "pieces")])
 def test_a_model_with_the_default_prefix_is_adopted_with_its_own_ids(kind, name, small, tmp_path):
-    """The oracle is sentencepiece with its prefix; decoding removes the prefix. A file is recognized by its content."""
+    """Correctness 27: the oracle is sentencepiece with its prefix; decoding removes the prefix. A file is recognized by its content."""
     from sentencepiece import SentencePieceProcessor
 
     from pipeline.data.tokenizer.encode import encoder
@@ -688,7 +689,7 @@ def test_user_defined_pieces_that_are_not_marks_are_recognized_in_text(small, tm
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4", "vocab.tiktoken"])
 def test_a_tiktoken_file_is_recognized_by_its_content(name, tmp_path):
-    """Llama 3's tokenizer.model, and the files of tiktoken's cache, alone and in a folder."""
+    """Correctness 27: Llama 3's tokenizer.model, and the files of tiktoken's cache, alone and in a folder."""
     from pipeline.core.errors import UserError
     from pipeline.data.tokenizer import byte_bpe, import_tokenizer
     from pipeline.data.tokenizer.fast_tokenizer import encode_text
