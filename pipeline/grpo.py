@@ -102,30 +102,26 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 def build_models(config: Config, parents, prompts: int):
     """The policy, its reference if the KL counts, and the reward model if one judges. prompts: how many are trained on,
     for the header. Collective."""
-    from pipeline.models import attention, build, cost, sampling_cost
+    from pipeline.models import cost, sampling_cost
     from pipeline.rl import rollout_memory
-    from pipeline.rl.frozen_models import only_read
+    from pipeline.rl.frozen_models import copy_to_read, only_read
     from pipeline.rl.group_objective import GROUPS, policy_loss_fn
-    from pipeline.rl.online import assemble
-    from pipeline.rl.responses import disable_dropout, predict_at_labels
+    from pipeline.rl.online import assemble, load_judge, load_policy
     from pipeline.train import finetune
     from pipeline.train.run_summary import Work
 
-    policy, policy_model = parents.policy, build.load(parents.policy.folder)
-    attention.choose(policy_model, config.attention, config.precision)
-    disable_dropout(policy_model)
-    predict_at_labels(policy_model, config.rollout.temperature)
+    policy_model, weights = load_policy(config, parents.policy)
     others, reward_model = {}, None
     if parents.reward is not None:
-        reward_model = build.load(parents.reward.folder, head="judge")
-        attention.choose(reward_model, config.attention, config.precision)
+        reward_model, reward_weights = load_judge(config, parents.reward)
         others["reward model"] = sampling_cost.only_read(cost.count(reward_model))
-        reward_model = only_read(reward_model, config, shared=False)
+        reward_model = only_read(reward_model, config, fill=reward_weights)
     reference = None
     if config.measures_kl() and config.lora is None:
         others["reference"] = sampling_cost.only_read(cost.count(policy_model))
-        reference = only_read(policy_model, config, shared=True)
-    finetune.adapt(config, policy, policy_model)
+        load = functools.partial(load_policy, config, parents.policy)
+        reference = copy_to_read(policy_model, weights, config, load)
+    finetune.adapt(config, parents.policy, policy_model, weights)
 
     data = (
         f"{plural(config.steps, 'iteration', ',')} x {plural(config.batch_size, 'prompt')}, each answered"
@@ -141,7 +137,7 @@ def build_models(config: Config, parents, prompts: int):
     updates = config.update.minibatches
     work = Work(data, updates=updates, notes=notes, others=others)
     policy_loss = functools.partial(policy_loss_fn, config)
-    engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
+    engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy", weights=weights)
     return assemble(config, parents, GROUPS, engine, None, reference, reward_model)
 
 

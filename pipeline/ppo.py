@@ -76,36 +76,26 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
 
 def build_models(config: Config, parents, prompts: int):
     """All models of a run, from its parents. prompts: how many are trained on, for the header. Collective."""
-    import torch
-
-    from pipeline.models import attention, build, cost, sampling_cost
+    from pipeline.models import cost, sampling_cost
     from pipeline.rl import rollout_memory
-    from pipeline.rl.online import assemble
+    from pipeline.rl.online import assemble, load_policy
     from pipeline.rl.ppo_objective import PPO, policy_loss_fn, value_loss_fn
-    from pipeline.rl.responses import ValueModel, disable_dropout, predict_at_labels
+    from pipeline.rl.responses import ValueModel
     from pipeline.train import engine, finetune
     from pipeline.train.run_summary import Work, schedule_text
 
-    policy, policy_model = parents.policy, build.load(parents.policy.folder)
-    critic = parents.reward or policy
-    if parents.reward is None:  # nothing knows the rewards yet: a value of 0 at every token
-        classifier = build.load(policy.folder, head="reward")
-        torch.nn.init.zeros_(classifier.score.weight)
-    else:
-        classifier = build.load(critic.folder, head="judge")
-    for model in (policy_model, classifier):
-        attention.choose(model, config.attention, config.precision)
-    disable_dropout(policy_model)
-    predict_at_labels(policy_model, config.rollout.temperature)
-    disable_dropout(classifier)
+    policy_model, policy_weights = load_policy(config, parents.policy)
+    classifier, value_weights = load_classifier(config, parents)
     others = {}
     if config.lora is None:
         others["reference"] = sampling_cost.only_read(cost.count(policy_model))
         if config.uses_reward_model():
             others["reward model"] = sampling_cost.only_read(cost.count(classifier))
-    reference, reward_model = frozen_models(config, policy_model, classifier)
-    finetune.adapt(config, policy, policy_model)
-    finetune.adapt(config, critic, classifier, complete=("score",))
+    reference, reward_model = frozen_models(
+        config, parents, (policy_model, policy_weights), (classifier, value_weights)
+    )
+    finetune.adapt(config, parents.policy, policy_model, policy_weights)
+    finetune.adapt(config, parents.reward or parents.policy, classifier, value_weights, complete=("score",))
     others["value model"] = value_size = cost.count(classifier)
     value_model = ValueModel(classifier)
 
@@ -122,26 +112,52 @@ def build_models(config: Config, parents, prompts: int):
     )
     work = Work(data, updates=config.ppo.minibatches, notes=notes, others=others)
     policy_loss = functools.partial(policy_loss_fn, config)
-    policy_engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy")
+    policy_engine, _ = finetune.build_engine(
+        policy_model, policy_loss, config, work, name="policy", weights=policy_weights
+    )
     value_config = config.model_copy(update={"optimizer": config.value_optimizer})
-    value_engine = engine.build(value_model, functools.partial(value_loss_fn, config), value_config, name="value")
+    value_loss = functools.partial(value_loss_fn, config)
+    value_fill = ValueModel.fills(value_weights)
+    value_engine = engine.build(value_model, value_loss, value_config, name="value", fill=value_fill)
+    if value_weights is not None and config.lora is not None:
+        finetune.check_adapters(value_engine)
     return assemble(config, parents, PPO, policy_engine, value_engine, reference, reward_model)
 
 
-def frozen_models(config: Config, policy_model, classifier):
-    """(reference, reward model), which are never trained: copies of the two models that will be. With `lora` no copies
-    are needed: the reference is None, for the policy without its adapter, and the reward model shares the value model's
-    backbone. The reward model is None if all rewards are functions."""
-    from pipeline.rl.frozen_models import only_read
+def load_classifier(config: Config, parents):
+    """What the value model starts from, and what fills it: the reward model. If all rewards are functions, nothing
+    knows them yet: the policy's layers, with a value of 0 at every token."""
+    from pipeline.models import attention
+    from pipeline.rl.online import load_judge
+    from pipeline.rl.responses import disable_dropout
+    from pipeline.train import finetune
+    from pipeline.train.scores import zero_score
+
+    if parents.reward is not None:
+        return load_judge(config, parents.reward)
+    classifier, weights = finetune.load_model(config, parents.policy, head="reward")
+    zero_score(classifier, weights)
+    attention.choose(classifier, config.attention, config.precision)
+    disable_dropout(classifier)
+    return classifier, weights
+
+
+def frozen_models(config: Config, parents, policy, classifier):
+    """(reference, reward model), which are never trained: copies of the two models that will be. policy, classifier:
+    these, each with what fills it. With `lora` no copies are needed: the reference is None, for the policy without its
+    adapter, and the reward model shares the value model's backbone. The reward model is None if all rewards are
+    functions."""
+    from pipeline.rl.frozen_models import copy_to_read
+    from pipeline.rl.online import load_judge, load_policy
     from pipeline.rl.responses import SharedReward
     from pipeline.train import distributed
 
     if config.lora is not None:
-        return None, SharedReward(classifier).to(distributed.device()) if config.uses_reward_model() else None
-    reference = only_read(policy_model, config, shared=True)
+        return None, SharedReward(*classifier).to(distributed.device()) if config.uses_reward_model() else None
+    reference = copy_to_read(*policy, config, functools.partial(load_policy, config, parents.policy))
     if not config.uses_reward_model():
         return reference, None
-    return reference, only_read(classifier, config, shared=True)
+    return reference, copy_to_read(*classifier, config, functools.partial(load_judge, config, parents.reward))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     )
     engine, text = finetune.build_engine(model, objective, config, work, weights=weights, selects=True)
     if config.distill is not None:
-        teacher.move(engine.device)
+        teacher.place(engine.device)
     fill = float(ids.lengths.sum() / (rows.per_epoch * config.sequence_length))
     finetune.say_counts(output, counts, f" in {plural(rows.per_epoch, 'row')}, {fill:.0%} filled")
     if len(ids) > counts.train:

@@ -50,16 +50,25 @@ def stage_memory(
 
 def others_bytes(config, layout: Layout, others: dict[str, Size], online: bool) -> dict[str, float]:
     """What a process keeps of further models in all phases. online: those that are only read are kept as online RL
-    keeps them, and not complete in fp32."""
+    keeps them, and not as a teacher is."""
     parts = {}
     for name, other in others.items():
         if other.trained:
             parts[name] = kept_bytes(other, layout)
-        elif not online:
-            parts[name] = other.weight_bytes
-        else:
+        elif online:
             parts[name] = complete_bytes(config, other, layout) / _readers(layout)
+        else:
+            parts[name] = teacher_bytes(config, other, layout)
     return parts
+
+
+def teacher_bytes(config, size: Size, layout: Layout) -> float:
+    """Of a model that reads each micro-batch as the one that is trained does (train/distillation.py). Where it is
+    split, a layer and the next one are gathered. config: of the trained model, which has about as many layers."""
+    item = 2.0 if layout.precision == "bf16" else 4.0
+    if not layout.splits_weights:
+        return item * size.total
+    return item * (size.total / (layout.shard or layout.ranks) + 2 * size.body / config.num_hidden_layers)
 
 
 def kept_bytes(size: Size, layout: Layout) -> float:

@@ -7,42 +7,79 @@ With `precision: bf16` the matrices that only matrix products read are kept in b
 use anyway, so no bit of a log-probability or score changes (train/fsdp_sharding.py gathers such matrices in bf16 for
 the same reason). Layouts that split the model that is trained, `shard` and `zero: 3`, split these models too: each
 process keeps a part of every parameter, and gathers the complete model while it reads it.
+
+A model may be on the meta device: then each part (a decoder layer, a table) is created, filled and split before the
+next one, and of the files only the rows are read that this process keeps an element of.
 """
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.models.folder_weights import Fill, keep_rows
 from pipeline.train import distributed
 from pipeline.train.fsdp import filled, without_weights
 from pipeline.train.fsdp_sharding import multiplied_names
+from pipeline.train.model_parts import Parts
 
 
 class SplitModel:
-    """A model of which each process keeps a part of every parameter, of equal length on all of them."""
+    """A model of which each process keeps a part of every parameter, of equal length on all of them. fill: gives a part
+    of a model on the meta device its values."""
 
-    def __init__(self, model: nn.Module, precision: str, device: torch.device):
-        self.world = distributed.world()
+    def __init__(self, model: nn.Module, precision: str, device: torch.device, fill: Fill | None = None):
+        self.world, self.device = distributed.world(), device
+        self.rounded = multiplied_names(model) if precision == "bf16" else set()
         self.skeleton = without_weights(model).requires_grad_(False).eval()
-        self.buffers = {name: value.to(device) for name, value in model.named_buffers()}
-        self.shapes: dict[str, torch.Size] = {}
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.buffers: dict[str, torch.Tensor] = {}
         self.parts: dict[str, torch.Tensor] = {}
-        rounded = multiplied_names(model) if precision == "bf16" else set()
-        for name, parameter in model.named_parameters():
-            dtype = torch.bfloat16 if name in rounded else parameter.dtype
-            self.shapes[name] = parameter.shape
-            self.parts[name] = self._part(parameter.detach().reshape(-1), dtype, device)
+        if fill is None:
+            self._take(model)
+            return
+        _round(model, self.rounded)  # so that a part is created in the type in which it is kept
+        parts = Parts(model)
+        for name in parts.names:
+            part = parts.materialise(name, fill, self._keep_rows)
+            self._take(part, f"{name}.")
+            part.to_empty(device="meta")
+        missing = self.shapes.keys() - self.parts.keys()
+        assert not missing, f"{min(missing)} is beside the parts of {type(model).__name__}"
 
-    def _part(self, values: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def _keep_rows(self, part: nn.Module) -> None:
+        """Note on each parameter of which rows this process keeps an element, so that a folder's others are not
+        read."""
+        for parameter in part.parameters():
+            if parameter.dim():
+                start, stop = self._range(parameter.numel())
+                width = parameter.numel() // len(parameter)
+                keep_rows(parameter, 0, start // width, -(-stop // width))
+
+    def _range(self, count: int) -> tuple[int, int]:
+        """The elements that this process keeps of a flat parameter of `count`: (first, end)."""
+        length = -(-count // self.world)
+        start = min(distributed.rank() * length, count)
+        return start, min(start + length, count)
+
+    def _take(self, module: nn.Module, prefix: str = "") -> None:
+        """Keep this process's part of each parameter of a module, and its buffers. prefix: of their names."""
+        for inner, value in module.named_buffers():
+            self.buffers[f"{prefix}{inner}"] = value.to(self.device)
+        for inner, parameter in module.named_parameters():
+            name = f"{prefix}{inner}"
+            if name in self.shapes and name not in self.parts:  # a shared parameter counts under its first name
+                self.parts[name] = self._part(name, parameter.detach().reshape(-1))
+
+    def _part(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """This process's part of a flat parameter; zeros after its end."""
-        length = -(-values.numel() // self.world)
-        own = values[distributed.rank() * length : (distributed.rank() + 1) * length]
-        part = torch.zeros(length, dtype=dtype, device=device)
-        part[: own.numel()] = own
+        start, stop = self._range(values.numel())
+        dtype = torch.bfloat16 if name in self.rounded else values.dtype
+        part = torch.zeros(-(-values.numel() // self.world), dtype=dtype, device=self.device)
+        part[: stop - start] = values[start:stop]
         return part
 
     @contextlib.contextmanager
@@ -61,19 +98,37 @@ class SplitModel:
         return flat[: shape.numel()].view(shape)
 
 
-def only_read(model: nn.Module, config, *, shared: bool) -> nn.Module | SplitModel:
+def only_read(model: nn.Module, config, *, shared: bool = False, fill: Fill | None = None) -> nn.Module | SplitModel:
     """A model as a stage with this config keeps it for reading, on the device. shared: the model is used for something
-    else too, and stays as it is."""
+    else too, and stays as it is. fill: what gives a part of a model on the meta device its values."""
     device = distributed.device()
     if config.parallel.splits_weights:
-        return SplitModel(model, config.precision, device)
+        return SplitModel(model, config.precision, device, fill)
     if shared:
         model = copy.deepcopy(model)
     if config.precision == "bf16":
-        for name in multiplied_names(model):
-            parameter = model.get_parameter(name)
-            parameter.data = parameter.data.to(torch.bfloat16)
+        _round(model, multiplied_names(model))
+    if fill is not None:
+        Parts(model).materialise_all(fill, device)
     return model.requires_grad_(False).eval().to(device)
+
+
+def copy_to_read(
+    model: nn.Module, fill: Fill | None, config, load: Callable[[], tuple[nn.Module, Fill | None]]
+) -> nn.Module | SplitModel:
+    """What `only_read` makes of a model that will also be trained. load: gives the model, and what fills it, once more:
+    one on the meta device has nothing to copy, and is read from its folder again."""
+    if fill is None:
+        return only_read(model, config, shared=True)
+    again, weights = load()
+    return only_read(again, config, fill=weights)
+
+
+def _round(model: nn.Module, names: set[str]) -> None:
+    """Keep some of a model's parameters in bf16."""
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 @contextlib.contextmanager

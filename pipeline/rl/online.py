@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural
 from pipeline.data.chat.template import Chat
+from pipeline.models import attention
+from pipeline.models.folder_weights import FolderWeights
 from pipeline.rl import sentinel
 from pipeline.rl.experience import Models, evaluate
 from pipeline.rl.frozen_models import SplitModel
@@ -21,6 +24,7 @@ from pipeline.rl.iteration import Iterations
 from pipeline.rl.objective import Objective
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.prompts import encoded_prompts, tasks_of
+from pipeline.rl.responses import disable_dropout, predict_at_labels
 from pipeline.rl.reward_workers import RewardWorkers
 from pipeline.rl.scoring import import_functions
 from pipeline.train import finetune, loop
@@ -53,6 +57,23 @@ def load_parents(config: OnlineConfig, inputs: dict[str, Artifact]) -> Parents:
     if config.uses_reward_model():
         reward = finetune.load_parent(config, inputs["reward"], f"{config.kind}, reward model")
     return Parents(policy, reward)
+
+
+def load_policy(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights | None]:
+    """The policy or its reference, as it samples and measures, and what fills it (finetune.load_model)."""
+    model, weights = finetune.load_model(config, parent)
+    attention.choose(model, config.attention, config.precision)
+    disable_dropout(model)
+    predict_at_labels(model, config.rollout.temperature)
+    return model, weights
+
+
+def load_judge(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights | None]:
+    """The reward model, and what fills it."""
+    model, weights = finetune.load_model(config, parent, head="judge")
+    attention.choose(model, config.attention, config.precision)
+    disable_dropout(model)
+    return model, weights
 
 
 def assemble(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.models import lora
+from pipeline.models.folder_weights import Fill
 from pipeline.train import chunked_loss
 from pipeline.train.chunked_loss import IGNORE, TokenLosses
 from pipeline.train.scores import calibrated
@@ -139,9 +140,13 @@ class SharedReward(torch.nn.Module):
     """The reward model inside a value model that is trained through adapters: the same backbone with its adapters off,
     and a copy of the score layer as it was."""
 
-    def __init__(self, classifier):
+    def __init__(self, classifier, weights: Fill | None = None):
+        """weights: what fills a classifier on the meta device."""
         super().__init__()
         self.score = copy.deepcopy(classifier.score).requires_grad_(False)
+        if weights is not None:
+            self.score.to_empty(device="cpu")
+            weights(self.score, "score.{}".format)
         self.config = classifier.config
         self._classifiers = []  # in a list, so that its parameters are not this module's
 
@@ -177,6 +182,13 @@ class ValueModel(torch.nn.Module):
         # Buffers, because an engine that splits a model reads them when it puts the complete model together.
         self.register_buffer("mean", torch.tensor(0.0), persistent=False)
         self.register_buffer("deviation", torch.tensor(1.0), persistent=False)
+
+    @staticmethod
+    def fills(weights: Fill | None) -> Fill | None:
+        """What gives a part of a value model its values, of what gives them to its classifier."""
+        if weights is None:
+            return None
+        return lambda part, global_name: weights(part, lambda inner: global_name(inner).removeprefix("classifier."))
 
     def set_units(self, mean: float, deviation: float) -> None:
         """Constants of the run (rewards.calibration), set once and kept in the checkpoint's state."""

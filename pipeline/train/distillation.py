@@ -2,8 +2,11 @@
 key `distill` of sft.
 
     teacher = Teacher.load(config, inputs["teacher"], parent)
-    teacher.move(engine.device)
+    teacher.place(engine.device)
     logits_BTV = teacher.logits(batch)
+
+Where the layout splits the weights of the model that is trained (`shard`, `zero: 3`), torch's fully_shard splits the
+teacher's too, whatever engine trains: a layer is gathered while the teacher computes it.
 """
 
 import functools
@@ -20,6 +23,7 @@ from pipeline.core.terminal import say
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.models.folder_weights import FolderWeights
     from pipeline.sft import Config
     from pipeline.train.finetune import Parent
 
@@ -37,10 +41,12 @@ class Distill(Strict):
 
 
 class Teacher:
-    """A frozen model that reads the same micro-batches as the one that is trained. Every process holds all of it."""
+    """A frozen model that reads the same micro-batches as the one that is trained. weights: what fills a model on the
+    meta device."""
 
-    def __init__(self, model, config: "Config"):
-        self.model, self.config = model, config
+    def __init__(self, model, config: "Config", weights: "FolderWeights | None" = None):
+        self.model, self.config, self.weights = model, config, weights
+        self._is_split = False
         self._batch: dict | None = None
         self._logits: torch.Tensor | None = None
 
@@ -50,9 +56,11 @@ class Teacher:
         model: the teacher knows the tokens and the template of its own folder. Raises UserError for a teacher with
         other tokens, or one that lets packed conversations see each other."""
         from pipeline.models import attention, build, frozen
+        from pipeline.models.families import family_of
         from pipeline.train import distributed, finetune
         from pipeline.train.conversation_data import check_packing
         from pipeline.train.finetune_data import model_folder
+        from pipeline.train.model_parts import starts_in_parts
 
         folder = model_folder(artifact)
         tokenizer = finetune.tokenizer_of(folder, config.sequence_length)
@@ -64,30 +72,52 @@ class Teacher:
                 f"{config.kind}, teacher: WARNING: {other}; it reads conversations as the trained model's template"
                 " writes them"
             )
-        model = build.load(folder).requires_grad_(False).eval()
+        model, weights = build.skeleton(folder) if starts_in_parts(config) else (build.load(folder), None)
+        if config.packing and weights is not None and not family_of(model.config).document_mask:
+            model, weights = build.load(folder), None  # a family that has to be tried
+        model.requires_grad_(False).eval()
         attention.choose(model, config.attention, config.precision, config.packed_rows(distributed.world()))
-        if config.packing:
+        if config.packing and weights is None:
             check_packing(model, parent.chat.end_id)
         # With autocast the products are the same, and half of the memory is enough.
         frozen.store(model, config.precision, config.precision, distributed.device())
-        return cls(model, config)
+        return cls(model, config, weights)
 
-    def move(self, device: "torch.device") -> None:
+    def place(self, device: "torch.device") -> None:
+        """Read the weights and put them on the device; with a layout that splits weights, this process's part of them.
+        Collective."""
+        from pipeline.train.fsdp import mesh_of
+        from pipeline.train.fsdp_sharding import Sharder
+        from pipeline.train.model_parts import Parts
+
+        if self.config.parallel.splits_weights:
+            sharder = Sharder(self.model, mesh_of(self.config.parallel, device), device, self.config.precision)
+            sharder.shard(self.weights)
+            self._is_split = True
+            return
+        if self.weights is not None:
+            Parts(self.model).materialise_all(self.weights, device)
         self.model.to(device)
 
-    def logits(self, batch: dict) -> "torch.Tensor":
-        """Its logits for a micro-batch, [B, T, V]. Those of the last micro-batch are kept, because an evaluation reads
-        them twice."""
+    def logits(self, batch: dict, again: bool = False) -> "torch.Tensor":
+        """Its logits for a micro-batch, [B, T, V]. Collective with a layout that splits weights. again: they will be
+        read a second time, without `again`. What is kept is used once, so that every process computes as often as the
+        others, although those with fewer micro-batches than others give the same one twice."""
         import torch
 
         from pipeline.train.engine import autocast
 
-        if batch is not self._batch:
-            inputs = batch["inputs"]
-            with torch.no_grad(), autocast(self.config, inputs["input_ids"].device):
-                self._logits = self.model(**({"use_cache": False} | inputs)).logits
-            self._batch = batch
-        return self._logits
+        if batch is self._batch:
+            logits, self._batch, self._logits = self._logits, None, None
+            return logits
+        inputs = batch["inputs"]
+        with torch.no_grad(), autocast(self.config, inputs["input_ids"].device):
+            logits = self.model(**({"use_cache": False} | inputs)).logits
+        if self._is_split:
+            self.model.reshard()  # the root keeps what it gathered until a backward pass, and there is none
+        if again:
+            self._batch, self._logits = batch, logits
+        return logits
 
 
 def check_tokens(config: "Config", folder: Path, tokenizer, parent: "Parent") -> None:
@@ -110,12 +140,13 @@ def check_tokens(config: "Config", folder: Path, tokenizer, parent: "Parent") ->
     )
 
 
-def token_losses(options: Distill, teacher: Teacher, logits, batch: dict) -> tuple:
-    """(loss of each token, its divergence from the teacher, its cross-entropy), each [B, T], without weights."""
+def token_losses(options: Distill, teacher: Teacher, logits, batch: dict, again: bool = False) -> tuple:
+    """(loss of each token, its divergence from the teacher, its cross-entropy), each [B, T], without weights. again:
+    see Teacher.logits."""
     from pipeline.train.loss import divergence, token_logprobs
 
     labels_BT = batch["labels"]
-    apart_BT = divergence(logits, teacher.logits(batch), labels_BT, options.divergence, options.temperature)
+    apart_BT = divergence(logits, teacher.logits(batch, again), labels_BT, options.divergence, options.temperature)
     nll_BT = -token_logprobs(logits, labels_BT)
     return options.weight * apart_BT + (1 - options.weight) * nll_BT, apart_BT, nll_BT
 
@@ -134,6 +165,6 @@ def objective(options: Distill, teacher: Teacher):
         return (total_BT * weights_BT).sum(), sums
 
     def read(logits, batch: dict):
-        return conversation_sums(losses(logits, batch)[0], batch)
+        return conversation_sums(losses(logits, batch, again=True)[0], batch)  # `loss` follows (engine.evaluate)
 
     return loss, read

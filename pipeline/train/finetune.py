@@ -275,11 +275,11 @@ def build_engine(
         say(line)
     engine = engines.build(model, loss, config, name=name, fill=weights)
     if weights is not None and config.lora is not None:
-        _check_adapters(engine)
+        check_adapters(engine)
     return engine, Expected(seconds=work.seconds(flops, peak))
 
 
-def _check_adapters(engine: Engine) -> None:
+def check_adapters(engine: Engine) -> None:
     """Raise UserError if an adapter would be ignored, for a model that could not be called before. Collective."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     batch = {"inputs": {"input_ids": ids}, "labels": ids, "weight": 2.0}

@@ -33,12 +33,12 @@ SQUARE = "gradient_square"  # key of the squared gradient norm among a step's su
 
 
 def mesh_of(parallel, device: torch.device):
-    """The processes as a mesh: [world], or [copies, processes of a copy]. Raises UserError if they cannot be divided
-    into groups."""
+    """The processes as a mesh: [copies, processes of a copy] with `shard: hybrid`, otherwise [world]. Raises UserError
+    if they cannot be divided into groups."""
     from torch.distributed.device_mesh import init_device_mesh
 
     world, size = distributed.world(), parallel.group_size(distributed.world(), distributed.local_world())
-    if parallel.shard == "full":
+    if parallel.shard != "hybrid":
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     if world % size:
         raise UserError(

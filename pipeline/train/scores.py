@@ -1,6 +1,9 @@
 """Scores of a reward model: one number for a conversation, read at its last token and calibrated; and the layer that
 gives them, at the start."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from pipeline.core.seeds import derive
@@ -11,15 +14,24 @@ def initial_score(model, seed: int, weights: FolderWeights | None = None) -> Non
     """The score layer ~ N(0, 1 / sqrt(width + 1)): scores of about 1 at the start, whatever the width (Stiennon et
     al., 2020, appendix B; Huang et al., 2024). A bias is 0. weights: what a model on the meta device will be filled
     with; the layer is drawn after that."""
+    _set_score(model, functools.partial(_draw, seed=seed), weights)
+
+
+def zero_score(model, weights: FolderWeights | None = None) -> None:
+    """The score layer that gives 0 for every text: where nothing is known of the scores. weights: as above."""
+    _set_score(model, lambda layer: torch.nn.init.zeros_(layer.weight), weights)
+
+
+def _set_score(model, change: Callable[[torch.nn.Module], None], weights: FolderWeights | None) -> None:
     if weights is None:
-        _draw(model.score, seed)
+        change(model.score)
         return
 
-    def draw(part, _) -> None:
+    def after_reading(part, _) -> None:
         if part is model.score:
-            _draw(part, seed)
+            change(part)
 
-    weights.then.append(draw)
+    weights.then.append(after_reading)
 
 
 def _draw(layer, seed: int) -> None:

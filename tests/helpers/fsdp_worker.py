@@ -149,6 +149,29 @@ def gathered(trainer) -> tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]:
     return *logits, types
 
 
+def split_read(where: Path) -> tuple[dict, dict, int]:
+    """A model in a folder that is only read: its weights put together, this process's parts, and the elements that it
+    has read."""
+    from pipeline.models import build, folder_weights
+    from pipeline.rl.frozen_models import SplitModel
+
+    read, rows = [0], folder_weights.Files.rows
+
+    def counting(*words):
+        tensor = rows(*words)
+        read[0] += tensor.numel()
+        return tensor
+
+    model, weights = build.skeleton(where)
+    folder_weights.Files.rows = counting
+    frozen = SplitModel(model, "bf16", torch.device("cpu"), weights)
+    folder_weights.Files.rows = rows
+    with frozen.complete() as complete:
+        weights = {name: value.detach().clone() for name, value in complete.state_dict().items()}
+        weights |= {name: value.clone() for name, value in complete.named_buffers()}
+    return weights, {name: part.numel() for name, part in frozen.parts.items()}, read[0]
+
+
 def run(folder: Path) -> dict:
     from tuned import tokenizer
 
@@ -199,6 +222,8 @@ def run(folder: Path) -> dict:
         {name: part.numel() for name, part in frozen.parts.items()},
         weights,
     )
+    for name in ("llama", "experts"):
+        results["split read", name] = split_read(folder / f"{name}-whole")
     for name in ROUNDED:
         results["gathered", name] = gathered(engine_of(name, "bf16"))
     trainer = engine_of("experts")

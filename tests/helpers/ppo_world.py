@@ -167,5 +167,6 @@ def inside(folder, output, words=("ppo.steps=4",)):
     )
     _, extra = encoded_prompts(config, policy.chat, reward.chat, SimpleNamespace(path=output))
     pool, heldout = tasks_of(extra, "train"), tasks_of(extra, "heldout")
-    models = ppo.build_models(config, Parents(policy, reward), len(pool))
+    parents = Parents(policy, reward if config.uses_reward_model() else None)
+    models = ppo.build_models(config, parents, len(pool))
     return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped_updates": 0}

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import tuned
-from harness import files_of, stage, succeed
+from harness import files_of, launch, stage, succeed
 
 from pipeline.models import build
 
@@ -67,6 +67,37 @@ def test_killed_and_resumed(plain, tmp_path):
     succeed("sft", "tiny.yaml", "--stage", "small", cwd=tmp_path)
     expected, found = (files_of(where / "runs/tiny/small/current") for where in (plain[0], tmp_path))
     assert expected == found
+
+
+TWO_RANKS = """
+import sys
+from pipeline.core.stage import run_stage
+from pipeline.core.recipe import load
+from pipeline.train import distributed
+words = ["small.steps=4", f"small.parallel={{{sys.argv[1]}}}", "small.micro_batch=1", "small.run.processes=2"]
+run_stage(load("tiny.yaml", [*words, "small.inputs.teacher=./large"]), "small")
+distributed.barrier()
+distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["shard: full", "zero: 3", ""])
+def test_two_processes_like_one(plain, layout, tmp_path):
+    """Losses and evaluations to 1e-5, with the teacher split as the student is. One process has one micro-batch of
+    held-out rows more than the other."""
+    shutil.copytree(plain[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    shutil.copytree((tmp_path / "runs/tiny/sft/current").resolve(), tmp_path / "large")
+    shutil.rmtree(tmp_path / "runs/tiny/small")
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    launch(2, "two.py", layout, cwd=tmp_path)
+    one, two = ([line for line in tuned.lines(where, "small") if "loss" in line] for where in (plain[0], tmp_path))
+    assert len(two) == 4
+    for key in ("loss", "kl", "cross_entropy", "grad_norm"):
+        expected = [line[key] for line in one[:4]]
+        assert [line[key] for line in two] == pytest.approx(expected, abs=1e-5), key
+    before, expected = (tuned.metrics(where, "small")["heldout_kl_before"] for where in (tmp_path, plain[0]))
+    assert before == pytest.approx(expected, abs=1e-5)
 
 
 TEMPLATE = """\

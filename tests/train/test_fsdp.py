@@ -189,6 +189,25 @@ def test_models_that_are_only_read_are_split_and_put_together_again(results):
     assert {value.dtype for value in complete.values()} == {torch.float32, torch.bfloat16}
 
 
+@pytest.mark.parametrize("name", ["llama", "experts"])
+def test_models_that_are_only_read_are_read_in_parts(results, folder, name):
+    """Values, types and buffers of a model that is read as a whole; of each matrix a process reads the rows, or the
+    experts, that it keeps an element of."""
+    found, halves, read = results["split read", name]
+    expected = build.load(folder / f"{name}-whole")
+    weights = dict(expected.state_dict()) | dict(expected.named_buffers())
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        assert torch.equal(found[key], value.to(found[key].dtype)), key
+    assert {value.dtype for value in found.values()} == {torch.float32, torch.bfloat16}
+    most = 0
+    for key, part in halves.items():
+        value = weights[key]
+        width = value.numel() // len(value)
+        most += -(-part // width) * width
+    assert sum(halves.values()) <= read <= most
+
+
 def test_a_model_that_is_gathered_in_bf16_computes_the_same(results):
     """For sampling and measuring, under autocast: equal to the bit to the model gathered in fp32."""
     for name in fsdp_worker.ROUNDED:
