@@ -26,11 +26,13 @@ CHUNK = 16  # batches between two reports of progress; lm-eval sorts requests by
 
 
 class SharedModel(LM):
-    """A model whose processes share the requests. `model` is lm-eval's HFLM around alma's model and tokenizer."""
+    """A model whose processes share the requests. `model` is lm-eval's HFLM around alma's model and tokenizer of a
+    candidate."""
 
-    def __init__(self, model, batch: int, name: str):
+    def __init__(self, model, batch: int, candidate: Candidate):
         super().__init__()
-        self.model, self.batch, self.name = model, batch, name
+        self.model, self.batch, self.candidate = model, batch, candidate
+        self.name = candidate.name
         self.cut = 0
         """Requests whose beginning was cut off because the model has too few positions."""
 
@@ -44,10 +46,9 @@ class SharedModel(LM):
         return self._shared(requests, self.model.generate_until, 0)
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        """As lm-eval's own does it, but for messages that the template refuses: lm-eval asks without those of the
-        system, and this raises UserError."""
-        tokenizer = self.model.tokenizer
-        return _written(f"assess.tasks: {self.name}", tokenizer, chat_history, add_generation_prompt)
+        """As lm-eval's own does it, with two differences: where the template refuses messages, lm-eval asks without
+        those of the system, and this raises UserError; and a template that asks for today's date gets the stage's."""
+        return _written(f"assess.tasks: {self.name}", self.candidate, chat_history, add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
@@ -94,22 +95,25 @@ def check_template(key: str, task: Task, candidate: Candidate) -> None:
         raise UserError(f"{where}.chat_template: {candidate.name} has no chat template; ask it without")
     if task.system:
         history = [{"role": "system", "content": task.system}, {"role": "user", "content": "1 + 1?"}]
-        text = _written(f"{where}.system: {candidate.name}", candidate.tokenizer, history, True)
+        text = _written(f"{where}.system: {candidate.name}", candidate, history, True)
         if task.system.strip() not in text:
             raise UserError(f"{where}.system: the chat template of {candidate.name} leaves it out; remove system")
 
 
-def _written(where: str, tokenizer, history: list[dict], add_generation_prompt: bool) -> str:
-    """A conversation as a chat template writes it. Raises UserError if it refuses."""
+def _written(where: str, candidate: Candidate, history: list[dict], add_generation_prompt: bool) -> str:
+    """A conversation as a candidate's chat template writes it. Raises UserError if it refuses."""
     from jinja2 import TemplateError
 
+    from pipeline.data.chat.rendering import fixed_date
+
     try:
-        return tokenizer.apply_chat_template(
-            history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        with fixed_date(candidate.tokenizer, candidate.date):
+            return candidate.tokenizer.apply_chat_template(
+                history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
     except TemplateError as error:
         roles = ", ".join(dict.fromkeys(message["role"] for message in history))
         raise UserError(
@@ -238,7 +242,7 @@ def open_model(candidate: Candidate, batch: int) -> SharedModel:
             batch_size=batch,
             prefix_token_id=begin_id(candidate.tokenizer),
         )
-    return SharedModel(inner, batch, candidate.name)
+    return SharedModel(inner, batch, candidate)
 
 
 def run_task(model: SharedModel, key: str, task: Task, bootstrap: int) -> tuple[dict, list[dict]]:

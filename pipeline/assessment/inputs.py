@@ -23,6 +23,8 @@ class Candidate:
     vocabulary: int
     positions: int | None
     """Most tokens of a row; None: any number."""
+    date: str | None
+    """What its chat template is given that asks for today's date (Template in data/chat/rendering.py)."""
 
 
 def candidate(name: str, artifact: Artifact, config) -> Candidate:
@@ -40,7 +42,8 @@ def candidate(name: str, artifact: Artifact, config) -> Candidate:
     model_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     use_known_padding(tokenizer, model_config.vocab_size)
     chat = Chat(tokenizer, trained=False, date=config.date) if config.sources else None
-    return Candidate(name, folder, tokenizer, chat, model_config.vocab_size, positions(model_config))
+    most = positions(model_config)
+    return Candidate(name, folder, tokenizer, chat, model_config.vocab_size, most, config.date)
 
 
 # ---- held-out text ---------------------------------------------------------------------------------------------------

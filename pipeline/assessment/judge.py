@@ -45,6 +45,7 @@ Reason briefly, then end with your verdict: [[A]] if answer A is better, [[B]] i
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 SCORES = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the answer in position A
 BUSY = {408, 409, 425, 429}  # codes below 500 that mean: later
+ABOUT_THE_TEXT = {400, 413, 422}  # codes of a request that is too long for the judge, or that a filter stops
 LONGEST_WAIT = 60.0  # seconds between two tries
 NOTABLE = 0.1  # share of pairs without a verdict that is warned of
 
@@ -69,6 +70,9 @@ class Judge(Strict):
     """Tries before a request is given up; the waiting time between them doubles from a second on."""
     concurrency: Annotated[int, EXECUTION] = Field(4, ge=1)
     """Requests at a time."""
+    max_refused: Annotated[float, EXECUTION] = Field(0.1, ge=0, le=1)
+    """Largest share of the pairs that the judge may refuse, because they are too long for it or a filter stops them.
+    They are pairs without a verdict. The stage ends if there are more."""
 
     @field_validator("url")
     @classmethod
@@ -109,6 +113,10 @@ class _Later(Exception):
         self.wait = wait
 
 
+class Refused(Exception):
+    """A request that the server refuses because of its text; that of another pair may be accepted."""
+
+
 class Client:
     """Asks a judge. Safe to use from several threads."""
 
@@ -119,11 +127,16 @@ class Client:
     def check(self) -> None:
         """Ask one easy question, so that hours are not spent before it turns out that nobody answers. Raises
         UserError."""
-        if self.verdict("What is 1 + 1?", "2", "3") is None:
+        try:
+            verdict = self.verdict("What is 1 + 1?", "2", "3")
+        except Refused as error:
+            raise UserError(f"assess.judge: {self.options.url} refused an easy question with {error}") from None
+        if verdict is None:
             say(f"WARNING assess: {self.options.model} gave no verdict on an easy question; see judge.question")
 
     def verdict(self, question: str, first: str, second: str) -> str | None:
-        """A, B, C, or None for an answer without a verdict. Raises UserError if there is no answer."""
+        """A, B, C, or None for an answer without a verdict. Raises Refused for a text that the judge does not take, and
+        UserError if there is no answer."""
         text = self.options.question
         parts = {"{question}": question, "{first}": first, "{second}": second}
         text = re.sub(r"\{(?:question|first|second)\}", lambda place: parts[place[0]], text)
@@ -163,6 +176,8 @@ class Client:
             message = _message(error)
             if error.code >= 500 or error.code in BUSY:
                 raise _Later(f"code {error.code} {message}", _seconds(error.headers.get("Retry-After"))) from None
+            if error.code in ABOUT_THE_TEXT:
+                raise Refused(f"code {error.code}: {message}") from None
             raise UserError(f"assess.judge: {address} refused the request with code {error.code}: {message}") from None
         # also a timeout, and a connection that was closed, perhaps in the middle of an answer
         except (OSError, http.client.HTTPException) as error:
@@ -192,15 +207,22 @@ def _seconds(text: str | None) -> float | None:
 
 def judge_pair(config, client: Client, prompts: list, results: dict, ours: str, theirs: str, output: Output) -> dict:
     """How often the judge prefers the answers of `ours` to those of `theirs`, with intervals. Each verdict is kept as
-    soon as it is known. Raises UserError for a judge that does not answer."""
+    soon as it is known. Refusals are not kept, because the judge may be another one when the stage is resumed. Raises
+    UserError for a judge that does not answer, or that refuses more pairs than `max_refused`."""
     texts = (results[ours]["texts"], results[theirs]["texts"])
     kept = output.path / "work" / "judge" / f"{ours}--{theirs}.jsonl"
     verdicts = _read(kept)
     missing = [(place, order) for place in range(len(prompts)) for order in (0, 1) if (place, order) not in verdicts]
 
-    def ask(place: int, order: int) -> tuple[int, int, str | None]:
+    refusals: dict[int, str] = {}  # place of the prompt -> why
+
+    def ask(place: int, order: int) -> tuple[int, int, str | None, str | None]:
         pair = (texts[0][place], texts[1][place])
-        return place, order, client.verdict(prompts[place].text, *(pair if order == 0 else pair[::-1]))
+        try:
+            verdict = client.verdict(prompts[place].text, *(pair if order == 0 else pair[::-1]))
+        except Refused as error:
+            return place, order, None, str(error)
+        return place, order, verdict, None
 
     kept.parent.mkdir(parents=True, exist_ok=True)
     name = f"{ours} over {theirs}, by {config.judge.model}"
@@ -210,10 +232,14 @@ def judge_pair(config, client: Client, prompts: list, results: dict, ours: str, 
             file.write("\n" if kept.stat().st_size else "")  # after a line that a killed process has cut off
             futures = [pool.submit(ask, place, order) for place, order in missing]
             for future in as_completed(futures):
-                place, order, verdict = future.result()
+                place, order, verdict, refusal = future.result()
                 verdicts[place, order] = verdict
-                file.write(json.dumps([place, order, verdict]) + "\n")
-                file.flush()
+                if refusal is not None:
+                    refusals[place] = refusal
+                    _check_refusals(config.judge, refusals, len(prompts), name)
+                else:
+                    file.write(json.dumps([place, order, verdict]) + "\n")
+                    file.flush()
                 bar.update(1)
     finally:
         pool.shutdown(cancel_futures=True)  # at most `concurrency` requests are under way, and are waited for
@@ -223,7 +249,23 @@ def judge_pair(config, client: Client, prompts: list, results: dict, ours: str, 
         line["verdicts"] = [verdicts[place, 0], verdicts[place, 1]]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_atomic(output.path / "judged" / f"{ours}--{theirs}.jsonl", "".join(lines))
-    return _measured(config, verdicts, texts, f"{ours}/{theirs}", name)
+    if refusals:
+        say(f"WARNING assess: {name}: {_refused(refusals, len(prompts))}; they are pairs without a verdict")
+    return _measured(config, verdicts, texts, f"{ours}/{theirs}", name) | {"refused": len(refusals)}
+
+
+def _check_refusals(judge: Judge, refusals: dict[int, str], pairs: int, name: str) -> None:
+    if len(refusals) > judge.max_refused * pairs:
+        raise UserError(
+            f"assess.judge: {name}: {_refused(refusals, pairs)}, more than judge.max_refused ({judge.max_refused:g});"
+            " use a judge that takes longer texts, shorter answers (max_new_tokens), or a higher max_refused. What was"
+            " judged is kept"
+        )
+
+
+def _refused(refusals: dict[int, str], pairs: int) -> str:
+    place = min(refusals)
+    return f"the judge refused {plural(len(refusals), 'pair')} of {pairs} (prompt {place + 1}: {refusals[place]})"
 
 
 def _read(path: Path) -> dict[tuple[int, int], str | None]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import tuned
 from harness import files_of, stage, succeed
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from pipeline.assessment import task_files
@@ -19,6 +20,8 @@ from pipeline.assessment.inputs import candidate
 from pipeline.core.errors import UserError
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
+from pipeline.data.chat.template import Chat
+from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 from pipeline.models import build
 
 pytest.importorskip("lm_eval")
@@ -98,6 +101,12 @@ def here(world, monkeypatch):
 
 def published(world) -> dict:
     return json.loads((world / "runs/t/assess/current/manifest.json").read_text())["metrics"]["models"]["base"]
+
+
+def opened(folder):
+    """A model's folder as the stage gives it to lm-eval."""
+    artifact = SimpleNamespace(path=folder, manifest={})
+    return open_model(candidate("base", artifact, SimpleNamespace(sources={}, date=None)), 2)
 
 
 def by_lm_eval(file: str, **options) -> dict:
@@ -189,24 +198,57 @@ def test_examples_and_the_template_are_in_the_prompt(here):
     assert prompt("written").startswith("Q: "), "by the function of the task file"
 
 
-def test_the_ids_are_those_of_training(here):
-    """lm-eval's prompts as ids, against the tokenizer of the stages."""
-    from lm_eval.models.huggingface import HFLM
+BEGINS = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
-    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
 
-    model = HFLM("base/model", dtype="float32", device="cpu")
-    tokenizer = load_tokenizer(here / "base/model")
-    for text in ("What is a old cat?", "很大 小猫 是什么？", "<|im_start|>user\nhi<|im_end|>\n"):
-        assert model.tok_encode(text) == tokenizer(text)["input_ids"]
+@pytest.mark.parametrize("begins", [False, True])
+def test_the_ids_are_those_of_training(here, begins):
+    """What a model reads of a task's prompt in its chat template, against the ids that its finetuning stages make of
+    the same conversation. begins: tokenizer and template both write a token at the beginning, as Llama 3's do."""
+    folder = here / "base/model"
+    if begins:
+        folder = shutil.copytree(folder, here / "begins")
+        tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="<|eos|>", chat_template=BEGINS)
+        begin = ("<|eos|>", tokenizer.convert_tokens_to_ids("<|eos|>"))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|eos|> $A", special_tokens=[begin])
+        tokenizer.save_pretrained(folder)
+        assert load_tokenizer(folder)("a")["input_ids"][0] == begin[1], "the tokenizer writes it, too"
+    model = opened(folder)
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is a old cat?"},
+        {"role": "assistant", "content": "animal"},
+        {"role": "user", "content": "很大 小猫 是什么？"},
+    ]
+    text = model.apply_chat_template(history)
+    expected = Chat(load_tokenizer(folder), trained=False).prompt(history)
+    assert model.model.tok_encode(text) == expected
+    [batch] = [ids.tolist() for ids in model.model.tok_batch_encode([text])[0]]
+    assert batch == expected, "as requests for generated answers are encoded"
+
+
+def test_the_date_of_a_template_is_that_of_the_stage(here):
+    """A template asks for today's; a result that depends on the day could not be repeated."""
+    folder = shutil.copytree(here / "base/model", here / "dated")
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('Today: %d %b %Y. ') }}" + template.read_text(encoding="utf-8"), "utf-8")
+    keys = "tasks: {a: {file: kinds.yaml, limit: 2, chat_template: true}}"
+    for date, written in (("", "26 Jul 2024"), (", date: 2025-01-05", "05 Jan 2025")):
+        (here / "dated.yaml").write_text(
+            f"name: dated\nstages:\n  assess: {{inputs: {{base: ./dated}}, {keys}{date}}}\n"
+        )
+        run_stage(load("dated.yaml"), "assess")
+        lines = (here / "runs/dated/assess/current/tasks/base/a.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            assert json.loads(line)["prompt"].startswith(f"Today: {written}. ")
 
 
 def test_a_text_with_nothing_in_front_is_scored_after_the_end_of_a_text(here):
     """As documents begin in packed rows, against transformers."""
     from lm_eval.api.instance import Instance
 
-    artifact = SimpleNamespace(path=here / "base/model", manifest={})
-    model = open_model(candidate("base", artifact, SimpleNamespace(sources={})), 2)
+    model = opened(here / "base/model")
     text = "What is a old cat?"
     [(found, _)] = model.loglikelihood([Instance("loglikelihood", {}, ("", text), 0)])
     tokenizer = AutoTokenizer.from_pretrained(here / "base/model")

@@ -161,6 +161,36 @@ def test_a_judge_that_does_not_answer(serve, waits):
         Client(silent).check()
 
 
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_pair_that_the_judge_refuses_has_no_verdict(serve, tmp_path, code, capsys):
+    """As servers do with a text that is longer than their context. A resumed stage asks a refused pair again, because
+    its judge may take longer texts by then, and nothing else."""
+    server = serve(lambda question, *_: code if question == "Q1?" else "[[A]]")
+    found = judged(server.url, tmp_path, max_refused=0.25)
+    assert found["refused"] == found["without_verdict"] == 1 and found["prompts"] == 3
+    assert f"the judge refused 1 pair of 4 (prompt 2: code {code}: " in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "judged/a--b.jsonl").read_text().splitlines()]
+    assert [line["verdicts"] for line in lines] == [["A", "A"], [None, None], ["A", "A"], ["A", "A"]]
+    server = serve(lambda *_: "[[B]]")
+    found = judged(server.url, tmp_path, max_refused=0.25)
+    assert found["refused"] == 0 and [asked[0] for asked in server.asked] == ["Q1?", "Q1?"]
+    lines = [json.loads(line) for line in (tmp_path / "judged/a--b.jsonl").read_text().splitlines()]
+    assert [line["verdicts"] for line in lines] == [["A", "A"], ["B", "B"], ["A", "A"], ["A", "A"]]
+
+
+def test_more_refused_pairs_than_the_recipe_allows(serve, tmp_path):
+    """The verdicts so far are kept: with a higher bound, only what was refused or not asked yet is asked."""
+    server = serve(lambda question, *_: 400 if question in ("Q1?", "Q3?") else "[[A]]")
+    with pytest.raises(UserError, match="refused 2 pairs of 4 .*more than judge.max_refused .0.25.*judged is kept"):
+        judged(server.url, tmp_path, max_refused=0.25, concurrency=1)
+    asked = len(server.asked)
+    found = judged(server.url, tmp_path, max_refused=0.5, concurrency=1)
+    assert found["refused"] == found["without_verdict"] == 2 and found["prompts"] == 2
+    assert [question for question, *_ in server.asked[asked:]].count("Q0?") == 0, "both its verdicts were kept"
+    with pytest.raises(UserError, match="refused an easy question with code 400: .*busy now"):
+        Client(options(serve(lambda *_: 400).url)).check()
+
+
 @pytest.mark.parametrize("code", [401, 404, 307])
 def test_a_refusal_is_not_tried_again(serve, code, monkeypatch):
     """And the key is sent to the address of the recipe only, and is in no message."""

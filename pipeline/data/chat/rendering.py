@@ -5,10 +5,12 @@ reads, and its errors as sentences that name the line of the template.
     text, marks = template.write(Dialogue([{"role": "user", "content": "2+2?"}]), generation_prompt=True)
 """
 
+import contextlib
 import copy
 import datetime
 import json
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from pipeline.core.errors import UserError
@@ -171,6 +173,21 @@ class Template:
         self.variables = meta.find_undeclared_variables(tree)
         """What the template may be given."""
         return environment.from_string(source, globals={"strftime_now": strftime_now})
+
+
+@contextlib.contextmanager
+def fixed_date(tokenizer, date: str | None) -> Iterator[None]:
+    """Inside, `tokenizer.apply_chat_template` gives a template that asks for today's date this one: YYYY-MM-DD, by
+    default DATE. transformers takes no function as a variable of a template."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    names = _compile_jinja_template(tokenizer.get_chat_template()).globals  # of the template that transformers keeps
+    today = names["strftime_now"]
+    names["strftime_now"] = datetime.date.fromisoformat(date or DATE).strftime
+    try:
+        yield
+    finally:
+        names["strftime_now"] = today
 
 
 def _line(error: Exception) -> str:
