@@ -9,7 +9,7 @@ model/ (AutoModelForTokenClassification, two labels), report.json (what became o
 
 import functools
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.config import PlannedInput, PublishedModel
@@ -18,19 +18,10 @@ from pipeline.core.intervals import change_of, mean_change, shares, wilson
 from pipeline.core.output import Output
 from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import StepSource
-from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
+from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
 VERSION = 1
 INPUTS = {"model": ("sft", "pretrain")}
-
-
-class PrmOptimizer(FinetuneOptimizer):
-    """AdamW for process reward models."""
-
-    USUAL_LR = (1e-6, 1e-3)
-
-    lr: float = Field(1e-5, gt=0)
-    """Peak learning rate; small models take 1e-4 to 1e-3."""
 
 
 class Config(FinetuneConfig):
@@ -44,7 +35,7 @@ class Config(FinetuneConfig):
     """Held-out answers by name, with metrics of their own (loss/NAME)."""
     separator: str = "\n"
     """What an answer has between its steps."""
-    optimizer: PrmOptimizer = PrmOptimizer()
+    optimizer: ScoreOptimizer = ScoreOptimizer()
     """AdamW."""
 
     def between_steps(self) -> str:

@@ -20,19 +20,10 @@ from pipeline.core.files import write_json
 from pipeline.core.intervals import shares, wilson
 from pipeline.core.output import Output
 from pipeline.data.chat.chat_sources import PreferenceSource
-from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
+from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
 VERSION = 6  # 6: pairs with a negative margin are rejected
 INPUTS = {"model": ("sft", "pretrain")}
-
-
-class RewardOptimizer(FinetuneOptimizer):
-    """AdamW for reward modelling."""
-
-    USUAL_LR = (1e-6, 1e-3)
-
-    lr: float = Field(1e-5, gt=0)
-    """Peak learning rate; small models take 1e-4 to 1e-3."""
 
 
 class Config(FinetuneConfig):
@@ -47,7 +38,7 @@ class Config(FinetuneConfig):
     centering: float = Field(0.0, ge=0)
     """Coefficient of (score of chosen + score of rejected)^2 in the loss; 0.01 in TRL's examples (Eisenstein et al.,
     2023)."""
-    optimizer: RewardOptimizer = RewardOptimizer()
+    optimizer: ScoreOptimizer = ScoreOptimizer()
     """AdamW."""
     calibration_pairs: Annotated[int, Field(ge=2)] = 1024
     """Training pairs, drawn from the seed, on whose answers the published scores have mean 0 and standard deviation

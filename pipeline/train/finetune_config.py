@@ -29,6 +29,15 @@ class FinetuneOptimizer(Optimizer):
     """Decoupled decay of matrices."""
 
 
+class ScoreOptimizer(FinetuneOptimizer):
+    """AdamW for models that score answers or their steps."""
+
+    USUAL_LR = (1e-6, 1e-3)
+
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate; small models take 1e-4 to 1e-3."""
+
+
 class FinetuneSchedule(Schedule):
     """Learning rate over steps: warmup, then decay to `min_ratio` of the peak."""
 
