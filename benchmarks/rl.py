@@ -18,6 +18,8 @@ seen from outside. TRL's other settings are its defaults. The last line is JSON:
     ppo_ratio, grpo_ratio, mix_ratio      responses/s, alma / TRL (goals 2, 1.5, 3)
     ppo_cpu_ratio, ...                    the same per second of CPU time, which other programs disturb less
     peak_ratio                            peak memory of ppo, alma / TRL (goal 1)
+    grpo_..._same_checkpointing           with TRL's gradient checkpointing off, which is on by default in its GRPO; its
+                                          PPO never turned it on
     rollout, measure, score, update       shares of an iteration of alma's, by task
 """
 
@@ -185,7 +187,11 @@ def alma(task: str, folder: Path, model: str) -> dict:
 
 
 def trl(task: str, folder: Path, model: str) -> dict:
-    return trl_grpo(task, folder) if task == "grpo" else trl_ppo(task, folder)
+    return trl_grpo(folder) if task == "grpo" else trl_ppo(task, folder)
+
+
+def trl_without_checkpointing(task: str, folder: Path, model: str) -> dict:
+    return trl_grpo(folder, gradient_checkpointing=False)
 
 
 def trl_options(folder: Path, rows: int) -> dict:
@@ -238,13 +244,13 @@ def timed_training(trainer) -> dict:
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
 
 
-def trl_grpo(task: str, folder: Path) -> dict:
+def trl_grpo(folder: Path, **settings) -> dict:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, _, longest_response = TASKS[task]
+    model, _, longest_response = TASKS["grpo"]
     rows, iterations = size_of(folder)
-    data = Dataset.from_list([{"prompt": prompt} for prompt in prompts_of(folder, task)])
+    data = Dataset.from_list([{"prompt": prompt} for prompt in prompts_of(folder, "grpo")])
 
     def letters(completions, **_):
         texts = [completion[-1]["content"] for completion in completions]
@@ -255,12 +261,13 @@ def trl_grpo(task: str, folder: Path) -> dict:
         max_steps=iterations,
         num_generations=SAMPLES,
         max_completion_length=longest_response,
+        **settings,
     )
     trainer = GRPOTrainer(str(folder / model), reward_funcs=letters, args=config, train_dataset=data)
     return {"units": rows * iterations, "rows": len(data), **timed_training(trainer)}
 
 
-SIDES = {"alma": alma, "trl": trl}
+SIDES = {"alma": alma, "trl": trl, sides.SAME: trl_without_checkpointing}
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
@@ -273,15 +280,33 @@ def install_trl(folder: Path) -> Path:
     return folder
 
 
-def rounds_of(task: str, folder: Path, rounds: int, old_trl: Path) -> list[tuple[dict, dict]]:
-    """(alma, TRL) of each round."""
+def rounds_of(task: str, folder: Path, rounds: int, old_trl: Path) -> list[dict[str, dict]]:
+    """Side -> its numbers, of each round."""
     model = TASKS[task][0]
-    variables = {} if task == "grpo" else {"PYTHONPATH": str(old_trl)}
-    pairs = []
+    found = []
     for _ in range(rounds):
-        mine = sides.turn(__file__, "alma", task, folder, model)
-        pairs.append((mine, sides.turn(__file__, "trl", task, folder, model, **variables)))
-    return pairs
+        turns = {"alma": sides.turn(__file__, "alma", task, folder, model)}
+        if task == "grpo":
+            for side in ("trl", sides.SAME):
+                turns[side] = sides.turn(__file__, side, task, folder, model)
+        else:
+            turns["trl"] = sides.turn(__file__, "trl", task, folder, model, PYTHONPATH=str(old_trl))
+        found.append(turns)
+    return found
+
+
+def ratios_of(task: str, rounds: list[dict[str, dict]]) -> dict[str, float]:
+    """Entries of the closing line."""
+    found = {}
+    for side, ending in (("trl", ""), (sides.SAME, "_same_checkpointing")):
+        if side not in rounds[0]:
+            continue
+        pairs = [(turns["alma"], turns[side]) for turns in rounds]
+        found[f"{task}_ratio{ending}"] = sides.ratio("rate", pairs)
+        found[f"{task}_cpu_ratio{ending}"] = 1 / sides.ratio("cpu", pairs)
+        if task == "ppo":
+            found["peak_ratio"] = sides.ratio("peak", pairs)
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def main() -> None:
@@ -302,13 +327,10 @@ def main() -> None:
         (folder / "size.json").write_text(json.dumps([rows, iterations]))
         old_trl = given.trl.resolve() if given.trl else install_trl(folder / "old_trl")
         for task in given.tasks.split(","):
-            pairs = rounds_of(task, folder, rounds, old_trl)
-            result[f"{task}_ratio"] = round(sides.ratio("rate", pairs), 3)
-            result[f"{task}_cpu_ratio"] = round(1 / sides.ratio("cpu", pairs), 3)
-            if task == "ppo":
-                result["peak_ratio"] = round(sides.ratio("peak", pairs), 3)
+            turns = rounds_of(task, folder, rounds, old_trl)
+            result |= ratios_of(task, turns)
             for part in PARTS:
-                result.setdefault(part, {})[task] = pairs[-1][0]["shares"][part]
+                result.setdefault(part, {})[task] = turns[-1]["alma"]["shares"][part]
     packages = {name: version(name) for name in ("torch", "transformers", "trl")}
     setting = {
         "responses": rows,

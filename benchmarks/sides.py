@@ -10,6 +10,9 @@ from pathlib import Path
 from meter import measured, python
 
 THREADS = 2
+SAME = "trl-same"
+"""The side that is TRL without the gradient checkpointing that its configurations turn on: it computes activations
+once, as alma does by default."""
 
 
 def turn(script: str, side: str, task: str, folder: Path, model: str, **variables: str) -> dict:
@@ -22,7 +25,7 @@ def turn(script: str, side: str, task: str, folder: Path, model: str, **variable
     numbers = json.loads((folder / "result.json").read_text())
     numbers |= {"rate": numbers["units"] / numbers["seconds"], "peak": cost.peak}
     print(
-        f"{task:7s} {model:6s} {side:5s} {numbers['rate']:8.2f} per s, {numbers['units']:,.0f} of {numbers['rows']}"
+        f"{task:7s} {model:6s} {side:8s} {numbers['rate']:8.2f} per s, {numbers['units']:,.0f} of {numbers['rows']}"
         f" rows in {numbers['seconds']:.0f} s, peak {cost.peak:.2f} GB",
         flush=True,
     )

@@ -7,14 +7,15 @@ Each side is a process of its own; turns alternate.
 
 Llama of 13.8M parameters (6 layers of 384, vocabulary 8192, tied), Alpaca in English and Chinese out of a package, at
 most 1,024 tokens, batches of 8, bf16 autocast. Pairs for DPO: an answer, and that of another record. TRL's settings are
-its defaults (gradient checkpointing, a reference model in memory). Rates are of steps, without tokenising, evaluating
-and saving; that of DPO includes the reference. Peaks are of the whole process, seen from outside. The last line is
-JSON:
+its defaults (gradient checkpointing, a reference model in memory); in a further turn of each round it keeps all
+activations, as alma does by default. Rates are of steps, without tokenising, evaluating and saving; that of DPO
+includes the reference. Peaks are of the whole process, seen from outside. The last line is JSON:
 
     sft_ratio_default, sft_ratio_packed    trained tokens/s, alma / TRL without and with packing (goals 3 and 2)
     dpo_ratio                              pairs/s over two epochs, alma / TRL (goal 2.5)
     lora_ratio                             trained tokens/s with LoRA, alma / TRL with peft (goal 1)
     sft_peak_ratio, dpo_peak_ratio         peak memory at vocabulary 128k, alma / TRL (goal 0.5)
+    ..._same_checkpointing                 each of these with TRL's gradient checkpointing off
 """
 
 import json
@@ -124,12 +125,13 @@ def alma(task: str, folder: Path, model: str) -> dict:
     return {"units": units, "seconds": units / metrics["tokens_per_second"], "rows": taken}
 
 
-def trl(task: str, folder: Path, model: str) -> dict:
+def trl(task: str, folder: Path, model: str, **settings) -> dict:
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     data = load_dataset("json", data_files=str(folder / ("pairs.jsonl" if task == "dpo" else "talks.jsonl")))["train"]
     options = {"output_dir": str(folder / "trl"), "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    options |= settings
     if task == "dpo":
         trainer = DPOTrainer(str(folder / model), args=DPOConfig(**options, num_train_epochs=2), train_dataset=data)
         rows = 2 * len(trainer.train_dataset)
@@ -154,18 +156,23 @@ def trl(task: str, folder: Path, model: str) -> dict:
     return {"units": units, "seconds": seconds, "rows": len(data)}
 
 
-SIDES = {"alma": alma, "trl": trl}
+def trl_without_checkpointing(task: str, folder: Path, model: str) -> dict:
+    return trl(task, folder, model, gradient_checkpointing=False)
+
+
+SIDES = {"alma": alma, "trl": trl, sides.SAME: trl_without_checkpointing}
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
 
-def compared(task: str, folder: Path, model: str, rounds: int, key: str) -> float:
-    """Median over rounds of alma's number divided by TRL's."""
-    pairs = []
-    for _ in range(rounds):
-        pairs.append(tuple(sides.turn(__file__, side, task, folder, model) for side in ("alma", "trl")))
-    return sides.ratio(key, pairs)
+def compared(name: str, task: str, folder: Path, model: str, rounds: int, key: str) -> dict[str, float]:
+    """Median over rounds of alma's number divided by TRL's with and without gradient checkpointing, by name."""
+    turns = [[sides.turn(__file__, side, task, folder, model) for side in SIDES] for _ in range(rounds)]
+    return {
+        name: sides.ratio(key, [(mine, default) for mine, default, _ in turns]),
+        f"{name}_same_checkpointing": sides.ratio(key, [(mine, same) for mine, _, same in turns]),
+    }
 
 
 def main() -> None:
@@ -181,12 +188,12 @@ def main() -> None:
         folder = Path(scratch)
         prepare(folder, records)
         result = {
-            "sft_ratio_default": compared("sft", folder, "model", rounds, "rate"),
-            "sft_ratio_packed": compared("packed", folder, "model", rounds, "rate"),
-            "dpo_ratio": compared("dpo", folder, "model", rounds, "rate"),
-            "lora_ratio": compared("lora", folder, "model", rounds, "rate"),
-            "sft_peak_ratio": compared("sft", folder, "large", 1, "peak"),
-            "dpo_peak_ratio": compared("dpo", folder, "large", 1, "peak"),
+            **compared("sft_ratio_default", "sft", folder, "model", rounds, "rate"),
+            **compared("sft_ratio_packed", "packed", folder, "model", rounds, "rate"),
+            **compared("dpo_ratio", "dpo", folder, "model", rounds, "rate"),
+            **compared("lora_ratio", "lora", folder, "model", rounds, "rate"),
+            **compared("sft_peak_ratio", "sft", folder, "large", 1, "peak"),
+            **compared("dpo_peak_ratio", "dpo", folder, "large", 1, "peak"),
         }
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
     rounded = {key: round(value, 3) for key, value in result.items()}
