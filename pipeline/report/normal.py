@@ -236,7 +236,8 @@ def _policy(stage: StageRun, metrics: Metrics, run: Run) -> list[Band]:
     if "first_approx_kl" in metrics.series:
         worst = float(np.abs(metrics.series["first_approx_kl"].values).max())
         found.append(Band("first_ratio", "first_approx_kl", worst, 0.0, 0.01, "docs/ppo.md"))
-    if "rollout_difference_max" in metrics.series:
+    is_ahead = (stage.config.get("rollout") or {}).get("ahead")  # then it is also what updates have changed
+    if "rollout_difference_max" in metrics.series and not is_ahead:
         worst = float(metrics.series["rollout_difference_max"].values.max())
         found.append(Band("sampler", "rollout_difference_max", worst, 0.0, 0.1, "docs/ppo.md"))
     if "approx_kl" in metrics.series:

@@ -43,6 +43,27 @@ class LinearSchedule(FinetuneSchedule):
     """Final learning rate as a share of the peak."""
 
 
+class Server(Strict):
+    """A vLLM server that samples, in an environment of its own. The stage starts it on the machine of its first process
+    and ends it."""
+
+    command: str = "vllm"
+    """vLLM's program, such as /opt/vllm/bin/vllm."""
+    arguments: list[str] = []
+    """Further words of `vllm serve`, such as [--tensor-parallel-size, "2", --gpu-memory-utilization, "0.4"]."""
+    gpus: str | None = None
+    """GPUs that it sees, such as "6,7" (CUDA_VISIBLE_DEVICES); none: those that the stage sees."""
+    start: float = Field(900.0, gt=0)
+    """Seconds from its start until it is healthy."""
+    answer: float = Field(300.0, gt=0)
+    """Seconds in which at least one response must arrive, and in which new weights must be read."""
+    restarts: int = Field(3, ge=0)
+    """How often a server that is lost, too slow or has other weights is started again before the run ends."""
+    tolerance: float = Field(0.1, gt=0)
+    """Most nats per token by which its log-probabilities may differ, on average, from those of the trainer after new
+    weights. Equal arithmetic in fp32 gives 1e-5, bf16 about 0.01."""
+
+
 class Rollout(Strict):
     """Sampling of responses, from the whole distribution: top-k or top-p would give other probabilities than those that
     are trained."""
@@ -53,6 +74,27 @@ class Rollout(Strict):
     """Logits are divided by this in sampling and in every log-probability."""
     batch: Annotated[int, EXECUTION] = Field(64, ge=1)
     """Rows that one process samples or measures at a time."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: the policy itself, or a vLLM server that gets its weights before each iteration."""
+    server: Annotated[Server | None, EXECUTION] = None
+    """The server of engine: vllm."""
+    ahead: bool = False
+    """Sample the next iteration's responses while the policy learns from this one's, with the weights from before its
+    updates (one step off). The first iteration's are sampled with its own."""
+    max_staleness: int | None = Field(None, ge=0)
+    """With `ahead`: a response that was sampled more updates of the policy ago than this carries no policy loss; none:
+    all count."""
+
+    @model_validator(mode="after")
+    def fitting_keys(self):
+        if not self.ahead:
+            refuse_unused(self, "max_staleness", "is for ahead: true; without it all responses are of current weights")
+        if self.engine != "vllm" and self.server is not None:
+            raise ValueError(f"server is for engine: vllm, not {self.engine}; remove it")
+        return self
+
+    def server_options(self) -> Server:
+        return self.server or Server()
 
 
 class Updates(Strict):

@@ -20,7 +20,7 @@ from pipeline.core.intervals import mean_half
 from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
 from pipeline.models import lora
-from pipeline.rl import rules
+from pipeline.rl import rules, sampling
 from pipeline.rl.frozen_models import SplitModel, complete
 from pipeline.rl.objective import Objective
 from pipeline.rl.prompts import Task
@@ -36,8 +36,9 @@ from pipeline.rl.responses import (
     token_statistics,
 )
 from pipeline.rl.reward_workers import RewardWorkers
-from pipeline.rl.rollout import generate
+from pipeline.rl.rollout import Completion
 from pipeline.rl.scoring import add_scores, statistics
+from pipeline.rl.server import RolloutServer
 from pipeline.train import distributed
 from pipeline.train.engine import Engine
 
@@ -64,6 +65,10 @@ class Models:
     """The algorithm."""
     workers: RewardWorkers
     """Of rewards that are functions."""
+    server: RolloutServer | None = None
+    """What samples, if the policy itself does not."""
+    num_updates: int = 0
+    """Updates of the policy so far."""
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
@@ -97,6 +102,12 @@ class Models:
     def stop_ids(self) -> list[int]:
         return sorted({*self.chat.end_ids, self.chat.tokenizer.eos_token_id} - {None})
 
+    def close(self) -> None:
+        """End all processes."""
+        self.workers.close()
+        if self.server is not None:
+            self.server.close()
+
     def text(self, sample: Sample) -> str:
         return self.chat.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
 
@@ -121,6 +132,15 @@ def share(items: list) -> list:
     return items[distributed.rank() * size : (distributed.rank() + 1) * size]
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Responses that were sampled before their iteration, over all processes."""
+
+    completions: list[Completion]
+    num_updates: int
+    """Updates that the policy had had."""
+
+
 def collect(
     models: Models,
     tasks: list[Task],
@@ -130,29 +150,26 @@ def collect(
     temperature: float,
     clock: Clock | None = None,
     measure: Literal["score", "kl", "all"] = "all",
+    sampled: Sampled | None = None,
 ) -> list[Sample]:
     """Samples of the whole list `tasks`, on every process. Collective.
 
     measure: "score" (only reward and rule), "kl" (also the reference's log-probabilities of sampled tokens) or "all"
-    (everything that an update needs).
+    (everything that an update needs). sampled: the responses, if they have been sampled already.
     """
     clock = clock or Clock()
     tasks, indices, seeds = share(tasks), share(indices), share(seeds)
     config = models.config
     samples: list[Sample] = []
     with models.policy.gathered():
-        completions = generate(
-            models.policy.model,
-            [task.ids for task in tasks],
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=temperature,
-            stop_ids=models.stop_ids,
-            pad_id=models.pad_id,
-            seeds=seeds,
-            batch=config.rollout.batch,
-        )
+        if sampled is None:
+            num_updates = models.num_updates
+            completions = sampling.sample(models, [task.ids for task in tasks], seeds, temperature=temperature)
+        else:
+            num_updates, completions = sampled.num_updates, share(sampled.completions)
         for task, index, completion in zip(tasks, indices, completions, strict=True):
-            samples.append(Sample(index, task.ids, completion.ids, completion.stopped, completion.logprobs))
+            ids, logprobs, stopped = completion.ids, completion.logprobs, completion.stopped
+            samples.append(Sample(index, task.ids, ids, stopped, logprobs, num_updates))
         clock.lap("rollout")
         if measure == "all" and config.measures_policy():
             measured = _logprobs(models, models.policy.model, samples)

@@ -77,13 +77,13 @@ def advantages(config, scores: torch.Tensor, penalties: torch.Tensor, mask: torc
     return of_responses.view(-1, 1) * mask
 
 
-def row_weights(config, lengths: torch.Tensor, stopped: torch.Tensor) -> torch.Tensor:
+def row_weights(config, lengths: torch.Tensor, stopped: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
     """Weight of each of N responses [N] in a sum over tokens that is divided by all their tokens, so that it becomes
-    the average that the recipe asks for. With `mask_truncated` those that were cut off have weight 0, and the average
-    is over the others."""
-    kept = torch.ones_like(lengths)
+    the average that the recipe asks for. Those that are too old, and with `mask_truncated` those that were cut off,
+    have weight 0, and the average is over the others."""
+    kept = fresh.to(lengths.dtype)
     if config.update.mask_truncated:
-        kept = stopped.to(lengths.dtype)
+        kept = kept * stopped
     average, tokens = average_of(config), lengths.sum()
     if average == "response":
         return kept * tokens / (lengths * kept.sum().clamp(min=1))

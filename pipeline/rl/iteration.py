@@ -13,10 +13,10 @@ import torch
 
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
-from pipeline.rl import rewards, sentinel
+from pipeline.rl import ahead, rewards, sentinel
 from pipeline.rl.advantages import explained_variance
 from pipeline.rl.config import MICRO_BATCH_TOKENS
-from pipeline.rl.experience import Clock, Models, collect, draw, repetition, share, tensors_of
+from pipeline.rl.experience import Clock, Models, Sampled, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, by_length, layout, size_of, spread
 from pipeline.rl.scoring import count_failures, failures_of, statistics
@@ -62,7 +62,8 @@ class Iterations:
     of the reward, in PPO), skipped_updates (updates of policy or value model that were not applied), resampled (prompts
     that were drawn in addition to batch_size per step), reward_failures (failed calls by reward and kind), shown
     (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are multiplied by the second), run
-    (fingerprint of the run that saved it) and scored_by (what the calibration was measured with).
+    (fingerprint of the run that saved it), scored_by (what the calibration was measured with), policy_updates (updates
+    of the policy so far) and ahead (responses for the next iteration, ahead.py).
     """
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
@@ -79,6 +80,8 @@ class Iterations:
         return self.state.get("step", 0)
 
     def load(self, path: Path) -> str:
+        if self.models.server is not None:
+            self.models.server.num_updates = None
         changes = self.models.policy.load(path)
         if self.models.value is not None:
             self.models.value.load(path)
@@ -91,7 +94,7 @@ class Iterations:
         self.state = state
         scored_by = self.models.config.scored_by()
         if state.get("run") != run:
-            for key in ("kl_coef", "lr_scale", "alarms"):
+            for key in ("kl_coef", "lr_scale", "alarms", "ahead"):
                 state.pop(key, None)
             if state.get("scored_by") != scored_by:
                 state.pop("calibration", None)
@@ -101,6 +104,7 @@ class Iterations:
         state.setdefault("kl_coef", self.models.config.updates.kl_coef)
         state.setdefault("skipped_updates", state["skipped"])  # its name in older checkpoints
         state.setdefault("shown", {})
+        self.models.num_updates = state.setdefault("policy_updates", 0)
         if self.models.value is None:
             return
         if state.get("calibration") is None:
@@ -126,7 +130,8 @@ class Iterations:
         self.accepted = stats.pop("accepted")
         self.state["step"] += 1
         self.verdict = sentinel.judge(self.models.config, self.state, stats)
-        if stats["rollout_difference"] > NOTABLE_DIFFERENCE and distributed.is_main():
+        is_notable = stats["rollout_difference"] > NOTABLE_DIFFERENCE and not self.models.config.rollout.ahead
+        if is_notable and distributed.is_main():
             show(
                 f"{self.models.config.kind}: step {self.step_count}: log-probabilities of sampler and trainer differ by"
                 f" {stats['rollout_difference']:.2g} per token; give importance_cap, or precision: fp32"
@@ -137,8 +142,11 @@ class Iterations:
         raise AssertionError("an iteration cannot be taken back: part of it may have been applied")
 
     def applied_updates(self, stats: dict) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of each update of the policy that was applied in the last iteration."""
-        return self.accepted
+        """(loss, gradient norm) of each update of the policy that was applied in the last iteration; of an iteration of
+        the value model alone, its means. An iteration whose responses are all too old says nothing of the policy."""
+        if self.accepted or stats.get("stale_fraction") == 1:
+            return self.accepted
+        return [(stats["loss"], stats["grad_norm"])]
 
     def carry(self, before: dict, state: dict) -> None:
         sentinel.carry(before, state)
@@ -180,15 +188,25 @@ def iterate(
     count_failures(config, drawn, state)
     scores = objective.scores(config, samples, state)
     signal = objective.signal(config, tokens, scores, state["kl_coef"])
+    staleness = _staleness(models, samples) if config.rollout.ahead else {}
+    following = _start_following(models, pool, number + 1, state)
+    if following is not None:
+        clock.lap("ahead")
     updates = _update(models, samples, signal, state, lr, accept)
+    state["policy_updates"] = models.num_updates = models.num_updates + len(updates["accepted"])
     clock.lap("update")
+    if following is not None:
+        ahead.keep(following, state)
+        clock.lap("wait")
 
     stats = _statistics(config, samples, tokens, scores, signal, state["kl_coef"])
-    stats |= updates
+    stats |= updates | staleness
     if config.reward_functions():
         stats |= failures_of(config, drawn) | {"reward_calls": len(drawn)}
     if not config.measures_policy():  # the update's forward pass is that of the policy that sampled
         stats["entropy"] = stats["entropy_update"]
+    if models.server is not None:
+        stats |= models.server.numbers()
     stats |= clock.seconds
     stats["tok_per_second"] = round(stats["weight"] / (time.perf_counter() - begun), 1)
     objective.after(config, stats.get("kl"), state)
@@ -204,8 +222,8 @@ def _samples(
     last; if they are needed after the last round, they complete the batch (DAPO, section 3.2: dynamic sampling).
     """
     config = models.config
-    first = batch_number * config.batch_size + state.get("resampled", 0)
-    samples = _answers(models, pool, first, config.batch_size, clock)
+    first = _first_prompt(config, batch_number, state)
+    samples = _answers(models, pool, first, config.batch_size, clock, ahead.take(state, first))
     if not config.resample_rounds():
         return samples, samples
     drawn, num_drawn = list(samples), config.batch_size
@@ -224,14 +242,53 @@ def _samples(
     return [sample for group in groups for sample in group], drawn
 
 
-def _answers(models: Models, pool: list[Task], first: int, count: int, clock: Clock) -> list[Sample]:
-    """Samples for prompts `first` to `first + count` of the run."""
+def _first_prompt(config, batch_number: int, state: dict) -> int:
+    """Number in the run of the first prompt of a batch of the data."""
+    return batch_number * config.batch_size + state.get("resampled", 0)
+
+
+def _requests(models: Models, pool: list[Task], first: int, count: int) -> tuple[list[Task], list[int], list[int]]:
+    """(task, number in the run, seed) of each response to prompts `first` to `first + count` of the run."""
     config = models.config
     each = config.responses_per_prompt()
     indices = list(range(first * each, (first + count) * each))
     tasks = [pool[draw(config.seed or 0, index // each, len(pool))] for index in indices]
-    seeds = [derive(config.seed or 0, "rollout", index) for index in indices]
-    return collect(models, tasks, indices, seeds, temperature=config.rollout.temperature, clock=clock)
+    return tasks, indices, [derive(config.seed or 0, "rollout", index) for index in indices]
+
+
+def _answers(
+    models: Models, pool: list[Task], first: int, count: int, clock: Clock, sampled: Sampled | None = None
+) -> list[Sample]:
+    """Samples for prompts `first` to `first + count` of the run. sampled: their responses, if there are already."""
+    temperature = models.config.rollout.temperature
+    tasks, indices, seeds = _requests(models, pool, first, count)
+    return collect(models, tasks, indices, seeds, temperature=temperature, clock=clock, sampled=sampled)
+
+
+def _start_following(models: Models, pool: list[Task], batch_number: int, state: dict) -> ahead.Following | None:
+    """Begin to sample for the next batch of the data; None if that is not asked for, or this iteration is the last."""
+    config = models.config
+    if not config.rollout.ahead or state["step"] + 1 == config.steps:
+        return None
+    first = _first_prompt(config, batch_number, state)
+    tasks, _, seeds = _requests(models, pool, first, config.batch_size)
+    return ahead.start(models, [task.ids for task in tasks], seeds, first)
+
+
+def _is_fresh(models: Models, sample: Sample) -> bool:
+    """Whether a sample is young enough for the policy to learn from it."""
+    limit = models.config.rollout.max_staleness
+    return limit is None or models.num_updates - sample.num_updates <= limit
+
+
+def _staleness(models: Models, samples: list[Sample]) -> dict[str, float]:
+    """Updates of the policy since samples were drawn, before those of this iteration, and the share of the samples that
+    are too old for it."""
+    ages = [models.num_updates - sample.num_updates for sample in samples]
+    numbers = {"staleness": sum(ages) / len(ages), "staleness_max": max(ages)}
+    if models.config.rollout.max_staleness is not None:
+        numbers["stale_fraction"] = sum(not _is_fresh(models, sample) for sample in samples) / len(samples)
+    return numbers
 
 
 def _by_spread(models: Models, samples: list[Sample], state: dict) -> tuple[list[list[Sample]], list[list[Sample]]]:
@@ -309,7 +366,7 @@ def _update(
         rows = by_length(share(minibatch), samples)
         size = config.micro_batch or _rows_at_a_time(samples, minibatch)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        if update_policy:
+        if update_policy and any(_is_fresh(models, samples[row]) for row in minibatch):
             weights = _row_weights(models, samples, minibatch)
             policy_batches = [_policy_batch(models, samples, signal, part, weights) for part in parts]
             for batch in policy_batches:
@@ -362,7 +419,7 @@ def _update_means(policy_stats: list[dict], value_stats: list[dict]) -> dict:
         names = {name: key for name, key in names.items() if key in stats[0]}
         return {name: sum(update[key] for update in stats) / len(stats) for name, key in names.items()}
 
-    logged = {}
+    logged = {"loss": 0.0, "grad_norm": 0.0}  # if nothing was learned
     if value_stats:
         logged = means(value_stats, VALUE_MEANS)
         logged["loss"], logged["grad_norm"] = logged["value_loss"], logged["value_grad_norm"]
@@ -379,7 +436,8 @@ def _row_weights(models: Models, samples: list[Sample], minibatch: list[int]) ->
     """Weight of each row of an update, over all processes; empty if all count alike."""
     lengths = torch.tensor([float(len(samples[row].response_ids)) for row in minibatch])
     stopped = torch.tensor([samples[row].stopped for row in minibatch])
-    weights = models.objective.row_weights(models.config, lengths, stopped)
+    fresh = torch.tensor([_is_fresh(models, samples[row]) for row in minibatch])
+    weights = models.objective.row_weights(models.config, lengths, stopped, fresh)
     return {} if weights is None else dict(zip(minibatch, weights.tolist(), strict=True))
 
 

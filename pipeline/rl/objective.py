@@ -19,8 +19,8 @@ class Objective:
     """(config, samples, state) -> what is maximised, [B], without the KL."""
     signal: Callable[[object, Tensors, torch.Tensor, float], Tensors]
     """(config, measurements [B, T], scores [B], KL coefficient) -> what the losses read, [B, T]."""
-    row_weights: Callable[[object, torch.Tensor, torch.Tensor], torch.Tensor | None]
-    """(config, lengths [N], whether each ended by itself [N]) -> weight of each of the responses of an update, [N];
-    None: 1. The engine divides by all their tokens."""
+    row_weights: Callable[[object, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
+    """(config, lengths [N], whether each ended by itself [N], whether it is young enough [N]) -> weight of each of the
+    responses of an update, [N]; None: 1. The engine divides by all their tokens."""
     after: Callable[[object, float | None, dict], None]
     """(config, KL in nats per response, state): called at the end of an iteration."""

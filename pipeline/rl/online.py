@@ -27,6 +27,7 @@ from pipeline.rl.prompts import encoded_prompts, tasks_of
 from pipeline.rl.responses import disable_dropout, predict_at_labels
 from pipeline.rl.reward_workers import RewardWorkers
 from pipeline.rl.scoring import import_functions
+from pipeline.rl.server import RolloutServer
 from pipeline.train import finetune, loop
 from pipeline.train.engine import Engine
 from pipeline.train.finetune import Parent
@@ -111,6 +112,9 @@ def align(
     config = finetune.in_steps(config, counts["train_prompts"])
 
     models = build_models(config, parents, counts["train_prompts"])
+    if config.rollout.engine == "vllm":
+        work = output.path / "work" / "rollout"
+        models.server = RolloutServer(config, models.stop_ids, parents.policy.folder, work)
     iterations = Iterations(models, tasks_of(extra, "train"))
     heldout = tasks_of(extra, "heldout")
 
@@ -124,7 +128,7 @@ def align(
         import_functions(models)
         result = loop.run(iterations, config, output, loop.Hooks(evaluate=measure))
     finally:
-        models.workers.close()
+        models.close()
     finetune.publish_model(models.policy, config, parents.policy, output)
     if output.is_main:
         write_samples(output, result["shown"])

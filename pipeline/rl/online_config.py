@@ -84,7 +84,41 @@ class OnlineConfig(FinetuneConfig):
                 f" {MODEL}; remove it, or add such an entry"
             )
         sentinel.check(self)
+        self._check_rollout()
         return self
+
+    def _check_rollout(self) -> None:
+        """Raises ValueError for sampling that an update cannot learn from, or for a limit that has no use."""
+        rollout, updates = self.rollout, self.updates
+        if updates.importance_cap is None:
+            why = None
+            if rollout.ahead:
+                why = "ahead: true: responses are sampled with other weights than those that learn from them"
+            elif rollout.engine == "vllm":
+                why = "engine: vllm: a server computes other log-probabilities than the trainer"
+            if why is not None:
+                raise ValueError(
+                    f"rollout.{why}, which importance_cap corrects; give importance_cap: 2 (truncated importance"
+                    " sampling)"
+                )
+        if rollout.engine == "vllm" and self.lora is not None and self.lora.base == "nf4":
+            raise ValueError(
+                "lora.base: nf4 keeps weights in 4 bits, and rollout.engine: vllm samples with the merged ones, which"
+                " are others; use base: bf16"
+            )
+        oldest, limit = updates.epochs * updates.minibatches, rollout.max_staleness
+        if limit is None:
+            return
+        if limit >= oldest:
+            raise ValueError(
+                f"rollout.max_staleness: {limit}: no response is older than the {oldest} updates of an iteration; give"
+                " less, or remove it"
+            )
+        if updates.target_kl is None and not self.resample_rounds():
+            raise ValueError(
+                f"rollout.max_staleness: {limit} would drop every response but those of the first iteration, for all"
+                f" are {oldest} updates old; it is for target_kl and resample, with which some are younger; remove it"
+            )
 
     def uses_reward_model(self) -> bool:
         return not self.rewards or any(reward.function == MODEL for reward in self.rewards.values())
@@ -126,6 +160,10 @@ class OnlineConfig(FinetuneConfig):
     def check_machine(self) -> None:
         super().check_machine()
         check_packages(self.rewards)
+        if self.rollout.engine == "vllm":
+            from pipeline.rl import server_process
+
+            server_process.require(self.rollout.server_options(), self.kind)
 
     @property
     def updates(self) -> Updates:

@@ -45,8 +45,12 @@ def signal(config, tokens: dict[str, torch.Tensor], scores: torch.Tensor, kl_coe
     return signal
 
 
-def row_weights(config, lengths: torch.Tensor, stopped: torch.Tensor) -> None:
-    """All tokens count alike."""
+def row_weights(config, lengths: torch.Tensor, stopped: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor | None:
+    """All tokens count alike, but for those of responses that are too old, which do not count."""
+    if bool(fresh.all()):
+        return None
+    kept = fresh.to(lengths.dtype)
+    return kept * lengths.sum() / (lengths * kept).sum()
 
 
 def after(config, divergence: float | None, state: dict) -> None:
@@ -61,6 +65,9 @@ def policy_loss_fn(config, outputs, batch: dict):
     """The engine's loss of the policy. outputs: as for token_statistics."""
     options = config.ppo
     logprobs, entropy = token_statistics(outputs, batch["labels"], config.rollout.temperature)
+    weights = batch.get("importance")
+    if "row_weights" in batch:
+        weights = weights * batch["row_weights"]
     loss, metrics = losses.policy_loss(
         logprobs - batch["logprobs"],
         batch["advantages"],
@@ -69,7 +76,7 @@ def policy_loss_fn(config, outputs, batch: dict):
         clip_high=options.clip_high,
         dual_clip=options.dual_clip,
         ratio_limit=options.ratio_limit,
-        weights=batch.get("importance"),
+        weights=weights,
     )
     metrics["entropy_update"] = (entropy * batch["mask"]).sum()
     return loss, metrics

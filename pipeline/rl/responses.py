@@ -32,6 +32,8 @@ class Sample:
     """The response ended with a stop token."""
     sampled_logprobs: list[float]
     """Log-probability of each response token, as the sampler computed it."""
+    num_updates: int = 0
+    """Updates that the policy had had when it was sampled."""
     logprobs: list[float] = field(default_factory=list)
     """The same under the policy, as the trainer computes it before the first update."""
     ref_logprobs: list[float] = field(default_factory=list)

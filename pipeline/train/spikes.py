@@ -74,7 +74,9 @@ class Guard:
         if stats["applied"]:
             self.state["in_a_row"] = 0
             if self.accept:
-                for loss, norm in updates or [(stats["loss"], stats["grad_norm"])]:
+                if updates is None:
+                    updates = [(stats["loss"], stats["grad_norm"])]
+                for loss, norm in updates:
                     self._remember("loss", loss)
                     self._remember("log_norm", _log(norm))
             return None

@@ -85,7 +85,7 @@ def ours(config, trainer, batch, old_logprobs, monkeypatch):
     if "ref_per_token_logps" in batch:
         tokens["ref_logprobs"] = batch["ref_per_token_logps"]
     signal = group_objective.signal(config, tokens, scores, config.update.kl_coef)
-    weights = group_objective.row_weights(config, lengths, torch.ones(len(lengths), dtype=torch.bool))
+    weights = group_objective.row_weights(config, lengths, *2 * [torch.ones(len(lengths), dtype=torch.bool)])
     inputs = {**signal, "labels": batch["completion_ids"], "row_weights": weights[:, None]}
     inputs["kl_coef"] = config.update.kl_coef
     logprobs, *_ = logprobs_of(trainer, batch)
@@ -196,7 +196,9 @@ def test_averages_against_their_definitions(keys, kept):
     config = config_of(**keys)
     losses = [torch.tensor([1.0, 2.0]), torch.tensor([5.0]), torch.tensor([1.0, 0.0, 4.0])]
     lengths = torch.tensor([2.0, 1.0, 3.0])
-    weights = group_objective.row_weights(config, lengths, torch.tensor([True, kept is None, True]))
+    weights = group_objective.row_weights(
+        config, lengths, torch.tensor([True, kept is None, True]), torch.tensor([True] * 3)
+    )
     found = sum(weight * loss.sum() for weight, loss in zip(weights, losses, strict=True)) / lengths.sum()
     left = losses if kept is None else [losses[row] for row in kept]
     wanted = {
