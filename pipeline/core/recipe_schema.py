@@ -10,6 +10,11 @@ from pydantic_core.core_schema import ModelSchema
 from pipeline.core.config import Strict
 from pipeline.core.recipe import KINDS, Recipe, module_of
 
+FROM = {
+    "type": "string",
+    "description": "Take over the keys of this one of the recipe's `sources`; further keys here are added, or win.",
+}
+
 
 def schema() -> dict:
     """JSON schema of a recipe, for editors (`# yaml-language-server: $schema=...`) and for documentation."""
@@ -38,6 +43,12 @@ def schema() -> dict:
             ],
         },
     }
+    for part in definitions.values():
+        if "sample_by" in part.get("properties", {}):  # a source of records
+            part["properties"] = {"from": FROM, **part["properties"]}
+    # what is required may be inherited
+    base["if"] = {"not": {"required": ["extends"]}}
+    base["then"] = {"required": base.pop("required")}
     base["title"] = "alma recipe"
     base["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return _in_one_line(base)

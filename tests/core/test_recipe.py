@@ -7,11 +7,13 @@ import sys
 import time
 
 import families
+import jsonschema
 import pytest
 import recipe_fuzzer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
+from ruamel.yaml import YAML
 
 from pipeline.core import recipe_schema
 from pipeline.core.config import dump, identity
@@ -402,6 +404,12 @@ def test_schema_accepts_the_shipped_recipes_and_refuses_a_wrong_key():
     assert committed == json.loads(json.dumps(schema)), (
         "recipes/schema.json is old: alma recipe schema -o recipes/schema.json"
     )
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in SHIPPED:
+        recipe = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        assert not [error.message for error in validator.iter_errors(recipe)], path
+        recipe["stages"] = {"sft": {"stepps": 3}}
+        assert not validator.is_valid(recipe)
 
 
 def test_every_key_of_every_stage_is_documented():
