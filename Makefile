@@ -3,6 +3,7 @@
 # make test-quick   tests that start no stage, in less than a minute
 # make test-wheel   wheel and sdist, installed into fresh environments of PYTHONS, and a small chain in each
 # make test-browser alma report in headless Chromium, which must be there (Debian: apt-get install chromium)
+# make docs         the documentation as a site in site/, which needs no network to be read
 # make style        the checks of form that `make test` begins with;  make format fixes most of them
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,8 +16,7 @@ QUICK := $(patsubst %,tests/data/%.py,sources/test_byte_ranges sources/test_glob
 
 PYTHONS ?= python3.11 python3.12
 
-.PHONY: quickstart style format test test-quick test-all test-wheel
-.PHONY: quickstart style format test test-quick test-all test-browser
+.PHONY: quickstart style format test test-quick test-all test-wheel test-browser docs
 
 quickstart: .venv/installed
 	$(BIN)/alma run recipes/quickstart.yaml
@@ -45,6 +45,11 @@ test-wheel: .venv/installed
 test-browser: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/report/test_browser.py
+
+docs: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_site.py
 
 # torch first: with it in place no other package pulls a build of its own choice.
 .venv/installed: pyproject.toml constraints.txt

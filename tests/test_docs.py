@@ -1,4 +1,5 @@
-"""Documentation that a program can check: links, paths and lines, and that both READMEs say the same."""
+"""Documentation that a program can check: links, paths and lines, and that both READMEs say the same. Commands, recipes
+and the pages of the site: tests/test_pages.py."""
 
 import itertools
 import re
@@ -6,30 +7,15 @@ import unicodedata
 
 import pytest
 from module_map import modules, sentence_of
+from pages import PAGES, inline_code, page_id, prose, structure
 from paths import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONGEST_LINE = 120  # columns, outside of tables, code and links that cannot be broken
 FOLDERS = "pipeline|tests|benchmarks|recipes|launch|docker|docs"
 PACKAGES = "core|cluster|data|train|rl|models|serve|checks"  # of pipeline/, which tables leave out
 FILE = rf"(?:{FOLDERS})/[\w./-]*\.(?:py|yaml|md|sh|sbatch|json|cpu|cuda)|(?:{PACKAGES})/[\w./-]*\.py"
 PATH = re.compile(rf"(?<![\w/.])({FILE})\b")
 PLACEHOLDER = re.compile(r"[A-Z]{4,}|test_X|/my\.yaml")  # pipeline/KIND.py
-
-
-def page_id(path) -> str:
-    return path.name
-
-
-def prose(text: str) -> list[tuple[int, str]]:
-    """Numbered lines outside of code blocks."""
-    lines, fenced = [], False
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        elif not fenced:
-            lines.append((number, line))
-    return lines
 
 
 def columns(line: str) -> int:
@@ -98,28 +84,6 @@ def test_numbers_of_sections_are_unique_and_ascend(name):
     assert not wrong, f"{name}: {', '.join(wrong)}"
 
 
-def structure(text: str) -> dict:
-    """What two translations of a page share: levels of headings, shapes of tables, code without its comments."""
-    code, tables, headings = [], [], []
-    for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
-        code.append([re.sub(r"\s*#.*", "", line) for line in block.splitlines()])
-    shape = [0, 0]
-    for _, line in [*prose(text), (0, "")]:
-        if line.startswith("|"):
-            shape = [shape[0] + 1, line.replace(r"\|", "").count("|")]
-        elif shape[0]:
-            tables.append(tuple(shape))
-            shape = [0, 0]
-        if line.startswith("#"):
-            headings.append(len(line) - len(line.lstrip("#")))
-    return {"headings": headings, "tables": tables, "code": code}
-
-
-def commands(text: str) -> list[str]:
-    """Code within lines; what is only words, such as a placeholder, is the same in both languages, too."""
-    return sorted(code for _, line in prose(text) for code in re.findall(r"`([^`]+)`", line))
-
-
 def numbers(text: str) -> list[str]:
     return sorted(number for _, line in prose(text) for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", line))
 
@@ -128,7 +92,7 @@ def test_the_chinese_readme_says_the_same():
     english = (ROOT / "README.md").read_text(encoding="utf-8")
     chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
     assert structure(english) == structure(chinese)
-    assert commands(english) == commands(chinese)
+    assert inline_code(english) == inline_code(chinese)
     # numbers are words in one language now and then ("two cores"), so only those with a unit's worth of digits count
     exact = [[number for number in numbers(text) if len(number) > 2] for text in (english, chinese)]
     assert exact[0] == exact[1]

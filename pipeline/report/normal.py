@@ -1,5 +1,5 @@
 """What is normal for the numbers of a training stage: bands that follow from the run's own model and recipe, or from
-publications, each with its source. docs/report.md explains them.
+publications, each with its source. docs/curves.md explains them.
 
     for band in bands(stage, metrics, run):
         band.metric, band.measured, band.low, band.high, band.verdict, band.source
