@@ -31,7 +31,7 @@ from pipeline.train import planned_model
 from pipeline.train.config import Date
 
 # 2: ends of answers from generation_config.json, rewards of models with other tokenizers, only prompts that fit
-VERSION = 3  # 3: prompts with reasoning and tools are asked, not rejected
+VERSION = 4  # 4: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "kto", "ppo", "grpo")}
 
 

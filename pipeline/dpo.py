@@ -21,7 +21,7 @@ from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.config import LossChunk
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
-VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
+VERSION = 6  # 6: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"model": ("sft", "pretrain")}
 
 PairLossName = Literal[

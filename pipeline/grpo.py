@@ -19,7 +19,7 @@ from pipeline.core.terminal import plural
 from pipeline.rl.config import AlgorithmName, GroupUpdates, Overlong
 from pipeline.rl.online_config import OnlineConfig
 
-VERSION = 2  # 2: rows as in ppo 6; one update per iteration takes its old log-probabilities from its own forward pass
+VERSION = 3  # 3: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
 
 

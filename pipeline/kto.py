@@ -23,7 +23,7 @@ from pipeline.data.chat.chat_sources import LabelledSource
 from pipeline.train.config import LossChunk
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
-VERSION = 1
+VERSION = 2  # 2: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"model": ("sft", "pretrain")}
 
 

@@ -19,7 +19,7 @@ from pipeline.core.terminal import plural
 from pipeline.rl.config import Algorithm, ValueOptimizer
 from pipeline.rl.online_config import OnlineConfig
 
-VERSION = 6  # 6: micro-batches are sorted by length and padded on the right, so that sums have another order
+VERSION = 7  # 7: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
 
 

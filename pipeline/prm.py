@@ -20,7 +20,7 @@ from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import StepSource
 from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
-VERSION = 1
+VERSION = 2  # 2: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"model": ("sft", "pretrain")}
 
 

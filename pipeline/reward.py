@@ -22,7 +22,7 @@ from pipeline.core.output import Output
 from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
-VERSION = 6  # 6: pairs with a negative margin are rejected
+VERSION = 7  # 7: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"model": ("sft", "pretrain")}
 
 

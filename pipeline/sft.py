@@ -22,7 +22,7 @@ from pipeline.train.config import LossChunk
 from pipeline.train.distillation import Distill
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
-VERSION = 5  # 5: reasoning, tools and weights of records are learned, not rejected
+VERSION = 6  # 6: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"model": ("pretrain", "sft"), "teacher?": ("sft", "dpo", "kto", "ppo", "grpo", "pretrain")}
 
 

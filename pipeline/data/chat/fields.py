@@ -29,7 +29,7 @@ MEANINGFUL = {
     ),
     "tools": (
         "tools tool tool_calls tool_call tool_call_id tool_choice tool_results tool_responses functions function"
-        " function_call function_calls tool_schema tool_definitions available_tools api apis"
+        " function_call function_calls is_error tool_schema tool_definitions available_tools api apis"
     ),
     "content that is not text": (
         "image images image_url image_urls picture pictures video videos audio audios media multimodal"

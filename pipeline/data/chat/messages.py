@@ -9,7 +9,7 @@ is rejected (pipeline/data/chat/fields.py).
 import math
 
 from pipeline.data.chat.fields import FLAGS, REASONING_TEXTS, Rejected, empty, snake, unsupported
-from pipeline.data.chat.tool_calls import calls_of, result_text
+from pipeline.data.chat.tool_calls import TEXT_AFTER_CALL, calls_of, id_of, result_text
 from pipeline.data.sources.text_encoding import printable_name
 
 # Spellings of roles, in lower case.
@@ -38,7 +38,8 @@ CALL_ROLES = ("function_call", "tool_call")
 CALLS = ("tool_calls", "function_call", "function_calls")
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
-RESULT_IDS = ("tool_call_id", "tool_use_id")
+PART_METADATA = {"type", "id", "index", "cache_control"}
+RESULT_IDS = ("tool_call_id", "tool_use_id", "call_id")
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -78,8 +79,20 @@ def _text_part(part, what: str) -> str:
     key = next((key for key in ("text", "value", "content") if isinstance(part.get(key), str)), None)
     if key is None:
         raise Rejected(f"{what} has a part without text")
-    check_fields(part, {"type", key}, f"a part of {what}")
+    _check_part(part, {key}, what)
     return part[key]
+
+
+def _check_part(part: dict, used: set[str], where: str) -> None:
+    """Raise Rejected for a content part with a field that would be dropped. Names that are metadata elsewhere are not
+    here: the `url` of a part may be that of its image."""
+    for name, value in part.items():
+        if name not in used and snake(name) not in PART_METADATA and not empty(value):
+            check_fields({name: value}, set(), f"a part of {where}")
+            raise Rejected(
+                f"a part of {where} has `{printable_name(name)}`, which is not a known field of a part",
+                f"if it does not change what should be learned, give the source `ignore: [{printable_name(name)}]`",
+            )
 
 
 def comparison_text(text: str) -> str:
@@ -261,12 +274,12 @@ def _result(message: dict, content, used: set[str], where: str) -> dict:
     if content is None:
         raise Rejected(f"{where} is empty")
     read = {"role": "tool", "content": whole_text(result_text(content, where), where)}
-    for name in RESULT_IDS:
-        if isinstance(message.get(name), str) and message[name]:
-            read["tool_call_id"] = whole_text(message[name], f"`{name}` of {where}")
+    if (call_id := id_of(message, RESULT_IDS)) is not None:
+        read["tool_call_id"] = whole_text(call_id, f"the id of the call in {where}")
     if isinstance(message.get("name"), str) and message["name"]:
         read["name"] = whole_text(message["name"], f"`name` of {where}")
-    check_fields(message, used | {"name", *RESULT_IDS}, where)
+    used |= {"name", *RESULT_IDS} | {name for name in message if message[name] is False and snake(name) == "is_error"}
+    check_fields(message, used, where)
     return _weighed(read, message, where)
 
 
@@ -281,7 +294,8 @@ def _weighed(read: dict, message: dict, where: str) -> dict:
 
 
 def _parts(role: str, parts: list, where: str) -> tuple[dict, list[dict]]:
-    """(a message of the texts, thoughts and tool calls among content parts, messages of the results of tools)."""
+    """(a message of the texts, thoughts and tool calls among content parts, messages of the results of tools). Raises
+    Rejected for an order of them that a chat template does not write."""
     texts, thoughts, calls, results = [], [], [], []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
@@ -289,16 +303,21 @@ def _parts(role: str, parts: list, where: str) -> tuple[dict, list[dict]]:
             key = next((key for key in (kind, "text", "content") if isinstance(part.get(key), str)), None)
             if key is None:
                 raise Rejected(f"{where} has a part without text")
-            check_fields(part, {"type", key, "signature"}, f"a part of {where}")
+            if any(texts) or calls:
+                raise Rejected(f"{where} has reasoning after {'a tool call' if calls else 'text'}")
+            _check_part(part, {key, "signature"}, where)
             thoughts.append(whole_text(part[key], where))
         elif role == "assistant" and kind == "tool_use":
-            check_fields(part, {"type", "id", "name", "input"}, f"a part of {where}")
             calls += calls_of(part, where)
         elif role == "user" and kind == "tool_result":
-            result = {key: value for key, value in part.items() if key not in ("type", "is_error")}
+            if any(texts):
+                raise Rejected(f"{where} has a tool's result after text")
+            result = {key: value for key, value in part.items() if key != "type"}
             results.append(_result(result, part.get("content"), {"content"}, "a message of the tool"))
         else:
             texts.append(_text_part(part, where))
+            if texts[-1] and calls:
+                raise Rejected(TEXT_AFTER_CALL)
     read = {"role": role, "content": "".join(texts)}
     if any(thought.strip() for thought in thoughts):
         read["reasoning_content"] = "".join(thoughts)

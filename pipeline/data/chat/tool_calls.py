@@ -6,10 +6,18 @@ function_call turns. The transcripts of glaive-function-calling are read here, t
 import json
 import re
 
-from pipeline.data.chat.fields import Rejected
+from pipeline.data.chat.fields import Rejected, empty, snake
 from pipeline.data.sources.text_encoding import printable_name
 
-ARGUMENTS = ("arguments", "parameters", "input", "args")
+# Spellings of the fields of a call, in snake case.
+ARGUMENTS = (
+    "arguments parameters input args kwargs params arguments_json function_args function_arguments tool_input tool_args"
+).split()
+CALL_TYPES = ("function", "tool_use", "tool_call", "function_call")
+# What a result refers to: the OpenAI API that has call_id gives a call an id of its own as well.
+CALL_IDS = ("call_id", "tool_call_id", "tool_use_id", "id")
+TEXT_AFTER_CALL = "a message of the assistant has text after a tool call"
+NOT_LEARNED = {"type", "index", "cache_control", *CALL_IDS}
 
 
 def tools_of(value, what: str = "`tools`") -> list[dict]:
@@ -47,34 +55,90 @@ def _call(call, where: str) -> dict:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise Rejected(f"{where} has a tool call without the name of a function")
-    key = next((key for key in ARGUMENTS if key in function), None)
-    arguments = {} if key is None else function[key]
-    if arguments is None or isinstance(arguments, str) and not arguments.strip():
-        arguments = {}
-    arguments = from_json(arguments, f"`arguments` of a tool call of {where}")
+    parts = [call] if function is call else [call, function]
+    _check_call(parts, function["name"], where)
+    arguments = from_json(_arguments(parts, where), f"`arguments` of a tool call of {where}")
     if not isinstance(arguments, dict):
         raise Rejected(f"`arguments` of a tool call of {where} are not a JSON object")
     written = {"name": function["name"], "arguments": checked(arguments, f"`arguments` of {where}")}
-    if isinstance(call.get("id"), str) and call["id"]:
-        written["id"] = call["id"]
+    if (call_id := id_of(call, CALL_IDS)) is not None:
+        written["id"] = call_id
     return checked(written, f"a tool call of {where}")
 
 
+def _check_call(parts: list[dict], name: str, where: str) -> None:
+    """Raise Rejected for a call with a field that would be dropped. Names that are metadata elsewhere are not here:
+    `url` may be an argument that is beside the others."""
+    for part in parts:
+        for field, value in part.items():
+            plain = snake(field)
+            known = (
+                plain in NOT_LEARNED
+                or plain in ARGUMENTS
+                or plain == "name"
+                or (field == "function" and part is parts[0])
+            )
+            if not known and not empty(value):
+                raise Rejected(
+                    f"{where} has a tool call with `{printable_name(field)}`, which is not a known field of a call"
+                )
+    kind = parts[0].get("type")
+    if kind not in (None, *CALL_TYPES):
+        raise Rejected(f"{where} has a tool call of type {printable_name(kind)}")
+    if parts[0].get("name") not in (None, "", name):
+        raise Rejected(f"{where} has a tool call with two names")
+
+
+def _arguments(parts: list[dict], where: str):
+    """What a call gives as arguments, under any of their names: an object, or its JSON text. Without arguments, an
+    empty object."""
+    given = []
+    for part in parts:
+        given += [value for field, value in part.items() if snake(field) in ARGUMENTS]
+    filled = [value for value in given if not _no_arguments(value)]
+    if len(filled) > 1:
+        raise Rejected(f"{where} has a tool call that gives its arguments twice")
+    return filled[0] if filled else {}
+
+
+def _no_arguments(value) -> bool:
+    return value is None or value == {} or isinstance(value, str) and value.strip() in ("", "{}", "null")
+
+
+def id_of(fields: dict, names: tuple[str, ...]) -> str | None:
+    """The first id among the fields `names`, as text: some sets number their calls. None without one."""
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) or isinstance(value, str) and value:
+            return str(value)
+    return None
+
+
 def from_json(value, what: str):
-    """The object that a JSON text spells; any other value as it is. Raises Rejected for text that is not JSON."""
+    """The object that a JSON text spells; any other value as it is. Raises Rejected for text that is not JSON, and for
+    a key that an object has twice."""
     if not isinstance(value, str):
         return value
+
+    def unique(pairs: list[tuple]) -> dict:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise Rejected(f"{what} has the key `{printable_name(twice)}` twice")
+        return fields
+
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(":")[0] if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise Rejected(f"{what} is not JSON ({reason})") from None
 
 
 def checked(value, what: str):
-    """The same value. Raises Rejected for one that JSON cannot hold, and for half a character in it."""
+    """The same value. Raises Rejected for one that JSON cannot hold, such as NaN, and for half a character in it."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise Rejected(f"{what} has half a character (a lone surrogate)") from None
     except (TypeError, ValueError, RecursionError):
@@ -115,6 +179,8 @@ def _glaive_message(role: str, said: str) -> dict:
     match = CALL.search(said) if role == "assistant" else None
     if match is None:
         return {"role": role, "content": said}
+    if said[match.end() :].strip():
+        raise Rejected(f"{TEXT_AFTER_CALL}: a chat template writes text in front of calls")
     spelled = QUOTED_ARGUMENTS.sub(lambda quoted: quoted[1] + quoted[2] + quoted[3], match[1].strip())
     return {"role": role, "content": said[: match.start()].strip(), "tool_calls": [spelled]}
 

@@ -66,6 +66,83 @@ def answer(**fields):
             {"messages": TURNS, "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
             "the record gives its tools twice",
         ),
+        *(
+            (answer(tool_calls=[{"function": call}]), f"a message of the assistant has a tool call {reason}")
+            for call, reason in (
+                ({"name": "f", "action_input": {"x": 1}}, "with `action_input`, which is not a known field"),
+                ({"name": "f", "url": "https://x"}, "with `url`, which is not a known field of a call"),
+                ({"name": "f", "arguments": {}, "result": "r"}, "with `result`, which is not a known field"),
+                ({"name": "f", "arguments": {"x": 1}, "weight": 0}, "with `weight`, which is not a known field"),
+                ({"name": "f", "arguments": {"x": 1}, "Parameters": {"y": 1}}, "that gives its arguments twice"),
+            )
+        ),
+        (
+            answer(tool_calls=[{"function": {"name": "f"}, "arguments": {"x": 1}, "thought": "t"}]),
+            "a message of the assistant has a tool call with `thought`, which is not a known",
+        ),
+        (
+            answer(tool_calls=[{"type": "code_interpreter", "name": "f", "input": {}}]),
+            "a message of the assistant has a tool call of type code_interpreter",
+        ),
+        (
+            answer(tool_calls=[{"name": "g", "function": {"name": "f"}}]),
+            "a message of the assistant has a tool call with two names",
+        ),
+        (
+            answer(tool_calls=[{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]),
+            "`arguments` of a tool call of a message of the assistant has the key `x` twice",
+        ),
+        (
+            answer(tool_calls=[{"function": {"name": "f", "arguments": '{"x": NaN}'}}]),
+            "`arguments` of a message of the assistant is not JSON",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": '{"name": "f", "x": 1}'},
+                ]
+            },
+            "a message of the assistant has a tool call with `x`",
+        ),
+        (
+            {"chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": {}} and so on'},
+            "a message of the assistant has text after a tool call",
+        ),
+        # the order of parts
+        (
+            answer(content=[{"type": "tool_use", "name": "f", "input": {}}, {"type": "text", "text": "after"}]),
+            "a message of the assistant has text after a tool call",
+        ),
+        (
+            answer(content=[{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "hm"}]),
+            "a message of the assistant has reasoning after text",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "q"}, {"type": "tool_result", "content": "r"}],
+                    },
+                    ANSWERED,
+                ]
+            },
+            "a message of the user has a tool's result after text",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "tool_result", "content": "r", "is_error": True}]},
+                    ANSWERED,
+                ]
+            },
+            "a message of the tool has `is_error` (tools), which is not supported",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "url": "a.jpg"}]}, ANSWERED]},
+            "a part of a message of the user has `url`, which is not a known field of a part",
+        ),
         ({"messages": TURNS, "tool_choice": "auto"}, "the record has `tool_choice` (tools), which is not supported"),
         ({"messages": [ASKED, {"role": "tool", "content": None}, ANSWERED]}, "a message of the tool is empty"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a message of the assistant has a tool call"),

@@ -215,6 +215,30 @@ def test_variables_of_the_template(tmp_path):
     assert row.ids[: row.start] == chat.prompt(rows[1].dialogue.until(1))
 
 
+def test_spellings_of_a_tool_call(tmp_path):
+    """Whatever the field of its arguments is called and wherever it is; ids may be numbers."""
+    calls = [
+        *({"function": {"name": "weather", name: CALL["arguments"]}} for name in ("kwargs", "params", "Arguments", "tool_input")),
+        {"function": {"name": "weather"}, "arguments": SPELLED},
+        {"name": "weather", "arguments": CALL["arguments"], "parameters": {}},
+    ]  # fmt: skip
+    records = [
+        {"messages": [{**ASKED, "content": f"q{number}"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for number, call in enumerate(calls)
+    ]
+    for number, name in enumerate(("call_id", "id")):
+        call = {"role": "assistant", "content": "", "tool_calls": [{**CALL, name: 5}]}
+        result = {**RESULT, "call_id" if name == "call_id" else "tool_call_id": 5}
+        records.append({"messages": [{**ASKED, "content": f"id{number}"}, call, result, ANSWERED]})
+    rows, _ = loaded(tmp_path / "a.jsonl", records)
+    assert [rows[place].messages[1]["tool_calls"] for place in range(1, len(calls) + 1)] == [[CALL]] * len(calls)
+    for place in (len(calls) + 1, len(calls) + 2):
+        assert rows[place].messages[1:3] == [
+            {**CALLED_WITH_ID, "tool_calls": [{**CALL, "id": "5"}]},
+            {**RESULT, "tool_call_id": "5"},
+        ]
+
+
 PAIRS = {
     "plain": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt + chosen + rejected"),
     "conversational": (
