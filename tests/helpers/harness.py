@@ -60,7 +60,7 @@ def stage(
     env: dict | None = None,
 ) -> tuple[int, str]:
     """Exit code (negative: killed by that signal) and output of one stage run."""
-    environment = {"OMP_NUM_THREADS": "1", **(env or {})}
+    environment = dict(env or {})
     if fault:
         environment["ALMA_FAULT"] = fault
     with tempfile.TemporaryDirectory() as scratch:
@@ -124,7 +124,6 @@ def start_ranks(
     found = []
     for rank, own in enumerate(words):
         environment = {
-            "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "ACCELERATE_USE_CPU": "true",
             "TORCH_CPP_LOG_LEVEL": "ERROR",

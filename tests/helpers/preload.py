@@ -6,21 +6,25 @@ all of it in place. DeepSpeed is among it, because accelerate imports it where i
 
 import gc
 import importlib
+import os
 import pkgutil
 
-import deepspeed  # noqa: F401
-import numpy.ma  # noqa: F401
-import pyarrow.parquet  # noqa: F401
-import transformers.models.auto.modeling_auto  # noqa: F401
-import transformers.models.llama.modeling_llama  # noqa: F401
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+# Libraries read it when they are loaded: in a forked stage it would be too late. pytest's two workers share two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import pipeline
-import pipeline.core.stage  # noqa: F401
-import pipeline.data.chat
-import pipeline.models
-import pipeline.rl
-import pipeline.train
+import deepspeed  # noqa: E402, F401
+import numpy.ma  # noqa: E402, F401
+import pyarrow.parquet  # noqa: E402, F401
+import transformers.models.auto.modeling_auto  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
+
+import pipeline  # noqa: E402
+import pipeline.core.stage  # noqa: E402, F401
+import pipeline.data.chat  # noqa: E402
+import pipeline.models  # noqa: E402
+import pipeline.rl  # noqa: E402
+import pipeline.train  # noqa: E402
 
 for package in (pipeline.data.chat, pipeline.models, pipeline.rl, pipeline.train):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):

@@ -1,10 +1,12 @@
 """The first step of a fresh process is computed like any other (docs/log.md 14)."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from paths import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.train import distributed
@@ -44,6 +46,26 @@ for _ in range(int(sys.argv[1])):
     other += os.waitpid(child, 0)[1] != 0
 print(other)
 """
+
+
+FORKED = """
+import sys
+sys.path[:0] = [{helpers!r}, {root!r}]
+from harness import launch
+print(launch(1, {script!r}, cwd="."))
+"""
+
+
+@pytest.mark.slow
+def test_forked_stages_of_the_tests_have_one_thread(tmp_path):
+    """Also where pytest is started without OMP_NUM_THREADS (tests/helpers/preload.py)."""
+    (tmp_path / "threads.py").write_text("import torch\nprint('threads', torch.get_num_threads())\n")
+    command = FORKED.format(helpers=str(ROOT / "tests/helpers"), root=str(ROOT), script=str(tmp_path / "threads.py"))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "threads 1" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
