@@ -12,6 +12,7 @@ from harness import files_of, launch, stage, succeed
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pipeline.core import checkpoint_folder
 from pipeline.core.errors import UserError
 from pipeline.sft import Config
 from pipeline.train.average import Average
@@ -35,22 +36,24 @@ def test_keys_that_contradict_each_other():
 
 
 def checkpoint_weights(run, step: int) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint of one process, by their names in the published model."""
-    found = {}
-    with safe_open(next(run.glob(f"checkpoints/step-*{step}/model-00000.safetensors")), "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            kind, _, name = key.partition("/")
-            if kind == "weight":
-                found[name.partition("@")[0]] = file.get_tensor(key)
-    return found
+    """The weights in a checkpoint of any layout, flat, by their names in the published model."""
+    fragments: dict[str, dict[int, torch.Tensor]] = {}
+    for path in checkpoint_folder.path_of(run, step).glob("model-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                kind, _, rest = key.partition("/")
+                name, _, start = rest.partition("@")
+                if kind == "weight":
+                    fragments.setdefault(name, {})[int(start)] = file.get_tensor(key)
+    return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in fragments.items()}
 
 
-def compare(run, average: dict) -> None:
+def compare(run, average: dict, count: int = 4) -> None:
     """The published weights, and the sum in fp64 of those in the checkpoints."""
     published = load_file(run / "model/model.safetensors")
     saved = [checkpoint_weights(run, step) for step in average["steps"]]
-    weights = [0.25, 0.25, 0.25, 0.25] if average["published"] else [0, 0, 0, 1]
-    assert len(saved) == 4 and len(published) > 10
+    weights = [1 / count] * count if average["published"] else [0] * (count - 1) + [1]
+    assert len(saved) == count and len(published) > 10
     for name, value in published.items():
         expected = sum(weight * own[name].double() for weight, own in zip(weights, saved, strict=True))
         torch.testing.assert_close(value.double().flatten(), expected, atol=1e-7, rtol=1e-6)
@@ -84,6 +87,19 @@ def test_a_better_average_is_published(wandering):
     assert average["loss"] < average["last_loss"] and "the average is published" in text
     assert found["heldout_loss_after"] == average["loss"]
     compare((folder / "runs/tiny/sft/current").resolve(), average)
+
+
+@pytest.mark.slow
+def test_checkpoints_have_the_weights_of_shorter_runs(wandering, tmp_path):
+    """The oldest of those that are averaged, against the model of a run of so many steps: the rate is constant."""
+    random_answers(tmp_path)
+    shorter = [word for word in WANDERING if "average" not in word and "steps=" not in word]
+    succeed("sft", "tiny.yaml", *shorter, "sft.steps=31", cwd=tmp_path)
+    expected = load_file(tmp_path / "runs/tiny/sft/current/model/model.safetensors")
+    saved = checkpoint_weights((wandering[0] / "runs/tiny/sft/current").resolve(), 31)
+    assert len(expected) > 10
+    for name, value in expected.items():
+        assert torch.equal(saved[name], value.flatten()), name
 
 
 @pytest.mark.slow
@@ -126,7 +142,8 @@ distributed.shutdown()
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["zero=null", "zero=1", "zero=2", "zero=3", "shard=full"])
 def test_on_two_ranks_like_one_process(layout, tmp_path):
-    """At a rate at which rounding does not grow: the two held-out losses within 1e-5, the published weights 1e-4."""
+    """At a rate at which rounding does not grow: the two held-out losses within 1e-5, the weights in each checkpoint
+    that is averaged and the published ones 1e-4. The published ones are the average of the run's own checkpoints."""
     words = ["sft.steps=12", "sft.optimizer.lr=1e-3", "sft.max_prompts=0", "sft.average={every_steps: 2, last: 3}"]
     one, two = (tuned.world(tmp_path / name) for name in ("one", "two"))
     succeed("sft", "tiny.yaml", *words, cwd=one)
@@ -136,7 +153,16 @@ def test_on_two_ranks_like_one_process(layout, tmp_path):
     for key in ("loss", "last_loss"):
         assert averages[0][key] == pytest.approx(averages[1][key], abs=1e-5)
     assert averages[0]["published"] == averages[1]["published"]
-    models = [load_file(folder / "runs/tiny/sft/current/model/model.safetensors") for folder in (one, two)]
+    runs = [(folder / "runs/tiny/sft/current").resolve() for folder in (one, two)]
+    assert averages[0]["steps"] == averages[1]["steps"] == [8, 10, 12]
+    for step in (8, 10, 12):
+        saved = [checkpoint_weights(run, step) for run in runs]
+        assert saved[0].keys() == saved[1].keys()
+        for name, value in saved[0].items():
+            torch.testing.assert_close(value, saved[1][name], atol=1e-4, rtol=0, msg=f"{name}, step {step}")
+    for run, average in zip(runs, averages, strict=True):
+        compare(run, average, count=3)
+    models = [load_file(run / "model/model.safetensors") for run in runs]
     assert models[0].keys() == models[1].keys()
     for name, value in models[0].items():
         torch.testing.assert_close(value, models[1][name], atol=1e-4, rtol=0)
