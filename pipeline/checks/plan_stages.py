@@ -1,7 +1,6 @@
 """What `alma plan` knows of each training stage of a recipe before it runs: its model, its layouts on a cluster, its
 data. No data are read and nothing is allocated."""
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from pipeline.checks.plan_apply import REMOVE
@@ -181,24 +180,16 @@ def plan_stage(node: Node, graph: dict[str, Node], cluster: Cluster) -> StagePla
 
 
 def costs_of(model, config: TrainConfig) -> layouts.Costs:
-    """With the adapters of a stage that has them. 4-bit weights are counted without their package."""
+    """With the adapters of a stage that has them. A model on the meta device needs no package for 4 bits."""
     if not isinstance(config, FinetuneConfig) or config.lora is None:
         return layouts.costs_of(model, config)
     import torch
 
     from pipeline.models import frozen, lora
 
-    four_bits = config.lora.base == "nf4"
-    frozen.store(model, "bf16" if four_bits else config.lora.base, config.precision, torch.device("cpu"), ())
+    frozen.store(model, config.lora.base, config.precision, torch.device("meta"), ())
     lora.attach(model, config.lora, 0, ())
-    costs = layouts.costs_of(model, config)
-    if four_bits:
-        quantised = sum(layer.weight.numel() for layer in frozen.linear_layers(model))
-        size = dataclasses.replace(
-            costs.size, frozen_bytes=costs.size.frozen_bytes - quantised * (2 - frozen.NF4_BYTES)
-        )
-        costs = dataclasses.replace(costs, size=size)
-    return costs
+    return layouts.costs_of(model, config)
 
 
 def on_meta(model_config):

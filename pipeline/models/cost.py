@@ -39,6 +39,8 @@ class Size:
     """Parameters without gradients: no gradient, no moments, no place in a checkpoint."""
     frozen_bytes: float = 0.0
     """Bytes that these take (models/frozen.py)."""
+    four_bits: int = 0
+    """Those of them that are kept in 4 bits."""
     cast: int = 0
     """Parameters that multiply and are kept in fp32: bf16 autocast makes a copy of each."""
     output_bytes: float = 0.0
@@ -66,12 +68,21 @@ class Size:
     def weight_bytes(self) -> float:
         return 4.0 * self.trained + self.frozen_bytes
 
+    @property
+    def scale_bytes(self) -> float:
+        """Of weight_bytes, those that every process has however the model is split."""
+        return frozen.NF4_SCALE_BYTES * self.four_bits
+
 
 def count(model) -> Size:
     import torch
     from torch import nn
 
-    numel = frozen.numel
+    four_bits = frozen.in_four_bits(model)
+
+    def numel(parameter) -> int:
+        return four_bits.get(id(parameter), parameter.numel())
+
     parameters = list(model.parameters())
     total = sum(map(numel, parameters))
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
@@ -83,7 +94,10 @@ def count(model) -> Size:
     picked, per_layer = routed(model.config)
     active = total - experts + experts * picked // per_layer
     still = [parameter for parameter in parameters if not parameter.requires_grad]
-    cast = sum(p.numel() for p in parameters if p.dtype == torch.float32 and id(p) not in lookups)
+    uncast = lookups.keys() | four_bits.keys()
+    cast = sum(p.numel() for p in parameters if p.dtype == torch.float32 and id(p) not in uncast)
+    frozen_bytes = frozen.NF4_BYTES * sum(four_bits.values())
+    frozen_bytes += sum(p.nbytes for p in still if id(p) not in four_bits)
     read, given, norms = _widths(model, picked)
     return Size(
         total=total,
@@ -96,7 +110,8 @@ def count(model) -> Size:
         experts=experts,
         active=active,
         frozen=sum(map(numel, still)),
-        frozen_bytes=sum(map(frozen.nbytes, still)),
+        frozen_bytes=frozen_bytes,
+        four_bits=sum(four_bits.values()),
         cast=cast,
         output_bytes=0.0 if outputs is None else _output_bytes(outputs.weight),
         has_logits=outputs is not None,
@@ -277,7 +292,7 @@ def state_bytes(size: Size, layout: Layout, share: float = 1.0) -> dict[str, flo
     gradient_ranks = ranks if zero in (2, 3) else layout.shard or 1
     optimizer_ranks = ranks if zero in (1, 2, 3) else layout.shard or 1
     parts = {
-        "weights": size.weight_bytes * share / weight_ranks,
+        "weights": ((size.weight_bytes - size.scale_bytes) / weight_ranks + size.scale_bytes) * share,
         "gradients": 4.0 * trained / gradient_ranks,
         "optimizer": (moment_bytes + copy_bytes) * trained / optimizer_ranks,
     }
@@ -325,7 +340,9 @@ def _sharded_bytes(config, size: Size, again: float, layout: Layout) -> tuple[fl
     gathered = 2.0 if layout.precision == "bf16" else 4.0
     layer = size.body / config.num_hidden_layers
     trained = layer * size.trained / size.total
-    backward = 2 * gathered * layer + 4.0 * trained + max(gathered * trained, again)
+    packed = size.four_bits / config.num_hidden_layers
+    gathered_layer = gathered * (layer - packed) + packed / 2
+    backward = 2 * gathered_layer + 4.0 * trained + max(gathered * trained, again)
     if config.tie_word_embeddings:
         return 4.0 * size.embedding, backward + 8.0 * size.embedding
     return 4.0 * (size.embedding - size.lookup), backward

@@ -1,6 +1,7 @@
 """How the frozen weights of a model with adapters (models/lora.py) are kept in memory: in fp32, in bf16, or in 4 bits.
 
     store(model, "nf4", "bf16", device, trained=("score",))     # before the adapters are attached
+    quantise(part, device)                                      # a part of a model that was on the meta device then
     with computing(model): ...                                  # calls of the model outside an engine
     matrix(layer)                                               # a linear layer's weight as it is multiplied
 
@@ -10,12 +11,15 @@ output of an embedding in bf16 is cast back, so that the residual stream stays f
 
 nf4 is QLoRA (Dettmers et al., 2023) by bitsandbytes, as transformers and peft use it: normal floats of 4 bits in blocks
 of 64 with one scale each, the scales themselves in 8 bits (double quantisation), and products in the type of autocast.
-Linear layers except the output layer are quantised; the rest is as with bf16.
+Linear layers except the output layer are quantised; the rest is as with bf16. The packed numbers are an ordinary
+parameter, which engines may split over processes and gather like any other; the scales, 3% of the bytes, are beside it
+on every process, because those of a layer are quantised together.
 """
 
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,8 +27,9 @@ from torch import nn
 from pipeline.core import optional_packages
 
 BLOCK = 64  # weights with one scale
-# A weight of 4 bits, its part of a scale of 8 bits, and of that scale's own, one fp32 number for 256 of them.
-NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * 256)
+# A weight's part of a scale of 8 bits, and of that scale's own, one fp32 number for 256 of them.
+NF4_SCALE_BYTES = 1 / BLOCK + 4 / (BLOCK * 256)
+NF4_BYTES = 0.5 + NF4_SCALE_BYTES
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -46,6 +51,19 @@ def _bitsandbytes():
     return bitsandbytes
 
 
+class Scales:
+    """What turns the packed numbers of a weight into the weight. Copies of a model share it."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        """In which the weight is multiplied."""
+        self.state = None
+        """bitsandbytes' QuantState; None before the weight is quantised."""
+
+    def __deepcopy__(self, memo) -> "Scales":
+        return self
+
+
 class FourBit:
     """Mixed into the class of a linear layer whose weight is kept in 4 bits. bitsandbytes' own Linear4bit returns the
     type of its input, which is fp32 after a norm; this returns that of autocast, like every other linear layer."""
@@ -54,9 +72,25 @@ class FourBit:
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _bitsandbytes().matmul_4bit(
-            inputs.to(dtype), self.weight, quant_state=self.weight.quant_state, bias=bias
-        )
+        return _Product.apply(inputs.to(dtype), self.weight, self.scales.state, bias)
+
+
+class _Product(torch.autograd.Function):
+    """inputs @ weight.T + bias, of a packed weight and a bias that are frozen. bitsandbytes' own function keeps a view
+    of the packed weight until the backward pass. ZeRO-3 drops what it has gathered by giving the parameter other
+    memory, and views would keep that of all layers; autograd finds a saved parameter's memory of the moment."""
+
+    @staticmethod
+    def forward(context, inputs, weight, state, bias):
+        context.save_for_backward(weight)
+        context.state = state
+        return _bitsandbytes().matmul_4bit(inputs, weight, quant_state=state, bias=bias)
+
+    @staticmethod
+    def backward(context, gradient):
+        (weight,) = context.saved_tensors
+        matrix = _bitsandbytes().functional.dequantize_4bit(weight, context.state)
+        return gradient @ matrix.to(gradient.dtype), None, None, None
 
 
 @functools.cache
@@ -64,22 +98,39 @@ def _four_bit_class(base: type) -> type:
     return type(f"FourBit{base.__name__}", (FourBit, base), {})
 
 
-def _quantise(weight: torch.Tensor, dtype: torch.dtype, device: torch.device):
-    """A weight [out, in] in 4 bits, on the device. dtype: in which it will be multiplied."""
+def _quantised(weight: torch.Tensor, dtype: torch.dtype, device: torch.device):
+    """(a weight [out, in] in 4 bits as bytes, bitsandbytes' QuantState), on the device. dtype: in which it will be
+    multiplied."""
     library = _bitsandbytes()
     values = weight.detach().to(device, torch.float32).contiguous()
     packed, state = library.functional.quantize_4bit(
         values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
     state.dtype = dtype
-    return library.nn.Params4bit(
-        packed, requires_grad=False, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True
-    )
+    return packed, state
 
 
-def _dequantised(parameter: torch.Tensor) -> torch.Tensor:
+def _dequantised(packed: torch.Tensor, state) -> torch.Tensor:
     """[out, in], fp32, with the values that are multiplied."""
-    return _bitsandbytes().functional.dequantize_4bit(parameter.data, parameter.quant_state).float()
+    return _bitsandbytes().functional.dequantize_4bit(packed.detach(), state).float()
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    """Whether a layer's weight is in 4 bits already."""
+    return isinstance(layer, FourBit) and layer.scales.state is not None
+
+
+@torch.no_grad()
+def quantise(part: nn.Module, device: torch.device) -> None:
+    """Move a part of a model, which has values now, to the device, and quantise the weights that `store` has chosen:
+    layer by layer, so that a GPU never holds them in fp32."""
+    for layer in part.modules():
+        if isinstance(layer, FourBit) and not _is_packed(layer):
+            require("nf4", "lora.base")
+            weight = layer.weight.T if is_transposed(layer) else layer.weight
+            packed, layer.scales.state = _quantised(weight, layer.scales.dtype, device)
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+    part.to(device)
 
 
 # ---- any linear layer ------------------------------------------------------------------------------------------------
@@ -89,13 +140,13 @@ def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer keeps its weight as [in, out]: GPT-2's Conv1D, unless it is in 4 bits."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(layer, Conv1D) and not isinstance(layer, FourBit)
+    return isinstance(layer, Conv1D) and not _is_packed(layer)
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer."""
-    if isinstance(layer, FourBit):
-        num_outputs, num_inputs = layer.weight.quant_state.shape
+    if _is_packed(layer):
+        num_outputs, num_inputs = layer.scales.state.shape
     elif is_transposed(layer):
         num_inputs, num_outputs = layer.weight.shape
     else:
@@ -105,23 +156,20 @@ def widths(layer: nn.Module) -> tuple[int, int]:
 
 def matrix(layer: nn.Module) -> torch.Tensor:
     """The weight of a linear layer, [out, in], fp32."""
-    if isinstance(layer, FourBit):
-        return _dequantised(layer.weight)
+    if _is_packed(layer):
+        return _dequantised(layer.weight, layer.scales.state)
     weight = layer.weight.float()
     return weight.T if is_transposed(layer) else weight
 
 
-def numel(parameter: torch.Tensor) -> int:
-    """Weights in a parameter; one in 4 bits has two in each of its bytes."""
-    state = getattr(parameter, "quant_state", None)  # of bitsandbytes' parameters
-    return parameter.numel() if state is None else state.shape.numel()
-
-
-def nbytes(parameter: torch.Tensor) -> float:
-    """Bytes of a parameter, scales included."""
-    if getattr(parameter, "quant_state", None) is None:
-        return parameter.nbytes
-    return NF4_BYTES * numel(parameter)
+def in_four_bits(model: nn.Module) -> dict[int, int]:
+    """The parameters that are, or will be, in 4 bits: id -> how many weights it has."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, FourBit):
+            num_inputs, num_outputs = widths(module)
+            found[id(module.weight)] = num_inputs * num_outputs
+    return found
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
@@ -130,19 +178,19 @@ def nbytes(parameter: torch.Tensor) -> float:
 @torch.no_grad()
 def store(model, base: str, precision: str, device: torch.device, trained: tuple[str, ...] = ()) -> None:
     """Keep the weights of a model as `base` says, all but those of the modules `trained`; vectors stay in fp32.
-    precision: in which the model computes. With nf4 the model is moved to the device, layer by layer, so that a GPU
-    never holds it in fp32."""
+    precision: in which the model computes. With nf4 the model is moved to the device, layer by layer. A model on the
+    meta device has no values that could be quantised: `quantise` must be called for each part that was filled."""
     if base == "fp32":
         return
     modules = {name: module for name, module in model.named_modules() if not _inside(name, trained)}
     if base == "nf4":
-        require(base, "lora.base")
         for layer in linear_layers(model, modules):
-            _to_four_bits(layer, DTYPES[precision], device)
+            layer.scales = Scales(DTYPES[precision])
+            layer.__class__ = _four_bit_class(type(layer))
     if precision == "bf16":
         _to_bf16(model, modules)
-    if base == "nf4":
-        model.to(device)
+    if base == "nf4" and model.device.type != "meta":
+        quantise(model, device)
 
 
 def _inside(name: str, modules: tuple[str, ...]) -> bool:
@@ -159,15 +207,10 @@ def linear_layers(model, modules: dict[str, nn.Module] | None = None) -> list[nn
     return [layer for layer in candidates if isinstance(layer, (nn.Linear, Conv1D)) and layer is not output]
 
 
-def _to_four_bits(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    weight = layer.weight.T if is_transposed(layer) else layer.weight
-    layer.weight = _quantise(weight, dtype, device)
-    layer.__class__ = _four_bit_class(type(layer))
-
-
 def _to_bf16(model, modules: dict[str, nn.Module]) -> None:
     """Matrices of linear layers, plain embeddings and routed experts in bf16. Other modules may compute with their
-    weights in their own way, so those stay, and with them what they share."""
+    weights in their own way, so those stay, and with them what they share; weights that will be in 4 bits stay too,
+    because they are quantised from fp32."""
     from transformers.pytorch_utils import Conv1D
 
     from pipeline.models.experts import MATRICES
@@ -175,7 +218,8 @@ def _to_bf16(model, modules: dict[str, nn.Module]) -> None:
     cast: dict[int, nn.Parameter] = {}
     kept: set[int] = set()
     for name, module in model.named_modules():
-        is_plain = isinstance(module, (nn.Linear, Conv1D)) or type(module) is nn.Embedding
+        is_linear = isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, FourBit)
+        is_plain = is_linear or type(module) is nn.Embedding
         for key, parameter in module.named_parameters(recurse=False):
             is_expert = parameter.dim() == 3 and key in MATRICES
             if name in modules and parameter.is_floating_point() and (is_plain and parameter.dim() == 2 or is_expert):
@@ -202,13 +246,14 @@ def computing(model):
 
 
 @torch.no_grad()
-def copy_dequantised(source, target) -> None:
-    """Give the layers of `target`, a model in fp32, the weights that those of `source` are multiplied with, where these
-    are in 4 bits."""
-    for name, layer in source.named_modules():
-        if isinstance(layer, FourBit):
-            weight, other = matrix(layer), target.get_submodule(name)
-            other.weight.copy_(weight.T if is_transposed(other) else weight)
+def round_like(trained, part: nn.Module, device: torch.device, global_name: Callable[[str], str] = str) -> None:
+    """Change the weights of a part of a model in fp32 to what those of the model `trained` are multiplied with, where
+    these are in 4 bits. device: where they were quantised. global_name: name of a module in the part -> in the whole
+    model."""
+    scales = {name: layer.scales for name, layer in trained.named_modules() if isinstance(layer, FourBit)}
+    for name, layer in part.named_modules():
+        if global_name(name) in scales:
+            _round(layer, scales[global_name(name)].dtype, device)
 
 
 @torch.no_grad()
@@ -218,6 +263,10 @@ def round_as(model, base: str, precision: str) -> None:
         return
     require(base, "an adapter that was trained with lora.base")
     for layer in linear_layers(model):
-        weight = layer.weight.T if is_transposed(layer) else layer.weight
-        rounded = _dequantised(_quantise(weight, DTYPES[precision], weight.device))
-        layer.weight.copy_(rounded.T if is_transposed(layer) else rounded)
+        _round(layer, DTYPES[precision], layer.weight.device)
+
+
+def _round(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    weight = layer.weight.T if is_transposed(layer) else layer.weight
+    rounded = _dequantised(*_quantised(weight, dtype, device)).to(weight.device)
+    layer.weight.copy_(rounded.T if is_transposed(layer) else rounded)

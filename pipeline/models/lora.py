@@ -150,15 +150,16 @@ def initialise(part, seed: int, global_name: Callable[[str], str] = str) -> None
     for name, layer in adapted_layers(part).items():
         source = torch.Generator().manual_seed(derive(seed, "lora", global_name(name)))
         bound = 1 / math.sqrt(layer.lora_A.shape[1])
-        layer.lora_A.uniform_(-bound, bound, generator=source)
+        layer.lora_A.copy_(torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=source))
         layer.lora_B.zero_()
         if layer.adapter.options.dora:
             layer.lora_magnitude.copy_(layer._row_lengths())
 
 
 def reads_whole_weight(layer: nn.Module) -> bool:
-    """Whether the first values of a layer's adapter depend on all rows of its weight."""
-    return isinstance(layer, Adapted) and layer.adapter.options.dora
+    """Whether all rows of a layer's weight are needed at the start: for the first values of its adapter, or because
+    they are quantised together."""
+    return isinstance(layer, frozen.FourBit) or (isinstance(layer, Adapted) and layer.adapter.options.dora)
 
 
 def _targets(model, options: Lora) -> dict[str, nn.Module]:

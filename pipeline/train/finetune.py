@@ -217,9 +217,8 @@ def in_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
 def load_model(config: FinetuneConfig, parent: Parent, head: str = "causal") -> tuple[Any, FolderWeights | None]:
     """(the model that a stage starts from, what `build_engine` fills it with). Where a process keeps only a part of it,
     and on GPUs, it stays on the meta device until the engine reads part after part; otherwise it is complete, and there
-    is nothing to fill. Weights that are kept in 4 bits are made of complete ones."""
-    is_quantised = config.lora is not None and config.lora.base == "nf4"
-    if is_quantised or not starts_in_parts(config):
+    is nothing to fill."""
+    if not starts_in_parts(config):
         return parent.load(head=head), None
     return parent.skeleton(head)
 
@@ -243,6 +242,8 @@ def adapt(
         )
     frozen.store(model, config.lora.base, config.precision, distributed.device(), complete)
     lora.attach(model, config.lora, config.seed, complete)
+    if weights is not None and config.lora.base == "nf4":
+        weights.then.append(lambda part, _: frozen.quantise(part, distributed.device()))
     if weights is not None:
         weights.then.append(lambda part, global_name: lora.initialise(part, config.seed, global_name))
     if families.num_experts(model.config):

@@ -211,12 +211,6 @@ class FinetuneConfig(TrainConfig):
                 f"stage {self.kind}: lora.base: bf16 cannot be combined with precision: fp32, which multiplies fp32"
                 " weights; use precision: bf16, or base: fp32"
             )
-        if base == "nf4" and (self.parallel.zero == 3 or self.parallel.shard):
-            key = f"shard: {self.parallel.shard}" if self.parallel.shard else "zero: 3"
-            raise UserError(
-                f"stage {self.kind}: lora.base: nf4 cannot be combined with {key}, which cuts weights into parts and"
-                " gathers them without their scales; use zero: 2 or none, or base: bf16"
-            )
 
     def check_machine(self) -> None:
         from pipeline.models import frozen

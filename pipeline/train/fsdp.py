@@ -162,7 +162,10 @@ class FullySharded(Engine):
             return self.whole[name].detach()
         if name not in self.sharded:
             return self.model.get_buffer(name)
-        return self.sharded[name].detach().to(dtype or self.sharded[name].dtype).full_tensor()
+        own = self.sharded[name].detach()
+        if dtype is not None and own.is_floating_point():  # weights in 4 bits are bytes
+            own = own.to(dtype)
+        return own.full_tensor()
 
     def consolidated(self):
         weights = self._on_main(self.shapes)

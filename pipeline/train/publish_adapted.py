@@ -12,6 +12,7 @@ from pipeline.core.terminal import say
 from pipeline.models import build, frozen, lora
 from pipeline.models.folder_weights import FolderWeights
 from pipeline.models.publish import can_publish_parts, publish, publish_adapter, publish_parts
+from pipeline.train import distributed
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.model_parts import Parts
 
@@ -31,7 +32,10 @@ def publish_adapted(
         model, base = parent.skeleton(head=head, config=copy.deepcopy(trained.config))
     else:
         model, base = parent.load(head=head, config=copy.deepcopy(trained.config)), None
-        frozen.copy_dequantised(trained, model)
+    if base is None:
+        frozen.round_like(trained, model, distributed.device())
+    else:
+        base.then.append(lambda part, name: frozen.round_like(trained, part, distributed.device(), name))
     lora.attach(model, config.lora, config.seed, trained.adapter.complete)
     if base is not None and not is_adapter:
         if can_publish_parts(model.config):

@@ -1,15 +1,23 @@
 """Frozen weights in bf16 and in 4 bits: against the fp32 model, and against transformers with bitsandbytes and peft."""
 
 import copy
+from types import SimpleNamespace
 
+import four_bits_worker
+import harness
 import pytest
+import tiny_engine
 import torch
+from paths import HELPERS
 from test_lora import ids, of_peft, our_name, tiny, trained
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.core import optional_packages
 from pipeline.core.errors import UserError
 from pipeline.models import build, cost, experts, frozen, lora
 from pipeline.models.lora_config import Lora
+from pipeline.train import finetune
+from pipeline.train.model_parts import Parts
 
 CPU = torch.device("cpu")
 
@@ -114,7 +122,7 @@ def test_the_merged_model_has_what_was_multiplied(precision, bitsandbytes, tmp_p
     base.save_pretrained(tmp_path / "base")
     model = kept(base, "nf4", precision).eval()
     merged = build.load(tmp_path / "base")
-    frozen.copy_dequantised(model, merged)
+    frozen.round_like(model, merged, CPU)
     lora.attach(merged, Lora(rank=4, base="nf4"), seed=7)
     lora.fill(merged, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     lora.save(merged, tmp_path / "adapter", tmp_path / "base", precision)
@@ -148,12 +156,102 @@ def test_what_the_weights_take(bitsandbytes):
     assert sizes["bf16"].frozen_bytes == 2 * (whole.total - vectors) + 4 * vectors
     linear = whole.total - whole.embedding - vectors
     assert sizes["nf4"].frozen_bytes == pytest.approx(0.516 * linear + 2 * whole.embedding + 4 * vectors, rel=1e-3)
-    packed = sum(
-        p.nbytes + p.quant_state.absmax.nbytes + p.quant_state.state2.absmax.nbytes
-        for p in model.parameters()
-        if isinstance(p, bitsandbytes.nn.Params4bit)
-    )
+    assert sizes["nf4"].four_bits == linear and not sizes["bf16"].four_bits
+    packed = 0
+    for layer in model.modules():
+        if isinstance(layer, frozen.FourBit):
+            scales = layer.scales.state
+            packed += layer.weight.nbytes + scales.absmax.nbytes + scales.state2.absmax.nbytes
     assert packed == pytest.approx(frozen.NF4_BYTES * linear, rel=0.02)  # blocks at the ends are not full
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_is_read_in_parts_is_quantised_like_a_complete_one(family, options, bitsandbytes, tmp_path):
+    """To the bit, from the folder's fp32 values; its size is known before it has values."""
+    tiny(family).save_pretrained(tmp_path)
+    whole = build.load(tmp_path)
+    parts, weights = build.skeleton(tmp_path)
+    settings = SimpleNamespace(kind="sft", seed=7, precision="bf16", lora=Lora(rank=4, base="nf4", **options))
+    parent = SimpleNamespace(folder=tmp_path, new_tokens={})
+    finetune.adapt(settings, parent, whole)
+    finetune.adapt(settings, parent, parts, weights)
+    assert cost.count(parts) == cost.count(whole)
+    Parts(parts).materialise_all(weights, CPU)
+    expected, found = whole.state_dict(), parts.state_dict()
+    assert expected.keys() == found.keys() and torch.uint8 in {value.dtype for value in found.values()}
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    for model in (whole, parts):
+        model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(parts(input_ids=ids()).logits, whole(input_ids=ids()).logits)
+
+
+def test_the_backward_pass_keeps_no_packed_weight_of_its_own(bitsandbytes):
+    """ZeRO-3 gives a parameter other memory when it drops what it has gathered. A view of the old memory would keep it,
+    for all layers at once."""
+    model = kept(tiny(), "nf4")
+    layer = model.model.layers[0].mlp.up_proj
+    inputs = torch.randn(3, frozen.widths(layer)[0], requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(inputs).sum(), inputs)
+    gathered = layer.weight.data
+    storage = gathered.untyped_storage()
+    holders = torch._C._storage_Use_Count(storage._cdata)
+    outputs = layer(inputs)
+    assert torch._C._storage_Use_Count(storage._cdata) == holders
+    layer.weight.data = torch.empty(0, dtype=torch.uint8)  # dropped
+    layer.weight.data = gathered.clone()  # and gathered again
+    (gradient,) = torch.autograd.grad(outputs.sum(), inputs)
+    assert torch.equal(gradient, expected)
+
+
+def test_the_weights_of_others_and_scales_of_all():
+    """Of a 7B model in 4 bits on 8 processes, each has an eighth of the packed weights and all scales."""
+    sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32))
+        frozen.store(model, "nf4", "bf16", torch.device("meta"))
+        lora.attach(model, Lora(rank=16, base="nf4"), seed=0)
+    size = cost.count(model)
+    one = cost.state_bytes(size, cost.Layout())["weights"]
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    scales = linear * (1 / 64 + 4 / (64 * 256))
+    for layout in (cost.Layout(ranks=8, shard=8), cost.Layout(ranks=8, zero=3)):
+        found = cost.state_bytes(size, layout)["weights"]
+        assert found == pytest.approx((one - scales) / 8 + scales, rel=1e-6)
+
+
+# ---- on two processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory, bitsandbytes):
+    """Results of four_bits_worker.py, and the folder of its model."""
+    folder = tmp_path_factory.mktemp("four-bits")
+    tiny_engine.tiny().save_pretrained(folder / "model")
+    words = [HELPERS / "four_bits_worker.py", folder / "results.pt", folder / "model"]
+    harness.launch(2, *words, cwd=folder, seconds=600)
+    return torch.load(folder / "results.pt", weights_only=False), folder / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", four_bits_worker.LAYOUTS)
+def test_4_bits_on_two_processes_like_one(on_two, name):
+    """Losses, gradient norms, trained weights and the logits for sampling. Where the model is split, a process keeps
+    half of the packed weights."""
+    results, folder = on_two
+    found = results[name]
+    expected = four_bits_worker.observed(folder, "one dora" if name.endswith("dora") else "one")
+    for step, wanted in zip(found["steps"], expected["steps"], strict=True):
+        assert step["applied"] and step["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][key], value, atol=1e-4, rtol=0, msg=key)
+    torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=1e-4)
+    share = 0.5 if {"zero 3", "fsdp"} & {name, name.rpartition(" ")[0]} else 1.0
+    assert found["packed"] == share * expected["packed"] > 0
 
 
 def test_without_bitsandbytes_nf4_is_refused(monkeypatch):

@@ -325,7 +325,7 @@ distributed.shutdown()
         pytest.param("null", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
         pytest.param("1", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
         pytest.param("2", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
-        pytest.param("3", ("fp32", "bf16"), marks=pytest.mark.slow),
+        pytest.param("3", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
     ],
 )
 def test_a_base_in_bf16_or_4_bits_on_two_ranks(adapted, zero, bases, tmp_path):
@@ -357,7 +357,6 @@ def test_a_base_in_bf16_or_4_bits_on_two_ranks(adapted, zero, bases, tmp_path):
 def test_ways_to_keep_the_base_that_cannot_be_had():
     for keys, message in (
         ({"lora": {"base": "bf16"}, "precision": "fp32"}, "lora.base: bf16 cannot be combined with precision: fp32"),
-        ({"lora": {"base": "nf4"}, "parallel": {"zero": 3}}, "lora.base: nf4 cannot be combined with zero: 3"),
         (
             {"activation_checkpointing": "selective", "parallel": {"zero": 3}},
             "activation_checkpointing: selective cannot be combined with zero: 3",

@@ -20,21 +20,26 @@ from pipeline.train.publish_adapted import publish_adapted
     "family, options",
     [
         ("qwen3_moe", {"rank_stabilised": True}),
+        ("gpt2", {"base": "nf4"}),
         pytest.param("llama", {}, marks=pytest.mark.slow),
         pytest.param("gpt2", {}, marks=pytest.mark.slow),
         pytest.param("qwen2", {"dora": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_model_is_merged_in_parts_as_it_is_as_a_whole(family, options, tmp_path, capsys, monkeypatch):
-    """With frozen weights in bf16, whose fp32 values are the folder's; in files of 20 kB."""
+    """With frozen weights in bf16, whose fp32 values are the folder's, or in 4 bits, whose values are those that these
+    are multiplied with; in files of 20 kB."""
+    options = {"base": "bf16"} | options
+    if options["base"] == "nf4":
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(publish, "LARGEST_FILE", 20_000)
     make_tokenizer(tmp_path / "texts")
     block = families.of_family(family) | {"pad_vocab_to": 64}
     model = build.new(block, families.Sized(64), 48, seed=1)
     publish.publish(model.state_dict(), model.config, tmp_path / "texts", tmp_path / "parent")
-    keys = Lora(rank=4, base="bf16", publish="merged", **options)
+    keys = Lora(rank=4, publish="merged", **options)
     trained = build.load(tmp_path / "parent")
-    frozen.store(trained, "bf16", "bf16", torch.device("cpu"))
+    frozen.store(trained, keys.base, "bf16", torch.device("cpu"))
     lora.attach(trained, keys, seed=7)
     source = torch.Generator().manual_seed(2)
     weights = {}
