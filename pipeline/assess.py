@@ -1,5 +1,5 @@
 """Measure models on the same held-out text and prompts: bits per byte and perplexity, win rates under the reward model,
-rule scores, samples; and on tasks of lm-eval.
+rule scores, samples; on tasks of lm-eval; and speed, memory, memorised text and refusals.
 
     python pipeline/assess.py recipes/quickstart.yaml
 
@@ -10,12 +10,15 @@ prompt has an `answer`. A reward model with another tokenizer or chat template t
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.assessment import task_files
 from pipeline.assessment.judge import Client, Judge, judge_pair
+from pipeline.assessment.probes_config import Memorised, Refusals, Speed
+from pipeline.assessment.refusals import requests_of
 from pipeline.assessment.task_files import Task
 from pipeline.core import faults, optional_packages
 from pipeline.core.artifact import Artifact
@@ -64,6 +67,12 @@ class Config(StageConfig):
     """A language model that judges the pairs of `compare`, by an API like OpenAI's."""
     tasks: dict[Name, Task] = {}
     """Tasks of lm-eval that every model is asked, by names of your choice."""
+    speed: Speed | None = None
+    """Speed of generation and peak of memory of each model; none: not measured."""
+    memorised: Memorised | None = None
+    """Training text that a model writes out word for word, and personal data in what it writes; none: not measured."""
+    refusals: Refusals | None = None
+    """Requests that a chat model refuses, harmful and harmless ones; none: not measured."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples for each 95% interval of `compare`, and for standard errors in `tasks` that have no formula."""
     samples: int = Field(8, ge=0)
@@ -90,9 +99,17 @@ class Config(StageConfig):
             refuse_unused(self, "rule", "decides how answers are compared with `answer`, and no source has one")
         if not self.compare and not self.tasks:
             refuse_unused(self, "bootstrap", "is for the intervals of comparisons, and `compare` is empty")
-        if not self.max_rows and not self.sources and not self.tasks:
-            raise ValueError("max_rows: 0 leaves nothing to measure without prompts; give `sources` or `tasks`")
+        if not self.max_rows and not self.sources and not self.tasks and not self.has_probes:
+            raise ValueError(
+                "max_rows: 0 leaves nothing to measure without prompts; give `sources`, `tasks`, `memorised`,"
+                " `refusals` or `speed`"
+            )
         return self
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether something is measured by having the models write (probes.py)."""
+        return bool(self.speed or self.memorised or self.refusals)
 
     @classmethod
     def uses_device(cls) -> bool:
@@ -103,15 +120,17 @@ class Config(StageConfig):
         return [
             SourceBlock("sources", lambda config: config.sources),
             ExternalFiles("tasks", lambda config: task_files.all_files(config.tasks), drop_key=False),
+            ExternalFiles("refusals.file", _requests_file, entry="@refusals"),
         ]
 
     def check(self, world: int) -> None:
         if world == 1:
             super().check(world)
-        elif not self.tasks or self.sources or self.max_rows:
+        elif not self.tasks or self.sources or self.max_rows or self.has_probes:
             raise UserError(
                 f"stage {self.kind}: {world} processes share the requests of `tasks`, and nothing else: give tasks a"
-                " stage of their own, without sources and with max_rows: 0, or launch one process"
+                " stage of their own, without sources, memorised, refusals and speed and with max_rows: 0, or launch"
+                " one process"
             )
 
     def check_machine(self) -> None:
@@ -129,15 +148,24 @@ class Config(StageConfig):
 
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
         task_files.check(self.tasks)
+        if self.refusals and (self.refusals.file is None or self.refusals.file.is_file()):
+            requests_of(self.refusals)
         check_chat_records(self.sources, self.holdout, chat=None, measures_only=True)
 
     def optional(self) -> set[str]:
-        return {"tokens"} if self.sources or self.tasks else set()
+        if self.memorised:
+            return set()
+        return {"tokens"} if self.sources or self.tasks or self.has_probes else set()
+
+
+def _requests_file(config: Config) -> list[Path]:
+    return [config.refusals.file] if config.refusals and config.refusals.file else []
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.assessment.inputs import candidate, held_out_prompts, held_out_rows
     from pipeline.assessment.measures import measure, win_rate
+    from pipeline.assessment.probes import prepare
     from pipeline.data.chat.template import Chat
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.train import distributed
@@ -158,6 +186,7 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     if "tokens" in inputs and config.max_rows:
         rows = held_out_rows(config, inputs["tokens"], candidates)
     prompts, unusable = held_out_prompts(config, candidates, judge)
+    probes = prepare(config, inputs.get("tokens"), candidates)
 
     client = Client(config.judge) if config.judge else None
     if client:
@@ -172,12 +201,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
             return {}
     # Each model is a unit of work: a killed run loses only the model that it was measuring.
     results: dict[str, dict] = {}
-    measured = candidates if rows is not None or prompts else []
+    measured = candidates if rows is not None or prompts or config.has_probes else []
     with Progress("assess", len(measured), "models") as bar:
         for model in measured:
             file = output.path / "work" / f"{model.name}.json"
             if not file.exists():
-                result = measure(model, rows, prompts, config, judge, inputs.get("reward"))
+                result = measure(model, rows, prompts, config, judge, inputs.get("reward"), probes)
                 faults.point("save")
                 write_json(file, result)
                 output.note_time()
@@ -201,6 +230,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     samples = _samples(prompts[: config.samples], results)
     if measured:
         write_atomic(output.path / "samples.jsonl", "".join(line + "\n" for line in samples))
+    for name in [model.name for model in measured] if config.refusals else []:
+        lines = [json.dumps(answer, ensure_ascii=False) for answer in results[name]["refusal_answers"]]
+        write_atomic(output.path / "refusals" / f"{name}.jsonl", "".join(line + "\n" for line in lines))
     asked, written = plural(len(prompts), "prompt"), plural(len(samples), "sample")
     if config.tasks:
         asked, written = f"{asked}, {plural(len(config.tasks), 'task')}", f"tasks.md, {written}"
@@ -215,8 +247,12 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     }
 
 
+# Lists of a model's unit of work, which are in files of their own or in summaries.
+UNREPORTED = ("texts", "rewards", "rules", "refusal_answers")
+
+
 def _figures(result: dict, has_prompts: bool) -> dict:
-    figures = {key: value for key, value in result.items() if key not in ("texts", "rewards", "rules")}
+    figures = {key: value for key, value in result.items() if key not in UNREPORTED}
     if has_prompts:
         figures["answers"] = len(result["texts"])
         figures["answers_with_rule"] = len(result["rules"])
@@ -243,6 +279,8 @@ def headline(wins: dict, report: dict, tasks: dict) -> list[str]:
         return headlines(tasks)
     if wins:
         return [f"{pair}: {win['rate']:.0%} [{win['low']:.0%}, {win['high']:.0%}]" for pair, win in wins.items()]
+    from pipeline.assessment.probes import headline as probe_headline
+
     parts = []
     for name, result in report.items():
         if "bits_per_byte" in result:
@@ -251,8 +289,10 @@ def headline(wins: dict, report: dict, tasks: dict) -> list[str]:
             parts.append(f"{name} reward {result['reward']:.2f} (n={result['answers']})")
         elif "rule" in result:
             parts.append(f"{name} right {result['rule']:.0%} (n={result['answers_with_rule']})")
-        else:
+        elif "answer_tokens" in result:
             parts.append(f"{name} {result['answer_tokens']:.0f} tokens per answer (n={result['answers']})")
+        else:
+            parts += filter(None, [probe_headline(name, result)])
     return parts
 
 

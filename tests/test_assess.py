@@ -177,3 +177,27 @@ def test_dropped_records_are_reported(folder):
     (folder / "half.yaml").write_text(recipe, encoding="utf-8")
     code, output = stage("assess", "half.yaml", cwd=folder)
     assert code == 0 and "WARNING sources.nouns" in output and "(50%) dropped: no field 'words'" in output, output
+
+
+def test_speed_memorised_text_and_refusals(folder):
+    """Of one model, without prompts and held-out rows: figures in the report, answers in a file."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = build.new({"family": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, tokenizer, 64, seed=3)
+    publish(model.state_dict(), model.config, folder / "tokenizer", folder / "probed")
+    (folder / "requests.jsonl").write_text('{"prompt": "Hi", "kind": "harmless", "language": "en"}\n')
+    keys = (
+        "{inputs: {tokens: ./tokens, probed: ./probed}, max_rows: 0, memorised: {samples: 6, prefix: 8, continuation: 4},"
+        " refusals: {file: requests.jsonl, max_new_tokens: 4},"
+        " speed: {prompt_tokens: 4, new_tokens: 4, batches: [2], repeats: 1}}"
+    )
+    (folder / "p.yaml").write_text(f"name: p\nseed: 1\nstages:\n  assess: {keys}\n")
+    code, output = stage("assess", "p.yaml", cwd=folder)
+    assert code == 0, output
+    published = folder / "runs/p/assess/current"
+    figures = json.loads((published / "report.json").read_text())["models"]["probed"]
+    assert figures["memorised"]["train"]["n"] == 6 and figures["refusals"]["harmless"]["n"] == 1
+    assert figures["speed"]["batches"]["2"]["tokens_per_second"] > 0
+    [answer] = [json.loads(line) for line in (published / "refusals/probed.jsonl").read_text().splitlines()]
+    assert answer["prompt"] == "Hi" and answer["refused"] is False
+    metrics = json.loads((published / "manifest.json").read_text())["metrics"]
+    assert "probed 0% memorised (n=6)" in metrics["summary"]["measure"]

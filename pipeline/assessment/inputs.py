@@ -27,6 +27,18 @@ class Candidate:
     """What its chat template is given that asks for today's date (Template in data/chat/rendering.py)."""
 
 
+def plain_candidate(artifact: Artifact) -> Candidate:
+    """A model that is asked no prompts."""
+    from transformers import AutoConfig
+
+    from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
+    from pipeline.train.finetune_data import model_folder
+
+    folder = model_folder(artifact)
+    vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+    return Candidate("the model", folder, load_tokenizer(folder), None, vocabulary, None, None)
+
+
 def candidate(name: str, artifact: Artifact, config) -> Candidate:
     from transformers import AutoConfig
 
@@ -41,7 +53,8 @@ def candidate(name: str, artifact: Artifact, config) -> Candidate:
     tokenizer = load_tokenizer(folder)
     model_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     use_known_padding(tokenizer, model_config.vocab_size)
-    chat = Chat(tokenizer, trained=False, date=config.date) if config.sources else None
+    has_prompts = config.sources or (config.refusals and tokenizer.chat_template)
+    chat = Chat(tokenizer, trained=False, date=config.date) if has_prompts else None
     most = positions(model_config)
     return Candidate(name, folder, tokenizer, chat, model_config.vocab_size, most, config.date)
 
@@ -53,6 +66,22 @@ def held_out_rows(config, tokens: Artifact, candidates: list[Candidate]) -> list
     """Fixed rows of held-out text. Raises UserError for a model to which these tokens are another text, or that has too
     few positions for a row."""
     from pipeline.data.tokens.heldout_rows import heldout_rows
+
+    check_tokens(tokens, candidates)
+    for model in candidates:
+        if config.sequence_length and model.positions and config.sequence_length > model.positions:
+            raise UserError(
+                f"sequence_length: {config.sequence_length} is more than the {model.positions} positions of"
+                f" {model.name}; use {model.positions} or fewer"
+            )
+    length = config.sequence_length
+    if not length:
+        length = min([DEFAULT_LENGTH, *(model.positions for model in candidates if model.positions)])
+    return heldout_rows(tokens.path, length, config.max_rows)
+
+
+def check_tokens(tokens: Artifact, candidates: list[Candidate]) -> None:
+    """Raise UserError if packed tokens are another text to a model."""
     from pipeline.data.tokens.store import TokenStore
 
     store = TokenStore(tokens.path, "heldout")
@@ -65,15 +94,6 @@ def held_out_rows(config, tokens: Artifact, candidates: list[Candidate]) -> list
                 f" the model would be measured on another text. Measure {model.name} in a stage of its own, with text"
                 " packed by its tokenizer, or without held-out text (max_rows: 0)"
             )
-        if config.sequence_length and model.positions and config.sequence_length > model.positions:
-            raise UserError(
-                f"sequence_length: {config.sequence_length} is more than the {model.positions} positions of"
-                f" {model.name}; use {model.positions} or fewer"
-            )
-    length = config.sequence_length
-    if not length:
-        length = min([DEFAULT_LENGTH, *(model.positions for model in candidates if model.positions)])
-    return heldout_rows(tokens.path, length, config.max_rows)
 
 
 def _tokenizer_of(tokens: Artifact):

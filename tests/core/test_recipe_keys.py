@@ -80,6 +80,11 @@ BESIDE = {
     "assess": [
         ["assess.sources.nouns.answer='{kind}'"],
         ["assess.inputs={tokens: pack, sft: sft, dpo: dpo, reward: reward}", "assess.compare=[[sft, dpo]]"],
+        [
+            "assess.speed={prompt_tokens: 4, new_tokens: 4, batches: [1], repeats: 1}",
+            "assess.memorised={samples: 2, prefix: 4, continuation: 4}",
+            "assess.refusals={max_new_tokens: 4}",
+        ],
     ],
 }
 # Read by what starts a stage, and not by the stage.
