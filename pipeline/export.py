@@ -29,13 +29,14 @@ from pipeline.core.terminal import say
 
 # 2: also in the form that transformers 4.57 and llama.cpp's converter read
 VERSION = 2
-INPUTS = {"model": ("ppo", "grpo", "dpo", "kto", "sft", "pretrain")}
+INPUTS = {"model": ("ppo", "grpo", "dpo", "kto", "sft", "pretrain"), "tokens": ("pack",)}
 
 # fp32: the same arithmetic on the same numbers, so logits must be equal up to this difference. bf16 keeps 8 bits of
 # each weight (2^-9 relative), so the likeliest tokens are compared, which must agree at least so often: on random text
 # ties are near. fp16 keeps 11 bits.
 FP32_TOLERANCE = 1e-6
 BF16_AGREEMENT = 0.9
+HELDOUT_LENGTH, HELDOUT_ROWS = 512, 64  # on which quantised weights are measured
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -50,6 +51,10 @@ class Config(StageConfig):
     """GGUF files for llama.cpp, Ollama and LM Studio, one for each type of the weights: q8_0 and q4_0 are blocks of 32
     weights in 8 and 4 bits, q4_k blocks of 256 in 4.5. A Modelfile for Ollama names the first. Families: llama,
     mistral, qwen2, qwen3."""
+    quantized: Annotated[list[Literal["nf4", "w4a16", "w8a16", "fp8"]], Distinct] = []
+    """Folders with quantised weights for transformers and vLLM, each `quantized-FORM` with what it costs: held-out bits
+    per byte (with the input `tokens`, by default the recipe's `pack`) and greedy tokens. nf4: 4 bits by bitsandbytes;
+    w4a16, w8a16: integers in groups of 128, and fp8: 8-bit floats, by compressed-tensors."""
     compare_tokens: int = Field(512, ge=16)
     """Random tokens on which the exported model's logits are compared with the training model's."""
 
@@ -60,10 +65,22 @@ class Config(StageConfig):
             raise ValueError(f"{short_repr(value)} is not a size; write for example 5GB or 500MB")
         return value
 
+    def optional(self) -> set[str]:
+        return {"tokens"}
+
+    def unread(self) -> set[str]:
+        return set() if self.quantized or "tokens" in self.inputs else {"tokens"}
+
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         from pipeline.train import planned_model
 
-        planned_model.check_files(inputs)
+        planned_model.check_files({key: model for key, model in inputs.items() if key != "tokens"})
+        if self.quantized:
+            from pipeline.models import quantized
+
+            config = planned_model.config_of(inputs["model"])
+            if config is not None:
+                quantized.refuse(config, self.quantized)
         if self.gguf:
             from pipeline.models import gguf_write
 
@@ -77,6 +94,10 @@ class Config(StageConfig):
             from pipeline.models.gguf_file import require_library
 
             require_library()
+        if self.quantized:
+            from pipeline.models.quantized import require_libraries
+
+            require_libraries(self.quantized)
 
     @classmethod
     def published_model(cls, artifact: Artifact) -> PublishedModel:
@@ -124,17 +145,25 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     faults.point("work")
 
     loader, remarks = export_tokenizer.readers(output.path)
-    files = write_gguf(trained, output.path, config)
+    before = None
+    if config.quantized or "tokens" in inputs:
+        before = reference_of(trained, inputs, config)
+    files = write_gguf(trained, output.path, config, before)
     remarks += files.remarks
     for remark in remarks:
         say(f"export: {remark}")
     parameters = cost.count(trained).total
+    variants = write_quantized(trained, output.path, config, before)
     paragraph = (
         f"Weights are {config.dtype}. Compared with the training model on {comparison.num_tokens} random tokens:"
         f" largest difference of a logit {comparison.difference:.3g}, same likeliest token {comparison.agreement:.2%}."
     )
     card = model_card(
-        inputs["model"], ancestry(inputs["model"]), parameters, loader, [paragraph, *files.paragraphs, *remarks]
+        inputs["model"],
+        ancestry(inputs["model"]),
+        parameters,
+        loader,
+        [paragraph, *files.paragraphs, *variants.paragraphs, *remarks],
     )
     write_atomic(output.path / "README.md", card)
     written = f"{config.dtype} safetensors, tokenizer, card"
@@ -146,13 +175,84 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
         "tokenizer_class": loader,
         "summary": {
             "input": f"{inputs['model'].stage}, {parameters / 1e6:.1f} M parameters",
-            "output": ", ".join([written, *files.names]),
+            "output": ", ".join([written, *files.names, *variants.names]),
             "measure": f"logits differ by {comparison.difference:.1g} on {comparison.num_tokens} tokens",
         },
     }
     if config.gguf:
         metrics["gguf"] = files.metrics
+    if config.quantized:
+        metrics["quantized"] = variants.metrics
     return metrics
+
+
+# ---- quantised folders -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variants:
+    """Folders with quantised weights."""
+
+    names: list[str] = field(default_factory=list)
+    metrics: dict[str, dict] = field(default_factory=dict)
+    """Of each form, what it costs."""
+    paragraphs: list[str] = field(default_factory=list)
+    """For the card."""
+
+
+def write_quantized(trained, folder: Path, config: Config, before) -> Variants:
+    """The quantised folders that the recipe asks for, each read again and measured against the training model. folder:
+    the exported one; before: quality_loss.Reference."""
+    variants = Variants()
+    if not config.quantized:
+        return variants
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.assessment import quality_loss
+    from pipeline.models import quantized
+    from pipeline.models.build import quiet
+
+    quantized.refuse(trained.config, config.quantized)
+    dtype = getattr(torch, DTYPES[config.dtype])
+    for form in config.quantized:
+        target = folder / f"quantized-{form}"
+        with quiet():
+            quantized.write(folder, form, target, dtype)
+            model = AutoModelForCausalLM.from_pretrained(target, local_files_only=True, device_map={"": "cpu"}).eval()
+        figures = quality_loss.loss_of(model, before)
+        size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        variants.names.append(target.name)
+        variants.metrics[form] = figures | {"bytes": size}
+        variants.paragraphs.append(
+            f"`{target.name}/` ({quantized.FORMS[form].about}, {size / 1e6:,.1f} MB): {quality_loss.sentence(figures)}."
+        )
+        say(f"export: {form}: {quality_loss.sentence(figures)}")
+        del model
+    return variants
+
+
+def reference_of(trained, inputs: dict[str, Artifact], config: Config):
+    """What the training model does with held-out text, or without packed tokens with random tokens."""
+    import torch
+
+    from pipeline.assessment import quality_loss
+    from pipeline.assessment.inputs import check_tokens, plain_candidate
+    from pipeline.data.tokens.heldout_rows import heldout_rows
+
+    positions = trained.config.max_position_embeddings
+    rows = []
+    if "tokens" in inputs:
+        check_tokens(inputs["tokens"], [plain_candidate(inputs["model"])])
+        rows = heldout_rows(inputs["tokens"].path, min(HELDOUT_LENGTH, positions), HELDOUT_ROWS)
+    length = quality_loss.PREFIX
+    if rows:
+        beginnings = [row.tokens[:length].tolist() for row in rows[: quality_loss.MOST_TEXTS]]
+    else:
+        generator = torch.Generator().manual_seed(derive(config.seed, "quantized"))
+        size = (quality_loss.MOST_TEXTS, length)
+        beginnings = torch.randint(trained.config.vocab_size, size, generator=generator).tolist()
+    return quality_loss.reference(trained, beginnings, rows)
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
@@ -170,9 +270,10 @@ class GgufFiles:
     remarks: list[str] = field(default_factory=list)
 
 
-def write_gguf(trained, folder: Path, config: Config) -> GgufFiles:
+def write_gguf(trained, folder: Path, config: Config, before) -> GgufFiles:
     """The GGUF files that the recipe asks for, each read again and compared, and a Modelfile for the first. folder: the
-    exported one, with tokenizer and generation settings."""
+    exported one, with tokenizer and generation settings; before: quality_loss.Reference, or None."""
+    from pipeline.assessment import quality_loss
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import gguf_write, ollama
     from pipeline.models.publish import generation_settings, stop_ids
@@ -203,6 +304,10 @@ def write_gguf(trained, folder: Path, config: Config) -> GgufFiles:
             f"`{path.name}` for llama.cpp ({path.stat().st_size / 1e6:,.1f} MB): same likeliest token"
             f" {comparison.agreement:.2%}, KL divergence from the training model {comparison.kl:.2g} nats per token."
         )
+        if before is not None:
+            figures = quality_loss.loss_of(copied, before)
+            files.metrics[weight_type] |= figures
+            files.paragraphs[-1] += f" With its weights {quality_loss.sentence(figures)}."
     text, remarks = ollama.modelfile(
         files.names[0],
         tokenizer,

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import tuned
@@ -107,7 +109,7 @@ def test_the_hub_receives_those_files_in_one_commit(model, hub, capsys):
 
 
 def test_what_cannot_be_pushed_is_one_sentence(model, hub, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="model: is not the name of a repository; expected ORG/NAME"):
+    with pytest.raises(UserError, match="model: is not the name of a repository; expected ORG/NAME, or modelscope:"):
         push(model, "model")
     with pytest.raises(UserError, match="contains no model"):
         push(tmp_path, "org/m")
@@ -118,3 +120,53 @@ def test_what_cannot_be_pushed_is_one_sentence(model, hub, tmp_path, monkeypatch
     hub.refuses = True
     with pytest.raises(UserError, match="the hub refuses it \\(403\\); run hf auth login, or set HF_TOKEN"):
         push(model, "org/m")
+
+
+class ModelScope:
+    """The library's client (its real one is not installed with the tests): what it was asked."""
+
+    calls: list = []
+    error: Exception | None = None
+    endpoint = "https://www.modelscope.cn"
+
+    def create_repo(self, repo_id, *, visibility, exist_ok):
+        self.calls.append((repo_id, visibility, exist_ok))
+        if self.error:
+            raise self.error
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message, use_cache):
+        self.calls.append((repo_id, folder_path, allow_patterns, use_cache))
+
+
+@pytest.fixture
+def modelscope(monkeypatch):
+    monkeypatch.setattr("pipeline.core.optional_packages.is_installed", lambda package: True)
+    for name in ("modelscope", "modelscope.hub", "modelscope.hub.api"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(HubApi=ModelScope))
+    monkeypatch.setattr(ModelScope, "calls", [])
+    return ModelScope
+
+
+def test_modelscope_receives_the_same_files(model, modelscope, hub, capsys):
+    push(model, "modelscope:org/m", "--dry-run")
+    assert not modelscope.calls and "to modelscope:org/m; nothing was sent" in capsys.readouterr().out
+    push(model, "modelscope:org/m", "--private")
+    files = upload_of(str(model)).files
+    assert modelscope.calls == [("org/m", "private", True), ("org/m", str(model), files, False)] and not hub.asked
+    assert "to https://www.modelscope.cn/models/org/m" in capsys.readouterr().out
+
+
+def test_what_modelscope_refuses_is_one_sentence(model, modelscope, monkeypatch):
+    monkeypatch.setattr(ModelScope, "error", ValueError("Token does not exist, please login first."))
+    with pytest.raises(UserError, match="org/m: ModelScope .* Token does not exist.*; run modelscope login, or set"):
+        push(model, "modelscope:org/m")
+    monkeypatch.setattr(ModelScope, "error", KeyError("a fault of alma"))
+    with pytest.raises(KeyError):
+        push(model, "modelscope:org/m")
+    monkeypatch.setattr("pipeline.core.optional_packages.is_installed", lambda package: package != "modelscope")
+    with pytest.raises(
+        UserError, match=r"modelscope:org/m needs the package modelscope.*pip install 'alma\[modelscope\]'"
+    ):
+        push(model, "modelscope:org/m")
+    with pytest.raises(UserError, match="modelscope:m: is not the name of a repository"):
+        push(model, "modelscope:m")
