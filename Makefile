@@ -2,7 +2,7 @@
 # make test         style, then the tests;  make test-all adds the slow ones
 # make test-quick   tests that start no stage, in less than a minute
 # make test-wheel   wheel and sdist, installed into fresh environments of PYTHONS, and a small chain in each
-# make test-browser alma report in headless Chromium, which must be there (Debian: apt-get install chromium)
+# make test-browser alma report and alma serve's page in headless Chromium, which must be there (Debian: apt-get install chromium)
 # make docs         the documentation as a site in site/, which needs no network to be read
 # make style        the checks of form that `make test` begins with;  make format fixes most of them
 PYTHON ?= python3
@@ -44,7 +44,7 @@ test-wheel: .venv/installed
 
 test-browser: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/report/test_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/report/test_browser.py tests/serve/test_chat_page.py
 
 docs: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'

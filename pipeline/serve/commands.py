@@ -96,8 +96,8 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Serve models by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, and /health and /metrics. The
-    environment variable ALMA_API_KEY sets a key that clients must give."""
+    """Serve models by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, and /health and /metrics; at / a
+    page to chat on. The environment variable ALMA_API_KEY sets a key that clients must give."""
     from pipeline.serve.target import resolve
 
     key = os.environ.get("ALMA_API_KEY") or None
@@ -119,13 +119,19 @@ def serve(
 
 def push(
     target: Annotated[str, typer.Argument(help=TARGET, metavar="RUN[:STAGE]|MODEL")],
-    repository: Annotated[str, typer.Argument(help="Of the Hugging Face hub.", metavar="ORG/NAME")],
+    repository: Annotated[
+        str,
+        typer.Argument(
+            help="Of the Hugging Face hub, or of ModelScope with modelscope: in front.",
+            metavar="ORG/NAME|modelscope:ORG/NAME",
+        ),
+    ],
     private: Annotated[
         bool, typer.Option("--private", help="If the repository is created, only you can see it.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
 ) -> None:
-    """Upload an exported model with its card to the Hugging Face hub, in one commit."""
+    """Upload an exported model with its card to the Hugging Face hub or ModelScope, in one commit."""
     from pipeline.serve.push import run
 
     run(target, repository, private, dry_run)

@@ -31,7 +31,9 @@ def run(targets: list[Target], limits: Limits, key: str | None, host: str, port:
             server_header=False,
         )
         address = f"[{host}]" if ":" in host else host
-        show(f"serving    http://{address}:{listener.getsockname()[1]}/v1{' with a key' if key else ''}; Ctrl-C ends")
+        server = f"http://{address}:{listener.getsockname()[1]}"
+        show(f"chat page  {server}/")
+        show(f"serving    {server}/v1{' with a key' if key else ''}; Ctrl-C ends")
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pipeline.serve.answers import Answer, event
 from pipeline.serve.generator import Generator, Token
 from pipeline.serve.requests import ChatRequest, CompletionRequest, Job, Refused, job, parsed
+from pipeline.serve.web_page import web_page
 
 STEP = 0.2  # seconds between looks at whether a client has gone
 
@@ -75,6 +76,7 @@ class App:
             Route("/v1/completions", self._counted(self._completions), methods=["POST"]),
             Route("/v1/models", self._counted(self._list), methods=["GET"]),
             Route("/v1/models/{name:path}", self._counted(self._one), methods=["GET"]),
+            Route("/", self._page, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
@@ -167,6 +169,11 @@ class App:
         name = request.path_params["name"]
         self._model(name)
         return JSONResponse(self._card(name))
+
+    async def _page(self, request: Request) -> Response:
+        """The chat page. It has nothing to hide, so it needs no key; what it asks for does."""
+        html, headers = web_page()
+        return HTMLResponse(html, headers=headers)
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "running": self._num_running, "waiting": self._num_waiting})

@@ -5,33 +5,23 @@ ALMA_SCREENSHOTS=FOLDER ALMA_RUN=runs/small make test-browser      # pictures of
 """
 
 import os
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 import reported_run
+from chromium import MARKS, PHONE, SCREEN, launched
 
 from pipeline.report.page import SECTIONS, Options, page_of
 from pipeline.report.run_folder import read_run
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install one, or give CHROMIUM=path"),
-]
-PHONE = {"width": 390, "height": 844}
-SCREEN = {"width": 1200, "height": 900}
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'alma[browser]'")
-    with playwright.sync_playwright() as started:
-        # a container's root has no namespaces for Chromium's sandbox; the page is this test's own file
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
