@@ -1,4 +1,4 @@
-"""`alma list`, `alma compare` and `alma gc`: their options, and what they print."""
+"""`alma list`, `alma compare`, `alma gc` and `alma sweep`: their options, and what they print."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.core.cli_arguments import Json
+from pipeline.core.cli_arguments import Json, RecipeFile, split
 from pipeline.core.errors import UserError
 from pipeline.core.terminal import byte_size, plural, show
 
@@ -51,6 +51,51 @@ def compare(
         print(json.dumps(asdict(result), ensure_ascii=False))
     else:
         show_comparison(result, everything)
+
+
+def sweep(
+    recipe: RecipeFile,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Names of stages; keys with several values, which are swept; keys with one, which all members have.",
+            metavar="[STAGE|key=a,b,c|key=value]...",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--random",
+            min=1,
+            help="So many random members instead of the grid; keys may be log:1e-4..1e-2 or linear:0..1.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --random.")] = 0,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="What members are compared by, such as pretrain.heldout_loss.")
+    ] = None,
+    highest: Annotated[
+        bool | None,
+        typer.Option("--highest/--lowest", help="Which value of the metric is best; by default the lowest of losses."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the members and what each would run.")] = False,
+) -> None:
+    """Run a recipe with several values of its keys, each member a run of its own, and compare what they measured. The
+    same command continues a sweep that was stopped."""
+    from pipeline.core.launch import StageFailed
+    from pipeline.manage import sweep as sweeping
+    from pipeline.manage.sweep_plan import sweep_plan
+
+    stages, overrides = split(words)
+    plan = sweep_plan(recipe, overrides, stages, count, seed)
+    if dry_run:
+        sweeping.show_plan(plan)
+        return
+    results = sweeping.run(plan, metric, highest)
+    sweeping.show_results(plan, results, metric, highest)
+    failed = [result.name for result in results if result.state == "failed"]
+    if failed:
+        raise StageFailed("sweep", 1, f"{plural(len(failed), 'member')} failed: {', '.join(failed)}")
 
 
 def gc(

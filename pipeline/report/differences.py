@@ -94,7 +94,8 @@ def number_differences(first: Run, second: Run) -> list[NumberDifference]:
     return found
 
 
-def _flat(stage: StageRun | None) -> dict[str, float]:
+def numbers_in(metrics: dict) -> dict[str, float]:
+    """The numbers of a manifest's metrics; those within blocks are called `models.sft.reward`."""
     numbers: dict[str, float] = {}
 
     def add(prefix: str, block: dict) -> None:
@@ -104,10 +105,16 @@ def _flat(stage: StageRun | None) -> dict[str, float]:
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 numbers[f"{prefix}{key}"] = value
 
-    if stage is not None:
-        add("", stage.metrics)
-        if stage.seconds is not None:
-            numbers["seconds"] = stage.seconds
+    add("", metrics)
+    return numbers
+
+
+def _flat(stage: StageRun | None) -> dict[str, float]:
+    if stage is None:
+        return {}
+    numbers = numbers_in(stage.metrics)
+    if stage.seconds is not None:
+        numbers["seconds"] = stage.seconds
     return numbers
 
 
