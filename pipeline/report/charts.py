@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.report import alarms
 from pipeline.report.metric_series import Metrics, Series, outliers, thin
 from pipeline.report.normal import Band, planned_rates
 from pipeline.report.run_folder import StageRun
@@ -112,6 +113,7 @@ def charts(stage: StageRun, metrics: Metrics, bands: list[Band], say: Words) -> 
         if group == "grad":
             _add_limit(stage, shapes, notes, say)
         _add_resumes(resumes(stage), metrics, shapes, notes, say)
+        _add_alarms(alarms.marks(group, metrics), shapes, notes, say)
         figure = {"data": traces, "layout": _layout(say, shapes, notes)}
         found.append(Chart(f"{stage.name}-{group}", say(f"chart.{group}"), figure))
     return found
@@ -209,6 +211,14 @@ def _add_resumes(starts: Resumes, metrics: Metrics, shapes: list, notes: list, s
         shapes.append({"type": "line", "yref": "paper", "x0": step, "x1": step, "y0": 0, "y1": 1, "line": line})
         if len(marks) <= 8:
             notes.append(_note(step, 1, say(key), yref="paper"))
+
+
+def _add_alarms(raised: list[tuple[int, str]], shapes: list, notes: list, say: Words) -> None:
+    for step, name in raised[:60]:
+        line = {"color": "#d9402b", "width": 1, "dash": "dot"}
+        shapes.append({"type": "line", "yref": "paper", "x0": step, "x1": step, "y0": 0, "y1": 1, "line": line})
+        if len(raised) <= 8:
+            notes.append(_note(step, 0.9, say("mark.alarm", name=name), yref="paper"))
 
 
 def _note(x: float, y: float, text: str, **more) -> dict:

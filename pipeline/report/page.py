@@ -19,6 +19,7 @@ from pipeline.core.chain_summary import seconds as duration
 from pipeline.core.files import now
 from pipeline.core.optional_packages import require
 from pipeline.report import sections
+from pipeline.report.alarms import alarm_rows
 from pipeline.report.charts import Chart, charts, resumes
 from pipeline.report.funnel import funnels
 from pipeline.report.masks import masks
@@ -69,8 +70,10 @@ def page_of(run: Run, options: Options) -> str:
         curves.append(Curves(name, numbers.rows, numbers.unreadable, unplaced, drawn))
     memory = {name: _largest(numbers, "peak_memory_gb") for name, numbers in metrics.items()}
     stages = list(run.stages.values())
+    raised = [row for name, numbers in metrics.items() for row in alarm_rows(run.stages[name], numbers)]
     context = {
         "run": run,
+        "alarms": raised,
         "bands": {name: entries for name, entries in found.items() if entries},
         "curves": curves,
         "funnels": funnels(run),
@@ -79,6 +82,7 @@ def page_of(run: Run, options: Options) -> str:
         "answers": sections.answers(run),
         "changes": sections.changes(run),
         "assessments": sections.assessments(run),
+        "shares": sections.shares(run),
         "warnings": [(stage.name, text) for stage in stages for text in stage.metrics.get("warnings") or []],
         "lineage": [(stage, sections.ancestors(stage, run)) for stage in stages if stage.path],
         "costs": sections.costs(run, memory, options.price, options.watts),

@@ -151,6 +151,64 @@ def assessments(run: Run) -> list[Assessment]:
     return found
 
 
+@dataclass(frozen=True)
+class Share:
+    """A number of models with an interval: a metric of a task, or another figure of stage assess."""
+
+    stage: str
+    name: str
+    count: int | None
+    """Questions, or what else was asked; of the first model that has it."""
+    models: dict[str, dict]
+    """Model -> value, low, high; the last two may be None."""
+
+    @property
+    def is_share(self) -> bool:
+        """Whether all values are from 0 to 1, so that intervals can be drawn on that scale."""
+        values = [number for entry in self.models.values() for number in entry.values() if number is not None]
+        return all(0 <= number <= 1 for number in values)
+
+
+def shares(run: Run) -> list[Share]:
+    """The tasks of every stage assess and its other figures with intervals, each a row with all models."""
+    found: dict[tuple[str, str], Share] = {}
+    for stage in run.stages.values():
+        models = stage.metrics.get("models")
+        if stage.kind != "assess" or not isinstance(models, dict):
+            continue
+        for model, numbers in models.items():
+            for name, count, entry in [*_task_numbers(numbers.get("tasks") or {}), *_rates(numbers, "")]:
+                share = found.setdefault((stage.name, name), Share(stage.name, name, count, {}))
+                share.models[model] = entry
+    return list(found.values())
+
+
+def _task_numbers(tasks: dict) -> list[tuple[str, int | None, dict]]:
+    """(name, questions, value with interval) of each metric of each task."""
+    rows = []
+    for key, scores in tasks.items():
+        for task, score in scores.items():
+            label = key if len(scores) == 1 else f"{key}/{task}"
+            examples = f", {score['few_shot']} examples" if score.get("few_shot") else ""
+            for metric, entry in score.get("metrics", {}).items():
+                interval = {name: entry.get(name) for name in ("value", "low", "high")}
+                rows.append((f"{label} {metric}{examples}", score.get("questions"), interval))
+    return rows
+
+
+def _rates(block: dict, prefix: str) -> list[tuple[str, int | None, dict]]:
+    """The figures {rate, low, high, n} within a block, by their path."""
+    rows = []
+    for key, value in block.items():
+        if not isinstance(value, dict) or key == "tasks":
+            continue
+        name = f"{prefix}{key}"
+        if {"rate", "low", "high", "n"} <= value.keys():
+            rows.append((name, value["n"], {"value": value["rate"], "low": value["low"], "high": value["high"]}))
+        rows += _rates(value, f"{name}.")
+    return rows
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

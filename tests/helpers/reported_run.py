@@ -129,6 +129,8 @@ def write(root: Path, lr: float = 1e-3) -> Path:
     policy = []
     for step in range(1, 21):
         row = {"step": step, "reward": step / 10, "kl": step / 20, "entropy": 2.0, "eos_rate": 0.95, "lr": 1e-5}
+        if step in (7, 12):
+            row["alarm/kl_growth"] = 4.5 + step / 10
         policy.append(row | {"rollout_difference": 1e-7, "first_approx_kl": 0.0, "loss": 0.0, f"odd{EVIL}": 1})
     texts = []
     for when, reward in (("before", 0.5), ("after", 1.5)):
@@ -145,7 +147,14 @@ def write(root: Path, lr: float = 1e-3) -> Path:
     files = {"metrics.jsonl": lines(policy), "samples.jsonl": lines(texts)}
     publish(root, manifest("ppo", "4", {}, measured, {"policy": parent("pretrain", "3")}), files)
     rates = {"ppo over pretrain": {"rate": 0.75, "low": 0.6, "high": 0.875, "prompts": 40}}
+    task = {
+        "metrics": {"acc": {"value": 0.25, "stderr": 0.04, "low": 0.17, "high": 0.35}},
+        "questions": 100,
+        "few_shot": 5,
+    }
+    refused = {"harmful": {"rate": 0.5, "low": 0.3, "high": 0.7, "n": 32}}
     models = {"pretrain": {"reward": 0.5}, "ppo": {"reward": 1.5, "bits_per_byte": 1.25}}
+    models["ppo"] |= {"tasks": {"kinds": {"kinds": task}}, "refusals": refused}
     measured = {"models": models, "win_rates": rates}
     publish(root, manifest("assess", "5", {}, measured, {"ppo": parent("ppo", "4")}))
     return root

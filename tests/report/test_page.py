@@ -60,6 +60,15 @@ def test_curves_are_those_of_metrics_jsonl(run, page):
     assert page.curve("ppo-reward", "reward")["y"] == pytest.approx([step / 10 for step in range(1, 21)])
 
 
+def test_alarms_and_tasks_with_their_intervals(run, page):
+    row = next(cells for cells in page.all_rows if cells[0] == "ppo" and "kl_growth" in cells[1])
+    assert row[2:] == [" – 4", "5.7", "2", "7 – 12", "warn"] and "rise of the KL" in row[1]
+    shapes = page.figures["plot-ppo-kl"]["layout"]["shapes"]
+    assert [shape["x0"] for shape in shapes if shape["type"] == "line"] == [7, 12]
+    assert ["assess", "kinds acc, 5 examples", "ppo", "0.25", "0.17 – 0.35", "", "100"] in page.all_rows
+    assert ["assess", "refusals.harmful", "ppo", "0.5", "0.3 – 0.7", "", "32"] in page.all_rows
+
+
 def test_figures_are_what_plotly_takes(page):
     import plotly.graph_objects as graph
 
