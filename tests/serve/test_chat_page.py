@@ -56,8 +56,13 @@ def address(models):
 def opened(browser, url: str, viewport=SCREEN, scheme="light", locale="en-US"):
     """(page, what it complained of or asked of others)."""
     complaints: list[str] = []
+
+    def noted(message) -> None:
+        if message.type != "debug" and not message.text.startswith("[DOM] Password field"):  # a hint for logins
+            complaints.append(f"{message.type}: {message.text}")
+
     page = browser.new_context(viewport=viewport, color_scheme=scheme, locale=locale).new_page()
-    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("console", noted)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda asked: None if asked.url.startswith((url, "data:")) else complaints.append(asked.url))
     page.goto(url)
