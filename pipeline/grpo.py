@@ -20,7 +20,7 @@ from pipeline.rl.config import AlgorithmName, GroupUpdates, Overlong
 from pipeline.rl.online_config import OnlineConfig
 
 VERSION = 3  # 3: tool calls, columns of structs and messages as JSON text are read completely or rejected
-INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
+INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
 
 
 class Config(OnlineConfig):
@@ -90,6 +90,8 @@ class Config(OnlineConfig):
         models = {"reward model": False} if self.uses_reward_model() else {}
         if self.measures_kl() and self.lora is None:
             models["reference"] = False
+        if self.uses_process_model():
+            models["process reward model"] = False
         return models
 
 
@@ -106,7 +108,7 @@ def build_models(config: Config, parents, prompts: int):
     from pipeline.rl import rollout_memory
     from pipeline.rl.frozen_models import copy_to_read, only_read
     from pipeline.rl.group_objective import GROUPS, policy_loss_fn
-    from pipeline.rl.online import assemble, load_judge, load_policy
+    from pipeline.rl.online import assemble, load_judge, load_policy, load_process
     from pipeline.train import finetune
     from pipeline.train.run_summary import Work
 
@@ -116,6 +118,7 @@ def build_models(config: Config, parents, prompts: int):
         reward_model, reward_weights = load_judge(config, parents.reward)
         others["reward model"] = sampling_cost.only_read(cost.count(reward_model))
         reward_model = only_read(reward_model, config, fill=reward_weights)
+    process = load_process(config, parents, others)
     reference = None
     if config.measures_kl() and config.lora is None:
         others["reference"] = sampling_cost.only_read(cost.count(policy_model))
@@ -138,7 +141,7 @@ def build_models(config: Config, parents, prompts: int):
     work = Work(data, updates=updates, notes=notes, others=others)
     policy_loss = functools.partial(policy_loss_fn, config)
     engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy", weights=weights)
-    return assemble(config, parents, GROUPS, engine, None, reference, reward_model)
+    return assemble(config, parents, GROUPS, engine, None, reference, reward_model, process)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pipeline.rl.config import Algorithm, ValueOptimizer
 from pipeline.rl.online_config import OnlineConfig
 
 VERSION = 7  # 7: tool calls, columns of structs and messages as JSON text are read completely or rejected
-INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",)}
+INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
 
 
 class Config(OnlineConfig):
@@ -65,6 +65,8 @@ class Config(OnlineConfig):
             models["reference"] = False
             if self.uses_reward_model():
                 models["reward model"] = False
+        if self.uses_process_model():
+            models["process reward model"] = False
         return models
 
 
@@ -78,7 +80,7 @@ def build_models(config: Config, parents, prompts: int):
     """All models of a run, from its parents. prompts: how many are trained on, for the header. Collective."""
     from pipeline.models import cost, sampling_cost
     from pipeline.rl import rollout_memory
-    from pipeline.rl.online import assemble, load_policy
+    from pipeline.rl.online import assemble, load_policy, load_process
     from pipeline.rl.ppo_objective import PPO, policy_loss_fn, value_loss_fn
     from pipeline.rl.responses import ValueModel
     from pipeline.train import engine, finetune
@@ -91,6 +93,7 @@ def build_models(config: Config, parents, prompts: int):
         others["reference"] = sampling_cost.only_read(cost.count(policy_model))
         if config.uses_reward_model():
             others["reward model"] = sampling_cost.only_read(cost.count(classifier))
+    process = load_process(config, parents, others)
     reference, reward_model = frozen_models(
         config, parents, (policy_model, policy_weights), (classifier, value_weights)
     )
@@ -121,7 +124,7 @@ def build_models(config: Config, parents, prompts: int):
     value_engine = engine.build(value_model, value_loss, value_config, name="value", fill=value_fill)
     if value_weights is not None and config.lora is not None:
         finetune.check_adapters(value_engine)
-    return assemble(config, parents, PPO, policy_engine, value_engine, reference, reward_model)
+    return assemble(config, parents, PPO, policy_engine, value_engine, reference, reward_model, process)
 
 
 def load_classifier(config: Config, parents):

@@ -23,6 +23,7 @@ from pipeline.models import lora
 from pipeline.rl import rules, sampling
 from pipeline.rl.frozen_models import SplitModel, complete
 from pipeline.rl.objective import Objective
+from pipeline.rl.process_reward import ProcessReward
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import (
     Sample,
@@ -69,6 +70,8 @@ class Models:
     """What samples, if the policy itself does not."""
     num_updates: int = 0
     """Updates of the policy so far."""
+    process: ProcessReward | None = None
+    """None: no reward is that of a process reward model."""
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:

@@ -201,7 +201,7 @@ def iterate(
 
     stats = _statistics(config, samples, tokens, scores, signal, state["kl_coef"])
     stats |= updates | staleness
-    if config.reward_functions():
+    if config.fallible_rewards():
         stats |= failures_of(config, drawn) | {"reward_calls": len(drawn)}
     if not config.measures_policy():  # the update's forward pass is that of the policy that sampled
         stats["entropy"] = stats["entropy_update"]

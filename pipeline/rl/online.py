@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from pipeline.core.artifact import Artifact
 from pipeline.core.files import write_atomic
@@ -15,16 +16,19 @@ from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural
 from pipeline.data.chat.template import Chat
-from pipeline.models import attention
+from pipeline.models import attention, cost, sampling_cost
+from pipeline.models.cost import Size
 from pipeline.models.folder_weights import FolderWeights
 from pipeline.rl import sentinel
 from pipeline.rl.experience import Models, evaluate
-from pipeline.rl.frozen_models import SplitModel
+from pipeline.rl.frozen_models import SplitModel, only_read
 from pipeline.rl.iteration import Iterations
 from pipeline.rl.objective import Objective
 from pipeline.rl.online_config import OnlineConfig
+from pipeline.rl.process_reward import ProcessReward
 from pipeline.rl.prompts import encoded_prompts, tasks_of
 from pipeline.rl.responses import disable_dropout, predict_at_labels
+from pipeline.rl.reward_config import step_separator
 from pipeline.rl.reward_workers import RewardWorkers
 from pipeline.rl.scoring import import_functions
 from pipeline.rl.server import RolloutServer
@@ -41,6 +45,8 @@ class Parents:
     policy: Parent
     reward: Parent | None
     """None: the rewards are functions."""
+    process: Parent | None = None
+    """The process reward model; None: no reward is its."""
 
     @property
     def reward_chat(self) -> Chat | None:
@@ -49,15 +55,24 @@ class Parents:
             return None
         return self.reward.chat
 
+    @property
+    def judges(self) -> list[Chat]:
+        """How the models that score responses read text."""
+        return [parent.chat for parent in (self.reward, self.process) if parent is not None]
+
 
 def load_parents(config: OnlineConfig, inputs: dict[str, Artifact]) -> Parents:
-    """The policy, and the reward model if the recipe uses one. Raises UserError for rewards that cannot be called."""
+    """The policy, and the models that score responses, as far as the recipe uses them. Raises UserError for rewards
+    that cannot be called."""
     config.check_rewards()
     policy = finetune.load_parent(config, inputs["policy"], f"{config.kind}, policy model")
     reward = None
     if config.uses_reward_model():
         reward = finetune.load_parent(config, inputs["reward"], f"{config.kind}, reward model")
-    return Parents(policy, reward)
+    process = None
+    if config.uses_process_model():
+        process = finetune.load_parent(config, inputs["process"], f"{config.kind}, process reward model")
+    return Parents(policy, reward, process)
 
 
 def load_policy(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights | None]:
@@ -77,6 +92,19 @@ def load_judge(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights
     return model, weights
 
 
+def load_process(config: OnlineConfig, parents: Parents, others: dict[str, Size]) -> ProcessReward | None:
+    """The process reward model, if a reward is its. others: sizes of further models by name, to which its is added.
+    Collective."""
+    parent = parents.process
+    if parent is None:
+        return None
+    separator = step_separator(AutoConfig.from_pretrained(parent.folder, local_files_only=True), str(parent.folder))
+    model, weights = finetune.load_model(config, parent, head="steps")
+    attention.choose(model, config.attention, config.precision)
+    others["process reward model"] = sampling_cost.only_read(cost.count(model))
+    return ProcessReward(only_read(model, config, fill=weights), parent.chat, separator)
+
+
 def assemble(
     config: OnlineConfig,
     parents: Parents,
@@ -85,6 +113,7 @@ def assemble(
     value: Engine | None,
     reference: torch.nn.Module | SplitModel | None,
     reward: torch.nn.Module | SplitModel | None,
+    process: ProcessReward | None,
 ) -> Models:
     """The models of a run. reference, reward: on the device (frozen_models.only_read)."""
     return Models(
@@ -97,6 +126,7 @@ def assemble(
         config=config,
         objective=objective,
         workers=RewardWorkers(config.reward_workers),
+        process=process,
     )
 
 
@@ -105,8 +135,7 @@ def align(
 ) -> dict:
     """Train a policy on its own answers, publish it, and return the stage's metrics. build_models(config, parents,
     number of prompts to train on) is called once the length of the run is known. Collective."""
-    reward_chat = None if parents.reward is None else parents.reward.chat
-    encode = functools.partial(encoded_prompts, config, parents.policy.chat, reward_chat, output)
+    encode = functools.partial(encoded_prompts, config, parents.policy.chat, parents.judges, output)
     _, extra = encode_once(output, config, encode)
     counts = extra["counts"]
     config = finetune.in_steps(config, counts["train_prompts"])

@@ -10,7 +10,7 @@ from pipeline.core.errors import Absent, Problems, UserError
 from pipeline.data.chat.chat_sources import RewardedSource
 from pipeline.rl import sentinel
 from pipeline.rl.config import MICRO_BATCH_TOKENS, LinearSchedule, PolicyOptimizer, Rollout, Updates
-from pipeline.rl.reward_config import MODEL, Reward, check_calls, check_packages
+from pipeline.rl.reward_config import MODEL, PROCESS, Reward, check_calls, check_packages, step_separator
 from pipeline.rl.rules import Rule
 from pipeline.rl.sentinel import Alarm, AlarmName
 from pipeline.train.finetune_config import FinetuneConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class OnlineConfig(FinetuneConfig):
     """A stage that samples answers to prompts, scores them and learns from the scores."""
 
-    MODEL_INPUTS = ("policy", "reward")
+    MODEL_INPUTS = ("policy", "reward", "process")
 
     sources: dict[str, RewardedSource]
     """Prompts, by name."""
@@ -83,6 +83,11 @@ class OnlineConfig(FinetuneConfig):
                 f"inputs.reward: {self.inputs['reward']} is not read, because no entry of rewards has function:"
                 f" {MODEL}; remove it, or add such an entry"
             )
+        if "process" in self.inputs and not self.uses_process_model():
+            raise ValueError(
+                f"inputs.process: {self.inputs['process']} is not read, because no entry of rewards has function:"
+                f" {PROCESS}; remove it, or add such an entry"
+            )
         sentinel.check(self)
         self._check_rollout()
         return self
@@ -123,12 +128,31 @@ class OnlineConfig(FinetuneConfig):
     def uses_reward_model(self) -> bool:
         return not self.rewards or any(reward.function == MODEL for reward in self.rewards.values())
 
-    def reward_functions(self) -> list[str]:
-        """Names of the rewards that are functions."""
+    def uses_process_model(self) -> bool:
+        return any(reward.function == PROCESS for reward in self.rewards.values())
+
+    def fallible_rewards(self) -> list[str]:
+        """Names of the rewards that may have no value for a response: functions, which may fail, and the process reward
+        model, whose chat template may not write it."""
         return [name for name, reward in self.rewards.items() if reward.function != MODEL]
 
     def unread(self) -> set[str]:
-        return set() if self.uses_reward_model() else {"reward"}
+        used = {"reward": self.uses_reward_model(), "process": self.uses_process_model()}
+        return {name for name, is_used in used.items() if not is_used}
+
+    def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
+        from pipeline.train import planned_model
+
+        problems = Problems()
+        with problems.gather():
+            super().check_inputs(inputs)
+        process = inputs.get("process")
+        if process is not None and process.config is None:
+            config = planned_model.config_of(process)
+            with problems.gather():
+                if config is not None:
+                    step_separator(config, f"inputs.process: {process.name}")
+        problems.refuse()
 
     @classmethod
     def external(cls) -> list[SourceBlock | ExternalFiles]:

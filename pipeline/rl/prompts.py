@@ -23,16 +23,16 @@ class Task:
     """What rewards get of the record, by name."""
 
 
-def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat | None, output: Output) -> tuple[Arrays, dict]:
+def encoded_prompts(config, policy_chat: Chat, judges: list[Chat], output: Output) -> tuple[Arrays, dict]:
     """Tasks of both splits as JSON, and `counts` of them; writes report.json. For `encode_once`.
 
     A prompt that does not leave room for `rollout.max_new_tokens` is dropped, and so is one that a chat template cannot
-    write.
+    write. judges: of the models that score responses.
     """
     train, heldout, ledger = load_prompts(config.sources, config.holdout, config.decontaminate)
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
     limit = config.sequence_length - config.rollout.max_new_tokens
-    same = reward_chat is None or policy_chat.reads_like(reward_chat)
+    others = [chat for chat in judges if not policy_chat.reads_like(chat)]
     extra: dict = {}
     too_long = 0
     for split, prompts in zip(SPLITS, (train, heldout), strict=True):
@@ -42,8 +42,8 @@ def encoded_prompts(config, policy_chat: Chat, reward_chat: Chat | None, output:
             reason = None
             try:
                 ids = policy_chat.prompt(prompt.dialogue)
-                if not same:
-                    reward_chat.prompt(prompt.dialogue)
+                for chat in others:
+                    chat.prompt(prompt.dialogue)
                 if len(ids) > limit:
                     reason = f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
                     too_long += 1

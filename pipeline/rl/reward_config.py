@@ -14,7 +14,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.recipe_file import suggestion
 from pipeline.rl import verifiers
 
-MODEL = "model"
+MODEL, PROCESS = "model", "process"
+COMBINED = ("minimum", "product")  # how a process reward model's step scores become one
 # What a function is called with, if it has a parameter of that name: the text of the response, the messages of the
 # prompt, and whether the response ended by itself.
 GIVEN = ("response", "prompt", "finished")
@@ -24,8 +25,9 @@ class Reward(Strict):
     """One part of the score of a response: a function, and how it counts."""
 
     function: str
-    """`model`: the reward model (input `reward`); a verifier: exact, contains, prefix, number, regex, json_schema,
-    sections, length, code or math; or FILE.py:NAME, a Python function of one's own."""
+    """`model`: the reward model (input `reward`); `process`: the process reward model (input `process`), its smallest
+    score of a step, or with `arguments: {combine: product}` their product; a verifier: exact, contains, prefix, number,
+    regex, json_schema, sections, length, code or math; or FILE.py:NAME, a Python function of one's own."""
     arguments: dict[str, Any] = {}
     """Further arguments of the function, by name."""
     weight: float = 1.0
@@ -40,15 +42,13 @@ class Reward(Strict):
 
     @model_validator(mode="after")
     def known_function(self):
-        if self.function == MODEL:
-            for key in ("arguments", "seconds", "memory", "failed"):
-                if key in self.model_fields_set:
-                    raise ValueError(f"{key} is for functions, and function: {MODEL} is the reward model; remove it")
+        if self.is_model:
+            self._check_model()
             return self
         if self.is_own:
             return self
         if self.function not in verifiers.VERIFIERS:
-            names = [MODEL, *verifiers.VERIFIERS]
+            names = [MODEL, PROCESS, *verifiers.VERIFIERS]
             raise ValueError(
                 f"function: there is no {self.function!r} (a function of your own is FILE.py:NAME);"
                 f" {suggestion(self.function, names)}"
@@ -58,6 +58,29 @@ class Reward(Strict):
             if name not in parameters.names or name in GIVEN:
                 raise ValueError(f"arguments: {self.function} has no argument {name!r}; {parameters.expected()}")
         return self
+
+    def _check_model(self) -> None:
+        name, unused = "the reward model", ("arguments", "seconds", "memory", "failed")
+        if self.function == PROCESS:
+            name, unused = "the process reward model", ("seconds", "memory")
+        for key in unused:
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} is for functions, and function: {self.function} is {name}; remove it")
+        for argument, value in self.arguments.items():
+            if argument != "combine":
+                raise ValueError(f"arguments: {self.function} has no argument {argument!r}; it has combine")
+            if value not in COMBINED:
+                raise ValueError(f"arguments: combine: {value!r} is neither {' nor '.join(COMBINED)}")
+
+    @property
+    def is_model(self) -> bool:
+        """Whether a model gives it, and not a function."""
+        return self.function in (MODEL, PROCESS)
+
+    @property
+    def combine(self) -> str:
+        """Of a process reward model."""
+        return self.arguments.get("combine", COMBINED[0])
 
     @property
     def is_own(self) -> bool:
@@ -127,7 +150,7 @@ def check_calls(rewards: dict[str, Reward], fields: dict[str, set[str]]) -> None
     """Check that every function gets what it needs. fields: of each source, the names that its records give. Raises
     UserError."""
     for name, reward in rewards.items():
-        if reward.function == MODEL:
+        if reward.is_model:
             continue
         key = f"rewards.{name}"
         parameters = own_parameters(reward, key) if reward.is_own else verifier_parameters(reward.function)
@@ -142,6 +165,18 @@ def check_calls(rewards: dict[str, Reward], fields: dict[str, set[str]]) -> None
                     f" field in sources.{source}.reward_fields (an answer also by the template `answer`), or give"
                     f" {key}.arguments.{missing[0]}"
                 )
+
+
+def step_separator(model_config, where: str) -> str:
+    """What the answers that a process reward model was trained on have between their steps, of its config.json. where:
+    the model, for messages. Raises UserError for another model."""
+    separator = getattr(model_config, "alma_step_separator", None)
+    if not separator:
+        raise UserError(
+            f"{where}: is not a process reward model: its config.json has no alma_step_separator; give the output of a"
+            " stage of kind prm"
+        )
+    return separator
 
 
 def check_packages(rewards: dict[str, Reward]) -> None:

@@ -5,9 +5,10 @@ from collections import Counter
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
+from pipeline.rl.process_reward import COMBINE
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample
-from pipeline.rl.reward_config import GIVEN, MODEL, Reward, own_parameters, verifier_parameters
+from pipeline.rl.reward_config import GIVEN, MODEL, PROCESS, Reward, own_parameters, verifier_parameters
 from pipeline.rl.reward_workers import Call
 from pipeline.train import distributed, phases
 from pipeline.train.scores import reward_scores
@@ -24,10 +25,15 @@ def add_scores(models, samples: list[Sample], tasks: list[Task]) -> None:
         for sample, value in zip(samples, of_model, strict=True):
             sample.score = value
         return
+    of_process: list[list[float] | str] = []
+    if models.process is not None:
+        of_process = models.process.steps(models, samples, tasks)
     for name, reward in rewards.items():
         if reward.function == MODEL:
             for sample, value in zip(samples, of_model, strict=True):
                 sample.rewards[name] = value
+        elif reward.function == PROCESS:
+            _combine(name, reward, samples, of_process)
         else:
             _call(models, name, reward, samples, tasks)
     for sample in samples:
@@ -51,6 +57,15 @@ def _read_by_reward(models, sample: Sample, task: Task) -> list[int]:
     if chat is None:
         return sample.prompt_ids + sample.response_ids
     return chat.answered(task.dialogue, models.text(sample), sample.stopped)
+
+
+def _combine(name: str, reward: Reward, samples: list[Sample], scores: list[list[float] | str]) -> None:
+    """scores: of the steps of each sample, or why it has none."""
+    for sample, steps in zip(samples, scores, strict=True):
+        if isinstance(steps, str):
+            sample.rewards[name], sample.failures[name] = reward.failed, ("unreadable", steps)
+        else:
+            sample.rewards[name] = COMBINE[reward.combine](steps)
 
 
 def _call(models, name: str, reward: Reward, samples: list[Sample], tasks: list[Task]) -> None:
@@ -77,7 +92,7 @@ def import_functions(models) -> None:
     """Import the files of all functions once, so that a mistake in one is found before anything is sampled. Raises
     UserError."""
     for name, reward in models.config.rewards.items():
-        if reward.function == MODEL:
+        if reward.is_model:
             continue
         call = Call(reward.function, {}, reward.seconds, reward.memory, 0, only_import=True)
         (outcome,) = models.workers.run([call])
@@ -102,7 +117,7 @@ def statistics(config, samples: list[Sample]) -> dict[str, float]:
 def failures_of(config, samples: list[Sample]) -> dict[str, int]:
     """How many calls of each reward failed, for the log."""
     numbers = {}
-    for name in config.reward_functions():
+    for name in config.fallible_rewards():
         numbers[f"reward_failures/{name}"] = sum(name in sample.failures for sample in samples)
     return numbers
 
@@ -125,8 +140,10 @@ def count_failures(config, samples: list[Sample], state: dict) -> None:
             before[kind] = before.get(kind, 0) + number
         if sum(kind != "processes" for kind, _ in failures) == len(samples):
             kind, message = failures[-1]
+            advice = "correct the function, or raise seconds or memory"
+            if config.rewards[name].is_model:
+                advice = "give a process reward model whose chat template writes such answers"
             raise UserError(
                 f"stage {config.kind}: rewards.{name}: all {len(samples)} calls of {config.rewards[name].function} of"
-                f" an iteration failed, the last one: {kind}: {message}; correct the function, or raise seconds or"
-                " memory"
+                f" an iteration failed, the last one: {kind}: {message}; {advice}"
             )

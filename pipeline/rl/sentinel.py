@@ -117,7 +117,7 @@ def obstacle(config, name: str) -> str | None:
         return "needs a rule that is not trained on: `rule`, or a reward with weight: 0"
     if name == "equal_groups" and config.responses_per_prompt() == 1:
         return "is about the responses to one prompt, and each prompt has one"
-    if name == "reward_failures" and not config.reward_functions():
+    if name == "reward_failures" and not config.fallible_rewards():
         return "counts calls of reward functions, and there are none"
     return None
 
@@ -180,7 +180,7 @@ def _proxy_gap(config, memory: dict, stats: dict) -> float | None:
 
 
 def _failures(config, memory: dict, stats: dict) -> float:
-    failed = max(stats[f"reward_failures/{name}"] for name in config.reward_functions())
+    failed = max(stats[f"reward_failures/{name}"] for name in config.fallible_rewards())
     return failed / stats["reward_calls"]
 
 

@@ -1,13 +1,16 @@
-"""Scores of a reward model: one number for a conversation, read at its last token and calibrated; and the layer that
-gives them, at the start."""
+"""Scores of a reward model: one number for a conversation, read at its last token and calibrated; those of a process
+reward model: one for each step; and the layer that gives them, at the start."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from pipeline.core.seeds import derive
+from pipeline.data.chat.template import Encoded
 from pipeline.models.folder_weights import FolderWeights
+
+RIGHT = 1  # label of a process reward model: this step is right
 
 
 def initial_score(model, seed: int, weights: FolderWeights | None = None) -> None:
@@ -61,11 +64,34 @@ def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor
     `model` is an AutoModelForSequenceClassification with one label; rows must come from its own tokenizer. The last
     token of a row is found by its length, so no padding token is needed and any token can pad.
     """
-    device, pad_id = next(model.parameters()).device, 0
     assert all(rows), "an empty row has no last token"
+    scores = torch.zeros(len(rows))
+    for chunk, hidden_BTD in _read(model, rows, batch):
+        # By length: transformers reads at the last id that is not the pad id, and a policy may sample that id too.
+        last = torch.tensor([len(rows[row]) - 1 for row in chunk], device=hidden_BTD.device)
+        logits = model.score(hidden_BTD[torch.arange(len(chunk), device=last.device), last]).squeeze(-1)
+        scores[torch.tensor(chunk)] = calibrated(model, logits).cpu()
+    return scores
+
+
+@torch.no_grad()
+def step_scores(model, answers: list[Encoded], batch: int = 64) -> list[list[float]]:
+    """The probability that each step of each answer is right. model: an AutoModelForTokenClassification that stage prm
+    has trained; answers: of `Chat.steps` with its tokenizer."""
+    found: list[list[float]] = [[]] * len(answers)
+    for chunk, hidden_BTD in _read(model, [answer.ids for answer in answers], batch):
+        for place, row in enumerate(chunk):
+            logits = model.score(hidden_BTD[place, list(answers[row].ends)])
+            found[row] = logits.float().softmax(-1)[:, RIGHT].tolist()
+    return found
+
+
+def _read(model, rows: list[list[int]], batch: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """(numbers of rows, their last hidden states [B, T, D]), by turns until all rows were read; shortest first, padded
+    on the right."""
+    device, pad_id = next(model.parameters()).device, 0
     training = model.training
     model.eval()
-    scores = torch.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), row))
     for start in range(0, len(order), batch):
         chunk = order[start : start + batch]
@@ -76,10 +102,6 @@ def reward_scores(model, rows: list[list[int]], batch: int = 64) -> torch.Tensor
             padded.append(list(rows[row]) + [pad_id] * missing)
             mask.append([1] * len(rows[row]) + [0] * missing)
         input_ids, mask_BT = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
-        hidden_BTD = model.base_model(input_ids=input_ids, attention_mask=mask_BT, use_cache=False).last_hidden_state
-        # By length: transformers reads at the last id that is not the pad id, and a policy may sample that id too.
-        last = mask_BT.sum(1) - 1
-        logits = model.score(hidden_BTD[torch.arange(len(chunk), device=device), last]).squeeze(-1)
-        scores[torch.tensor(chunk)] = calibrated(model, logits).cpu()
+        states = model.base_model(input_ids=input_ids, attention_mask=mask_BT, use_cache=False)
+        yield chunk, states.last_hidden_state
     model.train(training)
-    return scores

@@ -165,7 +165,7 @@ def inside(folder, output, words=("ppo.steps=4",)):
     policy, reward = (
         finetune.load_parent(config, artifact.external(key, folder / key), key) for key in ("policy", "reward")
     )
-    _, extra = encoded_prompts(config, policy.chat, reward.chat, SimpleNamespace(path=output))
+    _, extra = encoded_prompts(config, policy.chat, [reward.chat], SimpleNamespace(path=output))
     pool, heldout = tasks_of(extra, "train"), tasks_of(extra, "heldout")
     parents = Parents(policy, reward if config.uses_reward_model() else None)
     models = ppo.build_models(config, parents, len(pool))
