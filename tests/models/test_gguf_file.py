@@ -195,7 +195,7 @@ def test_smollm2_is_finetuned_and_still_knows_the_capital_of_france(kind, smollm
     """A few steps of the shipped recipes, with all that they download; in fp32 on a processor that would emulate bf16
     for an hour."""
     recipe = ROOT / f"recipes/smollm2-135m-{kind}.yaml"
-    small = {"sft": ("epochs=0.2", "sources.alpaca.limit=200"), "dpo": ("epochs=0.3", "sources.preferences.limit=120")}
+    small = {"sft": ("epochs=0.2", "sources.alpaca.limit=200"), "dpo": ("epochs=0.8", "sources.preferences.limit=120")}
     words = [f"{kind}.{word}" for word in small[kind]] + ["sft.max_prompts=0"] * (kind == "sft")
     if not multiplies_bf16(torch.device("cpu")):
         words.append(f"{kind}.precision=fp32")
