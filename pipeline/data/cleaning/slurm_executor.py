@@ -1,9 +1,10 @@
-"""`executor: slurm`: an array job of `workers` tasks (launch/slurm/units.sbatch; partition, account and time by
-sbatch's own SBATCH_* variables) that take work from a folder which all machines share.
+"""`executor: slurm`: an array job of `workers` tasks (partition, account and time by sbatch's own SBATCH_* variables)
+that take work from a folder which all machines share.
 
 The stage's process keeps the list of tasks and handles their results as it does for its own processes. Functions write
 complete files, so a task that runs twice does no harm. The folder has:
 
+    worker.sbatch         the job script of a task
     todo/TASK             to be taken
     taken/TASK@WORKER     being run: a worker renames the file
     done/TASK             the result
@@ -14,6 +15,7 @@ complete files, so a task that runs twice does no harm. The folder has:
 import concurrent.futures
 import os
 import pickle
+import shlex
 import shutil
 import socket
 import subprocess
@@ -32,7 +34,18 @@ from pipeline.core.lock import ALIVE, born
 from pipeline.data.cleaning.process_setup import ROOT
 from pipeline.data.cleaning.slurm_worker import HEARTBEAT, SILENCE
 
+WORKER = "pipeline.data.cleaning.slurm_worker"
 SQUEUE_PATIENCE = 300.0  # seconds for which squeue may fail before a warning
+# The package may be installed, or may be in a folder that only this process has on its path.
+PROGRAM = f"import runpy, sys; sys.path.append({str(ROOT)!r}); runpy.run_module({WORKER!r}, run_name='__main__')"
+JOB_SCRIPT = """#!/bin/bash
+#SBATCH --job-name=alma-units
+#SBATCH --cpus-per-task=1
+#SBATCH --requeue
+# Partition, account and time: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT.
+export OMP_NUM_THREADS=1
+exec {command}
+"""
 MAX_LOSSES = 3  # workers that may be lost with the same task
 
 
@@ -68,16 +81,12 @@ class SlurmExecutor:
         self.watcher.start()
 
     def _submit_job(self) -> str:
-        command = [
-            "sbatch",
-            "--parsable",
-            f"--array=0-{self.workers - 1}",
-            f"--output={self.folder}/worker-%a.log",
-            str(ROOT / "launch/slurm/units.sbatch"),
-            sys.executable,
-            str(ROOT),
-            str(self.folder),
-        ]
+        script = self.folder / "worker.sbatch"
+        write_atomic(
+            script, JOB_SCRIPT.format(command=shlex.join([sys.executable, "-P", "-c", PROGRAM, str(self.folder)]))
+        )
+        command = ["sbatch", "--parsable", f"--array=0-{self.workers - 1}", f"--output={self.folder}/worker-%a.log"]
+        command.append(str(script))
         sbatch = subprocess.run(command, capture_output=True, text=True)
         if sbatch.returncode:
             message = sbatch.stderr.strip() or sbatch.stdout.strip()

@@ -1,6 +1,6 @@
 """A worker of `executor: slurm`: takes tasks from a folder until the stage is done (see slurm_executor.py).
 
-python -m pipeline.data.cleaning.slurm_worker FOLDER       # by launch/slurm/units.sbatch
+python -m pipeline.data.cleaning.slurm_worker FOLDER
 """
 
 import os

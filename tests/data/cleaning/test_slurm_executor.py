@@ -89,7 +89,7 @@ def test_an_array_job_makes_the_same_bytes(corpus, one, slurm, tmp_path):
     succeed("clean", path, cwd=path.parent, env=slurm)
     assert files_of(published(path.parent)) == one
     call = (tmp_path / "bin/calls").read_text()
-    assert "--array=0-1" in call and "launch/slurm/units.sbatch" in call and call.count("\n") == 1
+    assert "--array=0-1" in call and call.endswith("/worker.sbatch\n") and call.count("\n") == 1
 
 
 def test_a_killed_stage_with_an_array_job_goes_on(corpus, one, slurm, tmp_path):
