@@ -1,16 +1,20 @@
 """The commands of docs/launchers.md, with two machines played by two agents on this one: each launcher trains the same
-weights as `alma run`, byte for byte."""
+weights as `alma run`, byte for byte. Manifests are also checked against the schemas that their makers publish."""
 
+import copy
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import tiny
 from harness import files_of
 from paths import ROOT
+from ruamel.yaml import YAML
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(ROOT / "pipeline/pretrain.py")
@@ -58,6 +62,40 @@ def plain(output: str, port: str) -> list[list]:
     return [[*shared, f"RANK={rank}", sys.executable, SCRIPT, *WORDS, output] for rank in range(2)]
 
 
+JOBSET = YAML(typ="safe").load(ROOT / "launch/kubernetes/jobset.yaml")
+SKYPILOT = YAML(typ="safe").load(ROOT / "launch/skypilot/pretrain.yaml")
+
+
+def on_this_machine(words: list[str]) -> list[str]:
+    """The command of a manifest, with one process instead of eight, on the CPU."""
+    assert words[0] == "torchrun" and words[-1] == "recipe.yaml"
+    words = ["--nproc-per-node=1" if word.startswith("--nproc-per-node=") else word for word in words]
+    return [sys.executable, "-m", "torch.distributed.run", *words[1:-1], *WORDS]
+
+
+def kubernetes(output: str, port: str) -> list[list]:
+    """Both pods of the JobSet. The kubelet puts the container's variables in the place of $(NAME); the name of the
+    first pod is that of JobSet's documentation, and is looked up here as 127.0.0.1."""
+    pod = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    commands = []
+    for index in range(2):
+        words = [word.replace("$(JOB_COMPLETION_INDEX)", str(index)) for word in pod["containers"][0]["command"]]
+        words = [word.replace("$(JOBSET_NAME)", "alma-x7k2p") for word in words]
+        assert "--master-addr=alma-x7k2p-node-0-0.alma" in words
+        words = [word.replace("alma-x7k2p-node-0-0.alma", "127.0.0.1").replace("29500", port) for word in words]
+        commands.append([*on_this_machine(words), output])
+    return commands
+
+
+def skypilot(output: str, port: str) -> list[list]:
+    """What SkyPilot runs on each node, with the variables that it sets."""
+    script = SKYPILOT["run"].replace("cd /work\n", "").replace("29500", port)
+    script = script.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
+    script = script.replace("recipe.yaml", " ".join([*WORDS, output]))
+    shared = ["env", "SKYPILOT_NUM_NODES=2", "SKYPILOT_NUM_GPUS_PER_NODE=1", "SKYPILOT_NODE_IPS=127.0.0.1\n127.0.0.1"]
+    return [[*shared, f"SKYPILOT_NODE_RANK={rank}", "bash", "-euc", script] for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     """(folder with the inputs, files of the model that `alma run` trains in two processes)."""
@@ -68,8 +106,30 @@ def expected(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     return folder, files_of(folder / "runs/tiny/pretrain/current")
 
 
-@pytest.mark.parametrize("launcher", [torchrun, accelerate, deepspeed, plain])
+@pytest.mark.parametrize("launcher", [torchrun, accelerate, deepspeed, plain, kubernetes, skypilot])
 def test_every_launcher_trains_the_same_weights(expected, launcher):
     folder, files = expected
     run_together(launcher(f"output={launcher.__name__}", free_port()), folder)
     assert files_of(folder / launcher.__name__ / "tiny/pretrain/current") == files
+
+
+def test_the_jobset_is_one_as_kubernetes_and_jobset_publish_it():
+    """Their models drop what they do not know, and refuse values of another type."""
+    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
+    assert JobsetV1alpha2JobSet.from_dict(JOBSET).to_dict() == JOBSET
+    wrong = copy.deepcopy(JOBSET)
+    wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["completionsMode"] = "Indexed"
+    assert JobsetV1alpha2JobSet.from_dict(wrong).to_dict() != wrong
+    job = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 2 and "--nnodes=2" in str(job)
+    assert job["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+
+
+def test_the_task_of_skypilot_is_one_as_it_publishes_it():
+    schema = json.loads((ROOT / "tests/schemas/skypilot-task.json").read_text())
+    jsonschema.validate(SKYPILOT, schema)
+    with pytest.raises(jsonschema.ValidationError, match="num_machines"):
+        jsonschema.validate(SKYPILOT | {"num_machines": 2}, schema)
+    with pytest.raises(jsonschema.ValidationError, match="accelerator"):
+        jsonschema.validate(SKYPILOT | {"resources": {"accelerator": "H100:8"}}, schema)
