@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -21,6 +21,15 @@ FIXED_OPTIONS = {
     "kill-on-invalid-dep", "array", "wrap",
 }  # fmt: skip
 
+
+# Devices that torch has and stages cannot compute on, and what to write in their place.
+OTHER_DEVICES = {
+    "rocm": "GPUs of AMD are cuda, as torch's builds for ROCm call them",
+    "hip": "GPUs of AMD are cuda, as torch's builds for ROCm call them",
+    "mps": "Apple's GPUs are not supported; write cpu",
+    "npu": "Ascend's NPUs are not supported; write cpu",
+    "xpu": "Intel's GPUs are not supported; write cpu",
+}
 
 SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -54,6 +63,13 @@ class RunConfig(Strict):
     time: str | None = None
     """Wall-clock limit of one start of the stage under Slurm, such as 48h. The job script asks for a job of this length
     and gives it to srun, which has the stage save two minutes before the end. The job is then queued again."""
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _is_supported(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in OTHER_DEVICES:
+            raise ValueError(f"{OTHER_DEVICES[value]} (docs/install.md)")
+        return value
 
     @field_validator("time")
     @classmethod

@@ -4,7 +4,9 @@
 recipe decides what the processes do together (`parallel`).
 """
 
+import functools
 import gc
+import importlib.util
 import os
 import sys
 import time
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.config import StageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.processes import cores
-from pipeline.core.terminal import plural
+from pipeline.core.terminal import plural, say
 
 if TYPE_CHECKING:
     from pipeline.train.config import TrainConfig
@@ -56,6 +58,7 @@ def setup(config: "TrainConfig | None" = None) -> None:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     else:
+        _mention_unused_device()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn that it found none
     # DeepSpeed and FSDP need a rank and a group even for one process
     group_of_one = world() == 1 and config is not None and config.parallel.needs_group
@@ -139,6 +142,24 @@ def choose_device(config: StageConfig, local: int) -> None:
             f"stage {config.kind}: {plural(local, 'process/processes')} on this machine and {plural(num_gpus, 'GPU')};"
             f" launch {num_gpus}, or give {config.kind}.run.device=cpu"
         )
+
+
+@functools.cache
+def _mention_unused_device() -> None:
+    """Say once if this machine has a device that stages cannot compute on, and the CPU was not asked for."""
+    import torch
+
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return
+    unused = []
+    if torch.backends.mps.is_available():
+        unused.append("an Apple GPU (MPS)")
+    if importlib.util.find_spec("torch_npu"):
+        unused.append("torch_npu for Ascend NPUs")
+    if torch.xpu.is_available():
+        unused.append("an Intel GPU (XPU)")
+    if unused:
+        say(f"WARNING: {' and '.join(unused)} is here and is not supported: computing on the CPU", rank())
 
 
 def _agree_with_launcher(config: "TrainConfig") -> None:

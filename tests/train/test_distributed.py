@@ -31,6 +31,23 @@ def test_vector_functions_are_called_once_before_threads_do_it():
             assert (name, dtype, 1) in calls.seen
 
 
+ON_A_MAC = """
+import torch
+torch.backends.mps.is_available = lambda: True
+from pipeline.train import distributed
+distributed.setup()
+distributed.setup()
+print(distributed.device())
+"""
+
+
+@pytest.mark.slow
+def test_a_device_that_is_not_used_is_mentioned_once():
+    done = subprocess.run([sys.executable, "-c", ON_A_MAC], capture_output=True, text=True, timeout=600)
+    warning = "WARNING: an Apple GPU (MPS) is here and is not supported: computing on the CPU"
+    assert done.stdout.splitlines() == [warning, "cpu"], done.stdout + done.stderr
+
+
 STORM = """
 import os, sys
 import numpy, torch
