@@ -10,11 +10,12 @@ import errno
 import functools
 import io
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
 
-from pipeline.core import external_inputs, stop
+from pipeline.core import external_inputs, stop, transient_errors
 from pipeline.core.artifact import Artifact
 from pipeline.core.chain_summary import result, shown_path
 from pipeline.core.config import dump
@@ -122,7 +123,8 @@ def _fetch_inputs(node: Node, graph: dict[str, Node]) -> None:
 
 
 def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
-    """Do the work of a stage and publish it. If several ranks run and this one fails, a marker says why."""
+    """Do the work of a stage and publish it. A marker says why a rank failed if others run, or if starting again may
+    help."""
     config = node.config
     config.check_machine()
     for warning in config.warnings():
@@ -132,9 +134,12 @@ def _work(node: Node, output: Output, rank: int, world: int) -> Artifact | None:
             with config.supervised(output):
                 metrics = module_of(config.kind).run(config, node.inputs, output)
         except Exception as error:
-            if world > 1 and not isinstance(error, UserError):
-                message = f"rank {rank} failed: {type(error).__name__}: {error}"
-                stop.write_requeue_marker(output, "failed", stop.saved_step(output), rank=rank, message=message)
+            cause = transient_errors.cause_of(error)
+            if cause or (world > 1 and not isinstance(error, UserError)):
+                host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+                message = f"rank {rank} ({host}) failed: {transient_errors.first_line(error)}"
+                details = {"rank": rank, "host": host, "message": message}
+                stop.write_requeue_marker(output, cause or "failed", stop.saved_step(output), **details)
             raise
         if rank != 0:
             return None

@@ -111,6 +111,18 @@ def plural(number: int, noun: str, form: str = "") -> str:
     return f"{number:{form}} {one if number == 1 else several or one + 's'}"
 
 
+def ranks_text(ranks: list[int]) -> str:
+    """[3] -> rank 3; [0, 1, 2, 5] -> ranks 0-2, 5"""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}"
+
+
 def say(text: str, rank: int | None = None) -> None:
     """Print a line for the user, on rank 0 only."""
     if rank is None:

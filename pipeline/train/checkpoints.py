@@ -14,14 +14,15 @@ import json
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
 
-from pipeline.core import checkpoint_folder, faults
+from pipeline.core import checkpoint_folder, faults, transient_errors
 from pipeline.core.checkpoint_folder import complete_checkpoints, step_of
 from pipeline.core.errors import UserError
 from pipeline.core.files import sha256_file, sync_folder, write_json
 from pipeline.core.output import Output
-from pipeline.core.terminal import byte_size, show
+from pipeline.core.terminal import byte_size, plural, show
 from pipeline.train import distributed, state
 from pipeline.train.config import Save
 
@@ -51,6 +52,10 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
         self.abandoned = threading.Event()
+        self.started = 0.0  # of the checkpoint that is being written, by time.perf_counter
+        self.seconds = 0.0
+        """The longest that a checkpoint of this process took: copy, writing and new name (main process)."""
+        self.write_seconds = 0.0  # of the newest one: copy and writing
         path = self.folder / LOSSES
         self.losses: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -68,6 +73,7 @@ class Saver:
                 )
             self.finish()
         self._check_room_for_one(step)
+        self.started = time.perf_counter()
         wait = wait or not self.options.asynchronous
         parts = {engine.name: engine.part() for engine in self.engines}
         if not wait:
@@ -104,6 +110,21 @@ class Saver:
             if self.thread:
                 self.thread.join()
             self.settle(*distributed.all_reduce_max(self.flags()))
+
+    def is_worth_more_than_a_new_one(self, step: int) -> bool:
+        """Whether a run that has to stop after `step` should wait for the checkpoint that is being written, and make
+        the steps since then again, instead of writing another one: it then stops earlier, which counts before a time
+        limit. Not if the writing has ended already and these steps took longer than a checkpoint. Collective."""
+        if self.step is None:
+            return False
+        is_writing = self.thread is not None and self.thread.is_alive()
+        is_worth_it = distributed.from_main(is_writing or time.perf_counter() - self.started <= self.seconds)
+        if is_worth_it and self.output.is_main:
+            show(
+                f"{self.output.stage}: the checkpoint of step {self.step} is being written; it is finished, and the"
+                f" {plural(step - self.step, 'step')} since then will be made again"
+            )
+        return is_worth_it
 
     def __enter__(self):
         return self
@@ -206,8 +227,10 @@ class Saver:
                 path = self._temporary / f"{name}.json"
                 write_json(path, part.summary)
                 self.written[path.name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+        self.write_seconds = time.perf_counter() - self.started
 
     def _publish(self, files: dict) -> None:
+        start = time.perf_counter()
         sync_folder(self._temporary)
         faults.point("save")
         marker = {"step": self.step, "state": self.loop_state, "files": files}
@@ -220,6 +243,7 @@ class Saver:
         for path in self._superfluous():
             _remove(path)
         self.output.note_time()
+        self.seconds = max(self.seconds, self.write_seconds + time.perf_counter() - start)
 
     def _superfluous(self) -> list[Path]:
         checkpoints = complete_checkpoints(self.output.path)
@@ -237,15 +261,16 @@ class Saver:
         """Raises on every process. What was written is removed, and the checkpoints before stay as they are."""
         own, step, temporary = self.failure, self.step, self._temporary
         self.step = self.failure = None
-        texts = distributed.all_gather_object(_failure_text(own))
+        problems = distributed.all_gather_object((_failure_text(own), own.errno if isinstance(own, OSError) else None))
         if self.output.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         if own and not isinstance(own, OSError):
             raise own
-        rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
-        raise UserError(
-            f"the checkpoint of step {step} could not be written by process {rank}: {text}; {self._advice()}"
-        ) from own
+        rank, (text, number) = next((rank, problem) for rank, problem in enumerate(problems) if problem[0])
+        message = f"the checkpoint of step {step} could not be written by process {rank}: {text}"
+        if number in transient_errors.STORAGE:  # a file server that may answer again: nothing for the user to fix
+            raise OSError(number, message) from own
+        raise UserError(f"{message}; {self._advice()}") from own
 
 
 def _failure_text(error: Exception | None) -> str | None:

@@ -15,6 +15,7 @@ from pipeline.core import faults
 from pipeline.core.checkpoint_folder import loop_state, step_of
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
+from pipeline.core.pace import Pace
 from pipeline.core.seeds import derive
 from pipeline.core.stop import StopSignal, saved_step, stop
 from pipeline.core.terminal import show
@@ -193,6 +194,7 @@ class Loop:
         self.tracker = Tracker(output.path, output.is_main, config.log.trackers, run)
         keep_best = config.save.keep_best or hooks.selection is not None
         self.saver = checkpoints.Saver(output, updates.engines, config.save, keep_best)
+        self.pace = Pace(output)
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
@@ -414,8 +416,13 @@ class Loop:
         is_last = step == self.length.steps
         number, *flags = distributed.all_reduce_max([signals.number, *self.saver.flags()])
         self.saver.settle(*flags)
+        self.pace.look(self.saver.seconds)
         is_due = step % self.config.save.every_steps == 0 or step in self.saver.kept_steps
-        if is_last or number or self.selection_is_due(step) or is_due:
+        if number and not is_last and self.saver.is_worth_more_than_a_new_one(step):
+            phases.enter("save")
+            step = self.saver.step
+            self.saver.finish()
+        elif is_last or number or self.selection_is_due(step) or is_due:
             phases.enter("save")
             self.saver.save(step, self.state, wait=bool(number))
         if number and not is_last:

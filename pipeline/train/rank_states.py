@@ -11,6 +11,7 @@ message, and rank, phase and step of the rank that caused it.
 
 from pipeline.core.lock import born
 from pipeline.core.stop import failed_rank
+from pipeline.core.terminal import ranks_text
 
 EXIT_HANG = 76  # a hang, or another rank is lost: the run may be started again
 
@@ -95,7 +96,7 @@ class RankStates:
         if missing:
             if still <= limits["start"]:
                 return None
-            text = f"{_ranks(missing)} did not start within {still:.0f} s"
+            text = f"{ranks_text(missing)} did not start within {still:.0f} s"
             return self._hang(missing[0], "none", 0, text, [*missing, *silent])
         behind = self._behind(silent)
         if still <= max(limits[self.newest[rank]["patience"]] for rank in behind):
@@ -127,7 +128,7 @@ class RankStates:
 
     def _where(self, behind: list[int], first: dict) -> str:
         seconds = self.clock - self.moved[behind[0]][2]
-        who = f"{self._name(behind[0])} has" if len(behind) == 1 else f"{_ranks(behind)} have"
+        who = f"{self._name(behind[0])} has" if len(behind) == 1 else f"{ranks_text(behind)} have"
         return f"{who} been in phase {first['phase']} of step {first['step']} for {seconds:.0f} s"
 
     def _hang(self, rank: int, phase: str, step: int, text: str, excluded: list[int]) -> dict:
@@ -137,7 +138,7 @@ class RankStates:
                 waiting.setdefault(self.newest[number]["phase"], []).append(number)
         for where, ranks in waiting.items():
             separator = ";" if where == next(iter(waiting)) else ","
-            text += f"{separator} {_ranks(ranks)} wait{'s' if len(ranks) == 1 else ''} in {where}"
+            text += f"{separator} {ranks_text(ranks)} wait{'s' if len(ranks) == 1 else ''} in {where}"
         message = f"hang: {text}. Stacks are in logs/stacks-rank-*.txt"
         return _ending("hang", rank, phase, step, message)
 
@@ -154,15 +155,3 @@ def _silence(count: int) -> str:
     if count == 1:
         return " (as far as it reported; it gives no heartbeat: suspended, or its interpreter is blocked)"
     return " (as far as they reported; they give no heartbeat: suspended, or their interpreters are blocked)"
-
-
-def _ranks(ranks: list[int]) -> str:
-    """[3] -> rank 3; [0, 1, 2, 5] -> ranks 0-2, 5"""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}"

@@ -3,7 +3,9 @@ branches. Layouts: test_parallel.py."""
 
 import errno
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 
@@ -17,7 +19,8 @@ from hypothesis import strategies as st
 from tiny_engine import ROWS, batch_of, config, loss_fn, output_in, tiny
 
 from pipeline.core.checkpoint_folder import complete_checkpoints
-from pipeline.core.errors import UserError
+from pipeline.core.errors import Stopped, UserError
+from pipeline.core.transient_errors import cause_of
 from pipeline.train import checkpoints, engine, state
 from pipeline.train.loop import fit
 
@@ -202,6 +205,38 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_one_waits(t
             path / "checkpoints" / f"step-{step:06d}" / "model-00000.safetensors" for path in (plain[2], found[2])
         )
         assert one.read_bytes() == other.read_bytes(), "a copy of the moment, not of what training made of it"
+
+
+def test_a_stop_while_a_checkpoint_is_being_written_makes_no_second_one(tmp_path, monkeypatch, capsys):
+    """The limit of a job may be near. The steps since then are made again, and end in the same bytes."""
+    whole = run(tmp_path / "whole")
+    write = state.write
+
+    def slow(path, part, cancelled):
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread notes it in the step that it makes meanwhile
+        time.sleep(0.5)
+        return write(path, part, cancelled)
+
+    monkeypatch.setattr(state, "write", slow)
+    monkeypatch.setattr("pipeline.core.stop._first_signal_at", None)  # no signal is the first one of this process twice
+    with pytest.raises(Stopped, match="SIGTERM received, saved at step 2;"):
+        run(tmp_path / "stopped")
+    assert "the checkpoint of step 2 is being written; it is finished, and the 1 step since" in capsys.readouterr().out
+    assert steps_in(next((tmp_path / "stopped/run").glob("*.partial"))) == [2]
+    monkeypatch.setattr(state, "write", write)
+    assert same(run(tmp_path / "stopped"), whole)
+
+
+def test_a_file_server_that_fails_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+    """The run may be started again: an OSError, which leaves a marker for the job, and not a UserError."""
+
+    def stale(path, part, cancelled):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(state, "write", stale)
+    with pytest.raises(OSError, match="step 2 could not be written by process 0: Stale file handle") as caught:
+        run(tmp_path)
+    assert cause_of(caught.value) == "storage"
 
 
 @pytest.mark.parametrize("beside", [True, False])
