@@ -103,14 +103,10 @@ def run_command(
     if shipped_recipes.located(Path(recipe)) != Path(recipe):
         show(f"{recipe}: the recipe that comes with alma; its runs are kept in {loaded.root.resolve()}")
     if on:
-        if restart or fork:
-            raise UserError(
-                "--restart and --fork cannot be given with --on slurm, because a job may start several times"
-            )
         from pipeline.cluster.submit import show_jobs, submit
 
         run_on_cluster = show_jobs if dry_run else submit
-        run_on_cluster(loaded, stages)
+        run_on_cluster(loaded, stages, restart=restart, fork=fork)
         return
     if dry_run:
         from pipeline.manage.dry_run import dry_run as show_plan

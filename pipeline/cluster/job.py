@@ -1,43 +1,59 @@
-"""One start of a stage's job, in its batch step: `python -m pipeline.cluster.job RECIPE STAGE`, which the scripts of
-`alma run --on slurm` end in (pipeline/cluster/job_files.py).
+"""One start of a stage's job, in its batch step: `python -m pipeline.cluster.job RECIPE STAGE`, with --restart or
+--fork as the stage is to get them, which the scripts of `alma run --on slurm` end in (pipeline/cluster/job_files.py).
 
-It starts the processes of the stage with srun, has them save before the time limit, and decides whether the job is
-queued again (again.py): after a signal, a hang, or the loss of a process or a node, as long as there is progress; never
-after an error that the user must fix. STAGE.json says how the start ended, for `alma status`.
+It looks at the nodes (preflight.py), starts the processes of the stage with srun, has them save before the time limit,
+and decides whether the job is queued again (again.py): after a signal, a hang, an error of a GPU or of the network, or
+the loss of a process or a node, as long as there is progress; never after an error that the user must fix. STAGE.json
+says how the start ended, for `alma status`.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cluster import again, slurm
-from pipeline.cluster.job_files import log_path
+from pipeline.cluster import again, preflight, slurm
+from pipeline.cluster.job_files import LEAD, log_path
+from pipeline.cluster.rank_logs import RankLogs
+from pipeline.core.chain import can_fork
 from pipeline.core.checkpoint_folder import newest_step
 from pipeline.core.config import StageConfig
-from pipeline.core.errors import EXIT_STOPPED, EXIT_USER, UserError
+from pipeline.core.errors import EXIT_STOPPED, EXIT_USER
 from pipeline.core.files import now, write_json
-from pipeline.core.graph import Node, nodes
+from pipeline.core.graph import Node, ancestors, nodes
+from pipeline.core.pace import seconds_to_stop
 from pipeline.core.partial_runs import finished_files
 from pipeline.core.recipe import load
 from pipeline.core.stage import guarded
+from pipeline.core.status import examine_one
 
 MOST_TRIES = 3  # without progress; ALMA_TRIES overrides it
-NUM_LAST_LINES = 15  # of the log of the process that failed first
+PREFLIGHT_SECONDS = 240  # for the look at the nodes; torch may be loaded from a slow file system
+LOOK_EVERY = 10.0  # seconds between two looks at the clock
+MARGIN = 30.0  # seconds that the end of the processes and the queueing take after the last checkpoint
 
 
 class Job:
-    """This start of a job. path: the recipe's file in the folder of the run's jobs."""
+    """This start of a job. path: the recipe's file in the folder of the run's jobs. options: of the stage, --restart or
+    --fork."""
 
-    def __init__(self, path: Path, node: Node):
+    def __init__(self, path: Path, node: Node, options: Sequence[str] = ()):
         self.recipe, self.node, self.folder = path, node, path.parent
+        self.options = list(options)
         self.number = os.environ["SLURM_JOB_ID"]
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.tries = int(os.environ.get("ALMA_TRIES", MOST_TRIES))
         self.ended = (node.folder / ".ended").absolute()  # notes of rank.py
+        self.logs = RankLogs(lambda rank: log_path(self.folder, node.name, self.number, rank), node.config.run.world)
+        self.limit = slurm.seconds_left(self.number)
+        self.ends = time.monotonic() + self.limit
         self.srun: subprocess.Popen | None = None
+        self.before: str | None = None  # the output of the stage before the first start of this job
         self.asked = False  # to save and be queued again
         self.cancelled = False
 
@@ -51,16 +67,47 @@ class Job:
         (self.node.folder / "requeue.json").unlink(missing_ok=True)  # of an earlier start
         shutil.rmtree(self.ended, ignore_errors=True)
         self.ended.mkdir()
-        words = srun_words(self.node, self.recipe, self.number)
-        say(f"{now()} stage {self.node.name}, start {self.restarts + 1}: {' '.join(words)}")
+        self._restart_once()
+        say(f"{now()} stage {self.node.name}, start {self.restarts + 1}, on {os.environ['SLURM_JOB_NODELIST']}")
         self._record("running", "")
-        if self.asked:
+        bad_nodes = self._look_at_nodes()
+        if self.asked or self.cancelled:
             return self._after_failure(EXIT_STOPPED)
+        if bad_nodes:
+            return self._after_bad_nodes(bad_nodes)
+        words = [*srun_words(self.node, self.recipe, self.number), *self.options]
+        say(f"{now()} {' '.join(words)}")
         self.srun = subprocess.Popen(words, env=environment(self.node.config, self.ended))
         if self.asked:  # the signal came before there was anything to pass it on to
             self.srun.send_signal(signal.SIGUSR1)
-        code = self.srun.wait()
+        code = self._wait()
         return self._end("done", "", 0) if code == 0 else self._after_failure(code)
+
+    def _restart_once(self) -> None:
+        """Drop --restart if an earlier start of this job has published what it made. One that was ended before that is
+        resumed by --restart (pipeline/core/output.py)."""
+        before = again.read_record(self.folder / f"{self.node.name}.json", "before")
+        is_first = self.restarts == 0 or before.get("job") != self.number
+        self.before = published_output(self.node) if is_first else before["before"]
+        if "--restart" in self.options and published_output(self.node) != self.before:
+            self.options.remove("--restart")
+
+    def _wait(self) -> int:
+        """Wait for the processes of the stage, and have them save in time."""
+        while True:
+            try:
+                return self.srun.wait(timeout=LOOK_EVERY)
+            except subprocess.TimeoutExpired:
+                self._stop_in_time()
+
+    def _stop_in_time(self) -> None:
+        """Ask the processes to save if the time limit is nearer than twice what a step and a checkpoint took at most.
+        Slurm asks LEAD seconds before the limit, whatever they take. The first half of the time is always for work."""
+        left = self.ends - time.monotonic()
+        needed = max((seconds_to_stop(run) or 0 for run in self.node.folder.glob("*.partial")), default=0)
+        if not self.asked and LEAD < left < min(2 * needed + MARGIN, self.limit / 2):
+            say(f"{now()} {left:.0f} s before the time limit: a step and a checkpoint took up to {needed:.0f} s")
+            self._pass_on(signal.SIGUSR1, None)
 
     def _pass_on(self, number, frame) -> None:
         self.asked = True
@@ -71,6 +118,54 @@ class Job:
         """scancel, preemption, or the loss of a node: Slurm ends the processes itself, and queues the job again if it
         is to be."""
         self.cancelled = True
+
+    # ---- nodes -------------------------------------------------------------------------------------------------------
+
+    def _look_at_nodes(self) -> dict[str, str]:
+        """Node -> what is wrong with it, for the nodes that are not fit for the stage."""
+        config = self.node.config
+        num_nodes = config.run.nodes or 1
+        wanted = config.resources.preflight
+        if wanted is False or (wanted is None and num_nodes == 1 and not config.gpus_per_node):
+            return {}
+        notes = self.ended / "preflight"
+        notes.mkdir()
+        options = [f"--nodes={num_nodes}", "--ntasks-per-node=1"]
+        options.append(f"--cpus-per-task={cpus_per_process(config) * config.run.processes}")
+        program = ["-m", "pipeline.cluster.preflight", str(notes), str(self.node.folder.absolute())]
+        words = step_words(self.node, self.recipe, options, [*program, str(config.gpus_per_node)])
+        self.srun = subprocess.Popen(words, env=environment(config, self.ended))
+        try:
+            self.srun.wait(timeout=PREFLIGHT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.srun.kill()
+            self.srun.wait()
+        bad = preflight.problems(notes, slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])[:num_nodes])
+        for name, problem in bad.items():
+            say(f"{now()} node {name} is not fit: {problem}")
+        return bad
+
+    def _after_bad_nodes(self, bad: dict[str, str]) -> int:
+        text = "; ".join(f"node {name}: {problem}" for name, problem in bad.items())
+        advice = f"exclude it (resources.exclude: {','.join(bad)}), or have its administrators look at it"
+        if not self.node.config.resources.exclude_failed:
+            return self._end("failed", f"{text}; {advice}, then submit again", 1)
+        marker = {"reason": "preflight", "message": text} | progress(self.node)
+        may_start, text = again.count(self.node.folder, self.tries, marker)
+        say(text)
+        return self._queue_again(text, list(bad)) if may_start else self._end("failed", text, 1)
+
+    def _exclude(self, names: list[str]) -> None:
+        """Have the next start of this job avoid some nodes."""
+        answer = slurm.call("scontrol", "--oneliner", "show", "job", self.number)
+        before = re.search(r"\bExcNodeList=(\S+)", answer.stdout)
+        listed = [before[1]] if before and before[1] != "(null)" else []
+        nodes_text = ",".join(dict.fromkeys([*listed, *names]))
+        answer = slurm.call("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={nodes_text}")
+        done = f"(Slurm refused it: {slurm.message_of(answer)})" if answer.returncode else ""
+        say(f"the next start avoids {nodes_text} {done}".rstrip())
+
+    # ---- the end of a start ------------------------------------------------------------------------------------------
 
     def _was_lost_too_often(self) -> bool:
         """Count the start before this one if Slurm ended it before it could decide anything: its node was lost, or it
@@ -102,27 +197,37 @@ class Job:
         say(text)
         if not may_start:
             return self._end("failed", self._reason(failed, text), code)
+        marker = again.read_record(self.node.folder / "requeue.json", "host")
+        has_bad_node = self.node.config.resources.exclude_failed and marker.get("reason") == "device"
+        return self._queue_again(text, [marker["host"]] if has_bad_node else [])
+
+    def _queue_again(self, text: str, excluded: list[str]) -> int:
+        """Put the job back into the queue, for nodes other than `excluded`; Slurm then ends this process, too."""
         self._record("queued again", text)
         answer = slurm.call("scontrol", "requeue", self.number)
         if answer.returncode == 0:
+            if excluded:  # only of a job that waits can the nodes be changed
+                self._exclude(excluded)
             return EXIT_STOPPED
         text = f"the job cannot be queued again ({slurm.message_of(answer)}); submit it again to continue"
         say(text)
         return self._end("failed", text, EXIT_STOPPED)
 
     def _first_error(self, entry: dict) -> str:
-        """The end of the log of the process that failed first."""
-        path = log_path(self.folder, self.node.name, self.number, entry["rank"])
-        lines = last_lines(path, NUM_LAST_LINES)
+        """The end of the log of the process that failed first, and the first error of every process."""
+        path = self.logs.path_of(entry["rank"])
         ending = "was killed" if entry["code"] > 128 else "failed"
         head = f"rank {entry['rank']} ({entry['host']}, process {entry['process']}) {ending} with code {entry['code']}"
-        return "\n".join([f"{head}; the end of {path}:", *(f"    {line}" for line in lines)])
+        lines = [f"{head}; the end of {path}:", *(f"    {line}" for line in self.logs.end(entry["rank"]))]
+        errors = self.logs.summary()
+        if errors:
+            lines += ["the first error of each process:", *(f"    {line}" for line in errors)]
+        return "\n".join(lines)
 
     def _reason(self, failed: list[dict], text: str) -> str:
         """Why the stage failed, on one line: its own message for the user, if it has one."""
         if failed and failed[0]["code"] <= 128:
-            path = log_path(self.folder, self.node.name, self.number, failed[0]["rank"])
-            lines = last_lines(path, NUM_LAST_LINES)
+            lines = self.logs.end(failed[0]["rank"])
             errors = [line for line in lines if line.startswith("error: ")] or lines[-1:]
             if errors:
                 return errors[-1].removeprefix("error: ")
@@ -137,8 +242,17 @@ class Job:
 
     def _record(self, state: str, reason: str, code: int | None = None) -> None:
         record = {"job": self.number, "restarts": self.restarts, "state": state, "reason": reason, "code": code}
-        record |= {"time": now(), "nodes": os.environ.get("SLURM_JOB_NODELIST", "")}
+        record |= {"before": self.before, "time": now(), "nodes": os.environ.get("SLURM_JOB_NODELIST", "")}
         write_json(self.folder / f"{self.node.name}.json", record)
+
+
+def published_output(node: Node) -> str | None:
+    """What tells the published output of a stage from one that replaces it, even if it has the same content."""
+    try:
+        manifest = (node.folder / "current" / "manifest.json").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return f"{manifest.st_ino} {manifest.st_mtime_ns}"
 
 
 def progress(node: Node) -> dict:
@@ -153,12 +267,19 @@ def progress(node: Node) -> dict:
 
 def srun_words(node: Node, recipe: Path, job: str) -> list[str]:
     """The command that starts the stage's processes on the job's nodes."""
-    run, resources = node.config.run, node.config.resources
-    log = log_path(recipe.parent, node.name, job, "%t")
-    words = ["srun", "--kill-on-bad-exit=1", f"--nodes={run.nodes or 1}", f"--ntasks-per-node={run.processes}"]
+    run = node.config.run
+    options = ["--kill-on-bad-exit=1", f"--nodes={run.nodes or 1}", f"--ntasks-per-node={run.processes}"]
     # srun does not take this over from sbatch since Slurm 22.05, and would give each process one core.
-    words.append(f"--cpus-per-task={cpus_per_process(node.config)}")
-    words += [f"--output={log}", "--open-mode=append"]
+    options.append(f"--cpus-per-task={cpus_per_process(node.config)}")
+    options += [f"--output={log_path(recipe.parent, node.name, job, '%t')}", "--open-mode=append"]
+    program = ["-m", "pipeline.cluster.rank", "-P", "-m", f"pipeline.{node.config.kind}"]
+    return step_words(node, recipe, options, [*program, str(recipe), "--stage", node.name])
+
+
+def step_words(node: Node, recipe: Path, options: list[str], program: list[str]) -> list[str]:
+    """A command that runs a program of Python on nodes of the job, in the container if the stage has one."""
+    resources = node.config.resources
+    words = ["srun", *options]
     python = [sys.executable, "-P"]
     folders = list(dict.fromkeys([os.getcwd(), str(recipe.parent.parent), *resources.mounts]))
     if resources.container and resources.container.endswith(".sif"):
@@ -170,8 +291,7 @@ def srun_words(node: Node, recipe: Path, job: str) -> list[str]:
         words.append(f"--container-mounts={','.join(f'{folder}:{folder}' for folder in folders)}")
         words.append(f"--container-workdir={os.getcwd()}")
         python = ["python", "-P"]
-    program = [*python, "-m", "pipeline.cluster.rank", "-P", "-m", f"pipeline.{node.config.kind}"]
-    return [*words, *program, str(recipe), "--stage", node.name]
+    return [*words, *python, *program]
 
 
 def cpus_per_process(config: StageConfig) -> int:
@@ -182,38 +302,37 @@ def cpus_per_process(config: StageConfig) -> int:
 
 def environment(config: StageConfig, ended: Path) -> dict[str, str]:
     """Environment of the processes: where they meet, their threads, and where rank.py leaves notes."""
-    answer = slurm.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
-    if answer.returncode:
-        raise UserError(f"scontrol show hostnames failed: {slurm.message_of(answer)}")
     threads = config.run.threads or cpus_per_process(config)
     return os.environ | {
-        "MASTER_ADDR": answer.stdout.split()[0],
+        "MASTER_ADDR": slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])[0],
         "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
         "OMP_NUM_THREADS": str(threads),
         "ALMA_ENDED": str(ended),
     }
 
 
-def last_lines(path: Path, number: int) -> list[str]:
-    """The last lines of a log that are not empty."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    return [line for line in text.splitlines() if line.strip()][-number:]
-
-
 def say(text: str) -> None:
     print(text, flush=True)
 
 
+def fork_is_possible(graph: dict[str, Node], stage: str) -> bool:
+    """Whether a run of another recipe has a checkpoint for a stage. In the first start; later ones resume."""
+    for name in graph:
+        if name in ancestors(graph, [stage]):
+            examine_one(graph[name], graph, running=False)
+    return can_fork(graph[stage], graph, named=False)
+
+
 def main(words: list[str]) -> int:
-    path, stage = Path(words[0]), words[1]
+    path, stage, *options = words
     code = 0
 
     def start() -> None:
         nonlocal code
-        code = Job(path, nodes(load(path))[stage]).run()
+        graph = nodes(load(path))
+        if "--fork" in options and not fork_is_possible(graph, stage):
+            options.remove("--fork")
+        code = Job(Path(path), graph[stage], options).run()
 
     return guarded(start) or code
 

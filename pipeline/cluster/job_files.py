@@ -10,6 +10,7 @@ STAGE-JOB.log           what the job says; STAGE-JOB-rank-N.log: what a process 
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.config import StageConfig
@@ -54,8 +55,9 @@ def options_of(config: StageConfig) -> list[str]:
     return options + resources.sbatch
 
 
-def script(recipe: Recipe, node: Node, folder: Path) -> str:
-    """The job script of a stage. folder: the one that the user is in, for the paths of the recipe."""
+def script(recipe: Recipe, node: Node, folder: Path, stage_options: Sequence[str] = ()) -> str:
+    """The job script of a stage. folder: the one that the user is in, for the paths of the recipe. stage_options:
+    --restart or --fork."""
     jobs = folder_of(recipe).absolute()
     name = f"{recipe.name}.{node.name}"
     log = jobs / f"{node.name}-%j.log"
@@ -74,6 +76,7 @@ def script(recipe: Recipe, node: Node, folder: Path) -> str:
     for key, value in node.config.resources.environment.items():
         setup.append(f"export {key}={shlex.quote(value)}")
     snapshot = jobs / "recipe.yaml"
+    program = f"exec {shlex.quote(sys.executable)} -P -m pipeline.cluster.job"
     lines = [
         "#!/usr/bin/env bash",
         f"# Stage {node.name} of {recipe.name}, written by `alma run --on slurm`. To submit it by hand:",
@@ -87,7 +90,7 @@ def script(recipe: Recipe, node: Node, folder: Path) -> str:
         '    echo "$(hostname) cannot read $recipe; give an \\`output\\` on a file system that all nodes see" >&2',
         "    exit 2",
         "}",
-        f'exec {shlex.quote(sys.executable)} -P -m pipeline.cluster.job "$recipe" {node.name}',
+        " ".join([f'{program} "$recipe" {node.name}', *stage_options]),
     ]
     return "\n".join(lines) + "\n"
 

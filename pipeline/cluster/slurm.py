@@ -104,7 +104,7 @@ def _number(text: str) -> int:
 
 
 def _minutes(text: str) -> float:
-    """Minutes of a limit as sinfo has it: [days-]hours:minutes:seconds, minutes:seconds, or infinite."""
+    """Minutes of a limit as sinfo and squeue have it: [days-]hours:minutes:seconds, minutes:seconds, or infinite."""
     parts = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if not parts:
         return math.inf
@@ -217,6 +217,23 @@ def cancel(jobs: list[str]) -> None:
     answer = call("scancel", *jobs)
     if answer.returncode:
         raise UserError(f"scancel failed: {message_of(answer)}")
+
+
+def hostnames(nodes: str) -> list[str]:
+    """Names of the nodes in Slurm's short form, such as n[1-3]. Raises UserError."""
+    answer = call("scontrol", "show", "hostnames", nodes)
+    if answer.returncode:
+        raise UserError(f"scontrol show hostnames failed: {message_of(answer)}")
+    return answer.stdout.split()
+
+
+def seconds_left(job: str) -> float:
+    """Seconds until the time limit of a job that runs; infinity without a limit, or if Slurm does not answer."""
+    try:
+        answer = call("squeue", "--noheader", f"--jobs={job}", "--format=%L")
+    except UserError:
+        return math.inf
+    return 60 * _minutes(answer.stdout.strip())
 
 
 def job_states(jobs: list[str]) -> dict[str, JobState] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.cluster import job_files, shared_storage, slurm
 from pipeline.cluster.queue import QueuedJob, read_jobs, write_jobs
-from pipeline.core.chain import check_first
+from pipeline.core.chain import can_fork, check_first, check_forks
 from pipeline.core.cli_arguments import check_stage_names
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.files import now, write_atomic
@@ -18,26 +18,30 @@ from pipeline.core.status import examine_one, mark_absent
 from pipeline.core.terminal import plural, show
 
 
-def submit(recipe: Recipe, only: list[str]) -> None:
+def submit(recipe: Recipe, only: list[str], *, restart: bool = False, fork: bool = False) -> None:
     """Submit the jobs of the stages `only` (default: all) and of what they need. Raises UserError with everything that
     is wrong before anything is queued."""
     graph, needed = _graph(recipe, only)
     cluster = slurm.partitions()
     make_root(recipe)
-    absent = check_first(recipe, graph, needed, set(), set(only), here=False)
-    stages = _out_of_date(graph, needed - absent)
+    folder = job_files.folder_of(recipe)
+    _refuse_live_jobs(folder)
+    again = set(only) if restart else set()
+    absent = check_first(recipe, graph, needed, again, set(only), here=False)
+    if fork:
+        _check_forks(graph, needed - absent, only)
+    stages = _to_run(graph, needed - absent, again)
     if not stages:
         show(f"{recipe.name}: everything is up to date; nothing was submitted")
         return
     _check_requests(recipe, stages, cluster)
     shared_storage.check(recipe.root)
-    folder = job_files.folder_of(recipe)
     lock = Lock(folder)
     lock.acquire()  # another submission of this run at the same time is refused
     try:
-        _refuse_live_jobs(folder)
+        _refuse_live_jobs(folder)  # it may have just ended
         needs = _needs(stages)
-        _write_files(recipe, stages, needs)
+        _write_files(recipe, stages, needs, _stage_options(stages, only, restart=restart, fork=fork))
         for stage in stages:
             slurm.test(str(job_files.script_path(recipe, stage)))
         _submit_all(recipe, stages, needs)
@@ -45,7 +49,7 @@ def submit(recipe: Recipe, only: list[str]) -> None:
         lock.release()
 
 
-def show_jobs(recipe: Recipe, only: list[str]) -> None:
+def show_jobs(recipe: Recipe, only: list[str], *, restart: bool = False, fork: bool = False) -> None:
     """Print the files that `submit` would write, and write nothing. Without Slurm what the recipe asks for is not
     compared with what the cluster has."""
     graph, needed = _graph(recipe, only)
@@ -57,7 +61,8 @@ def show_jobs(recipe: Recipe, only: list[str]) -> None:
                 check(node, graph)
     problems.refuse()
     absent = mark_absent({name: node for name, node in graph.items() if name in needed}) - set(only)
-    stages = _out_of_date(graph, needed - absent)
+    stages = _to_run(graph, needed - absent, set(only) if restart else set())
+    options = _stage_options(stages, only, restart=restart, fork=fork)
     if slurm.is_here():
         try:
             found = slurm.partitions()
@@ -67,7 +72,7 @@ def show_jobs(recipe: Recipe, only: list[str]) -> None:
             _check_requests(recipe, stages, found)
     needs = _needs(stages)
     for name, node in stages.items():
-        _print_file(job_files.script_path(recipe, name), job_files.script(recipe, node, Path.cwd()))
+        _print_file(job_files.script_path(recipe, name), job_files.script(recipe, node, Path.cwd(), options[name]))
     if stages:
         _print_file(job_files.folder_of(recipe) / "submit.sh", job_files.submit_script(recipe, needs))
     for name, node in stages.items():
@@ -88,13 +93,40 @@ def _graph(recipe: Recipe, only: list[str]) -> tuple[dict[str, Node], set[str]]:
     return graph, ancestors(graph, only) if only else set(graph)
 
 
-def _out_of_date(graph: dict[str, Node], names: set[str]) -> dict[str, Node]:
-    """The stages that must run. Raises UserError if another run is writing to one of them."""
-    stages = {name: node for name, node in graph.items() if name in names and node.state != "up to date"}
+def _to_run(graph: dict[str, Node], names: set[str], again: set[str]) -> dict[str, Node]:
+    """The stages that must run: those that are out of date, those in `again`, and those that need one of these, which
+    may be out of date after it. Raises UserError if another run is writing to one of them."""
+    stages: dict[str, Node] = {}
+    for name, node in graph.items():
+        needs_one = not again.isdisjoint(ancestors(graph, [name])) and not stages.keys().isdisjoint(
+            node.parents.values()
+        )
+        if name in names and (node.state != "up to date" or name in again or needs_one):
+            stages[name] = node
     for node in stages.values():
         if node.state == "running":
             raise UserError(f"{node.folder}: another run is writing here: {node.reason}; wait for it, or end it")
     return stages
+
+
+def _check_forks(graph: dict[str, Node], needed: set[str], only: list[str]) -> None:
+    """Raise UserError for a --fork that is known to be impossible: no job is queued for it."""
+    check_forks(graph, needed)
+    for name in only:
+        if graph[name].identity:
+            can_fork(graph[name], graph, named=True)
+
+
+def _stage_options(stages: dict[str, Node], only: list[str], *, restart: bool, fork: bool) -> dict[str, list[str]]:
+    """Stage -> --restart, --fork or nothing, as `alma run` without a cluster would give it to the stage."""
+    options = {}
+    for name, node in stages.items():
+        options[name] = []
+        if restart and (not only or name in only):
+            options[name].append("--restart")
+        if fork and node.config.HAS_STEPS:
+            options[name].append("--fork")
+    return options
 
 
 def _needs(stages: dict[str, Node]) -> dict[str, list[str]]:
@@ -133,13 +165,15 @@ def _refuse_live_jobs(folder: Path) -> None:
         )
 
 
-def _write_files(recipe: Recipe, stages: dict[str, Node], needs: dict[str, list[str]]) -> None:
+def _write_files(
+    recipe: Recipe, stages: dict[str, Node], needs: dict[str, list[str]], options: dict[str, list[str]]
+) -> None:
     folder = job_files.folder_of(recipe)
     for path in folder.glob("*.sbatch"):  # of stages that are up to date by now, or that the recipe no longer has
         path.unlink()
     write_atomic(folder / "recipe.yaml", resolved(recipe))
     for name, node in stages.items():
-        write_atomic(job_files.script_path(recipe, name), job_files.script(recipe, node, Path.cwd()))
+        write_atomic(job_files.script_path(recipe, name), job_files.script(recipe, node, Path.cwd(), options[name]))
         (folder / f"{name}.json").unlink(missing_ok=True)  # how an earlier job ended
     write_atomic(folder / "submit.sh", job_files.submit_script(recipe, needs))
 

@@ -29,7 +29,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
     forced = set(only) if only else set(graph)
     absent = check_first(recipe, graph, needed, forced if restart else set(), set(only))
     if fork:
-        _check_forks(graph, needed - absent)
+        check_forks(graph, needed - absent)
     for name, node in graph.items():
         if name not in needed:
             continue
@@ -48,7 +48,7 @@ def run(recipe: Recipe, only: list[str] = (), *, restart: bool = False, fork: bo
             continue
         reason = f" ({node.reason})" if node.reason else ""
         say(f"{name}: {node.state}{reason}, running")
-        launch(node, recipe, restart=again, fork=fork and _can_fork(node, graph, named=name in only))
+        launch(node, recipe, restart=again, fork=fork and can_fork(node, graph, named=name in only))
         examine_one(node, graph, running=False)
         if node.state != "up to date":  # another run may have started here since
             raise UserError(
@@ -91,7 +91,7 @@ def check_first(
     return absent
 
 
-def _check_forks(graph: dict[str, Node], needed: set[str]) -> None:
+def check_forks(graph: dict[str, Node], needed: set[str]) -> None:
     """Raise UserError for a --fork whose checkpoints cannot be used, before any stage runs, where that is known by
     now."""
     for name, node in graph.items():
@@ -101,7 +101,7 @@ def _check_forks(graph: dict[str, Node], needed: set[str]) -> None:
                 fork_source(node.folder, as_run(node, graph), name, node.config.last_step())
 
 
-def _can_fork(node: Node, graph: dict[str, Node], named: bool) -> bool:
+def can_fork(node: Node, graph: dict[str, Node], named: bool) -> bool:
     """Whether --fork gives a stage that is about to run a checkpoint to continue from. If not, says so; raises
     UserError for a stage that the command line names, or whose checkpoints cannot be used."""
     if node.state == "interrupted" or not node.config.HAS_STEPS:

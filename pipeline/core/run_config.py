@@ -107,8 +107,9 @@ class Resources(Strict):
     """Memory per node, such as 64G. By default all of it if the job has its nodes to itself, or else what the cluster
     gives per core."""
     time: str | None = None
-    """Wall-clock limit of one start of the job, such as 48h; the same as `run.time`. Two minutes before it ends the
-    stage saves, and the job is queued again. By default the limit of the partition."""
+    """Wall-clock limit of one start of the job, such as 48h; the same as `run.time`. The stage saves before it ends,
+    two minutes or as much earlier as steps and checkpoints have been measured to need, and the job is queued again. By
+    default the limit of the partition."""
     partition: Annotated[str, Field(pattern=WORD)] | None = None
     """Partition, or several with commas; by default the cluster's."""
     account: Annotated[str, Field(pattern=WORD)] | None = None
@@ -119,6 +120,12 @@ class Resources(Strict):
     """Features that the nodes must have, such as a100&nvlink."""
     exclude: Annotated[str, Field(pattern=WORD)] | None = None
     """Nodes that are not used, such as n[3-5]."""
+    exclude_failed: bool = False
+    """After an error of a GPU, or when the look at the nodes before a start finds one that is bad, queue the job again
+    without this node. The tries without progress are bounded as for every other failure."""
+    preflight: bool | None = None
+    """Whether each start of the job looks at its nodes first: the run folder, temporary files, GPUs and their memory, a
+    sum over all nodes, clocks. By default jobs with several nodes or with GPUs do."""
     exclusive: bool | None = None
     """Whether the job has its nodes to itself; by default it does unless `cpus` is given."""
     modules: list[Annotated[str, Field(pattern=WORD)]] = []

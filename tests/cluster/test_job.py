@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_slurm import FakeSlurm
 
+from pipeline.cluster import job
 from pipeline.cluster.job import Job
 from pipeline.core.graph import nodes
 from pipeline.core.recipe import load
@@ -24,6 +25,7 @@ stages:
     batch_size: 48
     sequence_length: 64
     run: {nodes: 2, processes: 2}
+    resources: {preflight: false}
 """
 NOTE = 'note() {{ echo "n2 41 $2" > $ALMA_ENDED/rank-$1; }}; cd {folder}; '  # as rank.py leaves it
 
@@ -34,13 +36,13 @@ class Start:
     def __init__(self, folder: Path, stage: str):
         self.jobs, self.stage, self.folder = folder / "runs/small/jobs", stage, folder / "runs/small" / stage
 
-    def __call__(self, srun: str, restarts: int = 0, *words: str) -> int:
+    def __call__(self, srun: str, restarts: int = 0, *words: str, options: tuple[str, ...] = ()) -> int:
         os.environ["SLURM_RESTART_COUNT"] = str(restarts)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.jobs.mkdir(exist_ok=True)
         Path("bin/srun.sh").write_text(NOTE.format(folder=self.folder) + srun)
         self.node = nodes(load("r.yaml", words))[self.stage]
-        return Job(self.jobs.absolute() / "recipe.yaml", self.node).run()
+        return Job(self.jobs.absolute() / "recipe.yaml", self.node, options).run()
 
     @property
     def record(self) -> dict:
@@ -100,7 +102,7 @@ def test_processes_get_the_cores_and_the_meeting_place_of_the_job(start, fake, t
     ],
 )
 def test_processes_run_in_a_container(start, fake, tmp_path, image, words):
-    assert start("", 0, f"pretrain.resources={{container: '{image}', mounts: [/data]}}") == 0
+    assert start("", 0, f"pretrain.resources={{container: '{image}', mounts: [/data], preflight: false}}") == 0
     assert words.format(here=tmp_path, runs=tmp_path / "runs/small") in fake.calls("srun")[0]
 
 
@@ -170,3 +172,112 @@ def test_progress_of_a_stage_without_steps_is_counted_in_files(fake, tmp_path):
     )
     assert [start(more, restarts) for restarts in range(5)] == [75] * 5
     assert "finished files" in start.record["reason"]
+
+
+PUBLISHED = "mkdir -p made; ln -sfn made current; echo > made/new; mv made/new made/manifest.json; "
+
+
+def test_restart_is_given_until_its_result_is_published(start, fake):
+    """A start that is ended before that is resumed; one that is ended after it must not make everything again."""
+    assert start(PUBLISHED + "exit 0") == 0
+    killed = "note 0 137; exit 137"
+    assert [start(killed, restarts, options=("--restart",)) for restarts in (0, 1)] == [75, 75]
+    assert start(PUBLISHED + killed, 2, options=("--restart",)) == 137  # the third try, and nothing was saved
+    assert start("exit 0", 3, options=("--restart",)) == 0
+    assert [line.endswith("--restart") for line in fake.calls("srun")] == [False, True, True, True, False]
+
+
+# ---- errors of machines ----------------------------------------------------------------------------------------------
+
+DEVICE = json.dumps(
+    {"stage": "pretrain", "reason": "device", "step": 6, "saved": 5, "progress": 5, "from": "step 5", "rank": 1}
+    | {"host": "n2", "message": "rank 1 (n2) failed: AcceleratorError: CUDA error: uncorrectable ECC error encountered"}
+)
+BROKEN_GPU = f"echo '{DEVICE}' > requeue.json; note 1 1; exit 1"
+
+
+def test_an_error_of_a_gpu_is_queued_again_as_long_as_there_is_progress(start, fake):
+    assert [start(BROKEN_GPU, restarts) for restarts in range(3)] == [75, 75, 1]
+    assert "3 tries ended at step 5 without progress, the last with: rank 1 (n2) failed" in start.record["reason"]
+    assert not fake.calls("scontrol update")
+
+
+def test_the_node_with_the_broken_gpu_is_avoided_if_the_recipe_asks_for_it(start, fake, capsys):
+    fake.write("job.txt", "JobId=7 ExcNodeList=n9 Restarts=0\n")
+    assert start(BROKEN_GPU, 0, "pretrain.resources.exclude_failed=true") == 75
+    assert fake.calls("scontrol")[-3:] == [
+        "scontrol requeue 7",
+        "scontrol --oneliner show job 7",
+        "scontrol update JobId=7 ExcNodeList=n9,n2",
+    ]
+    assert "the next start avoids n9,n2" in capsys.readouterr().out
+
+
+def test_the_first_error_of_each_process_is_summarised(start, capsys):
+    """Of this start: logs of earlier ones are in the same files."""
+    log = "../jobs/pretrain-7-rank-{}.log"
+    start.jobs.mkdir(parents=True)
+    (start.jobs / "pretrain-7-rank-2.log").write_text("RuntimeError: of an earlier start\n")
+    lines = [f"printf 'step 3\\nValueError: odd\\nTypeError: later\\n' >> {log.format(rank)}" for rank in (0, 2, 3)]
+    lines.append(f"echo 'torch.AcceleratorError: CUDA error: x' >> {log.format(1)}")
+    assert start("; ".join([*lines, "note 1 1", "exit 1"])) == 1
+    shown = capsys.readouterr().out
+    assert "the first error of each process:" in shown and "earlier start" not in shown
+    assert "    ranks 0, 2-3: ValueError: odd\n    rank 1: torch.AcceleratorError: CUDA error: x\n" in shown
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left, longest, is_asked", [("9:00", 200, True), ("59:00", 200, False), ("9:00", 60, False)])
+def test_slow_steps_and_checkpoints_are_stopped_earlier(start, fake, monkeypatch, left, longest, is_asked):
+    """Twice the longest step and checkpoint and half a minute, but not before half of the time is over."""
+    monkeypatch.setattr(job, "LOOK_EVERY", 0.1)
+    fake.write("left.txt", f"{left}\n")
+    logs = start.folder / "a.partial/logs"
+    logs.mkdir(parents=True)
+    (logs / "pace.json").write_text(json.dumps({"longest_step": longest - 20, "longest_save": 20}))
+    later = iter([0.0] + [300.0] * 1000)  # five minutes pass at once
+    monkeypatch.setattr(job.time, "monotonic", lambda: next(later))
+    ended = f"leave() {{ {marker(7, 'signal')} exit 75; }}; trap leave USR1; sleep 1 & wait; exit 0"
+    assert start(ended) == (75 if is_asked else 0)
+
+
+# ---- the look at the nodes -------------------------------------------------------------------------------------------
+
+NOTES = """
+folder=$(echo "$@" | sed 's/.*cluster.preflight \\([^ ]*\\) .*/\\1/')
+echo '{"node": "n1", "at": "done", "problem": null}' > $folder/0.json
+"""
+FIT = NOTES + """echo '{"node": "n2", "at": "done", "problem": null}' > $folder/1.json"""
+BROKEN = NOTES + """echo '{"node": "n2", "at": "its GPUs", "problem": "torch sees 1 of 2 GPUs"}' > $folder/1.json"""
+
+
+def test_nodes_are_looked_at_before_the_stage_starts(start, fake):
+    fake.write("preflight.sh", FIT)
+    assert start("touch started", 0, "pretrain.resources.preflight=true") == 0
+    look, stage = fake.calls("srun")
+    assert look.startswith("srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=64 ")
+    assert look.endswith(f"{start.folder}/.ended/preflight {start.folder} 2") and "pipeline.cluster.rank" in stage
+
+
+@pytest.mark.parametrize("look, said", [(BROKEN, "its GPUs: torch sees 1 of 2 GPUs"), (NOTES, "did not start")])
+def test_a_node_that_is_not_fit_is_named_and_the_stage_does_not_start(start, fake, look, said):
+    fake.write("preflight.sh", look)
+    assert start("touch started", 0, "pretrain.resources.preflight=~") == 1
+    assert said in start.record["reason"] and "node n2: " in start.record["reason"]
+    assert "exclude it (resources.exclude: n2)" in start.record["reason"]
+    assert not (start.folder / "started").exists() and not fake.calls("scontrol requeue")
+
+
+def test_a_node_that_is_not_fit_is_avoided_if_the_recipe_asks_for_it(start, fake):
+    fake.write("preflight.sh", BROKEN)
+    words = ["pretrain.resources.preflight=true", "pretrain.resources.exclude_failed=true"]
+    assert [start("", restarts, *words) for restarts in range(3)] == [75, 75, 1]
+    assert fake.calls("scontrol update") == ["scontrol update JobId=7 ExcNodeList=n2"] * 2
+    assert "3 tries ended at step 0 without progress" in start.record["reason"]
+
+
+def test_one_cpu_node_is_not_looked_at(start, fake):
+    assert start("", 0, "pretrain.resources={preflight: ~}", "pretrain.run={nodes: 1, processes: 2, device: cpu}") == 0
+    assert len(fake.calls("srun")) == 1

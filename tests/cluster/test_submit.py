@@ -2,6 +2,7 @@
 played by programs that check their words (tests/helpers/fake_slurm.py)."""
 
 import json
+import random
 import subprocess
 from pathlib import Path
 
@@ -193,10 +194,53 @@ def test_what_cannot_run_is_refused_before_anything_is_queued(fake, words, said)
 
 
 def test_without_slurm_and_with_wrong_words_it_is_one_sentence(fake, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--restart and --fork cannot be given with --on slurm"):
-        alma("--restart")
+    with pytest.raises(UserError, match="give one of the two"):
+        alma("--restart", "--fork")
     monkeypatch.setenv("PATH", "/nowhere")
     assert "no Slurm here: sinfo is not on the PATH" in refusal()
+
+
+def last_line(folder: Path, stage: str) -> str:
+    return (folder / f"runs/small/jobs/{stage}.sbatch").read_text().splitlines()[-1]
+
+
+def test_restart_and_fork_are_given_to_the_stages_that_would_get_them_without_a_cluster(fake, tmp_path):
+    alma("--restart", "tokenizer")
+    assert last_line(tmp_path, "clean").endswith(' "$recipe" clean')
+    assert last_line(tmp_path, "tokenizer").endswith(' "$recipe" tokenizer --restart')
+    fake.write("squeue.txt", "")
+    alma("--restart")
+    assert last_line(tmp_path, "clean").endswith(' "$recipe" clean --restart')
+    alma("--fork")
+    assert last_line(tmp_path, "pretrain").endswith(' "$recipe" pretrain --fork')
+    assert last_line(tmp_path, "clean").endswith(' "$recipe" clean')
+
+
+def run_here(stage: str) -> None:
+    """Make a stage and what it needs, of texts that the filters keep."""
+    draw = random.Random(3)
+    rows = [" ".join("".join(draw.choices("etaoinsh", k=draw.randint(2, 7))) for _ in range(40)) for _ in range(60)]
+    Path("a.txt").write_text("".join(f"{row}\n" for row in rows))
+    cli.app(["run", "r.yaml", stage], standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_a_named_stage_is_run_again_with_what_needs_it(fake, tmp_path, capsys):
+    """Stages below it may be out of date after it; those that are up to date and not below it are not queued."""
+    run_here("tokenizer")
+    alma("tokenizer")
+    assert "everything is up to date; nothing was submitted" in capsys.readouterr().out
+    alma("--restart", "clean", "tokenizer", "--dry-run")
+    assert "#SBATCH --job-name=small.clean" in (shown := capsys.readouterr().out) and "tokenizer --restart" in shown
+    alma("--restart", "tokenizer")
+    assert json.loads((tmp_path / "runs/small/jobs/jobs.json").read_text()).keys() == {"tokenizer"}
+
+
+@pytest.mark.slow
+def test_a_fork_without_a_checkpoint_is_refused_before_anything_is_queued(fake):
+    run_here("pack")
+    assert "--fork found no complete checkpoint of stage pretrain" in refusal("--fork", "pretrain")
+    assert not fake.calls("sbatch")
 
 
 def test_a_folder_that_only_this_machine_has_is_refused_if_there_are_other_machines(fake, tmp_path, monkeypatch):

@@ -43,6 +43,8 @@ elif name == "sinfo":
     if options != ["noheader", "exact", "format"] or words[-1] != "--format=%P|%a|%l|%c|%m|%G|%D":
         refuse("unexpected words")
     answer("sinfo.txt", "main*|up|infinite|4|8192|gpu:fake:4|2\\n")
+elif name == "squeue" and words[-1] == "--format=%L":
+    answer("left.txt", "UNLIMITED\\n")
 elif name == "squeue":
     if options != ["noheader", "states", "jobs", "format"] or "--states=all" not in words or words[-1] != "--format=%i|%T|%r":
         refuse("unexpected words")
@@ -57,12 +59,17 @@ elif name == "scontrol":
         answer("nodes.txt", "NodeName=n1 NodeAddr=127.0.0.1 State=IDLE\\nNodeName=n2 NodeAddr=127.0.0.1 State=IDLE\\n")
     elif words[:2] == ["show", "hostnames"]:
         print("n1\\nn2")
-    elif words[0] != "requeue":
+    elif words[:3] == ["--oneliner", "show", "job"]:
+        answer("job.txt", "JobId=7 ExcNodeList=(null) Restarts=0\\n")
+    elif words[0] not in ("requeue", "update"):
         refuse("unexpected words")
 elif name == "srun":
-    if "--kill-on-bad-exit=1" not in words:
+    script = "srun.sh"
+    if "pipeline.cluster.preflight" in words:
+        script = "preflight.sh"
+    elif "--kill-on-bad-exit=1" not in words:
         refuse("unexpected words")
-    os.execv("/bin/bash", ["bash", str(here / "srun.sh"), *words])
+    os.execv("/bin/bash", ["bash", str(here / script), *words])
 elif name != "scancel":
     refuse("no such program")
 """
