@@ -1,5 +1,6 @@
 # make quickstart   install into .venv, then run the whole chain on real text, on a CPU
 # make test         style, then the tests;  make test-all adds the slow ones
+# make test-cluster jobs on a real Slurm that is started on this machine: needs root, and installs Debian's packages
 # make test-quick   tests that start no stage, in less than a minute
 # make test-wheel   wheel and sdist, installed into fresh environments of PYTHONS, and a small chain in each
 # make test-browser alma report and alma serve's page in headless Chromium, which must be there (Debian: apt-get install chromium)
@@ -37,6 +38,12 @@ test: style
 
 test-all: style
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile=random
+
+.PHONY: test-cluster
+test-cluster: .venv/installed
+	command -v slurmctld >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends \
+	  slurmctld slurmd slurm-client munge; }
+	ALMA_TEST_CLUSTER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster/test_real_slurm.py
 
 test-wheel: .venv/installed
 	for python in $(PYTHONS); do \
