@@ -4,9 +4,10 @@ yes, 1: no. Prints the reason in one line. pipeline/cluster/job.py and launch/sl
 
 A run that may continue leaves requeue.json in its stage's folder (pipeline/core/stop.py). Without progress (the saved
 step, or the finished files of a stage without steps) it gets TRIES tries; tries.json in the same folder counts them. A
-user error and a spike leave no requeue.json, and an exception leaves one with the reason `failed`: starting again would
-not help. With --asked the job was asked to stop: a stage without requeue.json was still starting, which counts as a try
-without progress. So does a process that was killed before it could leave one ($ALMA_ENDED, see rank.py).
+user error and a spike leave no requeue.json, and an exception leaves one with the reason `failed`, unless it is an
+error of a machine (pipeline/core/transient_errors.py): starting again would not help. With --asked the job was asked to
+stop: a stage without requeue.json was still starting, which counts as a try without progress. So does a process that
+was killed before it could leave one ($ALMA_ENDED, see rank.py).
 """
 
 import argparse

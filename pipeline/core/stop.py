@@ -11,11 +11,11 @@ why a run ended.
 A second Ctrl-C ends the process at once. Other signals after the first have no effect, because terminals, torchrun and
 Slurm send some of them twice.
 
-`requeue.json` in the stage's folder is the marker: stage, reason (signal, hang, lost, failed), step (at which the run
-ended), saved (the step from which it resumes), progress (a number that grows unless a try was in vain), from (the same
-for people), and further details. Exit codes do not survive launchers, so the job script reads this file
-(pipeline/cluster/again.py). A user error and a spike leave no marker, and an exception on one of several ranks leaves
-`failed`: starting again would not help.
+`requeue.json` in the stage's folder is the marker: stage, reason (signal, hang, lost, failed; device, network or
+storage for errors of machines, see transient_errors.py), step (at which the run ended), saved (the step from which it
+resumes), progress (a number that grows unless a try was in vain), from (the same for people), and further details. Exit
+codes do not survive launchers, so the job script reads this file (pipeline/cluster/again.py). A user error and a spike
+leave no marker, and an exception on one of several ranks leaves `failed`: starting again would not help.
 """
 
 import contextlib
