@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fake_array import write_programs
 from paths import ROOT
 
 from pipeline.core import shipped_recipes
@@ -103,13 +104,31 @@ def test_shipped_recipes_are_found_in_any_folder(environment, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mistral-7b.yaml"]
 
 
-def test_a_chain_runs_from_the_installed_package(environment, tmp_path):
-    (tmp_path / "mine.yaml").write_text(RECIPE)
+def write_inputs(folder: Path) -> None:
+    (folder / "mine.yaml").write_text(RECIPE)
     draw = random.Random(0)
-    with open(tmp_path / "text.jsonl", "w") as file:
+    with open(folder / "text.jsonl", "w") as file:
         for _ in range(200):
             words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(40)]
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+def test_an_array_job_is_made_from_the_installed_package(environment, tmp_path):
+    """Its script is not in the repository, and its workers find the package without it."""
+    write_inputs(tmp_path)
+    write_programs(tmp_path / "bin")
+    words = [environment / "alma", "run", "mine.yaml", "clean"]
+    run(words, tmp_path)
+    words += ["clean.executor=slurm", "clean.workers=2", "output=many"]
+    run(words, tmp_path, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert len((tmp_path / "bin/calls").read_text().splitlines()) == 1
+    runs = [tmp_path / output / "mine/clean/current/manifest.json" for output in ("runs", "many")]
+    one, many = (json.loads(path.read_text())["digest"] for path in runs)
+    assert one == many
+
+
+def test_a_chain_runs_from_the_installed_package(environment, tmp_path):
+    write_inputs(tmp_path)
     alma = environment / "alma"
     text = run([alma, "run", "mine.yaml"], tmp_path, ACCELERATE_USE_CPU="true")
     assert "logits differ by" in text and (tmp_path / "runs/mine/export/current/model.safetensors").is_file()
