@@ -214,11 +214,14 @@ class Job:
         return self._end("failed", text, EXIT_STOPPED)
 
     def _first_error(self, entry: dict) -> str:
-        """The end of the log of the process that failed first, and the first error of every process."""
-        path = self.logs.path_of(entry["rank"])
-        ending = "was killed" if entry["code"] > 128 else "failed"
-        head = f"rank {entry['rank']} ({entry['host']}, process {entry['process']}) {ending} with code {entry['code']}"
-        lines = [f"{head}; the end of {path}:", *(f"    {line}" for line in self.logs.end(entry["rank"]))]
+        """The end of the log of the process that failed first, and the first error of every process. entry: of the
+        processes that ended with an error; the one that caused it may still have been ending when Slurm ended it."""
+        rank, ending = entry["rank"], "was killed" if entry["code"] > 128 else "failed"
+        head = f"rank {rank} ({entry['host']}, process {entry['process']}) {ending} with code {entry['code']}"
+        marker = again.read_record(self.node.folder / "requeue.json", "host")
+        if marker and entry["code"] <= 128:
+            rank, head = marker["rank"], marker["message"]
+        lines = [f"{head}; the end of {self.logs.path_of(rank)}:", *(f"    {line}" for line in self.logs.end(rank))]
         errors = self.logs.summary()
         if errors:
             lines += ["the first error of each process:", *(f"    {line}" for line in errors)]

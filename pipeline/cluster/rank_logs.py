@@ -8,6 +8,7 @@ from pipeline.core.terminal import ranks_text
 
 NUM_LAST_LINES = 15
 MOST_LINES = 8  # of a summary
+PREFIX = re.compile(r"^\[rank\d+\]: ")  # of tracebacks, by torch
 # Last lines of a traceback, messages for the user, and what the watchdog says of another rank.
 ERROR = re.compile(
     r"error: |[\w.]*(Error|Exception|Interrupt)(: |$)|.*\branks? \d.*\b(failed|killed|lost|in phase|did not start)\b"
@@ -37,8 +38,9 @@ class RankLogs:
     def first_error(self, rank: int) -> str | None:
         """The first line of a process that is an error."""
         for line in self.lines(rank):
-            if ERROR.match(line):
-                return line.strip()
+            text = PREFIX.sub("", line, count=1).strip()
+            if ERROR.match(text):
+                return text
         return None
 
     def summary(self) -> list[str]:

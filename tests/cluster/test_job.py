@@ -202,6 +202,13 @@ def test_an_error_of_a_gpu_is_queued_again_as_long_as_there_is_progress(start, f
     assert not fake.calls("scontrol update")
 
 
+def test_the_process_that_caused_it_is_shown_also_if_another_one_ended_before_it(start, capsys):
+    log = "echo 'cause' >> ../jobs/pretrain-7-rank-1.log; echo 'consequence' >> ../jobs/pretrain-7-rank-0.log; "
+    assert start(log + BROKEN_GPU.replace("note 1 1", "note 0 1")) == 75
+    shown = capsys.readouterr().out
+    assert "ECC error encountered; the end of" in shown and "    cause\n" in shown and "consequence" not in shown
+
+
 def test_the_node_with_the_broken_gpu_is_avoided_if_the_recipe_asks_for_it(start, fake, capsys):
     fake.write("job.txt", "JobId=7 ExcNodeList=n9 Restarts=0\n")
     assert start(BROKEN_GPU, 0, "pretrain.resources.exclude_failed=true") == 75
@@ -219,7 +226,7 @@ def test_the_first_error_of_each_process_is_summarised(start, capsys):
     start.jobs.mkdir(parents=True)
     (start.jobs / "pretrain-7-rank-2.log").write_text("RuntimeError: of an earlier start\n")
     lines = [f"printf 'step 3\\nValueError: odd\\nTypeError: later\\n' >> {log.format(rank)}" for rank in (0, 2, 3)]
-    lines.append(f"echo 'torch.AcceleratorError: CUDA error: x' >> {log.format(1)}")
+    lines.append(f"echo '[rank1]: torch.AcceleratorError: CUDA error: x' >> {log.format(1)}")
     assert start("; ".join([*lines, "note 1 1", "exit 1"])) == 1
     shown = capsys.readouterr().out
     assert "the first error of each process:" in shown and "earlier start" not in shown
