@@ -172,12 +172,14 @@ stages:
 """
 
 
+def sentences(draw: random.Random, count: int) -> list[str]:
+    """Texts that the filters keep."""
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(60 * count)]
+    return [" ".join(words[start : start + 60]) for start in range(0, len(words), 60)]
+
+
 def write_chain(folder: Path) -> None:
-    draw = random.Random(3)
-    rows = [
-        " ".join("".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(40)) for _ in range(150)
-    ]
-    (folder / "a.txt").write_text("".join(f"{row}\n" for row in rows))
+    (folder / "a.txt").write_text("".join(f"{row}\n" for row in sentences(random.Random(3), 150)))
     (folder / "r.yaml").write_text(CHAIN)
 
 
@@ -289,11 +291,9 @@ def test_an_error_of_a_gpu(training, quiet):
 
 def test_an_array_of_workers_of_which_one_is_killed(slurm, tmp_path):
     """The stage runs here and its workers are tasks of an array job; one is killed while it has a unit of work."""
-    rows = [
-        {"text": f"text {number} about the number {number * 7919} and what follows from it"} for number in range(4000)
-    ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = "name: RUN\nstages:\n  clean: {sources: {a: {path: a.jsonl}}, holdout: 0.1, unit_bytes: 9_000, MORE}\n"
+    rows = sentences(random.Random(4), 2000)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    recipe = "name: RUN\nstages:\n  clean: {sources: {a: {path: a.jsonl}}, holdout: 0.1, unit_bytes: 9000, MORE}\n"
     (tmp_path / "one.yaml").write_text(recipe.replace("RUN", "one").replace("MORE", "workers: 1"))
     (tmp_path / "many.yaml").write_text(recipe.replace("RUN", "many").replace("MORE", "workers: 2, executor: slurm"))
     alma(slurm, tmp_path, "run", "one.yaml")
