@@ -182,6 +182,9 @@ class _Expansion:
             at = line
             if name in lines:
                 at = lines[name][0] + 1
+            if name is None or isinstance(name, bool | float):
+                self._refuse(at, f"a key is {short_repr(name)}, which YAML reads as no name; put it in quotes")
+            if name in lines:
                 self._remember((*key, word), at)
             if word in block:
                 self._refuse(at, f"the key {short_repr(word)} is given twice in this block; keep one of the two")
@@ -223,9 +226,9 @@ def _merge(base: Any, change: Any) -> Any:
     return change
 
 
-def override(tree: dict, word: str, places: dict, top: list[str]) -> None:
+def override(tree: dict, word: str, places: dict, top: list[str]) -> tuple[str, ...]:
     """Apply one `a.b.c=value` word of the command line; the value is read as YAML. `top`: the top-level keys of a
-    recipe."""
+    recipe. Returns the key."""
     dotted, found, text = word.partition("=")
     keys = dotted.split(".")
     if not found or not all(keys):
@@ -257,6 +260,7 @@ def override(tree: dict, word: str, places: dict, top: list[str]) -> None:
     for depth in range(1, len(keys) + 1):
         places.setdefault(tuple(keys[:depth]), place)
     places[tuple(keys)] = place
+    return tuple(keys)
 
 
 def _value(word: str, dotted: str, text: str) -> Any:

@@ -85,6 +85,10 @@ def test_yaml_1_2_numbers_words_and_injected_keys(write):
             "pipeline: 2 cannot be combined with zero: 2",
         ),
         (("stages:", "stages: ["), 6, "not valid YAML"),
+        (("      web:", "      ~:"), 7, "a key is None, which YAML reads as no name; put it in quotes"),
+        (("      web:", "      true:"), 7, "a key is True"),
+        (("      web:", "      .nan:"), 7, "a key is nan"),
+        (("path: data/*.jsonl", "path: data/*.jsonl, text: ''"), 7, "text: '' names no field"),
         (("      web:", "      网页:"), 7, "stages.clean.sources has the name '网页', expected Latin letters, digits"),
         (("path: data/*.jsonl", "package: x, member: m"), 7, "sources.web.package is 'x', expected NAME==VERSION"),
         (("name: small", "name: small\noutput: 3"), 2, "output is 3, expected a path"),
@@ -276,6 +280,10 @@ def test_overrides(write):
             load(path, [word])
     with pytest.raises(UserError, match=r"command line, pretrain.steps=0: stages.pretrain.steps is 0"):
         load(path, ["pretrain.steps=0"])
+    for words in (["pretrain.steps=1", "stages.pretrain.steps=2"], ["pretrain.save.keep=5", "pretrain.save={}"]):
+        with pytest.raises(UserError, match="replaces 'pretrain.s.*' on the same command line; keep one of them"):
+            load(path, words)
+    assert load(path, ["pretrain.save={}", "pretrain.save.keep=5"]).stages["pretrain"].save.keep == 5
 
 
 def test_extends_merges_blocks_replaces_lists_and_takes_stages_out(write):

@@ -117,6 +117,18 @@ class Source(ExternalSource):
     def _canonical_name(cls, value: str | None) -> str | None:
         return None if value is None else known_encoding(value)
 
+    @field_validator("text")
+    @classmethod
+    def _names_a_field(cls, value: str) -> str:
+        try:
+            pieces = parse_template(value)
+        except UserError as error:
+            raise ValueError(f"text: {error}") from None
+        literal = "{" in value and all(field is None for _, field in pieces)
+        if not value.strip() or literal:
+            raise ValueError(f"text: {value!r} names no field, so that all records would be alike; write text: FIELD")
+        return value
+
     @model_validator(mode="after")
     def _one_place(self):
         places = {"path": self.path, "package": self.package, "dataset": self.dataset}
@@ -144,10 +156,6 @@ class Source(ExternalSource):
         steps_of(self.records)
         if duplicate := first_duplicate(self.columns):
             raise ValueError(f"columns: duplicate name {duplicate!r}; give each column its own name")
-        try:
-            parse_template(self.text)
-        except UserError as error:
-            raise ValueError(f"text: {error}") from None
         return self
 
     def is_record(self, value: dict) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 from typing import Any
 
@@ -17,8 +18,8 @@ def render(template: str, fields: dict, place: str = "", join: str = "\n") -> st
     """Fill a template. `{name}` and `{name.sub}` look up fields (digits: items of a list), `{{` and `}}` are braces,
     and nothing is evaluated.
 
-    Numbers are written as in JSON; a list of strings is written with `join` between them. Raises MissingField, or
-    UserError for an invalid template.
+    Numbers are written as in JSON; NaN, which a column of numbers has where a row has no value, is no text. A list of
+    strings is written with `join` between them. Raises MissingField, or UserError for an invalid template.
     """
     texts = []
     for literal, field in parse_template(template):
@@ -42,9 +43,12 @@ def _written(value: Any, field: str, place: str, join: str) -> str:
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return join.join(value)
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, (bool, int, float)) and math.isfinite(value):
         return json.dumps(value)
-    content = "nothing" if value is None else type(value).__name__
+    if value is None or isinstance(value, float):
+        content = "nothing" if value is None else f"nothing ({value})"
+    else:
+        content = type(value).__name__
     raise MissingField(f"{place or 'record'}: field {field!r} holds {content}, expected text")
 
 

@@ -16,6 +16,9 @@ def test_templates():
         render("{bb}", fields, "f:3")
     with pytest.raises(MissingField, match="'none' holds nothing"):
         render("{none}", fields)
+    for number in ("nan", "inf", "-inf"):
+        with pytest.raises(MissingField, match=f"'n' holds nothing .{number}."):
+            render("{n}", {"n": float(number)})
     for broken in ("{a", "a}", "{}", "{a{b}}"):
         with pytest.raises(UserError, match="lone"):
             render(broken, fields)
@@ -31,3 +34,6 @@ def test_templates_put_values_in_as_they_are(value, around):
 def test_a_broken_template_is_found_before_anything_is_read():
     with pytest.raises(ValueError, match="has a lone '{'"):
         Source(path="a.jsonl", text="{body")
+    for constant in ("", " ", "{{x}} constant"):
+        with pytest.raises(ValueError, match="text\n.*names no field"):
+            Source(path="a.jsonl", text=constant)
