@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.core.errors import UserError
 from pipeline.data.chat.answer_probe import Probe
+from pipeline.data.chat.fields import is_metadata, snake
 from pipeline.data.chat.rendering import Dialogue, Template, Unusable
 
 THINK, END_THINK = "<think>", "</think>"
@@ -149,7 +150,7 @@ class Answers:
         for function in dialogue.tools or ():
             if not _is_in(str(function.get("function", function).get("name", "")), text):
                 raise Unusable("the chat template does not write the tools")
-        if not _holds(dialogue.options.get("documents", []), text):
+        if not all(_holds_document(document, text) for document in dialogue.options.get("documents", [])):
             raise Unusable("the chat template does not write the documents")
 
     def _dropped_of_shape(self, dialogue: Dialogue) -> str | None:
@@ -273,6 +274,15 @@ def _is_in(value: str, text: str) -> bool:
     if value in text:
         return True
     return any(json.dumps(value, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True))
+
+
+def _holds_document(document, text: str) -> bool:
+    """Whether what a document says has been written. Templates write titles and texts, and not the names of fields;
+    where a document comes from may be missing."""
+    if not isinstance(document, dict):
+        return _holds(document, text)
+    said = [value for key, value in document.items() if snake(key) == "title" or not is_metadata(snake(key))]
+    return all(_holds_document(value, text) for value in said)
 
 
 def _holds(value, text: str) -> bool:

@@ -29,7 +29,14 @@ from pipeline.data.chat.chat_sources import (
     TuningSource,
 )
 from pipeline.data.chat.fields import Rejected
-from pipeline.data.chat.messages import checked_text, comparison_text, parse_messages, without_fields, without_weight
+from pipeline.data.chat.messages import (
+    checked_text,
+    comparison_text,
+    parse_messages,
+    without_fields,
+    without_nulls,
+    without_weight,
+)
 from pipeline.data.chat.record_accounting import EVALUATE, Ledger, key_of
 from pipeline.data.chat.record_fields import number, truth_of
 from pipeline.data.chat.record_formats import (
@@ -373,7 +380,11 @@ def _row(source: TuningSource, name: str, item: Record | Bad, ledger: Ledger):
         ledger.reject(name, item.place, item.reason)
         return None
     try:
-        fields = without_fields(item.fields, set(source.ignore)) if source.ignore else item.fields
+        fields = item.fields
+        if item.columnar:
+            fields = {name: without_nulls(value) for name, value in fields.items()}
+        if source.ignore:
+            fields = without_fields(fields, set(source.ignore))
         common = {"id": item.id, "source": name, "place": item.place}
         return MAKERS[type(source)](source, common, fields)
     except Rejected as error:

@@ -58,7 +58,10 @@ MEANINGFUL_WORDS = set(
     "weight weights mask masks masked loss train training trainable reward rewards score scores rating ratings label"
     " labels reasoning thinking thought thoughts tool tools function functions image images img imgs picture pictures"
     " photo photos pixel pixels frame frames video videos audio audios wav speech media multimodal history system"
-    " context documents passage hint".split()
+    " context documents passage hint screenshot screenshots figure figures chart charts diagram diagrams plot plots"
+    " gif gifs jpg jpeg png svg webp attachment attachments clip clips mp3 mp4 movie voice sound music scan scans"
+    " illustration drawing sketch ocr thumbnail bytes base64 b64 blob html pdf diff patch persona knowledge evidence"
+    " background memory transcript caption".split()
 )
 # Last words of a compound name that make it something to read, whatever it begins with: `source_code`, `original_text`,
 # `meta_instruction`.
@@ -84,13 +87,26 @@ METADATA = set(
     " 时间 日期 创建时间 更新时间 版本 许可证 链接 网址 备注 字数 长度 轮数".split()
 )
 METADATA_PATTERN = re.compile(
-    r"_.*|(num|n|meta|metadata|source|src|original|orig|dataset|data|file|created|updated|license)_.*"
-    r"|.*_(id|ids|uid|uuid|idx|index|hash|url|urls|uri|link|date|time|timestamp|at|count|counts|len|length|lengths|lang"
-    r"|language|name|version|license|path|file|source|category|type|types|tag|tags|topic|model|tokens|chars|words|ms)"
+    r"_.*|(num|n)_.*"
+    r"|.*_(id|ids|uid|uuid|idx|index|hash|date|time|timestamp|at|count|counts|len|length|lengths|lang|language|name"
+    r"|license|category|type|types|tag|tags|topic|model|tokens|chars|words|ms)"
+    r"|(prompt|question|response|answer|problem|instruction|conversation|annotation|sample)_(source|url)"
 )
+# A file or an address may be what the conversation is about, and `source_` may be in front of anything. These names are
+# metadata only if all their words are: those of METADATA and these.
+METADATA_WORDS = METADATA | set(
+    "src original orig data json jsonl parquet by at page pages web homepage home base root parent repo repository git"
+    " github gitlab arxiv paper post thread forum wiki wikipedia profile user account blog canonical download hf"
+    " huggingface commit issue question release name names count text_id rev".split()
+)
+FILE_WORDS = {"file", "filename", "path", "url", "urls", "uri", "link", "links", "href"}
+# A text that begins or ends with one of these has a file beside it in its place.
+PLACEHOLDER = re.compile(r"\s*(<(?:image|video|audio)>)|(?s:.*)(<(?:image|video|audio)>)\s*\Z")
 
 # Flags that say whether a message, or a whole record, carries loss.
 FLAGS = ("weight", "train", "loss", "training", "trainable", "loss_weight", "sample_weight")
+# Those that are only true or false: `loss` is also what somebody has measured, `training` a count of steps.
+SWITCHES = ("loss", "training")
 # Reference answers say nothing about which of two answers is better.
 REFERENCES = set(
     "completion output response responses answer answers solution solutions target reference references ground_truth"
@@ -140,16 +156,27 @@ def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) 
             meaningful.append((printable_name(name), f"{value}: the answer was cut off"))
         elif plain in _WHAT:
             meaningful.append((printable_name(name), _WHAT[plain]))
-        elif not _is_metadata(plain):
+        elif not is_metadata(plain):
             unknown.append((printable_name(name), None))
     return meaningful + unknown
 
 
-def _is_metadata(plain: str) -> bool:
+def file_fields(fields: dict) -> list[str]:
+    """The fields that hold the name or the address of a file."""
+    return [name for name, value in fields.items() if FILE_WORDS & set(_words(name)) and not empty(value)]
+
+
+def _words(name: str) -> list[str]:
+    return snake(name).replace("filename", "file_name").split("_")
+
+
+def is_metadata(plain: str) -> bool:
     """Whether a field of this name, in snake case, says nothing about what is to be learned."""
     if plain in METADATA:
         return True
     words = plain.split("_")
     if MEANINGFUL_WORDS.intersection(words) or words[-1] in CONTENT_WORDS:
         return False
-    return METADATA_PATTERN.fullmatch(plain) is not None
+    if METADATA_PATTERN.fullmatch(plain) is not None:
+        return True
+    return all(word in METADATA_WORDS for word in words)

@@ -8,7 +8,7 @@ is rejected (pipeline/data/chat/fields.py).
 
 import math
 
-from pipeline.data.chat.fields import FLAGS, REASONING_TEXTS, Rejected, empty, snake, unsupported
+from pipeline.data.chat.fields import FLAGS, REASONING_TEXTS, SWITCHES, Rejected, empty, snake, unsupported
 from pipeline.data.chat.tool_calls import TEXT_AFTER_CALL, calls_of, id_of, result_text
 from pipeline.data.sources.text_encoding import printable_name
 
@@ -131,6 +131,8 @@ def _weight(value, name: str, where: str) -> float:
         weight = float(value)
     except (TypeError, ValueError, OverflowError):
         weight = -1.0
+    if snake(name) in SWITCHES and weight not in (0, 1):
+        raise Rejected(f"{where} has `{name}`: expected true or false, because a number may be a measurement")
     if not 0 <= weight < float("inf"):
         raise Rejected(f"{where} has `{name}`: expected true, false, or a number of at least 0")
     return weight
@@ -158,6 +160,16 @@ def reasoning_of(fields: dict, where: str) -> tuple[str, set[str]]:
     if len(texts) > 1:
         raise Rejected(f"{where} has two different reasonings")
     return next(iter(texts), ""), used
+
+
+def without_nulls(value):
+    """A value without the nulls in its objects, at any depth. A table gives all objects of a column the same keys, with
+    null where an object does not have one: arguments of other tools, parameters of other functions."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def without_fields(record: dict, names: set[str]) -> dict:

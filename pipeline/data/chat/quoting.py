@@ -48,7 +48,8 @@ class Quoting:
         """A dialogue with stand-ins for the added tokens that its texts spell. Raises Unusable."""
         messages = [self._message(message) for message in dialogue.messages]
         tools = None if dialogue.tools is None else self._value(dialogue.tools, self.spelled)
-        return replace(dialogue, messages=messages, tools=tools)
+        options = {name: self._value(value, self.spelled) for name, value in dialogue.options.items()}
+        return replace(dialogue, messages=messages, tools=tools, options=options)
 
     def _message(self, message: dict) -> dict:
         spelled = self._spelled_in_answers if message["role"] == "assistant" else self.spelled

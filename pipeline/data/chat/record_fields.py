@@ -4,7 +4,7 @@ judgements, and fields that repeat the messages."""
 from dataclasses import dataclass, field
 
 from pipeline.data.chat import tool_calls
-from pipeline.data.chat.fields import MEANINGFUL, Rejected, empty, snake
+from pipeline.data.chat.fields import MEANINGFUL, PLACEHOLDER, Rejected, empty, file_fields, snake
 from pipeline.data.chat.messages import checked_text, parse_messages, reasoning_of, weight_of, without_weight
 from pipeline.data.sources.text_encoding import printable_name
 
@@ -53,7 +53,20 @@ def add_other_fields(parsed: ParsedRecord, fields: dict, thoughts: bool = True) 
     for name in names:
         parsed.tools = tool_calls.tools_of(fields[name], f"`{name}`")
     used |= set(names) | _add_options(parsed, fields)
+    _refuse_placeholders(parsed.messages, fields)
     return used
+
+
+def _refuse_placeholders(messages: list[dict], fields: dict) -> None:
+    """Raise Rejected for text with a place for an image beside the name of a file, which is that image's."""
+    names = file_fields(fields)
+    for message in messages if names else ():
+        if place := PLACEHOLDER.match(message["content"]):
+            raise Rejected(
+                f"the record has `{printable_name(names[0])}` and {place[1] or place[2]} in its text: content that is"
+                " not text, which is not supported",
+                "exclude such records with `where`",
+            )
 
 
 def _add_system(parsed: ParsedRecord, fields: dict) -> set[str]:

@@ -46,6 +46,7 @@ PAIR_SCORES = (
     ("reward_chosen", "reward_rejected"),
     ("chosen_reward", "rejected_reward"),
 )
+LONG_PROMPT = 20  # characters of a prompt that answers do not begin with by chance
 SCORES = {name for names in PAIR_SCORES for name in names}
 # The formats without templates, as a user writes them, and fields of other formats that mean the same as theirs.
 FORMATS = {
@@ -101,6 +102,9 @@ def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[ParsedReco
     if name is None:
         raise _unrecognised(record, "judged answer")
     label = truth_of(fields[name], f"`{name}`")
+    others = [other for other in LABELS if other in fields and other not in named]
+    if any(truth_of(fields[other], f"`{other}`") != label for other in others):
+        raise Rejected(f"{' and '.join(f'`{other}`' for other in others)} contradict each other")
     parsed, used = _conversation(record, fields)
     used |= add_other_fields(parsed, fields)
     if not parsed.messages or parsed.messages[-1]["role"] != "assistant":
@@ -125,7 +129,7 @@ def steps_of(record: dict, named: set[str] = frozenset()) -> ParsedSteps:
             raise Rejected("`completions` or `labels` is not a list")
         if len(steps) != len(labels):
             raise Rejected(f"{len(steps)} completions have {len(labels)} labels")
-        raw = _as_list(fields["prompt"], "user", "`prompt`")
+        raw = _prompt_messages(fields["prompt"])
         form = f"{_format_name(raw, 'prompt')} + completions + labels"
         judged = [truth_of(label, "a label") for label in labels]
         texts = [checked_text(step, "a step") for step in steps]
@@ -178,8 +182,14 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> ParsedPair:
         raise _unrecognised(record, "pair")
     if any(isinstance(fields[key], (str, list, dict)) and not fields[key] for key in ("chosen", "rejected")):
         raise Rejected("an empty answer")
+    for key in ("chosen", "rejected"):
+        if isinstance(fields[key], str):
+            fields[key] = _spelled_messages(fields[key], f"`{key}`")
+    _refuse_repeated_prompt(fields)
     prompt, used, form = _prompt_of_pair(fields)
-    answers = {key: _answer_messages(fields[key], key) for key in ("chosen", "rejected")}
+    answers = {
+        key: _answer_messages(_answer_after(fields.get("prompt"), fields[key]), key) for key in ("chosen", "rejected")
+    }
     if prompt is None:
         if isinstance(fields["chosen"], str) and isinstance(fields["rejected"], str):
             form, answers = "transcripts (Human, Assistant)", {key: _transcript(fields[key]) for key in answers}
@@ -212,7 +222,7 @@ def prompt_of(record: dict, named: set[str] = frozenset()) -> ParsedRecord:
     fields = _without_nulls(record)
     name = next((name for name in ("prompt", *LISTS) if name in fields), None)
     if name is not None:
-        raw = list(_as_list(fields[name], "user", f"`{name}`"))
+        raw = list(_prompt_messages(fields[name]) if name == "prompt" else _list_of_messages(fields[name], name))
         while name != "prompt" and raw and role_of(raw[-1]) == "assistant":
             raw.pop()
         messages, used, form = parse_messages(raw), {name}, _format_name(raw, name)
@@ -240,13 +250,12 @@ def _conversation(record: dict, fields: dict) -> tuple[ParsedRecord, set[str]]:
     """(the messages of a record, the fields that they are in)."""
     name = next((name for name in LISTS if name in fields), None)
     if name is not None:
-        if not isinstance(fields[name], list):
-            raise Rejected(f"`{name}` is not a list of messages")
-        return ParsedRecord(parse_messages(fields[name]), _format_name(fields[name], name)), {name}
+        raw = _list_of_messages(fields[name], name)
+        return ParsedRecord(parse_messages(raw), _format_name(raw, name)), {name}
     if "prompt" in fields and "completion" in fields:
         raw = [
-            *_as_list(fields["prompt"], "user", "`prompt`"),
-            *_as_list(fields["completion"], "assistant", "`completion`"),
+            *_prompt_messages(fields["prompt"]),
+            *_as_list(_answer_after(fields["prompt"], fields["completion"]), "assistant", "`completion`"),
         ]
         return ParsedRecord(parse_messages(raw), "prompt + completion"), {"prompt", "completion"}
     if isinstance(fields.get("output"), str) and (prompt := _alpaca(fields)) is not None:
@@ -269,7 +278,9 @@ def _format_name(messages: list, name: str) -> str:
 
 
 def _as_list(value, role: str, what: str) -> list:
-    """Raw messages of a field that holds a text, a message, or a list of messages."""
+    """Raw messages of a field that holds a text, a message, or a list of messages, which may be JSON text."""
+    if isinstance(value, str):
+        value = _spelled_messages(value, what)
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, dict):
@@ -277,6 +288,54 @@ def _as_list(value, role: str, what: str) -> list:
     if isinstance(value, list):
         return value
     raise Rejected(f"{what} is not text")
+
+
+# How a text begins that spells messages, as JSON or as Python.
+SPELLED = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+ROLE = re.compile(r"['\"](role|from)['\"]\s*:")
+
+
+def _spelled_messages(text: str, what: str):
+    """The message or the list of messages that a JSON text spells; any other text as it is. Raises Rejected for a text
+    that spells messages in another way."""
+    if not SPELLED.match(text) or not ROLE.search(text) or text.rstrip()[-1] not in "]}":
+        return text
+    try:
+        value = tool_calls.from_json(text, what)
+    except Rejected:
+        raise Rejected(f"{what} is a text of messages that is not JSON") from None
+    items = value if isinstance(value, list) else [value]
+    return value if all(role_of(item) is not None for item in items) else text
+
+
+def _list_of_messages(value, name: str) -> list:
+    """The raw messages of a field of LISTS."""
+    value = _spelled_messages(value, f"`{name}`") if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise Rejected(f"`{name}` is not a list of messages")
+    return value
+
+
+def _prompt_messages(value) -> list:
+    """The raw messages of a prompt: also of a transcript that waits for the assistant's answer."""
+    if not isinstance(value, str) or not _is_transcript(value):
+        return _as_list(value, "user", "`prompt`")
+    turns = _transcript_turns(value.lstrip())
+    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+        turns.pop()
+    return turns
+
+
+def _is_transcript(text: str) -> bool:
+    """Whether a text begins with Human: and goes on with Assistant:, as Anthropic's hh-rlhf has them."""
+    return text.lstrip().startswith("Human:") and re.search(r"\n\nAssistant:", text) is not None
+
+
+def _answer_after(prompt, answer):
+    """An answer to a prompt. After a transcript that ends with `Assistant:` its first space is the transcript's."""
+    if isinstance(prompt, str) and isinstance(answer, str) and _is_transcript(prompt) and prompt.endswith("Assistant:"):
+        return answer.removeprefix(" ")
+    return answer
 
 
 def _alpaca(fields: dict) -> tuple[list[dict], set[str]] | None:
@@ -310,12 +369,35 @@ def _prompt_of_pair(fields: dict) -> tuple[list[dict] | None, set[str], str]:
     """(the prompt that a pair gives by itself, the fields that it is in, how the format is reported)."""
     for name in ("prompt", *LISTS):
         if name in fields:
-            raw = _as_list(fields[name], "user", f"`{name}`")
+            raw = _prompt_messages(fields[name]) if name == "prompt" else _pair_conversation(fields[name], name)
             return parse_messages(raw), {name}, f"{_format_name(raw, name)} + chosen + rejected"
     alpaca = _alpaca(fields)
     if alpaca is not None:
         return *alpaca, "Alpaca (instruction, input) + chosen + rejected"
     return None, set(), "chosen + rejected, which begin with the prompt"
+
+
+def _pair_conversation(value, name: str) -> list:
+    """The raw messages of a field of LISTS that a pair answers. It may be one message."""
+    return [value] if isinstance(value, dict) else _list_of_messages(value, name)
+
+
+def _refuse_repeated_prompt(fields: dict) -> None:
+    """Raise Rejected for texts of answers that begin with the text of the prompt: where they do not, the prompt would
+    be learned as a part of the answer."""
+    prompt, answers = fields.get("prompt"), [fields["chosen"], fields["rejected"]]
+    if not all(isinstance(text, str) for text in [prompt, *answers]) or not prompt.strip():
+        return
+    prompt = prompt.strip()
+    if not all(answer.lstrip().startswith(prompt) for answer in answers):
+        return
+    rests = [answer.lstrip()[len(prompt) :] for answer in answers]
+    # A short prompt, such as a greeting, may be the first words of its answers.
+    if len(prompt) >= LONG_PROMPT or all(rest.startswith("\n") for rest in rests):
+        raise Rejected(
+            "chosen and rejected begin with the text of the prompt",
+            "give templates for prompt, chosen and rejected, or fields without the prompt",
+        )
 
 
 def _common_length(one: list[dict], other: list[dict]) -> int:
@@ -331,13 +413,19 @@ SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 def _transcript(text: str) -> list[dict]:
     """The messages of a text such as `\\n\\nHuman: ...\\n\\nAssistant: ...` (Anthropic's hh-rlhf)."""
-    head, *rest = SPEAKER.split(text)
-    if head.strip() or len(rest) < 4:
+    turns = _transcript_turns(text)
+    if len(turns) < 2:
         raise _no_prompt()
+    return parse_messages(turns)
+
+
+def _transcript_turns(text: str) -> list[dict]:
+    """The raw messages of a transcript; none of a text that is not one."""
+    head, *rest = SPEAKER.split(text)
+    if head.strip():
+        return []
     roles = {"Human": "user", "Assistant": "assistant"}
-    return parse_messages(
-        [{"role": roles[who], "content": said} for who, said in zip(rest[::2], rest[1::2], strict=True)]
-    )
+    return [{"role": roles[who], "content": said} for who, said in zip(rest[::2], rest[1::2], strict=True)]
 
 
 def _no_prompt() -> Rejected:
@@ -348,13 +436,16 @@ def _no_prompt() -> Rejected:
 
 
 def _ordered(fields: dict) -> set[str]:
-    """Scores of both answers. Raises Rejected if they say that the rejected one is better."""
+    """Scores of both answers. Raises Rejected unless they say that the chosen one is better."""
     names = {snake(name): name for name in fields}
     used = set()
     for better, worse in PAIR_SCORES:
         if better in names and worse in names:
-            if number(fields[names[better]], better) < number(fields[names[worse]], worse):
+            difference = number(fields[names[better]], better) - number(fields[names[worse]], worse)
+            if difference < 0:
                 raise Rejected(f"{better} is below {worse}")
+            if difference == 0:
+                raise Rejected(f"{better} equals {worse}: neither answer is better")
             used |= {names[better], names[worse]}
     return used
 

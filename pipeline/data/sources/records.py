@@ -19,13 +19,15 @@ from pipeline.data.sources.templates import look_up, render
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record: `id` is a hash of all fields that were read, `place` is where it is (file:line), `changed` counts
-    what was done to read it, `visible` is how much of a web page its text is."""
+    what was done to read it, `visible` is how much of a web page its text is. `columnar`: it is the row of a table,
+    whose columns give every object the keys of all."""
 
     id: str
     fields: dict
     place: str
     changed: dict[str, int] = field(default_factory=dict)
     visible: VisibleText | None = None
+    columnar: bool = False
 
 
 def read(source: Source, name: str, key: str = "sources", needed: FieldNames = None) -> Iterator[Record | Bad]:
@@ -71,7 +73,7 @@ def parse(chunk: Chunk) -> Iterator[Record | Bad | Skipped]:
         if fields is None:
             yield Bad(place, "not a record", str(value)[:EXCERPT])
         else:
-            yield Record(_id(fields), fields, place)
+            yield Record(_id(fields), fields, place, columnar=chunk.kind == "table")
 
 
 def _fields(value: Any) -> dict | None:

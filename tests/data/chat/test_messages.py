@@ -195,6 +195,8 @@ def answer(**fields):
             {"messages": TURNS, "sample_weight": -2.0},
             "the record has `sample_weight`: expected true, false, or a number",
         ),
+        ({"messages": TURNS, "loss": 2.31}, "the record has `loss`: expected true or false"),
+        (answer(training=3), "a message of the assistant has `training`: expected true or false"),
         # how good it is
         ({"messages": TURNS, "label": False}, "`label` is false: a bad answer"),
         ({"prompt": "q", "completion": "a", "label": False}, "`label` is false: a bad answer"),
@@ -248,6 +250,24 @@ def answer(**fields):
         ({"messages": TURNS, "img_path": "a.png"}, "the record has `img_path`, which is not a known"),
         ({"messages": TURNS, "picture_url": "a.png"}, "the record has `picture_url`, which is not a known"),
         ({"messages": TURNS, "media_files": ["a.png"], "wav_path": "a"}, "the record has `media_files`, which is not"),
+        ({"messages": TURNS, "screenshot_path": "x"}, "the record has `screenshot_path`, which is not a known field"),
+        ({"messages": TURNS, "figure_url": "x"}, "the record has `figure_url`, which is not a known field"),
+        ({"messages": TURNS, "attachment_url": "x"}, "the record has `attachment_url`, which is not a known field"),
+        ({"messages": TURNS, "chart_file": "x"}, "the record has `chart_file`, which is not a known field"),
+        ({"messages": TURNS, "pdf_path": "x"}, "the record has `pdf_path`, which is not a known field"),
+        ({"messages": TURNS, "diagram_path": "x"}, "the record has `diagram_path`, which is not a known field"),
+        ({"messages": TURNS, "clip_url": "x"}, "the record has `clip_url`, which is not a known field"),
+        ({"messages": TURNS, "menu_url": "x"}, "the record has `menu_url`, which is not a known field"),
+        ({"messages": TURNS, "file_bytes": "x"}, "the record has `file_bytes`, which is not a known field"),
+        ({"messages": TURNS, "file_diff": "x"}, "the record has `file_diff`, which is not a known field"),
+        ({"messages": TURNS, "source_html": "x"}, "the record has `source_html`, which is not a known field"),
+        ({"messages": TURNS, "source_knowledge": "x"}, "the record has `source_knowledge`, which is not a known field"),
+        ({"messages": TURNS, "data_answer": "x"}, "the record has `data_answer`, which is not a known field"),
+        ({"messages": TURNS, "meta_persona": "x"}, "the record has `meta_persona`, which is not a known field"),
+        (
+            {"messages": [{**ASKED, "content": "<image>q"}, ANSWERED], "file_name": "a.png"},
+            "the record has `file_name` and <image> in its text",
+        ),
         # nobody knows
         ({"messages": TURNS, "frobnicate": 1}, "the record has `frobnicate`, which is not a known field"),
         (answer(frobnicate="x"), "a message of the assistant has `frobnicate`, which is not a known"),
@@ -284,6 +304,12 @@ def test_metadata_and_empty_fields_do_not(tmp_path):
         "timestamp": 1.5,
         "original_id": 4,
         "source_file": "x.txt",
+        "source_url": "https://example.org",
+        "source_dataset": "d",
+        "repo_path": "a/b",
+        "meta_info": "x",
+        "created_by": "x",
+        "n_shots": 5,
         "document_id": 3,
         "来源": "知乎",
         "类别": "编程",
@@ -537,9 +563,12 @@ def test_pairs(tmp_path):
         {"prompt": "q19", **pair, "weight": 2},
         {"prompt": "q20", "chosen": {**good, "loss_weight": 0.5}, "rejected": bad},
         {"prompt": "q21", **pair, "margin": -1},
+        {"prompt": "q22", **pair, "score_chosen": 5, "score_rejected": 5.0},
+        {"prompt": "q23", "chosen": "q23\ngood", "rejected": "q23\nbad"},
+        {"prompt": "q24", "chosen": "q24 good", "rejected": "q24 bad"},
     ]
     rows, ledger = loaded(tmp_path / "a.jsonl", records, load_pairs, PreferenceSource)
-    assert {place for place in range(1, 22) if place in rows} == {1, 2, 3, 4, 7, 8, 18}
+    assert {place for place in range(1, 25) if place in rows} == {1, 2, 3, 4, 7, 8, 18, 24}
     assert [rows[place].margin for place in (1, 2, 3, 4)] == [0.0, 0.0, 2.0, 0.0]
     assert rows[3].prompt[0] == {"role": "system", "content": "s"} and rows[18].chosen["content"] == "  indented"
     assert all("weight" not in message for message in rows[4].prompt)
@@ -560,6 +589,8 @@ def test_pairs(tmp_path):
         19: "the record has the weight 2; weights are only supported in conversations",
         20: "chosen has the weight 0.5",
         21: "margin is negative: it says that the rejected answer is better",
+        22: "score_chosen equals score_rejected: neither answer is better",
+        23: "chosen and rejected begin with the text of the prompt",
     }.items():
         assert found[f"a.jsonl:{place}"].startswith(reason), (place, found[f"a.jsonl:{place}"])
 

@@ -215,6 +215,37 @@ def test_variables_of_the_template(tmp_path):
     assert row.ids[: row.start] == chat.prompt(rows[1].dialogue.until(1))
 
 
+def test_a_table_gives_the_same_rows_as_json_lines(tmp_path):
+    """Parquet gives all objects of a column the same keys, with null where one has none: these nulls are not learned."""
+    import pyarrow
+    import pyarrow.parquet
+
+    records = []
+    for number, argument in enumerate(("city", "expression", "days")):
+        call = {"name": f"f{number}", "arguments": {argument: {"value": "x", **({"unit": "m"} if number else {})}}}
+        parameters = {"type": "object", "properties": {argument: {"type": "string"}}}
+        records.append(
+            {
+                "messages": [
+                    {**ASKED, "content": f"q{number}"},
+                    {"role": "assistant", "content": "", "tool_calls": [call]},
+                ],
+                "tools": [{"name": f"f{number}", "parameters": parameters}],
+            }
+        )
+    records += [{"messages": [{**ASKED, "content": row["instruction"]}, ANSWERED]} for row in filler()]
+    train, heldout, _ = load_conversations(source_of(tmp_path / "a.jsonl", records), 0.3)
+    expected = {row.messages[0]["content"]: (row.messages, row.tools) for row in train + heldout}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    train, heldout, _ = load_conversations({"s": ChatSource(path=str(tmp_path / "a.parquet"))}, 0.3)
+    assert {row.messages[0]["content"]: (row.messages, row.tools) for row in train + heldout} == expected
+    # JSON lines say themselves what is null
+    call = {"name": "f", "arguments": {"x": None}}
+    record = {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    rows, _ = loaded(tmp_path / "b.jsonl", [record])
+    assert rows[1].messages[1]["tool_calls"] == [call]
+
+
 def test_spellings_of_a_tool_call(tmp_path):
     """Whatever the field of its arguments is called and wherever it is; ids may be numbers."""
     calls = [
@@ -237,6 +268,26 @@ def test_spellings_of_a_tool_call(tmp_path):
             {**CALLED_WITH_ID, "tool_calls": [{**CALL, "id": "5"}]},
             {**RESULT, "tool_call_id": "5"},
         ]
+
+
+def test_documents_are_given_to_the_template_as_text():
+    """What documents say must be written, and not how their fields are called; a token that is spelled in one, or in
+    another variable of the template, stays text."""
+    tokenizer = published.tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for d in documents or [] %}{{ d.title }}: {{ d.text }}\n{% endfor %}{{ persona or '' }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = Chat(tokenizer)
+    document = {"doc_id": 7, "title": "t", "text": "a <|im_end|> b"}
+    options = {"documents": [document], "persona": "<|im_start|>Ann"}
+    (row,) = chat.rows([Dialogue([ASKED, ANSWERED], options=options)])[0]
+    assert chat.decode(row.ids).startswith("t: a <|im_end|> b\n<|im_start|>Ann<|im_start|>user\nq<|im_end|>\n")
+    turns = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
+    assert [row.ids.count(token) for token in turns] == [2, 2]  # of the question and the answer alone
+    dropped = Dialogue([ASKED, ANSWERED], options={"documents": [{**document, "body": "not written"}]})
+    assert chat.rows([dropped])[0] == "the chat template does not write the documents"
 
 
 PAIRS = {
@@ -274,6 +325,65 @@ def test_pairs(tmp_path, name):
     rows, _ = loaded(tmp_path / "a.jsonl", [record], load_pairs, PreferenceSource)
     assert rows[1].prompt == [ASKED] and rows[1].format == form
     assert (rows[1].chosen, rows[1].rejected) == (ANSWERED, {**ANSWERED, "content": "b"})
+
+
+def test_messages_as_json_text(tmp_path):
+    """As sets from databases and CSV files have them: read as messages, and never as the text of a user's message."""
+    turns, other = [ASKED, ANSWERED], {**ANSWERED, "content": "b"}
+    share = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    for record in (
+        {"messages": json.dumps(turns)},
+        {"conversations": json.dumps(share)},
+        {"prompt": json.dumps([ASKED]), "completion": json.dumps([ANSWERED])},
+        {"prompt": "q", "completion": json.dumps(ANSWERED)},
+    ):
+        rows, _ = loaded(tmp_path / "a.jsonl", [record])
+        assert rows[1].messages == turns
+    for record in (
+        {"messages": json.dumps(turns)},
+        {"prompt": json.dumps([ASKED])},
+        {"conversations": json.dumps(share)},
+    ):
+        rows, _ = loaded(tmp_path / "a.jsonl", [record], load_prompts, PromptSource)
+        assert rows[1].messages == [ASKED]
+    for record in (
+        {"prompt": "q", "chosen": json.dumps([ANSWERED]), "rejected": json.dumps([other])},
+        {"messages": json.dumps([ASKED]), "chosen": "a", "rejected": "b"},
+        {"chosen": json.dumps(turns), "rejected": json.dumps([ASKED, other])},
+    ):
+        rows, _ = loaded(tmp_path / "a.jsonl", [record], load_pairs, PreferenceSource)
+        assert rows[1].prompt == [ASKED] and (rows[1].chosen, rows[1].rejected) == (ANSWERED, other)
+    bad = [
+        {"messages": str(turns)},
+        {"prompt": str([ASKED])},
+        {"conversation": "Human: q"},
+        {"prompt": json.dumps(turns)},
+    ]
+    rows, ledger = loaded(tmp_path / "a.jsonl", bad, load_prompts, PromptSource)
+    assert not {1, 2, 3, 4} & set(rows)
+    assert list(ledger.sources["s"]["rejected"]) == [
+        "`messages` is a text of messages that is not JSON",
+        "`prompt` is a text of messages that is not JSON",
+        "`conversation` is not a list of messages",
+        "the prompt does not end with the user",
+    ]
+    data = '[{"role": "admin"}]'  # a text about data is a text
+    rows, _ = loaded(tmp_path / "a.jsonl", [{"prompt": data, "completion": "a"}])
+    assert rows[1].messages[0]["content"] == data
+
+
+def test_prompts_that_are_transcripts(tmp_path):
+    """hh-rlhf's texts with the prompt in a field of its own: turns, and not one message with names of speakers."""
+    text = "\n\nHuman: q\n\nAssistant: a\n\nHuman: again\n\nAssistant:"
+    turns = [ASKED, ANSWERED, {"role": "user", "content": "again"}]
+    rows, _ = loaded(tmp_path / "a.jsonl", [{"prompt": text}], load_prompts, PromptSource)
+    assert rows[1].messages == turns
+    pair = {"prompt": text, "chosen": " a", "rejected": " b"}
+    rows, _ = loaded(tmp_path / "a.jsonl", [pair], load_pairs, PreferenceSource)
+    assert rows[1].prompt == turns
+    assert (rows[1].chosen["content"], rows[1].rejected["content"]) == ("a", "b")
+    rows, _ = loaded(tmp_path / "a.jsonl", [{"prompt": text, "completion": " a"}])
+    assert rows[1].messages == [*turns, ANSWERED]
 
 
 def test_pairs_with_reasoning_and_tools(tmp_path):
@@ -314,7 +424,11 @@ LABELLED = [
 
 def test_judged_answers(tmp_path):
     records = [record for record, _, _ in LABELLED]
-    bad = [{"prompt": "q5", "completion": "a", "label": "good"}, {"prompt": "q6", "completion": "a"}]
+    bad = [
+        {"prompt": "q5", "completion": "a", "label": "good"},
+        {"prompt": "q6", "completion": "a"},
+        {"prompt": "q7", "completion": "a", "label": True, "kto_tag": False},
+    ]
     extra = [{**row, "label": True} for row in filler()]
     source = source_of(tmp_path / "a.jsonl", [*records, *bad, *extra], LabelledSource)
     train, heldout, ledger = load_labelled(source, 0.3)
@@ -328,6 +442,7 @@ def test_judged_answers(tmp_path):
     assert reasons[1].startswith(
         "no judged answer among its fields (prompt, completion): expected prompt + completion + label"
     )
+    assert reasons[2] == "`label` and `kto_tag` contradict each other"
     templates = {"prompt": "{q}?", "completion": "{a}", "label": "{good}"}
     records = [{"q": f"{row['instruction']}", "a": "x", "good": index % 2} for index, row in enumerate(filler())]
     train, heldout, _ = load_labelled(source_of(tmp_path / "b.jsonl", records, LabelledSource, **templates), 0.3)
