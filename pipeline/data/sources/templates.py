@@ -43,12 +43,12 @@ def _written(value: Any, field: str, place: str, join: str) -> str:
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return join.join(value)
-    if isinstance(value, (bool, int, float)) and math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        content = f"nothing ({value})"
+    elif isinstance(value, (bool, int, float)):
         return json.dumps(value)
-    if value is None or isinstance(value, float):
-        content = "nothing" if value is None else f"nothing ({value})"
     else:
-        content = type(value).__name__
+        content = "nothing" if value is None else type(value).__name__
     raise MissingField(f"{place or 'record'}: field {field!r} holds {content}, expected text")
 
 

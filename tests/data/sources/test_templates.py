@@ -16,6 +16,7 @@ def test_templates():
         render("{bb}", fields, "f:3")
     with pytest.raises(MissingField, match="'none' holds nothing"):
         render("{none}", fields)
+    assert render("{n}", {"n": 10**400}) == "1" + 400 * "0"  # no float can hold it
     for number in ("nan", "inf", "-inf"):
         with pytest.raises(MissingField, match=f"'n' holds nothing .{number}."):
             render("{n}", {"n": float(number)})
