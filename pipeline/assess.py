@@ -35,7 +35,7 @@ from pipeline.train.config import Date
 
 # 2: ends of answers from generation_config.json, rewards of models with other tokenizers, only prompts that fit
 VERSION = 4  # 4: tool calls, columns of structs and messages as JSON text are read completely or rejected
-INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "kto", "ppo", "grpo")}
+INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "kto", "ppo", "grpo", "soup")}
 
 
 class Config(StageConfig):

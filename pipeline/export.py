@@ -29,7 +29,7 @@ from pipeline.core.terminal import say
 
 # 2: also in the form that transformers 4.57 and llama.cpp's converter read
 VERSION = 2
-INPUTS = {"model": ("ppo", "grpo", "dpo", "kto", "sft", "pretrain"), "tokens": ("pack",)}
+INPUTS = {"model": ("soup", "ppo", "grpo", "dpo", "kto", "sft", "pretrain"), "tokens": ("pack",)}
 
 # fp32: the same arithmetic on the same numbers, so logits must be equal up to this difference. bf16 keeps 8 bits of
 # each weight (2^-9 relative), so the likeliest tokens are compared, which must agree at least so often: on random text

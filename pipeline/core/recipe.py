@@ -36,6 +36,7 @@ KINDS = (
     "kto",
     "ppo",
     "grpo",
+    "soup",
     "assess",
     "export",
 )

@@ -38,6 +38,7 @@ stages:
   kto: {{{TUNING}, sources: {{nouns: {{from: nouns, {JUDGED}}}}}}}
   ppo: {{{TUNING}, rollout: {{max_new_tokens: 4}}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}}}
   grpo: {{{TUNING}, rollout: {{max_new_tokens: 4}}, sources: {{nouns: {{from: nouns, {PROMPT}}}}}, inputs: {{policy: sft}}}}
+  soup: {{inputs: {{a: sft, b: dpo}}, sources: {{nouns: {{from: nouns, {tuned.CHAT}}}}}}}
   assess:
     sources: {{nouns: {{from: nouns, {PROMPT}}}}}
     inputs: {{tokens: pack, sft: sft}}
