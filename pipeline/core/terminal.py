@@ -8,6 +8,8 @@ import re
 import sys
 from typing import TextIO
 
+from pipeline.core.errors import UserError
+
 # `schedule   adamw, ...`: further lines are indented to the text, not to the label
 LABEL = re.compile(r"\s*(?:\S+ {2,})?")
 OPENING = "([{（《「『【“‘"
@@ -143,11 +145,12 @@ class _UnbrokenPipe(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in GONE:
-                raise
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
+            if error.errno not in GONE:
+                name = "standard error" if self.fileno() == 2 else "standard output"
+                raise UserError(f"{name}: {error.strerror}; send it to a place that can be written") from None
             return len(data)
 
 

@@ -21,9 +21,10 @@ _JAPANESE = re.compile(
     "経絵継続総緑縁縄縦繊繍聴脳臓艶荘蔵薫薬蛍蝋覇覧観訳読謡譲賛転軽辺逓遅郷酔醤醸釈鉄鉱銭鋳錬録関闘陥険隠雑霊頴頼顔顕駅駆騒験髄髪鴎鶏鹸麹"
     "麺黙齢込働峠畑枠匂辻栃栞喰]"
 )
-# Characters that only Chinese has; and very common ones, of which names of Japanese offices do not have three.
+# Characters that only Chinese has; and very common ones. Those of them that are common in Japanese words too (有, 不,
+# 在, 和, 被) are not among them: a title in Japanese or Korean consists of Chinese characters alone.
 _CHINESE = re.compile("[這这們们你她它嗎吗呢吧很麼么呀啊哪]")
-_CHINESE_TOO = frozenset("的是了在我他就都有不和把被也說说為为對对從从")
+_CHINESE_TOO = frozenset("的是了我他就都把也說说对對从從为")
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _is_clearly_chinese(line: str) -> bool:
-    if _FOREIGN.search(line) or not HAN.search(line):
+    if _FOREIGN.search(line) or _JAPANESE.search(line) or not HAN.search(line):
         return False
     return _CHINESE.search(line) is not None or len(_CHINESE_TOO.intersection(line)) >= 3
 

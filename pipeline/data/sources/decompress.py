@@ -14,7 +14,8 @@ from typing import Protocol
 from pipeline.core.errors import UserError
 
 STEP = 1 << 20  # bytes of output at a time
-SHORT = 1 << 16  # bytes of a member that is not used before its checksum has been verified
+SHORT = 1 << 24  # bytes of a member that is not used before its checksum has been verified
+UNVERIFIED = "; records before it in the same member may be altered"
 SLICE = 1 << 14  # bytes of a file that are decompressed at a time: nothing is read of a slice that contains damage
 # zstd has no bound on output; a block of 4 bytes gives at most 128 KiB (RFC 8878, 3.1.1.2), so these give 16 MiB.
 ZSTD_INPUT = 512
@@ -165,10 +166,11 @@ def read_parts(path: Path) -> Iterator[bytes | Gap]:
 
 @dataclass
 class _DamagedMember(Exception):
-    """A member that cannot be decompressed from byte `at` of the file on."""
+    """A member that cannot be decompressed from byte `at` of the file on. `is_dropped`: none of its output was used."""
 
     why: str
     at: int
+    is_dropped: bool = False
 
 
 class _Members:
@@ -190,6 +192,8 @@ class _Members:
                 after = self._next_member(max(at + 1, begin - OVERRUN), begin)
                 if after <= begin:  # the last output was garbage: it came from the beginning of the next member
                     begin = at
+                if damaged.is_dropped:
+                    begin = at
                 yield Gap(damaged.why, begin, after - begin, self.aligned)
                 at = after
 
@@ -203,33 +207,36 @@ class _Members:
         return at
 
     def _member(self, begin: int) -> Generator[bytes, None, int]:
-        """Yields the output of a member, of a short one only after its checksum has been verified. Returns the offset
-        of its end."""
+        """Yields the output of a member, of a short one only after its checksum has been verified: one flipped bit can
+        alter text long before the decoder fails, or without that it fails. Of a truncated member all output is used.
+        Returns the offset of its end."""
         member = Zlib(31) if self.suffix == ".gz" else Zstd(max(ZSTD_WINDOW, ZSTD_RATIO * self.size))
         self.handle.seek(begin)
-        held, is_short, at, last_byte = [], True, begin, b""
+        held, held_bytes, is_short, at, last_byte = [], 0, True, begin, b""
         try:
             while raw := self.handle.read(SLICE):
                 for output in member.feed(raw):
                     last_byte = output[-1:] or last_byte
                     held.append(output)
-                    is_short = is_short and sum(map(len, held)) <= SHORT
-                    if not is_short:
+                    held_bytes += len(output)
+                    if held_bytes > SHORT:
+                        is_short = False
                         yield from held
                         held = []
                 at += len(raw)
                 if member.eof:
                     break
-            if not member.eof:
-                raise Unreadable("truncated")
         except Mismatch as error:
-            raise _DamagedMember(f"{error} {self.suffix} data", begin if is_short else at) from None
+            why = f"{error} {self.suffix} data"
+            raise _DamagedMember(why if is_short else why + UNVERIFIED, begin if is_short else at) from None
         except Unreadable as error:
-            yield from held
-            raise _DamagedMember(f"{error} {self.suffix} data", at) from None
+            why = f"{error} {self.suffix} data"
+            raise _DamagedMember(why if is_short else why + UNVERIFIED, at, is_dropped=is_short) from None
         except TooLong:
             raise _DamagedMember(f"{self.suffix} data that needs too much memory", at) from None
         yield from held
+        if not member.eof:
+            raise _DamagedMember(f"truncated {self.suffix} data", at)
         self.aligned = self.aligned and last_byte == b"\n"
         return at - len(member.unused)
 

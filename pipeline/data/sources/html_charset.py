@@ -21,6 +21,7 @@ FEW_INVALID, ONE_IN = 2, 20
 # This many characters beyond ASCII that are valid UTF-8 are not another character set by accident: in GB2312, the
 # likeliest one, one in seven characters is valid UTF-8.
 CERTAIN = 8
+FEW_INVALID_UTF8 = 4  # of such a page: one damaged byte makes all bytes of its character invalid
 ENOUGH = 20  # characters from whose frequencies a character set is detected reliably (docs/log.md, Correctness 8)
 LATIN = {"windows-1250", "windows-1252", "windows-1254", "windows-1257", "windows-1258", "macintosh"} | {
     f"iso-8859-{number}" for number in (2, 3, 4, 10, 13, 14, 15, 16)
@@ -101,7 +102,7 @@ def decode_page(raw: bytes, header: str = "", html: bool = True) -> Decoded | No
     if raw.isascii():
         return _decode_ascii(raw, declared)
     utf8 = _decode(raw, "utf-8")
-    if utf8.fits and utf8.characters >= CERTAIN:
+    if utf8.characters >= CERTAIN and (utf8.fits or utf8.replaced <= FEW_INVALID_UTF8):
         return utf8
     if utf8.characters and not utf8.replaced:
         # A Latin character set would make Ã© of é, an East Asian one 茅.

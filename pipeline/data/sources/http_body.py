@@ -20,6 +20,7 @@ from pipeline.data.sources.decompress import (
 from pipeline.data.sources.formats import MAX_RECORD_BYTES
 
 MAX_CODINGS = 4  # of one body: each may take the time of 64 MiB
+SMALLEST_MEMBER = 20  # bytes of gzip (RFC 1952: 10 of head, 2 of data, 8 of tail)
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # not ESC, which ISO-2022-JP has
 _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})[^\r\n]{0,200}\r\n")
 
@@ -42,6 +43,7 @@ CODINGS: dict[str, tuple[Callable[[], Decompressor], ...]] = {
     "gzip": (_gzip,),
     "x-gzip": (_gzip,),
     "deflate": (_zlib, _raw_deflate, _gzip),
+    "zlib": (_zlib,),  # no server sends this name
     "br": (Brotli,),
     "zstd": (Zstd,),
 }
@@ -64,6 +66,11 @@ def decode_body(body: bytes, codings: str, is_cut: bool) -> bytes:
     for magic, name in ((GZIP_MAGIC, "gzip"), (ZSTD_MAGIC, "zstd")):
         if body.startswith(magic):  # no text begins so: the header is missing, or the body was compressed twice
             return _without_coding(body, name, is_cut)
+    if _is_binary(body):  # zlib has no magic that text lacks; raw deflate and brotli have none
+        try:
+            return decompress_body(body, "zlib", MAX_RECORD_BYTES, is_cut)
+        except (Unreadable, TooLong):
+            raise BadBody("HTTP body in an unknown coding") from None
     return body
 
 
@@ -87,6 +94,15 @@ def _without_coding(body: bytes, coding: str, is_cut: bool) -> bytes:
 def _looks_like_text(body: bytes) -> bool:
     """Whether its beginning is UTF-16 or has no control characters but those of text."""
     return not _CONTROL.search(body, 0, 1024) or body.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<"))
+
+
+def _is_binary(body: bytes) -> bool:
+    """Whether one in 32 of the first bytes is a control character, as one in ten of compressed data. Text has hardly
+    any but the zeros of UTF-16, whose Chinese characters contain others."""
+    head = body[:1024]
+    if b"<\0" in head or b"\0<" in head or head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return False
+    return len(_CONTROL.findall(head.replace(b"\0", b""))) > max(1, len(head) // 32)
 
 
 def _join_chunks(body: bytes, is_cut: bool) -> bytes:
@@ -124,7 +140,8 @@ def decompress_body(raw: bytes, coding: str, most: int, partial: bool = False) -
 
 
 def _members(raw: bytes, make: Callable[[], Decompressor], most: int, partial: bool) -> bytes:
-    """The output of all members. Bytes after the last one are ignored, as gzip and browsers do."""
+    """The output of all members. Bytes after the last one that are too few for a member are ignored; more may be a
+    member with a damaged head, without which the page would be cut."""
     body = bytearray()
     while True:
         member = make()
@@ -137,5 +154,8 @@ def _members(raw: bytes, make: Callable[[], Decompressor], most: int, partial: b
                 return bytes(body)
             raise Unreadable("truncated")
         raw = member.unused.lstrip(b"\0")
-        if not raw.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
-            return bytes(body)
+        if raw.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
+            continue
+        if len(raw) >= SMALLEST_MEMBER and not partial:
+            raise Unreadable("damaged")
+        return bytes(body)

@@ -208,6 +208,20 @@ def test_a_page_with_a_damaged_byte_is_not_another_languages(language, encoding,
         assert found.replaced == 1 and found.text.count("\ufffd") == 1
 
 
+@pytest.mark.parametrize("label", ["gb2312", "windows-1252", "big5", "shift_jis", ""])
+@pytest.mark.parametrize("number", [10, 20, 37, 60, 100])
+@pytest.mark.parametrize("damaged", ["，", "𠮷"])
+def test_a_short_utf8_page_with_a_damaged_byte_is_utf8(label, number, damaged):
+    """correctness 8: all bytes of the damaged character count as invalid, and with a wrong declaration a short page
+    became another language's."""
+    text = ("东部是世界上人口最多的地区之一" * 8)[:number]
+    broken = bytearray(damaged.encode())
+    broken[0] = 0xFF
+    raw = text[:5].encode() + bytes(broken) + text[5:].encode()
+    found = decode_page(f'<meta charset="{label}">'.encode() + raw)
+    assert found.encoding == "utf-8" and found.replaced == len(broken) and found.text.endswith(text[5:])
+
+
 def test_two_bytes_that_are_no_character_leave_the_pairs_behind_them():
     """correctness 8: as in browsers, so that a damaged second byte costs one character."""
     raw = bytearray(f'<meta charset="euc-kr">{TEXTS["ko"]}'.encode("cp949"))

@@ -98,6 +98,31 @@ def test_a_body_that_cannot_be_undone_is_bad(tmp_path, kind):
         assert "Number 39" in items(tmp_path, cut)[0].fields["text"]
 
 
+def test_a_member_with_a_damaged_head_does_not_cut_the_page(tmp_path):
+    """correctness 21: bytes after a member were ignored, whatever they were."""
+    whole = page(LONG)
+    first, second = gzip.compress(whole[:1000]), gzip.compress(whole[1000:])
+    header = "Content-Encoding: gzip\r\n"
+    for at in (0, 1, 2):
+        body = first + second[:at] + bytes([second[at] ^ 1]) + second[at + 1 :]
+        (found,) = items(tmp_path, record("response", response(body, extra=header)))
+        assert isinstance(found, Bad) and found.reason == "damaged HTTP body"
+    for rest in (b"", b"\0" * 100, b"\r\n", b"<!-- 3 ms -->"):
+        (found,) = items(tmp_path, record("response", response(gzip.compress(whole) + rest, extra=header)))
+        assert "Number 39" in found.fields["text"]
+
+
+def test_a_coding_that_no_header_names(tmp_path):
+    """correctness 21: bodies that are no text were read as pages in windows-1252."""
+    whole = page(LONG)
+    for body in (zlib.compress(whole), zlib.compress(whole, 9)):
+        (found,) = items(tmp_path, record("response", response(body)))
+        assert "Number 39" in found.fields["text"]
+    for body in (raw_deflate(whole), brotli.compress(whole)):
+        (found,) = items(tmp_path, record("response", response(body)))
+        assert isinstance(found, Bad) and found.reason == "HTTP body in an unknown coding"
+
+
 def test_a_body_that_unpacks_to_gigabytes_is_bad_and_takes_no_memory(tmp_path):
     """correctness 31: a bomb in each coding, and a chain of them; none is longer than 2 MB."""
     zeros = bytes(1 << 26)
