@@ -197,6 +197,7 @@ def test_other_commands_are_known(page):
     wrong = []
     for line, command in lines_of_commands(page):
         program, *words = command.split()
+        program = program.rsplit("/", 1)[-1]
         if program == "make":
             known = words and words[0] in targets
         elif program == "python":

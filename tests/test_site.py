@@ -95,4 +95,4 @@ def test_the_search_has_both_languages(site):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     assert set(index["config"]["lang"]) >= {"en", "zh"}
     texts = {entry["location"]: entry["text"] for entry in index["docs"]}
-    assert any(name.startswith("zh/dpo.html") and "参考\u200b模型" in text for name, text in texts.items())
+    assert any(name.startswith("zh/dpo.html") and "选中\u200b的\u200b回答" in text for name, text in texts.items())
