@@ -32,6 +32,7 @@ from pipeline.data.chat.fields import Rejected
 from pipeline.data.chat.messages import (
     checked_text,
     comparison_text,
+    fields_present,
     parse_messages,
     without_fields,
     without_nulls,
@@ -421,7 +422,10 @@ def _collect(sources: dict, key: Callable, decontaminate: Decontaminate | None) 
     ledger, rows, seen = Ledger(), [], set()
     for name in sorted(sources, key=lambda name: not name.startswith(EVALUATE)):
         source = sources[name]
+        absent = set(source.ignore)
         for item in _items(source, name):
+            if absent and isinstance(item, Record):
+                absent -= fields_present(item.fields, absent)
             row = _row(source, name, item, ledger)
             if row is None:
                 continue
@@ -432,6 +436,7 @@ def _collect(sources: dict, key: Callable, decontaminate: Decontaminate | None) 
                 seen.add(digest)
                 rows.append(row)
                 ledger.note(name, row.format, _features(row))
+        ledger.absent[name] = sorted(absent)
         _refuse_empty(source, name, ledger)
     if decontaminate:
         kept = [row for row in rows if row.source.startswith(EVALUATE)]

@@ -182,6 +182,20 @@ def without_fields(record: dict, names: set[str]) -> dict:
     return kept
 
 
+def fields_present(record: dict, names: set[str]) -> set[str]:
+    """Those of `names` that `without_fields` would remove from a record."""
+    present = names & record.keys()
+    for value in record.values():
+        for message in value if isinstance(value, list) else [value]:
+            if not isinstance(message, dict) or not message.keys() & {"role", "from"}:
+                continue
+            present |= names & message.keys()
+            content = message.get("content", message.get("value"))
+            for part in content if isinstance(content, list) else ():
+                present |= names & part.keys() if isinstance(part, dict) else set()
+    return present
+
+
 def _messages_without(value, names: set[str]):
     if isinstance(value, list):
         return [_messages_without(item, names) for item in value]
@@ -260,6 +274,8 @@ def _message(message) -> list[dict]:
         return results
     else:
         read["content"] = checked_text(read["content"], where)
+    if "reasoning_content" in read and read["content"].lstrip().startswith("<think>"):
+        raise Rejected(f"{where} gives its reasoning twice: in a field and in <think>")
     return [*results, _weighed(read, message, where)]
 
 

@@ -36,6 +36,7 @@ class Ledger:
         self.sources: dict[str, dict] = {}
         self.evaluation: dict[str, dict] = {}
         self.advice: dict[str, str] = {}  # reason -> what to do about it
+        self.absent: dict[str, list[str]] = {}  # source -> fields of its key `ignore` that no record has
 
     def report(self) -> dict:
         """JSON: `sources`, and with evaluation sets `decontamination`, as in the report of clean."""
@@ -139,6 +140,8 @@ class Ledger:
         self.say_formats()
         for name, entry in self.sources.items():
             records = entry["records"]
+            if absent := self.absent.get(name):
+                say(f"WARNING {key_of(name)}.ignore: no record has {', '.join(absent)}; remove or correct the name")
             num_bad = 0
             for reason, rejected in self._by_frequency(name):
                 if _expected_advice(reason) is None:

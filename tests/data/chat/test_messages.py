@@ -36,6 +36,10 @@ def answer(**fields):
     [
         # reasoning
         (answer(thinking=5), "`thinking` of a message of the assistant is not text"),
+        (
+            answer(thinking="hm", content="<think>hm</think>a"),
+            "a message of the assistant gives its reasoning twice: in a field and in <think>",
+        ),
         (answer(thinking="hm", reasoning="so"), "a message of the assistant has two different reasonings"),
         (answer(reasoning_details=[{"text": "hm"}]), "a message of the assistant has `reasoning_details` (reasoning"),
         ({"messages": [{**ASKED, "thinking": "hm"}, ANSWERED]}, "a message of the user has `thinking` (reasoning"),
@@ -369,6 +373,15 @@ def test_ignored_fields_are_read_as_though_they_were_not_there(tmp_path):
     assert rows[2].messages[1]["tool_calls"] == [{"name": "rate", "arguments": {"score": 5}}]  # not fields of a record
     with pytest.raises(ValueError, match="'content' carries the conversation itself"):
         ChatSource(path="a.jsonl", ignore=["content"])
+
+
+def test_a_name_in_ignore_that_no_record_has_is_reported(tmp_path, capsys):
+    parts = [{"type": "text", "text": "q", "rate": 1}]
+    records = [{"messages": [{"role": "user", "content": parts}, {**ANSWERED, "mood": "calm"}], "score": 3}]
+    _, ledger = loaded(tmp_path / "a.jsonl", records, ignore=["rate", "mood", "score", "scoer"])
+    ledger.judge(1.0)
+    said = capsys.readouterr().out
+    assert "WARNING sources.s.ignore: no record has scoer; remove or correct the name" in " ".join(said.split())
 
 
 def test_fields_that_the_source_names_have_a_meaning(tmp_path):
