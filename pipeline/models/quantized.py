@@ -38,6 +38,10 @@ FORMS = {
 }
 
 
+# Beside a model's weights and its tokenizer. Other files of an export are records of this machine.
+BESIDE = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
 def require_libraries(forms: list[str]) -> None:
     """Raise UserError if a library that writes one of these is missing."""
     for form in forms:
@@ -76,8 +80,8 @@ def write(source: Path, form: str, target: Path, dtype) -> None:
     else:
         _write_compressed(source, FORMS[form].preset, target, dtype)
     for path in source.iterdir():
-        is_weights = path.suffix in (".safetensors", ".gguf") or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and path.name not in ("config.json", "README.md", "Modelfile"):
+        is_tokenizer = path.name.startswith("tokenizer") or path.suffix == ".model"
+        if path.is_file() and (is_tokenizer or path.name in BESIDE):
             shutil.copyfile(path, target / path.name)
 
 

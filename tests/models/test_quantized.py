@@ -50,8 +50,10 @@ def check_folder(folder, target, form: str, error: float):
 
 def test_nf4_is_that_of_bitsandbytes(folder, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    (folder / "run.json").write_text("a path of this machine")
     quantized.write(folder, "nf4", tmp_path / "q", torch.float32)
     check_folder(folder, tmp_path / "q", "nf4", 0.6)
+    assert not (tmp_path / "q/run.json").exists()
     # Read once more: a forward pass on a CPU brings the weights into another order.
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "q", local_files_only=True, device_map={"": "cpu"})
     weight = build.load(folder).model.layers[0].mlp.up_proj.weight.detach()
