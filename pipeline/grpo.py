@@ -18,6 +18,7 @@ from pipeline.core.output import Output
 from pipeline.core.terminal import plural
 from pipeline.rl.config import AlgorithmName, GroupUpdates, Overlong
 from pipeline.rl.online_config import OnlineConfig
+from pipeline.rl.prompts import Prompts
 
 VERSION = 3  # 3: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
@@ -101,9 +102,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     return align(config, load_parents(config, inputs), output, build_models)
 
 
-def build_models(config: Config, parents, prompts: int):
-    """The policy, its reference if the KL counts, and the reward model if one judges. prompts: how many are trained on,
-    for the header. Collective."""
+def build_models(config: Config, parents, prompts: Prompts):
+    """The policy, its reference if the KL counts, and the reward model if one judges. Collective."""
     from pipeline.models import cost, sampling_cost
     from pipeline.rl import rollout_memory
     from pipeline.rl.frozen_models import copy_to_read, only_read
@@ -129,12 +129,12 @@ def build_models(config: Config, parents, prompts: int):
     data = (
         f"{plural(config.steps, 'iteration', ',')} x {plural(config.batch_size, 'prompt')}, each answered"
         f" {config.samples} times with at most {config.rollout.max_new_tokens} tokens:"
-        f" {config.steps * config.batch_size / prompts:.3g} epochs of {plural(prompts, 'prompt', ',')};"
+        f" {config.steps * config.batch_size / prompts.count:.3g} epochs of {plural(prompts.count, 'prompt', ',')};"
         f" {plural(config.update.epochs, 'pass/passes')} over each iteration's answers, in"
         f" {plural(config.update.minibatches, 'update')} each"
     )
     notes = (
-        *rollout_memory.describe(config, policy_model, others),
+        *rollout_memory.describe(config, policy_model, others, prompts.longest),
         "time       depends on how long the answers become; the progress line shows how much is left",
     )
     updates = config.update.minibatches

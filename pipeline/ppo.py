@@ -18,6 +18,7 @@ from pipeline.core.output import Output
 from pipeline.core.terminal import plural
 from pipeline.rl.config import Algorithm, ValueOptimizer
 from pipeline.rl.online_config import OnlineConfig
+from pipeline.rl.prompts import Prompts
 
 VERSION = 7  # 7: tool calls, columns of structs and messages as JSON text are read completely or rejected
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
@@ -76,8 +77,8 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     return align(config, load_parents(config, inputs), output, build_models)
 
 
-def build_models(config: Config, parents, prompts: int):
-    """All models of a run, from its parents. prompts: how many are trained on, for the header. Collective."""
+def build_models(config: Config, parents, prompts: Prompts):
+    """All models of a run, from its parents. Collective."""
     from pipeline.models import cost, sampling_cost
     from pipeline.rl import rollout_memory
     from pipeline.rl.online import assemble, load_policy, load_process
@@ -104,13 +105,13 @@ def build_models(config: Config, parents, prompts: int):
 
     data = (
         f"{plural(config.steps, 'iteration', ',')} x {plural(config.batch_size, 'prompt')}, answered with at most"
-        f" {config.rollout.max_new_tokens} tokens: {config.steps * config.batch_size / prompts:.3g} epochs of"
-        f" {plural(prompts, 'prompt', ',')}; {plural(config.ppo.epochs, 'pass/passes')} over each iteration's answers,"
-        f" in {plural(config.ppo.minibatches, 'update')} each"
+        f" {config.rollout.max_new_tokens} tokens: {config.steps * config.batch_size / prompts.count:.3g} epochs of"
+        f" {plural(prompts.count, 'prompt', ',')}; {plural(config.ppo.epochs, 'pass/passes')} over each iteration's"
+        f" answers, in {plural(config.ppo.minibatches, 'update')} each"
     )
     notes = (
         f"value      {value_size.total:,} parameters; {schedule_text(config.value_optimizer, config.schedule)}",
-        *rollout_memory.describe(config, policy_model, others),
+        *rollout_memory.describe(config, policy_model, others, prompts.longest),
         "time       depends on how long the answers become; the progress line shows how much is left",
     )
     work = Work(data, updates=config.ppo.minibatches, notes=notes, others=others)

@@ -62,7 +62,7 @@ class StagePlan:
                 result[*stage, key] = value
             elif key in fields:
                 result[*stage, key] = fields[key].default if explicit else REMOVE
-        sampling = self.config.sampling()
+        sampling = self.config.sampling(self.cluster.count)
         if sampling is not None and candidate.keys[sampling.key] != sampling.rows:
             result[*stage, *sampling.key.split(".")] = candidate.keys[sampling.key]
         if self.cluster.nodes > 1 or self.config.run.nodes:

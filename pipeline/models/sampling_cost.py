@@ -38,7 +38,7 @@ def stage_memory(
     trained have the layout of the first. sampling: None for a stage that does not sample."""
     updating = cost.memory(config, size, length, layout)
     kept = {name: updating.pop(name) for name in ("weights", "gradients", "optimizer")}
-    if layout.shard:  # gradients exist while a model is updated, and then of that one alone
+    if _frees_gradients(layout):  # those of a model exist while it is updated
         updating["gradients"] = kept.pop("gradients")
     phases = [updating]
     if sampling is not None:
@@ -74,7 +74,12 @@ def teacher_bytes(config, size: Size, layout: Layout) -> float:
 def kept_bytes(size: Size, layout: Layout) -> float:
     """Of a model that is trained, while it is not updated."""
     parts = cost.state_bytes(size, layout)
-    return sum(parts.values()) - (parts["gradients"] if layout.shard else 0.0)
+    return sum(parts.values()) - (parts["gradients"] if _frees_gradients(layout) else 0.0)
+
+
+def _frees_gradients(layout: Layout) -> bool:
+    """Whether gradients exist only while a model is updated: those of DDP and DeepSpeed have buffers."""
+    return layout.shard is not None or (layout.zero is None and layout.ranks == 1)
 
 
 def _readers(layout: Layout) -> int:
@@ -106,10 +111,11 @@ def sampling_bytes(config, size: Size, length: int, layout: Layout, sampling: Sa
     """While a batch is sampled: at its last token, when the cache is longest, or while the prompts are read."""
     rows, prompt = sampling.rows, length - sampling.new_tokens
     in_bf16 = layout.precision == "bf16" and (layout.shard is not None or size.frozen_bytes < 4.0 * size.frozen)
-    # Rotary positions leave keys in fp32 under autocast.
+    # Rotary positions leave keys in fp32 under autocast, and transformers' cache appends values to an empty tensor of
+    # the keys' type, which makes fp32 of them, too.
     keys, values, repeated = _cache_widths(config)
     item = 2.0 if in_bf16 else 4.0
-    per_token = 4.0 * keys + item * values
+    per_token = 4.0 * (keys + values)
     layers = config.num_hidden_layers
     # A layer's cache while it gets a token, and its keys and values for attention: cast, and repeated for each head.
     decoding = rows * length * (per_token + 2 * item * repeated) + 40.0 * rows * config.vocab_size

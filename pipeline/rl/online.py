@@ -26,7 +26,7 @@ from pipeline.rl.iteration import Iterations
 from pipeline.rl.objective import Objective
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.process_reward import ProcessReward
-from pipeline.rl.prompts import encoded_prompts, tasks_of
+from pipeline.rl.prompts import Prompts, encoded_prompts, tasks_of
 from pipeline.rl.responses import disable_dropout, predict_at_labels
 from pipeline.rl.reward_config import step_separator
 from pipeline.rl.reward_workers import RewardWorkers
@@ -131,21 +131,25 @@ def assemble(
 
 
 def align(
-    config: OnlineConfig, parents: Parents, output: Output, build_models: Callable[[OnlineConfig, Parents, int], Models]
+    config: OnlineConfig,
+    parents: Parents,
+    output: Output,
+    build_models: Callable[[OnlineConfig, Parents, Prompts], Models],
 ) -> dict:
-    """Train a policy on its own answers, publish it, and return the stage's metrics. build_models(config, parents,
-    number of prompts to train on) is called once the length of the run is known. Collective."""
+    """Train a policy on its own answers, publish it, and return the stage's metrics. build_models is called once the
+    length of the run is known. Collective."""
     encode = functools.partial(encoded_prompts, config, parents.policy.chat, parents.judges, output)
     _, extra = encode_once(output, config, encode)
     counts = extra["counts"]
     config = finetune.in_steps(config, counts["train_prompts"])
 
-    models = build_models(config, parents, counts["train_prompts"])
+    tasks = {split: tasks_of(extra, split) for split in ("train", "heldout")}
+    prompts = Prompts(len(tasks["train"]), max(len(task.ids) for split in tasks.values() for task in split))
+    models = build_models(config, parents, prompts)
     if config.rollout.engine == "vllm":
         work = output.path / "work" / "rollout"
         models.server = RolloutServer(config, models.stop_ids, parents.policy.folder, work)
-    iterations = Iterations(models, tasks_of(extra, "train"))
-    heldout = tasks_of(extra, "heldout")
+    iterations, heldout = Iterations(models, tasks["train"]), tasks["heldout"]
 
     def measure() -> dict:
         numbers, rows = evaluate(models, heldout)

@@ -236,10 +236,11 @@ class OnlineConfig(FinetuneConfig):
     def uses_peak(cls) -> bool:
         return False
 
-    def sampling(self) -> "Sampling":
+    def sampling(self, world: int) -> "Sampling":
         from pipeline.models.sampling_cost import Sampling
 
-        return Sampling(self.rollout.batch, self.rollout.max_new_tokens)
+        most = max(self.rows_of_step(), self.evaluate_prompts)
+        return Sampling(min(self.rollout.batch, -(-most // world)), self.rollout.max_new_tokens)
 
     def with_fewer_samples(self) -> list[Self]:
         configs: list[Self] = [self]

@@ -1,6 +1,7 @@
 """Prompts as the policy reads them: what ppo and grpo answer."""
 
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
@@ -21,6 +22,15 @@ class Task:
     answer: str | None
     fields: dict = field(default_factory=dict)
     """What rewards get of the record, by name."""
+
+
+class Prompts(NamedTuple):
+    """What the models of a run need to know of its prompts."""
+
+    count: int
+    """How many are trained on."""
+    longest: int
+    """Tokens of the longest one, held-out ones included."""
 
 
 def encoded_prompts(config, policy_chat: Chat, judges: list[Chat], output: Output) -> tuple[Arrays, dict]:

@@ -509,8 +509,8 @@ class TrainConfig(StageConfig):
         """Further models of the same size in memory, by name, and whether each is trained."""
         return {}
 
-    def sampling(self) -> "Sampling | None":
-        """What a process samples at a time; None if the stage does not."""
+    def sampling(self, world: int) -> "Sampling | None":
+        """What each of `world` processes samples at a time; None if the stage does not."""
         return None
 
     def with_fewer_samples(self) -> list[Self]:

@@ -104,7 +104,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
     parallel = config.parallel
     ranks = world // parallel.pipeline
     micro = config.micro_rows(world)
-    head_rows = config.head_chunk() if config.sampling() is None else "auto"  # rl/responses.py: predict_at_labels
+    head_rows = config.head_chunk() if config.sampling(world) is None else "auto"  # rl/responses.py: predict_at_labels
     if not family_of(model_config).chunked_loss:
         head_rows = None
     if head_rows == "auto":
@@ -161,7 +161,7 @@ def _measured(config: TrainConfig, layout: cost.Layout, parallel: dict, costs: C
         keys["activation_checkpointing"] = layout.checkpointing
     if layout.compiled:
         keys["compile"] = True
-    sampling = config.sampling()
+    sampling = config.sampling(cluster.count)
     if sampling is not None:
         keys[sampling.key] = sampling.rows
     sequences = dataclasses.replace(layout, micro=layout.micro * config.sequences_per_row())

@@ -182,7 +182,7 @@ def tuning_lines(
         estimate = time_estimate(work.seconds(flops, peak), peak)
         lines.append(f"compute    {work.flops(flops):.2e} FLOPs, {work.tokens:,.0f} tokens{estimate}")
     sequences = dataclasses.replace(layout, micro=layout.micro * config.sequences_per_row())
-    length, sampling = config.sequence_length, config.sampling()
+    length, sampling = config.sequence_length, config.sampling(distributed.world())
     parts = sampling_cost.stage_memory(model_config, size, length, sequences, work.others, sampling)
     lines += _memory_lines(parts, functools.partial(layouts.advice, config, model))
     saved = size.frozen_bytes - 2.0 * size.frozen

@@ -158,7 +158,7 @@ def inside(folder, output, words=("ppo.steps=4",)):
     from pipeline.core import artifact
     from pipeline.core.recipe import load
     from pipeline.rl.online import Parents
-    from pipeline.rl.prompts import encoded_prompts, tasks_of
+    from pipeline.rl.prompts import Prompts, encoded_prompts, tasks_of
     from pipeline.train import finetune
 
     config = load("recipe.yaml", list(words)).stages["ppo"]
@@ -168,5 +168,6 @@ def inside(folder, output, words=("ppo.steps=4",)):
     _, extra = encoded_prompts(config, policy.chat, [reward.chat], SimpleNamespace(path=output))
     pool, heldout = tasks_of(extra, "train"), tasks_of(extra, "heldout")
     parents = Parents(policy, reward if config.uses_reward_model() else None)
-    models = ppo.build_models(config, parents, len(pool))
+    prompts = Prompts(len(pool), max(len(task.ids) for task in pool + heldout))
+    models = ppo.build_models(config, parents, prompts)
     return models, pool, heldout, {"step": 0, "kl_coef": 0.05, "calibration": (0.0, 1.0), "skipped_updates": 0}

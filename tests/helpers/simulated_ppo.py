@@ -4,8 +4,9 @@ reference and the reward model as the stage builds them, and the phases of an it
     peaks(config, model_config, world)       # phase -> bytes, from a few layers
 
 What is sampled depends on data, which fake tensors have not. So sampling is simulated as its two largest moments: the
-prompts are read, and the last token is computed with a full cache of keys and values. Reward and value model have the
-policy's shape.
+prompts are read, and the last token is computed with a full cache of keys and values. These are phases of their own:
+of a few layers the first one may be the larger, of all layers the second. Reward and value model have the policy's
+shape.
 """
 
 import functools
@@ -47,7 +48,8 @@ def _peaks(config, model_config, world: int) -> dict[str, float]:
         moments = simulated_fsdp.moments_of(policy) + simulated_fsdp.moments_of(value)
         found = {}
         for phase, act in {
-            "sample": lambda: _sample(config, policy),
+            "read the prompts": lambda: _read_prompts(config, policy),
+            "sample the last token": lambda: _sample_last(config, policy),
             "measure": lambda: _measure(config, policy),
             "reference": lambda: _read(config, frozen[0], _logprobs),
             "values": lambda: _values(config, value),
@@ -90,16 +92,27 @@ def _autocast(config):
 
 
 @torch.no_grad()
-def _sample(config, engine) -> None:
-    from transformers import DynamicCache
-
+def _read_prompts(config, engine) -> None:
     rows, length, new = config.rollout.batch, config.sequence_length, config.rollout.max_new_tokens
     with engine.gathered(), _autocast(config):
         model = engine.model.eval()
         ids = torch.zeros(rows, length - new, dtype=torch.long)
-        arguments = {"use_cache": True, "logits_to_keep": 1}
-        mask = torch.ones(rows, length, dtype=torch.long)
-        cache = model(input_ids=ids, attention_mask=mask[:, :-new], position_ids=ids, **arguments).past_key_values
+        mask = torch.ones_like(ids)
+        model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=True, logits_to_keep=1)
+    engine.model.train()
+
+
+@torch.no_grad()
+def _sample_last(config, engine) -> None:
+    """A token after all others of the longest rows. The types of keys and values are those of a first token."""
+    from transformers import DynamicCache
+
+    rows, length = config.rollout.batch, config.sequence_length
+    with engine.gathered(), _autocast(config):
+        model = engine.model.eval()
+        ids, mask = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
+        arguments = {"input_ids": ids, "position_ids": ids, "use_cache": True, "logits_to_keep": 1}
+        cache = model(**arguments, attention_mask=mask[:, :1]).past_key_values
         full = DynamicCache(config=model.config)
         for index, layer in enumerate(cache.layers):
             heads, width = layer.keys.shape[1], layer.keys.shape[3]
@@ -107,11 +120,8 @@ def _sample(config, engine) -> None:
                 torch.empty(rows, heads, length - 1, width, dtype=kept.dtype) for kept in (layer.keys, layer.values)
             )
             full.update(keys, values, index)
-            layer.keys = layer.values = None
-        del cache, layer, keys, values
-        outputs = model(
-            input_ids=ids[:, :1], attention_mask=mask, position_ids=ids[:, :1], past_key_values=full, **arguments
-        )
+        del keys, values
+        outputs = model(**arguments, attention_mask=mask, past_key_values=full)
         choose(outputs.logits[:, -1], config.rollout.temperature, torch.zeros(rows, dtype=torch.float64))
     engine.model.train()
 
