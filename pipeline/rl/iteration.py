@@ -61,9 +61,9 @@ class Iterations:
     In checkpoints, its part of the loop's state is: step (iterations so far), kl_coef, calibration (mean and deviation
     of the reward, in PPO), skipped_updates (updates of policy or value model that were not applied), resampled (prompts
     that were drawn in addition to batch_size per step), reward_failures (failed calls by reward and kind), shown
-    (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are multiplied by the second), run
-    (fingerprint of the run that saved it), scored_by (what the calibration was measured with), policy_updates (updates
-    of the policy so far) and ahead (responses for the next iteration, ahead.py).
+    (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are multiplied by the second),
+    scored_by (what the calibration was measured with), policy_updates (updates of the policy so far) and ahead
+    (responses for the next iteration, ahead.py).
     """
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
@@ -99,7 +99,7 @@ class Iterations:
             if state.get("scored_by") != scored_by:
                 state.pop("calibration", None)
                 state["before"] = None
-        state |= {"run": run, "scored_by": scored_by}
+        state["scored_by"] = scored_by
         state.setdefault("step", 0)
         state.setdefault("kl_coef", self.models.config.updates.kl_coef)
         state.setdefault("skipped_updates", state["skipped"])  # its name in older checkpoints

@@ -178,7 +178,7 @@ def run(
 
 class Loop:
     """One run of the loop in this process. `state` is what checkpoints contain in addition to weights and moments
-    (JSON)."""
+    (JSON); its `run` is the fingerprint of the run that saved it."""
 
     def __init__(
         self, updates: Updates, config: TrainConfig, output: Output, hooks: Hooks, unit: str, expected: Expected | None
@@ -209,17 +209,24 @@ class Loop:
             difference = self.updates.load(path)
             self._print_resumed(path.name, difference, "same rows, results equal up to rounding")
             self.state.update(saved_state)
+            if saved_state.get("run", self.output.fingerprint) != self.output.fingerprint:  # a fork
+                self.state.update(inherited(saved_state))
         elif branch:
             difference = self.updates.load(branch)
             self._print_resumed(str(branch), difference, "")
             self.state.update(inherited(loop_state(branch)))
-        self.updates.begin(self.state, self.output.fingerprint)
+        self._begin()
         self.length = TrainingLength(self.config, self.output, self.updates.step_count)
         if self.hooks.average is not None:
             self.saver.kept_steps = set(self.hooks.average.steps(self.length.steps))
         self.saver.check_room(self.length.steps)
         self.tracker.started(self.updates.step_count)
         self._start_counting()
+
+    def _begin(self) -> None:
+        """Use the current state, which may be that of the run that was forked, and note whose it is from now on."""
+        self.updates.begin(self.state, self.output.fingerprint)
+        self.state["run"] = self.output.fingerprint
 
     def _print_resumed(self, path: str, difference: str, consequence: str) -> None:
         if not self.output.is_main:
@@ -481,7 +488,7 @@ class Loop:
         before = dict(self.state)
         self.state.clear()
         self.state.update(state)
-        self.updates.begin(self.state, self.output.fingerprint)
+        self._begin()
         self.updates.carry(before, self.state)
         self.tracker.rewind(checkpoint_step)
         if self.selection_is_due(checkpoint_step):  # its evaluation is not in its state

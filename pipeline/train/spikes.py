@@ -164,8 +164,9 @@ def _log(norm: float) -> float:
 
 
 def inherited(saved: dict) -> dict:
-    """What a branch inherits from the state of its parent: the statistics, and the skipped rows, without which it would
-    read other rows than its parent does."""
+    """What a branch or a fork inherits from the state of its parent: the statistics, and the skipped rows, without
+    which it would read other rows than its parent does. Its counts are its own: a run that has made all its rollbacks
+    is continued by --fork with another recipe, which has rollbacks of its own."""
     if "spikes" not in saved:
         return {}
     return {"spikes": saved["spikes"] | {"in_a_row": 0, "count": 0, "rollbacks": 0}}

@@ -141,6 +141,7 @@ def test_a_fork_takes_what_alarms_changed_from_its_recipe(world):
     iterations = Iterations(models, pool)
     new = {"skipped": 0, "before": None}
     iterations.begin(new, "one")
+    new["run"] = "one"  # the loop notes it
     measured = new["calibration"]
     assert new["kl_coef"] == 0.3 and measured != (0.0, 1.0)
     changed = {"kl_coef": 9.0, "lr_scale": 0.5, "alarms": {"raised": {"kl": 2}}, "calibration": [5.0, 2.0]}

@@ -11,10 +11,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
+import tiny_engine
 from harness import files_of, stage, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core.errors import UserError
+from pipeline.core.output import Output
+from pipeline.train import engine, loop
 from pipeline.train.config import Spikes
 from pipeline.train.spikes import Guard
 
@@ -184,6 +188,40 @@ def test_after_its_number_of_rollbacks_it_stops(world):
         runs="often",
     )
     assert code == 2 and said.count("back to step") == 1 and "1 rollbacks were made" in said, said
+
+
+def jumps(logits, batch):
+    loss, sums = tiny_engine.loss_fn(logits, batch)
+    return loss * batch["factor"], sums
+
+
+def fitted(folder, identity: int, fork: bool = False) -> dict:
+    """16 steps with a checkpoint after every second one, of which batches 7 and 12 have a hundred times the loss."""
+    spikes = {"policy": "rollback", "sigma": 1000, "window": 4, "rollbacks": 1}
+    config = tiny_engine.config(steps=16, spikes=spikes)
+
+    def batches(number: int) -> list[dict]:
+        part = range(number * tiny_engine.ROWS, (number + 1) * tiny_engine.ROWS)
+        return [tiny_engine.batch_of(number, part) | {"factor": 100.0 if number in (7, 12) else 1.0}]
+
+    output = Output(folder, "pretrain", "pretrain", {"a": identity}).open(config={}, parents={}, fork=fork)
+    try:
+        return loop.fit(engine.build(tiny_engine.tiny(), jumps, config), config, output, batches)
+    finally:
+        output.lock.release()
+
+
+def test_a_fork_has_rollbacks_of_its_own(tmp_path, capsys):
+    """A run that has gone back once stops at the next spike; another recipe that may go back once continues it. Rows
+    that were skipped before stay skipped."""
+    with pytest.raises(UserError, match="step 11 was not applied.* 1 rollbacks were made"):
+        fitted(tmp_path, 1)
+    with pytest.raises(UserError, match="step 11 was not applied.* 1 rollbacks were made"):
+        fitted(tmp_path, 1)
+    capsys.readouterr()
+    spikes = fitted(tmp_path, 2, fork=True)["spikes"]
+    assert "back to step 10; rows 48 to 63 and 96 to 103 are skipped" in "".join(capsys.readouterr())
+    assert (spikes["rollbacks"], spikes["count"]) == (1, 1)
 
 
 # ---- the rows of a step ----------------------------------------------------------------------------------------------
