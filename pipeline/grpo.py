@@ -137,8 +137,7 @@ def build_models(config: Config, parents, prompts: Prompts):
         *rollout_memory.describe(config, policy_model, others, prompts.longest),
         "time       depends on how long the answers become; the progress line shows how much is left",
     )
-    updates = config.update.minibatches
-    work = Work(data, updates=updates, notes=notes, others=others)
+    work = Work(data, notes=notes, others=others)
     policy_loss = functools.partial(policy_loss_fn, config)
     engine, _ = finetune.build_engine(policy_model, policy_loss, config, work, name="policy", weights=weights)
     return assemble(config, parents, GROUPS, engine, None, reference, reward_model, process)

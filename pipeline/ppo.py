@@ -114,7 +114,7 @@ def build_models(config: Config, parents, prompts: Prompts):
         *rollout_memory.describe(config, policy_model, others, prompts.longest),
         "time       depends on how long the answers become; the progress line shows how much is left",
     )
-    work = Work(data, updates=config.ppo.minibatches, notes=notes, others=others)
+    work = Work(data, notes=notes, others=others)
     policy_loss = functools.partial(policy_loss_fn, config)
     policy_engine, _ = finetune.build_engine(
         policy_model, policy_loss, config, work, name="policy", weights=policy_weights

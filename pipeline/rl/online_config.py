@@ -232,6 +232,9 @@ class OnlineConfig(FinetuneConfig):
     def rows_of_step(self) -> int:
         return self.batch_size * self.responses_per_prompt()
 
+    def rows_of_update(self) -> int:
+        return self.rows_of_step() // self.updates.minibatches
+
     @classmethod
     def uses_peak(cls) -> bool:
         return False
@@ -255,7 +258,7 @@ class OnlineConfig(FinetuneConfig):
     def micro_rows(self, world: int) -> int:
         if self.micro_batch:
             return self.micro_batch
-        share = self.rows_of_step() // self.updates.minibatches // world
+        share = self.rows_of_update() // world
         return min(share, max(1, MICRO_BATCH_TOKENS // self.sequence_length))
 
     def check_layout(self, world: int) -> None:

@@ -8,6 +8,8 @@ last token of the longest row, and a stage for which these do not fit is refused
 
 import dataclasses
 
+import torch
+
 from pipeline.core.errors import UserError
 from pipeline.core.terminal import byte_size
 from pipeline.models import cost, sampling_cost
@@ -21,12 +23,8 @@ def describe(config, model, others: dict[str, Size], longest: int) -> tuple[str,
     """Lines of the header that say how the stage samples; none if every process has the complete policy anyway. others:
     further models in memory. longest: tokens of the longest prompt. Raises UserError if a GPU has no room for the
     policy and its cache."""
-    import torch
-
     size, world, device = cost.count(model), distributed.world(), distributed.device()
-    layout = layouts.layout_of(config, model.config, size, world, device.type)
-    shard = config.parallel.group_size(world, distributed.local_world())
-    layout = dataclasses.replace(layout, shard=shard)
+    layout = layouts.layout_here(config, model.config, size)
     if device.type == "cuda":
         kept = sampling_cost.kept_bytes(size, layout)
         kept += sum(sampling_cost.others_bytes(model.config, layout, others, online=True).values())

@@ -497,6 +497,10 @@ class TrainConfig(StageConfig):
         """Rows that all processes together compute a step from."""
         return self.batch_size
 
+    def rows_of_update(self) -> int:
+        """Rows of one update, of which a step may have several."""
+        return self.rows_of_step()
+
     @classmethod
     def supports_pipeline(cls) -> bool:
         return False

@@ -33,7 +33,7 @@ from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_pad
 from pipeline.models import build, cost, families, frozen, lora, vocabulary
 from pipeline.models.folder_weights import FolderWeights
 from pipeline.models.weights_hash import weights_hash
-from pipeline.train import chunked_loss, distributed, layers, loop, train_length
+from pipeline.train import distributed, layers, loop, train_length
 from pipeline.train import engine as engines
 from pipeline.train.best import Selection
 from pipeline.train.engine import Engine, Loss, Read
@@ -266,13 +266,10 @@ def build_engine(
     verified give logits to `loss`.
     """
     layers.prepare(model, config, **losses)
-    head, head_rows = chunked_loss.installed(model), None
-    if head is not None:
-        head_rows = head.chunk or chunked_loss.chunk_of(model.config.vocab_size, distributed.device().type)
     size = cost.count(model)
     flops = cost.training_flops(model, size, config.sequence_length)
     peak = total_peak(config)
-    for line in tuning_lines(config, model, size, flops, peak, work, head_rows):
+    for line in tuning_lines(config, model, size, flops, peak, work):
         say(line)
     engine = engines.build(model, loss, config, name=name, fill=weights)
     if weights is not None and config.lora is not None:

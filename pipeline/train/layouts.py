@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.models import cost, pipeline_split, sampling_cost, step_time
 from pipeline.models.devices import Cluster
 from pipeline.models.families import family_of
-from pipeline.train import chunked_loss
+from pipeline.train import chunked_loss, distributed
 from pipeline.train.config import Parallel, TrainConfig, divisors
 
 MOST_MICRO_ROWS = 64
@@ -99,8 +99,16 @@ def costs_of(model, config: TrainConfig) -> Costs:
 # ---- one layout ------------------------------------------------------------------------------------------------------
 
 
+def layout_here(config: TrainConfig, model_config, size: cost.Size) -> cost.Layout:
+    """What a stage's keys mean in the processes of this run, however they were started."""
+    world, device = distributed.world(), distributed.device().type
+    run = config.run.model_copy(update={"processes": distributed.local_world()})
+    return layout_of(config.model_copy(update={"run": run}), model_config, size, world, device)
+
+
 def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, device: str) -> cost.Layout:
-    """What a stage's keys mean in `world` processes on a device (`cuda` or `cpu`)."""
+    """What a stage's keys mean in `world` processes on a device (`cuda` or `cpu`). A micro-batch is of an update, of
+    which a step of online RL has several."""
     parallel = config.parallel
     ranks = world // parallel.pipeline
     micro = config.micro_rows(world)
@@ -114,7 +122,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         depth=parallel.pipeline,
         zero=parallel.zero,
         micro=micro,
-        accumulation=-(-(config.rows_of_step() // ranks) // micro),
+        accumulation=-(-(config.rows_of_update() // ranks) // micro),
         precision=config.precision,
         optimizer=config.optimizer.kind,
         checkpointing=config.activation_checkpointing,

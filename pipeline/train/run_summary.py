@@ -12,7 +12,6 @@ from pipeline.models import cost, devices, sampling_cost
 from pipeline.models.cost import Flops, Size
 from pipeline.models.devices import Cluster
 from pipeline.train import distributed, layouts
-from pipeline.train.layouts import layout_of
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
 ASSUMED_MFU = 0.4
@@ -26,7 +25,7 @@ def pretraining_lines(config, model, size: Size, flops: Flops, peak: float | Non
     """The header of pretraining. config: with steps, unless its length is a time. peak: FLOP/s of all devices, if
     known. folder: where checkpoints are written."""
     model_config = model.config
-    layout = layout_of(config, model_config, size, distributed.world(), distributed.device().type)
+    layout = layouts.layout_here(config, model_config, size)
     step_tokens = config.batch_size * config.sequence_length
     lines = [model_line(model_config, size)]
     lines += _data_lines(config, size, step_tokens, sampler)
@@ -150,8 +149,6 @@ class Work:
     """Tokens that the whole stage trains on; None if only the run can tell."""
     forward_tokens: float = 0.0
     """Tokens that it only runs forward, at a third of the cost of training."""
-    updates: int = 1
-    """Updates among which the rows of a step are divided."""
     notes: tuple[str, ...] = ()
     """Further lines."""
     others: dict[str, Size] = field(default_factory=dict)
@@ -166,12 +163,9 @@ class Work:
         return None if peak is None or total is None else total / (peak * ASSUMED_MFU)
 
 
-def tuning_lines(
-    config, model, size: Size, flops: Flops, peak: float | None, work: Work, head_rows: int | None = None
-) -> list[str]:
-    """The header of a stage that learns from records. peak: FLOP/s of all devices, if known. head_rows: positions whose
-    logits exist at a time; None: all of a micro-batch."""
-    model_config, layout = model.config, _tuning_layout(config, work, head_rows)
+def tuning_lines(config, model, size: Size, flops: Flops, peak: float | None, work: Work) -> list[str]:
+    """The header of a stage that learns from records. peak: FLOP/s of all devices, if known."""
+    model_config, layout = model.config, layouts.layout_here(config, model.config, size)
     lines = [
         model_line(model_config, size),
         f"data       {work.data}",
@@ -189,25 +183,6 @@ def tuning_lines(
     if config.lora is not None and config.lora.base == "fp32" and config.precision == "bf16" and saved > NOTABLE_BYTES:
         lines.append(f"           lora.base: bf16 would keep the frozen weights in {byte_size(saved)} less")
     return [*lines, *work.notes]
-
-
-def _tuning_layout(config, work: Work, head_rows: int | None) -> cost.Layout:
-    ranks = distributed.world()
-    rows = config.rows_of_step() // work.updates // ranks
-    micro = config.micro_rows(ranks)
-    return cost.Layout(
-        ranks=ranks,
-        zero=config.parallel.zero,
-        micro=micro,
-        accumulation=-(-rows // micro),
-        precision=config.precision,
-        optimizer=config.optimizer.kind,
-        checkpointing=config.activation_checkpointing,
-        head_rows=head_rows,
-        offload=config.parallel.offload,
-        shard=config.parallel.group_size(ranks, distributed.local_world()),
-        loss_tokens=config.loss_tokens(),
-    )
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
@@ -243,7 +218,8 @@ def layout_line(config, layout: cost.Layout) -> str:
     else:
         processes = f"data parallel over {world}" if world > 1 else "one process"
     micro_batches = plural(layout.accumulation, "micro-batch/micro-batches")
-    return f"layout     {processes}; {micro_batches} of {layout.micro} rows per step on each; {config.precision}"
+    unit = "step" if config.rows_of_update() == config.rows_of_step() else "update"
+    return f"layout     {processes}; {micro_batches} of {layout.micro} rows per {unit} on each; {config.precision}"
 
 
 def time_estimate(seconds: float | None, peak: float | None) -> str:
