@@ -309,10 +309,10 @@ import json, sys
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
 from pipeline.train import distributed
-zero = sys.argv[1]
+layout = sys.argv[1]
 for base in sys.argv[2:]:
     run_stage(load(f"{base}.yaml", [f"sft.{key}" for key in (
-        f"parallel.zero={zero}", "micro_batch=2", "run.processes=2", "steps=3", "max_prompts=2", "precision=bf16",
+        f"parallel.{layout}", "micro_batch=2", "run.processes=2", "steps=3", "max_prompts=2", "precision=bf16",
         f"lora.base={base}")]), "sft")
     distributed.barrier()
 distributed.shutdown()
@@ -320,15 +320,16 @@ distributed.shutdown()
 
 
 @pytest.mark.parametrize(
-    "zero, bases",
+    "layout, bases",
     [
-        pytest.param("null", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
-        pytest.param("1", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
-        pytest.param("2", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
-        pytest.param("3", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        pytest.param("zero=null", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        pytest.param("zero=1", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        pytest.param("zero=2", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        pytest.param("zero=3", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
+        pytest.param("shard=full", ("fp32", "bf16", "nf4"), marks=pytest.mark.slow),
     ],
 )
-def test_a_base_in_bf16_or_4_bits_on_two_ranks(adapted, zero, bases, tmp_path):
+def test_a_base_in_bf16_or_4_bits_on_two_ranks(adapted, layout, bases, tmp_path):
     """In bf16 the losses are those of the model in fp32 to the bit: its weights are rounded beforehand."""
     from safetensors.torch import load_file, save_file
 
@@ -343,7 +344,7 @@ def test_a_base_in_bf16_or_4_bits_on_two_ranks(adapted, zero, bases, tmp_path):
     for base in bases:
         (tmp_path / f"{base}.yaml").write_text(LORA_RECIPE.replace("name: lora", f"name: {base}"))
     (tmp_path / "bases.py").write_text(BASES)
-    launch(2, "bases.py", zero, *bases, cwd=tmp_path)
+    launch(2, "bases.py", layout, *bases, cwd=tmp_path)
     losses = {}
     for base in bases:
         lines = (tmp_path / f"runs/{base}/sft/current/metrics.jsonl").read_text().splitlines()
