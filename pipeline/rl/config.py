@@ -53,7 +53,7 @@ class Server(Strict):
     """Further words of `vllm serve`, such as [--tensor-parallel-size, "2", --gpu-memory-utilization, "0.4"]."""
     gpus: str | None = None
     """GPUs that it sees, such as "6,7" (CUDA_VISIBLE_DEVICES); none: those that the stage sees."""
-    start: float = Field(900.0, gt=0)
+    start: float = Field(600.0, gt=0)
     """Seconds from its start until it is healthy."""
     answer: float = Field(300.0, gt=0)
     """Seconds in which at least one response must arrive, and in which new weights must be read."""

@@ -108,7 +108,7 @@ class Models:
     def close(self) -> None:
         """End all processes."""
         self.workers.close()
-        if self.server is not None:
+        if self.server is not None and distributed.is_main():
             self.server.close()
 
     def text(self, sample: Sample) -> str:

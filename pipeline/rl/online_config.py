@@ -111,6 +111,15 @@ class OnlineConfig(FinetuneConfig):
                 "lora.base: nf4 keeps weights in 4 bits, and rollout.engine: vllm samples with the merged ones, which"
                 " are others; use base: bf16"
             )
+        if rollout.engine == "vllm":
+            server = rollout.server_options()
+            seconds = (server.restarts + 1) * server.start
+            if seconds > self.watch.start:
+                raise ValueError(
+                    f"rollout.server: {server.restarts + 1} starts of {server.start:g} s each are more than"
+                    f" watch.start: {self.watch.start:g}, after which the run would be ended as one that hangs; raise"
+                    " watch.start, or give less"
+                )
         oldest, limit = updates.epochs * updates.minibatches, rollout.max_staleness
         if limit is None:
             return

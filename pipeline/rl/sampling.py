@@ -68,10 +68,10 @@ def _result(server: RolloutServer, future: Future | None) -> list[Completion]:
     """What the main process has waited for. Collective."""
     outcome = None
     if future is not None:
-        answers = server.num_answers
+        progress = server.progress()
         while not wait([future], timeout=1).done:
-            if server.num_answers != answers:  # so that the watchdog sees that the server works
-                answers = server.num_answers
+            if server.progress() != progress:  # so that the watchdog sees that the server works
+                progress = server.progress()
                 phases.enter("rollout")
         try:
             outcome = future.result(), None

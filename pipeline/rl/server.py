@@ -11,8 +11,8 @@ with a UserError. No call waits longer than its seconds.
 """
 
 import hashlib
+import re
 import shutil
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from pipeline.rl import server_client
 from pipeline.rl.rollout import Completion
 from pipeline.rl.server_client import NAME, Request, ServerError, Slow
 from pipeline.rl.server_process import ServerProcess
+
+NORM = re.compile(r"norm|(^|\.)ln_")  # in the name of a weight
 
 # Tries of a request at a server that says that it is well, before it is started again.
 TRIES = 3
@@ -46,13 +48,14 @@ class RolloutServer:
         self.num_updates: int | None = None
         self.num_restarts = 0
         self.num_answers = 0
-        """Responses so far: a number that grows while the server works."""
         self.expected: dict[str, str] = {}
         self.difference: float | None = None
         """Mean difference of its log-probabilities from the trainer's after the last new weights, in nats per token."""
-        self.waits: Callable[[], None] = lambda: None
-        """Called while it is being started."""
         self.is_closed = False
+
+    def progress(self) -> int:
+        """A number that grows while it works, or is started again."""
+        return self.num_answers + self.num_restarts
 
     def numbers(self) -> dict[str, float]:
         """For the log."""
@@ -81,7 +84,7 @@ class RolloutServer:
             if reason is not None:
                 self._count_restart(reason)
             try:
-                self.process.start(self.waits)
+                self.process.start()
                 self._compare_checksums()
             except ServerError as error:
                 reason = str(error)
@@ -120,7 +123,7 @@ class RolloutServer:
         if not compared:
             raise UserError(
                 f"stage {self.kind}: none of the rollout server's {len(found)} weights has the name of one of the"
-                f" model's vectors, so that its weights cannot be proved equal; its first is {next(iter(found), None)}"
+                f" model's norms, so that its weights cannot be proved equal; its first is {next(iter(found), None)}"
             )
 
     # ---- completions -------------------------------------------------------------------------------------------------
@@ -206,11 +209,11 @@ def served_weights(model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def checksums_of(weights: dict[str, torch.Tensor]) -> dict[str, str]:
-    """SHA-256 of each vector (norms and biases). A server joins, splits and pads matrices, but keeps norms as they are;
-    the log-probabilities show what matrices it has."""
+    """SHA-256 of each vector of a norm. A server joins, splits and pads matrices and biases, but keeps norms as they
+    are; the log-probabilities show what matrices it has."""
     checksums = {}
     for name, value in weights.items():
-        if value.ndim == 1:
+        if value.ndim == 1 and NORM.search(name):
             data = value.contiguous().view(torch.uint8).numpy()
             checksums[name] = hashlib.sha256(data.data).hexdigest()
     return checksums

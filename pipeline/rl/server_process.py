@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.core.errors import UserError
@@ -46,8 +45,8 @@ class ServerProcess:
         self.process: subprocess.Popen | None = None
         self.port = 0
 
-    def start(self, waits: Callable[[], None]) -> None:
-        """Start it, and wait until it is healthy; waits() is called meanwhile. Raises ServerError."""
+    def start(self) -> None:
+        """Start it, and wait until it is healthy. Raises ServerError."""
         self.end()
         self.port = _free_port()
         command = [self.options.command, "serve", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port)]
@@ -69,7 +68,6 @@ class ServerProcess:
             if time.monotonic() > deadline:
                 self.end()
                 raise ServerError(f"it was not healthy {self.options.start:g} s after its start{self.last_lines()}")
-            waits()
             time.sleep(0.2)
 
     def is_healthy(self) -> bool:

@@ -349,6 +349,64 @@ def test_what_cannot_be_done_is_refused(tmp_path):
         grpo.Config(**keys | {"rollout": {"max_new_tokens": 6, "server": {"restarts": 1}}})
     with pytest.raises(ValidationError, match="lora.base: nf4"):
         grpo.Config(**keys | {"lora": {"base": "nf4"}})
+    with pytest.raises(ValidationError, match="3 starts of 60 s each are more than watch.start: 100"):
+        grpo.Config(**keys | {"watch": {"start": 100}})
     config = grpo.Config(**keys | {"kind": "grpo"})
     with pytest.raises(UserError, match="stage grpo: rollout.server.command: there is no program .*/vllm'"):
         config.check_machine()
+
+
+# ---- a real server ---------------------------------------------------------------------------------------------------
+
+REAL = os.environ.get("ALMA_TEST_VLLM")  # a program `vllm`, such as /opt/vllm/bin/vllm
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="ALMA_TEST_VLLM names no vLLM")
+def test_a_real_server(tmp_path, monkeypatch):
+    """Start, new weights, log-probabilities, stop ids, greedy tokens, one seed twice, a lost engine, and the end."""
+    # its first request would compile kernels for minutes; its tokens are kept in 1 GiB
+    for name, value in {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny(vocab_size=36, eos_token_id=STOP, **sizes)
+    model.config.architectures = ["LlamaForCausalLM"]
+    other = changed(model)
+    tokenizer_of().save_pretrained(tmp_path / "tokenizer")
+    config = config_of(tmp_path, command=REAL, arguments=["--enforce-eager"], start=1100, answer=300)
+    server = RolloutServer(config, [STOP, 7, 9], tmp_path / "tokenizer", tmp_path / "work")
+    try:
+        for policy in (model, other):
+            server.update(policy)
+            assert server.num_restarts == 0, "new weights were not read"
+            found = complete(server)
+            assert_logprobs(policy, found)
+            assert {each.stopped for each in found} == {True, False}
+            assert [each.ids for each in complete(server)] == [each.ids for each in found]
+            greedy = complete(server, temperature=0.0)
+            options = {"max_new_tokens": 6, "temperature": 0.0, "stop_ids": [STOP, 7, 9], "pad_id": 0}
+            prompts = [each.prompt_ids for each in REQUESTS]
+            wanted = generate(policy, prompts, seeds=[0] * len(prompts), **options)
+            assert [each.ids for each in greedy] == [each.ids for each in wanted]
+        running = fake_vllm.children_of(server.process.process.pid)
+        for pid in running:
+            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, 9)
+        assert_logprobs(other, complete(server))
+        assert server.num_restarts == 1
+        running |= fake_vllm.children_of(server.process.process.pid)
+    finally:
+        server.close()
+    deadline = time.monotonic() + 20  # those that have been killed are still ending
+    while any(Path(f"/proc/{pid}").exists() for pid in running) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+
+
+def assert_logprobs(model, found):
+    """Against a forward pass of the same ids."""
+    for request, each in zip(REQUESTS, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([request.prompt_ids + each.ids])).logits[0, len(request.prompt_ids) - 1 : -1]
+        logprobs = (logits / 0.7).log_softmax(-1)[range(len(each.ids)), each.ids]
+        np.testing.assert_allclose(each.logprobs, logprobs, atol=3e-5)
