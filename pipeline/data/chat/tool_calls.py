@@ -28,8 +28,9 @@ def tools_of(value, what: str = "`tools`") -> list[dict]:
         tool = from_json(tool, what)
         if not isinstance(tool, dict):
             raise Rejected(f"{what} is not a list of objects")
-        if "function" not in tool:
-            tool = {"type": "function", "function": tool}
+        if "function" not in tool:  # OpenAI's newer form has the type next to the name
+            function = {key: inner for key, inner in tool.items() if (key, inner) != ("type", "function")}
+            tool = {"type": "function", "function": function}
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise Rejected(f"{what} has a function without a name")

@@ -135,6 +135,11 @@ CONVERSATIONS = {
         [ASKED, CALLED_WITH_ID, {**RESULT, "tool_call_id": "c1"}, ANSWERED],
         "messages (role, content)",
     ),
+    "tools with their type beside the name": (
+        {"messages": USED, "tools": [{"type": "function", **FUNCTION}]},
+        USED,
+        "messages (role, content)",
+    ),
     "result as an object": (
         {"messages": [*USED[:2], {"role": "tool", "content": {"temp": 3, "天": "晴"}}, ANSWERED], "tools": [TOOL]},
         [*USED[:2], {"role": "tool", "content": '{"temp": 3, "天": "晴"}'}, ANSWERED],
