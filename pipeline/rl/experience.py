@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from pipeline.core.intervals import mean_half
 from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
 from pipeline.models import lora
-from pipeline.rl import rules, sampling
+from pipeline.rl import rules, sampling, tools
 from pipeline.rl.frozen_models import SplitModel, complete
 from pipeline.rl.objective import Objective
 from pipeline.rl.process_reward import ProcessReward
@@ -112,7 +112,8 @@ class Models:
             self.server.close()
 
     def text(self, sample: Sample) -> str:
-        return self.chat.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+        """The answer: with tools, what follows the last result of one."""
+        return self.chat.tokenizer.decode(sample.last_turn, skip_special_tokens=True)
 
 
 class Clock:
@@ -173,6 +174,8 @@ def collect(
         for task, index, completion in zip(tasks, indices, completions, strict=True):
             ids, logprobs, stopped = completion.ids, completion.logprobs, completion.stopped
             samples.append(Sample(index, task.ids, ids, stopped, logprobs, num_updates))
+        if config.tools:
+            tools.use(models, samples, tasks, seeds, sampling.own_sampler(models, temperature))
         clock.lap("rollout")
         if measure == "all" and config.measures_policy():
             measured = _logprobs(models, models.policy.model, samples)
@@ -232,7 +235,8 @@ def _forward(
             tensors = read(batch)
         lists = [tensor.float().tolist() for tensor in tensors]
         for row, index in enumerate(part):
-            results[index] = tuple(values[row][places(samples[index])] for values in lists)
+            own = places(samples[index])
+            results[index] = tuple([values[row][place] for place in own] for values in lists)
     return results
 
 
@@ -267,7 +271,7 @@ def evaluate(models: Models, heldout: list[Task]) -> tuple[dict, list[dict]]:
         "length": _mean(len(sample.response_ids) for sample in sampled),
         "repetition": _mean(repetition(sample.response_ids) for sample in sampled),
     }
-    numbers |= statistics(config, sampled)
+    numbers |= statistics(config, sampled) | tools.statistics(config, sampled)
     if config.measures_kl():
         divergences = [math.fsum(sample.sampled_logprobs) - math.fsum(sample.ref_logprobs) for sample in sampled]
         numbers["kl"] = _mean(divergences)
@@ -290,6 +294,9 @@ def _shown(models: Models, task: Task, sampled: Sample, greedy: Sample) -> dict:
         "greedy": models.text(greedy),
         "greedy_reward": round(greedy.score, 4),
     }
+    if sampled.calls or greedy.calls:
+        row["sampled_calls"] = [asdict(call) for call in sampled.calls]
+        row["greedy_calls"] = [asdict(call) for call in greedy.calls]
     if sampled.rewards:
         row["sampled_rewards"] = sampled.rewards
         row["greedy_rewards"] = greedy.rewards

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
-from pipeline.rl import ahead, rewards, sentinel
+from pipeline.rl import ahead, rewards, sentinel, tools
 from pipeline.rl.advantages import explained_variance
 from pipeline.rl.config import MICRO_BATCH_TOKENS
 from pipeline.rl.experience import Clock, Models, Sampled, collect, draw, repetition, share, tensors_of
@@ -60,10 +60,10 @@ class Iterations:
 
     In checkpoints, its part of the loop's state is: step (iterations so far), kl_coef, calibration (mean and deviation
     of the reward, in PPO), skipped_updates (updates of policy or value model that were not applied), resampled (prompts
-    that were drawn in addition to batch_size per step), reward_failures (failed calls by reward and kind), shown
-    (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are multiplied by the second),
-    scored_by (what the calibration was measured with), policy_updates (updates of the policy so far) and ahead
-    (responses for the next iteration, ahead.py).
+    that were drawn in addition to batch_size per step), reward_failures (failed calls by reward and kind),
+    tool_failures (of tools), shown (rows of samples.jsonl), alarms and lr_scale (sentinel.py; the learning rates are
+    multiplied by the second), scored_by (what the calibration was measured with), policy_updates (updates of the policy
+    so far) and ahead (responses for the next iteration, ahead.py).
     """
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
@@ -186,6 +186,7 @@ def iterate(
     samples, drawn = _samples(models, pool, number, state, clock)
     tokens = tensors_of(samples)
     count_failures(config, drawn, state)
+    tools.count_failures(config, drawn, state)
     scores = objective.scores(config, samples, state)
     signal = objective.signal(config, tokens, scores, state["kl_coef"])
     staleness = _staleness(models, samples) if config.rollout.ahead else {}
@@ -327,7 +328,7 @@ def _statistics(
         stats["entropy"] = float(tokens["entropies"].sum() / count)
         stats["rollout_difference"] = float(difference.sum() / count)
         stats["rollout_difference_max"] = float(difference.max())
-    stats |= statistics(config, samples)
+    stats |= statistics(config, samples) | tools.statistics(config, samples)
     if "ref_logprobs" in tokens:
         divergence = float(((tokens["logprobs"] - tokens["ref_logprobs"]) * mask).sum(1).mean())
         stats |= {"kl": divergence, "kl_coef": kl_coef}

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from pipeline.core.artifact import Artifact
+from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
@@ -62,17 +63,25 @@ class Parents:
 
 
 def load_parents(config: OnlineConfig, inputs: dict[str, Artifact]) -> Parents:
-    """The policy, and the models that score responses, as far as the recipe uses them. Raises UserError for rewards
-    that cannot be called."""
+    """The policy, and the models that score responses, as far as the recipe uses them. Raises UserError for rewards and
+    tools that cannot be called."""
     config.check_rewards()
+    config.check_tools(None)
     policy = finetune.load_parent(config, inputs["policy"], f"{config.kind}, policy model")
+    config.check_tools(policy.chat)
     reward = None
     if config.uses_reward_model():
         reward = finetune.load_parent(config, inputs["reward"], f"{config.kind}, reward model")
     process = None
     if config.uses_process_model():
         process = finetune.load_parent(config, inputs["process"], f"{config.kind}, process reward model")
-    return Parents(policy, reward, process)
+    parents = Parents(policy, reward, process)
+    if config.tools and not all(policy.chat.reads_like(chat) for chat in parents.judges):
+        raise UserError(
+            f"stage {config.kind}: tools need a reward model with the policy's tokenizer and chat template; use"
+            " rewards that are functions, or train the reward model from the same base"
+        )
+    return parents
 
 
 def load_policy(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights | None]:
@@ -172,9 +181,10 @@ def summary(config: OnlineConfig, output: Output, result: dict, counts: dict, ev
     """The metrics of a stage. evaluated: number of held-out prompts that were answered."""
     before, after = result["before"], result["after"]
     measured, nothing = headline(config, before, after, evaluated)
-    failed = sum(sum(kinds.values()) for kinds in result.get("reward_failures", {}).values())
-    if failed:
-        measured += f", {plural(failed, 'call', ',')} of rewards failed"
+    for noun in ("reward", "tool"):
+        failed = sum(sum(kinds.values()) for kinds in result.get(f"{noun}_failures", {}).values())
+        if failed:
+            measured += f", {plural(failed, 'call', ',')} of {noun}s failed"
     alarms = sentinel.summary_of(result)
     if alarms:
         measured += f", alarms: {alarms}"
@@ -185,6 +195,8 @@ def summary(config: OnlineConfig, output: Output, result: dict, counts: dict, ev
         metrics["kl_coef"] = result["kl_coef"]
     metrics["skipped_updates"] = result["skipped_updates"]
     metrics["alarms"] = result.get("alarms", {}).get("raised", {})
+    if config.tools:
+        metrics["tool_failures"] = result["tool_failures"]
     if config.rewards:
         metrics["reward_failures"] = result["reward_failures"]
     metrics |= counts

@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import Field, model_validator
 
 from pipeline.core.config import EXECUTION, ExternalFiles, Name, PlannedInput, SourceBlock, refuse_unused
-from pipeline.core.errors import Absent, Problems, UserError
+from pipeline.core.errors import Problems, UserError
 from pipeline.data.chat.chat_sources import RewardedSource
-from pipeline.rl import sentinel
+from pipeline.rl import sentinel, user_functions
 from pipeline.rl.config import MICRO_BATCH_TOKENS, LinearSchedule, PolicyOptimizer, Rollout, Updates
 from pipeline.rl.reward_config import MODEL, PROCESS, Reward, check_calls, check_packages, step_separator
 from pipeline.rl.rules import Rule
 from pipeline.rl.sentinel import Alarm, AlarmName
+from pipeline.rl.tool_config import Tool, Toolbox
 from pipeline.train.finetune_config import FinetuneConfig
 
 if TYPE_CHECKING:
+    from pipeline.data.chat.template import Chat
     from pipeline.models.sampling_cost import Sampling
 
 
@@ -35,8 +37,12 @@ class OnlineConfig(FinetuneConfig):
     judges."""
     rewards: dict[Name, Reward] = {}
     """What the score of a response is made of, by name; none: the reward model."""
+    tools: dict[Name, Tool] = {}
+    """Functions that the policy may call while it answers, by the name that it calls them by."""
+    tool_calls: int = Field(4, ge=1)
+    """Most calls of tools in a response; one that calls more ends there."""
     reward_workers: Annotated[int, EXECUTION] = Field(2, ge=1)
-    """Processes per rank that compute rewards which are functions."""
+    """Processes per rank that compute rewards which are functions, and tools."""
     alarms: dict[AlarmName, Alarm] = {}
     """What is done when a number of the iterations leaves its healthy range; those that are not named warn."""
     optimizer: PolicyOptimizer = PolicyOptimizer()
@@ -71,7 +77,14 @@ class OnlineConfig(FinetuneConfig):
                 f"lora.dropout: {self.lora.dropout:g} would make the ratio of two passes over the same tokens noise;"
                 " remove it"
             )
-        if not self.rewards:
+        if not self.tools:
+            refuse_unused(self, "tool_calls", "limits the calls of tools, and there are none")
+        for name, source in self.sources.items():
+            if self.tools and "calls" in source.reward_fields:
+                raise ValueError(
+                    f"sources.{name}.reward_fields: 'calls' is what rewards are given of the tools; rename the field"
+                )
+        if not self.rewards and not self.tools:
             refuse_unused(self, "reward_workers", "compute rewards that are functions, and there are none")
             for name, source in self.sources.items():
                 if source.reward_fields:
@@ -95,6 +108,12 @@ class OnlineConfig(FinetuneConfig):
     def _check_rollout(self) -> None:
         """Raises ValueError for sampling that an update cannot learn from, or for a limit that has no use."""
         rollout, updates = self.rollout, self.updates
+        if self.tools and (rollout.ahead or rollout.engine == "vllm"):
+            key = "ahead: true" if rollout.ahead else "engine: vllm"
+            raise ValueError(
+                f"tools: answers in several turns are sampled by the policy's own module, and not with rollout.{key};"
+                " remove one of the two"
+            )
         if updates.importance_cap is None:
             why = None
             if rollout.ahead:
@@ -165,30 +184,55 @@ class OnlineConfig(FinetuneConfig):
 
     @classmethod
     def external(cls) -> list[SourceBlock | ExternalFiles]:
-        return [*super().external(), ExternalFiles("rewards", cls.reward_files, drop_key=False)]
+        own = [("rewards", cls.reward_files), ("tools", cls.tool_files)]
+        return [*super().external(), *(ExternalFiles(key, files, drop_key=False) for key, files in own)]
+
+    def tool_files(self) -> list[Path]:
+        """Files of the tools. Raises Absent if one does not exist."""
+        return user_functions.files_of([tool.function for tool in self.tools.values()], "tools")
 
     def reward_files(self) -> list[Path]:
         """Files of the user's own reward functions. Raises Absent if one does not exist."""
-        files = sorted({reward.file for reward in self.rewards.values() if reward.is_own})
-        for file in files:
-            if not file.is_file():
-                raise Absent(f"rewards: {file} does not exist; functions are named FILE.py:NAME")
-        return files
+        own = [reward.function for reward in self.rewards.values() if reward.is_own]
+        return user_functions.files_of(own, "rewards")
 
     def check_records(self, inputs: dict[str, PlannedInput]) -> None:
+        from pipeline.train import planned_model
+
         problems = Problems()
         with problems.gather():
             super().check_records(inputs)
         with problems.gather():
             self.check_rewards()
+        with problems.gather():
+            self.check_tools(None)
         problems.refuse()
+        if self.tools:
+            self.check_tools(planned_model.chat_of([inputs["policy"]], self, problems))
 
     def check_rewards(self) -> None:
         """Check that every reward function exists and gets what it needs. Raises UserError."""
         given = {}
         for name, source in self.sources.items():
             given[name] = {*source.reward_fields, *({"answer"} if source.answer is not None else ())}
+            if self.tools:
+                given[name].add("calls")
         check_calls(self.rewards, given)
+
+    def check_tools(self, chat: "Chat | None") -> None:
+        """Check that every tool exists and gets what it needs, and that the policy's chat template, where it is known,
+        writes calls that can be read. Raises UserError."""
+        fields = {name: source.reward_fields for name, source in self.sources.items()}
+        Toolbox(self.tools).check(fields)
+        if not self.tools or chat is None:
+            return
+        try:
+            chat.check_tools()
+        except ValueError as error:
+            raise UserError(
+                f"stage {self.kind}: tools: {error}; use a model whose template has tools, or teach one to it"
+                " (sft.chat_template: qwen3)"
+            ) from None
 
     def check_machine(self) -> None:
         super().check_machine()

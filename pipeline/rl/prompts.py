@@ -1,6 +1,6 @@
 """Prompts as the policy reads them: what ppo and grpo answer."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.core.errors import UserError
@@ -8,6 +8,7 @@ from pipeline.core.output import Output
 from pipeline.data.chat.conversations import Prompt, load_prompts
 from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.chat.template import Chat
+from pipeline.rl.tool_config import Toolbox
 from pipeline.train.finetune_data import SPLITS, Arrays, report_records
 
 
@@ -21,7 +22,7 @@ class Task:
     """The messages for a person to read."""
     answer: str | None
     fields: dict = field(default_factory=dict)
-    """What rewards get of the record, by name."""
+    """What rewards and tools get of the record, by name."""
 
 
 class Prompts(NamedTuple):
@@ -43,6 +44,7 @@ def encoded_prompts(config, policy_chat: Chat, judges: list[Chat], output: Outpu
     heldout.sort(key=lambda prompt: prompt.id)  # a hash: the first of them are a mixture of all sources
     limit = config.sequence_length - config.rollout.max_new_tokens
     others = [chat for chat in judges if not policy_chat.reads_like(chat)]
+    toolbox = Toolbox(config.tools)
     extra: dict = {}
     too_long = 0
     for split, prompts in zip(SPLITS, (train, heldout), strict=True):
@@ -51,16 +53,17 @@ def encoded_prompts(config, policy_chat: Chat, judges: list[Chat], output: Outpu
             _check_answer(config, prompt)
             reason = None
             try:
-                ids = policy_chat.prompt(prompt.dialogue)
+                dialogue = _with_tools(toolbox, prompt)
+                ids = policy_chat.prompt(dialogue)
                 for chat in others:
-                    chat.prompt(prompt.dialogue)
+                    chat.prompt(dialogue)
                 if len(ids) > limit:
                     reason = f"longer than {limit} tokens (sequence_length - rollout.max_new_tokens)"
                     too_long += 1
             except ValueError as error:  # text that a chat template cannot carry
                 reason = str(error)
             if reason is None:
-                tasks.append(asdict(Task(ids, prompt.dialogue, prompt.text, prompt.answer, prompt.fields)))
+                tasks.append(asdict(Task(ids, dialogue, prompt.text, prompt.answer, prompt.fields)))
             else:
                 ledger.withdraw(prompt, split, reason)
         if not tasks:
@@ -82,6 +85,20 @@ def tasks_of(extra: dict, split: str) -> list[Task]:
         dialogue = Dialogue(**task["dialogue"])
         tasks.append(Task(task["ids"], dialogue, task["text"], task["answer"], task.get("fields", {})))
     return tasks
+
+
+def _with_tools(toolbox: Toolbox, prompt: Prompt) -> Dialogue:
+    """A prompt with the recipe's tools, or with those of them that its record describes. Raises ValueError for a record
+    that describes another one."""
+    if not toolbox.tools:
+        return prompt.dialogue
+    if prompt.tools is None:
+        return replace(prompt.dialogue, tools=toolbox.definitions(prompt.fields))
+    for tool in prompt.tools:
+        name = tool["function"]["name"]
+        if name not in toolbox.tools:
+            raise ValueError(f"the record has a tool {name!r} that is not one of the recipe's tools")
+    return prompt.dialogue
 
 
 def _check_answer(config, prompt: Prompt) -> None:

@@ -19,6 +19,18 @@ from pipeline.train.scores import calibrated
 DROPOUT_RATES = ("attention_dropout", "dropout", "activation_dropout", "resid_dropout", "hidden_dropout")
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool, as the policy wrote it, and what came of it."""
+
+    name: str
+    arguments: dict
+    result: str
+    """What the policy read."""
+    failure: str = ""
+    """Why it failed (tools.py); empty if it did not."""
+
+
 @dataclass
 class Sample:
     """One prompt of an iteration and what was sampled after it. Token ids are kept from the sampler to the loss;
@@ -48,16 +60,36 @@ class Sample:
     """Of each reward whose function failed: kind and message (reward_workers.Outcome)."""
     rule: float = 0.0
     """By the task's rule; 0 without one."""
+    insertions: list[tuple[int, list[int]]] = field(default_factory=list)
+    """What tools said between the policy's turns: after how many tokens of the response, and which ids. They are read,
+    not learned, and nothing is measured at them."""
+    calls: list[ToolCall] = field(default_factory=list)
+    """Calls of tools in the response, in their order."""
+
+    @property
+    def last_turn(self) -> list[int]:
+        """Token ids of the response after the last result of a tool."""
+        return self.response_ids[self.insertions[-1][0] :] if self.insertions else self.response_ids
+
+
+def row_ids(sample: Sample) -> list[int]:
+    """Token ids of a prompt with its response, results of tools included."""
+    ids, begin = list(sample.prompt_ids), 0
+    for after, inserted in sample.insertions:
+        ids += sample.response_ids[begin:after] + inserted
+        begin = after
+    return ids + sample.response_ids[begin:]
 
 
 def layout(samples: list[Sample], pad_id: int, device=None) -> dict:
     """{"inputs", "labels" [B, T], "mask" [B, T] float}: prompts with their responses, padded on the right. A response's
-    tokens are labels at the positions that predict them; elsewhere labels are -100 and the mask is 0.
+    tokens are labels at the positions that predict them; elsewhere, also at results of tools, labels are -100 and the
+    mask is 0.
 
     Padding is known by length, never by token id: a pad id that equals a stop id does no harm. There is no attention
     mask: a causal model sees padding on the right only from padding.
     """
-    input_ids = rows([sample.prompt_ids + sample.response_ids for sample in samples], pad_id)
+    input_ids = rows([row_ids(sample) for sample in samples], pad_id)
     labels = torch.full_like(input_ids, IGNORE)
     for row, sample in enumerate(samples):
         labels[row, places(sample)] = torch.tensor(sample.response_ids)
@@ -65,10 +97,13 @@ def layout(samples: list[Sample], pad_id: int, device=None) -> dict:
     return {"inputs": {"input_ids": input_ids}, "labels": labels, "mask": (labels != IGNORE).float()}
 
 
-def places(sample: Sample) -> slice:
-    """Where in its row a sample's response is predicted."""
-    start = len(sample.prompt_ids) - 1
-    return slice(start, start + len(sample.response_ids))
+def places(sample: Sample) -> list[int]:
+    """Where in its row each token of a sample's response is predicted."""
+    places, begin, shift = [], 0, len(sample.prompt_ids) - 1
+    for after, inserted in sample.insertions:
+        places += range(begin + shift, after + shift)
+        begin, shift = after, shift + len(inserted)
+    return [*places, *range(begin + shift, len(sample.response_ids) + shift)]
 
 
 def spread(values_BR: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -83,8 +118,9 @@ def by_length(indices: list[int], samples: list[Sample]) -> list[int]:
 
 
 def size_of(sample: Sample) -> int:
-    """Tokens of a prompt with its response."""
-    return len(sample.prompt_ids) + len(sample.response_ids)
+    """Tokens of a prompt with its response, results of tools included."""
+    inserted = sum(len(ids) for _, ids in sample.insertions)
+    return len(sample.prompt_ids) + len(sample.response_ids) + inserted
 
 
 def accepted(model: torch.nn.Module, inputs: dict) -> dict:

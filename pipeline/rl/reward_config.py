@@ -1,9 +1,7 @@
 """Keys of the rewards of a recipe, and what can be checked of them without running a user's code."""
 
-import ast
 import importlib.util
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ from pydantic import Field, model_validator
 from pipeline.core.config import Strict
 from pipeline.core.errors import UserError
 from pipeline.core.recipe_file import suggestion
-from pipeline.rl import verifiers
+from pipeline.rl import user_functions, verifiers
+from pipeline.rl.user_functions import Parameters
 
 MODEL, PROCESS = "model", "process"
 COMBINED = ("minimum", "product")  # how a process reward model's step scores become one
@@ -56,7 +55,7 @@ class Reward(Strict):
         parameters = verifier_parameters(self.function)
         for name in self.arguments:
             if name not in parameters.names or name in GIVEN:
-                raise ValueError(f"arguments: {self.function} has no argument {name!r}; {parameters.expected()}")
+                raise ValueError(f"arguments: {self.function} has no argument {name!r}; {expected(parameters)}")
         return self
 
     def _check_model(self) -> None:
@@ -84,31 +83,21 @@ class Reward(Strict):
 
     @property
     def is_own(self) -> bool:
-        return ".py:" in self.function
+        return user_functions.is_own(self.function)
 
     @property
     def file(self) -> Path:
         """Of a function of the user's own."""
-        return Path(self.function.rpartition(":")[0])
+        return user_functions.file_of(self.function)
 
     @property
     def name(self) -> str:
-        return self.function.rpartition(":")[2]
+        return user_functions.name_of(self.function)
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """What a function can be called with."""
-
-    names: tuple[str, ...]
-    required: tuple[str, ...]
-    """Those without a default."""
-    takes_any: bool = False
-    """It has **keywords."""
-
-    def expected(self) -> str:
-        names = [name for name in self.names if name not in GIVEN]
-        return f"it has {', '.join(names) or 'none'}"
+def expected(parameters: Parameters) -> str:
+    names = [name for name in parameters.names if name not in GIVEN]
+    return f"it has {', '.join(names) or 'none'}"
 
 
 def verifier_parameters(name: str) -> Parameters:
@@ -117,33 +106,11 @@ def verifier_parameters(name: str) -> Parameters:
     return Parameters(tuple(each.name for each in parameters), tuple(required))
 
 
-def own_parameters(reward: Reward, key: str) -> Parameters:
-    """Parameters of a user's function, from the text of its file, which is not run. key: for messages. Raises
-    UserError."""
-    if not reward.file.is_file():
-        raise UserError(f"{key}: {reward.file} does not exist; expected FILE.py:NAME, relative to this folder")
-    try:
-        tree = ast.parse(reward.file.read_text(encoding="utf-8"), str(reward.file))
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{key}: {reward.file} is not Python: {error}") from None
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if reward.name not in functions:
-        found = ", ".join(functions) or "none"
-        raise UserError(f"{key}: {reward.file} has no function {reward.name!r} at its top level; it has {found}")
-    arguments = functions[reward.name].args
-    if arguments.posonlyargs or arguments.vararg:
-        raise UserError(
-            f"{key}: {reward.name} has arguments without names (`/` or `*args`), and is called by name; give it"
-            f" parameters such as {', '.join(GIVEN)}"
-        )
-    positional = [argument.arg for argument in arguments.args]
-    required = positional[: len(positional) - len(arguments.defaults)]
-    names = list(positional)
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        names.append(argument.arg)
-        if default is None:
-            required.append(argument.arg)
-    return Parameters(tuple(names), tuple(required), arguments.kwarg is not None)
+def parameters_of(reward: Reward, key: str) -> Parameters:
+    """What a reward's function can be called with. key: for messages. Raises UserError."""
+    if reward.is_own:
+        return user_functions.parameters_of(user_functions.definition(reward.function, key), key)
+    return verifier_parameters(reward.function)
 
 
 def check_calls(rewards: dict[str, Reward], fields: dict[str, set[str]]) -> None:
@@ -153,10 +120,10 @@ def check_calls(rewards: dict[str, Reward], fields: dict[str, set[str]]) -> None
         if reward.is_model:
             continue
         key = f"rewards.{name}"
-        parameters = own_parameters(reward, key) if reward.is_own else verifier_parameters(reward.function)
+        parameters = parameters_of(reward, key)
         unknown = [each for each in reward.arguments if each not in parameters.names and not parameters.takes_any]
         if unknown:
-            raise UserError(f"{key}.arguments: {reward.name} has no parameter {unknown[0]!r}; {parameters.expected()}")
+            raise UserError(f"{key}.arguments: {reward.name} has no parameter {unknown[0]!r}; {expected(parameters)}")
         for source, given in fields.items():
             missing = [each for each in parameters.required if each not in {*GIVEN, *reward.arguments, *given}]
             if missing:

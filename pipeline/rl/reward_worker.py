@@ -1,5 +1,5 @@
-"""The process in which rewards are computed: `python -m pipeline.rl.reward_worker DESCRIPTOR PARENT`. Started by
-reward_workers.py, which sends calls and ends it when one takes too long.
+"""The process in which rewards and tools are computed: `python -m pipeline.rl.reward_worker DESCRIPTOR PARENT`.
+Started by reward_workers.py, which sends calls and ends it when one takes too long.
 
 Messages are JSON, because what comes out of a process that has run a user's or a model's code is not to be unpickled.
 """
@@ -47,7 +47,8 @@ def serve(descriptor: int, parent: int) -> None:
 
 
 def _answer(call: dict, functions: dict[str, Callable]) -> dict:
-    """{"value": number} or {"failure": kind, "message": text}, and "processes": the function left some behind."""
+    """{"value": number or text} or {"failure": kind, "message": text}, and "processes": the function left some
+    behind."""
     own = os.getpid()
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (int(call["memory"] * GIB), most))
@@ -58,7 +59,8 @@ def _answer(call: dict, functions: dict[str, Callable]) -> dict:
             function = functions[call["function"]] = load(call["function"])
         if call["loads"]:
             return {"value": 0.0, "processes": False}
-        answer = _number(function(**call["arguments"]))
+        convert = _text if call["text"] else _number
+        answer = convert(function(**call["arguments"]))
     except MemoryError:
         answer = {"failure": "memory", "message": f"more than {call['memory']:g} GiB"}
     except (Exception, SystemExit) as error:
@@ -90,6 +92,15 @@ def _number(value) -> dict:
     if not math.isfinite(number):
         return {"failure": "value", "message": f"returned {number}, expected a finite number"}
     return {"value": number}
+
+
+def _text(value) -> dict:
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        return {"failure": "value", "message": f"returned what is neither a text nor JSON: {error}"[:300]}
+    return {"value": text}
 
 
 def load(name: str) -> Callable:

@@ -1,4 +1,4 @@
-"""Rewards computed in processes of their own, each call with a deadline and a limit of memory.
+"""Rewards and tools computed in processes of their own, each call with a deadline and a limit of memory.
 
     workers = RewardWorkers(count=2)
     outcomes = workers.run([Call("math", {"response": ..., "answer": ...}, seconds=10, memory=2, seed=1), ...])
@@ -26,7 +26,7 @@ START = 120.0  # seconds for a process to start and import a function's file, wh
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a reward function."""
+    """One call of a function."""
 
     function: str
     """A verifier, or FILE.py:NAME."""
@@ -39,17 +39,19 @@ class Call:
     """Of Python's `random` in the process."""
     only_import: bool = False
     """Import the function's file, and do not call it."""
+    text: bool = False
+    """It returns a text, or a value that is written as JSON; else a number."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of a call."""
 
-    value: float | None
-    """None: it failed."""
+    value: Any
+    """A number, or of a call with `text` a text. None: it failed."""
     failure: str = ""
-    """timeout, memory, error (raised), value (not a finite number), died (its process ended); of a call with a value,
-    processes: it left some behind, which were ended."""
+    """timeout, memory, error (raised), value (not a finite number, or not a text), died (its process ended); of a call
+    with a value, processes: it left some behind, which were ended."""
     message: str = ""
 
 
@@ -74,7 +76,7 @@ class _Worker:
     def ask(self, call: Call, *, loads: bool, seconds: float) -> Outcome:
         """Have a call made, or only its function imported. Raises TimeoutError, or OSError if the process has ended."""
         message = {"function": call.function, "arguments": call.arguments, "memory": call.memory, "seed": call.seed}
-        self.connection.send_bytes(json.dumps(message | {"loads": loads}).encode())
+        self.connection.send_bytes(json.dumps(message | {"loads": loads, "text": call.text}).encode())
         if not self.connection.poll(seconds):
             raise TimeoutError
         answer = json.loads(self.connection.recv_bytes())

@@ -41,7 +41,7 @@ def generate(
     model,
     prompts: list[list[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | list[int],
     temperature: float,
     stop_ids: list[int],
     pad_id: int,
@@ -49,7 +49,7 @@ def generate(
     batch: int = 64,
 ) -> list[Completion]:
     """Sample one completion for each prompt, in the order of `prompts`; temperature 0 takes the likeliest token.
-    Without `stop_ids` each has `max_new_tokens`.
+    Without `stop_ids` each has `max_new_tokens`, of which a list has one for each prompt.
 
     `model` is a transformers causal LM; it is put into evaluation mode (no dropout) and back. `batch` rows are sampled
     at a time, prompts of similar length together, so that little is padded.
@@ -57,15 +57,17 @@ def generate(
     assert len(prompts) == len(seeds) and all(prompts), "each prompt needs a token and a seed"
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     completions: list[Completion | None] = [None] * len(prompts)
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     training = model.training
     model.eval()
     try:
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             part = [prompts[row] for row in rows]
-            uniforms = uniform([seeds[row] for row in rows], max_new_tokens)
+            own_limits = [limits[row] for row in rows]
+            uniforms = uniform([seeds[row] for row in rows], max(own_limits))
             with computing(model):
-                sampled = _sample_batch(part, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms)
+                sampled = _sample_batch(part, model, own_limits, temperature, stop_ids, pad_id, uniforms)
             for row, completion in zip(rows, sampled, strict=True):
                 completions[row] = completion
     finally:
@@ -91,10 +93,8 @@ def left_pad(rows: list[list[int]], pad_id: int, device=None) -> tuple[torch.Ten
     return input_ids, attention_mask, (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _sample_batch(
-    prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms, once=True
-) -> list[Completion]:
-    """once: equal prompts, as algorithms over groups have them, are read once."""
+def _sample_batch(prompts, model, limits, temperature, stop_ids, pad_id, uniforms, once=True) -> list[Completion]:
+    """limits: most new tokens of each. once: equal prompts, as algorithms over groups have them, are read once."""
     device = next(model.parameters()).device
     parameters = inspect.signature(model.forward).parameters
     places: dict[tuple, int] = {}
@@ -103,13 +103,14 @@ def _sample_batch(
     source = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
     distinct = list(places) if once else prompts
     input_ids, mask, positions = left_pad(distinct, pad_id, device)
-    width = input_ids.shape[1]
+    width, max_new_tokens = input_ids.shape[1], max(limits)
     mask = torch.cat([mask, mask.new_ones(len(distinct), max_new_tokens)], 1)
     stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
     draws = torch.from_numpy(uniforms).to(device)
     tokens_BT = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
     logprobs_BT = torch.zeros((len(prompts), max_new_tokens), device=device)
-    lengths = torch.full((len(prompts),), max_new_tokens, device=device)
+    limits_B = torch.tensor(limits, device=device)
+    lengths = limits_B.clone()
     # Rows that are still in the batch, and which of those have not stopped
     active = torch.arange(len(prompts), device=device)
     live = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -125,7 +126,7 @@ def _sample_batch(
         )
         if t == 0 and len(distinct) < len(prompts) and not hasattr(outputs.past_key_values, "batch_select_indices"):
             # Rows of this cache cannot be copied, so each prompt is read.
-            return _sample_batch(prompts, model, max_new_tokens, temperature, stop_ids, pad_id, uniforms, once=False)
+            return _sample_batch(prompts, model, limits, temperature, stop_ids, pad_id, uniforms, once=False)
         cache, logits = outputs.past_key_values, outputs.logits[:, -1]
         if t == 0 and len(distinct) < len(prompts):
             cache.batch_select_indices(source)
@@ -133,13 +134,14 @@ def _sample_batch(
         chosen, logprobs = choose(logits, temperature, draws[active, t])
         rows = active[live]
         tokens_BT[rows, t], logprobs_BT[rows, t] = chosen[live], logprobs[live]
-        ended = live & torch.isin(chosen, stops)
+        ended = live & (torch.isin(chosen, stops) | (limits_B[active] == t + 1))
         lengths[active[ended]] = t + 1
         live = live & ~ended
         remaining = int(live.sum())
         if remaining == 0 or t + 1 == max_new_tokens:
             break
-        step_ids, step_positions = chosen[:, None], step_positions[:, -1:] + 1
+        # Rows that have ended get no further positions: the model may have none.
+        step_ids, step_positions = chosen[:, None], step_positions[:, -1:] + live[:, None].long()
         if remaining <= DROP_AT * len(active) and hasattr(cache, "batch_select_indices"):
             kept = live.nonzero()[:, 0]
             cache.batch_select_indices(kept)

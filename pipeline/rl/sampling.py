@@ -10,6 +10,7 @@ function of the weights, its prompt and its seed; one of a server depends also o
 moment, by rounding. The policy must have its complete parameters (Engine.gathered).
 """
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -39,16 +40,8 @@ def start(models, prompts: list[list[int]], seeds: list[int], *, temperature: fl
     waiting. The policy's own module samples at once."""
     config = models.config
     if models.server is None:
-        completions = generate(
-            models.policy.model,
-            prompts,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=temperature,
-            stop_ids=models.stop_ids,
-            pad_id=models.pad_id,
-            seeds=seeds,
-            batch=config.rollout.batch,
-        )
+        sampler = own_sampler(models, temperature)
+        completions = sampler(prompts, seeds=seeds, max_new_tokens=config.rollout.max_new_tokens)
         return lambda: completions
     requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     parts = distributed.all_gather_object(requests)
@@ -62,6 +55,18 @@ def start(models, prompts: list[list[int]], seeds: list[int], *, temperature: fl
         pool.shutdown(wait=False)
     first = sum(len(part) for part in parts[: distributed.rank()])
     return lambda: _result(models.server, future)[first : first + len(prompts)]
+
+
+def own_sampler(models, temperature: float) -> Callable[..., list[Completion]]:
+    """(prompts, seeds=, max_new_tokens=) -> completions of the policy's own module (rollout.generate)."""
+    return functools.partial(
+        generate,
+        models.policy.model,
+        temperature=temperature,
+        stop_ids=models.stop_ids,
+        pad_id=models.pad_id,
+        batch=models.config.rollout.batch,
+    )
 
 
 def _result(server: RolloutServer, future: Future | None) -> list[Completion]:

@@ -1,6 +1,7 @@
 """The score of each response: of the reward model, or the weighted sum of the rewards that the recipe names."""
 
 from collections import Counter
+from dataclasses import asdict
 
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive
@@ -8,7 +9,7 @@ from pipeline.core.terminal import show
 from pipeline.rl.process_reward import COMBINE
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample
-from pipeline.rl.reward_config import GIVEN, MODEL, PROCESS, Reward, own_parameters, verifier_parameters
+from pipeline.rl.reward_config import GIVEN, MODEL, PROCESS, Reward, parameters_of
 from pipeline.rl.reward_workers import Call
 from pipeline.train import distributed, phases
 from pipeline.train.scores import reward_scores
@@ -69,10 +70,12 @@ def _combine(name: str, reward: Reward, samples: list[Sample], scores: list[list
 
 
 def _call(models, name: str, reward: Reward, samples: list[Sample], tasks: list[Task]) -> None:
-    parameters = own_parameters(reward, f"rewards.{name}") if reward.is_own else verifier_parameters(reward.function)
+    parameters = parameters_of(reward, f"rewards.{name}")
     calls = []
     for sample, task in zip(samples, tasks, strict=True):
         known = dict(zip(GIVEN, (models.text(sample), task.dialogue.messages, sample.stopped), strict=True))
+        if models.config.tools:
+            known["calls"] = [asdict(call) for call in sample.calls]
         known |= task.fields | reward.arguments
         if task.answer is not None:
             known.setdefault("answer", task.answer)
@@ -91,14 +94,15 @@ def _call(models, name: str, reward: Reward, samples: list[Sample], tasks: list[
 def import_functions(models) -> None:
     """Import the files of all functions once, so that a mistake in one is found before anything is sampled. Raises
     UserError."""
-    for name, reward in models.config.rewards.items():
-        if reward.is_model:
-            continue
-        call = Call(reward.function, {}, reward.seconds, reward.memory, 0, only_import=True)
+    functions = {f"tools.{name}": tool for name, tool in models.config.tools.items()}
+    own = {name: reward for name, reward in models.config.rewards.items() if not reward.is_model}
+    functions |= {f"rewards.{name}": reward for name, reward in own.items()}
+    for key, each in functions.items():
+        call = Call(each.function, {}, each.seconds, each.memory, 0, only_import=True)
         (outcome,) = models.workers.run([call])
         if outcome.value is None:
             raise UserError(
-                f"stage {models.config.kind}: rewards.{name}: {reward.function} cannot be imported: {outcome.failure}:"
+                f"stage {models.config.kind}: {key}: {each.function} cannot be imported: {outcome.failure}:"
                 f" {outcome.message}"
             )
 

@@ -168,7 +168,7 @@ class RewardedSource(PromptSource):
     """Prompts of stages that compute rewards."""
 
     reward_fields: list[str] = []
-    """Fields of records that rewards get by their names, such as tests."""
+    """Fields of records that rewards and tools get by their names, such as tests."""
 
     @field_validator("reward_fields")
     @classmethod

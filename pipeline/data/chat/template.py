@@ -15,17 +15,20 @@ carries loss is cut off, because no token that counts can see it. And a template
 one, so that the same records give the same tokens on every day.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.core.errors import UserError
+from pipeline.data.chat.answer_probe import CALLED
 from pipeline.data.chat.answers import Answers, Row, row_of_steps
 from pipeline.data.chat.mask_checks import mask_problem
 from pipeline.data.chat.quoting import Quoting
 from pipeline.data.chat.rendering import Dialogue, Style, Template, Unusable
 from pipeline.data.chat.roles import role_in, roles_of
+from pipeline.data.chat.tool_turns import ToolTurns
 from pipeline.data.tokenizer.encode import alphabet
 
 # Contents of the messages that show what a template writes around them: private-use characters, which no template has.
@@ -188,6 +191,33 @@ class Chat:
             return [self._trace(dialogue, row) for row in rows]
         except Unusable as error:
             raise ValueError(str(error)) from None
+
+    def check_tools(self) -> None:
+        """Raise ValueError if calls of tools cannot be read from what a model writes after this template."""
+        try:
+            self._tool_turns.following([CALLED], ["1"], self._quoting)
+        except Unusable as error:
+            raise ValueError(str(error)) from None
+
+    def calls(self, ids: list[int]) -> list[dict]:
+        """The calls of tools in the tokens of an answer, as {name, arguments}. Raises ValueError for a call that cannot
+        be read."""
+        return self._tool_turns.calls(self.decode(ids))
+
+    def results(self, names: list[str], results: list[str]) -> list[int]:
+        """Ids of what follows an answer that called functions of these names: their results, and what the template
+        writes in front of the next answer. Raises ValueError for a result that the template cannot write."""
+        try:
+            text = self._tool_turns.following(names, results, self._quoting)
+        except Unusable as error:
+            raise ValueError(str(error)) from None
+        return self._encode(self._quoting.named(text))
+
+    @functools.cached_property
+    def _tool_turns(self) -> ToolTurns:
+        if self._answers is None:
+            raise Unusable("the chat template does not end an answer")
+        return ToolTurns(self._answers)
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, special tokens included."""
