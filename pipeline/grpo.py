@@ -106,7 +106,7 @@ def build_models(config: Config, parents, prompts: Prompts):
     """The policy, its reference if the KL counts, and the reward model if one judges. Collective."""
     from pipeline.models import cost, sampling_cost
     from pipeline.rl import rollout_memory
-    from pipeline.rl.frozen_models import copy_to_read, only_read
+    from pipeline.rl.frozen_models import copy_to_read, read_only
     from pipeline.rl.group_objective import GROUPS, policy_loss_fn
     from pipeline.rl.online import assemble, load_judge, load_policy, load_process
     from pipeline.train import finetune
@@ -117,7 +117,8 @@ def build_models(config: Config, parents, prompts: Prompts):
     if parents.reward is not None:
         reward_model, reward_weights = load_judge(config, parents.reward)
         others["reward model"] = sampling_cost.only_read(cost.count(reward_model))
-        reward_model = only_read(reward_model, config, fill=reward_weights)
+        load = functools.partial(load_judge, config, parents.reward)
+        reward_model = read_only(reward_model, reward_weights, config, load)
     process = load_process(config, parents, others)
     reference = None
     if config.measures_kl() and config.lora is None:

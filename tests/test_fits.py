@@ -150,6 +150,19 @@ def test_the_estimate_of_ppo_is_that_of_a_simulation(name):
         assert simulated <= GPU.usable
 
 
+def test_models_on_demand_are_in_the_estimate_only_while_they_measure():
+    """The largest phase of the recipe is sampling, in which neither is in memory."""
+    cluster = devices.like(GPU.driver_name, GPU.memory, 32, 8)
+    memories = []
+    for words in ((), ("ppo.on_demand=true",)):
+        config, model_config = ppo_of("llama-7b", words)
+        costs = plan_stages.costs_of(plan_stages.on_meta(model_config), config)
+        memories.append(layouts.candidate(config, costs, cluster).memory)
+    stays, on_demand = memories
+    assert stays.keys() - on_demand.keys() == {"reference", "reward model"}
+    assert on_demand == {name: size for name, size in stays.items() if name in on_demand}
+
+
 def test_ppo_that_does_not_fit_is_told_what_would():
     """What it needs to sample counts too: fewer rows at a time are a change of the layout."""
     config, model_config = ppo_of("llama-7b", ("ppo.rollout.batch=64", "ppo.batch_size=2048"))

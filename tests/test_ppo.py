@@ -149,6 +149,11 @@ def test_micro_batches_do_not_change_the_result(world, plain):
     assert metrics["reward_after"] == pytest.approx(plain[1]["reward_after"], abs=1e-4)
 
 
+def test_models_that_are_read_on_demand_change_nothing(world, plain):
+    found, metrics, _ = ppo(world, "ppo.on_demand=true", output="on-demand")
+    assert found.name == plain[0].name and files_of(found) == files_of(plain[0]) and metrics == plain[1]
+
+
 def plain_name(keys: str) -> str:
     """Of a folder."""
     return "".join(filter(str.isalnum, keys))

@@ -22,6 +22,8 @@ class Sampling:
     """Prompts with their responses."""
     new_tokens: int
     """Most tokens of a response; a row has sequence_length tokens at most."""
+    on_demand: bool = False
+    """Models that are only read are in memory one at a time, and only while they measure."""
     key: str = "rollout.batch"
     """Of the stage, that gives `rows`."""
 
@@ -44,8 +46,32 @@ def stage_memory(
     if sampling is not None:
         phases += [sampling_bytes(config, size, length, layout, sampling)]
         phases += [measuring_bytes(config, size, length, layout, sampling)]
-    kept |= others_bytes(config, layout, others, sampling is not None)
+    in_memory, waiting = split_on_demand(others, sampling)
+    if waiting:
+        phases += [read_on_demand_bytes(config, size, length, layout, waiting, sampling)]
+    kept |= others_bytes(config, layout, in_memory, sampling is not None)
     return kept | max(phases, key=lambda parts: sum(parts.values()))
+
+
+def split_on_demand(others: dict[str, Size], sampling: Sampling | None) -> tuple[dict[str, Size], dict[str, Size]]:
+    """(further models that stay in memory, those that are read when they are needed)."""
+    if sampling is None or not sampling.on_demand:
+        return others, {}
+    trained = {name: other for name, other in others.items() if other.trained}
+    return trained, {name: other for name, other in others.items() if not other.trained}
+
+
+def read_on_demand_bytes(
+    config, size: Size, length: int, layout: Layout, waiting: dict[str, Size], sampling: Sampling
+) -> dict[str, float]:
+    """While the largest of the models that wait in their files measures: it is complete, and the policy is not
+    gathered. Without split weights it is read in fp32 before its matrices become bf16."""
+    largest = max(waiting.values(), key=lambda other: other.total)
+    parts = measuring_bytes(config, size, length, layout, sampling) | {"gathered": 0.0}
+    complete = complete_bytes(config, largest, layout)
+    if layout.splits_weights:
+        return parts | {"read on demand": complete + complete / _readers(layout)}
+    return parts | {"read on demand": max(complete, largest.weight_bytes)}
 
 
 def others_bytes(config, layout: Layout, others: dict[str, Size], online: bool) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
 from pipeline.models import lora
 from pipeline.rl import rules, sampling, tools
-from pipeline.rl.frozen_models import SplitModel, complete
+from pipeline.rl.frozen_models import Frozen, complete
 from pipeline.rl.objective import Objective
 from pipeline.rl.process_reward import ProcessReward
 from pipeline.rl.prompts import Task
@@ -52,9 +52,9 @@ class Models:
     policy: Engine
     value: Engine | None
     """None for algorithms without a value model."""
-    reference: torch.nn.Module | SplitModel | None
+    reference: Frozen | None
     """None: the policy without its adapter, or no reference is needed (`measures_kl` of the config)."""
-    reward: torch.nn.Module | SplitModel | None
+    reward: Frozen | None
     """A model of its own, or the backbone of the value model without its adapter (SharedReward). None: the rewards are
     functions."""
     chat: Chat

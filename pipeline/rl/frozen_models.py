@@ -8,6 +8,8 @@ use anyway, so no bit of a log-probability or score changes (train/fsdp_sharding
 the same reason). Layouts that split the model that is trained, `shard` and `zero: 3`, split these models too: each
 process keeps a part of every parameter, and gathers the complete model while it reads it.
 
+With `on_demand` they are in memory only while they are used, and read from their files for each use.
+
 A model may be on the meta device: then each part (a decoder layer, a table) is created, filled and split before the
 next one, and of the files only the rows are read that this process keeps an element of.
 """
@@ -25,6 +27,8 @@ from pipeline.train import distributed
 from pipeline.train.fsdp import filled, without_weights
 from pipeline.train.fsdp_sharding import multiplied_names
 from pipeline.train.model_parts import Parts
+
+Load = Callable[[], tuple[nn.Module, Fill | None]]
 
 
 class SplitModel:
@@ -98,6 +102,25 @@ class SplitModel:
         return flat[: shape.numel()].view(shape)
 
 
+class OnDemand:
+    """A model that is read from its files each time, and is not in memory in between. load: gives the model, and what
+    fills it (finetune.load_model)."""
+
+    def __init__(self, load: Load, config):
+        self.load, self.config = load, config
+
+    @contextlib.contextmanager
+    def complete(self) -> Iterator[nn.Module]:
+        """Inside, the model, on the device. Collective."""
+        model, fill = self.load()
+        with complete(only_read(model, self.config, fill=fill)) as whole:
+            yield whole
+
+
+Frozen = nn.Module | SplitModel | OnDemand
+"""A model as online RL keeps it for reading."""
+
+
 def only_read(model: nn.Module, config, *, shared: bool = False, fill: Fill | None = None) -> nn.Module | SplitModel:
     """A model as a stage with this config keeps it for reading, on the device. shared: the model is used for something
     else too, and stays as it is. fill: what gives a part of a model on the meta device its values."""
@@ -113,11 +136,19 @@ def only_read(model: nn.Module, config, *, shared: bool = False, fill: Fill | No
     return model.requires_grad_(False).eval().to(device)
 
 
-def copy_to_read(
-    model: nn.Module, fill: Fill | None, config, load: Callable[[], tuple[nn.Module, Fill | None]]
-) -> nn.Module | SplitModel:
+def read_only(model: nn.Module, fill: Fill | None, config, load: Load) -> Frozen:
+    """A model that nothing else uses, as a stage with this config keeps it. load: gives it, and what fills it, once
+    more."""
+    if config.on_demand:
+        return OnDemand(load, config)
+    return only_read(model, config, fill=fill)
+
+
+def copy_to_read(model: nn.Module, fill: Fill | None, config, load: Load) -> Frozen:
     """What `only_read` makes of a model that will also be trained. load: gives the model, and what fills it, once more:
     one on the meta device has nothing to copy, and is read from its folder again."""
+    if config.on_demand:
+        return OnDemand(load, config)
     if fill is None:
         return only_read(model, config, shared=True)
     again, weights = load()
@@ -132,9 +163,9 @@ def _round(model: nn.Module, names: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def complete(model: nn.Module | SplitModel) -> Iterator[nn.Module]:
+def complete(model: Frozen) -> Iterator[nn.Module]:
     """Inside, a model that can be called. Collective."""
-    if isinstance(model, SplitModel):
+    if isinstance(model, (SplitModel, OnDemand)):
         with model.complete() as whole:
             yield whole
     else:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from pipeline.core.artifact import Artifact
@@ -22,7 +21,7 @@ from pipeline.models.cost import Size
 from pipeline.models.folder_weights import FolderWeights
 from pipeline.rl import sentinel
 from pipeline.rl.experience import Models, evaluate
-from pipeline.rl.frozen_models import SplitModel, only_read
+from pipeline.rl.frozen_models import Frozen, read_only
 from pipeline.rl.iteration import Iterations
 from pipeline.rl.objective import Objective
 from pipeline.rl.online_config import OnlineConfig
@@ -108,10 +107,16 @@ def load_process(config: OnlineConfig, parents: Parents, others: dict[str, Size]
     if parent is None:
         return None
     separator = step_separator(AutoConfig.from_pretrained(parent.folder, local_files_only=True), str(parent.folder))
+    load = functools.partial(_load_steps, config, parent)
+    model, weights = load()
+    others["process reward model"] = sampling_cost.only_read(cost.count(model))
+    return ProcessReward(read_only(model, weights, config, load), parent.chat, separator)
+
+
+def _load_steps(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights | None]:
     model, weights = finetune.load_model(config, parent, head="steps")
     attention.choose(model, config.attention, config.precision)
-    others["process reward model"] = sampling_cost.only_read(cost.count(model))
-    return ProcessReward(only_read(model, config, fill=weights), parent.chat, separator)
+    return model, weights
 
 
 def assemble(
@@ -120,8 +125,8 @@ def assemble(
     objective: Objective,
     policy: Engine,
     value: Engine | None,
-    reference: torch.nn.Module | SplitModel | None,
-    reward: torch.nn.Module | SplitModel | None,
+    reference: Frozen | None,
+    reward: Frozen | None,
     process: ProcessReward | None,
 ) -> Models:
     """The models of a run. reference, reward: on the device (frozen_models.only_read)."""

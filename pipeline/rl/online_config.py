@@ -52,6 +52,9 @@ class OnlineConfig(FinetuneConfig):
     micro_batch: Annotated[int | None, EXECUTION] = Field(None, ge=1)
     """Responses in memory at a time on one process; none: as many of its share of an update as have 8,192 tokens with
     their prompts. Gradients are accumulated."""
+    on_demand: Annotated[bool, EXECUTION] = False
+    """Read reference and reward models from their files when they are used, and drop them afterwards; else they stay in
+    memory."""
     evaluate_prompts: int = Field(128, ge=1)
     """Held-out prompts answered in an evaluation, once sampled and once greedily."""
     show: int = Field(8, ge=0)
@@ -101,6 +104,8 @@ class OnlineConfig(FinetuneConfig):
                 f"inputs.process: {self.inputs['process']} is not read, because no entry of rewards has function:"
                 f" {PROCESS}; remove it, or add such an entry"
             )
+        if self.on_demand and all(self.other_models().values()):
+            raise ValueError("on_demand: true reads reference and reward models, and the stage has none; remove it")
         sentinel.check(self)
         self._check_rollout()
         return self
@@ -296,7 +301,8 @@ class OnlineConfig(FinetuneConfig):
         from pipeline.models.sampling_cost import Sampling
 
         most = max(self.rows_of_step(), self.evaluate_prompts)
-        return Sampling(min(self.rollout.batch, -(-most // world)), self.rollout.max_new_tokens)
+        rows = min(self.rollout.batch, -(-most // world))
+        return Sampling(rows, self.rollout.max_new_tokens, on_demand=self.on_demand)
 
     def with_fewer_samples(self) -> list[Self]:
         configs: list[Self] = [self]

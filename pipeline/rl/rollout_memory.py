@@ -27,9 +27,10 @@ def describe(config, model, others: dict[str, Size], longest: int) -> tuple[str,
     layout = layouts.layout_here(config, model.config, size)
     if device.type == "cuda":
         kept = sampling_cost.kept_bytes(size, layout)
-        kept += sum(sampling_cost.others_bytes(model.config, layout, others, online=True).values())
-        memory = torch.cuda.get_device_properties(device).total_memory
         sampling = config.sampling(world)
+        in_memory, _ = sampling_cost.split_on_demand(others, sampling)
+        kept += sum(sampling_cost.others_bytes(model.config, layout, in_memory, online=True).values())
+        memory = torch.cuda.get_device_properties(device).total_memory
         if config.rollout.engine == "vllm":  # the server has its own keys and values
             sampling = dataclasses.replace(sampling, rows=0)
         require(config.kind, model.config, size, layout, sampling, longest, kept, memory)
@@ -40,7 +41,8 @@ def describe(config, model, others: dict[str, Size], longest: int) -> tuple[str,
     text = f"sampling   each process gathers the policy once per iteration ({byte_size(gathered)}) and drops it after"
     text += " sampling and measuring"
     if still:
-        text += f"; {' and '.join(still)}: a part on each process, gathered one after the other"
+        where = "read from their files" if config.on_demand else "a part on each process, gathered"
+        text += f"; {' and '.join(still)}: {where} one after the other"
     return (text,)
 
 

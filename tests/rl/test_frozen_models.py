@@ -1,13 +1,15 @@
 """Reference and reward model as online RL keeps them. Over several processes: tests/train/test_fsdp.py (their weights)
 and tests/test_ppo.py (whole runs)."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ppo_world import tiny
 
-from pipeline.rl.frozen_models import SplitModel, complete, only_read
+from pipeline.models import build
+from pipeline.rl.frozen_models import OnDemand, SplitModel, complete, copy_to_read, only_read
 from pipeline.train.config import Parallel
 from pipeline.train.scores import reward_scores
 
@@ -52,3 +54,26 @@ def test_a_table_that_is_read_twice_is_not_rounded():
     frozen = kept(tiny(tie_word_embeddings=True), "bf16", {}, shared=False)
     assert frozen.lm_head.weight.dtype == torch.float32
     assert frozen.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("parallel", [{}, {"shard": "full"}], ids=["whole", "split"])
+def test_a_model_on_demand_is_in_memory_only_while_it_is_used(tmp_path, parallel):
+    """The same bits as the one that stays, twice, and nothing of it is left."""
+    model = tiny(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    config = SimpleNamespace(precision="bf16", parallel=Parallel(**parallel), on_demand=True)
+
+    def load():
+        return build.skeleton(tmp_path) if parallel else (build.load(tmp_path), None)
+
+    frozen = copy_to_read(*load(), config, load)
+    assert isinstance(frozen, OnDemand)
+    stays = kept(model, "bf16", parallel)
+    for _ in range(2):
+        with complete(frozen) as other, complete(stays) as wanted:
+            weights = dict(wanted.named_parameters())
+            assert all(torch.equal(value, weights[name]) for name, value in other.named_parameters())
+            assert {value.dtype for value in weights.values()} == {value.dtype for value in other.parameters()}
+            seen = [weakref.ref(value) for value in other.parameters()]
+        del other
+        assert not any(reference() is not None for reference in seen)
