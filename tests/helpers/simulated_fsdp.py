@@ -5,17 +5,24 @@ have shapes and no data, in a process group that sends nothing.
     peak(config, model_config, world)                             # of training, from a few layers
 
 Counted are the storages that are alive after each operation. What the CUDA context, NCCL and fragmentation take is not
-simulated.
+simulated. Compiled layers are simulated as in simulated_stage.py, without recomputed activations only: with
+`activation_checkpointing` the compiler chooses what it recomputes.
+
+What is alive also depends on when Python collects garbage, and with it on everything that a process has done before, so
+`peak` simulates each number of layers in a process of its own.
 """
 
 import contextlib
 import copy
+import gc
 import os
 from collections.abc import Iterator
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from alone import alone
+from simulated_stage import compile_layers
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.train import chunked_loss, fsdp, layers
+
+HEADS = {"reward": "AutoModelForSequenceClassification"}  # by kind of stage
 
 
 class Live(TorchDispatchMode):
@@ -76,8 +85,8 @@ def peak(config, model_config, world: int) -> float:
     layers are alike."""
     few = (getattr(model_config, "first_k_dense_replace", None) or 0) + 3
     if model_config.num_hidden_layers <= few + 2:
-        return peaks(config, model_config, world)[1]
-    first, second = (peaks(config, with_layers(model_config, count), world)[1] for count in (few, few + 2))
+        return alone(peaks, config, model_config, world)[1]
+    first, second = (alone(peaks, config, with_layers(model_config, count), world)[1] for count in (few, few + 2))
     return first + (model_config.num_hidden_layers - few) / 2 * (second - first)
 
 
@@ -99,6 +108,8 @@ def peaks(config, model_config, world: int) -> tuple[int, int]:
         building, live.peak = live.peak, 0
         moments = moments_of(engine)
         for _ in range(2):
+            gc.collect()  # the first pass also traces what is compiled
+            live.peak = 0
             _micro_batch(engine, config)
         assert moments
         return building, live.peak
@@ -125,13 +136,18 @@ def on_meta(config, model_config, reward: bool = False):
 
     from pipeline.models import experts
 
-    kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    assert not (config.compile and config.activation_checkpointing != "none"), "is not simulated"
+    kind = HEADS["reward"] if reward else HEADS.get(config.kind, "AutoModelForCausalLM")
     with unset_fake_temporarily(), torch.device("meta"):
-        model = kind.from_config(model_config, dtype=torch.float32).train()
+        model = getattr(transformers, kind).from_config(model_config, dtype=torch.float32).train()
     experts.install(model)
     prepare = layers.prepare_rows if config.kind == "pretrain" else layers.prepare
-    prepare(model, config)
+    losses = {"per_token": True} if config.kind in ("dpo", "kto") else {}
+    with mock.patch.object(layers, "compile", compile_layers):
+        prepare(model, config, **losses)
     head = chunked_loss.installed(model)
+    if head is not None:
+        head.compiled = False  # its kernel keeps nothing that the others do not
     if head is not None and head.chunk is None:
         head.chunk = chunked_loss.chunk_of(model_config.vocab_size, "cuda")
     if config.activation_checkpointing != "none":
@@ -155,13 +171,20 @@ def moments_of(engine) -> list[torch.Tensor]:
 
 
 def _micro_batch(engine, config) -> None:
-    ids = torch.zeros(config.micro_rows(engine.data_world), config.sequence_length, dtype=torch.long)
-    loss, _ = engine._forward(engine.model, {"inputs": {"input_ids": ids}, "labels": ids})
+    """Rows of the largest size. Which positions have labels depends on data, so all have one."""
+    rows = config.micro_rows(engine.data_world) * config.sequences_per_row()
+    ids = torch.zeros(rows, config.sequence_length, dtype=torch.long)
+    inputs = {"input_ids": ids}
+    if config.kind == "sft":
+        inputs["position_ids"] = torch.arange(config.sequence_length).expand(rows, -1).contiguous()
+    loss, _ = engine._forward(engine.model, {"inputs": inputs, "labels": ids})
     loss.backward()
 
 
 def _loss(outputs, batch):
     if isinstance(outputs, chunked_loss.TokenLosses):
-        return outputs.total, {}
+        return outputs.nll_BT.sum() if outputs.nll_BT.requires_grad else outputs.total, {}
+    if outputs.dim() == 2:  # scores
+        return outputs.sum(), {}
     logits = outputs.flatten(0, 1).float()
     return torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum"), {}

@@ -14,6 +14,7 @@ from unittest import mock
 
 import simulated_fsdp
 import torch
+from alone import alone
 
 from pipeline.rl import frozen_models, ppo_objective
 from pipeline.rl.responses import ValueModel, predict, predict_at_labels, token_statistics
@@ -24,7 +25,9 @@ from pipeline.train import engine as engines
 
 def peaks(config, model_config, world: int) -> dict[str, float]:
     few = 3
-    first, second = (_peaks(config, simulated_fsdp.with_layers(model_config, count), world) for count in (few, few + 2))
+    first, second = (
+        alone(_peaks, config, simulated_fsdp.with_layers(model_config, count), world) for count in (few, few + 2)
+    )
     more = (model_config.num_hidden_layers - few) / 2
     return {phase: first[phase] + more * (second[phase] - first[phase]) for phase in first}
 

@@ -127,7 +127,7 @@ def _prepare(model, config) -> None:
     if config.activation_checkpointing != "none":
         layers.checkpoint(model, config.activation_checkpointing)
     if config.compile:
-        _compile(model)
+        compile_layers(model)
 
 
 class Uncompiled(torch.nn.Module):
@@ -141,7 +141,7 @@ class Uncompiled(torch.nn.Module):
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
-def _compile(model) -> None:
+def compile_layers(model) -> None:
     """What torch.compile keeps of a layer for its backward pass: its forward and backward graphs, cut by the compiler's
     partitioner, which recomputes what is cheap. The graphs run operation by operation, where the compiler fuses, so
     what exists only inside a layer is more than in truth."""
@@ -164,8 +164,8 @@ def _graphs(module):
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    parameters = dict(module.named_parameters())
-    return lambda *args, **kwargs: traced(parameters, *args, **kwargs)
+    # looked up at each call: FSDP exchanges them
+    return lambda *args, **kwargs: traced(dict(module.named_parameters()), *args, **kwargs)
 
 
 def _measured(config, model, world: int, stage: int | None) -> Peak:
