@@ -51,7 +51,7 @@ class Setup:
         import torch
 
         from pipeline import pretrain
-        from pipeline.train import distributed
+        from pipeline.core import distributed
 
         self.name = "tiny" if given.tiny else given.model
         layers, width, inner, heads, self.length, self.rows, self.micro_batches = MODELS[self.name]

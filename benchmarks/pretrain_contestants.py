@@ -37,9 +37,10 @@ def alma(folder: Path, size: dict, turns: Turns) -> None:
     signals. A window begins halfway between two saves, so that it contains what a save costs while it is written in
     the background, and none of that cost is in the turns of others."""
     from pipeline import pretrain
+    from pipeline.core import distributed
     from pipeline.core.output import Output
     from pipeline.models import cost
-    from pipeline.train import distributed, engine, layers, phases
+    from pipeline.train import engine, layers, phases
     from pipeline.train.batches import loss_of, to_batch
     from pipeline.train.loop import fit, share
     from pipeline.train.metrics import Expected

@@ -57,7 +57,8 @@ def parallel_worker(folder: Path, quick: bool) -> None:
     import torch
 
     from pipeline import pretrain
-    from pipeline.train import distributed, engine, layers
+    from pipeline.core import distributed
+    from pipeline.train import engine, layers
     from pipeline.train.batches import loss_of, to_batch
     from pipeline.train.loop import share
 

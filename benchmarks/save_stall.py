@@ -23,8 +23,9 @@ def measure(millions: float = 20.0, rounds: int = ROUNDS) -> dict:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from pipeline.core import distributed
     from pipeline.core.output import Output
-    from pipeline.train import checkpoints, distributed, engine
+    from pipeline.train import checkpoints, engine
     from pipeline.train.config import TrainConfig
     from pipeline.train.loss import cross_entropy_sum
 

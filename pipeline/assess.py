@@ -166,9 +166,9 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     from pipeline.assessment.inputs import candidate, held_out_prompts, held_out_rows
     from pipeline.assessment.measures import measure, win_rate
     from pipeline.assessment.probes import prepare
+    from pipeline.core import distributed
     from pipeline.data.chat.template import Chat
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
-    from pipeline.train import distributed
     from pipeline.train.finetune_data import model_folder
 
     distributed.choose_device(config, distributed.local_world())

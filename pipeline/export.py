@@ -113,13 +113,13 @@ def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from pipeline.core import distributed
     from pipeline.data.tokenizer import export_tokenizer
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.models import cost
     from pipeline.models.build import load, quiet
     from pipeline.models.model_card import ancestry, model_card
     from pipeline.models.transformers_4 import add_older_keys
-    from pipeline.train import distributed
     from pipeline.train.finetune_data import model_folder
 
     distributed.setup()

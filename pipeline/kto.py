@@ -195,7 +195,7 @@ def baseline(engine, config: Config, arrays: dict, tables: dict, pad_id: int) ->
     """
     import torch
 
-    from pipeline.train import distributed
+    from pipeline.core import distributed
     from pipeline.train.answer_rows import answer_batch
     from pipeline.train.labelled_data import mismatched_row, partners
     from pipeline.train.loss_preference import answer_logprobs

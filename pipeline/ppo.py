@@ -151,10 +151,10 @@ def frozen_models(config: Config, parents, policy, classifier):
     these, each with what fills it. With `lora` no copies are needed: the reference is None, for the policy without its
     adapter, and the reward model shares the value model's backbone. The reward model is None if all rewards are
     functions."""
+    from pipeline.core import distributed
     from pipeline.rl.frozen_models import copy_to_read
     from pipeline.rl.online import load_judge, load_policy
     from pipeline.rl.responses import SharedReward
-    from pipeline.train import distributed
 
     if config.lora is not None:
         return None, SharedReward(*classifier).to(distributed.device()) if config.uses_reward_model() else None

@@ -26,9 +26,10 @@ INPUTS = {"tokens": ("pack",), "tokenizer": ("tokenizer",), "model?": ("pretrain
 
 
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
+    from pipeline.core import distributed
     from pipeline.data.tokens.heldout_rows import heldout_rows
     from pipeline.models import cost
-    from pipeline.train import distributed, layers, loop, train_length
+    from pipeline.train import layers, loop, train_length
     from pipeline.train.batches import heldout_batches, sampler_of
     from pipeline.train.samples import SampleWriter
     from pipeline.train.spike_report import describer
@@ -105,8 +106,8 @@ def read_inputs(config: Config, inputs: dict[str, Artifact]):
 def check_rows(config: Config, inputs: dict[str, Artifact], output: Output, store, num_heldout: int) -> None:
     """Raise UserError if there are fewer held-out rows than data ranks, or if tokens that were packed elsewhere are
     damaged. Collective."""
+    from pipeline.core import distributed
     from pipeline.data.tokens.store import misfit
-    from pipeline.train import distributed
 
     ranks = distributed.world() // config.parallel.pipeline
     if num_heldout < ranks:
@@ -161,7 +162,7 @@ def make_model(config: Config, inputs: dict[str, Artifact], store, tokenizer):
     from pipeline.models import build, model_block, mup, vocabulary
     from pipeline.models.initial_values import initialise
     from pipeline.train.finetune_data import model_folder
-    from pipeline.train.model_parts import starts_in_parts
+    from pipeline.train.layouts import starts_in_parts
 
     is_whole = not starts_in_parts(config)
     if "model" not in inputs:

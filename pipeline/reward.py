@@ -133,7 +133,7 @@ def moments(engine, count: int, collate, config: Config) -> tuple[float, float]:
     Collective."""
     import torch
 
-    from pipeline.train.distributed import all_reduce_sum
+    from pipeline.core.distributed import all_reduce_sum
     from pipeline.train.finetune_data import chunks, micro_batch_rows
     from pipeline.train.record_order import permutation
 

@@ -234,9 +234,9 @@ def answers(engine, chat, heldout_ids, count: int, extra: dict, config: Config) 
     by rule where the answer is known; `answered` and `checked` are the numbers of answers behind them. Collective."""
     import torch
 
+    from pipeline.core.distributed import all_reduce_sum
     from pipeline.rl.rollout import generate
     from pipeline.rl.rules import score
-    from pipeline.train.distributed import all_reduce_sum
     from pipeline.train.record_order import permutation
 
     positions = getattr(engine.model.config, "max_position_embeddings", None) or 1 << 30

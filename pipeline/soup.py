@@ -97,9 +97,9 @@ def _difference(first, second) -> str | None:
 def run(config: Config, inputs: dict[str, Artifact], output: Output) -> dict:
     import torch
 
+    from pipeline.core import distributed
     from pipeline.models.build import load
     from pipeline.models.publish import publish
-    from pipeline.train import distributed
     from pipeline.train.finetune_data import model_folder
 
     distributed.choose_device(config, distributed.local_world())
@@ -205,7 +205,7 @@ def _answer_loss(model, encoded: list) -> float:
     """Mean loss in nats of the answers' tokens."""
     import torch
 
-    from pipeline.train.distributed import device
+    from pipeline.core.distributed import device
 
     total, count = 0.0, 0
     with torch.no_grad():

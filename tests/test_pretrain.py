@@ -325,7 +325,7 @@ def test_a_model_goes_on_with_tokens_added_to_its_tokenizer(grown):
 IN_PARTS = """
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
-from pipeline.train import distributed
+from pipeline.core import distributed
 for name, layout in (("zero", "{zero: 3}"), ("shard", "{shard: full}"), ("pipeline", "{pipeline: 2}")):
     words = [f"output={name}", f"pretrain.parallel={layout}", "pretrain.run.processes=2", "pretrain.micro_batch=2"]
     words += ["pretrain.inputs.tokens=./runs/more/pack/current"]

@@ -88,7 +88,7 @@ TWO_RANKS = """
 import sys
 from pipeline.core.stage import run_stage
 from pipeline.core.recipe import load
-from pipeline.train import distributed
+from pipeline.core import distributed
 words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in ("steps=8", f"parallel.{sys.argv[1]}", "micro_batch=2", "run.processes=2")]
 recipe = load("tiny.yaml", [*words, "reward.inputs.model=./learned", "dpo.inputs.model=./learned"])
 for name in ("sft", "reward", "dpo"):

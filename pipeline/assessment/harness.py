@@ -57,7 +57,7 @@ class SharedModel(LM):
     def _shared(self, requests: list, answer, scored: int | None) -> list:
         """The answers to all requests, of which this process computes its share. scored: whether the second argument
         of a request is text that is scored after the first (1) or options of a generation (0); None: neither."""
-        from pipeline.train import distributed
+        from pipeline.core import distributed
 
         own = requests[distributed.rank() :: distributed.world()]
         answers: list = []
@@ -227,9 +227,9 @@ def open_model(candidate: Candidate, batch: int) -> SharedModel:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoConfig
 
+    from pipeline.core.distributed import device
     from pipeline.data.tokenizer.fast_tokenizer import begin_id
     from pipeline.models.build import load
-    from pipeline.train.distributed import device
 
     stored = AutoConfig.from_pretrained(candidate.folder, local_files_only=True).get_text_config().dtype
     model = load(candidate.folder).to(device(), stored or torch.float32).eval()
@@ -252,7 +252,7 @@ def run_task(model: SharedModel, key: str, task: Task, bootstrap: int) -> tuple[
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
 
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     loaded = load_task(key, task)
     for one in loaded["tasks"].values():

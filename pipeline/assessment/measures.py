@@ -14,8 +14,8 @@ def measure(
     candidate: Candidate, rows: list | None, prompts: list, config, judge, reward_model: Artifact | None, probes: Probes
 ) -> dict:
     """All measures of one model by itself: held-out text, answers, their rewards and rule scores, and its probes."""
+    from pipeline.core.distributed import device
     from pipeline.models.build import load
-    from pipeline.train.distributed import device
 
     model = load(candidate.folder).to(device()).eval()
     result: dict = {}
@@ -50,7 +50,7 @@ def text_loss(model, rows: list, batch: int) -> dict:
     """Bits per byte (nats / ln 2 / bytes of text) and perplexity (per token) on fixed held-out rows."""
     import torch
 
-    from pipeline.train.distributed import device
+    from pipeline.core.distributed import device
     from pipeline.train.loss import cross_entropy_sum
 
     nats, num_tokens, num_bytes = 0.0, 0, 0
@@ -115,9 +115,9 @@ def _rule_score(rule: str, text: str, answer: str) -> float:
 def judged(rows: list[list[int]], reward_model: Artifact, config) -> list[float]:
     """The reward model's score of each row of its own tokens. Raises UserError for rows that are longer than its
     positions."""
+    from pipeline.core.distributed import device
     from pipeline.models.build import load
     from pipeline.models.families import positions
-    from pipeline.train.distributed import device
     from pipeline.train.finetune_data import model_folder
     from pipeline.train.scores import reward_scores
 

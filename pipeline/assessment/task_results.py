@@ -27,7 +27,7 @@ def check_tasks(config, candidates: list[Candidate]) -> None:
 def measure_tasks(config, candidates: list[Candidate], output: Output) -> dict[str, dict]:
     """Model -> key of `tasks` -> its scores; on the main process. A killed run loses only the task that it was
     asking. Collective."""
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     for candidate in candidates:
         missing = [key for key in config.tasks if not _unit(output, candidate.name, key).exists()]

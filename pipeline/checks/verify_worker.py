@@ -19,8 +19,8 @@ NUMBERS = ("loss", "grad_norm", "applied")
 
 def main(path: str) -> None:
     from pipeline import pretrain
+    from pipeline.core import distributed
     from pipeline.core.errors import UserError
-    from pipeline.train import distributed
 
     warnings.simplefilter("ignore")
     job = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -48,10 +48,11 @@ def train(config, job: dict, seed: Path) -> dict:
     more step."""
     import torch
 
+    from pipeline.core import distributed
     from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer
     from pipeline.data.tokens.store import TokenStore
     from pipeline.models import build, mup
-    from pipeline.train import distributed, engine, layers
+    from pipeline.train import engine, layers
     from pipeline.train.batches import loss_of, sampler_of, to_batch
     from pipeline.train.loop import seed_step, share
 

@@ -91,7 +91,7 @@ def _check_processes(node: Node) -> None:
             f" add --on slurm, or give {node.name}.run.nodes=1"
         )
     if run.device == "cuda":
-        from pipeline.train.distributed import choose_device
+        from pipeline.core.distributed import choose_device
 
         choose_device(node.config, run.processes)
 

@@ -239,6 +239,6 @@ def guarded(action: Callable[[], None]) -> int:
         return EXIT_INTERRUPTED
     finally:
         if "torch.distributed" in sys.modules:
-            from pipeline.train.distributed import shutdown
+            from pipeline.core.distributed import shutdown
 
             shutdown()

@@ -1,5 +1,6 @@
 """Which implementation computes a model's attention."""
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 
 
@@ -44,8 +45,6 @@ def check_packed(name: str, rows: int, subject: str) -> None:
 def flash_obstacle(model, precision: str) -> str | None:
     """What FlashAttention-2 needs and does not have here, in words; None if it can be used."""
     from transformers.utils import is_flash_attn_2_available
-
-    from pipeline.train import distributed
 
     if distributed.device().type != "cuda":
         return "a GPU, and this process has none"

@@ -82,7 +82,7 @@ def skeleton(folder: Path | str, head: Head = "causal", seed: int = 0, config=No
 
     from pipeline.models import lora
     from pipeline.models.folder_weights import FolderWeights
-    from pipeline.train.model_parts import Parts
+    from pipeline.models.model_parts import Parts
 
     folder = Path(folder)
     if lora.is_adapter(folder):

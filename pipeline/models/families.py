@@ -8,6 +8,8 @@ parallelism and ZeRO, whole logits, and rows that are not masked by document.
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -135,3 +137,17 @@ def num_experts(config) -> int | None:
         if number:
             return number
     return None
+
+
+def balance_coefficient(model_config) -> float:
+    """The model's `router_aux_loss_coef`; 0 for a model without experts. Raises UserError for routers with which the
+    loss was not verified."""
+    if not hasattr(model_config, "num_experts_per_tok"):
+        return 0.0
+    value = getattr(model_config, "router_aux_loss_coef", 0.0) or 0.0
+    if value and family_of(model_config).router is None:
+        raise UserError(
+            f"router_aux_loss_coef: the balancing loss was not verified with the routers of {model_config.model_type},"
+            f" only with {', '.join(supporting('router'))}; set it to 0"
+        )
+    return value

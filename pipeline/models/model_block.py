@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.recipe_file import short_repr
 from pipeline.models import families, mup
-from pipeline.models.families import FAMILIES, UNKNOWN
+from pipeline.models.families import FAMILIES, UNKNOWN, balance_coefficient
 
 # Keys of a configuration that a block must not have, and why.
 DECIDED_ELSEWHERE = {
@@ -43,14 +43,12 @@ EXAMPLE = "{family: llama, hidden_size: 256, num_hidden_layers: 4, num_attention
 
 def check(block: dict | None) -> None:
     """Raise UserError, with all mistakes, for a block of which no model can be built."""
-    from pipeline.train import moe_aux_loss
-
     if not block:
         raise UserError(f"model: the recipe has no model block; write for example model: {EXAMPLE}")
     _check_family(block)
     _check_keys(block)
     config = block_config(block)
-    moe_aux_loss.coefficient(config)
+    balance_coefficient(config)
     mup.check(block, config)
     _check_heads(block, config)
 

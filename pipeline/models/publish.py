@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
+from pipeline.data.tokenizer.tokenizer_folder import FILES as TOKENIZER_FILES
 from pipeline.models.build import quiet
 from pipeline.models.transformers_4 import add_older_keys
 
@@ -15,16 +17,6 @@ if TYPE_CHECKING:
 
 GENERATION = "generation_config.json"
 LARGEST_FILE: int | str = "5GB"  # of weights
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def publish(state_dict: dict, model_config, tokenizer_folder: Path, folder: Path, parent: Path | None = None) -> None:
@@ -58,8 +50,6 @@ def publish_parts(
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
-
-    from pipeline.train import distributed
 
     skeleton = _skeleton(model_config)
     weights = _weights(skeleton)

@@ -14,11 +14,11 @@ one had sampled.
 
 from dataclasses import dataclass
 
+from pipeline.core import distributed
 from pipeline.rl import sampling
 from pipeline.rl.experience import Models, Sampled, share
 from pipeline.rl.rollout import Completion
 from pipeline.rl.sampling import Waiting
-from pipeline.train import distributed
 
 
 @dataclass(frozen=True)

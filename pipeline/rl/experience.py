@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.intervals import mean_half
 from pipeline.core.seeds import derive
 from pipeline.data.chat.template import Chat
@@ -40,7 +41,6 @@ from pipeline.rl.reward_workers import RewardWorkers
 from pipeline.rl.rollout import Completion
 from pipeline.rl.scoring import add_scores, statistics
 from pipeline.rl.server import RolloutServer
-from pipeline.train import distributed
 from pipeline.train.engine import Engine
 
 

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.core import distributed
 from pipeline.models.folder_weights import Fill, keep_rows
-from pipeline.train import distributed
+from pipeline.models.model_parts import Parts
 from pipeline.train.fsdp import filled, without_weights
 from pipeline.train.fsdp_sharding import multiplied_names
-from pipeline.train.model_parts import Parts
 
 Load = Callable[[], tuple[nn.Module, Fill | None]]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
 from pipeline.rl import ahead, rewards, sentinel, tools
@@ -20,7 +21,7 @@ from pipeline.rl.experience import Clock, Models, Sampled, collect, draw, repeti
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, by_length, layout, size_of, spread
 from pipeline.rl.scoring import count_failures, failures_of, statistics
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 from pipeline.train.engine import Accept
 
 # Above this mean difference, in nats per token, sampler and trainer are so far apart that a user should know.

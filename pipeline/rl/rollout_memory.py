@@ -10,13 +10,14 @@ import dataclasses
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.terminal import byte_size
 from pipeline.models import cost, sampling_cost
 from pipeline.models.cost import Layout, Size
 from pipeline.models.devices import RESERVED
 from pipeline.models.sampling_cost import Sampling
-from pipeline.train import distributed, layouts
+from pipeline.train import layouts
 
 
 def describe(config, model, others: dict[str, Size], longest: int) -> tuple[str, ...]:

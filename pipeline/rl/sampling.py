@@ -16,12 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.rl.responses import Sample, layout, predict, token_statistics
 from pipeline.rl.rollout import Completion, generate
 from pipeline.rl.server import RolloutServer
 from pipeline.rl.server_client import Request
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 
 Waiting = Callable[[], list[Completion]]
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import asdict
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
@@ -11,7 +12,7 @@ from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample
 from pipeline.rl.reward_config import GIVEN, MODEL, PROCESS, Reward, parameters_of
 from pipeline.rl.reward_workers import Call
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 from pipeline.train.scores import reward_scores
 
 

@@ -15,9 +15,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.core import distributed
 from pipeline.core.config import Strict, refuse_unused
 from pipeline.core.terminal import plural, show
-from pipeline.train import distributed
 
 AlarmName = Literal[
     "kl",

@@ -12,6 +12,7 @@ of the expected form), `most` (more calls than `tool_calls`, which end the respo
 from collections.abc import Callable
 from dataclasses import replace
 
+from pipeline.core import distributed
 from pipeline.core.seeds import derive
 from pipeline.core.terminal import show
 from pipeline.rl.prompts import Task
@@ -19,7 +20,7 @@ from pipeline.rl.responses import Sample, ToolCall, row_ids, size_of
 from pipeline.rl.reward_workers import Call
 from pipeline.rl.rollout import Completion
 from pipeline.rl.tool_config import Toolbox
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 
 # Where failures are counted that are not of a tool: no tool has this name.
 NO_TOOL = "(none)"

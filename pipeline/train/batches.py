@@ -5,11 +5,11 @@ pipeline/pretrain.py trains on them; `alma inspect tokens` and `alma verify para
 
 import numpy as np
 
+from pipeline.core import distributed
 from pipeline.core.output import Output
 from pipeline.data.tokens import fim
 from pipeline.data.tokens.row_sampler import RowSampler
 from pipeline.data.tokens.rows import positions_of
-from pipeline.train import distributed
 
 
 def sampler_of(config, store, tokenizer, output: Output | None = None) -> RowSampler:

@@ -10,8 +10,8 @@ import time
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.models import pipeline_split
-from pipeline.train import distributed
 
 # Names of DeepSpeed's pipeline instructions.
 WORK = ("ForwardPass", "BackwardPass")

@@ -17,13 +17,13 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.core import checkpoint_folder, faults, transient_errors
+from pipeline.core import checkpoint_folder, distributed, faults, transient_errors
 from pipeline.core.checkpoint_folder import complete_checkpoints, step_of
 from pipeline.core.errors import UserError
 from pipeline.core.files import sha256_file, sync_folder, write_json
 from pipeline.core.output import Output
 from pipeline.core.terminal import byte_size, plural, show
-from pipeline.train import distributed, state
+from pipeline.train import state
 from pipeline.train.config import Save
 
 LOSSES = "losses.json"

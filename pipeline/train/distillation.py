@@ -55,12 +55,13 @@ class Teacher:
         """parent: of the model that is trained. The keys `chat_template` and `chat_template_kwargs` are about that
         model: the teacher knows the tokens and the template of its own folder. Raises UserError for a teacher with
         other tokens, or one that lets packed conversations see each other."""
+        from pipeline.core import distributed
         from pipeline.models import attention, build, frozen
         from pipeline.models.families import family_of
-        from pipeline.train import distributed, finetune
+        from pipeline.train import finetune
         from pipeline.train.conversation_data import check_packing
         from pipeline.train.finetune_data import model_folder
-        from pipeline.train.model_parts import starts_in_parts
+        from pipeline.train.layouts import starts_in_parts
 
         folder = model_folder(artifact)
         tokenizer = finetune.tokenizer_of(folder, config.sequence_length)
@@ -86,9 +87,9 @@ class Teacher:
     def place(self, device: "torch.device") -> None:
         """Read the weights and put them on the device; with a layout that splits weights, this process's part of them.
         Collective."""
+        from pipeline.models.model_parts import Parts
         from pipeline.train.fsdp import mesh_of
         from pipeline.train.fsdp_sharding import Sharder
-        from pipeline.train.model_parts import Parts
 
         if self.config.parallel.splits_weights:
             sharder = Sharder(self.model, mesh_of(self.config.parallel, device), device, self.config.precision)

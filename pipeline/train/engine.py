@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.files import write_json
 from pipeline.core.terminal import say
 from pipeline.models import publish, row_attention
-from pipeline.train import chunked_loss, distributed, layers, moe_aux_loss, state
+from pipeline.models.model_parts import Parts
+from pipeline.train import chunked_loss, layers, moe_aux_loss, state
 from pipeline.train.config import TrainConfig
-from pipeline.train.model_parts import Parts
 from pipeline.train.schedule import learning_rate
 
 Loss = Callable[[torch.Tensor, dict], tuple[torch.Tensor, dict]]

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.artifact import Artifact, digest_of
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import warn
@@ -33,14 +34,14 @@ from pipeline.data.tokenizer.fast_tokenizer import load_tokenizer, use_known_pad
 from pipeline.models import build, cost, families, frozen, lora, vocabulary
 from pipeline.models.folder_weights import FolderWeights
 from pipeline.models.weights_hash import weights_hash
-from pipeline.train import distributed, layers, loop, train_length
 from pipeline.train import engine as engines
+from pipeline.train import layers, loop, train_length
 from pipeline.train.best import Selection
 from pipeline.train.engine import Engine, Loss, Read
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.finetune_data import Arrays, Counts, ShuffledRows, by_length, heldout_share, model_folder
+from pipeline.train.layouts import starts_in_parts
 from pipeline.train.metrics import Expected, total_peak
-from pipeline.train.model_parts import starts_in_parts
 from pipeline.train.publish_adapted import publish_adapted
 from pipeline.train.record_order import Groups, MixedRecords, Records
 from pipeline.train.reference_logprobs import Cache

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core import faults
+from pipeline.core import distributed, faults
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.files import sync_tree, write_json
 from pipeline.core.output import Output
 from pipeline.core.seeds import derive
 from pipeline.data.chat.record_accounting import Ledger
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 from pipeline.train.finetune_config import FinetuneConfig
 from pipeline.train.heartbeat import wait_for
 from pipeline.train.record_order import Groups, MixedRecords, Records, grouped_by_length, permutation

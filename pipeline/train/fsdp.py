@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.models import publish
-from pipeline.train import distributed, phases, shards
+from pipeline.train import phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, finite, gradient_norm, set_learning_rate
 from pipeline.train.fsdp_sharding import Fill, Sharder
 from pipeline.train.state import Fragment, share

@@ -7,9 +7,9 @@ from torch import nn
 from pipeline.models import lora
 from pipeline.models.experts import MATRICES
 from pipeline.models.folder_weights import Fill, keep_rows
+from pipeline.models.model_parts import Parts, own_parameters, parameter_at
 from pipeline.train.chunked_loss import Head
 from pipeline.train.engine import lr_scale
-from pipeline.train.model_parts import Parts, own_parameters, parameter_at
 from pipeline.train.shards import Piece
 
 

@@ -28,11 +28,12 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.core import distributed
 from pipeline.core.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from pipeline.core.lock import born
 from pipeline.core.output import Output
 from pipeline.core.stop import write_requeue_marker
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 from pipeline.train.rank_states import RankStates
 
 # Phases of a step, which may take `watch.hang` seconds; all others may take `watch.start`.

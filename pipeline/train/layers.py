@@ -9,9 +9,11 @@ import types
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.models import attention, row_attention
-from pipeline.train import chunked_loss, distributed
+from pipeline.models.model_parts import decoder_layers
+from pipeline.train import chunked_loss
 from pipeline.train.config import TrainConfig
 
 # Results that selective checkpointing keeps: matrix products and attention. Everything between them (norms, rotations,
@@ -51,12 +53,6 @@ def prepare_rows(model, config: TrainConfig, **losses) -> None:
     prepare(model, config, **losses)
     if config.parallel.pipeline == 1:
         row_attention.install(model)
-
-
-def decoder_layers(model) -> list[torch.nn.Module]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint(model, how: str) -> None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.models import cost, pipeline_split, sampling_cost, step_time
 from pipeline.models.devices import Cluster
 from pipeline.models.families import family_of
-from pipeline.train import chunked_loss, distributed
+from pipeline.train import chunked_loss
 from pipeline.train.config import Parallel, TrainConfig, divisors
 
 MOST_MICRO_ROWS = 64
@@ -287,3 +288,9 @@ def advice(config: TrainConfig, model, cluster: Cluster) -> str | None:
     if change is None:
         return f"does not fit: {gibibytes}, and no other layout of {cluster.count} devices fits"
     return f"does not fit: {gibibytes}; {change} would, with {change.peak / 2**30:.1f} GiB (alma plan lists others)"
+
+
+def starts_in_parts(config: TrainConfig) -> bool:
+    """Whether a model is on the meta device until its engine creates one part after another: where a process keeps only
+    a part of it, and on GPUs, so that the CPU's memory never has all of it."""
+    return config.parallel.keeps_parts or distributed.device().type == "cuda"

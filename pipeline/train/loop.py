@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.core import faults
+from pipeline.core import distributed, faults
 from pipeline.core.checkpoint_folder import loop_state, step_of
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
@@ -21,7 +21,7 @@ from pipeline.core.stop import StopSignal, saved_step, stop
 from pipeline.core.terminal import show
 from pipeline.core.trackers import TrackedRun
 from pipeline.core.tracking import Progress, Tracker, plain
-from pipeline.train import average, checkpoints, distributed, phases
+from pipeline.train import average, checkpoints, phases
 from pipeline.train.average import Average
 from pipeline.train.best import Selection
 from pipeline.train.config import TrainConfig

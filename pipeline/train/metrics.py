@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.models.cost import Flops
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 from pipeline.train.loss import Tally
 from pipeline.train.peak_flops import peak
 from pipeline.train.run_summary import duration

@@ -15,23 +15,8 @@ second forward pass makes no second backward pass, and the numbers for the log a
 
 import torch
 
-from pipeline.core.errors import UserError
-from pipeline.models.families import family_of, num_experts, supporting
-from pipeline.train import distributed
-
-
-def coefficient(model_config) -> float:
-    """The model's `router_aux_loss_coef`; 0 for a model without experts. Raises UserError for routers with which the
-    loss was not verified."""
-    if not hasattr(model_config, "num_experts_per_tok"):
-        return 0.0
-    value = getattr(model_config, "router_aux_loss_coef", 0.0) or 0.0
-    if value and family_of(model_config).router is None:
-        raise UserError(
-            f"router_aux_loss_coef: the balancing loss was not verified with the routers of {model_config.model_type},"
-            f" only with {', '.join(supporting('router'))}; set it to 0"
-        )
-    return value
+from pipeline.core import distributed
+from pipeline.models.families import balance_coefficient, family_of, num_experts
 
 
 def row_losses(
@@ -72,7 +57,7 @@ class Balance:
 
     def __init__(self, model, first_layer: int):
         config = model.config
-        self.coefficient, self.affinity = coefficient(config), family_of(config).router
+        self.coefficient, self.affinity = balance_coefficient(config), family_of(config).router
         self.shape = (config.num_hidden_layers, num_experts(config))
         self.begin(0.0)
         for name, block in model.named_modules():
@@ -124,4 +109,6 @@ class Balance:
 
 def attach(model, config, first_layer: int = 0) -> Balance | None:
     """The balancing loss of a model; None without one, and in stages that do not train with it."""
-    return Balance(model, first_layer) if type(config).balances_experts() and coefficient(model.config) else None
+    return (
+        Balance(model, first_layer) if type(config).balances_experts() and balance_coefficient(model.config) else None
+    )

@@ -9,8 +9,9 @@ import os
 import torch
 import torch.distributed as dist
 
+from pipeline.core import distributed
 from pipeline.models import pipeline_split
-from pipeline.train import chunked_loss, distributed, moe_aux_loss, phases, shards
+from pipeline.train import chunked_loss, moe_aux_loss, phases, shards
 from pipeline.train.bubble import Bubble
 from pipeline.train.engine import Engine, Sums, adamw, autocast, finite, set_learning_rate, shapes_of
 from pipeline.train.sharded import GuardedAdamW, quiet, settings, start

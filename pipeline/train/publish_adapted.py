@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.core.output import Output
 from pipeline.core.terminal import say
 from pipeline.models import build, frozen, lora
 from pipeline.models.folder_weights import FolderWeights
+from pipeline.models.model_parts import Parts
 from pipeline.models.publish import can_publish_parts, publish, publish_adapter, publish_parts
-from pipeline.train import distributed
 from pipeline.train.finetune_config import FinetuneConfig
-from pipeline.train.model_parts import Parts
 
 if TYPE_CHECKING:
     from pipeline.train.finetune import Parent

@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core import faults
+from pipeline.core import distributed, faults
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural, say
 from pipeline.core.tracking import Progress
-from pipeline.train import distributed
 from pipeline.train.answer_rows import AnswerRow, answer_batch
 from pipeline.train.finetune_data import chunks
 from pipeline.train.loss_preference import answer_logprobs

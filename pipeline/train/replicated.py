@@ -5,7 +5,8 @@ import warnings
 
 import torch
 
-from pipeline.train import distributed, phases, shards
+from pipeline.core import distributed
+from pipeline.train import phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, set_learning_rate
 from pipeline.train.muon import Muon
 from pipeline.train.state import Fragment

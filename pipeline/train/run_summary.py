@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pipeline.core import distributed
 from pipeline.core.terminal import byte_size, plural
 from pipeline.models import cost, devices, sampling_cost
 from pipeline.models.cost import Flops, Size
 from pipeline.models.devices import Cluster
-from pipeline.train import distributed, layouts
+from pipeline.train import layouts
 
 # of the peak; what well-tuned dense models of 1B and more reach on one node (torchtitan reports 0.38-0.50 on H100)
 ASSUMED_MFU = 0.4

@@ -60,8 +60,8 @@ class SampleWriter:
         self.prompts = encode_prompts(config, tokenizer)
 
     def __call__(self, step: int, last: bool) -> None:
+        from pipeline.core import distributed
         from pipeline.rl.rollout import generate
-        from pipeline.train import distributed
 
         if not last and step % self.options.every_steps:
             return
@@ -112,8 +112,8 @@ class SampleWriter:
         it."""
         import torch
 
+        from pipeline.core import distributed
         from pipeline.models import row_attention
-        from pipeline.train import distributed
 
         is_main = distributed.is_main()
         # In eager mode, because every length of a cache would be compiled again.

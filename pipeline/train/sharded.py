@@ -8,12 +8,13 @@ import warnings
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.models import publish
 from pipeline.models.cost import DEEPSPEED_BUCKET
 from pipeline.models.folder_weights import Fill
-from pipeline.train import distributed, phases, shards
+from pipeline.models.model_parts import Parts
+from pipeline.train import phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, autocast, clip_gradients, finite, set_learning_rate
-from pipeline.train.model_parts import Parts
 
 
 class GuardedAdamW(torch.optim.AdamW):

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.core import distributed
 from pipeline.data.tokens.rows import documents_of
-from pipeline.train import distributed, phases
+from pipeline.train import phases
 from pipeline.train.loss import Tally
 
 LONGEST_TEXT = 4000  # characters of a row's text that are written

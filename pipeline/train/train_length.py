@@ -44,7 +44,7 @@ class TrainingLength:
     that number."""
 
     def __init__(self, config, output: Output, start: int):
-        from pipeline.train import distributed
+        from pipeline.core import distributed
 
         self.steps, self.hold = config.steps, 0
         self.output, self.config = output, config
@@ -76,7 +76,7 @@ class TrainingLength:
 
         step_seconds: mean of the steps so far, None if they are being timed again after a rollback.
         """
-        from pipeline.train import distributed
+        from pipeline.core import distributed
 
         if self.steps is not None or step < self.hold or step_seconds is None:
             return None

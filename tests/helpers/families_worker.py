@@ -57,7 +57,7 @@ def train(name: str, layout: str, forget: bool = False) -> dict:
 if __name__ == "__main__":
     import warnings
 
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     warnings.simplefilter("ignore")
     distributed.setup()

@@ -29,7 +29,7 @@ def trainer_of(folder: Path, name: str):
     from pipeline.models import build
     from pipeline.models.lora_config import Lora
     from pipeline.train import engine, finetune
-    from pipeline.train.model_parts import starts_in_parts
+    from pipeline.train.layouts import starts_in_parts
 
     parallel = {} if name.startswith("one") else LAYOUTS[name]
     checkpointing = "full" if name.endswith("full") else "none"
@@ -72,7 +72,7 @@ def observed(folder: Path, name: str) -> dict:
 if __name__ == "__main__":
     import warnings
 
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     warnings.simplefilter("ignore")
     distributed.setup()

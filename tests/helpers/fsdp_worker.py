@@ -175,9 +175,10 @@ def split_read(where: Path) -> tuple[dict, dict, int]:
 def run(folder: Path) -> dict:
     from tuned import tokenizer
 
+    from pipeline.core import distributed
     from pipeline.models import publish
     from pipeline.rl.frozen_models import SplitModel
-    from pipeline.train import distributed, fsdp_sharding
+    from pipeline.train import fsdp_sharding
     from pipeline.train.engine import Engine
 
     results: dict = {}
@@ -237,9 +238,10 @@ def limited() -> dict[str, str]:
 
     from tiny_engine import config, loss_fn
 
+    from pipeline.core import distributed
     from pipeline.models import build
     from pipeline.models.initial_values import initialise
-    from pipeline.train import distributed, engine
+    from pipeline.train import engine
 
     sizes = {"hidden_size": 512, "num_hidden_layers": 40, "num_attention_heads": 8, "intermediate_size": 1408}
     block = {"family": "llama", "num_key_value_heads": 8, **sizes}
@@ -274,8 +276,9 @@ def limited_reading(where: Path) -> dict:
     from simulated_fsdp import Live
     from tiny_engine import config, loss_fn
 
+    from pipeline.core import distributed
     from pipeline.models import build
-    from pipeline.train import distributed, engine, sharded
+    from pipeline.train import engine, sharded
 
     model, weights = build.skeleton(where)
     sharded.start()
@@ -304,7 +307,7 @@ def limited_reading(where: Path) -> dict:
 if __name__ == "__main__":
     import warnings
 
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     warnings.simplefilter("ignore")
     distributed.setup()

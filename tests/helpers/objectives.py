@@ -167,7 +167,7 @@ def gradients(name: str, adapted: bool, micro: int | None) -> tuple[dict, dict]:
 
 
 if __name__ == "__main__":
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     distributed.setup()
     results = {}

@@ -77,8 +77,8 @@ def ppo_models(folder: Path, parallel: str, in_parts: bool = True) -> dict:
 @torch.no_grad()
 def teacher(folder: Path, parallel: dict) -> dict:
     from pipeline import sft
+    from pipeline.core import distributed
     from pipeline.models import build
-    from pipeline.train import distributed
     from pipeline.train.distillation import Teacher
 
     config = sft.Config(
@@ -121,7 +121,7 @@ def run(folder: Path) -> dict:
 if __name__ == "__main__":
     import warnings
 
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     warnings.simplefilter("ignore")
     distributed.setup()

@@ -126,7 +126,8 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
     from tiny_engine import config, spoiled
 
     from pipeline.checks.verify_worker import fresh_compiler
-    from pipeline.train import chunked_loss, distributed, engine, layers
+    from pipeline.core import distributed
+    from pipeline.train import chunked_loss, engine, layers
 
     kept = name.split()[-1] if name.endswith(("full", "selective")) else "none"
     settings = config(parallel=(LAYOUTS | COMPILED).get(name, {}), micro_batch=micro, activation_checkpointing=kept)
@@ -203,7 +204,8 @@ def muon(folder: Path | None = None):
     """An engine with Muon, DDP or one process, and three steps of it, saved."""
     from tiny_engine import config, spoiled
 
-    from pipeline.train import distributed, engine
+    from pipeline.core import distributed
+    from pipeline.train import engine
 
     settings = config(optimizer={"kind": "muon", "lr": 3e-3, "max_grad_norm": 0.5}, micro_batch=2)
     trainer = engine.build(model(), spoiled, settings)
@@ -244,7 +246,7 @@ def generate(parallel: dict) -> list:
 if __name__ == "__main__":
     import warnings
 
-    from pipeline.train import distributed
+    from pipeline.core import distributed
 
     warnings.simplefilter("ignore")
     distributed.setup()

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.core import distributed
 from pipeline.models import build, lora
 from pipeline.models.lora_config import Lora
 from pipeline.sft import Config, loss
-from pipeline.train import distributed, engine, layers
+from pipeline.train import engine, layers
 from pipeline.train.conversation_data import conversation_batch
 from pipeline.train.finetune_data import Ragged
 from pipeline.train.loop import share

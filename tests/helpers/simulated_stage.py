@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.models import experts, pipeline_split
 from pipeline.models.families import family_of
+from pipeline.models.model_parts import decoder_layers
 from pipeline.train import chunked_loss, layers
 
 # ZeRO stage (None: DDP) -> (a, b): a + b / n bytes of weights, gradients and optimizer per parameter on n data ranks.
@@ -145,7 +146,7 @@ def compile_layers(model) -> None:
     """What torch.compile keeps of a layer for its backward pass: its forward and backward graphs, cut by the compiler's
     partitioner, which recomputes what is cheap. The graphs run operation by operation, where the compiler fuses, so
     what exists only inside a layer is more than in truth."""
-    for layer in layers.decoder_layers(model):
+    for layer in decoder_layers(model):
         layer.forward = _graphs(Uncompiled(layer))
 
 

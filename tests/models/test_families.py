@@ -15,7 +15,7 @@ from tuned import tokenizer as make_tokenizer
 
 from pipeline.core.errors import UserError
 from pipeline.models import build, cost, model_block, pipeline_split
-from pipeline.models.families import supporting
+from pipeline.models.families import balance_coefficient, supporting
 from pipeline.models.initial_values import initialise
 from pipeline.models.model_block import changed_config, check_document_mask
 from pipeline.models.publish import publish
@@ -92,7 +92,7 @@ def test_what_is_published_is_read_back(name, tmp_path):
         assert torch.equal(read(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
         again = build.load(tmp_path / "model", config=changed_config(tmp_path / "model", {}, LENGTH)).eval()
         assert torch.equal(again(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
-    assert moe_aux_loss.coefficient(read.config) == moe_aux_loss.coefficient(model.config)
+    assert balance_coefficient(read.config) == balance_coefficient(model.config)
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])

@@ -16,8 +16,8 @@ from pipeline.core import optional_packages
 from pipeline.core.errors import UserError
 from pipeline.models import build, cost, experts, frozen, lora
 from pipeline.models.lora_config import Lora
+from pipeline.models.model_parts import Parts
 from pipeline.train import finetune
-from pipeline.train.model_parts import Parts
 
 CPU = torch.device("cpu")
 

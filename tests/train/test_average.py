@@ -131,7 +131,7 @@ import json
 import sys
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
-from pipeline.train import distributed
+from pipeline.core import distributed
 words = [f"sft.parallel.{sys.argv[1]}", "sft.micro_batch=2", "sft.run.processes=2", *json.loads(sys.argv[2])]
 run_stage(load("tiny.yaml", words), "sft")
 distributed.barrier()

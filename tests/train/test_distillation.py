@@ -73,7 +73,7 @@ TWO_RANKS = """
 import sys
 from pipeline.core.stage import run_stage
 from pipeline.core.recipe import load
-from pipeline.train import distributed
+from pipeline.core import distributed
 words = ["small.steps=4", f"small.parallel={{{sys.argv[1]}}}", "small.micro_batch=1", "small.run.processes=2"]
 run_stage(load("tiny.yaml", [*words, "small.inputs.teacher=./large"]), "small")
 distributed.barrier()

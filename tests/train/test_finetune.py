@@ -171,7 +171,7 @@ TWO_RANKS = """
 import sys
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
-from pipeline.train import distributed
+from pipeline.core import distributed
 layout = sys.argv[1]
 words = [f"{name}.{key}" for name in ("sft", "reward", "dpo") for key in
          (f"parallel.{layout}", "micro_batch=2", "run.processes=2", "steps=4")]
@@ -308,7 +308,7 @@ BASES = """
 import json, sys
 from pipeline.core.recipe import load
 from pipeline.core.stage import run_stage
-from pipeline.train import distributed
+from pipeline.core import distributed
 layout = sys.argv[1]
 for base in sys.argv[2:]:
     run_stage(load(f"{base}.yaml", [f"sft.{key}" for key in (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_engine import config
 
-from pipeline.train import distributed
+from pipeline.core import distributed
 from pipeline.train.sharded import settings
 
 

@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import write_json
 from pipeline.core.recipe_file import suggestion
 from pipeline.data.chat.rendering import Template
-from pipeline.data.tokenizer.tokenizer_folder import CONFIG, read_object, save
+from pipeline.data.tokenizer.tokenizer_folder import CONFIG, FILES, read_object, save
 
 FOLDER = Path(__file__).with_name("templates")
 FILE = "chat_template.jinja"
@@ -100,8 +100,6 @@ def _add_marks(tokenizer, source: str) -> dict[int, list[int]]:
 
 def save_tokenizer(tokenizer, parent: Path, folder: Path, has_new_tokens: bool) -> None:
     """Write the files of a tokenizer with another chat template than that of the folder `parent`."""
-    from pipeline.models.publish import TOKENIZER_FILES
-
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -109,7 +107,7 @@ def save_tokenizer(tokenizer, parent: Path, folder: Path, has_new_tokens: bool) 
         model = parent / "tokenizer.model"
         save(tokenizer, folder, model.read_bytes() if model.is_file() else None)
         return
-    for name in TOKENIZER_FILES:
+    for name in FILES:
         if (parent / name).is_file():
             shutil.copyfile(parent / name, folder / name)
     config = read_object(folder / CONFIG)

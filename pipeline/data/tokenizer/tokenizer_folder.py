@@ -15,6 +15,16 @@ from pipeline.data.tokenizer.special_tokens import BOS, END_OF_TURN, EOS, PAD, T
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 MOST_GAPS = 1_000_000  # ids without a token; a vocabulary with more of them is damaged
 AGAIN = "copy the folder again from where it was published"

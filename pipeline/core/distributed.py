@@ -101,10 +101,6 @@ def _store(timeout: timedelta):
     return dist.TCPStore(address, port, world(), True, timeout, master_listen_fd=int(socket))
 
 
-# What torch computes with oneMKL's vector functions on a CPU (aten/src/ATen/cpu/vml.h).
-VECTOR_FUNCTIONS = "acos asin atan cos erf erfc exp expm1 log log10 log1p log2 sin sqrt tan tanh".split()
-
-
 def _initialise_vector_math() -> None:
     """Call each of oneMKL's vector functions once on one number, before two threads can do it at the same time.
 
@@ -114,9 +110,22 @@ def _initialise_vector_math() -> None:
     issue 188792). So the first step of a run was not always reproduced."""
     import torch
 
+    # what torch computes with them on a CPU (aten/src/ATen/cpu/vml.h)
+    functions = (
+        torch.acos,
+        torch.asin,
+        torch.atan,
+        torch.cos,
+        torch.erf,
+        torch.erfc,
+        torch.exp,
+        torch.expm1,
+        torch.log,
+    )
+    functions += (torch.log10, torch.log1p, torch.log2, torch.sin, torch.sqrt, torch.tan, torch.tanh)
     for dtype in (torch.float32, torch.float64):
-        for name in VECTOR_FUNCTIONS:
-            getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype))
+        for function in functions:
+            function(torch.full((1,), 0.5, dtype=dtype))
 
 
 def choose_device(config: StageConfig, local: int) -> None:
@@ -192,12 +201,12 @@ def barrier() -> None:
 
 def all_reduce_sum(values: list[float]) -> list[float]:
     """Sums over all processes in double precision; every process gets them. Collective."""
-    return _reduce(values, "SUM")
+    return _reduce(values, largest=False)
 
 
 def all_reduce_max(values: list[float]) -> list[float]:
     """Maxima over all processes. Collective."""
-    return _reduce(values, "MAX")
+    return _reduce(values, largest=True)
 
 
 def all_rows(values: list[float]) -> list[list[float]]:
@@ -208,14 +217,14 @@ def all_rows(values: list[float]) -> list[list[float]]:
     return [flat[start : start + len(values)] for start in range(0, len(flat), len(values))]
 
 
-def _reduce(values: list[float], operation: str) -> list[float]:
+def _reduce(values: list[float], largest: bool) -> list[float]:
     if world() == 1:
         return list(values)
     import torch
     import torch.distributed as dist
 
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor.tolist()
 
 

@@ -9,7 +9,7 @@ import torch
 from paths import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.train import distributed
+from pipeline.core import distributed
 
 
 class Calls(TorchDispatchMode):
@@ -34,7 +34,7 @@ def test_vector_functions_are_called_once_before_threads_do_it():
 ON_A_MAC = """
 import torch
 torch.backends.mps.is_available = lambda: True
-from pipeline.train import distributed
+from pipeline.core import distributed
 distributed.setup()
 distributed.setup()
 print(distributed.device())
@@ -51,7 +51,7 @@ def test_a_device_that_is_not_used_is_mentioned_once():
 STORM = """
 import os, sys
 import numpy, torch
-from pipeline.train import distributed
+from pipeline.core import distributed
 x = torch.from_numpy(numpy.random.default_rng(0).random((128, 4096), dtype=numpy.float32))
 os.environ["OMP_NUM_THREADS"] = "2"
 other = 0

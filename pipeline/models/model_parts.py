@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from pipeline.models.folder_weights import Fill
-from pipeline.train import distributed, layers
-from pipeline.train.config import TrainConfig
 
 
-def starts_in_parts(config: TrainConfig) -> bool:
-    """Whether a model is on the meta device until its engine creates one part after another: where a process keeps only
-    a part of it, and on GPUs, so that the CPU's memory never has all of it."""
-    return config.parallel.keeps_parts or distributed.device().type == "cuda"
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """What transformers marks as decoder layers of a model, or of one stage of its pipeline, in their order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 class Parts:
@@ -23,7 +22,7 @@ class Parts:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.layers = {id(layer) for layer in layers.decoder_layers(model)}
+        self.layers = {id(layer) for layer in decoder_layers(model)}
         self.tied = _tied(model)
         self.names = list(_names(model, self.layers))
 
