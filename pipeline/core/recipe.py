@@ -136,12 +136,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), problems
     places: dict[tuple, str] = {}
     path = located(Path(path))
     tree = read(path, places)
-    given: dict[tuple, str] = {}
     for word in overrides:
         with collected.gather():
-            key = override(tree, word, places, list(Recipe.model_fields))
-            _refuse_replaced(key, word, given)
-            given[key] = word
+            override(tree, word, places, list(Recipe.model_fields))
     top = {key: value for key, value in tree.items() if key != "stages"}
     recipe = None
     with collected.gather():
@@ -175,15 +172,6 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), problems
     recipe = recipe.model_copy(update={"stages": stages})
     recipe._places, recipe._path, recipe._broken = places, str(path), frozenset(broken)
     return recipe
-
-
-def _refuse_replaced(key: tuple, word: str, given: dict[tuple, str]) -> None:
-    """Raise UserError if an override replaces what one before it gives."""
-    for earlier, other in given.items():
-        if earlier[: len(key)] == key:
-            raise UserError(
-                f"{short_repr(word)} replaces {short_repr(other)} on the same command line; keep one of them"
-            )
 
 
 def _shared_resources(shared: dict[str, Any], uses_device: bool) -> dict[str, Any]:

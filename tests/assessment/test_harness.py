@@ -106,7 +106,7 @@ def published(world) -> dict:
 def opened(folder):
     """A model's folder as the stage gives it to lm-eval."""
     artifact = SimpleNamespace(path=folder, manifest={})
-    return open_model(candidate("base", artifact, SimpleNamespace(sources={}, date=None)), 2)
+    return open_model(candidate("base", artifact, SimpleNamespace(sources={}, date=None, refusals=None)), 2)
 
 
 def by_lm_eval(file: str, **options) -> dict:

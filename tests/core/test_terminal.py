@@ -182,7 +182,9 @@ def test_version_help_and_unknown_commands():
     for words, names in (
         (
             ("rnu",),
-            tuple("run status cancel logs plan list compare gc report chat serve push verify inspect recipe".split()),
+            tuple(
+                "run status cancel logs plan list compare sweep gc report chat serve push verify inspect recipe".split()
+            ),
         ),
         (("inspect", "toknes"), ("tokens", "data", "masks", "tokenizer")),
     ):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import UserError
 from pipeline.data.cleaning import unit_files, work_units
-from pipeline.data.sources import formats
+from pipeline.data.sources import decompress, formats
 from pipeline.data.sources.byte_ranges import Range, cut_source, read_piece
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, parse
@@ -207,7 +207,8 @@ def test_large_row_groups_and_packed_files_are_read_by_who_cuts_them(tmp_path, m
 
 
 @pytest.mark.parametrize("fill", [b"\xff", b"\x0a"])
-def test_what_is_left_of_a_damaged_packed_file_does_not_depend_on_the_unit(tmp_path, fill):
+def test_what_is_left_of_a_damaged_packed_file_does_not_depend_on_the_unit(tmp_path, monkeypatch, fill):
+    monkeypatch.setattr(decompress, "SHORT", 1 << 16)  # of a shorter member nothing would be left
     draw = random.Random(0)
     text = b"".join(b"%d %s\n" % (number, bytes(draw.choices(b"abcdefghijklmnop", k=200))) for number in range(3000))
     packed = bytearray(gzip.compress(text))
@@ -216,7 +217,7 @@ def test_what_is_left_of_a_damaged_packed_file_does_not_depend_on_the_unit(tmp_p
     (tmp_path / "a.txt.gz").write_bytes(packed)
     source = Source(path=str(tmp_path / "a.txt.gz"), sample_by="line")
     whole = serial(source)
-    assert len(whole) > 1000 and whole[-1].reason == "damaged .gz data"
+    assert len(whole) > 1000 and whole[-1].reason == "damaged .gz data" + decompress.UNVERIFIED
     for size in (1024, 8192, 1 << 16, 1 << 18):
         assert serial(source, size) == whole, size
 
