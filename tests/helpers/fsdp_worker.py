@@ -1,6 +1,8 @@
 """Runs in both processes of one torchrun launch: what is particular to the FSDP engine. Results go to the file named on
 the command line."""
 
+import ctypes
+import resource
 import sys
 from pathlib import Path
 
@@ -232,10 +234,20 @@ def run(folder: Path) -> dict:
     return results
 
 
-def limited() -> dict[str, str]:
-    """A model of 128M parameters, 512 MB, built by two engines in a process that may take 400 MB more than it has."""
-    import resource
+M_ARENA_MAX = -8  # malloc.h of glibc
+LIMIT = 460_000_000  # bytes: more than half of a model and its largest parts, less than a complete one
 
+
+def limit_addresses() -> None:
+    """From here on this process may take LIMIT more than it has."""
+    # Each thread that allocates reserves 64 MB of addresses for an arena of its own, which the limit counts.
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT, resource.RLIM_INFINITY))
+
+
+def limited() -> dict[str, str]:
+    """A model of 128M parameters, 512 MB, built by two engines in a process that may take LIMIT more than it has."""
     from tiny_engine import config, loss_fn
 
     from pipeline.core import distributed
@@ -245,8 +257,7 @@ def limited() -> dict[str, str]:
 
     sizes = {"hidden_size": 512, "num_hidden_layers": 40, "num_attention_heads": 8, "intermediate_size": 1408}
     block = {"family": "llama", "num_key_value_heads": 8, **sizes}
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
+    limit_addresses()
     found = {}
     for name, parallel in (("fsdp", {"shard": "full"}), ("ddp", {})):
         try:
@@ -264,15 +275,9 @@ def limited() -> dict[str, str]:
     return found
 
 
-M_ARENA_MAX = -8  # malloc.h of glibc
-
-
 def limited_reading(where: Path) -> dict:
     """The model in a folder, 256 MB in bf16 and 512 MB in fp32: the most bytes of tensors while ZeRO-3 splits it, and
-    two engines of it in a process that may take 400 MB more than it has."""
-    import ctypes
-    import resource
-
+    two engines of it in a process that may take LIMIT more than it has."""
     from simulated_fsdp import Live
     from tiny_engine import config, loss_fn
 
@@ -287,10 +292,7 @@ def limited_reading(where: Path) -> dict:
         sharded.split_parameters(model, weights, options)
     kept = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
     del model, weights
-    # Each thread that allocates reserves 64 MB of addresses for an arena of its own, which the limit counts.
-    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
+    limit_addresses()
     found: dict = {"zero 3": (live.peak, kept)}
     for name, parallel in (("fsdp", {"shard": "full"}), ("ddp", {})):
         try:

@@ -168,7 +168,7 @@ def resident_peak(reset: bool = False) -> int:
 
 @pytest.mark.slow
 def test_two_processes_read_what_neither_has_memory_for(tmp_path):
-    """Of 512 MB of weights, 256 MB in the files, each process keeps half; with 400 MB it can, and a complete copy
+    """Of 512 MB of weights, 256 MB in the files, each process keeps half; with 460 MB it can, and a complete copy
     cannot be made. ZeRO-3 holds half and one layer, 13 MB, while it is read."""
     sizes = {"hidden_size": 512, "num_hidden_layers": 40, "num_attention_heads": 8, "intermediate_size": 1408}
     block = {"family": "llama", "num_key_value_heads": 8, **sizes}
@@ -221,7 +221,7 @@ def test_a_model_that_is_gathered_in_bf16_computes_the_same(results):
 
 @pytest.mark.slow
 def test_two_processes_build_what_neither_has_memory_for(tmp_path):
-    """Of 512 MB of weights each process keeps half; with 400 MB it can, and with DDP it cannot."""
+    """Of 512 MB of weights each process keeps half; with 460 MB it can, and with DDP it cannot."""
     found = launch(tmp_path, "limited")
     count = int(found["fsdp"].split()[0])
     assert 0.49 * 128e6 < count < 0.52 * 128e6
