@@ -42,6 +42,9 @@ RECIPES = [path.stem for path in sorted((ROOT / "recipes").glob("*.yaml")) if pa
 
 
 def marked(name: str):
+    if name == "deepseek-v3":
+        reason = "351 GiB simulated, 114 estimated: which is wrong is not known (docs/log.md, 70)"
+        return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xfail(reason=reason, strict=True)])
     if name in UNCHECKED:
         return pytest.param(name, marks=pytest.mark.skip(reason=UNCHECKED[name]))
     return name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
