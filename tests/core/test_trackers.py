@@ -47,6 +47,8 @@ def read_wandb(run: trackers.TrackedRun, name: str) -> list[tuple[int, float]]:
     import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its service ends, so that the files are whole; the processes of later tests would look for it
+    os.environ.pop("WANDB_SERVICE", None)
     points, ids = [], set()
     for path in sorted(run.folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         for data in records(path):
@@ -58,8 +60,6 @@ def read_wandb(run: trackers.TrackedRun, name: str) -> list[tuple[int, float]]:
             if name in values:
                 points.append((int(values["step"]), float(values[name])))
     assert ids == {run.id}, "the parts of the run have one id"
-    wandb.teardown()  # the processes of later tests would look for its service
-    os.environ.pop("WANDB_SERVICE", None)
     return points
 
 
