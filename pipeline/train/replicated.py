@@ -14,6 +14,19 @@ from pipeline.train.state import Fragment
 NORM = "gradient_norm"  # key among a step's sums
 
 
+class _Ordering(torch.nn.Module):
+    """A model for DDP; called without inputs it gives every trained parameter a gradient of zero, last to first."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        if inputs:
+            return self.model(**inputs)
+        return 0.0 * sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
+
+
 class Replicated(Engine):
     """Every process holds the whole model and optimizer; gradients are averaged by DDP on the last micro-batch of a
     step."""
@@ -28,8 +41,9 @@ class Replicated(Engine):
             with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.11 does not know the new name
                 warnings.simplefilter("ignore", FutureWarning)
                 self.module = torch.nn.parallel.DistributedDataParallel(
-                    model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                    _Ordering(model), device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
+            self._order_buckets()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if config.optimizer.kind == "muon":
             self.optimizer = Muon(model, config, self.device)
@@ -40,6 +54,18 @@ class Replicated(Engine):
         self.named = dict(model.named_parameters())
         # (number of parameters that had moments, fragments): see _held
         self.cached: tuple[int, list[Fragment]] = (-1, [])
+
+    def _order_buckets(self) -> None:
+        """Have DDP put its buckets in their final order now, and not after the first step. Collective.
+
+        DDP starts with one bucket in the order of the parameters, and from the second backward pass on has buckets in
+        the order in which the first one gave it gradients. Over more than two processes the order of a sum depends on
+        where a number is in its bucket, so the first step after a resume differed in its last bits from the same step
+        of a run that was not interrupted. This backward pass costs one sum of zeros; its order is that of the
+        parameters, last to first."""
+        self.module().backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def _update(self, micro_batches, weight, lr):
         self.module.train()

@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import tiny
-import torch
 from harness import files_of
 from real_slurm import RealSlurm, reason_to_skip, wait_for
 
@@ -270,11 +268,7 @@ def test_each_process_is_killed_in_turn(slurm, inputs, quiet, tmp_path):
         os.kill(beat["pid"], signal.SIGKILL)
         said = f"rank {rank} ({beat['host']}, process {beat['pid']}) was killed"
         wait_for(lambda said=said: said in logs_of(tmp_path), 60, said)
-    # Equal up to rounding: DDP orders its buckets anew after the first step of each start, and in a sum over more than
-    # two processes the order counts (docs/log.md, "Jobs on a real Slurm").
-    name = "model/model.safetensors"
-    one, other = (safetensors.torch.load(files[name]) for files in (training.finish(restarts=4), quiet(4)))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert training.finish(restarts=4) == quiet(4)
 
 
 def test_a_process_that_is_suspended(training, quiet):
