@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from pipeline.core.files import damage_of
+from pipeline.core.files import damage_of, write_json
 
 FOLDER = "checkpoints"
 MARKER = "complete.json"
@@ -68,6 +68,12 @@ def newest_step(run: Path) -> int:
 def loop_state(checkpoint: Path) -> dict:
     """State of the training loop, saved with a checkpoint."""
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["state"]
+
+
+def replace_loop_state(checkpoint: Path, state: dict) -> None:
+    """Give a complete checkpoint another state of the training loop. A kill leaves it with one of the two."""
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    write_json(checkpoint / MARKER, marker | {"state": state})
 
 
 def damage(checkpoint: Path, first: int = 0, every: int = 1) -> str | None:

@@ -4,6 +4,7 @@
 iterations of PPO (rl/iteration.py).
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.core import distributed, faults
+from pipeline.core import checkpoint_folder, distributed, faults
 from pipeline.core.checkpoint_folder import loop_state, step_of
 from pipeline.core.errors import UserError
 from pipeline.core.output import Output
@@ -187,6 +188,7 @@ class Loop:
         self.unit, self.expected = unit, expected
         self.state: dict = {"before": None, "after": None, "first": None, "last": None, "weight": 0.0, "skipped": 0}
         self.rollback_note: dict = {}  # for the next line of metrics.jsonl
+        self.went_back: tuple[int, dict] | None = None  # to which step, and the state from there on
         self.resumed = False
         logged_config = {"stage": output.stage} | config.model_dump(mode="json")
         project = config.log.wandb or config.log.project or output.folder.parent.name  # the recipe's name
@@ -440,7 +442,7 @@ class Loop:
     def save_state_before(self) -> None:
         """Save the state before the last step, which was not applied. If part of that step may have been applied, the
         newest checkpoint is all there is."""
-        self.saver.finish()
+        self.finish_saving()
         if not self.updates.atomic:
             return
         self.updates.uncount_step()
@@ -448,6 +450,17 @@ class Loop:
         step = self.updates.step_count
         if distributed.from_main(saved_step(self.output)) != step:
             self.saver.save(step, self.state, wait=True)
+
+    def finish_saving(self) -> None:
+        """Before the run ends with an error. If it has written no checkpoint since it went back to one, that one gets
+        to know which rows are skipped from there on: a fork of it must not read them."""
+        self.saver.finish()
+        if self.went_back is None or not self.output.is_main:
+            return
+        step, state = self.went_back
+        path = checkpoint_folder.path_of(self.output.path, step)
+        if checkpoint_folder.complete_checkpoints(self.output.path)[-1:] == [path]:
+            checkpoint_folder.replace_loop_state(path, state)
 
     def obey(self, action: str, reason: str, stats: dict, bar: Progress) -> None:
         """Roll back after a step that raised an alarm. Raises UserError if the run is to stop."""
@@ -458,7 +471,7 @@ class Loop:
             self.roll_back(step, step, bar)
             self.rollback_note["rollback_alarms"] = plain(alarms_of(stats))  # their own line has been dropped
             return
-        self.saver.finish()
+        self.finish_saving()
         text = f"stage {self.output.stage}: step {step}: {reason}"
         if action == "rollback":
             text += f", and {self.config.spikes.rollbacks} rollbacks were made"
@@ -490,6 +503,7 @@ class Loop:
         self.state.update(state)
         self._begin()
         self.updates.carry(before, self.state)
+        self.went_back = checkpoint_step, copy.deepcopy(self.state)
         self.tracker.rewind(checkpoint_step)
         if self.selection_is_due(checkpoint_step):  # its evaluation is not in its state
             self.evaluate(checkpoint_step, "after")

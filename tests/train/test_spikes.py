@@ -195,14 +195,14 @@ def jumps(logits, batch):
     return loss * batch["factor"], sums
 
 
-def fitted(folder, identity: int, fork: bool = False) -> dict:
-    """16 steps with a checkpoint after every second one, of which batches 7 and 12 have a hundred times the loss."""
+def fitted(folder, identity: int, fork: bool = False, spiked: tuple[int, ...] = (7, 12)) -> dict:
+    """16 steps with a checkpoint after every second one. The batches `spiked` have a hundred times the loss."""
     spikes = {"policy": "rollback", "sigma": 1000, "window": 4, "rollbacks": 1}
     config = tiny_engine.config(steps=16, spikes=spikes)
 
     def batches(number: int) -> list[dict]:
         part = range(number * tiny_engine.ROWS, (number + 1) * tiny_engine.ROWS)
-        return [tiny_engine.batch_of(number, part) | {"factor": 100.0 if number in (7, 12) else 1.0}]
+        return [tiny_engine.batch_of(number, part) | {"factor": 100.0 if number in spiked else 1.0}]
 
     output = Output(folder, "pretrain", "pretrain", {"a": identity}).open(config={}, parents={}, fork=fork)
     try:
@@ -221,6 +221,18 @@ def test_a_fork_has_rollbacks_of_its_own(tmp_path, capsys):
     capsys.readouterr()
     spikes = fitted(tmp_path, 2, fork=True)["spikes"]
     assert "back to step 10; rows 48 to 63 and 96 to 103 are skipped" in "".join(capsys.readouterr())
+    assert (spikes["rollbacks"], spikes["count"]) == (1, 1)
+
+
+def test_a_fork_knows_rows_that_were_skipped_right_after_its_checkpoint(tmp_path, capsys):
+    """Batch 6 is a spike, and after going back to step 6 so is batch 7, before anything was saved."""
+    with pytest.raises(UserError, match="step 7 was not applied.* 1 rollbacks were made"):
+        fitted(tmp_path, 1, spiked=(6, 7))
+    with pytest.raises(UserError, match="step 7 was not applied.* 1 rollbacks were made"):
+        fitted(tmp_path, 1, spiked=(6, 7))
+    capsys.readouterr()
+    spikes = fitted(tmp_path, 2, fork=True, spiked=(6, 7))["spikes"]
+    assert "back to step 6; rows 48 to 55 and 56 to 63 are skipped" in "".join(capsys.readouterr())
     assert (spikes["rollbacks"], spikes["count"]) == (1, 1)
 
 
