@@ -104,6 +104,11 @@ class OnlineConfig(FinetuneConfig):
                 f"inputs.process: {self.inputs['process']} is not read, because no entry of rewards has function:"
                 f" {PROCESS}; remove it, or add such an entry"
             )
+        if self.tools and self.uses_process_model():
+            raise ValueError(
+                f"tools: function: {PROCESS} judges the steps of one text, and an answer with tools has several, with"
+                " results between them; remove one of the two"
+            )
         if self.on_demand and all(self.other_models().values()):
             raise ValueError("on_demand: true reads reference and reward models, and the stage has none; remove it")
         sentinel.check(self)

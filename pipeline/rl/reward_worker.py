@@ -34,6 +34,7 @@ def serve(descriptor: int, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # they are for the stage
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection, own = Connection(descriptor), os.getpid()
+    home = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     functions: dict[str, Callable] = {}
     while True:
         try:
@@ -41,6 +42,7 @@ def serve(descriptor: int, parent: int) -> None:
         except EOFError:
             return
         answer = _answer(call, functions)
+        os.fchdir(home)  # a function may have gone elsewhere, and removed that
         if os.getpid() != own:  # a function has forked, and this is the copy
             os._exit(0)
         connection.send_bytes(json.dumps(answer).encode())
@@ -51,7 +53,10 @@ def _answer(call: dict, functions: dict[str, Callable]) -> dict:
     behind."""
     own = os.getpid()
     _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (int(call["memory"] * GIB), most))
+    limit = int(call["memory"] * GIB)
+    if most != resource.RLIM_INFINITY:  # a function may have lowered it
+        limit = min(limit, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     random.seed(call["seed"])
     try:
         function = functions.get(call["function"])
@@ -85,9 +90,12 @@ def _reap() -> None:
 
 
 def _number(value) -> dict:
+    """Numbers of all kinds count, also of numpy and torch, and True and False; text that spells one does not."""
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor with several elements raises the last
         return {"failure": "value", "message": f"returned {value!r}, expected a number"[:300]}
     if not math.isfinite(number):
         return {"failure": "value", "message": f"returned {number}, expected a finite number"}

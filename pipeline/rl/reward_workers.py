@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import Any
 
 from pipeline.rl import process_tree
 
+MESSAGE = 30  # seconds for an answer to arrive completely
 START = 120.0  # seconds for a process to start and import a function's file, which is not part of a call's time
 
 
@@ -60,6 +62,8 @@ class _Worker:
 
     def __init__(self):
         ours, theirs = socket.socketpair()
+        # A message that has begun and does not end is one that a function wrote there.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", MESSAGE, 0))
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.rl.reward_worker", str(theirs.fileno()), str(os.getpid())],
@@ -74,17 +78,22 @@ class _Worker:
         self.loaded: set[str] = set()
 
     def ask(self, call: Call, *, loads: bool, seconds: float) -> Outcome:
-        """Have a call made, or only its function imported. Raises TimeoutError, or OSError if the process has ended."""
+        """Have a call made, or only its function imported. Raises TimeoutError, or OSError if the process has ended, or
+        what it says cannot be read."""
         message = {"function": call.function, "arguments": call.arguments, "memory": call.memory, "seed": call.seed}
         self.connection.send_bytes(json.dumps(message | {"loads": loads, "text": call.text}).encode())
         if not self.connection.poll(seconds):
             raise TimeoutError
-        answer = json.loads(self.connection.recv_bytes())
-        if "failure" in answer:
-            return Outcome(None, answer["failure"], answer["message"])
-        if answer["processes"]:
-            return Outcome(answer["value"], "processes", "left processes behind, which were ended")
-        return Outcome(answer["value"])
+        try:
+            answer = json.loads(self.connection.recv_bytes())
+            if "failure" in answer:
+                return Outcome(None, answer["failure"], answer["message"])
+            value, left = answer["value"], answer["processes"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise OSError(f"its answer cannot be read: {error}") from error
+        if left:
+            return Outcome(value, "processes", "left processes behind, which were ended")
+        return Outcome(value)
 
     def end(self) -> None:
         process_tree.end_children(self.process.pid)
@@ -140,7 +149,7 @@ class RewardWorkers:
             return Outcome(None, "timeout", f"more than {START if call.only_import else call.seconds:g} s")
         except (OSError, EOFError):
             worker.end()
-            code, worker = worker.process.returncode, None
+            code, worker = worker.process.returncode, None  # -9: it was still there, and unreadable
             return Outcome(None, "died", f"its process ended ({code})")
         finally:
             self.idle.put(worker)

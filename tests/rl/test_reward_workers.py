@@ -42,6 +42,31 @@ def hangs_with_children(response):
     time.sleep(1000)
 def waits_for_its_child(response):
     return float(subprocess.run(["echo", "8"], capture_output=True).stdout)
+def text(response): return "0.5"
+def true(response): return True
+class Array:
+    def __float__(self): raise RuntimeError("2 elements")
+def array(response): return Array()
+def large(response): return 10**400
+def numpy_number(response):
+    import numpy
+    return numpy.float32(0.5)
+def prints(response):
+    print("x" * 5_000_000), sys.stderr.write("x" * 5_000_000)
+    return 9
+def leaves(response):
+    folder = os.path.dirname(__file__) + "/gone"
+    os.mkdir(folder), os.chdir(folder), os.rmdir(folder)
+    return 10
+def lowers(response):
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    return 11
+def scribbles(response):
+    for descriptor in range(3, 20):
+        try: os.write(descriptor, (4).to_bytes(4, "big") + b"oops")
+        except OSError: pass
+    time.sleep(1000)
 """
 BAD = [
     ("hangs", None, "timeout"),
@@ -57,6 +82,15 @@ BAD = [
     ("comes_back_twice", 6.0, "processes"),
     ("hides", 7.0, "processes"),
     ("waits_for_its_child", 8.0, ""),
+    ("text", None, "value"),
+    ("true", 1.0, ""),
+    ("array", None, "value"),
+    ("large", None, "value"),
+    ("numpy_number", 0.5, ""),
+    ("prints", 9.0, ""),
+    ("leaves", 10.0, ""),
+    ("lowers", 11.0, ""),
+    ("scribbles", None, "died"),
 ]
 
 
@@ -98,8 +132,8 @@ def descendants() -> set[int]:
 
 def test_whatever_a_function_does_the_next_call_works(file, workers):
     calls = []
-    for name, _, _ in BAD:
-        calls += [call(file, name), call(file, "good", seconds=20)]
+    for name, _, failure in BAD:
+        calls += [call(file, name, seconds=1.0 if failure == "timeout" else 20.0), call(file, "good", seconds=20)]
     start = time.monotonic()
     outcomes = list(workers.run(calls))
     assert time.monotonic() - start < 60
