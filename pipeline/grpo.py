@@ -20,7 +20,7 @@ from pipeline.rl.config import AlgorithmName, GroupUpdates, Overlong
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.prompts import Prompts
 
-VERSION = 3  # 3: tool calls, columns of structs and messages as JSON text are read completely or rejected
+VERSION = 4  # 4: with precision: bf16 responses are sampled in it, too
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
 
 

@@ -20,7 +20,7 @@ from pipeline.rl.config import Algorithm, ValueOptimizer
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.prompts import Prompts
 
-VERSION = 7  # 7: tool calls, columns of structs and messages as JSON text are read completely or rejected
+VERSION = 8  # 8: with precision: bf16 responses are sampled in it, too
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
 
 
@@ -131,9 +131,7 @@ def build_models(config: Config, parents, prompts: Prompts):
 def load_classifier(config: Config, parents):
     """What the value model starts from, and what fills it: the reward model. If all rewards are functions, nothing
     knows them yet: the policy's layers, with a value of 0 at every token."""
-    from pipeline.models import attention
-    from pipeline.rl.online import load_judge
-    from pipeline.rl.responses import disable_dropout
+    from pipeline.rl.online import load_judge, prepare_to_compute
     from pipeline.train import finetune
     from pipeline.train.scores import zero_score
 
@@ -141,8 +139,7 @@ def load_classifier(config: Config, parents):
         return load_judge(config, parents.reward)
     classifier, weights = finetune.load_model(config, parents.policy, head="reward")
     zero_score(classifier, weights)
-    attention.choose(classifier, config.attention, config.precision)
-    disable_dropout(classifier)
+    prepare_to_compute(config, classifier)
     return classifier, weights
 
 

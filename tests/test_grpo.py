@@ -427,6 +427,7 @@ def test_it_learns_to_use_a_tool(tool_world, kind):
         (["grpo.tools={}"], "tool_calls: 2 limits the calls of tools, and there are none"),
         (["grpo.sources.words.reward_fields=[calls]"], "'calls' is what rewards are given of the tools"),
         (["grpo.tools.twice.function=twice"], "function: 'twice' is not FILE.py:NAME"),
+        (["grpo.rewards={steps: {function: process}}"], "tools: function: process judges the steps of one text"),
     ],
 )
 def test_tools_without_sense_are_refused(tool_world, words, message):

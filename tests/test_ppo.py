@@ -257,8 +257,8 @@ def test_the_two_models_learn_apart(world):
     assert logged(seeded)[1]["kl"] != 0 or logged(seeded)[1]["reward"] != logged(calm)[1]["reward"]
 
 
-def test_a_sampler_of_another_precision_is_seen(world):
-    """37: here the trainer is the one in bf16. The difference is logged; the first ratio is still 1 up to the
+def test_what_sampler_and_trainer_differ_by_is_seen(world):
+    """37: both in bf16, which rounds differently in other shapes. It is logged; the first ratio is still 1 up to the
     rounding of other batch shapes."""
     found, _, _ = ppo(world, "ppo.steps=1", "ppo.precision=bf16", "ppo.ppo.importance_cap=2", output="bf16")
     line = logged(found)[1]

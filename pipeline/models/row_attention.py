@@ -61,18 +61,20 @@ def install(model) -> bool:
     """Give a model this attention in place of sdpa, and say whether it can have it: families for which `document_mask`
     was verified, without windows that are shorter than a row, caps and dropout."""
     config = model.config
-    if config._attn_implementation != "sdpa" or not family_of(config).document_mask:
-        return False
-    window = getattr(config, "sliding_window", None)
-    has_window = bool(window) and getattr(config, "use_sliding_window", True)
-    has_cap = bool(getattr(config, "attn_logit_softcapping", None))
-    if has_window or has_cap or _dropout(config):
+    if config._attn_implementation != "sdpa" or not family_of(config).document_mask or is_special(config):
         return False
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, forward)
     model.set_attn_implementation(NAME)
     return True
+
+
+def is_special(config) -> bool:
+    """Whether a model's attention is more than that of whole rows: windows, caps of its scores, dropout."""
+    window = getattr(config, "sliding_window", None)
+    has_window = bool(window) and getattr(config, "use_sliding_window", True)
+    return has_window or bool(getattr(config, "attn_logit_softcapping", None)) or bool(_dropout(config))
 
 
 def _dropout(config) -> float:

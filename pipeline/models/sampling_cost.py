@@ -136,20 +136,22 @@ def gathered_bytes(config, size: Size, layout: Layout) -> float:
 def sampling_bytes(config, size: Size, length: int, layout: Layout, sampling: Sampling) -> dict[str, float]:
     """While a batch is sampled: at its last token, when the cache is longest, or while the prompts are read."""
     rows, prompt = sampling.rows, length - sampling.new_tokens
-    in_bf16 = layout.precision == "bf16" and (layout.shard is not None or size.frozen_bytes < 4.0 * size.frozen)
-    # Rotary positions leave keys in fp32 under autocast, and transformers' cache appends values to an empty tensor of
-    # the keys' type, which makes fp32 of them, too.
+    in_bf16 = layout.precision == "bf16"
+    has_casts = in_bf16 and layout.shard is None and size.frozen_bytes == 4.0 * size.frozen
     keys, values, repeated = _cache_widths(config)
-    item = 2.0 if in_bf16 else 4.0
-    per_token = 4.0 * (keys + values)
-    layers = config.num_hidden_layers
-    # A layer's cache while it gets a token, and its keys and values for attention: cast, and repeated for each head.
+    layers, item = config.num_hidden_layers, 2.0 if in_bf16 else 4.0
+    casts = 2.0 * size.cast if has_casts else 0.0  # autocast keeps one of each weight until the batch is sampled
+    # While prompts are read, transformers' cache has keys and values as rotary positions leave them, in fp32; then they
+    # are kept in the type of the arithmetic (rl/kv_cache.py).
+    first, per_token = 4.0 * (keys + values), item * (keys + values)
+    # A layer's cache while rows are dropped, and its keys and values for attention: repeated for each head.
     decoding = rows * length * (per_token + 2 * item * repeated) + 40.0 * rows * config.vocab_size
     reading = _forward_bytes(config, size, rows, prompt, item) + rows * prompt * 2 * item * repeated
     cache, temporary = rows * length * per_token * layers, decoding
-    if rows * prompt * per_token * layers + reading > cache + temporary:
-        cache, temporary = rows * prompt * per_token * layers, reading
-    return {"gathered": gathered_bytes(config, size, layout), "keys and values": cache, "temporary": temporary}
+    if rows * prompt * first * layers + reading > cache + temporary:
+        cache, temporary = rows * prompt * first * layers, reading
+    gathered = gathered_bytes(config, size, layout)
+    return {"gathered": gathered, "keys and values": cache, "temporary": temporary + casts}
 
 
 def measuring_bytes(config, size: Size, length: int, layout: Layout, sampling: Sampling) -> dict[str, float]:

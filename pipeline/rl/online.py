@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from pipeline.core import distributed
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
@@ -16,7 +17,7 @@ from pipeline.core.intervals import shares, warn
 from pipeline.core.output import Output
 from pipeline.core.terminal import plural
 from pipeline.data.chat.template import Chat
-from pipeline.models import attention, cost, sampling_cost
+from pipeline.models import attention, cost, fused_norm, sampling_cost, short_attention
 from pipeline.models.cost import Size
 from pipeline.models.folder_weights import FolderWeights
 from pipeline.rl import sentinel
@@ -86,17 +87,24 @@ def load_parents(config: OnlineConfig, inputs: dict[str, Artifact]) -> Parents:
 def load_policy(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights | None]:
     """The policy or its reference, as it samples and measures, and what fills it (finetune.load_model)."""
     model, weights = finetune.load_model(config, parent)
-    attention.choose(model, config.attention, config.precision)
-    disable_dropout(model)
+    prepare_to_compute(config, model)
     predict_at_labels(model, config.rollout.temperature)
     return model, weights
+
+
+def prepare_to_compute(config: OnlineConfig, model) -> None:
+    """Without dropout, with the attention of the recipe, and on a CPU in bf16 with what is fast there on short rows."""
+    attention.choose(model, config.attention, config.precision)
+    if config.precision == "bf16" and distributed.device().type == "cpu":
+        short_attention.install(model)
+        fused_norm.install(model)
+    disable_dropout(model)
 
 
 def load_judge(config: OnlineConfig, parent: Parent) -> tuple[Any, FolderWeights | None]:
     """The reward model, and what fills it."""
     model, weights = finetune.load_model(config, parent, head="judge")
-    attention.choose(model, config.attention, config.precision)
-    disable_dropout(model)
+    prepare_to_compute(config, model)
     return model, weights
 
 

@@ -19,6 +19,7 @@ import torch
 
 from pipeline.core.seeds import splitmix64
 from pipeline.models.frozen import computing
+from pipeline.rl.kv_cache import reserve
 
 # Rows that have ended are dropped from the batch when this share of it is left: each drop copies the cache once.
 DROP_AT = 0.75
@@ -131,6 +132,8 @@ def _sample_batch(prompts, model, limits, temperature, stop_ids, pad_id, uniform
         if t == 0 and len(distinct) < len(prompts):
             cache.batch_select_indices(source)
             logits, mask, step_positions = logits[source], mask[source], step_positions[source]
+        if t == 0:
+            reserve(cache, width + max_new_tokens - 1)  # the last token is not read
         chosen, logprobs = choose(logits, temperature, draws[active, t])
         rows = active[live]
         tokens_BT[rows, t], logprobs_BT[rows, t] = chosen[live], logprobs[live]

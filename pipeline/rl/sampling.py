@@ -10,7 +10,6 @@ function of the weights, its prompt and its seed; one of a server depends also o
 moment, by rounding. The policy must have its complete parameters (Engine.gathered).
 """
 
-import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -59,15 +58,22 @@ def start(models, prompts: list[list[int]], seeds: list[int], *, temperature: fl
 
 
 def own_sampler(models, temperature: float) -> Callable[..., list[Completion]]:
-    """(prompts, seeds=, max_new_tokens=) -> completions of the policy's own module (rollout.generate)."""
-    return functools.partial(
-        generate,
-        models.policy.model,
-        temperature=temperature,
-        stop_ids=models.stop_ids,
-        pad_id=models.pad_id,
-        batch=models.config.rollout.batch,
-    )
+    """(prompts, seeds=, max_new_tokens=) -> completions of the policy's own module (rollout.generate), which computes
+    as the trainer does. Around all tokens, autocast rounds each weight once."""
+
+    def sampler(prompts: list[list[int]], **options) -> list[Completion]:
+        with models.autocast():
+            return generate(
+                models.policy.model,
+                prompts,
+                temperature=temperature,
+                stop_ids=models.stop_ids,
+                pad_id=models.pad_id,
+                batch=models.config.rollout.batch,
+                **options,
+            )
+
+    return sampler
 
 
 def _result(server: RolloutServer, future: Future | None) -> list[Completion]:

@@ -27,6 +27,18 @@ class _Ordering(torch.nn.Module):
         return 0.0 * sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
 
 
+@contextlib.contextmanager
+def casts_kept():
+    """Inside, autocast keeps its casts of weights after a forward pass, for the next micro-batch: weights change only
+    after the last one, and backward passes outside of autocast leave the casts' graphs usable."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
 class Replicated(Engine):
     """Every process holds the whole model and optimizer; gradients are averaged by DDP on the last micro-batch of a
     step."""
@@ -70,14 +82,15 @@ class Replicated(Engine):
     def _update(self, micro_batches, weight, lr):
         self.module.train()
         sums = Sums()
-        for index, batch in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if is_last or self.data_world == 1 else self.module.no_sync():
-                phases.enter("forward")
-                loss, metrics = self._forward(self.module, batch)
-                sums.add(loss, metrics)
-                phases.enter("backward")
-                (loss * (self.data_world / weight)).backward()  # DDP averages over processes
+        with casts_kept() if len(micro_batches) > 1 else contextlib.nullcontext():
+            for index, batch in enumerate(micro_batches):
+                is_last = index == len(micro_batches) - 1
+                with contextlib.nullcontext() if is_last or self.data_world == 1 else self.module.no_sync():
+                    phases.enter("forward")
+                    loss, metrics = self._forward(self.module, batch)
+                    sums.add(loss, metrics)
+                    phases.enter("backward")
+                    (loss * (self.data_world / weight)).backward()  # DDP averages over processes
         phases.enter("reduce")
         sums.tensors[NORM] = clip_gradients(self.parameters, self.config.optimizer.max_grad_norm)
         total = sums.reduced(NORM)  # the only read of the device in a step

@@ -107,8 +107,8 @@ def _read_prompts(config, engine) -> None:
 
 @torch.no_grad()
 def _sample_last(config, engine) -> None:
-    """A token after all others of the longest rows. The types of keys and values are those of a first token."""
-    from transformers import DynamicCache
+    """A token after all others of the longest rows."""
+    from pipeline.rl.kv_cache import reserve
 
     rows, length = config.rollout.batch, config.sequence_length
     with engine.gathered(), _autocast(config):
@@ -116,15 +116,12 @@ def _sample_last(config, engine) -> None:
         ids, mask = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
         arguments = {"input_ids": ids, "position_ids": ids, "use_cache": True, "logits_to_keep": 1}
         cache = model(**arguments, attention_mask=mask[:, :1]).past_key_values
-        full = DynamicCache(config=model.config)
-        for index, layer in enumerate(cache.layers):
+        reserve(cache, length)
+        for layer in cache.layers:
             heads, width = layer.keys.shape[1], layer.keys.shape[3]
-            keys, values = (
-                torch.empty(rows, heads, length - 1, width, dtype=kept.dtype) for kept in (layer.keys, layer.values)
-            )
-            full.update(keys, values, index)
-        del keys, values
-        outputs = model(**arguments, attention_mask=mask, past_key_values=full)
+            empty = torch.empty(1, 1, 1, 1, dtype=layer.keys.dtype).expand(rows, heads, length - 2, width)
+            layer.update(empty, empty)
+        outputs = model(**arguments, attention_mask=mask, past_key_values=cache)
         choose(outputs.logits[:, -1], config.rollout.temperature, torch.zeros(rows, dtype=torch.float64))
     engine.model.train()
 
