@@ -43,6 +43,15 @@ LAYOUTS = (
     Layout("pipeline of 2", 2, {"pipeline": 2}),
     Layout("pipeline of 2 x 2 data ranks, ZeRO-1", 4, {"pipeline": 2, "zero": 1}),
 )
+MUON_REFERENCE = "one process, Muon"
+# Further ones, of a recipe with Muon. DeepSpeed has none of them.
+MUON_LAYOUTS = (
+    Layout(MUON_REFERENCE, 1, {}),
+    Layout("DDP, Muon", 2, {}),
+    Layout("FSDP, Muon", 2, {"shard": "full"}),
+    Layout("FSDP, 2 copies x 2 ranks, Muon", 4, {"shard": "hybrid", "shard_ranks": 2}),
+)
+REFERENCES = (REFERENCE, MUON_REFERENCE)
 # Those through which `alma verify resume` moves a run, before it ends in the recipe's own.
 ROUTE = (REFERENCE, "DDP", "ZeRO-3", "FSDP", "pipeline of 2")
 
@@ -119,6 +128,13 @@ def with_own(config, num_layers: int) -> tuple[list[Layout], str]:
     return [*without_pipeline, own, *layouts[len(without_pipeline) :]], line
 
 
+def with_muon(layouts: list[Layout], optimizer: dict) -> list[Layout]:
+    """Those of a recipe with Muon, before the pipelines. optimizer: the block of the recipe."""
+    own = [layout._replace(changes={"optimizer": optimizer}) for layout in MUON_LAYOUTS]
+    without_pipeline = [layout for layout in layouts if layout.depth == 1]
+    return [*without_pipeline, *own, *layouts[len(without_pipeline) :]]
+
+
 def route(config, shape) -> tuple[list[Layout], str]:
     """The layouts through which a run is moved, and a line that says so: ROUTE, without a pipeline if the model's
     `shape` cannot be cut into stages, and then the recipe's own, or one process if the recipe's own is on the route."""
@@ -149,11 +165,11 @@ def trials(precisions: list[str], layouts: list[Layout]) -> list[dict]:
         for precision in precisions:
             for embeddings in ("tied", "untied"):
                 micro_batches = 1
-                if layout.name != REFERENCE and (layout.processes == 1 or embeddings == "tied"):
+                if layout.name not in REFERENCES and (layout.processes == 1 or embeddings == "tied"):
                     micro_batches = min(4, rows)
                 changes = layout.changes
-                if layout.name == REFERENCE:
-                    changes = {"activation_checkpointing": "none"}
+                if layout.name in REFERENCES:
+                    changes = changes | {"activation_checkpointing": "none"}
                 trial = {
                     "layout": layout.name,
                     "processes": layout.processes,

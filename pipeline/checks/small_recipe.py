@@ -83,7 +83,11 @@ def prepare(
         )
         block.update(dict.fromkeys(dropouts, 0.0))
     if config.optimizer.kind == "muon":
-        lines.append("optimizer  AdamW instead of Muon, which needs complete matrices, so no ZeRO and no pipeline")
+        lines.append("optimizer  AdamW instead of Muon, which ZeRO and pipelines do not have")
+    if config.precision == "fp8":
+        lines.append(
+            "precision  bf16 instead of fp8, whose scales are those of a micro-batch, which layouts cut differently"
+        )
     attention = config.attention
     if attention == "flash_attention_2":  # it needs bf16, which not every layout of a proof has
         attention = "auto"
@@ -113,6 +117,7 @@ def prepare(
         "sequence_length": length,
         "batch_size": ROWS,
         "micro_batch": None,
+        "precision": config.wide_precision,
         "optimizer": config.optimizer.model_copy(update={"kind": "adamw"}),
         "parallel": type(config.parallel)(),
         "attention": attention,

@@ -2,8 +2,9 @@
 
 From one seed checkpoint, the loss and the gradient norm of every step in every layout are compared with those of one
 process that takes all rows at once, compiles nothing and recomputes no activations. The layout of the recipe is among
-them. Every step is clipped. A NaN in one gradient of the last process (the last stage of a pipeline) must not reach the
-weights of any process.
+them. A recipe with Muon is proved twice: with AdamW in all layouts, and with Muon in those that have it. Every step is
+clipped. A NaN in one gradient of the last process (the last stage of a pipeline) must not reach the weights of any
+process.
 """
 
 import json
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 from pipeline.checks import launch, tables
-from pipeline.checks.layouts import REFERENCE, trials, with_own
+from pipeline.checks.layouts import REFERENCES, trials, with_muon, with_own
 from pipeline.checks.small_recipe import ROWS, Prepared, prepare, stage_of, workplace
 from pipeline.core.artifact import software
 from pipeline.core.config import dump
@@ -42,12 +43,16 @@ def verify(
     began = time.time()
     with workplace(recipe, "parallel", keep) as work:
         ready = prepare(recipe, stage, work, STEPS + 2, full=full, width=width, layers=layers)
-        precisions = ["fp32", "bf16"] if ready.config.precision == "bf16" else ["fp32"]
+        precisions = ["fp32", "bf16"] if ready.config.wide_precision == "bf16" else ["fp32"]
         max_grad_norm = min(MAX_GRAD_NORM, ready.config.optimizer.max_grad_norm)
         optimizer = ready.config.optimizer.model_copy(update={"max_grad_norm": max_grad_norm})
         config = ready.config.model_copy(update={"optimizer": optimizer})
         num_layers = model_block.block_config(config.model).num_hidden_layers
         layouts, layouts_line = with_own(recipe.stages[stage], num_layers)
+        if recipe.stages[stage].optimizer.kind == "muon":
+            # products in bf16 would make more of the last bits than is allowed here
+            changes = {"products": "fp32", "max_grad_norm": max_grad_norm}
+            layouts = with_muon(layouts, dump(recipe.stages[stage].optimizer.model_copy(update=changes)))
         gpus = launch.gpus()
         if not gpus:
             # DeepSpeed, which transformers imports, would warn that there is no GPU
@@ -63,7 +68,7 @@ def verify(
             say(line)
         results = _train(config, ready, work, trials(precisions, layouts), gpus)
         rows = judge(results, max_grad_norm)
-    others = [row["passed"] for row in rows if row["layout"] != REFERENCE]
+    others = [row["passed"] for row in rows if row["layout"] not in REFERENCES]
     passed = all(row["passed"] is not False for row in rows) and any(others)
     report = {
         "recipe": recipe.name,
@@ -111,7 +116,7 @@ def _train(config, ready: Prepared, work: Path, all_trials: list[dict], gpus: in
         results += _launch(job | {"trials": chosen}, world, work, on_gpu=gpus > 0)
         say(f"{plural(world, 'process/processes')}: {plural(len(chosen), 'run')} in {time.time() - began:.0f} s")
         for trial in results:
-            if trial["layout"] == REFERENCE and "refused" in trial:  # there is nothing to compare with
+            if trial["layout"] in REFERENCES and "refused" in trial:  # there is nothing to compare with
                 raise UserError(trial["refused"])
     return results
 
@@ -169,8 +174,8 @@ def judge(results: list[dict], max_grad_norm: float) -> list[dict]:
     `passed` is None where it was refused."""
     references = {}
     for trial in results:
-        if trial["layout"] == REFERENCE:
-            references[trial["precision"], trial["embeddings"]] = trial
+        if trial["layout"] in REFERENCES:
+            references[_compared(trial)] = trial
     rows: dict[tuple, dict] = {}
     for trial in results:
         empty = {
@@ -189,8 +194,14 @@ def judge(results: list[dict], max_grad_norm: float) -> list[dict]:
         elif "died" in trial:
             row.update(passed=False, reason=trial["died"])
         else:
-            _add_trial(row, trial, references[trial["precision"], trial["embeddings"]], max_grad_norm)
+            _add_trial(row, trial, references[_compared(trial)], max_grad_norm)
     return list(rows.values())
+
+
+def _compared(trial: dict) -> tuple:
+    """What a trial and its reference have in common."""
+    optimizer = trial["changes"].get("optimizer", {}).get("kind", "adamw")
+    return optimizer, trial["precision"], trial["embeddings"]
 
 
 def _add_trial(row: dict, trial: dict, reference: dict, max_grad_norm: float) -> None:
@@ -244,7 +255,7 @@ def print_table(rows: list[dict]) -> None:
             result = f"refused: {row['reason']}"
         elif not row["passed"]:
             result = f"FAILED: {row['reason']}"
-        elif row["layout"] == REFERENCE:
+        elif row["layout"] in REFERENCES:
             loss = grad_norm = ""
             result = "reference"
         table.add_row(row["layout"], str(row["processes"]), row["precision"], loss, grad_norm, kept_out, result)

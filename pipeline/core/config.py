@@ -255,6 +255,9 @@ class StageConfig(Strict):
                     source.check_machine(f"stage {self.kind}: {block.key}.{name}")
         problems.refuse()
 
+    def check_device(self) -> None:
+        """Check that the devices of this machine, on which the stage will run, have what it needs."""
+
     def check_inputs(self, inputs: dict[str, PlannedInput]) -> None:
         """Check what this stage needs of its inputs, as far as it is known. Messages begin with a key of the stage."""
 

@@ -10,6 +10,7 @@ EXTRAS = {
     "datasets": "datasets",
     "bitsandbytes": "qlora",
     "compressed_tensors": "quantized",
+    "torchao": "fp8",
     "starlette": "serve",
     "uvicorn": "serve",
     "plotly": "report",

@@ -94,6 +94,7 @@ def _check_processes(node: Node) -> None:
         from pipeline.core.distributed import choose_device
 
         choose_device(node.config, run.processes)
+    node.config.check_device()
 
 
 def lacking(node: Node) -> list[str]:

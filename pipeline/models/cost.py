@@ -19,6 +19,8 @@ EXPERTS = re.compile(r"(^|\.)experts\.")  # routed experts; shared ones are call
 # FSDP (simulated, docs/log.md, 69).
 COMPILED_SHARE, COMPILED_SHARE_FSDP = 0.62, 0.746
 LIVE_PARAMETERS = 1e9  # that DeepSpeed's ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
+MUON_BYTES = 14.0  # per element of a matrix while it is orthogonalised: 7 copies in bf16 (train/muon_sharded.py)
+MUON_BUCKET = 32 << 20  # elements of the matrices that a process orthogonalises at a time, under FSDP
 ENDS = 24.0  # bytes per token and width: the embedding's output, the last norm, the gradient of the hidden state
 DEEPSPEED_BUCKET = 50_000_000  # elements of one buffer, which train/sharded.py sets; DeepSpeed's default is 500M, 2 GB
 
@@ -56,6 +58,10 @@ class Size:
     """Sum over layers of the widths of their norms, without those of single heads."""
     materialises_scores: bool = False
     """The family has no fused attention."""
+    matrices: int = 0
+    """Those parameters that Muon would train (train/muon.py)."""
+    largest_matrix: int = 0
+    """The elements of the largest of them."""
 
     @property
     def body(self) -> int:
@@ -100,12 +106,17 @@ def count(model) -> Size:
     frozen_bytes = frozen.NF4_BYTES * sum(four_bits.values())
     frozen_bytes += sum(p.nbytes for p in still if id(p) not in four_bits)
     read, given, norms = _widths(model, picked)
+    matrices = [
+        p.numel() for p in parameters if p.requires_grad and p.dim() == 2 and min(p.shape) > 1 and id(p) not in tables
+    ]
     return Size(
         total=total,
         inputs=read,
         outputs=given,
         norms=norms,
         materialises_scores=not model._supports_sdpa,
+        matrices=sum(matrices),
+        largest_matrix=max(matrices, default=0),
         embedding=sum(tables.values()),
         lookup=sum(lookups.values()),
         experts=experts,
@@ -272,7 +283,19 @@ def _stage_memory(config, size: Size, sequence_length: int, layout: Layout, inde
     else:
         parts["logits"], parts["temporary"] = 0.0, again
     parts["temporary"] += _buffer_bytes(size, own, layout)
+    if layout.optimizer == "muon":
+        # activations and logits are gone when weights are updated
+        while_computing = parts["activations"] + parts["logits"]
+        parts["temporary"] = max(parts["temporary"], _orthogonalising_bytes(size, layout) - while_computing)
     return parts
+
+
+def _orthogonalising_bytes(size: Size, layout: Layout) -> float:
+    """Of Muon's update: of one matrix, and under FSDP of as many as a process has at a time."""
+    elements = size.largest_matrix
+    if layout.shard:
+        elements = max(elements, min(MUON_BUCKET, size.matrices / layout.shard))
+    return MUON_BYTES * elements
 
 
 def _zero_stage(layout: Layout) -> int | None:
@@ -285,9 +308,11 @@ def state_bytes(size: Size, layout: Layout, share: float = 1.0) -> dict[str, flo
     weight only."""
     zero, ranks = _zero_stage(layout), layout.ranks
     trained = size.trained * share
-    # Adam keeps two moments; Muon one, for the matrices, which are nearly all. DeepSpeed's ZeRO keeps an fp32 copy of
-    # the rank's share in addition to fp32 weights.
-    moment_bytes = 4.0 if layout.optimizer == "muon" else 8.0
+    # Adam keeps two moments; Muon one, for the matrices. DeepSpeed's ZeRO keeps an fp32 copy of the rank's share in
+    # addition to fp32 weights.
+    moment_bytes = 8.0
+    if layout.optimizer == "muon" and size.trained:
+        moment_bytes -= 4.0 * size.matrices / size.trained
     copy_bytes = 4.0 if zero else 0.0
     weight_ranks = ranks if zero == 3 else layout.shard or 1
     gradient_ranks = ranks if zero in (2, 3) else layout.shard or 1
@@ -428,4 +453,4 @@ def inner_width(config) -> int:
 
 def checkpoint_bytes(size: Size, optimizer: str = "adamw") -> float:
     """Bytes of one training checkpoint: fp32 weights and moments of what is trained, whatever the layout."""
-    return size.trained * (8.0 if optimizer == "muon" else 12.0)
+    return 12.0 * size.trained - (4.0 * size.matrices if optimizer == "muon" else 0.0)

@@ -62,6 +62,8 @@ class Shape:
     layer_parameters: float
     table_parameters: float
     """Input and output tables."""
+    orthogonalising: float = 0.0
+    """FLOPs of Muon's products in one update, per layer."""
 
     @property
     def parameters(self) -> float:
@@ -106,6 +108,8 @@ class Setup:
     compiled: bool = False
     materialises_scores: bool = False
     """Attention's scores are written to memory."""
+    muon: bool = False
+    """Matrices are orthogonalised, each on one of the processes that share it, and on all that hold all of it."""
 
     @property
     def devices(self) -> int:
@@ -138,7 +142,11 @@ def shape_of(model, sequence_length: int) -> Shape:
             matrices.append((parameter.shape[2], parameter.shape[1], float(picked)))
     size = cost.count(model)
     _, saved = cost.layer_bytes(config, cost.count(model), sequence_length, cost.Layout())
+    # five iterations, of which each multiplies the shorter side with the longer one twice and with itself once
+    short_and_long = [sorted(parameter.shape) for parameter in layers[-1].parameters() if parameter.dim() == 2]
+    orthogonalising = 5.0 * sum(4 * short**2 * long + 2 * short**3 for short, long in short_and_long)
     return Shape(
+        orthogonalising=orthogonalising,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
@@ -161,6 +169,7 @@ def setup_of(layout: cost.Layout, length: int) -> Setup:
         "data": layout.ranks,
         "recomputed": recomputed,
         "compiled": layout.compiled,
+        "muon": layout.optimizer == "muon",
     }
     if layout.depth > 1:  # ZeRO-1 among the data ranks of a stage, fp32 hidden states
         return Setup(
@@ -336,6 +345,9 @@ def _each_step(shape: Shape, setup: Setup, cluster: Cluster, backward: float) ->
         gather = ring_seconds(setup.gather_bytes * parameters, setup.data, setup.tensor, cluster)
         hide, show = _overlapped(setup.overlaps, backward / 2, gather)
         seconds += show + INTERFERENCE * hide
+    if setup.muon and setup.shard > 1:  # bf16, to the process that orthogonalises and back, nothing hidden
+        exchanged = 2 * 2.0 * parameters / setup.shard
+        seconds += ring_seconds(exchanged, setup.shard, setup.tensor, cluster)
     return seconds
 
 
@@ -347,4 +359,8 @@ def _overlapped(overlaps: bool, compute: float, communication: float) -> tuple[f
 
 def _update(shape: Shape, setup: Setup, cluster: Cluster) -> float:
     own = setup.data if setup.shares_optimizer else setup.shard
-    return UPDATE_BYTES * _own_parameters(shape, setup) / own / cluster.device.bandwidth
+    seconds = UPDATE_BYTES * _own_parameters(shape, setup) / own / cluster.device.bandwidth
+    if setup.muon:
+        flops = shape.layers * shape.orthogonalising / setup.shard
+        seconds += flops / (_share(SHARE, cluster) * cluster.device.peak)
+    return seconds

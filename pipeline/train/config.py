@@ -82,13 +82,15 @@ class Optimizer(Strict):
     for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """muon learns more from each token and needs whole matrices: not with zero, shard or pipeline."""
+    """muon learns more from each token and needs whole matrices: not with zero or pipeline."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the two moments; (0.9, 0.95) is GPT-3's, section B."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """muon only: decay of its momentum."""
+    products: Literal["auto", "fp32", "bf16"] = "auto"
+    """muon only: in what its products are computed. auto: bf16, and fp32 on processors without bf16 instructions."""
     eps: float = Field(1e-8, gt=0)
     """Added to the denominator."""
     weight_decay: float = Field(0.1, ge=0)
@@ -100,6 +102,7 @@ class Optimizer(Strict):
     def no_unused_keys(self):
         if self.kind != "muon":
             refuse_unused(self, "momentum", "applies only to kind: muon (adamw uses `betas`)")
+            refuse_unused(self, "products", "applies only to kind: muon")
         return self
 
 
@@ -365,12 +368,17 @@ class TrainConfig(StageConfig):
                 raise ValueError(f"spikes.{error}") from None
         return self
 
+    @property
+    def wide_precision(self) -> Literal["fp32", "bf16"]:
+        """The type of what is not multiplied in fp8, which only pretraining has."""
+        return self.precision
+
     @model_validator(mode="after")
     def whole_matrices(self):
-        if self.optimizer.kind == "muon" and self.parallel.needs_group:
+        if self.optimizer.kind == "muon" and self.parallel.needs_deepspeed:
             raise ValueError(
-                "optimizer.kind: muon needs complete matrices, which zero, shard and pipeline split; use adamw, or"
-                " plain data parallelism (parallel: {})"
+                "optimizer.kind: muon needs complete matrices, which DeepSpeed (zero, pipeline) keeps in parts of a"
+                " flat buffer; use shard: full, plain data parallelism (parallel: {}), or adamw"
             )
         return self
 

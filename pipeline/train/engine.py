@@ -316,7 +316,7 @@ class Engine:
         inputs = batch["inputs"]
         moved["inputs"] = {key: move(value) for key, value in inputs.items()}
         if "position_ids" in inputs and row_attention.is_installed(self.model):
-            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            dtype = torch.bfloat16 if self.config.wide_precision == "bf16" else torch.float32
             positions = inputs["position_ids"]
             moved["inputs"] |= row_attention.document_inputs(self.model, positions, self.device, dtype)
         return moved
@@ -339,7 +339,7 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(
         device.type,
         dtype=torch.bfloat16,
-        enabled=config.precision == "bf16",
+        enabled=config.wide_precision == "bf16",
         cache_enabled=config.activation_checkpointing == "none",
     )
 
@@ -488,7 +488,7 @@ def build(model, loss_fn: Loss, config: TrainConfig, *, name: str = "model", fil
     The model may be on the meta device: fill(part, global_name) then fills the part that a process keeps, or one part
     after another."""
     distributed.setup(config)
-    if config.precision == "bf16" and not multiplies_bf16(distributed.device()):
+    if config.wide_precision == "bf16" and not multiplies_bf16(distributed.device()):
         _warn_of_slow_bf16(config.kind)
     if config.activation_checkpointing != "none":
         layers.checkpoint(model, config.activation_checkpointing)

@@ -17,6 +17,7 @@ next one, so that a process never holds the complete model.
 
 import contextlib
 import copy
+import math
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from torch import nn
 from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.models import publish
-from pipeline.train import phases, shards
+from pipeline.train import muon, muon_sharded, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, finite, gradient_norm, set_learning_rate
 from pipeline.train.fsdp_sharding import Fill, Sharder
 from pipeline.train.state import Fragment, share
@@ -61,13 +62,21 @@ class FullySharded(Engine):
         self.mesh = mesh_of(config.parallel, self.device)
         self.size = self.mesh["shard"].size()
         self.num_copies = distributed.world() // self.size
+        self.matrices = muon.matrix_names(model) if config.optimizer.kind == "muon" else set()
         self.skeleton = without_weights(model)
-        sharder = Sharder(model, self.mesh, self.device, config.precision)
+        sharder = Sharder(model, self.mesh, self.device, config.wide_precision)
         sharder.shard(fill)
         self.sharded, self.pieces, self.whole = sharder.result()
         self.gathered_in = sharder.gathered_in
-        self.parameters = [piece.values for piece in self.pieces.values()] + list(self.whole.values())
-        self.optimizer = adamw(self.parameters, config, self.device)
+        self.parameters = [piece.values for piece in self.pieces.values() if piece.values.numel()]
+        self.parameters += list(self.whole.values())
+        if config.optimizer.kind == "muon":
+            group = self.mesh["shard"].get_group()
+            self.optimizer = muon_sharded.build(self.pieces, self.whole, self.matrices, group, config)
+            self.optimizers = self.optimizer.parts
+        else:
+            self.optimizer = adamw(self.parameters, config, self.device)
+            self.optimizers = [self.optimizer]
 
     # ---- updates -----------------------------------------------------------------------------------------------------
 
@@ -203,6 +212,10 @@ class FullySharded(Engine):
 
     # ---- saving and loading ------------------------------------------------------------------------------------------
 
+    def state_bytes(self):
+        # of a matrix Muon has one moment, where AdamW has two
+        return super().state_bytes() - 4 * sum(math.prod(self.shapes[name]) for name in self.matrices)
+
     def _layout(self):
         layout = super()._layout() | {"shard": self.config.parallel.shard}
         if self.num_copies > 1:
@@ -211,7 +224,7 @@ class FullySharded(Engine):
 
     def _held(self):
         own = self._shared_pieces(self._copy())
-        return own, shards.whole(self.whole, [self.optimizer]) + shards.buffers(self.model)
+        return own, shards.whole(self.whole, self.optimizers) + shards.buffers(self.model)
 
     def _copies(self):
         fragments = []
@@ -226,13 +239,13 @@ class FullySharded(Engine):
 
     def _shared_pieces(self, number: int) -> list[Fragment]:
         """What a process of this number of a copy writes of the pieces that it shares with the other copies."""
-        return share(shards.pieces(self.pieces, self.optimizer), number, self.num_copies)
+        return share(shards.pieces(self.pieces, self.optimizers), number, self.num_copies)
 
     def _updates(self):
-        return shards.updates_whole(self._optimized(), [self.optimizer])
+        return shards.updates_whole(self._optimized(), self.optimizers)
 
     def _begin_moments(self, saved):
-        shards.begin_whole(self._optimized(), [self.optimizer], saved)
+        shards.begin_whole(self._optimized(), self.optimizers, saved)
 
     def _optimized(self) -> dict[str, nn.Parameter]:
         return {name: piece.values for name, piece in self.pieces.items()} | self.whole

@@ -120,9 +120,7 @@ class Sharder:
                 whole[name] = parameter
                 continue
             sharded[name] = parameter
-            local = parameter.to_local().detach()
-            if not local.numel():
-                continue
+            local = parameter.to_local().detach()  # empty if there are fewer rows than processes
             values = nn.Parameter(local, requires_grad=parameter.requires_grad)
             values.lr_scale = self.scales[name]
             dim = parameter.placements[-1].dim

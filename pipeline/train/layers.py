@@ -13,7 +13,7 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.models import attention, row_attention
 from pipeline.models.model_parts import decoder_layers
-from pipeline.train import chunked_loss
+from pipeline.train import chunked_loss, fp8
 from pipeline.train.config import TrainConfig
 
 # Results that selective checkpointing keeps: matrix products and attention. Everything between them (norms, rotations,
@@ -34,7 +34,7 @@ NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
 def prepare(model, config: TrainConfig, **losses) -> None:
     """Set attention, output layer and compilation as a config says. losses: options of chunked_loss.install, for a
     stage with `head_chunk`. Raises UserError for what this model does not support."""
-    attention.choose(model, config.attention, config.precision, config.packed_rows(distributed.world()))
+    attention.choose(model, config.attention, config.wide_precision, config.packed_rows(distributed.world()))
     chunk, can_chunk = config.head_chunk(), chunked_loss.can_install(model)
     if isinstance(chunk, int) and not can_chunk:
         raise UserError(
@@ -43,6 +43,8 @@ def prepare(model, config: TrainConfig, **losses) -> None:
         )
     if chunk is not None and can_chunk:
         chunked_loss.install(model, None if chunk == "auto" else chunk, compiled=config.compile, **losses)
+    if config.precision == "fp8":
+        fp8.convert(model, f"stage {config.kind}")
     if config.compile:
         compile(model)
 

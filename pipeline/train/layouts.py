@@ -124,7 +124,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         zero=parallel.zero,
         micro=micro,
         accumulation=-(-(config.rows_of_update() // ranks) // micro),
-        precision=config.precision,
+        precision=config.wide_precision,
         optimizer=config.optimizer.kind,
         checkpointing=config.activation_checkpointing,
         attention=config.attention,

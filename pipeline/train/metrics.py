@@ -201,7 +201,7 @@ class Meters:
 def total_peak(config) -> float | None:
     """FLOP/s of the devices of all processes together, None if one of them is unknown. Measured on all at the same
     time, because CPU processes share a machine. Collective."""
-    own = peak(config.log.peak, config.precision, distributed.device())
+    own = peak(config.log.peak, config.wide_precision, distributed.device())
     total, num_unknown = distributed.all_reduce_sum([own or 0.0, float(own is None)])
     return None if num_unknown else total
 

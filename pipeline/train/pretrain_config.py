@@ -46,6 +46,9 @@ class Config(TrainConfig):
 
     MODEL = PublishedModel("model", "completion")
 
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """bf16: autocast with fp32 master weights and fp32 accumulation; fp32: everything in fp32; fp8: like bf16, with the
+    linear layers inside decoder layers in 8-bit floats, by torchao on GPUs that have them (docs/pretrain.md)."""
     steps: int | None = Field(None, ge=1)
     """Training length in optimizer steps. Exactly one of steps, tokens, tokens_per_parameter and time is given."""
     tokens: int | None = Field(None, ge=1)
@@ -129,6 +132,55 @@ class Config(TrainConfig):
                 " each document; in concatenated rows they would displace text"
             )
         return self
+
+    @model_validator(mode="after")
+    def fp8_where_it_was_tried(self):
+        if self.precision == "fp8" and self.parallel.needs_deepspeed:
+            raise ValueError(
+                "precision: fp8 is for one process, DDP and shard, and was not tried with DeepSpeed (zero, pipeline);"
+                " use shard: full, or precision: bf16"
+            )
+        return self
+
+    @property
+    def wide_precision(self) -> Literal["fp32", "bf16"]:
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    def check_machine(self) -> None:
+        problems = Problems()
+        with problems.gather():
+            super().check_machine()
+        if self.precision == "fp8":
+            from pipeline.train import fp8
+
+            with problems.gather():
+                fp8.check_package(f"stage {self.kind}")
+        problems.refuse()
+
+    def check_device(self) -> None:
+        if self.precision == "fp8":
+            from pipeline.train import fp8
+
+            fp8.check_device(f"stage {self.kind}")
+
+    def warnings(self) -> list[str]:
+        found = super().warnings()
+        if self.precision == "fp8" and not self.compile:
+            found.append(
+                "precision: fp8 without compile: true rounds numbers in many small kernels, which may take longer than"
+                " its products save; add compile: true"
+            )
+        return found
+
+    def check_layout(self, world: int) -> None:
+        super().check_layout(world)
+        tokens = self.micro_rows(world) * self.sequence_length
+        if self.precision == "fp8" and tokens % 16:
+            raise UserError(
+                f"stage {self.kind}: precision: fp8 needs micro-batches whose tokens are divisible by 16, and"
+                f" {self.micro_rows(world)} rows of {self.sequence_length} are {tokens:,}; change sequence_length or"
+                " micro_batch, or use precision: bf16"
+            )
 
     def packed_rows(self, world: int) -> int:
         return self.micro_rows(world) if self.document_mask else 1

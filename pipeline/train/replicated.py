@@ -6,9 +6,8 @@ import warnings
 import torch
 
 from pipeline.core import distributed
-from pipeline.train import phases, shards
+from pipeline.train import muon, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, clip_gradients, finite, set_learning_rate
-from pipeline.train.muon import Muon
 from pipeline.train.state import Fragment
 
 NORM = "gradient_norm"  # key among a step's sums
@@ -58,8 +57,8 @@ class Replicated(Engine):
             self._order_buckets()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if config.optimizer.kind == "muon":
-            self.optimizer = Muon(model, config, self.device)
-            self.optimizers = list(self.optimizer.parts.values())
+            self.optimizer = muon.of_model(model, config, self.device)
+            self.optimizers = self.optimizer.parts
         else:
             self.optimizer = adamw(self.parameters, config, self.device)
             self.optimizers = [self.optimizer]
@@ -115,8 +114,7 @@ class Replicated(Engine):
     def state_bytes(self):
         total = super().state_bytes()
         if self.config.optimizer.kind == "muon":  # one moment, where AdamW has two
-            for group in self.optimizer.parts["muon"].param_groups:
-                total -= 4 * sum(parameter.numel() for parameter in group["params"])
+            total -= 4 * sum(self.named[name].numel() for name in muon.matrix_names(self.model))
         return total
 
     def _held(self):

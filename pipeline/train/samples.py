@@ -119,7 +119,7 @@ class SampleWriter:
         # In eager mode, because every length of a cache would be compiled again.
         with (
             torch.compiler.set_stance("force_eager"),
-            torch.autocast(self.engine.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
+            torch.autocast(self.engine.device.type, dtype=torch.bfloat16, enabled=self.config.wide_precision == "bf16"),
         ):
             if self.engine.model is not None:
                 with self.engine.sampling() as model, row_attention.padded(self.engine.model):

@@ -114,10 +114,12 @@ class Piece(NamedTuple):
     start: int
 
 
-def pieces(parameters: dict[str, Piece], optimizer: torch.optim.Optimizer) -> list[Fragment]:
+def pieces(parameters: dict[str, Piece], optimizers: list[torch.optim.Optimizer]) -> list[Fragment]:
     fragments = []
     for name, piece in parameters.items():
-        state = optimizer.state.get(piece.values, {})
+        if not piece.values.numel():  # fewer rows than processes
+            continue
+        state = _state_of(piece.values, optimizers)
         tensors = {"weight": piece.values.detach()} | {kind: state[kind] for kind in MOMENTS if kind in state}
         outer, inner = math.prod(piece.shape[: piece.dim]), math.prod(piece.shape[piece.dim + 1 :])
         for kind, tensor in tensors.items():

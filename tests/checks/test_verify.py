@@ -119,6 +119,40 @@ def test_a_run_that_loses_its_moments_is_detected(tmp_path, monkeypatch, capsys)
     assert "RUNS DIFFER" in capsys.readouterr().out
 
 
+def test_a_recipe_with_muon_is_proved_with_both_optimizers():
+    """Each trial with Muon is compared with one process with Muon, and pipelines come last."""
+    chosen = layouts.with_muon(list(layouts.LAYOUTS), {"kind": "muon"})
+    assert [layout.depth for layout in chosen] == sorted(layout.depth for layout in chosen)
+    names = [layout.name for layout in chosen if layout.changes]
+    assert names == ["one process, Muon", "DDP, Muon", "FSDP, Muon", "FSDP, 2 copies x 2 ranks, Muon"]
+    trials = layouts.trials(["fp32"], chosen)
+    steps = [{"loss": 1.0, "grad_norm": 1.0, "applied": True}]
+    results = []
+    for trial in trials:
+        with_muon = "optimizer" in trial["changes"]
+        assert with_muon == trial["layout"].endswith("Muon") and (trial["micro_batches"] == 1) >= (
+            trial["layout"] in layouts.REFERENCES
+        )
+        found = [step | {"loss": 2.0} for step in steps] if with_muon else steps
+        results.append(trial | {"steps": found, "from_seed": True, "nan_kept_out": True})
+    rows = verify_parallel.judge(results, 0.1)
+    assert len(rows) == len(chosen) and all(row["passed"] and row["loss"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_muon_agrees_in_all_layouts_that_have_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "run", harness.launch_of_a_proof)
+    (tmp_path / "recipe.yaml").write_text(tiny.RECIPE)
+    monkeypatch.setattr(layouts, "LAYOUTS", layouts.LAYOUTS[:1])
+    words = ["verify", "parallel", "recipe.yaml", "pretrain.optimizer.kind=muon"]
+    assert alma(monkeypatch, tmp_path, *words) == 0, capsys.readouterr().out
+    rows = report(tmp_path, "parallel")["layouts"]
+    assert {row["layout"] for row in rows if row["passed"]} == {
+        "one process",
+        *(layout.name for layout in layouts.MUON_LAYOUTS),
+    }
+
+
 @pytest.mark.slow
 def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys):
     """As the README says, also from layout to layout, without running any stage; bf16 and fp32 where the processor has

@@ -200,14 +200,15 @@ def train(name: str, micro: int | None, folder: Path | None = None) -> dict:
 ENGINES: dict = {}  # one of each layout: DeepSpeed cannot build a plain engine in a process that has had a pipeline
 
 
-def muon(folder: Path | None = None):
-    """An engine with Muon, DDP or one process, and three steps of it, saved."""
+def muon(folder: Path | None = None, parallel: dict | None = None, products: str = "auto"):
+    """An engine with Muon and three steps of it, saved."""
     from tiny_engine import config, spoiled
 
     from pipeline.core import distributed
     from pipeline.train import engine
 
-    settings = config(optimizer={"kind": "muon", "lr": 3e-3, "max_grad_norm": 0.5}, micro_batch=2)
+    optimizer = {"kind": "muon", "lr": 3e-3, "max_grad_norm": 0.5, "products": products}
+    settings = config(optimizer=optimizer, micro_batch=2, parallel=parallel or {})
     trainer = engine.build(model(), spoiled, settings)
     for step in range(3):
         trainer.step(micro_batches(settings, trainer, step))

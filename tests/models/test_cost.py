@@ -1,12 +1,13 @@
 """Parameters, FLOPs and memory by arithmetic, against counters and measurements of torch."""
 
 import pytest
+import tiny_engine
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.models import cost
-from pipeline.train import peak_flops
+from pipeline.train import engine, muon, peak_flops
 
 LLAMA = {
     "hidden_size": 128,
@@ -251,3 +252,26 @@ def test_a_measured_peak_leaves_the_random_state_alone():
         and peak_flops.peak(12, "bf16", torch.device("cpu")) == 12e12
         and peak_flops.peak(None, "bf16", torch.device("cpu")) is None
     )
+
+
+def test_muon_has_one_moment_for_matrices_and_room_to_multiply_them():
+    """Counted by the engine's optimizer itself. Of FSDP's 8 processes each orthogonalises at most a bucket at a time."""
+    model = tiny_engine.tiny(hidden_size=64, intermediate_size=128)
+    size = cost.count(model)
+    names = muon.matrix_names(model)
+    sizes = [parameter.numel() for name, parameter in model.named_parameters() if name in names]
+    assert (size.matrices, size.largest_matrix) == (sum(sizes), max(sizes))
+    trainer = engine.build(model, tiny_engine.loss_fn, tiny_engine.config(optimizer={"kind": "muon"}))
+    trainer.step([tiny_engine.batch_of(0, range(8))])
+    moments = sum(
+        value.nbytes
+        for part in trainer.optimizer.parts
+        for state in part.state.values()
+        for value in state.values()
+        if value.dim()
+    )
+    layout = cost.Layout(optimizer="muon")
+    assert cost.state_bytes(size, layout)["optimizer"] == moments
+    assert cost.checkpoint_bytes(size, "muon") == trainer.state_bytes()
+    small = cost.memory(model.config, size, 1, cost.Layout(optimizer="muon", shard=8, ranks=8))
+    assert small["temporary"] + small["activations"] + small["logits"] >= cost.MUON_BYTES * size.matrices / 8

@@ -237,8 +237,9 @@ def test_what_cannot_be_combined_is_refused():
     ):
         with pytest.raises(ValidationError, match=message):
             Parallel(**keys)
-    with pytest.raises(ValidationError, match="muon needs complete matrices"):
-        config(parallel={"shard": "full"}, optimizer={"kind": "muon"})
+    for parallel in ({"zero": 1}, {"pipeline": 2}):
+        with pytest.raises(ValidationError, match="muon needs complete matrices, which DeepSpeed"):
+            config(parallel=parallel, optimizer={"kind": "muon"})
     with pytest.raises(
         UserError, match="4 processes cannot be divided into groups of parallel.shard_ranks: 3; use 2 or 4"
     ):
