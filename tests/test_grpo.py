@@ -51,6 +51,12 @@ def test_the_stage(world):
         assert line["policy_updates"] == 4 and (line["reward_spread"] > 0) == (line["equal_groups"] < 1)
         assert not {"kl", "value_loss", "value_lr"} & set(line)
     assert metrics["summary"]["output"] == "3 x 16 responses" and "kl_after" not in metrics
+    rollouts = [json.loads(line) for line in (found / "logs/rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rollouts] == [1] * 8 + [2] * 8 + [3] * 8  # two groups of four each
+    for row in rollouts:
+        assert not {"kl", "value"} & set(row) and row["reward"] == [0.0] * (row["length"] - 1) + [row["score"]]
+        assert len(set(row["advantage"])) == 1 and len(row["tokens"]) == row["length"]
+    assert rollouts[0]["prompt"] == rollouts[3]["prompt"] != rollouts[4]["prompt"]
     start, end = weights(world / "policy"), weights(found)
     assert any(not torch.equal(start[name], end[name]) for name in start)
 

@@ -74,6 +74,7 @@ def test_the_stage(world, plain):
         assert after == pytest.approx(before * (1 + min(max(line["kl"] / 0.1 - 1, -0.2), 0.2) * 8 / 100))
     rows = [json.loads(line) for line in (found / "samples.jsonl").read_text().splitlines()]
     assert [row["when"] for row in rows] == ["before"] * 8 + ["after"] * 8 and rows[0]["prompt"] == rows[8]["prompt"]
+    written_token_by_token(found, iterations)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,6 +100,26 @@ def test_the_stage(world, plain):
         assert 2 * reward(made).logits.item() - 1 == pytest.approx(row["greedy_reward"], abs=1e-4)
 
 
+def written_token_by_token(found, iterations):
+    """logs/rollouts.jsonl has all 8 responses of each iteration, and their tokens' numbers add up to those of
+    metrics.jsonl."""
+    rollouts = [json.loads(line) for line in (found / "logs/rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
+    for row in rollouts:
+        assert {len(row[name]) for name in ("tokens", "reward", "value", "kl", "advantage", "logprob")} == {
+            row["length"]
+        }
+        assert row["prompt"].startswith("<|im_start|>user\n") and max(row["logprob"]) <= 0
+        assert row["stopped"] == (row["tokens"][-1] in ("<|im_end|>", "<|eos|>"))
+    for line in iterations:
+        own = [row for row in rollouts if row["step"] == line["step"]]
+        assert sum(len(row["tokens"]) for row in own) == line["weight"]
+        assert np.mean([row["score"] for row in own]) == pytest.approx(line["reward"], abs=1e-3)
+        assert np.mean([sum(row["kl"]) for row in own]) == pytest.approx(line["kl"], abs=1e-3)
+        assert np.mean([sum(row["reward"]) for row in own]) == pytest.approx(line["rlhf_reward"], abs=1e-3)
+        assert sum(sum(row["advantage"]) for row in own) == pytest.approx(0, abs=0.02)  # they are whitened
+
+
 def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
     """39, 40: after a step, inside a save, at a random moment, twice while publishing; weights, samples and curve of
     the uninterrupted run."""
@@ -120,6 +141,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(world, plain):
     ]
     assert curves[0] == curves[1]
     assert metrics == plain[1]
+    assert (found / "logs/rollouts.jsonl").read_bytes() == (plain[0] / "logs/rollouts.jsonl").read_bytes()
 
 
 def test_stopped_by_a_signal_it_saves_and_goes_on(world, plain):

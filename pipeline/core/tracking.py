@@ -70,6 +70,16 @@ def plain(values: dict) -> dict:
     }
 
 
+def drop_lines(path: Path, after: int) -> None:
+    """Drop the lines of a file whose `step` is after `after`: a resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if step_of(line) <= after]
+    if len(kept) < len(lines):
+        write_atomic(path, "".join(line + "\n" for line in kept))
+
+
 def step_of(line: str) -> int:
     """Step of a line of metrics.jsonl; a line that was cut off counts as after all others."""
     try:

@@ -25,6 +25,7 @@ from pipeline.report.funnel import funnels
 from pipeline.report.masks import masks
 from pipeline.report.metric_series import MOST_POINTS, Metrics, read_metrics
 from pipeline.report.normal import bands
+from pipeline.report.rollouts import rollouts
 from pipeline.report.run_folder import Run
 from pipeline.report.words import Words
 
@@ -80,6 +81,7 @@ def page_of(run: Run, options: Options) -> str:
         "tokenizers": [stage for stage in stages if stage.kind == "tokenizer" and stage.metrics],
         "masks": masks(run),
         "answers": sections.answers(run),
+        "rollouts": rollouts(run),
         "changes": sections.changes(run),
         "assessments": sections.assessments(run),
         "shares": sections.shares(run),

@@ -247,6 +247,25 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "unreadable": ("{count:,} lines could not be read", "{count:,} 行无法解析"),
     "resumes_unknown": ("resumed {count} times; where is not recorded", "续训 {count} 次；未记录具体位置"),
+    # ---- rollouts
+    "token_by_token": ("Token by token: {stage}", "逐 token 查看：{stage}"),
+    "token_by_token_note": (
+        "Responses of the first and of the last iteration that was written. Green is positive and red negative, by the"
+        " square root of the size in relation to the largest number shown. The score of a response is in the reward of"
+        " its last token. Point at a token for its numbers.",
+        "取自最早与最近一次有记录的迭代。绿色为正、红色为负，深浅取绝对值与所示最大值之比的平方根。"
+        "整条回答的得分计入最后一个 token 的奖励。鼠标停在 token 上可查看数值。",
+    ),
+    "token.reward": ("reward", "奖励"),
+    "token.value": ("value", "价值"),
+    "token.kl": ("KL", "KL"),
+    "token.advantage": ("advantage", "优势"),
+    "token.logprob": ("log-probability", "对数概率"),
+    "iteration": ("iteration", "迭代"),
+    "token_count": ("{count:,} tokens", "{count:,} 个 token"),
+    "ended": ("ended by itself", "自行结束"),
+    "cut_off": ("cut off", "被截断"),
+    "numbers": ("numbers", "数值"),
     # ---- masks
     "masks_note": (
         "The first records of each source as the stage reads them. Underlined tokens carry loss; colors say whose"

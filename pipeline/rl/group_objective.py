@@ -4,7 +4,7 @@ loss, and the KL to the reference in one or the other. The algorithms are in grp
 
 import torch
 
-from pipeline.rl import grpo, kl, losses, reinforce_pp, rloo
+from pipeline.rl import grpo, kl, losses, reinforce_pp, rewards, rloo
 from pipeline.rl.objective import Objective
 from pipeline.rl.responses import Sample, token_statistics
 
@@ -37,17 +37,18 @@ def kl_estimator(config) -> kl.Estimator:
 
 def scores(config, samples: list[Sample], state: dict) -> torch.Tensor:
     """Reward of each response, [B], less the penalty for long ones."""
-    rewards = torch.tensor([sample.score for sample in samples])
+    scores = torch.tensor([sample.score for sample in samples])
     if config.overlong is not None:
         lengths = torch.tensor([float(len(sample.response_ids)) for sample in samples])
         shares = grpo.overlong_penalty(lengths, config.rollout.max_new_tokens, config.overlong.buffer)
-        rewards = rewards - config.overlong.penalty * shares
-    return rewards
+        scores = scores - config.overlong.penalty * shares
+    return scores
 
 
 def signal(config, tokens: dict[str, torch.Tensor], scores: torch.Tensor, kl_coef: float) -> dict[str, torch.Tensor]:
     """What the loss compares the policy with, each [B, T]: logprobs (if they were not measured, sampled_logprobs, for
-    the log), advantages, mask; with the KL in the loss also ref_logprobs, and with importance_cap importance."""
+    the log), advantages, mask; with the KL in the loss also ref_logprobs, and with importance_cap importance. For the
+    log of responses: rewards, the score at the last token of a response less the KL where that counts in the reward."""
     mask = tokens["mask"]
     name = "logprobs" if "logprobs" in tokens else "sampled_logprobs"
     signal = {name: tokens[name], "mask": mask}
@@ -57,6 +58,7 @@ def signal(config, tokens: dict[str, torch.Tensor], scores: torch.Tensor, kl_coe
     elif kl_coef:
         signal["ref_logprobs"] = tokens["ref_logprobs"]
     signal["advantages"] = advantages(config, scores, penalties, mask)
+    signal["rewards"] = rewards.at_last_token(scores, mask) - penalties
     if config.update.importance_cap is not None:
         cap = config.update.importance_cap
         signal["importance"] = losses.importance(tokens["logprobs"], tokens["sampled_logprobs"], cap)

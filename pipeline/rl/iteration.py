@@ -20,6 +20,7 @@ from pipeline.rl.config import MICRO_BATCH_TOKENS
 from pipeline.rl.experience import Clock, Models, Sampled, collect, draw, repetition, share, tensors_of
 from pipeline.rl.prompts import Task
 from pipeline.rl.responses import Sample, by_length, layout, size_of, spread
+from pipeline.rl.rollout_log import RolloutLog
 from pipeline.rl.scoring import count_failures, failures_of, statistics
 from pipeline.train import phases
 from pipeline.train.engine import Accept
@@ -69,8 +70,8 @@ class Iterations:
 
     atomic = False  # when an update is refused, earlier updates of the same step have been applied
 
-    def __init__(self, models: Models, pool: list[Task]):
-        self.models, self.pool = models, pool
+    def __init__(self, models: Models, pool: list[Task], rollouts: RolloutLog | None = None):
+        self.models, self.pool, self.rollouts = models, pool, rollouts
         self.engines = [models.policy] if models.value is None else [models.policy, models.value]
         self.state: dict = {}
         self.accepted: list[tuple[float, float]] = []
@@ -105,6 +106,8 @@ class Iterations:
         state.setdefault("kl_coef", self.models.config.updates.kl_coef)
         state.setdefault("skipped_updates", state["skipped"])  # its name in older checkpoints
         state.setdefault("shown", {})
+        if self.rollouts is not None:
+            self.rollouts.rewind(state["step"])
         self.models.num_updates = state.setdefault("policy_updates", 0)
         if self.models.value is None:
             return
@@ -127,7 +130,8 @@ class Iterations:
     def step(self, batch: int, lr: float, accept: Accept | None) -> dict:
         """One iteration over the prompts of global batch `batch`. `accept` is called before each update of the policy.
         lr: of the policy; the value model's has the same schedule and its own peak."""
-        stats = iterate(self.models, self.pool, self.state, lr * self.state.get("lr_scale", 1.0), batch, accept)
+        lr *= self.state.get("lr_scale", 1.0)
+        stats = iterate(self.models, self.pool, self.state, lr, batch, accept, self.rollouts)
         self.accepted = stats.pop("accepted")
         self.state["step"] += 1
         self.verdict = sentinel.judge(self.models.config, self.state, stats)
@@ -174,6 +178,7 @@ def iterate(
     lr: float,
     batch_number: int | None = None,
     accept: Accept | None = None,
+    rollouts: RolloutLog | None = None,
 ) -> dict:
     """One iteration: experience, advantages, updates. Changes the models and, in `state`, kl_coef and skipped_updates.
 
@@ -190,6 +195,8 @@ def iterate(
     tools.count_failures(config, drawn, state)
     scores = objective.scores(config, samples, state)
     signal = objective.signal(config, tokens, scores, state["kl_coef"])
+    if rollouts is not None:
+        rollouts.write(state["step"] + 1, models.chat, samples, tokens, signal)
     staleness = _staleness(models, samples) if config.rollout.ahead else {}
     following = _start_following(models, pool, number + 1, state)
     if following is not None:

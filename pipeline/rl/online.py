@@ -31,6 +31,7 @@ from pipeline.rl.prompts import Prompts, encoded_prompts, tasks_of
 from pipeline.rl.responses import disable_dropout, predict_at_labels
 from pipeline.rl.reward_config import step_separator
 from pipeline.rl.reward_workers import RewardWorkers
+from pipeline.rl.rollout_log import RolloutLog
 from pipeline.rl.scoring import import_functions
 from pipeline.rl.server import RolloutServer
 from pipeline.train import finetune, loop
@@ -171,7 +172,8 @@ def align(
     if config.rollout.engine == "vllm":
         work = output.path / "work" / "rollout"
         models.server = RolloutServer(config, models.stop_ids, parents.policy.folder, work)
-    iterations, heldout = Iterations(models, tasks["train"]), tasks["heldout"]
+    rollouts = RolloutLog(output.path, config.steps, config.show)
+    iterations, heldout = Iterations(models, tasks["train"], rollouts), tasks["heldout"]
 
     def measure() -> dict:
         numbers, rows = evaluate(models, heldout)

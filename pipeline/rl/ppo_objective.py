@@ -23,11 +23,12 @@ def scores(config, samples: list[Sample], state: dict) -> torch.Tensor:
 
 def signal(config, tokens: dict[str, torch.Tensor], scores: torch.Tensor, kl_coef: float) -> dict[str, torch.Tensor]:
     """What the two losses compare the models with, each [B, T]: logprobs, values, returns, advantages, mask, and with
-    importance_cap also importance."""
+    importance_cap also importance. For the log of responses: rewards, before they are whitened."""
     options, mask = config.ppo, tokens["mask"]
     token_rewards = rewards.per_token(
         scores, tokens["logprobs"], tokens["ref_logprobs"], mask, kl_coef=kl_coef, estimator=options.kl_estimator
     )
+    rewards_BT = token_rewards
     if options.whiten_rewards:
         token_rewards = advantages.whiten(token_rewards, mask, shift_mean=False)
     advantage, returns = advantages.gae(
@@ -39,6 +40,7 @@ def signal(config, tokens: dict[str, torch.Tensor], scores: torch.Tensor, kl_coe
         "returns": returns,
         "advantages": advantages.whiten(advantage, mask),
         "mask": mask,
+        "rewards": rewards_BT,
     }
     if options.importance_cap is not None:
         signal["importance"] = losses.importance(tokens["logprobs"], tokens["sampled_logprobs"], options.importance_cap)

@@ -35,8 +35,11 @@ def per_token(
 ) -> torch.Tensor:
     """Rewards [B, T]: -kl_coef * KL estimate at each response token, and the score [B] added at the last one. Zero
     after it."""
-    rewards = -kl_coef * kl.estimate(logprobs, ref_logprobs, estimator) * mask
+    return at_last_token(scores, mask) - kl_coef * kl.estimate(logprobs, ref_logprobs, estimator) * mask
+
+
+def at_last_token(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rewards [B, T]: the score [B] at the last token of each response, zero elsewhere."""
     last = mask.sum(1).long() - 1
     assert bool((last >= 0).all()), "a response without tokens has no token to carry its score"
-    rewards[torch.arange(len(rewards), device=rewards.device), last] += scores
-    return rewards
+    return torch.zeros_like(mask).scatter(1, last[:, None], scores[:, None].to(mask.dtype))

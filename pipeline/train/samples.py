@@ -88,23 +88,14 @@ class SampleWriter:
         self._write(step, lines)
 
     def _write(self, step: int, lines: list[dict]) -> None:
+        from pipeline.core.tracking import drop_lines
+
         path = self.output.path / FILE
         path.parent.mkdir(exist_ok=True)
-        if path.exists():
-            self._remove_lines_from(step)
+        # A run that was resumed or rolled back writes the samples after its checkpoint again.
+        drop_lines(path, after=step - 1)
         with open(path, "a", encoding="utf-8") as handle:
             handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-    def _remove_lines_from(self, step: int) -> None:
-        """A run that was resumed or rolled back writes the samples after its checkpoint again."""
-        from pipeline.core.files import write_atomic
-        from pipeline.core.tracking import step_of
-
-        path = self.output.path / FILE
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if step_of(line) < step]
-        if len(kept) < len(lines):
-            write_atomic(path, "".join(line + "\n" for line in kept))
 
     @contextmanager
     def _complete_model(self):

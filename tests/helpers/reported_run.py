@@ -108,6 +108,29 @@ PRETRAIN = {
 }
 
 
+def rollouts() -> list[dict]:
+    """Responses of three iterations, as rl/rollout_log.py writes them."""
+    rows = []
+    for step in (1, 9, 20):
+        for number in range(5):
+            rows.append(
+                {
+                    "step": step,
+                    "prompt": f"Why {number}? {EVIL}",
+                    "score": step / 10,
+                    "stopped": number != 1,
+                    "length": 3,
+                    "tokens": ["Be", f"cause {EVIL}", "<|im_end|>"],
+                    "reward": [0.0, -0.01, step / 10],
+                    "value": [0.5, 0.25, 1.0],
+                    "kl": [0.0, 0.04, -0.01],
+                    "advantage": [1.0, -1.0, 0.0],
+                    "logprob": [-0.5, -2.0, -0.125],
+                }
+            )
+    return rows
+
+
 def write(root: Path, lr: float = 1e-3) -> Path:
     """clean, tokenizer, pretrain (resumed once), ppo and assess, all published."""
     summary = {"input": f"200 documents {EVIL}", "output": "150 documents", "measure": "dropped: 50"}
@@ -144,7 +167,7 @@ def write(root: Path, lr: float = 1e-3) -> Path:
             }
         )
     measured = {"reward_before": 0.5, "reward_after": 1.5, "reward_half_after": 0.25}
-    files = {"metrics.jsonl": lines(policy), "samples.jsonl": lines(texts)}
+    files = {"metrics.jsonl": lines(policy), "samples.jsonl": lines(texts), "logs/rollouts.jsonl": lines(rollouts())}
     publish(root, manifest("ppo", "4", {}, measured, {"policy": parent("pretrain", "3")}), files)
     rates = {"ppo over pretrain": {"rate": 0.75, "low": 0.6, "high": 0.875, "prompts": 40}}
     task = {
