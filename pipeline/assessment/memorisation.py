@@ -8,6 +8,7 @@ memorised.
 
 from dataclasses import dataclass
 
+from pipeline.assessment.continuations import greedy_continuations
 from pipeline.core.artifact import Artifact
 from pipeline.core.errors import UserError
 from pipeline.core.intervals import proportion
@@ -63,7 +64,8 @@ def measure_memorised(model, tokenizer, places: dict[str, list[Place]], batch: i
     the first other one. Of the training split: how many of what was written has personal data."""
     figures: dict = {}
     for split, rows in places.items():
-        written = _continued(model, rows, batch)
+        beginnings = [place.prefix for place in rows]
+        written = greedy_continuations(model, beginnings, len(rows[0].continuation), batch)
         exact = [ids == place.continuation for ids, place in zip(written, rows, strict=True)]
         agreed = [_agreed(ids, place.continuation) for ids, place in zip(written, rows, strict=True)]
         length = len(rows[0].continuation)
@@ -71,22 +73,6 @@ def measure_memorised(model, tokenizer, places: dict[str, list[Place]], batch: i
         if split == "train":
             figures["personal_data"] = _personal_data(tokenizer, rows, written, exact)
     return figures
-
-
-def _continued(model, rows: list[Place], batch: int) -> list[list[int]]:
-    from pipeline.rl.rollout import generate
-
-    completions = generate(
-        model,
-        [place.prefix for place in rows],
-        max_new_tokens=len(rows[0].continuation),
-        temperature=0.0,
-        stop_ids=[],
-        pad_id=0,
-        seeds=[0] * len(rows),
-        batch=batch,
-    )
-    return [completion.ids for completion in completions]
 
 
 def _agreed(written: list[int], expected: list[int]) -> int:

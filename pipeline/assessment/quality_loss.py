@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from pipeline.assessment.continuations import greedy_continuations
 from pipeline.core.intervals import proportion
 
 PREFIX, CONTINUATION, MOST_TEXTS, BATCH = 16, 32, 32, 8  # tokens, tokens, texts, rows at a time
@@ -24,19 +25,9 @@ def reference(model, beginnings: list[list[int]], rows: list) -> Reference:
     import torch
 
     from pipeline.assessment.measures import text_loss
-    from pipeline.rl.rollout import generate
 
-    completions = generate(
-        model,
-        beginnings,
-        max_new_tokens=CONTINUATION,
-        temperature=0.0,
-        stop_ids=[],
-        pad_id=0,
-        seeds=[0] * len(beginnings),
-        batch=BATCH,
-    )
-    texts = [begin + completion.ids for begin, completion in zip(beginnings, completions, strict=True)]
+    continuations = greedy_continuations(model, beginnings, CONTINUATION, BATCH)
+    texts = [begin + continuation for begin, continuation in zip(beginnings, continuations, strict=True)]
     bits = text_loss(model, rows, BATCH)["bits_per_byte"] if rows else None
     return Reference(rows, torch.tensor(texts), bits)
 
