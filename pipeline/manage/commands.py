@@ -79,6 +79,7 @@ def sweep(
         typer.Option("--highest/--lowest", help="Which value of the metric is best; by default the lowest of losses."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the members and what each would run.")] = False,
+    on: Annotated[str | None, typer.Option("--on", hidden=True)] = None,
 ) -> None:
     """Run a recipe with several values of its keys, each member a run of its own, and compare what they measured. The
     same command continues a sweep that was stopped."""
@@ -86,6 +87,12 @@ def sweep(
     from pipeline.manage import sweep as sweeping
     from pipeline.manage.sweep_plan import sweep_plan
 
+    if on is not None:
+        raise UserError(
+            f"alma sweep has no --on {on}: its members run one after another and share stages; submit the sweep as one"
+            " job, which the same command continues (sbatch --wrap 'alma sweep ...'), or each member as a run of"
+            f" its own (alma run {recipe} name=NAME key=value --on slurm)"
+        )
     stages, overrides = split(words)
     plan = sweep_plan(recipe, overrides, stages, count, seed)
     if dry_run:

@@ -66,3 +66,25 @@ stages:
     save: {every_steps: 2, keep: 2}
     log: {every_steps: 1}
 """
+
+
+# From text to a pretrained model, for tests of what surrounds the stages.
+CHAIN = """\
+name: t
+stages:
+  clean:
+    filters: {max_repeated_shingles: 1.0}
+    sources:
+      one: {path: one.txt, sample_by: line}
+  tokenizer: {vocab_size: 300}
+  pack: {}
+  pretrain:
+    {model: {family: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64},
+     steps: 100, batch_size: 4, sequence_length: 64, save: {every_steps: 10}}
+"""
+
+
+def write_chain(folder: Path) -> None:
+    """one.txt, and r.yaml with CHAIN."""
+    (folder / "one.txt").write_text("\n".join(texts(1, 150)) + "\n", encoding="utf-8")
+    (folder / "r.yaml").write_text(CHAIN)

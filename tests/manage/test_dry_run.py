@@ -19,29 +19,14 @@ from pipeline.core.lock import Lock
 from pipeline.core.recipe import load
 from pipeline.manage.durations import earlier_runs, estimate
 
-RECIPE = """\
-name: dry
-stages:
-  clean:
-    filters: {max_repeated_shingles: 1.0}
-    sources:
-      one: {path: one.txt, sample_by: line}
-  tokenizer: {vocab_size: 300}
-  pack: {}
-  pretrain:
-    {model: {family: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64},
-     steps: 100, batch_size: 4, sequence_length: 64, save: {every_steps: 10}}
-"""
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """clean has run and took 60 s, by its manifest."""
     folder = tmp_path_factory.mktemp("dry")
-    (folder / "one.txt").write_text("\n".join(tiny.texts(1, 150)) + "\n", encoding="utf-8")
-    (folder / "r.yaml").write_text(RECIPE)
+    tiny.write_chain(folder)
     succeed("clean", "r.yaml", cwd=folder)
-    took(folder / "runs/dry/clean", 60.0)
+    took(folder / "runs/t/clean", 60.0)
     return folder
 
 
@@ -93,7 +78,7 @@ def test_what_would_run_and_why(world):
 def test_a_change_is_explained_and_timed_by_the_run_before(world):
     rows = dry_run("clean.filters.max_repeated_shingles=0.9", "clean")
     assert "filters.max_repeated_shingles: 1.0 -> 0.9" in rows["clean"] and " 60 s" in rows["clean"]
-    path = os.path.relpath(artifact.current(world / "runs/dry/clean").path)
+    path = os.path.relpath(artifact.current(world / "runs/t/clean").path)
     assert f"as {path}, with another filters.max_repeated_shingles" in rows["clean"]
     assert "about 60 s" in rows[""]
     assert "--restart" in dry_run("clean", "--restart")["clean"]
@@ -206,7 +191,7 @@ def test_what_alma_run_refuses_is_refused(world):
     assert "give one of the two" in refusal("--restart", "--fork")
     changed = ("clean.sources.one.path=missing.txt", "clean.filters.max_repeated_shingles=0.9")
     assert "missing.txt" in refusal(*changed)
-    lock = Lock(world / "runs/dry/tokenizer")
+    lock = Lock(world / "runs/t/tokenizer")
     lock.acquire()
     try:
         assert "another run is writing here" in refusal()

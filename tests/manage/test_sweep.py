@@ -12,25 +12,10 @@ from pipeline.core.graph import nodes
 from pipeline.manage.sweep import Metric, Result, ranked
 from pipeline.manage.sweep_plan import own_recipe, sweep_plan
 
-RECIPE = """\
-name: t
-stages:
-  clean:
-    filters: {max_repeated_shingles: 1.0}
-    sources:
-      one: {path: one.txt, sample_by: line}
-  tokenizer: {vocab_size: 300}
-  pack: {}
-  pretrain:
-    {model: {family: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64},
-     steps: 100, batch_size: 4, sequence_length: 64, save: {every_steps: 10}}
-"""
-
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    (tmp_path / "one.txt").write_text("\n".join(tiny.texts(1, 150)) + "\n", encoding="utf-8")
-    (tmp_path / "r.yaml").write_text(RECIPE)
+    tiny.write_chain(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -148,3 +133,10 @@ def test_a_sweep_runs_reports_a_member_that_fails_and_continues(world):
     pytest.importorskip("plotly")
     page = (folder / "sweep.html").read_text()
     assert 'id="plot-sweep-0"' in page and "t.vocab_size300" in page
+
+
+def test_on_a_cluster_it_says_what_to_do(world):
+    result = CliRunner().invoke(app, ["sweep", "r.yaml", "pretrain.steps=10,20", "--on", "slurm"])
+    assert isinstance(result.exception, UserError)
+    assert "sbatch --wrap" in str(result.exception) and "alma run r.yaml name=NAME" in str(result.exception)
+    assert not (world / "runs").exists()
