@@ -35,9 +35,9 @@ def answers(run: Run) -> list[Answers]:
         path = stage.path / "samples.jsonl" if stage.path else None
         if path is None or not path.exists():
             continue
-        records = _json_lines(path)
+        records = [record for record in _json_lines(path) if "prompt" in record]
         if records and "when" in records[0]:
-            found.append(_before_and_after(stage.name, records))
+            found.append(_before_and_after(stage.name, [record for record in records if "when" in record]))
         elif records:
             found.append(_by_model(stage.name, records))
     return [entry for entry in found if entry.rows]
@@ -46,8 +46,8 @@ def answers(run: Run) -> list[Answers]:
 def _before_and_after(stage: str, records: list[dict]) -> Answers:
     by_prompt: dict[str, dict] = {}
     for record in records:
-        row = by_prompt.setdefault(record["prompt"], {"answer": record.get("answer")})
-        row[record["when"]] = (str(record.get("sampled", ""))[:MOST_TEXT], record.get("sampled_reward"))
+        row = by_prompt.setdefault(str(record["prompt"]), {"answer": record.get("answer")})
+        row[str(record["when"])] = (str(record.get("sampled", ""))[:MOST_TEXT], record.get("sampled_reward"))
     rows = []
     for prompt, row in list(by_prompt.items())[:MOST_ANSWERS]:
         texts = [row.get("before", ("", None)), row.get("after", ("", None))]
