@@ -140,6 +140,30 @@ def test_bf16_keeps_fp32_weights_and_stays_near_fp32():
     assert found["bf16"] == pytest.approx(found["fp32"], rel=1e-2) and found["bf16"] != found["fp32"]
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_casts_that_are_kept_for_all_micro_batches_change_no_bit(adapters):
+    """Against autocast around each micro-batch alone, also with weights that get no gradient, and in the next step with
+    the weights that the first one has changed."""
+    settings = config(precision="bf16")
+    trained, plain = tiny(), tiny()
+    for model in (trained, plain):
+        model.model.layers[0].requires_grad_(not adapters)
+    here = engine.build(trained, loss_fn, settings)
+    batches = [[batch_of(step, range(start, start + 2)) for start in range(0, ROWS, 2)] for step in (0, 1)]
+    optimizer = engine.adamw(plain.parameters(), settings, torch.device("cpu"))
+    for step in batches:
+        stats = here.step(step, 3e-3)
+        for batch in step:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = plain(**batch["inputs"], use_cache=False).logits
+            (loss_fn(logits, batch)[0] / stats["weight"]).backward()
+        engine.clip_gradients(list(plain.parameters()), settings.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, trained.get_parameter(name)), name
+
+
 def test_activation_checkpointing_does_not_change_a_bit():
     found = []
     for on in (False, True):
