@@ -3,34 +3,18 @@ checkpoints are interchangeable, and what is refused. Nothing here says anything
 
 import sys
 
+import harness
 import pytest
 import tiny_engine
 import torch
+from fp8_worker import LAYOUTS, STEPS, built, config, trained
+from paths import HELPERS
 from pydantic import ValidationError
 from torch import nn
 
 from pipeline.core import optional_packages
 from pipeline.core.errors import UserError
-from pipeline.pretrain import Config
-from pipeline.train import engine, fp8
-
-STEPS = 5
-
-
-def config(**changes) -> Config:
-    keys = tiny_engine.config().model_dump(exclude_defaults=True) | {"precision": "fp8", "sequence_length": 16}
-    return Config(**(keys | changes))
-
-
-def built(precision: str, **changes):
-    model = tiny_engine.tiny()
-    if precision == "fp8":
-        fp8.convert(model, "stage pretrain", emulate=True)
-    return engine.build(model, tiny_engine.loss_fn, config(precision=precision, **changes))
-
-
-def trained(trainer, steps: range) -> list[float]:
-    return [trainer.step([tiny_engine.batch_of(step, range(8))])["loss"] for step in steps]
+from pipeline.train import fp8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +55,16 @@ def test_it_trains_as_bf16_does_and_either_resumes_from_the_other(tmp_path):
     crossed = built("bf16")
     crossed.load(tmp_path / "fp8")
     assert trained(crossed, more) == pytest.approx(expected["fp8"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    """To 1%: a process has a scale of its own for what it computes."""
+    harness.launch(2, HELPERS / "fp8_worker.py", tmp_path / "results.pt", cwd=tmp_path)
+    found, expected = torch.load(tmp_path / "results.pt"), trained(built("fp8"), range(STEPS))
+    assert found.keys() == LAYOUTS.keys()
+    for losses in found.values():
+        assert losses == pytest.approx(expected, rel=1e-2)
 
 
 def test_it_is_refused_without_the_hardware_and_without_the_package(monkeypatch):
