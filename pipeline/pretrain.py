@@ -109,7 +109,7 @@ def check_rows(config: Config, inputs: dict[str, Artifact], output: Output, stor
     from pipeline.core import distributed
     from pipeline.data.tokens.store import misfit
 
-    ranks = distributed.world() // config.parallel.pipeline
+    ranks = config.parallel.data_ranks(distributed.world())
     if num_heldout < ranks:
         raise UserError(
             f"stage {config.kind}: {num_heldout} held-out rows cannot be shared by {ranks} processes; hold out more"

@@ -117,6 +117,17 @@ def test_the_estimate_is_that_of_a_simulation(model, parallel, micro, checkpoint
     assert estimate(config, model_config, config.run.world) == pytest.approx(simulated, rel=0.10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size, micro, checkpointing", [(2, 2, "none"), (8, 8, "selective"), (8, 4, "full")])
+def test_the_estimate_of_a_tensor_group_is_that_of_a_simulation(size, micro, checkpointing):
+    """Within 10%: what a group does and does not split of a layer's activations."""
+    words = [f"pretrain.parallel={{shard: full, tensor: {size}}}", f"pretrain.micro_batch={micro}"]
+    words.append(f"pretrain.activation_checkpointing={checkpointing}")
+    ((_, config, model_config),) = stages_of("llama-7b", words)
+    simulated = simulation(config, model_config)
+    assert estimate(config, model_config, config.run.world) == pytest.approx(simulated, rel=0.10)
+
+
 COMPILED = [
     ("llama-7b", "zero: 1, pipeline: 4"),
     ("qwen2.5-7b", "zero: 1, pipeline: 4"),

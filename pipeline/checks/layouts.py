@@ -27,6 +27,10 @@ class Layout(NamedTuple):
         """Stages of the pipeline."""
         return self.parallel.get("pipeline", 1)
 
+    @property
+    def data_ranks(self) -> int:
+        return Parallel(**self.parallel).data_ranks(self.processes)
+
 
 REFERENCE = "one process"
 # Pipelines last: in a process that has had one, DeepSpeed cannot build a plain engine any more.
@@ -40,6 +44,8 @@ LAYOUTS = (
     Layout("ZeRO-3", 2, {"zero": 3}),
     Layout("FSDP", 2, {"shard": "full"}),
     Layout("FSDP, 2 copies x 2 ranks", 4, {"shard": "hybrid", "shard_ranks": 2}),
+    Layout("FSDP, tensor 2", 2, {"shard": "full", "tensor": 2}),
+    Layout("FSDP over 2 x tensor 2", 4, {"shard": "full", "tensor": 2}),
     Layout("pipeline of 2", 2, {"pipeline": 2}),
     Layout("pipeline of 2 x 2 data ranks, ZeRO-1", 4, {"pipeline": 2, "zero": 1}),
 )
@@ -53,7 +59,7 @@ MUON_LAYOUTS = (
 )
 REFERENCES = (REFERENCE, MUON_REFERENCE)
 # Those through which `alma verify resume` moves a run, before it ends in the recipe's own.
-ROUTE = (REFERENCE, "DDP", "ZeRO-3", "FSDP", "pipeline of 2")
+ROUTE = (REFERENCE, "DDP", "ZeRO-3", "FSDP", "FSDP, tensor 2", "pipeline of 2")
 
 
 def own_layout(config, num_layers: int) -> Layout:
@@ -70,6 +76,9 @@ def own_layout(config, num_layers: int) -> Layout:
     processes = 1
     if depth > 1:
         processes = depth
+    elif config.parallel.tensor > 1:
+        parallel["tensor"] = 2  # and two processes, or two groups of them
+        processes = 2 if config.run.world == config.parallel.tensor else 4
     elif config.parallel.shard == "hybrid":
         processes = 4
         parallel["shard_ranks"] = 2  # groups as small as they can be
@@ -77,7 +86,7 @@ def own_layout(config, num_layers: int) -> Layout:
         processes = 2
     if not config.compile:
         for layout in LAYOUTS:
-            if _same(layout.parallel, parallel) and (layout.processes > 1) == (processes > 1):
+            if _same(layout.parallel, parallel) and layout.processes == processes:
                 return layout
     name = ", ".join([_kind(processes, parallel), *_options(config, parallel)])
     return Layout(f"the recipe's own: {name}", processes, parallel, {"compile": True} if config.compile else {})
@@ -99,6 +108,8 @@ def _kind(processes: int, parallel: dict) -> str:
         return REFERENCE
     if "pipeline" in parallel:
         return f"pipeline of {parallel['pipeline']}"
+    if "tensor" in parallel:
+        return "FSDP, tensor 2" if processes == 2 else "FSDP over 2 x tensor 2"
     if "shard" in parallel:
         return "FSDP" if parallel["shard"] == "full" else "FSDP, 2 copies x 2 ranks"
     return f"ZeRO-{parallel['zero']}" if "zero" in parallel else "DDP"
@@ -137,12 +148,16 @@ def with_muon(layouts: list[Layout], optimizer: dict) -> list[Layout]:
 
 def route(config, shape) -> tuple[list[Layout], str]:
     """The layouts through which a run is moved, and a line that says so: ROUTE, without a pipeline if the model's
-    `shape` cannot be cut into stages, and then the recipe's own, or one process if the recipe's own is on the route."""
+    `shape` cannot be cut into stages, and without a tensor group if its matrices cannot be split; and then the recipe's
+    own, or one process if the recipe's own is on the route."""
     from pipeline.models.families import family_of
+    from pipeline.train import tensor_parallel
 
     can_be_cut = family_of(shape).pipeline and shape.num_hidden_layers > 1
+    can_be_split = tensor_parallel.obstacle(shape, 2) is None
     by_name = {layout.name: layout for layout in LAYOUTS}
     named = [by_name[name] for name in ROUTE if can_be_cut or by_name[name].depth == 1]
+    named = [layout for layout in named if can_be_split or "tensor" not in layout.parallel]
     own = own_layout(config, shape.num_hidden_layers)
     named.append(by_name[REFERENCE] if own.name in ROUTE else own)
     result = [layout for layout in named if not layout.lacking()]
@@ -150,6 +165,8 @@ def route(config, shape) -> tuple[list[Layout], str]:
     line = f"moved      {' -> '.join(layout.name for layout in result)}"
     if not can_be_cut:
         line += "; no pipeline, because this model cannot be cut into stages"
+    if not can_be_split:
+        line += "; no tensor group, because this model's layers cannot be split over two processes"
     if lacking:
         line += f"; without {' and '.join(lacking)}, for the package deepspeed is not installed:"
         line += f" {optional_packages.install_line('deepspeed')}"
@@ -161,7 +178,7 @@ def trials(precisions: list[str], layouts: list[Layout]) -> list[dict]:
     ones in one; the reference always in one. With one process both are in 4 micro-batches."""
     result = []
     for layout in layouts:
-        rows = ROWS // (layout.processes // layout.depth)
+        rows = ROWS // layout.data_ranks
         for precision in precisions:
             for embeddings in ("tied", "untied"):
                 micro_batches = 1

@@ -237,6 +237,8 @@ class Layout:
     """Layers of each pipeline stage; empty: equal numbers."""
     shard: int | None = None
     """Ranks that share one copy of the model (FSDP); None: see `zero`."""
+    tensor: int = 1
+    """Ranks that split each matrix and compute the same rows."""
     compiled: bool = False
     """Layers are compiled, which recomputes what is cheap."""
     loss_tokens: int | None = None
@@ -314,9 +316,10 @@ def state_bytes(size: Size, layout: Layout, share: float = 1.0) -> dict[str, flo
     if layout.optimizer == "muon" and size.trained:
         moment_bytes -= 4.0 * size.matrices / size.trained
     copy_bytes = 4.0 if zero else 0.0
-    weight_ranks = ranks if zero == 3 else layout.shard or 1
-    gradient_ranks = ranks if zero in (2, 3) else layout.shard or 1
-    optimizer_ranks = ranks if zero in (1, 2, 3) else layout.shard or 1
+    shard = (layout.shard or 1) * layout.tensor
+    weight_ranks = ranks if zero == 3 else shard
+    gradient_ranks = ranks if zero in (2, 3) else shard
+    optimizer_ranks = ranks if zero in (1, 2, 3) else shard
     parts = {
         "weights": ((size.weight_bytes - size.scale_bytes) / weight_ranks + size.scale_bytes) * share,
         "gradients": 4.0 * trained / gradient_ranks,
@@ -332,7 +335,7 @@ def state_bytes(size: Size, layout: Layout, share: float = 1.0) -> dict[str, flo
 def _logits_bytes(config, size: Size, tokens: int, layout: Layout) -> float:
     if layout.head_rows:
         # per logit its fp32 log-softmax and its gradient
-        return 8.0 * min(tokens, layout.head_rows) * config.vocab_size + size.output_bytes
+        return (8.0 * min(tokens, layout.head_rows) * config.vocab_size + size.output_bytes) / layout.tensor
     # per logit itself, its fp32 copy (bf16 only), its log-softmax, its gradient: never all at the same time
     capped = 2.0 if getattr(config, "final_logit_softcapping", None) else 0.0
     return (12.0 + capped) * tokens * config.vocab_size
@@ -364,14 +367,15 @@ def _sharded_bytes(config, size: Size, again: float, layout: Layout) -> tuple[fl
     in fp32; its own have the type of its gathered weights. A table that is input and output layer at once is gathered
     throughout, and its gradient waits for both."""
     gathered = 2.0 if layout.precision == "bf16" else 4.0
-    layer = size.body / config.num_hidden_layers
+    layer = size.body / config.num_hidden_layers / layout.tensor
+    tables, lookup = size.embedding / layout.tensor, size.lookup / layout.tensor
     trained = layer * size.trained / size.total
     packed = size.four_bits / config.num_hidden_layers
     gathered_layer = gathered * (layer - packed) + packed / 2
     backward = 2 * gathered_layer + 4.0 * trained + max(gathered * trained, again)
     if config.tie_word_embeddings:
-        return 4.0 * size.embedding, backward + 8.0 * size.embedding
-    return 4.0 * (size.embedding - size.lookup), backward
+        return 4.0 * tables, backward + 8.0 * tables
+    return 4.0 * (tables - lookup), backward
 
 
 def _buffer_bytes(size: Size, own: float, layout: Layout) -> float:
@@ -389,7 +393,8 @@ def layer_bytes(config, size: Size, sequence_length: int, layout: Layout) -> tup
     Counted as in Korthikanti et al. (2022), section 4.1, for what transformers' layers save: their 34 * hidden is for
     GPT with 16-bit residuals and dropout; here residuals and norms are fp32 (autocast), and each matrix keeps a 16-bit
     copy of its own of what it reads. Selective recomputation is theirs too: there of the attention's scores, which
-    fused attention never keeps, and here of everything but matrix products and attention (train/layers.py).
+    fused attention never keeps, and here of everything but matrix products and attention (train/layers.py). A tensor
+    group splits what is between the first and the last matrix of a block, and nothing of the residual stream and norms.
     """
     item = 2.0 if layout.precision == "bf16" else 4.0
     layers, width = config.num_hidden_layers, config.hidden_size
@@ -398,12 +403,13 @@ def layer_bytes(config, size: Size, sequence_length: int, layout: Layout) -> tup
     picked, per_layer = routed(config)
     inner = inner_width(config) * (picked if per_layer > 1 else 1)
     gated = per_layer > 1 or hasattr(config, "rms_norm_eps")  # families with RMSNorm have gated layers
-    scores = heads * sequence_length if layout.attention == "eager" or size.materialises_scores else 0
+    scores = heads * sequence_length / layout.tensor if layout.attention == "eager" or size.materialises_scores else 0
     read, given = size.inputs / layers, size.outputs / layers
+    split = queries + inner  # read by the last matrix of a block, whose inputs a tensor group splits
     # What products read: with autocast a copy for each, in fp32 the same tensor for all that read the hidden state
-    products = item * read if item == 2 else item * (2 * width + queries + inner)
+    products = item * ((read - split if item == 2 else 2 * width) + split / layout.tensor)
     # queries, and keys and values repeated for each head; gate and its activation and up
-    between = item * (queries + queries + values + (3 if gated else 1) * inner)
+    between = item * (queries + queries + values + (3 if gated else 1) * inner) / layout.tensor
     # RMSNorm keeps its input and, for the gradient of its weight, the normalised copy, in fp32; LayerNorm its input
     norm_bytes = 4.0 if size.frozen else 8.0
     norms = norm_bytes * (size.norms / layers or 2 * width) if gated else 8.0 * width
@@ -411,14 +417,15 @@ def layer_bytes(config, size: Size, sequence_length: int, layout: Layout) -> tup
     if not gated and "new" in str(getattr(config, "activation_function", "")) or getattr(config, "afn", "") == "gelu":
         norms += 4 * item * inner  # gelu_new in Python: four more copies
     if family_of(config).qk_norm:
-        norms += norm_bytes * (queries + keys)
+        norms += norm_bytes * (queries + keys) / layout.tensor
     complete = products + between + norms + _score_bytes(config, item) * scores + (2.0 * width if gated else 0.0)
     if layout.compiled:
         complete *= COMPILED_SHARE_FSDP if layout.shard else COMPILED_SHARE
     if layout.checkpointing == "full":
         return 4.0 * width, complete
     if layout.checkpointing == "selective":
-        return 4.0 * width + item * (given + queries + scores), complete
+        given = 2 * width + (given - 2 * width) / layout.tensor
+        return 4.0 * width + item * (given + queries / layout.tensor + scores), complete
     return complete, complete
 
 

@@ -36,6 +36,9 @@ class Family:
     """There are no position embeddings: max_position_embeddings only says what a model was trained with."""
     attention: bool = True
     """Layers have attention (recurrent families do not)."""
+    tensor: bool = False
+    """Layers can be split over a tensor group as transformers' plan says: whole heads and inner columns, without
+    gathering activations inside a block (train/tensor_parallel.py)."""
     qk_norm: bool = False
     """Queries and keys are normalised, in fp32."""
     layer_names: tuple[str, str, str] = ("embed_tokens", "layers", "norm")
@@ -49,10 +52,12 @@ UNKNOWN = Family()
 
 FAMILIES = {
     # document_mask, pipeline, chunked_loss: dense decoders
-    "llama": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True),
-    "mistral": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True),
-    "qwen2": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True),
-    "qwen3": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True, qk_norm=True),
+    "llama": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True, tensor=True),
+    "mistral": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True, tensor=True),
+    "qwen2": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True, tensor=True),
+    "qwen3": Family(
+        document_mask=True, pipeline=True, chunked_loss=True, depth_init=True, mup=True, tensor=True, qk_norm=True
+    ),
     "smollm3": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True),
     "phi3": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True),
     "glm": Family(document_mask=True, pipeline=True, chunked_loss=True, depth_init=True),

@@ -38,6 +38,8 @@ LINK_SHARE = 0.8
 LATENCY_IN_NODE, LATENCY_BETWEEN_NODES = 2e-6, 10e-6  # seconds per step of a ring
 LIKE = {"ada": "ampere", "blackwell": "hopper", "cdna3": "hopper", "davinci": "ampere", "cpu": "ampere"}
 
+ENDLESS = 1 << 30  # ranks of a tensor group: what is split is nothing
+
 LOGIT_BYTES = {"eager": 28.0, "compiled": 14.0}
 """Read and written per logit: in bf16, its fp32 copy, its log-softmax and its gradient."""
 UPDATE_BYTES = 40.0
@@ -64,6 +66,8 @@ class Shape:
     """Input and output tables."""
     orthogonalising: float = 0.0
     """FLOPs of Muon's products in one update, per layer."""
+    saved_whole: float = 0.0
+    """Of `saved`, what each rank of a tensor group has; none with sequence parallelism."""
 
     @property
     def parameters(self) -> float:
@@ -101,6 +105,8 @@ class Setup:
     reduce_bytes: float = 4.0
     hidden_bytes: float = 2.0
     """Per number that is sent between stages."""
+    gradient_bytes: float = 2.0
+    """Per number of a hidden state's gradient that a tensor group sums."""
     overlaps: bool = True
     """Collectives run while layers compute."""
     recomputed: tuple[float, float] = (0.0, 0.0)
@@ -141,7 +147,8 @@ def shape_of(model, sequence_length: int) -> Shape:
         elif parameter.dim() == 3 and cost.EXPERTS.search(name):  # [experts, outputs, inputs]
             matrices.append((parameter.shape[2], parameter.shape[1], float(picked)))
     size = cost.count(model)
-    _, saved = cost.layer_bytes(config, cost.count(model), sequence_length, cost.Layout())
+    _, saved = cost.layer_bytes(config, size, sequence_length, cost.Layout())
+    _, saved_whole = cost.layer_bytes(config, size, sequence_length, cost.Layout(tensor=ENDLESS))
     # five iterations, of which each multiplies the shorter side with the longer one twice and with itself once
     short_and_long = [sorted(parameter.shape) for parameter in layers[-1].parameters() if parameter.dim() == 2]
     orthogonalising = 5.0 * sum(4 * short**2 * long + 2 * short**3 for short, long in short_and_long)
@@ -156,6 +163,7 @@ def shape_of(model, sequence_length: int) -> Shape:
         saved=saved,
         layer_parameters=size.body / config.num_hidden_layers,
         table_parameters=size.embedding,
+        saved_whole=saved_whole,
     )
 
 
@@ -176,7 +184,7 @@ def setup_of(layout: cost.Layout, length: int) -> Setup:
             **common, stages=layout.depth, shares_optimizer=True, gather_bytes=4.0, hidden_bytes=4.0, overlaps=False
         )
     if layout.shard:  # FSDP2: bf16 gathers, fp32 sums
-        return Setup(**common, shard=layout.shard)
+        return Setup(**common, shard=layout.shard, tensor=layout.tensor, gradient_bytes=4.0)
     if layout.zero is None:  # DDP overlaps the sum with the last backward pass
         return Setup(**common)
     # DeepSpeed in fp32 without overlap (train/sharded.py)
@@ -236,10 +244,10 @@ def _compute(shape: Shape, setup: Setup, cluster: Cluster) -> tuple[dict[str, fl
     causal = shape.attention * setup.length * tokens / setup.tensor  # 2 FLOPs per position, half of the positions
     attention = layers * causal / (_share(ATTENTION_SHARE, cluster) * device.peak)
     per_byte = 1 / device.bandwidth
-    saved = shape.saved
+    saved = shape.saved_whole + (shape.saved - shape.saved_whole) / setup.tensor
     if setup.materialises_scores:
-        saved += 5.0 * shape.heads * setup.length  # Korthikanti et al. (2022), section 4.1
-    elementwise = layers * PASSES[_mode(setup)] * saved * tokens / setup.tensor * per_byte
+        saved += 5.0 * shape.heads * setup.length / setup.tensor  # Korthikanti et al. (2022), section 4.1
+    elementwise = layers * PASSES[_mode(setup)] * saved * tokens * per_byte
     logits = has_head * LOGIT_BYTES[_mode(setup)] * tokens * shape.vocabulary / setup.tensor * per_byte
     parameters = _own_parameters(shape, setup)
     weights = 26.0 if setup.shard == 1 else 10.0  # cast, gradient written, cast up and accumulated; or gathered in bf16
@@ -311,8 +319,11 @@ def _each_micro_batch(shape: Shape, setup: Setup, cluster: Cluster, forward: flo
     if (
         setup.tensor > 1
     ):  # two sums forward and two backward in each layer (Shoeybi et al., 2019), each gather + scatter
-        one = 2 * ring_seconds(2.0 * tokens * shape.width, setup.tensor, 1, cluster)
-        exposed += layers * one * (4 + 2 * setup.recomputed[0])
+        output, gradient = (
+            2 * ring_seconds(size * tokens * shape.width, setup.tensor, 1, cluster)
+            for size in (2.0, setup.gradient_bytes)
+        )
+        exposed += layers * (output * (2 + 2 * setup.recomputed[0]) + 2 * gradient)
     if setup.stages > 1:  # a hidden state and its gradient, to another node
         rate = cluster.device.network if setup.data * setup.tensor >= cluster.device.per_node else cluster.device.link
         sent = setup.hidden_bytes * tokens * shape.width / setup.tensor

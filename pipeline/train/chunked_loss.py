@@ -22,6 +22,7 @@ What is differentiable depends on the objective:
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,11 +53,12 @@ class TokenLosses(NamedTuple):
 
 class Head(torch.nn.Linear):
     """A model's output layer that returns TokenLosses for each batch in its queue, in that order, and logits when the
-    queue is empty. See `install` for the attributes."""
+    queue is empty. See `install` for the attributes; `step`, if it is set, computes a chunk in place of `_chunk`."""
 
     chunk: int | None
     z_loss: float
     compiled: bool
+    step: Callable | None = None
     per_token: bool
     selects: bool
     temperature: float
@@ -95,8 +97,9 @@ class Head(torch.nn.Linear):
             options = (chunk, dtype, backward, self.temperature, self.entropies)
             nll_N, lse_N, entropy_N = PerToken.apply(hidden_ND, self.weight, self.bias, labels_N, *options)
             return (nll_N.sum(), nll_N, lse_N, entropy_N) if self.entropies else (nll_N.sum(), nll_N, lse_N)
+        step = self.step or (_compiled_chunk() if self.compiled else _chunk)
         return Chunked.apply(
-            hidden_ND, self.weight, self.bias, labels_N, weights_N, chunk, self.z_loss, dtype, backward, self.compiled
+            hidden_ND, self.weight, self.bias, labels_N, weights_N, chunk, self.z_loss, dtype, backward, step
         )
 
 
@@ -164,11 +167,10 @@ class Chunked(torch.autograd.Function):
         z_loss: float,
         dtype: torch.dtype,
         backward: bool,
-        compiled: bool,
+        step: Callable,
     ):
         nll_N, lse_N = (torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
         sums = Gradients(hidden_ND, weight_VD, bias_V, [backward and needed for needed in ctx.needs_input_grad[:3]])
-        step = _compiled_chunk() if compiled else _chunk
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for start in range(0, len(labels_N), chunk):

@@ -143,6 +143,9 @@ class Parallel(Strict):
     over those of a group, and each group holds a copy."""
     shard_ranks: int | None = Field(None, ge=1)
     """shard: hybrid only: processes of a group; none: those of a node."""
+    tensor: int = Field(1, ge=1)
+    """shard: full only: neighbouring processes that split each matrix and compute the same rows together (tensor
+    parallelism), for layers or rows that one device cannot hold. Families: docs/pretrain.md."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages; the number of processes divided by this is the number of data-parallel ranks."""
     partition: Literal["estimated", "uniform"] = "estimated"
@@ -173,6 +176,11 @@ class Parallel(Strict):
             )
         if self.shard != "hybrid":
             refuse_unused(self, "shard_ranks", "sets the processes that share a copy, which only shard: hybrid has")
+        if self.tensor > 1 and self.shard != "full":
+            raise ValueError(
+                f"tensor: {self.tensor} splits matrices further that shard: full has split, and here is"
+                f" {f'shard: {self.shard}' if self.shard else 'no shard'}; use shard: full, or remove tensor"
+            )
         if self.layers and len(self.layers) != self.pipeline:
             raise ValueError(
                 f"layers: {self.layers} has {len(self.layers)} entries, but pipeline is {self.pipeline}; give one entry"
@@ -191,7 +199,11 @@ class Parallel(Strict):
         """Processes that share one copy of a model with `shard`; None without."""
         if self.shard is None:
             return None
-        return world if self.shard == "full" else self.shard_ranks or per_node
+        return world // self.tensor if self.shard == "full" else self.shard_ranks or per_node
+
+    def data_ranks(self, world: int) -> int:
+        """Shares into which `world` processes divide the rows of a step."""
+        return world // (self.pipeline * self.tensor)
 
     @property
     def splits_weights(self) -> bool:
@@ -380,6 +392,11 @@ class TrainConfig(StageConfig):
                 "optimizer.kind: muon needs complete matrices, which DeepSpeed (zero, pipeline) keeps in parts of a"
                 " flat buffer; use shard: full, plain data parallelism (parallel: {}), or adamw"
             )
+        if self.optimizer.kind == "muon" and self.parallel.tensor > 1:
+            raise ValueError(
+                f"optimizer.kind: muon needs complete matrices, of which tensor: {self.parallel.tensor} leaves each"
+                " process a part; use shard: full without tensor, or adamw"
+            )
         return self
 
     def check(self, world: int) -> None:
@@ -427,7 +444,7 @@ class TrainConfig(StageConfig):
         attention.check_packed(
             self.attention, self.packed_rows(world), f"stage {self.kind}: attention: {self.attention}"
         )
-        self._check_batch(world // self.parallel.pipeline)
+        self._check_batch(self.parallel.data_ranks(world))
 
     def _check_pipeline(self, world: int) -> None:
         depth = self.parallel.pipeline
@@ -455,6 +472,20 @@ class TrainConfig(StageConfig):
 
     def _check_shard(self, world: int) -> None:
         parallel = self.parallel
+        if parallel.tensor > 1 and not type(self).supports_tensor():
+            raise UserError(
+                f"stage {self.kind}: tensor: {parallel.tensor} is for pretraining; use shard: full without it here"
+            )
+        if parallel.tensor > 1 and self.compile:
+            raise UserError(
+                f"stage {self.kind}: compile: true with tensor: {parallel.tensor} was not verified: its layers wait"
+                " for other processes inside; remove one of them"
+            )
+        if world % parallel.tensor:
+            raise UserError(
+                f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into groups of tensor:"
+                f" {parallel.tensor}; use {_either(nearest_divisors(world, parallel.tensor))}"
+            )
         if parallel.shard_ranks and world % parallel.shard_ranks:
             raise UserError(
                 f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into groups of"
@@ -485,7 +516,7 @@ class TrainConfig(StageConfig):
             below = self.batch_size // ranks * ranks
             sizes = [below, below + ranks] if below else [ranks]
             fewer_ranks = [number for number in divisors(self.batch_size) if number < ranks][-2:]
-            processes = [number * self.parallel.pipeline for number in fewer_ranks]
+            processes = [number * self.parallel.pipeline * self.parallel.tensor for number in fewer_ranks]
             raise UserError(
                 f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use"
                 f" {_either(sizes)}, or {_either(processes)} {'process' if processes[-1] == 1 else 'processes'}"
@@ -499,7 +530,7 @@ class TrainConfig(StageConfig):
 
     def micro_rows(self, world: int) -> int:
         """Rows of a micro-batch in `world` processes."""
-        return self.micro_batch or self.rows_of_step() // (world // self.parallel.pipeline)
+        return self.micro_batch or self.rows_of_step() // self.parallel.data_ranks(world)
 
     def rows_of_step(self) -> int:
         """Rows that all processes together compute a step from."""
@@ -511,6 +542,10 @@ class TrainConfig(StageConfig):
 
     @classmethod
     def supports_pipeline(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_tensor(cls) -> bool:
         return False
 
     def sequences_per_row(self) -> int:

@@ -175,7 +175,7 @@ class Engine:
         """What this process writes of the run's state: views of live memory. Over all processes, each element is
         written once. No communication, but all processes must save."""
         own, common = self._saved()
-        fragments = own + state.share(common, self.data_rank, self.data_world)
+        fragments = own + self._share(common)
         names = {fragment.name for fragment in fragments if fragment.kind == "weight"}
         updates = self._updates()
         parameters = {}
@@ -184,7 +184,7 @@ class Engine:
                 count = updates if isinstance(updates, int) else updates[name]
                 parameters[name] = {"shape": shape, "updates": count}
         summary = {
-            "format": state.FORMAT,
+            "format": state.format_of(fragments),
             "steps": self.step_count,
             "optimizer": self.config.optimizer.kind,
             "layout": self._layout(),
@@ -256,6 +256,10 @@ class Engine:
         """(fragments that only this process writes, fragments that all of its data ranks hold), as views of live
         memory."""
         raise AssertionError("an engine implements this")
+
+    def _share(self, common: list[state.Fragment]) -> list[state.Fragment]:
+        """What this process writes of the fragments that all of its data ranks hold."""
+        return state.share(common, self.data_rank, self.data_world)
 
     def _copies(self) -> list[state.Fragment]:
         """Fragments that this process needs and another one writes."""
@@ -369,6 +373,9 @@ class Sums:
             if key in self.tensors:
                 value = self.tensors[key] + value.to(self.tensors[key].device)
             self.tensors[key] = value
+
+    def scale(self, factor: float) -> None:
+        self.tensors = {key: value * factor for key, value in self.tensors.items()}
 
     def read(self) -> dict[str, float]:
         if not self.tensors:

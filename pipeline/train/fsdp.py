@@ -11,6 +11,9 @@ process. Gradients are summed in fp32.
 `shard: full` splits over all processes. `shard: hybrid` splits over the processes of a group, such as a node, and every
 group holds a copy: weights are gathered inside a group, and gradients are summed over the groups once a step.
 
+`tensor: N` splits the matrices of each layer over N processes first (train/tensor_parallel.py); what a process has of
+them is then split as above, over the processes that have the same.
+
 A model may be on the meta device: then each part (a decoder layer, a table) is created, filled and split before the
 next one, so that a process never holds the complete model.
 """
@@ -30,16 +33,19 @@ from pipeline.train import muon, muon_sharded, phases, shards
 from pipeline.train.engine import Engine, Sums, adamw, finite, gradient_norm, set_learning_rate
 from pipeline.train.fsdp_sharding import Fill, Sharder
 from pipeline.train.state import Fragment, share
+from pipeline.train.tensor_parallel import TensorGroup
 
 SQUARE = "gradient_square"  # key of the squared gradient norm among a step's sums
 
 
 def mesh_of(parallel, device: torch.device):
-    """The processes as a mesh: [copies, processes of a copy] with `shard: hybrid`, otherwise [world]. Raises UserError
-    if they cannot be divided into groups."""
+    """The processes as a mesh: [copies, processes of a copy] with `shard: hybrid`, [world / N, N] with `tensor: N`,
+    otherwise [world]. Raises UserError if they cannot be divided into groups."""
     from torch.distributed.device_mesh import init_device_mesh
 
     world, size = distributed.world(), parallel.group_size(distributed.world(), distributed.local_world())
+    if parallel.tensor > 1:  # neighbours, which are in one node
+        return init_device_mesh(device.type, (size, parallel.tensor), mesh_dim_names=("shard", "tensor"))
     if parallel.shard != "hybrid":
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     if world % size:
@@ -61,10 +67,16 @@ class FullySharded(Engine):
         super().__init__(model, loss_fn, config, name)
         self.mesh = mesh_of(config.parallel, self.device)
         self.size = self.mesh["shard"].size()
-        self.num_copies = distributed.world() // self.size
+        self.data_world = distributed.world() // config.parallel.tensor
+        self.data_rank = distributed.rank() // config.parallel.tensor
+        self.num_copies = self.data_world // self.size
         self.matrices = muon.matrix_names(model) if config.optimizer.kind == "muon" else set()
         self.skeleton = without_weights(model)
-        sharder = Sharder(model, self.mesh, self.device, config.wide_precision)
+        self.tensor: TensorGroup | None = None
+        mesh = self.mesh
+        if config.parallel.tensor > 1:
+            mesh, self.tensor = self.mesh["shard"], TensorGroup(model, self.mesh["tensor"])
+        sharder = Sharder(model, mesh, self.device, config.wide_precision, self.tensor)
         sharder.shard(fill)
         self.sharded, self.pieces, self.whole = sharder.result()
         self.gathered_in = sharder.gathered_in
@@ -93,6 +105,8 @@ class FullySharded(Engine):
             (loss * (self.data_world / weight)).backward()  # fully_shard averages over processes
         phases.enter("reduce")
         gradients = self._reduced_gradients()
+        if self.tensor is not None:
+            sums.scale(self._counts())
         sums.tensors[SQUARE] = self._square(gradients)
         total = sums.reduced()  # the only read of the device in a step
         loss, norm = total.pop("loss"), total.pop(SQUARE) ** 0.5
@@ -116,10 +130,14 @@ class FullySharded(Engine):
                 piece.values.grad = gradient.to_local()
                 self.sharded[name].grad = None
         trained = [parameter for parameter in self.whole.values() if parameter.grad is not None]
-        if trained and self.data_world > 1:
+        if trained and distributed.world() > 1:
+            if self.tensor is not None:  # the others' gradients are equal in a group, and so is their mean
+                for name in self.tensor.partial & self.whole.keys():
+                    if self.whole[name].grad is not None:
+                        self.whole[name].grad.mul_(self.tensor.size)
             flat = torch.cat([parameter.grad.view(-1) for parameter in trained])
             dist.all_reduce(flat)
-            flat /= self.data_world
+            flat /= distributed.world()
             parts = flat.split([parameter.numel() for parameter in trained])
             for parameter, part in zip(trained, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
@@ -130,7 +148,15 @@ class FullySharded(Engine):
         Gradients of pieces are on as many processes as there are copies, those of whole parameters on all."""
         whole = [parameter.grad for parameter in self.whole.values() if parameter.grad is not None]
         pieces = gradients[: len(gradients) - len(whole)]
-        return gradient_norm(pieces) ** 2 / self.num_copies + gradient_norm(whole) ** 2 / self.data_world
+        return gradient_norm(pieces) ** 2 / self.num_copies + gradient_norm(whole) ** 2 / distributed.world()
+
+    def _counts(self) -> float:
+        """1 on one process of each tensor group, whose others have the same sums, and 0 on these. As a factor it leaves
+        what is not finite as it is, on whichever process."""
+        return float(self.tensor is None or self.tensor.rank == 0)
+
+    def _data_sum(self, values):
+        return super()._data_sum([value * self._counts() for value in values])
 
     def _forward_sums(self, micro_batches, counted):
         self.model.eval()
@@ -175,7 +201,8 @@ class FullySharded(Engine):
         own = self.sharded[name].detach()
         if dtype is not None and own.is_floating_point():  # weights in 4 bits are bytes
             own = own.to(dtype)
-        return own.full_tensor()
+        complete = own.full_tensor()
+        return complete if self.tensor is None else self.tensor.gathered(name, complete)
 
     def consolidated(self):
         weights = self._on_main(self.shapes)
@@ -220,11 +247,16 @@ class FullySharded(Engine):
         layout = super()._layout() | {"shard": self.config.parallel.shard}
         if self.num_copies > 1:
             layout["copies"] = self.num_copies
+        if self.tensor is not None:
+            layout["tensor"] = self.tensor.size
         return layout
 
     def _held(self):
         own = self._shared_pieces(self._copy())
         return own, shards.whole(self.whole, self.optimizers) + shards.buffers(self.model)
+
+    def _share(self, common):
+        return share(common, distributed.rank(), distributed.world())
 
     def _copies(self):
         fragments = []

@@ -11,15 +11,17 @@ from pipeline.models.model_parts import Parts, own_parameters, parameter_at
 from pipeline.train.chunked_loss import Head
 from pipeline.train.engine import lr_scale
 from pipeline.train.shards import Piece
+from pipeline.train.tensor_parallel import TensorGroup, part_of
 
 
 class Sharder:
-    """Splits the parameters of a model over the processes of a mesh, in place."""
+    """Splits the parameters of a model over the processes of a mesh, in place. tensor: the group over which matrices
+    are split before that."""
 
-    def __init__(self, model, mesh, device: torch.device, precision: str):
+    def __init__(self, model, mesh, device: torch.device, precision: str, tensor: TensorGroup | None = None):
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        self.model, self.mesh, self.device = model, mesh, device
+        self.model, self.mesh, self.device, self.tensor = model, mesh, device, tensor
         self.size = mesh["shard"].size()
         options = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
         self.exact = MixedPrecisionPolicy(**options)
@@ -33,6 +35,8 @@ class Sharder:
         """Split part after part. fill: gives a part on the meta device its values, on the CPU."""
         for name in self.parts.names:
             part = self.parts.materialise(name, fill, self._keep_rows)
+            if self.tensor is not None:
+                self.tensor.split(name, part)
             # no name here refers to a parameter, or it would stay complete while the next part is created
             self.scales |= {f"{name}.{inner}": lr_scale(parameter) for inner, parameter in part.named_parameters()}
             if self._shard_part(part) is self.rounded:
@@ -46,19 +50,20 @@ class Sharder:
         for module, attribute, parameter in own_parameters(part):
             if not self._is_whole(part, module, attribute, parameter) and not lora.reads_whole_weight(module):
                 dim = self._placement(parameter).dim
-                keep_rows(parameter, dim, *self._rows(parameter, dim))
+                first, end = (0, parameter.shape[dim]) if self.tensor is None else self.tensor.rows(module, parameter)
+                start, stop = self._rows(end - first)
+                keep_rows(parameter, dim, first + start, first + stop)
 
     def _is_whole(self, part: nn.Module, module: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
         """Whether every process keeps a parameter."""
+        if self.tensor is not None and self.tensor.dim_of(module, parameter) is not None:
+            return False
         is_layer = id(part) in self.parts.layers
         return parameter.dim() < 2 or (is_layer and not _only_multiplied(module, attribute, parameter))
 
-    def _rows(self, parameter: torch.Tensor, dim: int) -> tuple[int, int]:
+    def _rows(self, length: int) -> tuple[int, int]:
         """The indices of a dimension that this process keeps: (first, end)."""
-        length = parameter.shape[dim]
-        rows = -(-length // self.size)
-        start = rows * self.mesh["shard"].get_local_rank()
-        return min(start, length), min(start + rows, length)
+        return part_of(length, self.mesh["shard"].get_local_rank(), self.size)
 
     def _shard_part(self, part: nn.Module):
         """Returns the types in which the part is gathered; None if the root gathers it."""
@@ -124,8 +129,19 @@ class Sharder:
             values = nn.Parameter(local, requires_grad=parameter.requires_grad)
             values.lr_scale = self.scales[name]
             dim = parameter.placements[-1].dim
-            pieces[name] = Piece(values, parameter.shape, dim, self._rows(parameter, dim)[0])
+            pieces[name] = self._piece(name, values, parameter.shape, dim)
         return sharded, pieces, whole
+
+    def _piece(self, name: str, values: nn.Parameter, shape: torch.Size, dim: int) -> Piece:
+        """shape: without what tensor parallelism has cut off."""
+        start = self._rows(shape[dim])[0]
+        cut = None if self.tensor is None else self.tensor.slices.get(name)
+        if cut is None:
+            return Piece(values, shape, dim, start)
+        complete = torch.Size(cut.length if index == cut.dim else size for index, size in enumerate(shape))
+        if cut.dim == 0:
+            return Piece(values, complete, dim, cut.start + start)
+        return Piece(values, complete, dim, start, cut.start)
 
     def gathered_in(self, name: str) -> torch.dtype | None:
         """The type in which a sharded parameter is gathered; None: its own."""

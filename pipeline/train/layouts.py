@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.models import cost, pipeline_split, sampling_cost, step_time
 from pipeline.models.devices import Cluster
 from pipeline.models.families import family_of
-from pipeline.train import chunked_loss
+from pipeline.train import chunked_loss, tensor_parallel
 from pipeline.train.config import Parallel, TrainConfig, divisors
 
 MOST_MICRO_ROWS = 64
@@ -66,6 +66,8 @@ def _words(keys: dict) -> list[str]:
         words.append(f"pipeline {parallel['pipeline']}")
     elif "shard" in parallel:
         words.append(f"FSDP {parallel['shard']}")
+        if "tensor" in parallel:
+            words.append(f"tensor {parallel['tensor']}")
     elif "zero" in parallel:
         words.append(f"ZeRO-{parallel['zero']}")
     else:
@@ -111,13 +113,13 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
     """What a stage's keys mean in `world` processes on a device (`cuda` or `cpu`). A micro-batch is of an update, of
     which a step of online RL has several."""
     parallel = config.parallel
-    ranks = world // parallel.pipeline
+    ranks = parallel.data_ranks(world)
     micro = config.micro_rows(world)
     head_rows = config.head_chunk() if config.sampling(world) is None else "auto"  # rl/responses.py: predict_at_labels
     if not family_of(model_config).chunked_loss:
         head_rows = None
     if head_rows == "auto":
-        head_rows = chunked_loss.chunk_of(model_config.vocab_size, device)
+        head_rows = chunked_loss.chunk_of(-(-model_config.vocab_size // parallel.tensor), device)
     return cost.Layout(
         ranks=ranks,
         depth=parallel.pipeline,
@@ -132,6 +134,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         offload=parallel.offload,
         stage_layers=_stage_layers(config, model_config, size),
         shard=parallel.group_size(world, config.run.processes),
+        tensor=parallel.tensor,
         compiled=config.compile,
         loss_tokens=config.loss_tokens(),
     )
@@ -154,6 +157,7 @@ def candidate(config: TrainConfig, costs: Costs, cluster: Cluster) -> Candidate:
     """The layout that the stage has. Raises UserError if this number of devices cannot have it."""
     config = _on(config, cluster)
     config.check_layout(cluster.count)
+    tensor_parallel.check(costs.config, config.parallel.tensor)
     layout = layout_of(config, costs.config, costs.size, cluster.count, cluster.device.kind)
     return _measured(config, layout, config.parallel.model_dump(exclude_defaults=True), costs, cluster)
 
@@ -224,6 +228,10 @@ def _parallels(config: TrainConfig, model_config, cluster: Cluster) -> list[dict
     if cluster.count > 1:
         found += [{"zero": 1}, {"zero": 2}, {"zero": 3}]
         found += [{"shard": "full"}, {"shard": "hybrid"}] if cluster.nodes > 1 else [{"shard": "full"}]
+    if type(config).supports_tensor():
+        sizes = [size for size in divisors(cluster.local) if size > 1 and cluster.count % size == 0]
+        possible = [size for size in sizes if tensor_parallel.obstacle(model_config, size) is None]
+        found += [{"shard": "full", "tensor": size} for size in possible]
     if type(config).supports_pipeline() and family_of(model_config).pipeline:
         depths = [depth for depth in divisors(cluster.count) if 1 < depth <= model_config.num_hidden_layers]
         found += [{"zero": 1, "pipeline": depth} for depth in depths]

@@ -140,6 +140,11 @@ class Config(TrainConfig):
                 "precision: fp8 is for one process, DDP and shard, and was not tried with DeepSpeed (zero, pipeline);"
                 " use shard: full, or precision: bf16"
             )
+        if self.precision == "fp8" and self.parallel.tensor > 1:
+            raise ValueError(
+                f"precision: fp8 was not tried with tensor: {self.parallel.tensor}; use shard: full without tensor, or"
+                " precision: bf16"
+            )
         return self
 
     @property
@@ -190,6 +195,10 @@ class Config(TrainConfig):
 
     @classmethod
     def supports_pipeline(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_tensor(cls) -> bool:
         return True
 
     def last_step(self) -> int | None:
@@ -287,5 +296,9 @@ class Config(TrainConfig):
         model_block.check(self.model)
         if self.parallel.pipeline > 1:
             pipeline_split.check_layers(model_block.block_config(self.model), self.parallel)
+        if self.parallel.tensor > 1:
+            from pipeline.train import tensor_parallel
+
+            tensor_parallel.check(model_block.block_config(self.model), self.parallel.tensor)
         if self.document_mask:
             model_block.check_document_mask(self.model["family"])

@@ -207,14 +207,16 @@ def schedule_text(optimizer, schedule) -> str:
 
 
 def layout_line(config, layout: cost.Layout) -> str:
-    world = layout.ranks * layout.depth
+    world = layout.ranks * layout.depth * layout.tensor
     if layout.depth > 1:
         processes = f"pipeline {layout.depth} x {layout.ranks} data ranks"
     elif layout.zero is not None:
         processes = f"ZeRO-{layout.zero} over {world}"
     elif layout.shard is not None:
         processes = f"FSDP over {world}"
-        if layout.shard < world:
+        if layout.tensor > 1:
+            processes = f"FSDP over {layout.shard} x tensor {layout.tensor}"
+        elif layout.shard < world:
             processes = f"FSDP over {layout.shard} x {world // layout.shard} copies"
     else:
         processes = f"data parallel over {world}" if world > 1 else "one process"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.train.state import Fragment
+from pipeline.train.state import Fragment, Rows
 
 ADAM = ("exp_avg", "exp_avg_sq")
 MUON = ("momentum_buffer",)
@@ -106,12 +106,14 @@ def begin_whole(parameters: dict, optimizers: list, saved: dict[str, dict]) -> N
 
 
 class Piece(NamedTuple):
-    """This process's part of a parameter of some shape: `values`, which begin at index `start` of dimension `dim`."""
+    """This process's part of a parameter of some shape: `values`, which begin at index `start` of dimension `dim`, and
+    at `column` of a matrix that is split by columns as well."""
 
     values: torch.nn.Parameter
     shape: torch.Size
     dim: int
     start: int
+    column: int | None = None
 
 
 def pieces(parameters: dict[str, Piece], optimizers: list[torch.optim.Optimizer]) -> list[Fragment]:
@@ -123,6 +125,10 @@ def pieces(parameters: dict[str, Piece], optimizers: list[torch.optim.Optimizer]
         tensors = {"weight": piece.values.detach()} | {kind: state[kind] for kind in MOMENTS if kind in state}
         outer, inner = math.prod(piece.shape[: piece.dim]), math.prod(piece.shape[piece.dim + 1 :])
         for kind, tensor in tensors.items():
+            if piece.column is not None:
+                rows = Rows(tensor.shape[1], inner)
+                fragments.append(Fragment(kind, name, piece.start * inner + piece.column, tensor.view(-1), rows))
+                continue
             for index, flat in enumerate(tensor.view(outer, -1)):
                 start = (index * piece.shape[piece.dim] + piece.start) * inner
                 fragments.append(Fragment(kind, name, start, flat))

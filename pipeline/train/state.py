@@ -5,10 +5,12 @@
 
 A fragment is called `exp_avg/model.layers.0.mlp.up_proj.weight@4096`: its kind (weight, exp_avg, exp_avg_sq,
 momentum_buffer, buffer), the parameter's name in the whole model, and the index of its first element. A reader asks for
-any range of elements, which is assembled from the fragments, so a run resumes in any layout. Full shapes are in the
-metadata of each file. Nothing is pickled.
+any range of elements, which is assembled from the fragments, so a run resumes in any layout. Some columns of a matrix
+are one fragment too, `weight/model.layers.0.mlp.down_proj.weight@512:512/1024`: rows of 512 elements that begin 1,024
+apart. Full shapes are in the metadata of each file. Nothing is pickled.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +24,7 @@ import torch
 from pipeline.core.errors import UserError
 from pipeline.core.terminal import plural
 
-FORMAT = 1
+FORMAT = 2  # 2: fragments of rows that are not one after another; written only where there are such
 CHUNK = 16 << 20  # bytes hashed and written at a time
 DTYPES = {
     torch.float32: "F32",
@@ -38,17 +40,32 @@ DTYPES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
+class Rows(NamedTuple):
+    """Rows of `width` elements, each `stride` elements after the one before: a part of the columns of a matrix."""
+
+    width: int
+    stride: int
+
+
 class Fragment(NamedTuple):
-    """Elements start to start + len(values) of a tensor. `values` is a flat view of live memory, or a copy."""
+    """Elements start to start + len(values) of a tensor, or rows of which the first begins at start. `values` is a flat
+    view of live memory, or a copy."""
 
     kind: str
     name: str
     start: int
     values: torch.Tensor
+    rows: Rows | None = None
 
     @property
     def key(self) -> str:
-        return f"{self.kind}/{self.name}@{self.start}"
+        rows = f":{self.rows.width}/{self.rows.stride}" if self.rows else ""
+        return f"{self.kind}/{self.name}@{self.start}{rows}"
+
+
+def format_of(fragments: list[Fragment]) -> int:
+    """The format that a reader of these fragments has to know."""
+    return FORMAT if any(fragment.rows for fragment in fragments) else 1
 
 
 class Part(NamedTuple):
@@ -172,6 +189,21 @@ class _Piece(NamedTuple):
     path: Path
     offset: int
     dtype: str
+    rows: Rows | None = None
+    """If it is rows of a matrix; `stop` is then start + their number of elements."""
+
+    def in_ranges(self) -> list["_Piece"]:
+        """The same as pieces without `rows`."""
+        if self.rows is None:
+            return [self]
+        width, stride = self.rows
+        size = TORCH_DTYPES[self.dtype].itemsize
+        count = (self.stop - self.start) // width
+        firsts = [self.start + row * stride for row in range(count)]
+        return [
+            self._replace(start=first, stop=first + width, offset=self.offset + row * width * size, rows=None)
+            for row, first in enumerate(firsts)
+        ]
 
 
 class Reader:
@@ -192,6 +224,7 @@ class Reader:
         self.steps, self.optimizer, self.layout = summary["steps"], summary["optimizer"], summary["layout"]
         self.parameters: dict[str, dict] = {}
         self.pieces: dict[tuple[str, str], list[_Piece]] = {}  # by (kind, name)
+        self.ranges: tuple[tuple[str, str] | None, list[_Piece]] = (None, [])
         pattern = re.compile(rf"{re.escape(name)}-\d+\.safetensors")
         files = sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
         own = {file: _read_header(folder / file) for file in files[rank::world]}
@@ -204,11 +237,13 @@ class Reader:
     def _index(self, path: Path, length: int, header: dict) -> None:
         self.parameters |= json.loads(header.pop("__metadata__")["parameters"])
         for key, entry in header.items():
-            tensor, _, start = key.rpartition("@")
+            tensor, _, place = key.rpartition("@")
+            start, _, rows = place.partition(":")
             kind, _, name = tensor.partition("/")
             stop = int(start) + entry["shape"][0]
             offset = 8 + length + entry["data_offsets"][0]
-            piece = _Piece(int(start), stop, path, offset, entry["dtype"])
+            width_and_stride = Rows(*map(int, rows.split("/"))) if rows else None
+            piece = _Piece(int(start), stop, path, offset, entry["dtype"], width_and_stride)
             self.pieces.setdefault((kind, name), []).append(piece)
 
     def has(self, kind: str, name: str) -> bool:
@@ -216,7 +251,7 @@ class Reader:
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements start to start + numel, flat, on the CPU. Raises UserError if some of them are in no file."""
-        pieces = self.pieces.get((kind, name), [])
+        pieces = self._ranges(kind, name)
         dtype = TORCH_DTYPES.get(pieces[0].dtype, torch.float32) if pieces else torch.float32
         values = torch.empty(numel, dtype=dtype)
         view, size = memoryview(values.view(torch.uint8).numpy()), values.element_size()
@@ -239,15 +274,35 @@ class Reader:
             )
         return values
 
+    def _ranges(self, kind: str, name: str) -> list[_Piece]:
+        """The pieces of a tensor without those of rows, in their order. Those of the last tensor are kept."""
+        if self.ranges[0] != (kind, name):
+            pieces = [part for piece in self.pieces.get((kind, name), []) for part in piece.in_ranges()]
+            self.ranges = (kind, name), sorted(pieces, key=lambda piece: (piece.start, piece.stop))
+        return self.ranges[1]
+
+    def _read_rows(self, kind: str, name: str, start: int, numel: int, rows: Rows) -> torch.Tensor:
+        """Rows of which the first begins at start, flat: at once if they were saved together, or all of the matrix from
+        the first to the last."""
+        for piece in self.pieces.get((kind, name), []):
+            if (piece.start, piece.stop, piece.rows) == (start, start + numel, rows):
+                values = torch.empty(numel, dtype=TORCH_DTYPES[piece.dtype])
+                _read_exactly(piece.path, piece.offset, memoryview(values.view(torch.uint8).numpy()))
+                return values
+        count = numel // rows.width
+        span = self.read(kind, name, start, (count - 1) * rows.stride + rows.width)
+        return span.as_strided((count, rows.width), (rows.stride, 1)).flatten()
+
     def fill(self, fragment: Fragment) -> None:
         """Read a fragment into live memory. A moment that was never updated is zero."""
-        kind, name, start, values = fragment
+        kind, name, start, values, rows = fragment
         is_moment = kind not in ("weight", "buffer")
         with torch.no_grad():
             if is_moment and not self.has(kind, name) and not self.parameters.get(name, {}).get("updates"):
                 values.zero_()
             elif values.numel():
-                values.copy_(self.read(kind, name, start, values.numel()))
+                read = functools.partial(self._read_rows, rows=rows) if rows else self.read
+                values.copy_(read(kind, name, start, values.numel()))
 
     def compare(self, shapes: dict[str, list[int]], optimizer: str) -> None:
         """Raise UserError if this is the state of another model or optimizer, naming the first difference."""
@@ -325,6 +380,8 @@ def describe(layout: dict) -> str:
     if layout.get("shard"):
         copies = f" of {layout['copies']} copies" if "copies" in layout else ""
         details.append(f"shard {layout['shard']}{copies}")
+    if layout.get("tensor"):
+        details.append(f"tensor {layout['tensor']}")
     if layout["offload"]:
         details.append("offload")
     processes = plural(layout["processes"], "process/processes")

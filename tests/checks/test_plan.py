@@ -52,6 +52,19 @@ def test_what_a_cluster_cannot_have_is_reported():
     assert any("muon" in reason for reason in stage.refused) and stage.fitting
 
 
+def test_tensor_groups_of_a_node_are_among_the_layouts():
+    """Where the family can be split: of equal layouts a larger group needs less memory. Others are refused."""
+    stage = stage_of("llama-7b", "32xH100-80G")
+    peaks = {one.layout.tensor: one.peak for one in stage.found
+             if one.layout.shard and one.layout.shard * one.layout.tensor == 32 and one.layout.micro == 1
+             and one.layout.checkpointing == "none" and not one.layout.compiled}  # fmt: skip
+    assert set(peaks) == {1, 2, 4, 8} and sorted(peaks.values(), reverse=True) == [peaks[size] for size in (1, 2, 4, 8)]
+    assert any("tensor 8" in str(one) for one in stage.found)
+    refused = stage_of("gemma-2b", "16xH100", words=("pretrain.parallel={shard: full, tensor: 2}",))
+    assert refused.current is None and "gemma cannot be split over a tensor group" in refused.current_problem
+    assert {one.layout.tensor for one in refused.found} == {1}
+
+
 def test_the_text_and_the_json_of_a_chain(capsys):
     plan_commands.plan(str(LLAMA), [], on="32xH100-80G", price=2.0, top=2)
     text = capsys.readouterr().out

@@ -176,6 +176,8 @@ def test_the_quickstart_recipe_passes_both_proofs(tmp_path, monkeypatch, capsys)
         (["parallel.pipeline=2"], "pipeline of 2"),
         (["parallel.shard=full"], "FSDP"),
         (["parallel={shard: hybrid, shard_ranks: 8}"], "FSDP, 2 copies x 2 ranks"),
+        (["parallel={shard: full, tensor: 8}", "run.processes=8"], "FSDP, tensor 2"),
+        (["parallel={shard: full, tensor: 2}", "run.processes=8"], "FSDP over 2 x tensor 2"),
         (["parallel.shard=full", "compile=true"], ("FSDP, compiled", 2, {"shard": "full"})),
         (["parallel.zero=2", "parallel.offload=true"], ("ZeRO-2, offload", 2, {"zero": 2, "offload": True})),
         (["compile=true"], ("one process, compiled", 1, {})),
@@ -202,16 +204,18 @@ def test_the_recipe_s_own_layout_is_among_those_compared(tmp_path, words, own):
         assert layout.changes == ({"compile": True} if config.compile else {}) and layout.name in line
         depths = [layout.depth > 1 for layout in chosen]
         assert len(chosen) == len(layouts.LAYOUTS) + 1 and depths == sorted(depths), "pipelines last"
-    shape = SimpleNamespace(model_type="llama", num_hidden_layers=4)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    shape = SimpleNamespace(model_type="llama", num_hidden_layers=4, **sizes)
     route, _ = layouts.route(config, shape)
-    assert [layout.name for layout in route[:5]] == ["one process", "DDP", "ZeRO-3", "FSDP", "pipeline of 2"]
+    assert [layout.name for layout in route[:6]] == [*layouts.ROUTE[:5], "pipeline of 2"]
     if isinstance(own, str):
-        assert route[5].name == (own if own not in layouts.ROUTE else "one process")
+        assert route[6].name == (own if own not in layouts.ROUTE else "one process")
     else:
-        assert route[5] in chosen and route[5].name.startswith("the recipe's own")
+        assert route[6] in chosen and route[6].name.startswith("the recipe's own")
     if config.parallel.pipeline == 1:
         shape.model_type = "gemma"
-        assert layouts.route(config, shape)[0] == [layout for layout in route if layout.name != "pipeline of 2"]
+        left = ("pipeline of 2", "FSDP, tensor 2")
+        assert layouts.route(config, shape)[0] == [layout for layout in route if layout.name not in left]
 
 
 @pytest.mark.slow

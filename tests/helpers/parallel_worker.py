@@ -27,12 +27,17 @@ LAYOUTS = {
     "fsdp hybrid": {"shard": "hybrid", "shard_ranks": 1},
     "fsdp chunks selective": {"shard": "full"},
     "fsdp tied chunks full": {"shard": "full"},
+    "fsdp tensor": {"shard": "full", "tensor": 2},
+    "fsdp tensor tied": {"shard": "full", "tensor": 2},
+    "fsdp tensor chunks selective": {"shard": "full", "tensor": 2},
+    "fsdp tensor tied chunks full": {"shard": "full", "tensor": 2},
     "ddp frozen": {},
     "zero 0 frozen": {"zero": 0},
     "zero 1 frozen": {"zero": 1},
     "zero 2 frozen": {"zero": 2},
     "zero 3 frozen": {"zero": 3},
     "fsdp frozen": {"shard": "full"},
+    "fsdp tensor frozen": {"shard": "full", "tensor": 2},
     "pipeline": {"pipeline": 2},
     "pipeline tied": {"pipeline": 2},
     "pipeline tied chunks full": {"pipeline": 2},
@@ -61,12 +66,15 @@ FAST = [
     "zero 1",
     "zero 3",
     "fsdp",
+    "fsdp tensor",
     "ddp chunks",
+    "fsdp tensor tied chunks full",
     "fsdp frozen",
     "pipeline",
     "pipeline chunks selective",
     "pipeline frozen",
 ]  # each engine; frozen, chunked and checkpointed ones; the slow tests run all of LAYOUTS
+GENERATING = ("zero 3", "fsdp", "fsdp hybrid", "fsdp tensor")
 PLAIN = [name for name in LAYOUTS if "chunks" not in name and "frozen" not in name]
 STEPS = 6
 NEIGHBOURS = 3  # layouts from whose checkpoints each of FAST resumes
@@ -258,7 +266,7 @@ if __name__ == "__main__":
         MUON = muon(scratch / "ddp muon")
         results = {"elastic": {("one muon", "ddp muon"): go_on(MUON, scratch / "one muon")}}
         # first: DeepSpeed cannot build a plain engine in a process that has had a pipeline
-        results["generated"] = {name: generate(LAYOUTS[name]) for name in ("zero 3", "fsdp", "fsdp hybrid")}
+        results["generated"] = {name: generate(LAYOUTS[name]) for name in GENERATING}
         layouts = list(LAYOUTS) if sys.argv[2:] == ["all"] else FAST
         for layout in layouts:
             results[layout] = train(layout, 2, scratch / layout)

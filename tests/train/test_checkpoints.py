@@ -2,6 +2,7 @@
 branches. Layouts: test_parallel.py."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -62,6 +63,41 @@ def test_any_range_is_pieced_together_from_any_cut(tmp_path_factory, data):
     dealt = [piece for rank in range(world) for piece in state.share(common, rank, world)]
     for name, values in whole.items():
         assert [value for piece in dealt if piece.name == name for value in piece.values.tolist()] == values.tolist()
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_columns_of_a_matrix_are_read_in_any_other_parts(tmp_path_factory, data):
+    """A matrix saved in blocks of rows and columns, one file each: any range, and any other blocks, read as the
+    matrix has them; blocks as they were saved are read at once."""
+    folder = tmp_path_factory.mktemp("blocks")
+    shape = rows, columns = data.draw(st.integers(1, 7)), data.draw(st.integers(2, 9))
+    whole = torch.randn(shape)
+
+    def blocks(row_cuts: list[int], column_cuts: list[int]) -> list[state.Fragment]:
+        fragments = []
+        for first, last in itertools.pairwise(sorted({0, rows, *row_cuts})):
+            for left, right in itertools.pairwise(sorted({0, columns, *column_cuts})):
+                values = whole[first:last, left:right].flatten()
+                place = state.Rows(right - left, columns)
+                fragments.append(state.Fragment("exp_avg", "p", first * columns + left, values, place))
+        return fragments
+
+    cuts = [data.draw(st.lists(st.integers(0, size), max_size=3)) for size in (*shape, *shape)]
+    saved_blocks, others = blocks(*cuts[:2]), blocks(*cuts[2:])
+    assert state.format_of(saved_blocks) == 2
+    for index, fragment in enumerate(saved_blocks):
+        part = state.Part([fragment], {"p": {"shape": list(shape), "updates": 1}}, {})
+        state.write(folder / f"model-{index:05d}.safetensors", part)
+    (folder / "model.json").write_text(json.dumps({"format": 2, "steps": 1, "optimizer": "adamw", "layout": {}}))
+    reader = state.Reader(folder, "model")
+    for fragment in (*saved_blocks, *others):
+        into = fragment._replace(values=torch.zeros_like(fragment.values))
+        reader.fill(into)
+        assert torch.equal(into.values, fragment.values)
+    start = data.draw(st.integers(0, whole.numel() - 1))
+    count = data.draw(st.integers(1, whole.numel() - start))
+    assert torch.equal(reader.read("exp_avg", "p", start, count), whole.flatten()[start : start + count])
 
 
 def test_each_header_is_read_by_one_of_the_processes(tmp_path):

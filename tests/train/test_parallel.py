@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from harness import files_of, succeed
-from parallel_worker import FAST, LAYOUTS, PLAIN, STEPS, go_on, kind_of, micro_batches, model, muon, train
+from parallel_worker import FAST, GENERATING, LAYOUTS, PLAIN, STEPS, go_on, kind_of, micro_batches, model, muon, train
 from paths import HELPERS, ROOT
 from tiny_engine import LENGTH
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -141,6 +141,7 @@ def test_any_layout_goes_on_from_any_other(results, alone, target):
                 + [f"zero {parallel.zero}"] * (parallel.zero is not None)
                 + ["offload"] * parallel.offload
                 + (["shard full"] if parallel.shard == "full" else ["shard hybrid of 2 copies"]) * bool(parallel.shard)
+                + [f"tensor {parallel.tensor}"] * (parallel.tensor > 1)
             )
             assert said.endswith("now 2 processes" + (f" with {' and '.join(words)}" if words else "")), (source, said)
             assert said.startswith("saved with " + ("1 process;" if source.startswith("one") else "2 processes")), (
@@ -185,7 +186,7 @@ def test_harm_on_one_process_is_kept_from_the_weights_of_all(results, name):
     assert found["step after harm"]["applied"] and math.isfinite(found["step after harm"]["loss"])
 
 
-@pytest.mark.parametrize("name", ["zero 3", "fsdp", "fsdp hybrid"])
+@pytest.mark.parametrize("name", GENERATING)
 def test_generation_from_shards(results, name):
     """The gathered model continues a prompt as one process does, and trains on afterwards."""
     from tiny_engine import config, loss_fn
@@ -331,6 +332,8 @@ def test_a_step_sends_what_its_layout_needs(results, name):
         # the embedding is not gathered for the backward pass
         "fsdp": {"allgather": 2 * (2 * matrices - table), "reduce_scatter": 2 * matrices, "allreduce": vectors},
         "fsdp hybrid": {"allreduce": total},
+        # of each micro-batch: embedding, output layer, and four of each layer; here also the logits of 31 words
+        "fsdp tensor": {"allreduce": vectors + 2 * 14 * hidden, "allgather": 2 * 2 * LENGTH * 4 * 31},
         "pipeline": {"send": 4 * hidden, "recv": 4 * hidden},
     }[name]
     for sent, *_ in results[name]["counted"]:
@@ -341,7 +344,7 @@ def test_a_step_sends_what_its_layout_needs(results, name):
         assert found == expected
 
 
-READS = {"ddp": 0, "fsdp": 0, "fsdp hybrid": 0, "zero 0": 1, "zero 1": 4, "zero 2": 4, "zero 3": 2}
+READS = {"ddp": 0, "fsdp": 0, "fsdp hybrid": 0, "fsdp tensor": 0, "zero 0": 1, "zero 1": 4, "zero 2": 4, "zero 3": 2}
 
 
 @pytest.mark.parametrize("name", marked(READS))
