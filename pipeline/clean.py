@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from pipeline.data.dedup.document_index import Index
     from pipeline.data.dedup.exact_substring import UnitDocuments
 
-VERSION = 15  # 15: a damaged gzip member is not used; charsets of short pages, masks, script of Japanese
+VERSION = 16  # 16: single characters, figures, ruby and formulas of pages; C1 controls, latin-1, quotes in tsv
 INPUTS: dict[str, tuple[str, ...]] = {"earlier?": ("clean",)}
 MAX_DAMAGE = 3  # times that the same intermediate file may be found damaged
 

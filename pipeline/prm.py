@@ -20,7 +20,7 @@ from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import StepSource
 from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
-VERSION = 2  # 2: tool calls, columns of structs and messages as JSON text are read completely or rejected
+VERSION = 3  # 3: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
 INPUTS = {"model": ("sft", "pretrain")}
 
 

@@ -22,7 +22,7 @@ from pipeline.core.output import Output
 from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
-VERSION = 7  # 7: tool calls, columns of structs and messages as JSON text are read completely or rejected
+VERSION = 8  # 8: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
 INPUTS = {"model": ("sft", "pretrain")}
 
 

@@ -22,7 +22,7 @@ from pipeline.train.config import LossChunk
 from pipeline.train.distillation import Distill
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
-VERSION = 6  # 6: tool calls, columns of structs and messages as JSON text are read completely or rejected
+VERSION = 7  # 7: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
 INPUTS = {"model": ("pretrain", "sft"), "teacher?": ("sft", "dpo", "kto", "ppo", "grpo", "pretrain")}
 
 

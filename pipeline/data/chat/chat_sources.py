@@ -55,6 +55,14 @@ class TuningSource(Source):
     def has_templates(self) -> bool:
         return bool(self.templates())
 
+    def all_templates(self) -> list[str]:
+        """Templates of everything that is read from a record."""
+        keys = {"messages", "prompt", "completion", "chosen", "rejected", "label", "answer", "margin"}
+        written = []
+        for value in self.model_dump(include=keys, exclude_none=True).values():
+            written += [turn["content"] for turn in value] if isinstance(value, list) else [value]
+        return written
+
     def is_record(self, value: dict) -> bool:
         """Whether an object that is alone in a json file is a record: it has a field that holds a conversation, a pair
         or a prompt."""

@@ -52,7 +52,8 @@ from pipeline.data.chat.rendering import Dialogue
 from pipeline.data.dedup.decontaminate import Decontaminate, find_contaminated
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, encoding_advice, fraction, read
-from pipeline.data.sources.templates import MissingField, parse_template, render
+from pipeline.data.sources.source_checks import has_list, is_join_given, refuse_join
+from pipeline.data.sources.templates import MissingField, fields_of, parse_template, render
 
 BY_TEMPLATES = "templates of the recipe"
 
@@ -213,6 +214,7 @@ def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Call
     """The first row that a tuning source gives, looking at no more than `most` records: a Conversation, Pair or Prompt.
     `encode(row)` may say why a row cannot be written with a chat template, or return None. Raises UserError if the
     source has no records, or none of these can be used."""
+    _refuse_unused_join(source, name, most)
     ledger = Ledger()
     for row in rows_of(source, name, ledger, most):
         reason = None if encode is None else encode(row)
@@ -220,6 +222,21 @@ def first_usable(source: TuningSource, name: str, most: int = 1000, encode: Call
             return row
         ledger.reject(name, row.place, reason)
     _refuse_empty(source, name, ledger)
+
+
+def _refuse_unused_join(source: TuningSource, name: str, most: int) -> None:
+    """Raise UserError for a `join` although the fields of the templates are no lists."""
+    if not is_join_given(source):
+        return
+    names = set().union(*map(fields_of, source.all_templates()))
+    looked_at = 0
+    for item in itertools.islice(_items(source, name), most):
+        if isinstance(item, Record):
+            looked_at += 1
+            if has_list(names, item.fields):
+                return
+    if looked_at:
+        refuse_join(source, f"sources.{name}", names, looked_at)
 
 
 def rows_of(source: TuningSource, name: str, ledger: Ledger, most: int | None = None) -> Iterator:

@@ -8,6 +8,7 @@ give a field its meaning, read it in pipeline/data/chat/messages.py and take it 
 Names are compared in snake case: `toolCalls` and `Tool-Calls` are `tool_calls`.
 """
 
+import json
 import re
 
 from pipeline.data.sources.text_encoding import printable_name
@@ -100,8 +101,10 @@ METADATA_WORDS = METADATA | set(
     " huggingface commit issue question release name names count text_id rev".split()
 )
 FILE_WORDS = {"file", "filename", "path", "url", "urls", "uri", "link", "links", "href"}
-# A text that begins or ends with one of these has a file beside it in its place.
-PLACEHOLDER = re.compile(r"\s*(<(?:image|video|audio)>)|(?s:.*)(<(?:image|video|audio)>)\s*\Z")
+# A text that begins or ends with one of these has a file beside it in its place: <image>, <image_1>, <|image|>,
+# <|image_pad|>.
+_PLACE = r"<(?:image|video|audio)(?:_\d+)?>|<\|(?:image|video|audio)(?:_pad|_\d+)?\|>"
+PLACEHOLDER = re.compile(rf"\s*({_PLACE})|(?s:.*)({_PLACE})\s*\Z")
 
 # Flags that say whether a message, or a whole record, carries loss.
 FLAGS = ("weight", "train", "loss", "training", "trainable", "loss_weight", "sample_weight")
@@ -158,7 +161,30 @@ def unsupported(fields: dict, used: set[str], harmless: set[str] = frozenset()) 
             meaningful.append((printable_name(name), _WHAT[plain]))
         elif not is_metadata(plain):
             unknown.append((printable_name(name), None))
+        elif mark := _loss_mark(value, harmless):
+            meaningful.append((printable_name(name), f"its `{mark}` says which tokens carry loss"))
     return meaningful + unknown
+
+
+def _loss_mark(value, harmless: set[str], depth: int = 3) -> str | None:
+    """The field within metadata, which may be JSON text, that says that something carries no loss, or another one:
+    `metadata: {weight: 0}`."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, dict) or not depth:
+        return None
+    for name, inner in value.items():
+        plain = snake(name)
+        is_one = str(inner).strip().lower() in ("true", "1", "1.0")
+        is_mark = plain in FLAGS and not is_one or _WHAT.get(plain) == "which tokens carry loss"
+        if is_mark and plain not in harmless and not empty(inner):
+            return printable_name(name)
+        if mark := _loss_mark(inner, harmless, depth - 1):
+            return f"{printable_name(name)}.{mark}"
+    return None
 
 
 def file_fields(fields: dict) -> list[str]:

@@ -10,7 +10,10 @@ from pipeline.data.cleaning.characters import CODE_POINTS, as_text
 from pipeline.data.cleaning.garbled_text import CONTINUATION, GARBAGE
 
 _NEWLINES = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-# C0 and C1 controls except tab and newline, DEL, the byte order mark, noncharacters: nothing that a reader would miss.
+# C1 controls that are Windows-1252 decoded as Latin-1, as browsers read them (HTML, numeric character references): the
+# apostrophe of "it\x92s". U+0085 is a newline.
+_WINDOWS = {point: bytes([point]).decode("cp1252", "ignore") for point in range(0x80, 0xA0) if point != 0x85}
+# The other controls except tab and newline, DEL, the byte order mark, noncharacters: nothing that a reader would miss.
 # Zero-width joiners stay: emoji and Indic scripts need them.
 _DROPPED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]+")
 _SPACES = re.compile("[ \t\u00a0\u3000]+\n")
@@ -26,14 +29,14 @@ _NEWLINE = 128  # of \n and nothing else
 
 
 def normalise(text: str, flags: int = RARE | LOOSE | TRAILING | BLANK) -> str:
-    """NFC, newlines as \\n, no control characters, no spaces at line ends, at most one blank line in a row, none at
-    either end. Idempotent.
+    """NFC, newlines as \\n, no control characters (C1 controls become the signs of Windows-1252), no spaces at line
+    ends, at most one blank line in a row, none at either end. Idempotent.
 
     NFC and not NFKC: full-width punctuation is how Chinese is written, and superscripts carry meaning. `flags` is what
     `scan` says about the text.
     """
     if flags & RARE and _RARE_CHARACTERS.search(text):
-        text = _DROPPED.sub("", _NEWLINES.sub("\n", text))
+        text = _DROPPED.sub("", _NEWLINES.sub("\n", text).translate(_WINDOWS))
     if flags & (RARE | LOOSE) and not text.isascii() and not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
     if flags & (RARE | LOOSE | TRAILING) and (

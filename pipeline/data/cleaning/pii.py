@@ -53,7 +53,10 @@ def _always(_: re.Match) -> bool:
 
 _RULES: dict[str, list[tuple[str, Check]]] = {
     "secret": [(pii_patterns.SECRET, _always)],
-    "email": [(pii_patterns.EMAIL_ZH, _always), (pii_patterns.EMAIL, _always)],  # EMAIL matches the beginning of some
+    "email": [
+        (pii_patterns.EMAIL_ZH, _always),
+        (pii_patterns.EMAIL, pii_checks.is_of_a_person),
+    ],  # EMAIL matches the beginning of some
     "ip": [(pii_patterns.IP4, pii_checks.is_ipv4_address), (pii_patterns.IP6, pii_checks.is_ipv6_address)],
     "card": [
         (pii_patterns.CARD_LONG, pii_checks.is_card),

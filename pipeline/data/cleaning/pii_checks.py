@@ -3,6 +3,13 @@
 import ipaddress
 import re
 
+_REPOSITORY = re.compile(r"(?:git|hg|svn)@", re.I)
+
+
+def is_of_a_person(match: re.Match) -> bool:
+    """An address that may be a person's: `git@github.com:a/b` is where a repository is."""
+    return not _REPOSITORY.match(match[0])
+
 
 def _has_luhn_checksum(digits: str) -> bool:
     """Luhn's checksum (ISO/IEC 7812-1, annex B)."""

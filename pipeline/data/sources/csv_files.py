@@ -19,6 +19,11 @@ REPEATED = "two columns of one name; rename one"
 # Without this check a compressed file without its suffix would be a header line without rows: silently empty.
 UNREADABLE = "a header line with control characters, as compressed data and UTF-16 have"
 MALFORMED_HEADER = "malformed header line of a CSV file"
+# IANA's tsv has neither quotes nor tabs or newlines within cells, but many programs write quotes as in csv where a cell
+# needs them.
+QUOTED = "a quoted cell of several lines in a tsv file; save it as csv"
+WRONG_NUMBER = "wrong number of cells"
+_DOUBLED = re.compile(r'"[^"]*(?:""[^"]*)+"')
 _CONTROL = re.compile(r"[\0-\x08\x0e-\x1f]")
 
 
@@ -29,6 +34,7 @@ def csv_chunks(
     lines = _Lines(relative, path, min(size, 1 << 20), encoding)
     header, weight = columns or None, 0
     rows: list[tuple[int, Any]] = []
+    is_open = False  # whether the last cell of the row before is quoted and not closed
     for number, cells in _rows(lines, kind):
         place = f"{relative}:{number}"
         if header is None:
@@ -41,9 +47,17 @@ def csv_chunks(
             rows.append((number, Bad(place, "malformed CSV", _excerpt(f"{cells}: {lines.broken_line}", encoding))))
             weight += len(lines.broken_line)
         else:
-            rows.append((number, _record(header, cells, place, encoding)))
+            if kind == "tsv":
+                cells = list(map(_unquoted, cells))
+            record = _record(header, cells, place, encoding)
+            if is_open and isinstance(record, Bad) and record.reason == WRONG_NUMBER:  # the rest of the row before
+                open_number, open_record = rows.pop()
+                excerpt = _excerpt("\t".join(open_record.values()), encoding)
+                rows.append((open_number, Bad(f"{relative}:{open_number}", QUOTED, excerpt)))
+            rows.append((number, record))
+            is_open = kind == "tsv" and isinstance(record, dict) and _opens_quote(cells[-1])
             weight += sum(map(len, cells))
-            if weight >= size:
+            if weight >= size and not is_open:
                 yield Chunk(relative, "values", rows[0][0], rows, weight)
                 rows, weight = [], 0
     rows += lines.damage
@@ -140,10 +154,20 @@ def _bad_header(lines: _Lines, number: int, header: list[str] | csv.Error) -> Ch
 
 def _record(header: list[str], cells: list[str], place: str, encoding: str | None) -> dict | Bad:
     if len(cells) != len(header):
-        return Bad(place, "wrong number of cells", _excerpt(",".join(cells), encoding))
+        return Bad(place, WRONG_NUMBER, _excerpt(",".join(cells), encoding))
     if not all(cell.isascii() or is_encodable(cell) for cell in cells):
         return Bad(place, f"invalid {encoding or 'UTF-8'}", _excerpt(",".join(cells), encoding))
     return dict(zip(header, cells, strict=True))
+
+
+def _opens_quote(cell: str) -> bool:
+    return cell.startswith('"') and cell.count('"') % 2 == 1
+
+
+def _unquoted(cell: str) -> str:
+    """A cell of a tsv file without the quotes of csv, which doubled quotes within it show: `"say ""hi"" "`. Other
+    quotes are its text."""
+    return cell[1:-1].replace('""', '"') if len(cell) > 4 and _DOUBLED.fullmatch(cell) else cell
 
 
 def _excerpt(text: str, encoding: str | None) -> str:

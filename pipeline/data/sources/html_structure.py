@@ -8,6 +8,8 @@ so that blocks, lists and white space are as in the other modes.
 import re
 from typing import TYPE_CHECKING
 
+from pipeline.data.sources.html_elements import elements
+
 if TYPE_CHECKING:  # an optional dependency
     from resiliparse.parse.html import DOMNode, HTMLTree
 
@@ -36,26 +38,29 @@ def write_markdown(tree: "HTMLTree") -> None:
     body = tree.body
     if body is None:
         return
-    for heading in _all(body, "h1, h2, h3, h4, h5, h6"):
+    for heading in elements(body, "h1, h2, h3, h4, h5, h6"):
         if heading.first_child and heading.text.strip():
             heading.insert_before(tree.create_text_node("#" * int(heading.tag[1]) + " "), heading.first_child)
-    for block in _all(body, "pre:not(pre pre)"):
+    for block in elements(body, "pre:not(pre pre)"):
+        _write_line_ends(tree, block)
         code = block.text.strip("\n")
         if code.strip():
             fence = "```"
             while fence in code:
                 fence += "`"
             _replace(tree, block, f"{fence}\n{code}\n{fence}")
-    for table in _all(body, "table"):
+    for table in elements(body, "table"):
         if rows := _rows(table):
             _replace(tree, table, _markdown_table(table, rows))
 
 
-def _all(node: "DOMNode", selector: str) -> "tuple[DOMNode, ...]":
-    """The elements that a selector matches. A slice, because each step of an iteration over the result would evaluate
-    the selector again."""
-    elements = node.query_selector_all(selector)
-    return elements[0 : len(elements)]
+def _write_line_ends(tree: "HTMLTree", block: "DOMNode") -> None:
+    """Newlines in preformatted text whose lines are elements."""
+    for end in elements(block, "br"):
+        end.replace_with(tree.create_text_node("\n"))
+    for line in elements(block, "div, p, li, tr"):
+        if not line.text.endswith("\n"):
+            line.append_child(tree.create_text_node("\n"))
 
 
 def _rows(table: "DOMNode") -> list[list[str]] | None:
@@ -63,21 +68,36 @@ def _rows(table: "DOMNode") -> list[list[str]] | None:
     if table.query_selector(_LAYOUT):
         return None
     rows = []
-    for line in _all(table, "tr"):
+    below: dict[int, int] = {}  # column -> in how many of the next rows a cell of an earlier row reaches into it
+    for line in elements(table, "tr"):
         row: list[str] = []
+        _skip_spanned(row, below)
         for cell in line.child_nodes:
             if cell.tag not in ("td", "th"):
                 continue
             text = _SPACE.sub(" ", cell.inner_text).strip().removesuffix("¶")
             if len(text) > MAX_CELL:
                 return None
-            span = cell.getattr("colspan") or ""
-            row.append(text.replace("|", "\\|"))
-            if span.isdecimal():
-                row += [""] * (min(int(span), 20) - 1)
+            for column in range(len(row), len(row) + _span(cell, "colspan", 20)):
+                below[column] = _span(cell, "rowspan", 1000) - 1
+                row.append("")
+            row[-_span(cell, "colspan", 20)] = text.replace("|", "\\|")
+            _skip_spanned(row, below)
         if any(row):
             rows.append(row)
     return rows if len(rows) > 1 and max(map(len, rows)) > 1 else None
+
+
+def _skip_spanned(row: list[str], below: dict[int, int]) -> None:
+    """Leave the next columns of a row empty into which cells of earlier rows reach."""
+    while below.get(len(row), 0) > 0:
+        below[len(row)] -= 1
+        row.append("")
+
+
+def _span(cell: "DOMNode", name: str, most: int) -> int:
+    written = cell.getattr(name) or ""
+    return max(1, min(int(written), most)) if re.fullmatch("[0-9]{1,9}", written) else 1
 
 
 def _markdown_table(table: "DOMNode", rows: list[list[str]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.data.sources.formats import EXCERPT, NULS, Bad, Chunk, FieldNames, Page, Skipped, VisibleText, values
 from pipeline.data.sources.sources import Source, chunks
 from pipeline.data.sources.templates import look_up, render
+from pipeline.data.sources.text_encoding import LARGER
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ def text_of(source: Source, record: Record) -> str:
 def encoding_advice(source: Source, reason: str) -> str:
     """The end of a message about a bad record: what to do if the text is not in the encoding it was read in."""
     if source.encoding and reason == f"invalid {source.encoding}":
-        return f"; the source says encoding: {source.encoding}, but its files are in another one, or damaged"
+        larger = LARGER.get(source.encoding)
+        hint = f"; Windows writes more characters under that name: try encoding: {larger}" if larger else ""
+        return f"; the source says encoding: {source.encoding}, but its files are in another one, or damaged{hint}"
     if reason in ("invalid UTF-8", NULS):
         return "; if the text is not UTF-8, set encoding, such as encoding: gb18030 (or big5, utf-16, latin-1)"
     return ""

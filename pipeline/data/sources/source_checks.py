@@ -11,13 +11,16 @@ from pipeline.data.sources.formats import Bad, FieldNames, Skipped
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.line_chunks import WITHOUT_MARK
 from pipeline.data.sources.sources import Source, chunks, needed_fields
-from pipeline.data.sources.templates import MissingField
+from pipeline.data.sources.templates import MissingField, fields_of, look_up
+
+LOOKED_AT = 1000  # records that are searched for a list
 
 
 def first_record(source: Source, name: str, needed: FieldNames, key: str = "sources") -> reading.Record:
     """The first good record of a source in the block `key` of the recipe. Raises UserError if it has none, or if its
     lines cannot be told apart, before any work is done."""
     first_bad, bad, not_selected = None, 0, Counter()
+    first, num_texts = None, 0  # of records whose text is one text although `join` is given
     for chunk in chunks(source, name, key=key, needed=needed):
         if chunk.kind in ("line", "paragraph") and b"\r" in chunk.data and b"\n" not in chunk.data:
             raise UserError(
@@ -35,12 +38,42 @@ def first_record(source: Source, name: str, needed: FieldNames, key: str = "sour
                     continue
                 try:
                     reading.text_of(source, item)
-                    return item
+                    if not is_join_given(source) or has_list(fields_of(source.text), item.fields):
+                        return first or item
+                    first, num_texts = first or item, num_texts + 1
+                    if num_texts == LOOKED_AT:
+                        refuse_join(source, f"{key}.{name}", fields_of(source.text), num_texts)
+                    continue
                 except MissingField as error:
                     item = Bad(item.place, str(error).removeprefix(f"{item.place}: "))
             first_bad = first_bad or item
             bad += 1
+    if first is not None:
+        refuse_join(source, f"{key}.{name}", fields_of(source.text), num_texts)
     raise UserError(f"{key}.{name}: {_why_none(source, first_bad, bad, not_selected)}")
+
+
+def is_join_given(source: Source) -> bool:
+    return source.join != Source.model_fields["join"].default
+
+
+def has_list(names: set[str], fields: dict) -> bool:
+    """Whether one of these fields of a record is a list, whose items `join` separates."""
+    for name in names:
+        try:
+            if isinstance(look_up(fields, name), list):
+                return True
+        except KeyError:
+            continue
+    return False
+
+
+def refuse_join(source: Source, where: str, names: set[str], looked_at: int) -> None:
+    """Raise UserError for a `join` that separates nothing."""
+    raise UserError(
+        f"{where}: join: {source.join!r} separates the items of a list, and {', '.join(sorted(names))} held no list in"
+        f" {plural(looked_at, 'record')}; remove join, or name the field that is a list"
+    )
 
 
 def check_first_records(blocks: dict[str, dict[str, Source]]) -> None:

@@ -51,6 +51,7 @@ SUFFIXES = {
 ONLY_FOR = {
     "sample_by": {"txt"},
     "columns": {"csv", "tsv"},
+    "join": {"json", "jsonl", "parquet"},
     "records": {"json"},
     "extract": {"html", "warc"},
     "encoding": {"txt", "jsonl", "json", "csv", "tsv"},
@@ -103,7 +104,7 @@ class Source(ExternalSource):
     """The field that holds the text, or a template such as `{title}\\n\\n{body}`."""
     join: str = "\n"
     """Separator between the items of a field that is a list of texts. Paragraphs need the newline; sentences that end
-    with a space need ""."""
+    with a space need "". Refused where none of the first records has a list there."""
     where: dict[str, Any] = {}
     """Field -> value, or list of values: only records whose field has it are kept."""
     part: tuple[float, float] = (0.0, 1.0)

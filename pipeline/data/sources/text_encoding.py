@@ -13,12 +13,18 @@ _NOT_FOR_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicod
 # newlines and the lines after them, so the end of a text would be read differently from its middle. After seven more
 # newlines no character is open: the longest, a composed one in euc_kr, has eight bytes.
 _CLOSING_NEWLINES = b"\n" * 7
+# Encodings whose bytes 0x80 to 0x9f are control characters, which no text has: files that are said to be in one of them
+# are in Windows' (Encoding Standard, labels), where these bytes are quotes, dashes and the euro.
+_WINDOWS = {"iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874"}
+# Encodings of which Windows writes a larger one under the same name.
+LARGER = {"euc_kr": "cp949", "shift_jis": "cp932", "gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950"}
 INVALID_BYTES = re.compile("[\udc00-\udcff]")  # how decoded text holds bytes that are not a character
 _INVALID_BYTES_IN_UTF8 = re.compile(rb"\xed([\xb0-\xb3])([\x80-\xbf])")
 
 
 def known_encoding(name: str) -> str | None:
-    """Python's own name of an encoding, None for UTF-8. Raises ValueError."""
+    """Python's own name of an encoding, None for UTF-8; Windows' for one that has control characters in their place.
+    Raises ValueError."""
     try:
         "".encode(name)  # refuses codecs from bytes to bytes (zlib, hex)
         codec = codecs.lookup(name).name
@@ -29,7 +35,7 @@ def known_encoding(name: str) -> str | None:
             f"{name!r} is not an encoding that Python knows; expected one such as gb18030, big5, utf-16, shift_jis,"
             " latin-1"
         )
-    return None if codec in ("utf-8", "utf-8-sig") else codec
+    return None if codec in ("utf-8", "utf-8-sig") else _WINDOWS.get(codec, codec)
 
 
 def _keep_invalid(error: UnicodeError) -> tuple[str, int]:

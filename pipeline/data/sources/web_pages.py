@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.core.errors import UserError
-from pipeline.data.sources import bounded_call, html_nesting, html_structure
+from pipeline.data.sources import bounded_call, html_elements, html_nesting, html_structure
 from pipeline.data.sources.formats import EXCERPT, Bad, Chunk, Page, Skipped, VisibleText
 from pipeline.data.sources.html_charset import charset_label, decode_page
 from pipeline.data.sources.http_body import BadBody, decode_body
@@ -81,17 +81,21 @@ def extract_text(page: str, extract: str) -> Extracted:
         from resiliparse.parse.html import HTMLTree
     except ImportError:
         raise UserError("reading HTML needs resiliparse, which is not installed; run pip install 'alma[web]'") from None
-    tree = HTMLTree.parse(page)
+    tree = HTMLTree.parse(html_elements.mark_single_characters(page.replace(html_elements.MARK, "")))
     flattened = html_nesting.flatten(tree) if html_nesting.may_be_deep(page) else 0
+    html_elements.rewrite(tree, page)
     options = {"preserve_formatting": True, "list_bullets": True, "alt_texts": False, "links": False, "noscript": False}
-    complete_text = extract_plain_text(tree, **options)
+    complete_text = extract_plain_text(tree, **options).replace(html_elements.MARK, "")
     if extract == "all":
         text = complete_text
     elif extract == "main":
-        text = extract_plain_text(tree, main_content=True, **options)
+        text = extract_plain_text(
+            tree, main_content=True, skip_elements=[html_elements.CAPTIONS, *html_elements.STRUCK], **options
+        )
     else:
         html_structure.write_markdown(tree)
-        text = extract_plain_text(tree, skip_elements=html_structure.NAVIGATION, **options)
+        text = extract_plain_text(tree, skip_elements=[*html_structure.NAVIGATION, *html_elements.STRUCK], **options)
+    text = text.replace(html_elements.MARK, "")
     return Extracted(text, VisibleText(_visible_characters(complete_text), _visible_characters(text)), flattened)
 
 

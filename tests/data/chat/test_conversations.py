@@ -10,7 +10,7 @@ from chat_data import filler, loaded, source_of
 
 from pipeline.core.errors import UserError
 from pipeline.data.chat.chat_sources import ChatSource, PreferenceSource, PromptSource
-from pipeline.data.chat.conversations import load_conversations, load_pairs, load_prompts
+from pipeline.data.chat.conversations import first_usable, load_conversations, load_pairs, load_prompts
 from pipeline.data.chat.template import Chat
 from pipeline.data.sources.records import fraction, read
 
@@ -599,3 +599,14 @@ def test_lists_of_texts_in_templates_have_a_separator(tmp_path):
         (tmp_path / f"{number}.json").write_text(json.dumps({"messages": messages}, indent=2))
     train, heldout, _ = load_conversations({"x": ChatSource(path=f"{tmp_path}/*.json")}, 0.3)
     assert len(train + heldout) == 9
+
+
+def test_a_join_of_templates_that_separates_nothing_is_refused(tmp_path):
+    """correctness 4"""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "x", "a": "y", "steps": ["1", "2"]}\n')
+    turns = [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}]
+    with pytest.raises(UserError, match="sources.s: join: ' ' separates the items of a list, and a, q held no list"):
+        first_usable(ChatSource(path=str(path), messages=turns, join=" "), "s")
+    turns[1]["content"] = "{steps}"
+    assert first_usable(ChatSource(path=str(path), messages=turns, join=" "), "s").messages[1]["content"] == "1 2"

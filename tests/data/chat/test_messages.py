@@ -272,6 +272,18 @@ def answer(**fields):
             {"messages": [{**ASKED, "content": "<image>q"}, ANSWERED], "file_name": "a.png"},
             "the record has `file_name` and <image> in its text",
         ),
+        (
+            {"messages": [{**ASKED, "content": "q <|image_1|>"}, ANSWERED], "image_path": None, "path": "a.png"},
+            "the record has `path` and <|image_1|> in its text",
+        ),
+        # what metadata says of the loss
+        ({"messages": TURNS, "metadata": {"weight": 0}}, "the record has `metadata` (its `weight` says which tokens"),
+        (
+            {"messages": TURNS, "meta": {"a": {"train": False}}},
+            "the record has `meta` (its `a.train` says which tokens",
+        ),
+        ({"messages": TURNS, "extra_info": '{"lossMask": [0, 1]}'}, "the record has `extra_info` (its `lossMask` says"),
+        (answer(metadata={"train": "false"}), "a message of the assistant has `metadata` (its `train` says which"),
         # nobody knows
         ({"messages": TURNS, "frobnicate": 1}, "the record has `frobnicate`, which is not a known field"),
         (answer(frobnicate="x"), "a message of the assistant has `frobnicate`, which is not a known"),
@@ -298,7 +310,7 @@ def test_metadata_and_empty_fields_do_not(tmp_path):
         "num_turns": 2,
         "conversation_hash": "f00",
         "prompt_id": "p",
-        "metadata": {"x": [1]},
+        "metadata": {"x": [1], "weight": 1.0, "train": True, "loss": None},
         "meta": "x",
         "url": "https://example.org",
         "difficulty": "hard",

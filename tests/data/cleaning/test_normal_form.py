@@ -27,6 +27,13 @@ def test_normal_form(text):
         assert [c for c in once if c.isalnum()] == [c for c in unicodedata.normalize("NFC", text) if c.isalnum()]
 
 
+def test_signs_of_windows_that_were_read_as_latin_1_are_not_lost():
+    """correctness 8: `it\x92s` became `its`. Against Python's codec."""
+    written = "It’s a “quote” – 5 €, Œuvre…"
+    assert normalise(written.replace("…", "").encode("cp1252").decode("latin-1")) == written.replace("…", "")
+    assert normalise("a\x81b\x8dc\x90\x9dd\x85e") == "abcd\ne"  # not assigned in Windows-1252; a newline
+
+
 def test_normalise_keeps_what_carries_meaning():
     assert normalise("\ufeffＡＢ，１\r\nx²\x00 \t\n\n\n\n家\u200d\n") == "ＡＢ，１\nx²\n\n家\u200d"
     assert normalise("e\u0301") == "é"

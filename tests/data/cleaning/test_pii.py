@@ -455,3 +455,10 @@ def test_only_what_is_asked_for_and_in_the_form_asked_for():
 def test_a_form_that_cannot_be_written_is_refused(form):
     with pytest.raises(ValueError, match="no other field"):
         Mask(form=form)
+
+
+def test_where_a_repository_is_is_no_address_of_a_person():
+    """correctness 9"""
+    text = "git clone git@github.com:a/b.git; ssh://hg@bitbucket.org/a/b; svn+ssh svn@svn.example.org"
+    assert mask_text(text, ALL) == (text, {})
+    assert mask_text("digit@github.com, git.hub@example.org", ALL)[1] == {"email": 2}

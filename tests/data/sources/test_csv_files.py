@@ -1,15 +1,17 @@
 """csv and tsv files: damage costs the row that contains it."""
 
+import csv
 import gzip
 import hashlib
+import io
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sources.csv_files import MALFORMED_HEADER, REPEATED, UNREADABLE
-from pipeline.data.sources.formats import Bad
+from pipeline.data.sources.csv_files import MALFORMED_HEADER, QUOTED, REPEATED, UNREADABLE, csv_chunks
+from pipeline.data.sources.formats import Bad, values
 from pipeline.data.sources.records import Record, read, text_of
 from pipeline.data.sources.sources import Source
 
@@ -83,3 +85,21 @@ def test_a_row_is_not_taken_for_a_malformed_header(tmp_path):
     path = write(tmp_path / "a.csv", b'"text"s,n\nhello,1\nworld,2\n')
     [bad] = records(path=path)
     assert (bad.place, bad.reason) == ("a.csv:1", MALFORMED_HEADER) and bad.raw.endswith('"text"s,n\n')
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_quotes_that_programs_write_into_tsv(tmp_path, size):
+    """correctness 3 and 25: what pandas writes with sep=tab was kept with its doubled quotes, and a cell of several
+    lines became a document of its first one. Quotes of plain tsv are text."""
+    texts = ['He said "hi" there', "two\nlines", '"I know," he said.', '"Open quotation', "plain", '5" screen', '""']
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, delimiter="\t", lineterminator="\n")
+    rows.writerows([["id", "text"], *enumerate(texts[:2])])
+    buffer.write("".join(f"{number}\t{text}\n" for number, text in enumerate(texts[2:], 2)))
+    path = write(tmp_path / "a.tsv", buffer.getvalue().encode())
+    found = [item for chunk in csv_chunks([], "a.tsv", Path(path), "tsv", size) for _, item in values(chunk)]
+    assert [item["text"] for item in found if isinstance(item, dict)] == [texts[0], *texts[2:]]
+    assert [(item.place, item.reason) for item in found if isinstance(item, Bad)] == [
+        ("a.tsv:3", QUOTED),
+        ("a.tsv:4", "wrong number of cells"),
+    ]

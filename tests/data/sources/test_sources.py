@@ -23,7 +23,7 @@ from pipeline.data.dedup.decontaminate import Decontaminate, build_runs
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.json_files import BROKEN
 from pipeline.data.sources.records import Record, fraction, parse, read, text_of
-from pipeline.data.sources.source_checks import check_first_records
+from pipeline.data.sources.source_checks import check_first_records, first_record
 from pipeline.data.sources.sources import Source, chunks
 
 ROWS = [
@@ -351,3 +351,20 @@ def test_a_key_of_another_format_is_refused(tmp_path, keys):
     path = write(tmp_path / "a.jsonl", lines([{"text": "a"}]))
     with pytest.raises(UserError, match=f"sources.x: {next(iter(keys))} is for .*, but its files are jsonl"):
         records(path=path, **keys)
+
+
+def test_a_join_that_separates_nothing_is_refused(tmp_path):
+    """correctness 4: `join` beside a field that holds one text had no effect."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a b", "meta": {"parts": ["a"]}}\n{"text": "c"}\n')
+    with pytest.raises(
+        UserError, match="sources.s: join: ' ' separates the items of a list, and text held no list in 2"
+    ):
+        first_record(Source(path=str(path), join=" "), "s", None)
+    assert first_record(Source(path=str(path), join=" ", text="{meta.parts}"), "s", None).place == "a.jsonl:1"
+    path.write_text('{"text": "a b"}\n{"text": ["c", "d"]}\n')  # some records have a list
+    assert first_record(Source(path=str(path), join=" "), "s", None).place == "a.jsonl:1"
+    text = tmp_path / "a.txt"
+    text.write_text("a")
+    with pytest.raises(UserError, match="join is for json and jsonl and parquet, but its files are txt"):
+        first_record(Source(path=str(text), join=" "), "s", None)

@@ -18,6 +18,7 @@ from pipeline.data.chat.chat_sources import ChatSource
 from pipeline.data.chat.conversations import load_conversations
 from pipeline.data.sources.formats import Bad
 from pipeline.data.sources.records import Record, parse
+from pipeline.data.sources.source_checks import first_record
 from pipeline.data.sources.sources import Source, chunks
 
 ENCODINGS = ["gb18030", "gbk", "big5", "utf-16", "utf-16-be", "utf-32", "shift_jis", "euc_jp", "iso2022_jp", "hz"]
@@ -109,6 +110,17 @@ def test_bytes_of_bad_records_are_shown_as_they_are_in_the_file(tmp_path):
     assert [item.place for item in items(path, encoding="utf-16-le", sample_by="line") if isinstance(item, Bad)] == [
         "a.txt:2"
     ]
+
+
+def test_latin_1_is_read_as_windows_1252(tmp_path):
+    """correctness 8, for text files: the labels of the Encoding Standard. And who takes the smaller one of two
+    encodings for Windows' own is told its name."""
+    path = write(tmp_path / "a.txt", "it’s “fine” – 5 €", "cp1252")
+    for name in ("latin-1", "ISO-8859-1", "l1"):
+        assert [item.fields["text"] for item in items(path, encoding=name)] == ["it’s “fine” – 5 €"]
+    path = write(tmp_path / "b.txt", "똠방각하", "cp949")
+    with pytest.raises(UserError, match="try encoding: cp949"):
+        first_record(Source(path=str(path), encoding="euc_kr"), "s", None)
 
 
 @pytest.mark.parametrize("name", ["gb1803", "hex", "rot13", "unicode_escape", "idna", "", "a\0b", "../os"])
