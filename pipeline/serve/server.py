@@ -197,9 +197,6 @@ class App:
         generator = self._model(asked.model)
         loop = asyncio.get_running_loop()
         made = await loop.run_in_executor(self._prepare, job, asked, generator, self.limits.max_new_tokens)
-        if self._num_waiting >= self.limits.max_waiting:
-            message = f"{self._num_waiting} requests wait already; try again later"
-            raise Refused(429, message, kind="rate_limit_error", code="server_busy", headers={"Retry-After": "5"})
         run = Run(self, made, generator, deadline)
         answer = Answer(made, generator)
         if made.stream:
@@ -213,16 +210,26 @@ class App:
                 rows[row].append(token)
         return JSONResponse(answer.complete(rows))
 
-    async def generated(self, work, deadline: float) -> None:
-        """Run `work` in a thread, when there is a place. Raises Refused if there is none in time."""
+    def join_queue(self) -> None:
+        """Count a request as waiting. Raises Refused if there is no place. Looking and counting are one step of the
+        loop, so that requests which arrive together cannot pass the limit together."""
+        if self._num_waiting + self._num_running >= self.limits.max_waiting + self.limits.max_running:
+            message = f"{self._num_waiting} requests wait already; try again later"
+            raise Refused(429, message, kind="rate_limit_error", code="server_busy", headers={"Retry-After": "5"})
         self._num_waiting += 1
+
+    def leave_queue(self) -> None:
+        self._num_waiting -= 1
+
+    async def generated(self, work, stop_waiting, deadline: float) -> None:
+        """Run `work` in a thread, when there is a slot; `stop_waiting` is called once there is. Raises Refused if there
+        is none in time."""
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self._slots.acquire()
         except TimeoutError:
             raise _too_slow() from None
-        finally:
-            self._num_waiting -= 1
+        stop_waiting()
         self._num_running += 1
         try:
             await asyncio.get_running_loop().run_in_executor(self._generate, work)
@@ -238,20 +245,27 @@ class App:
 
 
 class Run:
-    """The generation of one request in a thread, and its tokens as they come. The thread's place is free again when the
-    thread ends, whether or not the client has read its answer."""
+    """The generation of one request in a thread, and its tokens as they come. The thread's slot is free again when the
+    thread ends, whether or not the client has read its answer. Raises Refused if the queue is full."""
 
     def __init__(self, app: App, made: Job, generator: Generator, deadline: float):
         self._app, self._job, self._generator, self._deadline = app, made, generator, deadline
         self._cancelled = threading.Event()
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
+        app.join_queue()
+        self._is_waiting = True
         self._task = asyncio.create_task(self._supervise())
 
     async def _supervise(self) -> None:
         try:
-            await self._app.generated(self._work, self._deadline)
+            await self._app.generated(self._work, self._stop_waiting, self._deadline)
         except Refused as error:
             self._queue.put_nowait(error)
+
+    def _stop_waiting(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            self._app.leave_queue()
 
     async def tokens(self, request: Request) -> AsyncIterator[tuple[int, Token]]:
         """(row, token). Raises Refused, and ClientDisconnect if the client has gone. Generation ends when this iterator
@@ -265,6 +279,9 @@ class Run:
                 yield item
         finally:
             self._cancelled.set()
+            if self._is_waiting:  # the place in the queue is the next client's
+                self._stop_waiting()
+                self._task.cancel()
 
     async def _next(self, request: Request):
         """The next item of the thread."""

@@ -1,5 +1,6 @@
 """`alma serve`, asked by the `openai` client and by clients that break rules."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -273,7 +274,7 @@ def test_a_connection_that_is_never_read_ends_at_the_deadline(models):
 @pytest.mark.slow
 def test_clients_that_leave_and_answers_that_take_too_long(models):
     generator = models["runs/x:sft"]
-    with Served(models, max_running=1, max_waiting=1, timeout=3) as server, slowed(generator, 0.05):
+    with Served(models, max_running=1, max_waiting=1, timeout=6) as server, slowed(generator, 0.1):
         gone = server.raw(json.dumps({**GOOD, "max_tokens": 200}).encode())
         time.sleep(0.3)
         gone.close()
@@ -285,13 +286,75 @@ def test_clients_that_leave_and_answers_that_take_too_long(models):
             server.http.post("/v1/chat/completions", json={**GOOD, "max_tokens": 200, "stream": True}).iter_lines()
         )
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
-        # One is answered, one waits, the third is refused
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            bodies = [{**GOOD, "max_tokens": 8}] * 3
-            codes = sorted(
-                pool.map(lambda body: server.http.post("/v1/chat/completions", json=body).status_code, bodies)
-            )
-        assert codes[-1] == 429 and codes[0] == 200
+
+
+@contextlib.contextmanager
+def held(generator):
+    """No token is made until the event that this gives is set."""
+    generate, event = generator.generate, threading.Event()
+
+    def wait(*words):
+        event.wait(60)
+        return generate(*words)
+
+    generator.generate = wait
+    try:
+        yield event
+    finally:
+        event.set()
+        del generator.generate
+
+
+def until(server, **numbers):
+    """Wait for the numbers of /health."""
+    deadline = time.time() + 30
+    while (health := server.http.get("/health").json()) != {"status": "ok", **numbers}:
+        assert time.time() < deadline, health
+        time.sleep(0.05)
+
+
+def test_a_full_queue_and_a_client_that_leaves_it(models):
+    """One is answered, one waits, the third is refused; the place of one that leaves is free while the first still
+    runs."""
+    with (
+        Served(models, max_running=1, max_waiting=1) as server,
+        held(models["runs/x:sft"]) as event,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(server.chat, max_tokens=2)
+        until(server, running=1, waiting=0)
+        waiting = server.raw(json.dumps(GOOD).encode())
+        until(server, running=1, waiting=1)
+        refused = server.http.post("/v1/chat/completions", json=GOOD)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "5"
+        waiting.close()
+        until(server, running=1, waiting=0)
+        second = pool.submit(server.chat, max_tokens=2)
+        until(server, running=1, waiting=1)
+        event.set()
+        assert first.result().choices and second.result().choices
+        until(server, running=0, waiting=0)
+
+
+def test_requests_that_arrive_together_do_not_pass_the_limit_together(models):
+    """Ten prompts become tokens while the event loop is busy, so that all ten go on in the same turn of it."""
+    app = App(models, Limits(max_running=2, max_waiting=3)).asgi()
+
+    async def ask_all(event) -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            body = {**GOOD, "max_tokens": 2}
+            tasks = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(10)]
+            await asyncio.sleep(0)
+            while not all(task.done() for task in tasks):
+                time.sleep(0.2)  # the loop does nothing else
+                await asyncio.sleep(0.05)
+                if sum(task.done() for task in tasks) == 5:
+                    event.set()
+            return sorted(task.result().status_code for task in tasks)
+
+    with held(models["runs/x:sft"]) as event:
+        assert asyncio.run(asyncio.wait_for(ask_all(event), 40)) == [200] * 5 + [429] * 5
 
 
 def test_a_fault_of_the_server_is_an_error_of_one_request(served, models, capsys):
