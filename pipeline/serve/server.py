@@ -197,8 +197,8 @@ class App:
         generator = self._model(asked.model)
         loop = asyncio.get_running_loop()
         made = await loop.run_in_executor(self._prepare, job, asked, generator, self.limits.max_new_tokens)
-        run = Run(self, made, generator, deadline)
         answer = Answer(made, generator)
+        run = Run(self, made, generator, deadline)
         if made.stream:
             # Its first token is awaited here, so that what is wrong with a request is an answer with its own code.
             items = run.tokens(request)

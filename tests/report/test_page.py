@@ -162,3 +162,18 @@ def test_numbers_that_are_none(tmp_path):
     page = Page(page_of(read_run(root), Options()))
     assert page.curve("sft-loss", "loss")["y"] == [2.0] and "2 lines could not be read" in page.text
     assert json.dumps(page.figures, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"when": "before"}\n{"prompt": "a", "when": "after"}\n',
+        '{"when": "before", "prompt": "a"}\n{"prompt": "b"}\n{"when": "later", "prompt": ["c"]}\n',
+        '{"sft": "x"}\n{"prompt": 3, "sft": null}\n',
+        '[1]\n{"prompt": "a", "wh',
+    ],
+)
+def test_samples_that_are_damaged(tmp_path, text):
+    demo = reported_run.write(tmp_path / "demo")
+    (demo / "ppo" / "current" / "samples.jsonl").write_text(text)
+    Page(page_of(read_run(demo), Options()))
