@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import site_hooks
 from paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -59,6 +60,27 @@ def test_every_page_is_there_in_both_languages(site):
     assert all((site / f"{name}.html").exists() and (site / "zh" / f"{name}.html").exists() for name in english)
     chinese = (site / "zh" / "index.html").read_text(encoding="utf-8")
     assert "快速导览" in chinese and '<html lang="zh"' in chinese
+
+
+@pytest.mark.parametrize(
+    "html, expected",
+    [
+        ("<p>逐字节相同。\n本页用</p>\n<p>两个</p>", "<p>逐字节相同。本页用</p>\n<p>两个</p>"),
+        ("<p>环境\n必须在</p>", "<p>环境必须在</p>"),
+        (
+            "<p>见<a>运行</a>，\n<code>x</code> 和\n<code>y</code></p>",
+            "<p>见<a>运行</a>，<code>x</code> 和\n<code>y</code></p>",
+        ),
+        ("<p>见<a href='x'>运行</a>\n<strong>网页</strong></p>", "<p>见<a href='x'>运行</a><strong>网页</strong></p>"),
+        (
+            "<pre><code># 一\n二</code></pre>\n<p>三\nfour\n五</p>",
+            "<pre><code># 一\n二</code></pre>\n<p>三\nfour\n五</p>",
+        ),
+        ("<ul>\n<li>一。</li>\n<li>二</li>\n</ul>", "<ul>\n<li>一。</li>\n<li>二</li>\n</ul>"),
+    ],
+)
+def test_lines_of_a_chinese_sentence_are_joined(html, expected):
+    assert site_hooks.joined(html) == expected
 
 
 def test_nothing_is_loaded_from_the_network(site, read):

@@ -3,6 +3,7 @@
 * On a Chinese page a link to `sft.md` leads to the English page. The plugin for languages would take the Chinese one, to
   which `sft.zh.md` leads.
 * A `|` in the code of a table needs a backslash on GitHub; Python-Markdown would show it.
+* A line break in a Chinese sentence is nothing; a browser would show a space.
 """
 
 import posixpath
@@ -10,6 +11,13 @@ import re
 from pathlib import Path
 
 CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+PREFORMATTED = re.compile(r"(<pre.*?</pre>)", re.DOTALL)
+INLINE = "a|code|em|strong"
+HAN, AFTER = r"[\u3001-\u303f\u4e00-\u9fff\uff01-\uffef]", "[，。；：、？！）》」”]"
+# Between two Chinese characters, and after Chinese punctuation, which has its own space.
+BREAK = re.compile(
+    rf"((?:{HAN}(?:</(?:{INLINE})>)*)\n(?=(?:<(?:{INLINE})\b[^>]*>)*{HAN})|{AFTER}(?:</(?:{INLINE})>)*\n)"
+)
 LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)*[\w/-]+)\.md(#[^)\s]*)?\)")
 
 
@@ -30,5 +38,13 @@ def on_page_markdown(markdown: str, *, page, config, files) -> str:
     return LINK.sub(english, markdown)
 
 
-def on_page_content(html: str, **_) -> str:
-    return CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), html)
+def on_page_content(html: str, *, page, **_) -> str:
+    html = CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), html)
+    return joined(html) if page.file.src_uri.endswith(".zh.md") else html
+
+
+def joined(html: str) -> str:
+    """A page without the line breaks inside Chinese sentences; code blocks stay as they are."""
+    parts = PREFORMATTED.split(html)
+    parts[::2] = [BREAK.sub(lambda line: line[0].removesuffix("\n"), part) for part in parts[::2]]
+    return "".join(parts)
