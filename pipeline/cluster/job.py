@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cluster import again, preflight, slurm
-from pipeline.cluster.job_files import LEAD, log_path
+from pipeline.cluster.job_files import LEAD, log_path, pattern_of
 from pipeline.cluster.rank_logs import RankLogs
 from pipeline.core.chain import can_fork
 from pipeline.core.checkpoint_folder import newest_step
@@ -54,6 +54,7 @@ class Job:
         self.ends = time.monotonic() + self.limit
         self.srun: subprocess.Popen | None = None
         self.before: str | None = None  # the output of the stage before the first start of this job
+        self.found: str | None = None  # the output of the stage before this start
         self.asked = False  # to save and be queued again
         self.cancelled = False
 
@@ -68,6 +69,7 @@ class Job:
         shutil.rmtree(self.ended, ignore_errors=True)
         self.ended.mkdir()
         self._restart_once()
+        self.found = published_output(self.node)
         say(f"{now()} stage {self.node.name}, start {self.restarts + 1}, on {os.environ['SLURM_JOB_NODELIST']}")
         self._record("running", "")
         bad_nodes = self._look_at_nodes()
@@ -81,7 +83,7 @@ class Job:
         if self.asked:  # the signal came before there was anything to pass it on to
             self.srun.send_signal(signal.SIGUSR1)
         code = self._wait()
-        return self._end("done", "", 0) if code == 0 else self._after_failure(code)
+        return self._end("done", "", 0) if self._is_done(code) else self._after_failure(code)
 
     def _restart_once(self) -> None:
         """Drop --restart if an earlier start of this job has published what it made. One that was ended before that is
@@ -99,6 +101,12 @@ class Job:
                 return self.srun.wait(timeout=LOOK_EVERY)
             except subprocess.TimeoutExpired:
                 self._stop_in_time()
+
+    def _is_done(self, code: int) -> bool:
+        """Whether the stage has done its work. srun ends with 0, too, when Slurm ends the job and processes do not
+        answer in time ("forcing job termination"): no exit code has reached it."""
+        output = published_output(self.node)
+        return code == 0 and output is not None and not (self.cancelled and output == self.found)
 
     def _stop_in_time(self) -> None:
         """Ask the processes to save if the time limit is nearer than twice what a step and a checkpoint took at most.
@@ -157,11 +165,11 @@ class Job:
 
     def _exclude(self, names: list[str]) -> None:
         """Have the next start of this job avoid some nodes."""
-        answer = slurm.call("scontrol", "--oneliner", "show", "job", self.number)
+        answer = slurm.call_patiently("scontrol", "--oneliner", "show", "job", self.number)
         before = re.search(r"\bExcNodeList=(\S+)", answer.stdout)
         listed = [before[1]] if before and before[1] != "(null)" else []
         nodes_text = ",".join(dict.fromkeys([*listed, *names]))
-        answer = slurm.call("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={nodes_text}")
+        answer = slurm.call_patiently("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={nodes_text}")
         done = f"(Slurm refused it: {slurm.message_of(answer)})" if answer.returncode else ""
         say(f"the next start avoids {nodes_text} {done}".rstrip())
 
@@ -193,7 +201,12 @@ class Job:
             return self._end("cancelled", "ended by Slurm: cancelled, preempted, or a node was lost", EXIT_STOPPED)
         if any(entry["code"] == EXIT_USER for entry in failed):
             code = EXIT_USER
-        may_start, text = again.decide(self.node.folder, self.tries, self.asked, self.ended, progress(self.node))
+        if code == 0:
+            code, message = 1, "srun ended before the processes of the stage, and nothing is published"
+            marker = {"reason": "lost", "message": message} | progress(self.node)
+            may_start, text = again.count(self.node.folder, self.tries, marker)
+        else:
+            may_start, text = again.decide(self.node.folder, self.tries, self.asked, self.ended, progress(self.node))
         say(text)
         if not may_start:
             return self._end("failed", self._reason(failed, text), code)
@@ -204,7 +217,7 @@ class Job:
     def _queue_again(self, text: str, excluded: list[str]) -> int:
         """Put the job back into the queue, for nodes other than `excluded`; Slurm then ends this process, too."""
         self._record("queued again", text)
-        answer = slurm.call("scontrol", "requeue", self.number)
+        answer = slurm.call_patiently("scontrol", "requeue", self.number)
         if answer.returncode == 0:
             if excluded:  # only of a job that waits can the nodes be changed
                 self._exclude(excluded)
@@ -274,7 +287,8 @@ def srun_words(node: Node, recipe: Path, job: str) -> list[str]:
     options = ["--kill-on-bad-exit=1", f"--nodes={run.nodes or 1}", f"--ntasks-per-node={run.processes}"]
     # srun does not take this over from sbatch since Slurm 22.05, and would give each process one core.
     options.append(f"--cpus-per-task={cpus_per_process(node.config)}")
-    options += [f"--output={log_path(recipe.parent, node.name, job, '%t')}", "--open-mode=append"]
+    log = log_path(recipe.parent, node.name, job, "%t")
+    options += [f"--output={pattern_of(log)}", "--open-mode=append"]
     program = ["-m", "pipeline.cluster.rank", "-P", "-m", f"pipeline.{node.config.kind}"]
     return step_words(node, recipe, options, [*program, str(recipe), "--stage", node.name])
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.config import StageConfig
+from pipeline.core.errors import UserError
 from pipeline.core.graph import Node
 from pipeline.core.recipe import Recipe
 
@@ -45,7 +46,7 @@ def options_of(config: StageConfig) -> list[str]:
         options.append(f"--cpus-per-task={resources.cpus}")
     if resources.has_whole_nodes:
         options.append("--exclusive")
-    if resources.memory or resources.has_whole_nodes:
+    if resources.memory or (resources.has_whole_nodes and not resources.has_memory_per_part):
         options.append(f"--mem={resources.memory or 0}")
     if run.minutes:
         options.append(f"--time={run.minutes}")
@@ -59,13 +60,14 @@ def script(recipe: Recipe, node: Node, folder: Path, stage_options: Sequence[str
     """The job script of a stage. folder: the one that the user is in, for the paths of the recipe. stage_options:
     --restart or --fork."""
     jobs = folder_of(recipe).absolute()
+    _check_container(node, [folder, jobs.parent])
     name = f"{recipe.name}.{node.name}"
-    log = jobs / f"{node.name}-%j.log"
+    log = log_path(jobs, node.name, "%j")
     options = [
         *options_of(node.config),
         f"--job-name={name}",
         f"--chdir={quoted(folder)}",
-        f"--output={quoted(log)}",
+        f"--output={quoted(pattern_of(log))}",
         "--open-mode=append",
         f"--signal=B:USR1@{LEAD}",
         "--requeue",
@@ -95,6 +97,22 @@ def script(recipe: Recipe, node: Node, folder: Path, stage_options: Sequence[str
     return "\n".join(lines) + "\n"
 
 
+def _check_container(node: Node, folders: list[Path]) -> None:
+    """Raise UserError if a container cannot be given one of these folders, or one of its mounts."""
+    resources = node.config.resources
+    for folder in [*map(str, folders), *resources.mounts] if resources.container else []:
+        if "," in folder or ":" in folder:
+            raise UserError(
+                f"stages.{node.name}.resources.container: {folder} has a comma or a colon, where Apptainer and pyxis"
+                " take a path to end; rename it, or leave out the container"
+            )
+
+
+def pattern_of(log: Path) -> Path:
+    """A log's path as sbatch and srun read it: %j, %t are replaced in the name, and nothing in its folder."""
+    return Path(str(log.parent).replace("%", "%%")) / log.name
+
+
 def quoted(path: Path) -> str:
     """A path as sbatch reads it after #SBATCH."""
     text = str(path)
@@ -108,11 +126,12 @@ def submit_script(recipe: Recipe, needs: dict[str, list[str]]) -> str:
         f"# Submits the jobs of {recipe.name} by hand, each to start when those that it needs have succeeded.",
         "set -euo pipefail",
         f"cd {shlex.quote(str(folder_of(recipe).absolute()))}",
+        "number() { sed -nE 's/^([0-9]+)(;.*)?$/\\1/p' | tail -n 1; }   # of NUMBER;CLUSTER, among other lines",
     ]
     variables = {stage: f"job{number}" for number, stage in enumerate(needs, 1)}  # any name may be a stage's
     for stage, parents in needs.items():
         after = ":".join(f"${variables[parent]}" for parent in parents)
         options = f" --dependency=afterok:{after} --kill-on-invalid-dep=yes" if parents else ""
-        lines.append(f"{variables[stage]}=$(sbatch --parsable{options} {stage}.sbatch | cut -d';' -f1)")
+        lines.append(f"{variables[stage]}=$(sbatch --parsable{options} {stage}.sbatch | number)")
         lines.append(f'echo "{stage}: job ${variables[stage]}"')
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ which then know that this is not a request to stop (pipeline/core/stop.py). A sh
 exit code of a process that ends while a signal interrupts `wait`.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -61,8 +62,9 @@ def main(words: list[str]) -> int:
     if code not in GOOD and os.environ.get("ALMA_ENDED"):
         rank = os.environ.get("SLURM_PROCID", "0")
         note = Path(os.environ["ALMA_ENDED"]) / f".{rank}"
-        note.write_text(f"{socket.gethostname()} {child.pid} {code}\n", encoding="utf-8")
-        note.rename(note.with_name(f"rank-{rank}"))
+        with contextlib.suppress(FileNotFoundError):  # the job has ended before this rank, and reads it no more
+            note.write_text(f"{socket.gethostname()} {child.pid} {code}\n", encoding="utf-8")
+            note.rename(note.with_name(f"rank-{rank}"))
     return code
 
 

@@ -1,15 +1,29 @@
 """Slurm's commands, and what their answers mean: partitions, jobs in the queue, submitting, cancelling."""
 
 import math
+import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass, field
 
 from pipeline.core.config import StageConfig
 from pipeline.core.errors import UserError
 
 PATIENCE = 60  # seconds for one command; a busy controller may take tens
+RESTART = 600.0  # seconds for which a command is tried again while the controller cannot be reached
+AGAIN_AFTER = 15.0  # seconds between two tries
+UNREACHABLE = (
+    "unable to contact",
+    "socket timed out",
+    "connection refused",
+    "zero bytes",
+    "communication",
+    "try again",
+)
+UNREACHABLE += ("temporarily", "did not answer", "backup controller", "connection reset", "connection timed out")
+"""In messages of commands, if the controller is restarting or too busy; any other refusal is final."""
 NODES = "%P|%a|%l|%c|%m|%G|%D"  # of sinfo --exact: one line per partition and kind of node
 LIVE = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RUNNING", "COMPLETING", "SUSPENDED"}
 LIVE |= {"STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING", "RESIZING", "RESV_DEL_HOLD"}
@@ -51,7 +65,7 @@ class JobState:
         return f"{self.state} ({self.reason})" if self.reason else self.state
 
 
-def call(*words: str) -> subprocess.CompletedProcess:
+def call(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run one of Slurm's commands. Raises UserError if there is none, or if it does not answer."""
     if not shutil.which(words[0]):
         raise UserError(
@@ -59,11 +73,29 @@ def call(*words: str) -> subprocess.CompletedProcess:
             " --dry-run to see the jobs"
         )
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+        return subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{words[0]} did not answer for {PATIENCE} s; try again when Slurm's controller answers"
         ) from None
+
+
+def call_patiently(*words: str) -> subprocess.CompletedProcess:
+    """`call` inside a job, where nobody could try again: up to RESTART seconds while the controller cannot be reached.
+    Only for commands that may be done twice. The last answer is returned, with what went wrong in stderr."""
+    deadline = time.monotonic() + RESTART
+    while True:
+        try:
+            answer = call(*words)
+        except UserError as error:
+            answer = subprocess.CompletedProcess(words, 1, "", str(error))
+        message = answer.stderr.lower()
+        is_busy = answer.returncode != 0 and any(sign in message for sign in UNREACHABLE)
+        if not is_busy or time.monotonic() > deadline:
+            return answer
+        time.sleep(AGAIN_AFTER)
 
 
 def is_here() -> bool:
@@ -94,17 +126,21 @@ def partitions() -> dict[str, Partition]:
         partition = found.setdefault(
             name.rstrip("*"), Partition(name.rstrip("*"), name.endswith("*"), available == "up", _minutes(limit))
         )
-        partition.kinds.append(NodeKind(int(count), _number(cpus), _number(memory), gpus_of(gres)))
+        partition.kinds.append(NodeKind(_number(count), _number(cpus), _number(memory), gpus_of(gres)))
     return found
 
 
 def _number(text: str) -> int:
-    """`64` or, for nodes that differ, `64+`."""
-    return int(text.rstrip("+"))
+    """`64`; for nodes that differ, `64+`; in units of 1024, `2K`; 0 if Slurm does not say, as `N/A` of no nodes."""
+    parts = re.fullmatch(r"(\d+)(?:\.(\d+))?([KMGT]?)\+?", text)
+    if not parts:
+        return 0
+    return int(float(f"{parts[1]}.{parts[2] or 0}") * 1024 ** " KMGT".index(parts[3] or " "))
 
 
 def _minutes(text: str) -> float:
-    """Minutes of a limit as sinfo and squeue have it: [days-]hours:minutes:seconds, minutes:seconds, or infinite."""
+    """Minutes of a limit as sinfo and squeue have it: days-hours:minutes:seconds, hours:minutes:seconds,
+    minutes:seconds. Infinity for UNLIMITED, infinite, and whatever says nothing (NOT_SET, INVALID, n/a)."""
     parts = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if not parts:
         return math.inf
@@ -122,12 +158,13 @@ def gpus_of(gres: str) -> dict[str, int]:
 
 def check_request(stage: str, config: StageConfig, cluster: dict[str, Partition]) -> None:
     """Raise UserError if no partition that the stage's job may run in has nodes for it."""
-    resources = config.resources
-    names = resources.partition.split(",") if resources.partition else []
+    asked = config.resources.partition or os.environ.get("SBATCH_PARTITION", "")
+    names = [name for name in asked.split(",") if name]
     unknown = [name for name in names if name not in cluster]
     if unknown:
+        where = "" if config.resources.partition else " (from SBATCH_PARTITION)"
         raise UserError(
-            f"stages.{stage}.resources.partition: this cluster has no partition {unknown[0]}; it has"
+            f"stages.{stage}.resources.partition: this cluster has no partition {unknown[0]}{where}; it has"
             f" {', '.join(cluster) or 'none'}"
         )
     chosen = [cluster[name] for name in names] or [part for part in cluster.values() if part.is_default]
@@ -191,13 +228,52 @@ def mebibytes(memory: str | None) -> float:
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 
 
+# Of a job in which alma is started, and of no meaning to the jobs that it submits: srun would refuse SLURM_MEM_PER_CPU
+# of an interactive job beside --mem of the new one. Where the cluster is, and how its answers look, stays.
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_JWT")
+# Variables that win over the lines #SBATCH of a job script: option -> its variables. Those of `own` are alma's.
+VARIABLES = {
+    "partition": ["PARTITION"], "account": ["ACCOUNT"], "qos": ["QOS"], "constraint": ["CONSTRAINT"],
+    "time": ["TIMELIMIT"], "exclusive": ["EXCLUSIVE"], "mem": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"],
+    "gpus-per-node": ["GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK", "GRES"], "reservation": ["RESERVATION"],
+    "own": ["JOB_NAME", "OUTPUT", "ERROR", "OPEN_MODE", "SIGNAL", "REQUEUE", "NO_REQUEUE", "WAIT", "ARRAY_INX"],
+}  # fmt: skip
+
+
+def environment_for(file: str) -> dict[str, str]:
+    """The environment for sbatch, and so of the job: without what would override the lines #SBATCH of its script, and
+    without what is of another job, in which this process may run."""
+    with open(file, encoding="utf-8") as script:
+        given = re.findall(r"^#SBATCH --([a-z-]+)", script.read(), re.M)
+    names = {f"SBATCH_{name}" for option in ("own", *given) for name in VARIABLES.get(option, ())}
+    inside = "SLURM_JOB_ID" in os.environ
+    variables = {}
+    for name, value in os.environ.items():
+        of_this_job = inside and name.startswith(("SLURM_", "SRUN_")) and name not in KEPT
+        if name not in names and not of_this_job:
+            variables[name] = value
+    return variables
+
+
 def submit(file: str, after: list[str]) -> str:
     """Submit a job that starts when the jobs `after` have succeeded, and is cancelled if one does not. Returns its
     number. Raises UserError."""
-    answer = call("sbatch", "--parsable", *dependency(after), file)
+    answer = call("sbatch", "--parsable", *dependency(after), file, environment=environment_for(file))
     if answer.returncode:
         raise UserError(f"sbatch refused {file}: {message_of(answer)}")
-    return answer.stdout.strip().splitlines()[-1].partition(";")[0]
+    return number_in(answer.stdout)
+
+
+def number_in(text: str) -> str:
+    """The job's number in what `sbatch --parsable` prints: NUMBER, or NUMBER;CLUSTER, on a line of its own, beside
+    which a site's plugins may print others. Raises UserError."""
+    found = re.findall(r"^\s*(\d+)(?:;\S*)?\s*$", text, re.M)
+    if not found:
+        raise UserError(
+            f"sbatch --parsable printed no job number, but {text.strip()[-300:]!r}; see squeue whether the job is"
+            " queued (scancel ends it)"
+        )
+    return found[-1]
 
 
 def dependency(after: list[str]) -> list[str]:
@@ -207,7 +283,7 @@ def dependency(after: list[str]) -> list[str]:
 
 def test(file: str) -> None:
     """Raise UserError if Slurm would refuse a job, without submitting it."""
-    answer = call("sbatch", "--test-only", file)
+    answer = call("sbatch", "--test-only", file, environment=environment_for(file))
     if answer.returncode:
         raise UserError(f"sbatch would refuse {file}: {message_of(answer)}; nothing was submitted")
 
@@ -233,7 +309,8 @@ def seconds_left(job: str) -> float:
         answer = call("squeue", "--noheader", f"--jobs={job}", "--format=%L")
     except UserError:
         return math.inf
-    return 60 * _minutes(answer.stdout.strip())
+    lines = answer.stdout.strip().splitlines()
+    return 60 * _minutes(lines[-1].strip()) if lines else math.inf
 
 
 def job_states(jobs: list[str]) -> dict[str, JobState] | None:
@@ -252,17 +329,26 @@ def job_states(jobs: list[str]) -> dict[str, JobState] | None:
     missing = [job for job in jobs if job not in states]
     if missing and shutil.which("sacct"):
         words = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(missing)}"]
-        answer = call(*words, "--format=JobID,State,Reason")
+        try:
+            answer = call(*words, "--format=JobID,State,Reason")
+        except UserError:  # its database is another server, which may be down while the queue is not
+            return states
         states |= _parse(answer.stdout) if answer.returncode == 0 else {}
     return states
 
 
 def _parse(text: str) -> dict[str, JobState]:
-    """Lines NUMBER|STATE|REASON of squeue or sacct; sacct adds `by UID` to CANCELLED."""
-    states = {}
+    """Lines NUMBER|STATE|REASON of squeue or sacct; sacct adds `by UID` to CANCELLED. A job script that somebody
+    submits as an array or as a part of another job has several lines, NUMBER_TASK or NUMBER+PART: it lives as long as
+    one of them does."""
+    states: dict[str, JobState] = {}
     for line in text.splitlines():
         words = line.strip().split("|", 2)
-        if len(words) == 3:
-            reason = words[2] if words[2] not in ("None", "NONE") else ""
-            states[words[0]] = JobState(words[1].split()[0].upper() if words[1] else "UNKNOWN", reason)
+        number = re.match(r"\d+", words[0])
+        if len(words) != 3 or not number or "." in words[0]:  # `.`: a step
+            continue
+        reason = words[2] if words[2] not in ("None", "NONE") else ""
+        state = JobState(words[1].split()[0].upper() if words[1].strip() else "UNKNOWN", reason)
+        if number[0] not in states or not states[number[0]].is_live:
+            states[number[0]] = state
     return states

@@ -27,7 +27,13 @@ stages:
     run: {nodes: 2, processes: 2}
     resources: {preflight: false}
 """
-NOTE = 'note() {{ echo "n2 41 $2" > $ALMA_ENDED/rank-$1; }}; cd {folder}; '  # as rank.py leaves it
+# note: as rank.py leaves it; and what ends well has published something
+NOTE = """
+note() {{ echo "n2 41 $2" > $ALMA_ENDED/rank-$1; }}
+publish() {{ mkdir -p made; ln -sfn made current; echo > made/new; mv made/new made/manifest.json; }}
+trap '[ $? = 0 ] && [ -z "$LOST" ] && publish' EXIT
+cd {folder}
+"""
 
 
 class Start:
@@ -147,6 +153,18 @@ def test_a_lost_node_counts_as_a_try(start, fake):
     assert not fake.calls("scontrol requeue") and len(fake.calls("srun")) == 3
 
 
+def test_srun_that_gives_up_with_0_has_done_nothing(start, fake):
+    """Seen on a real Slurm: scancel, processes that do not end in time, and "forcing job termination" with code 0."""
+    assert start("LOST=1; kill -TERM $PPID; sleep 0.2; exit 0") == 75
+    assert start.record["state"] == "cancelled" and not fake.calls("scontrol requeue")
+    assert start("LOST=1; exit 0", 1) == 75
+    assert start.record["state"] == "queued again" and "nothing is published" in start.record["reason"]
+    assert start("kill -TERM $PPID; sleep 0.2; exit 0", 2) == 0  # it was done before Slurm could end it
+    assert start.record["state"] == "done"
+    # an output of before is none of this start
+    assert start("LOST=1; kill -TERM $PPID; sleep 0.2; exit 0") == 75 and start.record["state"] == "cancelled"
+
+
 def test_a_new_job_has_all_its_tries(start, fake):
     assert [start(marker(5) + "exit 76", restarts) for restarts in (0, 1)] == [75, 75]
     assert [start(marker(5) + "exit 76", restarts) for restarts in (0, 1, 2)] == [75, 75, 76]
@@ -174,7 +192,7 @@ def test_progress_of_a_stage_without_steps_is_counted_in_files(fake, tmp_path):
     assert "finished files" in start.record["reason"]
 
 
-PUBLISHED = "mkdir -p made; ln -sfn made current; echo > made/new; mv made/new made/manifest.json; "
+PUBLISHED = "publish; "
 
 
 def test_restart_is_given_until_its_result_is_published(start, fake):

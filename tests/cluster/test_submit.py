@@ -180,6 +180,10 @@ def test_two_submissions_at_once_do_not_mix(fake, tmp_path):
         (["pretrain.run.device=cuda", "pretrain.resources.gpus=0"], "resources.gpus: 0 leaves no GPU for run.device"),
         (["pretrain.resources.gpu_type=h100"], "resources.gpu_type: h100 has no effect without GPUs"),
         (["pretrain.resources.mounts=[/data]"], "resources.mounts: are folders that a container sees"),
+        (
+            ["pretrain.resources={container: a.sif, mounts: ['/data:/data']}"],
+            "stages.pretrain.resources.container: /data:/data has a comma or a colon, where Apptainer and pyxis take",
+        ),
         (["clean.sources.a.path=b.txt"], "sources.a: b.txt does not exist"),
         (["sft"], "no stage is called 'sft'"),
     ],

@@ -38,6 +38,7 @@ if name == "sbatch":
         refuse("Batch job submission failed: Job violates accounting/QOS policy")
     if "test-only" not in options:
         number = 100 + len((here / "calls").read_text().split("sbatch --parsable")) - 1
+        answer("sbatch.txt")
         print(f"{number};mini")
 elif name == "sinfo":
     if options != ["noheader", "exact", "format"] or words[-1] != "--format=%P|%a|%l|%c|%m|%G|%D":

@@ -204,6 +204,10 @@ class RealSlurm:
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.partition("=")[::2] for word in words if "=" in word)
 
+    def hosts(self, nodes: str) -> list[str]:
+        """Names of nodes in Slurm's short form, such as n[1-3]."""
+        return self.run("scontrol", "show", "hostnames", nodes).split()
+
     def wait_for_job(self, number: str, seconds: float) -> str:
         """Wait until a job has ended; its last state."""
         live = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}

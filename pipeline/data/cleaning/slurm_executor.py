@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.slurm import number_in
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.core.lock import ALIVE, born
@@ -91,7 +92,7 @@ class SlurmExecutor:
         if sbatch.returncode:
             message = sbatch.stderr.strip() or sbatch.stdout.strip()
             raise UserError(f"executor: slurm: sbatch refused the array job: {message}")
-        return sbatch.stdout.strip().partition(";")[0]
+        return number_in(sbatch.stdout)
 
     def submit(self, function: Callable[..., Any], *arguments) -> concurrent.futures.Future:
         name, future = f"{self.number:08d}", concurrent.futures.Future()

