@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from pipeline.assessment.continuations import greedy_continuations
+from pipeline.core import accelerators
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -40,28 +41,23 @@ def measure_speed(model, vocabulary: int, config, seed: int) -> dict:
 
 def _seconds(model, prompts: list[list[int]], new_tokens: int) -> float:
     """Of one generation, which no stop token ends."""
-    import torch
-
     begin = time.perf_counter()
     greedy_continuations(model, prompts, new_tokens, batch=len(prompts))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    accelerators.synchronize(next(model.parameters()).device)
     return time.perf_counter() - begin
 
 
 def _device_name(device) -> str:
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return accelerators.name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _reset_peak(device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        accelerators.reset_peak(device)
         return
     with contextlib.suppress(OSError):  # where it is forbidden, the peak is that of the process so far
         RESET.write_text("5")
@@ -69,10 +65,8 @@ def _reset_peak(device) -> None:
 
 def _peak(device) -> int | None:
     """Bytes: on a GPU of torch's tensors, on a CPU of the whole process; None where that is not known."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return int(accelerators.peak_memory(device))
     if not STATUS.is_file():
         return None
     lines = STATUS.read_text(encoding="utf-8").splitlines()

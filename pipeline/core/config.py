@@ -204,7 +204,7 @@ class StageConfig(Strict):
         """GPUs of each node that the stage's job asks for."""
         if self.resources.gpus is not None:
             return self.resources.gpus
-        return self.run.processes if self.uses_device() and self.run.device != "cpu" else 0
+        return self.run.processes if self.uses_device() and self.run.device in ("auto", "cuda") else 0
 
     def optional(self) -> set[str]:
         """Names of inputs that this stage, with these keys, does not need."""
@@ -218,6 +218,11 @@ class StageConfig(Strict):
     def uses_device(cls) -> bool:
         """Whether the stage computes on `run.device`."""
         return False
+
+    def obstacle_on(self, kind: str) -> str | None:
+        """A key of this stage, with its value, that devices of a kind (pipeline/core/accelerators.py) cannot do; None
+        if there is none."""
+        return None
 
     @classmethod
     def uses_seed(cls, block: dict) -> bool:

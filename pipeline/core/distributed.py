@@ -6,13 +6,13 @@ recipe decides what the processes do together (`parallel`).
 
 import functools
 import gc
-import importlib.util
 import os
 import sys
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from pipeline.core import accelerators
 from pipeline.core.config import StageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.processes import cores
@@ -20,6 +20,10 @@ from pipeline.core.terminal import plural, say
 
 if TYPE_CHECKING:
     from pipeline.train.config import TrainConfig
+
+
+CHOSEN = "ALMA_DEVICE"
+"""Variable with the kind of device that a recipe names, where it names one: there may be another one, too."""
 
 
 def rank() -> int:
@@ -35,12 +39,17 @@ def is_main() -> bool:
 
 
 def device():
-    """torch.device of this process: its GPU, or the CPU."""
+    """torch.device of this process: its GPU or NPU, or the CPU."""
     import torch
 
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    kind = None if _is_only_cpu() else os.environ.get(CHOSEN) or accelerators.first()
+    if kind in ("cuda", "npu"):
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(kind or "cpu")
+
+
+def _is_only_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
 def setup(config: "TrainConfig | None" = None) -> None:
@@ -55,10 +64,9 @@ def setup(config: "TrainConfig | None" = None) -> None:
     torch.set_num_threads(_num_threads(config))
     _initialise_vector_math()
     here = device()
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
-    else:
-        _mention_unused_device()
+    accelerators.use(here)
+    _mention_device(here.type)
+    if here.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn that it found none
     # DeepSpeed and FSDP need a rank and a group even for one process
     group_of_one = world() == 1 and config is not None and config.parallel.needs_group
@@ -66,9 +74,7 @@ def setup(config: "TrainConfig | None" = None) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")
     if dist.is_initialized():
         return
-    # Flags and sums of a few numbers are sent over gloo even if tensors are sent over nccl: no kernel is launched, and
-    # nothing waits for the GPU.
-    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    backend = accelerators.backend(here.type)
     if world() > 1:
         # The watchdog (train/heartbeat.py) can name the rank that the others wait for, so its limits must end first.
         seconds = 2 * max(config.watch.start, config.watch.hang) if config else 0
@@ -130,43 +136,70 @@ def _initialise_vector_math() -> None:
 
 def choose_device(config: StageConfig, local: int) -> None:
     """Apply `run.device` for `local` processes on this machine. Raises UserError if that is impossible."""
-    import torch
-
-    only_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    if config.run.device == "cpu":
+    wanted = config.run.device
+    os.environ.pop(CHOSEN, None)
+    if wanted == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # `device` and DeepSpeed's launchers read this
         return
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.run.device == "cuda" and (only_cpu or not num_gpus):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        reason = f"torch {torch.__version__} finds none here (CUDA_VISIBLE_DEVICES={visible})"
-        if only_cpu:
-            reason = "ACCELERATE_USE_CPU=true forbids it"
+    only_cpu = _is_only_cpu()
+    kind = accelerators.first() if wanted == "auto" else wanted
+    num_devices = accelerators.count(kind) if kind else 0
+    if wanted != "auto" and (only_cpu or not num_devices):
+        name = accelerators.NAMES[wanted]
+        article = "an" if name[0] in "AEIO" else "a"
+        reason = "ACCELERATE_USE_CPU=true forbids it" if only_cpu else _why_none(wanted)
         raise UserError(
-            f"stage {config.kind}: run.device: cuda asks for a GPU, and {reason}; start it where there is one, or give"
+            f"stage {config.kind}: run.device: {wanted} asks for {article} {name}, and {reason}; start it where there"
+            f" is one, or give {config.kind}.run.device=cpu"
+        )
+    if only_cpu or kind is None:
+        return
+    obstacle = "several processes" if kind == "mps" and max(local, world()) > 1 else config.obstacle_on(kind)
+    if obstacle and kind == "mps" and wanted == "auto":  # a recipe for other machines, tried on a Mac
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        say(f"WARNING: an Apple GPU (MPS) is here and cannot do {obstacle}: computing on the CPU", rank())
+        return
+    if obstacle:
+        raise UserError(
+            f"stage {config.kind}: {obstacle} on an {accelerators.NAMES[kind]} is not supported; remove it, or give"
             f" {config.kind}.run.device=cpu"
         )
-    if not only_cpu and 0 < num_gpus < local:
+    if num_devices < local:
+        name = accelerators.NAMES[kind]
         raise UserError(
-            f"stage {config.kind}: {plural(local, 'process/processes')} on this machine and {plural(num_gpus, 'GPU')};"
-            f" launch {num_gpus}, or give {config.kind}.run.device=cpu"
+            f"stage {config.kind}: {plural(local, 'process/processes')} on this machine and"
+            f" {plural(num_devices, name)}; launch {num_devices}, or give {config.kind}.run.device=cpu"
         )
+    if wanted != "auto":
+        os.environ[CHOSEN] = wanted
+
+
+def _why_none(kind: str) -> str:
+    """Why there is no device of a kind here."""
+    import torch
+
+    if kind == "npu" and accelerators.npu_problem():
+        return accelerators.npu_problem()
+    visible = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}.get(kind)
+    set_to = f" ({visible}={os.environ.get(visible, 'not set')})" if visible else ""
+    return f"torch {torch.__version__} finds none here{set_to}"
 
 
 @functools.cache
-def _mention_unused_device() -> None:
-    """Say once if this machine has a device that stages cannot compute on, and the CPU was not asked for."""
+def _mention_device(kind: str) -> None:
+    """Say once if the device that is computed on is untested, or if the CPU computes beside a device that stages cannot
+    use, and was not asked for."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+    if kind in accelerators.UNTESTED:
+        name = accelerators.NAMES[kind]
+        say(f"WARNING: computing on an {name}, on which alma is untested; run.device: cpu avoids it", rank())
+    if kind != "cpu" or _is_only_cpu():
         return
-    unused = []
-    if torch.backends.mps.is_available():
-        unused.append("an Apple GPU (MPS)")
-    if importlib.util.find_spec("torch_npu"):
-        unused.append("torch_npu for Ascend NPUs")
-    if torch.xpu.is_available():
-        unused.append("an Intel GPU (XPU)")
+    unused = ["an Intel GPU (XPU)"] if torch.xpu.is_available() else []
+    problem = accelerators.npu_problem()
+    if problem and "cannot be loaded" in problem:
+        unused.append(problem)
     if unused:
         say(f"WARNING: {' and '.join(unused)} is here and is not supported: computing on the CPU", rank())
 
@@ -260,11 +293,12 @@ _gloo_group = None
 
 
 def _cpu_group():
-    """A gloo group if there are GPUs: torch's all_gather_object has no `device`, and over nccl it needs GPU tensors."""
+    """A gloo group if there are GPUs or NPUs: torch's all_gather_object has no `device`, and over nccl and hccl it
+    needs their tensors."""
     global _gloo_group
     import torch.distributed as dist
 
-    if _gloo_group is None and device().type == "cuda":
+    if _gloo_group is None and accelerators.backend(device().type) != "gloo":
         _gloo_group = dist.new_group(backend="gloo")
     return _gloo_group
 

@@ -90,7 +90,7 @@ def _check_processes(node: Node) -> None:
             f"stage {node.name} asks for {run.nodes} nodes, but alma run starts processes on this machine only;"
             f" add --on slurm, or give {node.name}.run.nodes=1"
         )
-    if run.device == "cuda":
+    if run.device not in ("auto", "cpu"):
         from pipeline.core.distributed import choose_device
 
         choose_device(node.config, run.processes)

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.recipe_file import short_repr
 from pipeline.core.strict import Strict
@@ -26,8 +26,6 @@ FIXED_OPTIONS = {
 OTHER_DEVICES = {
     "rocm": "GPUs of AMD are cuda, as torch's builds for ROCm call them",
     "hip": "GPUs of AMD are cuda, as torch's builds for ROCm call them",
-    "mps": "Apple's GPUs are not supported; write cpu",
-    "npu": "Ascend's NPUs are not supported; write cpu",
     "xpu": "Intel's GPUs are not supported; write cpu",
 }
 
@@ -57,9 +55,10 @@ class RunConfig(Strict):
     without Slurm."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per process; by default the cores of the machine divided by `processes`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "npu", "mps"] = "auto"
     """What training computes on. cuda: one GPU per process, and an error if there are fewer; cpu: no GPU even if there
-    is one; auto: a GPU if there is one."""
+    is one; auto: a GPU if there is one. npu: one of Ascend's NPUs per process, with the package torch_npu; mps: the GPU
+    of a Mac, one process. These two are untested, and auto takes them where they are."""
     time: str | None = None
     """Wall-clock limit of one start of the stage under Slurm, such as 48h. The job script asks for a job of this length
     and gives it to srun, which has the stage save two minutes before the end. The job is then queued again."""
@@ -165,9 +164,25 @@ class Resources(Strict):
                 raise ValueError(f"{short_repr(option)} is not an option; write it in full, as in --reservation=course")
             if name in OWN_OPTIONS:
                 raise ValueError(f"{short_repr(option)}: give the key {OWN_OPTIONS[name]} instead")
+            if name == "clusters":
+                raise ValueError(
+                    f"{short_repr(option)}: set the variable SLURM_CLUSTERS in its place, which squeue and scancel"
+                    " read, too"
+                )
             if name in FIXED_OPTIONS:
                 raise ValueError(f"{short_repr(option)}: alma gives --{name} itself; remove it")
         return value
+
+    @model_validator(mode="after")
+    def _has_one_memory(self):
+        if self.memory and self.has_memory_per_part:
+            raise ValueError("sbatch: --mem-per-cpu or --mem-per-gpu beside the key memory; remove one of the two")
+        return self
+
+    @property
+    def has_memory_per_part(self) -> bool:
+        """Whether the options of sbatch ask for memory per core or GPU, beside which Slurm takes none per node."""
+        return any(option.startswith(("--mem-per-cpu", "--mem-per-gpu")) for option in self.sbatch)
 
     @property
     def has_whole_nodes(self) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.core import accelerators
 from pipeline.core.seeds import splitmix64
 from pipeline.models.frozen import computing
 from pipeline.rl.kv_cache import reserve
@@ -107,7 +108,7 @@ def _sample_batch(prompts, model, limits, temperature, stop_ids, pad_id, uniform
     width, max_new_tokens = input_ids.shape[1], max(limits)
     mask = torch.cat([mask, mask.new_ones(len(distinct), max_new_tokens)], 1)
     stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
-    draws = torch.from_numpy(uniforms).to(device)
+    draws = torch.from_numpy(uniforms).to("cpu" if device.type == "mps" else device)  # no fp64 on mps
     tokens_BT = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
     logprobs_BT = torch.zeros((len(prompts), max_new_tokens), device=device)
     limits_B = torch.tensor(limits, device=device)
@@ -134,7 +135,7 @@ def _sample_batch(prompts, model, limits, temperature, stop_ids, pad_id, uniform
             logits, mask, step_positions = logits[source], mask[source], step_positions[source]
         if t == 0:
             reserve(cache, width + max_new_tokens - 1)  # the last token is not read
-        chosen, logprobs = choose(logits, temperature, draws[active, t])
+        chosen, logprobs = choose(logits, temperature, draws[active.to(draws.device), t])
         rows = active[live]
         tokens_BT[rows, t], logprobs_BT[rows, t] = chosen[live], logprobs[live]
         ended = live & (torch.isin(chosen, stops) | (limits_B[active] == t + 1))
@@ -165,8 +166,8 @@ def choose(logits_BV: torch.Tensor, temperature: float, draws_B: torch.Tensor) -
         return chosen, logits_BV.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
     logprobs_BV = (logits_BV / temperature).log_softmax(-1)
     # In float64: over a vocabulary of 100,000, a sum in float32 loses the tokens of the tail.
-    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+    cumulative_BV = accelerators.double(logprobs_BV).exp().cumsum(-1)
     thresholds_B1 = (draws_B * cumulative_BV[:, -1])[:, None]
     chosen = torch.searchsorted(cumulative_BV, thresholds_B1, right=True)[:, 0]
-    chosen = chosen.clamp(max=logits_BV.shape[-1] - 1)
+    chosen = chosen.clamp(max=logits_BV.shape[-1] - 1).to(logits_BV.device)
     return chosen, logprobs_BV.gather(-1, chosen[:, None])[:, 0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.core import optional_packages
+from pipeline.core import accelerators, optional_packages
 from pipeline.core.config import EXECUTION, Distinct, PlannedInput, StageConfig, Strict, refuse_unused
 from pipeline.core.errors import Problems, UserError
 from pipeline.core.terminal import plural
@@ -403,6 +403,19 @@ class TrainConfig(StageConfig):
         self._check_keep_best()
         self._check_compiler()
         self.check_layout(world)
+
+    def obstacle_on(self, kind: str) -> str | None:
+        if kind not in accelerators.UNTESTED:
+            return None
+        parallel = self.parallel
+        for key, value, plain in (
+            ("zero", parallel.zero, None), ("shard", parallel.shard, None), ("pipeline", parallel.pipeline, 1)
+        ):  # fmt: skip
+            if value != plain:
+                return f"parallel.{key}: {value}"
+        if self.compile:
+            return "compile: true"
+        return "precision: bf16" if self.precision == "bf16" and not accelerators.has_bf16(kind) else None
 
     def check_machine(self) -> None:
         problems = Problems()

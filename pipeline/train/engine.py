@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.core import distributed
+from pipeline.core import accelerators, distributed
 from pipeline.core.files import write_json
 from pipeline.core.terminal import say
 from pipeline.models import publish, row_attention
@@ -367,7 +367,7 @@ class Sums:
     def add(self, loss: torch.Tensor, metrics: dict) -> None:
         for key, value in ({"loss": loss} | metrics).items():
             if isinstance(value, torch.Tensor):
-                value = value.detach().double()
+                value = accelerators.double(value.detach())
             else:
                 value = torch.tensor(float(value), dtype=torch.float64)
             if key in self.tensors:
@@ -435,7 +435,8 @@ def adamw(parameters, config: TrainConfig, device: torch.device, kind=torch.opti
                 group["lr_scale"] = scale
             if params:
                 groups.append(group)
-    return kind(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    fused = device.type != "npu"  # not among the kernels that torch_npu lists
+    return kind(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused)
 
 
 NORM_BLOCK = 2**10  # elements
@@ -458,7 +459,7 @@ def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     if gradients[0].device.type != "cpu":
-        return torch.nn.utils.get_total_norm(gradients).double()
+        return accelerators.double(torch.nn.utils.get_total_norm(gradients))
     blocks, rests = [], []
     for gradient in gradients:
         flat = gradient.flatten()

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.core import accelerators
 from pipeline.core.config import EXECUTION, ExternalFiles, PlannedInput, PublishedModel, SourceBlock, refuse_unused
 from pipeline.core.errors import Absent, Problems, UserError
 from pipeline.core.terminal import plural
@@ -142,6 +143,11 @@ class FinetuneConfig(TrainConfig):
         if ratio is None:
             return self.schedule.warmup_steps
         return None if self.steps is None else _ceil(ratio * self.steps)
+
+    def obstacle_on(self, kind: str) -> str | None:
+        if kind in accelerators.UNTESTED and self.lora is not None and self.lora.base == "nf4":
+            return "lora.base: nf4"  # kernels of bitsandbytes
+        return super().obstacle_on(kind)
 
     def check(self, world: int) -> None:
         if self.best is not None:

@@ -301,4 +301,4 @@ def advice(config: TrainConfig, model, cluster: Cluster) -> str | None:
 def starts_in_parts(config: TrainConfig) -> bool:
     """Whether a model is on the meta device until its engine creates one part after another: where a process keeps only
     a part of it, and on GPUs, so that the CPU's memory never has all of it."""
-    return config.parallel.keeps_parts or distributed.device().type == "cuda"
+    return config.parallel.keeps_parts or distributed.device().type != "cpu"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.core import distributed
+from pipeline.core import accelerators, distributed
 from pipeline.models.cost import Flops
 from pipeline.train import phases
 from pipeline.train.loss import Tally
@@ -208,7 +208,7 @@ def total_peak(config) -> float | None:
 
 def peak_memory(device: torch.device) -> float:
     """Bytes: the most that torch had allocated on the GPU; on a CPU the largest resident size of the process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu":
+        return accelerators.peak_memory(device)
     kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * kilobyte

@@ -15,7 +15,7 @@ second forward pass makes no second backward pass, and the numbers for the log a
 
 import torch
 
-from pipeline.core import distributed
+from pipeline.core import accelerators, distributed
 from pipeline.models.families import balance_coefficient, family_of, num_experts
 
 
@@ -89,7 +89,7 @@ class Balance:
         self.scale, self.loss, self.counts = scale, None, {}
 
     def record(self, layer: int, loss: torch.Tensor, counts: torch.Tensor) -> None:
-        loss, counts = loss.detach().double(), counts.double()
+        loss, counts = accelerators.double(loss.detach()), accelerators.double(counts)
         self.loss = loss if self.loss is None else self.loss + loss
         self.counts[layer] = self.counts[layer] + counts if layer in self.counts else counts
 

@@ -7,6 +7,8 @@ No rate is guessed: for a device that is not in the table no MFU is shown, unles
 import re
 import time
 
+from pipeline.core import accelerators
+
 # Device name, as the driver reports it -> dense peak in TFLOP/s: bf16, tf32 (tensor cores) and fp32 (without them).
 # From the vendors' data sheets; half of the rate where these state it "with sparsity". Consumer cards: bf16 with fp32
 # accumulation. The complete name must match: laptop, D and MIG variants have fewer units.
@@ -67,8 +69,7 @@ def measured(precision: str, device, seconds: float = 1.0) -> float:
         start = time.perf_counter()
         for _ in range(repeats):
             left @ right
-        if device.type != "cpu":
-            torch.cuda.synchronize(device)
+        accelerators.synchronize(device)
         elapsed = time.perf_counter() - start
         if rounds:  # the first one loads kernels
             best = max(best, repeats * 2 * rows * inner * rows / elapsed)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.core import accelerators
 from pipeline.core.errors import UserError
 from pipeline.core.terminal import plural
 
@@ -116,8 +117,8 @@ class Copier:
             self.layout, self.copies = layout, _allocate(fragments)
         with torch.no_grad():
             torch._foreach_copy_(self.copies, [fragment.values for fragment in fragments], non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for device in {fragment.values.device for fragment in fragments}:
+            accelerators.synchronize(device)
         return [fragment._replace(values=copy) for fragment, copy in zip(fragments, self.copies, strict=True)]
 
 
