@@ -39,20 +39,71 @@ def run_together(commands: list[list], folder: Path) -> None:
     assert not any(codes), "\n".join(logs)
 
 
+def documented(*start: str) -> str:
+    """The command of docs/launchers.md that begins with these words."""
+    text = (ROOT / "docs/launchers.md").read_text(encoding="utf-8")
+    blocks = [block.partition("\n")[2] for block in text.split("```")[1::2]]
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [line for line in commands if line.split()[: len(start)] == list(start)]
+    assert len(found) == 1, f"docs/launchers.md has {len(found)} commands {' '.join(start)}"
+    return found[0]
+
+
+def with_one_process(words: list[str], output: str, port: str, rank: int) -> list[str]:
+    """The words after the launcher's name, for a machine with one process, which runs the tests' recipe."""
+    values = {"--nproc-per-node": "1", "--num_processes": "2", "--node-rank": str(rank), "--machine_rank": str(rank)}
+    changed: list[str] = []
+    for word in words:
+        before = changed[-1] if changed else ""
+        changed.append(values.get(before, {"HOST": "127.0.0.1", "29500": port}.get(word, word)))
+    assert changed[-2:] == ["pipeline/pretrain.py", "recipes/llama-7b.yaml"]
+    return [*changed[:-2], SCRIPT, *WORDS, output]
+
+
 def torchrun(output: str, port: str) -> list[list]:
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    agent += ["--master-addr", "127.0.0.1", "--master-port", port]
-    return [[*agent, "--node-rank", str(rank), SCRIPT, *WORDS, output] for rank in range(2)]
+    words = documented("torchrun").split()[1:]
+    agent = [sys.executable, "-m", "torch.distributed.run"]
+    return [[*agent, *with_one_process(words, output, port, rank)] for rank in range(2)]
 
 
 def accelerate(output: str, port: str) -> list[list]:
-    agent = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
-    agent += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    return [[*agent, "--machine_rank", str(rank), SCRIPT, *WORDS, output] for rank in range(2)]
+    words = documented("accelerate", "launch").split()[2:]
+    agent = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [[*agent, *with_one_process(words, output, port, rank)] for rank in range(2)]
 
 
 def deepspeed(output: str, port: str) -> list[list]:
-    return [[BIN / "deepspeed", "--num_gpus", "2", "--master_port", port, SCRIPT, *WORDS, output]]
+    words = documented("deepspeed", "--num_gpus", "8").replace("--num_gpus 8", "--num_gpus 2").split()[1:]
+    return [[BIN / "deepspeed", "--master_port", port, *with_one_process(words, output, port, 0)]]
+
+
+# In the place of programs that reach other machines: they run the command on this one.
+SSH = """#!/bin/bash
+while [[ $1 == -* ]]; do shift 2; done   # options have a value
+host=$1; shift
+echo "$host" >> "$(dirname "$0")/hosts"
+[ "$*" = "hostname -I" ] && { echo 127.0.0.1; exit; }
+exec bash -c "$*"
+"""
+PDSH = """#!/usr/bin/env python3
+import pathlib, subprocess, sys
+words = sys.argv[1:]
+at = words.index("-w")
+hosts, command = words[at + 1].split(","), " ".join(words[at + 2 :])
+(pathlib.Path(__file__).parent / "hosts").open("a").write("".join(f"{host}\\n" for host in hosts))
+started = [subprocess.Popen(["bash", "-c", command.replace("%n", str(rank))]) for rank in range(len(hosts))]
+sys.exit(max(process.wait() for process in started))
+"""
+
+
+@pytest.fixture
+def other_machines(tmp_path, monkeypatch) -> Path:
+    """A file with the hosts that ssh and pdsh were asked to reach."""
+    for name, text in (("ssh", SSH), ("pdsh", PDSH)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{BIN}:{os.environ['PATH']}")
+    return tmp_path / "hosts"
 
 
 def plain(output: str, port: str) -> list[list]:
@@ -111,6 +162,36 @@ def test_every_launcher_trains_the_same_weights(expected, launcher):
     folder, files = expected
     run_together(launcher(f"output={launcher.__name__}", free_port()), folder)
     assert files_of(folder / launcher.__name__ / "tiny/pretrain/current") == files
+
+
+def test_deepspeed_starts_processes_on_the_hosts_of_a_file(expected, other_machines):
+    folder, files = expected
+    (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    port = free_port()
+    words = documented("deepspeed", "--hostfile").split()[1:]
+    run_together(
+        [[BIN / "deepspeed", "--master_port", port, *with_one_process(words, "output=hosts-runs", port, 0)]], folder
+    )
+    assert files_of(folder / "hosts-runs/tiny/pretrain/current") == files
+    assert {"node1", "node2"} == set(other_machines.read_text().split())
+
+
+def test_a_loop_over_ssh_starts_a_launcher_on_each_host(expected, other_machines):
+    folder, files = expected
+    text = (ROOT / "docs/launchers.md").read_text(encoding="utf-8")
+    (loop,) = [block for block in text.split("```")[1::2] if "ssh " in block]
+    for before, after in (
+        (".venv/bin/torchrun", f"{sys.executable} -m torch.distributed.run"),
+        ("--nproc-per-node 8", "--nproc-per-node 1"),
+        ("--master-addr node1", "--master-addr 127.0.0.1"),
+        ("29500", free_port()),
+        ("pipeline/pretrain.py recipes/llama-7b.yaml", " ".join([SCRIPT, *WORDS, "output=ssh"])),
+    ):
+        assert before in loop, f"docs/launchers.md: the loop has no {before}"
+        loop = loop.replace(before, after)
+    run_together([["bash", "-uc", loop]], folder)
+    assert files_of(folder / "ssh/tiny/pretrain/current") == files
+    assert sorted(other_machines.read_text().split()) == ["node1", "node2"]
 
 
 def test_the_jobset_is_one_as_kubernetes_and_jobset_publish_it():
