@@ -193,7 +193,7 @@ def test_every_key_of_every_stage_is_read_or_refused(least):
         ('pretrain.resources.environment={A: "b\\nc"}', "expected one line of text"),
         ("clean.resources.gpus=1", "resources.gpus: 1 would be idle, because stage clean uses no GPU"),
         ("clean.resources.nodes=2", "stage clean: 2 processes were launched, but it runs in one"),
-        ("sft.run.device=mps", "run.device: Apple's GPUs are not supported; write cpu (docs/install.md)"),
+        ("sft.run.device=xpu", "run.device: Intel's GPUs are not supported; write cpu (docs/install.md)"),
         ("sft.run.device=rocm", "run.device: GPUs of AMD are cuda, as torch's builds for ROCm call them"),
         ("clean.run.device=cuda", "run.device: cuda has no effect, because only stages that train or assess use a GPU"),
         ("export.run.device=cpu", "run.device: cpu has no effect, because only stages that train or assess use a GPU"),
