@@ -145,12 +145,11 @@ def choose_device(config: StageConfig, local: int) -> None:
     kind = accelerators.first() if wanted == "auto" else wanted
     num_devices = accelerators.count(kind) if kind else 0
     if wanted != "auto" and (only_cpu or not num_devices):
-        name = accelerators.NAMES[wanted]
-        article = "an" if name[0] in "AEIO" else "a"
+        asks = "asks for a GPU, and" if wanted == "cuda" else f"asks for an {accelerators.NAMES[wanted]}, and"
         reason = "ACCELERATE_USE_CPU=true forbids it" if only_cpu else _why_none(wanted)
         raise UserError(
-            f"stage {config.kind}: run.device: {wanted} asks for {article} {name}, and {reason}; start it where there"
-            f" is one, or give {config.kind}.run.device=cpu"
+            f"stage {config.kind}: run.device: {wanted} {asks} {reason}; start it where there is one, or give"
+            f" {config.kind}.run.device=cpu"
         )
     if only_cpu or kind is None:
         return
