@@ -8,11 +8,13 @@ nothing is allocated.
 tests/models/test_cost.py compares the estimates with measurements, and states the factor that is allowed.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
 from pipeline.models import frozen
 from pipeline.models.families import family_of, num_experts
+from pipeline.models.model_parts import decoder_layers, padded_numel
 
 EXPERTS = re.compile(r"(^|\.)experts\.")  # routed experts; shared ones are called shared_expert(s)
 # Of a layer's activations, what torch.compile's partitioner keeps: 144 of 231.8 kB per token for LLaMA 7B, and 173 with
@@ -62,6 +64,10 @@ class Size:
     """Those parameters that Muon would train (train/muon.py)."""
     largest_matrix: int = 0
     """The elements of the largest of them."""
+    largest_layer: int = 0
+    """Parameters of the decoder layer that has most: one with experts, where others have none."""
+    layer_shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of its parameters of two and three dimensions, without those in 4 bits."""
 
     @property
     def body(self) -> int:
@@ -74,6 +80,12 @@ class Size:
     @property
     def weight_bytes(self) -> float:
         return 4.0 * self.trained + self.frozen_bytes
+
+    def padding(self, ranks: int) -> float:
+        """What FSDP's processes gather of a layer and hold of it, as a multiple of the layer: more than 1 where they
+        cannot share its matrices evenly."""
+        added = sum(padded_numel(shape, ranks) - math.prod(shape) for shape in self.layer_shapes)
+        return 1.0 + added / self.largest_layer if self.largest_layer else 1.0
 
     @property
     def scale_bytes(self) -> float:
@@ -109,7 +121,10 @@ def count(model) -> Size:
     matrices = [
         p.numel() for p in parameters if p.requires_grad and p.dim() == 2 and min(p.shape) > 1 and id(p) not in tables
     ]
+    largest_layer, layer_shapes = _largest_layer(model, four_bits)
     return Size(
+        largest_layer=largest_layer,
+        layer_shapes=layer_shapes,
         total=total,
         inputs=read,
         outputs=given,
@@ -128,6 +143,17 @@ def count(model) -> Size:
         output_bytes=0.0 if outputs is None else _output_bytes(outputs.weight),
         has_logits=outputs is not None,
     )
+
+
+def _largest_layer(model, four_bits: dict[int, int]) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """(largest_layer, layer_shapes) of Size."""
+    sizes = []
+    for layer in decoder_layers(model):
+        parameters = list(layer.parameters())
+        count = sum(four_bits.get(id(parameter), parameter.numel()) for parameter in parameters)
+        shapes = [tuple(p.shape) for p in parameters if p.dim() >= 2 and id(p) not in four_bits]
+        sizes.append((count, tuple(shapes)))
+    return max(sizes, default=(0, ()))
 
 
 def _output_bytes(weight) -> float:
@@ -267,6 +293,8 @@ def _stage_memory(config, size: Size, sequence_length: int, layout: Layout, inde
     if config.tie_word_embeddings:
         tables = float(size.embedding)
     own = share * size.body + (tables if first or last else 0.0)
+    if layout.shard:
+        own += (size.padding(layout.shard) - 1.0) * size.body
     parts = state_bytes(size, layout, own / size.total)
     kept, complete = layer_bytes(config, size, sequence_length, layout)
     # 1F1B: the first stage has as many micro-batches in flight as there are stages
@@ -367,12 +395,12 @@ def _sharded_bytes(config, size: Size, again: float, layout: Layout) -> tuple[fl
     in fp32; its own have the type of its gathered weights. A table that is input and output layer at once is gathered
     throughout, and its gradient waits for both."""
     gathered = 2.0 if layout.precision == "bf16" else 4.0
-    layer = size.body / config.num_hidden_layers / layout.tensor
+    layer = (size.largest_layer or size.body / config.num_hidden_layers) / layout.tensor
     tables, lookup = size.embedding / layout.tensor, size.lookup / layout.tensor
     trained = layer * size.trained / size.total
     packed = size.four_bits / config.num_hidden_layers
     gathered_layer = gathered * (layer - packed) + packed / 2
-    backward = 2 * gathered_layer + 4.0 * trained + max(gathered * trained, again)
+    backward = size.padding(layout.shard) * (2 * gathered_layer + 4.0 * trained) + max(gathered * trained, again)
     if config.tie_word_embeddings:
         return 4.0 * tables, backward + 8.0 * tables
     return 4.0 * (tables - lookup), backward

@@ -2,12 +2,27 @@
 beside them."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from pipeline.models.folder_weights import Fill
+
+
+def split_dim(shape: Sequence[int], size: int) -> int:
+    """The dimension along which FSDP's `size` processes share a parameter. Experts are one parameter [experts, out, in]
+    and are split by `out` where the processes cannot share the experts evenly; everything else by its first one."""
+    is_cut_evenly = shape[0] % size == 0
+    return 1 if len(shape) == 3 and not is_cut_evenly and shape[1] % size == 0 else 0
+
+
+def padded_numel(shape: Sequence[int], size: int) -> int:
+    """Elements that `size` processes gather of a parameter: what they cannot share evenly is filled up, so that each
+    has as much. Of 256 experts over 2,048 processes it is as much as 2,048 experts."""
+    length = shape[split_dim(shape, size)]
+    return math.prod(shape) // length * (-(-length // size) * size)
 
 
 def decoder_layers(model) -> list[torch.nn.Module]:

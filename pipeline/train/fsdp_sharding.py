@@ -7,7 +7,7 @@ from torch import nn
 from pipeline.models import lora
 from pipeline.models.experts import MATRICES
 from pipeline.models.folder_weights import Fill, keep_rows
-from pipeline.models.model_parts import Parts, own_parameters, parameter_at
+from pipeline.models.model_parts import Parts, own_parameters, parameter_at, split_dim
 from pipeline.train.chunked_loss import Head
 from pipeline.train.engine import lr_scale
 from pipeline.train.shards import Piece
@@ -101,14 +101,9 @@ class Sharder:
             module.set_force_sum_reduction_for_comms(True)
 
     def _placement(self, parameter: nn.Parameter):
-        """Experts are one parameter [experts, out, in] and are split by `out` where there are more processes than
-        experts; everything else by its first dimension."""
         from torch.distributed.tensor import Shard
 
-        is_cut_evenly = parameter.shape[0] % self.size == 0
-        if parameter.dim() == 3 and not is_cut_evenly and parameter.shape[1] % self.size == 0:
-            return Shard(1)
-        return Shard(0)
+        return Shard(split_dim(parameter.shape, self.size))
 
     def _prefetch(self) -> None:
         """Gather the next layer while one computes. In the backward pass torch does so by itself."""

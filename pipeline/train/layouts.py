@@ -24,6 +24,7 @@ from pipeline.train.config import Parallel, TrainConfig, divisors
 
 MOST_MICRO_ROWS = 64
 CHECKPOINTING = ("none", "selective", "full")
+EVEN = 1.05  # of a layer, what FSDP may gather more because its processes cannot share it evenly
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def _words(keys: dict) -> list[str]:
     if "pipeline" in parallel:
         words.append(f"pipeline {parallel['pipeline']}")
     elif "shard" in parallel:
-        words.append(f"FSDP {parallel['shard']}")
+        ranks = parallel.get("shard_ranks")
+        words.append(f"FSDP {parallel['shard']}" + (f" of {ranks}" if ranks else ""))
         if "tensor" in parallel:
             words.append(f"tensor {parallel['tensor']}")
     elif "zero" in parallel:
@@ -195,7 +197,7 @@ def search(config: TrainConfig, costs: Costs, cluster: Cluster) -> tuple[list[Ca
     that do not, in the order of their memory."""
     found: list[Candidate] = []
     refused: dict[str, list[str]] = {}
-    for keys in _possible_keys(config, costs.config, cluster):
+    for keys in _possible_keys(config, costs, cluster):
         try:
             changed = _with_keys(_on(config, cluster), keys)
             found += _with_micro_batches(changed, keys, costs, cluster)
@@ -208,11 +210,11 @@ def search(config: TrainConfig, costs: Costs, cluster: Cluster) -> tuple[list[Ca
     return found, refused
 
 
-def _possible_keys(config: TrainConfig, model_config, cluster: Cluster) -> Iterator[dict]:
+def _possible_keys(config: TrainConfig, costs: Costs, cluster: Cluster) -> Iterator[dict]:
     """Layouts that are worth a look, without the micro-batch."""
     compiles = (False, True) if type(config).supports_pipeline() else (False,)
     for parallel, checkpointing, compiled in itertools.product(
-        _parallels(config, model_config, cluster), CHECKPOINTING, compiles
+        _parallels(config, costs, cluster), CHECKPOINTING, compiles
     ):
         keys: dict = {"parallel": parallel}
         if checkpointing != "none":
@@ -222,12 +224,15 @@ def _possible_keys(config: TrainConfig, model_config, cluster: Cluster) -> Itera
         yield keys
 
 
-def _parallels(config: TrainConfig, model_config, cluster: Cluster) -> list[dict]:
+def _parallels(config: TrainConfig, costs: Costs, cluster: Cluster) -> list[dict]:
     """Values of `parallel` that are worth a look."""
+    model_config = costs.config
     found: list[dict] = [{}]
     if cluster.count > 1:
         found += [{"zero": 1}, {"zero": 2}, {"zero": 3}]
         found += [{"shard": "full"}, {"shard": "hybrid"}] if cluster.nodes > 1 else [{"shard": "full"}]
+        group = _even_group(costs.size, cluster)
+        found += [{"shard": "hybrid", "shard_ranks": group}] if group else []
     if type(config).supports_tensor():
         sizes = [size for size in divisors(cluster.local) if size > 1 and cluster.count % size == 0]
         possible = [size for size in sizes if tensor_parallel.obstacle(model_config, size) is None]
@@ -236,6 +241,15 @@ def _parallels(config: TrainConfig, model_config, cluster: Cluster) -> list[dict
         depths = [depth for depth in divisors(cluster.count) if 1 < depth <= model_config.num_hidden_layers]
         found += [{"zero": 1, "pipeline": depth} for depth in depths]
     return found
+
+
+def _even_group(size: cost.Size, cluster: Cluster) -> int | None:
+    """Where all processes cannot share a layer evenly, such as 256 experts over 2,048 of them: the largest group, of
+    more than a node, that can."""
+    if size.padding(cluster.count) < EVEN:
+        return None
+    groups = [ranks for ranks in divisors(cluster.count) if cluster.local < ranks < cluster.count]
+    return max((ranks for ranks in groups if size.padding(ranks) < EVEN), default=None)
 
 
 def _with_keys(config: TrainConfig, keys: dict) -> TrainConfig:

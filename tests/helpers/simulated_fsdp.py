@@ -101,16 +101,19 @@ def with_layers(model_config, count: int):
 
 
 def peaks(config, model_config, world: int) -> tuple[int, int]:
-    """Bytes while the engine is built, and in a step of two micro-batches with the optimizer's moments."""
+    """Bytes while the engine is built, and in a step of two micro-batches with the optimizer's moments. As in the
+    engine's step, gradients are summed over copies in the last one: torch keeps each of these sums until its end."""
     with simulated(config, world) as live:
         model = on_meta(config, model_config)
-        engine = engine_of(model, _loss, config, "model")
+        engine = engine_of(model, loss, config, "model")
         building, live.peak = live.peak, 0
         moments = moments_of(engine)
-        for _ in range(2):
+        for index in range(2):
             gc.collect()  # the first pass also traces what is compiled
             live.peak = 0
-            _micro_batch(engine, config)
+            if engine.num_copies > 1:
+                engine.model.set_requires_all_reduce(index == 1)
+            micro_batch(engine, config)
         assert moments
         return building, live.peak
 
@@ -170,18 +173,18 @@ def moments_of(engine) -> list[torch.Tensor]:
     return [torch.empty_like(parameter) for parameter in engine.parameters for _ in range(2)]
 
 
-def _micro_batch(engine, config) -> None:
+def micro_batch(engine, config) -> None:
     """Rows of the largest size. Which positions have labels depends on data, so all have one."""
     rows = config.micro_rows(engine.data_world) * config.sequences_per_row()
     ids = torch.zeros(rows, config.sequence_length, dtype=torch.long)
     inputs = {"input_ids": ids}
     if config.kind == "sft":
         inputs["position_ids"] = torch.arange(config.sequence_length).expand(rows, -1).contiguous()
-    loss, _ = engine._forward(engine.model, {"inputs": inputs, "labels": ids})
-    loss.backward()
+    total, _ = engine._forward(engine.model, {"inputs": inputs, "labels": ids})
+    total.backward()
 
 
-def _loss(outputs, batch):
+def loss(outputs, batch):
     if isinstance(outputs, chunked_loss.TokenLosses):
         return outputs.nll_BT.sum() if outputs.nll_BT.requires_grad else outputs.total, {}
     if outputs.dim() == 2:  # scores

@@ -5,9 +5,9 @@ passes run on fake tensors, which have shapes and no data.
 
 `computing` is what the operations of a step make and have alive at the same time: with a pipeline of 1F1B as many
 micro-batches in flight as the stage holds, then one backward pass. `states` are weights, gradients and optimizer in
-bytes per parameter as the engines keep them (STATES; measured by `test_engines_keep_these_bytes_per_parameter`). Not
-simulated: the CUDA context, NCCL, fragmentation. Of a model with many layers two small numbers of layers are simulated
-and continued in a straight line, because its layers are alike.
+bytes per parameter as the engines keep them (STATES; counted: docs/log.md, 38). Not simulated: the CUDA context, NCCL,
+fragmentation. Of a model with many layers two small numbers of layers are simulated and continued in a straight line,
+because its layers are alike.
 """
 
 import copy

@@ -12,6 +12,7 @@ import pytest
 import simulated_fsdp
 import sparse_model
 import torch
+from counted import Counted
 from paths import HELPERS, ROOT
 from pydantic import ValidationError
 from tiny_engine import config
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.core.errors import UserError
 from pipeline.core.recipe import load
-from pipeline.models import build, folder_weights, frozen, lora, model_block
+from pipeline.models import build, cost, folder_weights, frozen, lora, model_block
 from pipeline.models.lora_config import Lora
 from pipeline.train import engine, state
 from pipeline.train.config import Parallel
@@ -75,6 +76,29 @@ def test_experts_are_split_inside_where_their_number_is_not_divisible(results, f
         assert torch.equal(reader.read("weight", name, 0, value.numel()).view(value.shape), value)
         stored = sum(piece.stop - piece.start for piece in reader.pieces["exp_avg", name])
         assert stored == value.numel()
+
+
+@pytest.mark.slow
+def test_what_processes_cannot_share_evenly_is_gathered_filled_up():
+    """Six experts over 32 processes, whose first matrices can be cut by rows of an expert, 32 of them, and whose second
+    ones, of 48 rows, cannot: of these as much as 32 experts is gathered and reduced, and models/cost.py knows it."""
+    sizes = {"hidden_size": 48, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    words = [f"model.{key}={value}" for key, value in sizes.items()]
+    words += ["pretrain.micro_batch=1", "pretrain.sequence_length=16"]
+    stage = load(ROOT / "recipes" / "qwen3-30b-a3b.yaml", words).stages["pretrain"]
+    model_config = model_block.full_config(stage.model, families.Sized(64), 16)
+    with torch.device("meta"):
+        size = cost.count(AutoModelForCausalLM.from_config(model_config))
+    expected = 32 * 48 + 2 * 32 * 48 + 64 * 32 + 32 * 48 + 6 * 32 * 48 + 32 * 48 * 16  # q, k and v, o, router, experts
+    vectors = 2 * 48 + 2 * 8
+    assert size.padding(32) * size.largest_layer == pytest.approx(expected + vectors)
+    with simulated_fsdp.simulated(stage, 32), Counted() as counted:
+        model = simulated_fsdp.on_meta(stage, model_config)
+        trainer = simulated_fsdp.engine_of(model, simulated_fsdp.loss, stage, "model")
+        simulated_fsdp.micro_batch(trainer, stage)
+    assert counted.bytes["allgather", "bfloat16"] == 2 * 2 * 2 * expected  # layers, forward and backward, bytes
+    assert counted.bytes["reduce_scatter", "float32"] == 4 * (2 * expected + 2 * 64 * 48)
 
 
 @pytest.mark.parametrize("name", ["llama", "mup", "experts"])
