@@ -46,6 +46,8 @@ LAYOUTS = (
     Layout("FSDP, 2 copies x 2 ranks", 4, {"shard": "hybrid", "shard_ranks": 2}),
     Layout("FSDP, tensor 2", 2, {"shard": "full", "tensor": 2}),
     Layout("FSDP over 2 x tensor 2", 4, {"shard": "full", "tensor": 2}),
+    Layout("FSDP, context 2", 2, {"shard": "full", "context": 2}),
+    Layout("FSDP over 4, context 2", 4, {"shard": "full", "context": 2}),
     Layout("pipeline of 2", 2, {"pipeline": 2}),
     Layout("pipeline of 2 x 2 data ranks, ZeRO-1", 4, {"pipeline": 2, "zero": 1}),
 )
@@ -76,9 +78,9 @@ def own_layout(config, num_layers: int) -> Layout:
     processes = 1
     if depth > 1:
         processes = depth
-    elif config.parallel.tensor > 1:
-        parallel["tensor"] = 2  # and two processes, or two groups of them
-        processes = 2 if config.run.world == config.parallel.tensor else 4
+    elif config.parallel.tensor > 1 or config.parallel.context > 1:
+        parallel["tensor" if config.parallel.tensor > 1 else "context"] = 2
+        processes = 2 if config.parallel.data_ranks(config.run.world) == 1 else 4
     elif config.parallel.shard == "hybrid":
         processes = 4
         parallel["shard_ranks"] = 2  # groups as small as they can be
@@ -110,6 +112,8 @@ def _kind(processes: int, parallel: dict) -> str:
         return f"pipeline of {parallel['pipeline']}"
     if "tensor" in parallel:
         return "FSDP, tensor 2" if processes == 2 else "FSDP over 2 x tensor 2"
+    if "context" in parallel:
+        return "FSDP, context 2" if processes == 2 else "FSDP over 4, context 2"
     if "shard" in parallel:
         return "FSDP" if parallel["shard"] == "full" else "FSDP, 2 copies x 2 ranks"
     return f"ZeRO-{parallel['zero']}" if "zero" in parallel else "DDP"

@@ -263,6 +263,8 @@ class Layout:
     """Layers of each pipeline stage; empty: equal numbers."""
     shard: int | None = None
     """Ranks that share one copy of the model (FSDP); None: see `zero`."""
+    context: int = 1
+    """Ranks that share the tokens of each row."""
     tensor: int = 1
     """Ranks that split each matrix and compute the same rows."""
     compiled: bool = False
@@ -285,7 +287,7 @@ def memory(config, size: Size, sequence_length: int, layout: Layout) -> dict[str
 def _stage_memory(config, size: Size, sequence_length: int, layout: Layout, index: int) -> dict[str, float]:
     """Of one pipeline stage. The peak is at the end of a forward pass, where all copies of weights and the logits
     exist, or while the first layer is computed again."""
-    tokens = layout.micro * sequence_length
+    tokens = layout.micro * sequence_length / layout.context
     depth, first, last = layout.depth, index == 0, index == layout.depth - 1
     num_layers = layout.stage_layers[index] if layout.stage_layers else -(-config.num_hidden_layers // depth)
     share = num_layers / config.num_hidden_layers

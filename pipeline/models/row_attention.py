@@ -16,6 +16,8 @@ device:
 
 import contextlib
 import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -27,16 +29,39 @@ LENGTHS = 64  # numbers of documents are rounded up to a multiple of this, so th
 
 def forward(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **options):
     """What transformers calls: queries [B, H, T, D], keys and values -> ([B, T, H, D], None)."""
+    exchanges = getattr(module, "exchanges", None)
+    if exchanges is None:
+        return _attention(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, **options), None
+    # rotary positions leave queries and keys in fp32 under autocast
+    sent = [exchanges.to_heads(tensor.to(value.dtype)) for tensor in (query, key, value)]
+    outputs = _attention(module, *sent, attention_mask, cu_seq_lens_q, max_length_q, **options)
+    return exchanges.to_tokens(outputs), None
+
+
+class Exchanges(NamedTuple):
+    """Of an attention layer whose rows several processes share (train/context_parallel.py): all heads of some tokens
+    [B, H, T, D] become some heads of all tokens, and outputs [B, T, H, D] the other way round."""
+
+    to_heads: Callable[[torch.Tensor], torch.Tensor]
+    to_tokens: Callable[[torch.Tensor], torch.Tensor]
+
+
+def exchange(layer: torch.nn.Module, to_heads: Callable, to_tokens: Callable) -> None:
+    """Let the attention of a decoder layer exchange tokens for heads."""
+    layer.self_attn.exchanges = Exchanges(to_heads, to_tokens)
+
+
+def _attention(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, **options) -> torch.Tensor:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     rows, heads, length, _ = query.shape
     # rotary positions leave queries and keys in fp32 under autocast
     flat = [tensor.transpose(1, 2).flatten(0, 1).to(value.dtype) for tensor in (query, key, value)]
     borders = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     outputs = varlen(*flat, *borders, options.get("scaling"), heads != key.shape[1])
-    return outputs.view(rows, length, heads, -1), None
+    return outputs.view(rows, length, heads, -1)
 
 
 def varlen(query, key, value, borders_q, borders_k, longest_q: int, longest_k: int, scale, shares_keys: bool):

@@ -84,7 +84,7 @@ class Setup:
     """How a run is divided and computed, whatever the framework."""
 
     length: int
-    micro: int
+    micro: float
     """Rows of a micro-batch."""
     accumulation: int = 1
     """Micro-batches of a step on one data rank."""
@@ -93,6 +93,8 @@ class Setup:
     shard: int = 1
     """Data ranks that share one copy of the weights; 1: each has its own."""
     tensor: int = 1
+    context: int = 1
+    """Data ranks that share their rows, and exchange heads for tokens in attention."""
     stages: int = 1
     chunks: int = 1
     """Parts of the model that a stage holds (interleaved 1F1B)."""
@@ -123,7 +125,7 @@ class Setup:
 
     @property
     def step_tokens(self) -> int:
-        return self.data * self.accumulation * self.micro * self.length
+        return round(self.data * self.accumulation * self.micro * self.length)
 
 
 def saved_bytes(width: int, queries: int, keys: int, inner: int, gated: bool, residual: float) -> float:
@@ -168,13 +170,15 @@ def shape_of(model, sequence_length: int) -> Shape:
 
 
 def setup_of(layout: cost.Layout, length: int) -> Setup:
-    """What alma's engines do under a layout."""
+    """What alma's engines do under a layout. To everything but attention, processes that share rows are data ranks with
+    a part of a row each."""
     recomputed = {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[layout.checkpointing]
     common = {
         "length": length,
-        "micro": layout.micro,
+        "micro": layout.micro / layout.context,
         "accumulation": layout.accumulation,
-        "data": layout.ranks,
+        "data": layout.ranks * layout.context,
+        "context": layout.context,
         "recomputed": recomputed,
         "compiled": layout.compiled,
         "muon": layout.optimizer == "muon",
@@ -324,6 +328,9 @@ def _each_micro_batch(shape: Shape, setup: Setup, cluster: Cluster, forward: flo
             for size in (2.0, setup.gradient_bytes)
         )
         exposed += layers * (output * (2 + 2 * setup.recomputed[0]) + 2 * gradient)
+    if setup.context > 1:  # queries, keys and values, outputs, and their gradients; each of them moves one part of it
+        sent = 2.0 * 2 * shape.attention * tokens
+        exposed += layers * (2 + setup.recomputed[0]) * ring_seconds(sent, setup.context, 1, cluster)
     if setup.stages > 1:  # a hidden state and its gradient, to another node
         rate = cluster.device.network if setup.data * setup.tensor >= cluster.device.per_node else cluster.device.link
         sent = setup.hidden_bytes * tokens * shape.width / setup.tensor

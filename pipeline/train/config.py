@@ -146,6 +146,9 @@ class Parallel(Strict):
     tensor: int = Field(1, ge=1)
     """shard: full only: neighbouring processes that split each matrix and compute the same rows together (tensor
     parallelism), for layers or rows that one device cannot hold. Families: docs/pretrain.md."""
+    context: int = Field(1, ge=1)
+    """shard: full only: neighbouring processes that share the tokens of each row (context parallelism), for rows whose
+    activations one device cannot hold. Not with tensor. Families: docs/pretrain.md."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages; the number of processes divided by this is the number of data-parallel ranks."""
     partition: Literal["estimated", "uniform"] = "estimated"
@@ -181,6 +184,16 @@ class Parallel(Strict):
                 f"tensor: {self.tensor} splits matrices further that shard: full has split, and here is"
                 f" {f'shard: {self.shard}' if self.shard else 'no shard'}; use shard: full, or remove tensor"
             )
+        if self.context > 1 and self.shard != "full":
+            raise ValueError(
+                f"context: {self.context} is for processes that split weights with shard: full, and here is"
+                f" {f'shard: {self.shard}' if self.shard else 'no shard'}; use shard: full, or remove context"
+            )
+        if self.context > 1 and self.tensor > 1:
+            raise ValueError(
+                f"context: {self.context} and tensor: {self.tensor} both split the heads of attention, and together"
+                " they were not verified; keep one"
+            )
         if self.layers and len(self.layers) != self.pipeline:
             raise ValueError(
                 f"layers: {self.layers} has {len(self.layers)} entries, but pipeline is {self.pipeline}; give one entry"
@@ -203,7 +216,7 @@ class Parallel(Strict):
 
     def data_ranks(self, world: int) -> int:
         """Shares into which `world` processes divide the rows of a step."""
-        return world // (self.pipeline * self.tensor)
+        return world // (self.pipeline * self.tensor * self.context)
 
     @property
     def splits_weights(self) -> bool:
@@ -392,6 +405,11 @@ class TrainConfig(StageConfig):
                 "optimizer.kind: muon needs complete matrices, which DeepSpeed (zero, pipeline) keeps in parts of a"
                 " flat buffer; use shard: full, plain data parallelism (parallel: {}), or adamw"
             )
+        if self.optimizer.kind == "muon" and self.parallel.context > 1:
+            raise ValueError(
+                f"optimizer.kind: muon was not verified with context: {self.parallel.context}; use shard: full without"
+                " context, or adamw"
+            )
         if self.optimizer.kind == "muon" and self.parallel.tensor > 1:
             raise ValueError(
                 f"optimizer.kind: muon needs complete matrices, of which tensor: {self.parallel.tensor} leaves each"
@@ -485,19 +503,24 @@ class TrainConfig(StageConfig):
 
     def _check_shard(self, world: int) -> None:
         parallel = self.parallel
-        if parallel.tensor > 1 and not type(self).supports_tensor():
+        for key, size in (("tensor", parallel.tensor), ("context", parallel.context)):
+            if size > 1 and not type(self).supports_row_groups():
+                raise UserError(f"stage {self.kind}: {key}: {size} is for pretraining; use shard: full without it here")
+            if size > 1 and self.compile:
+                raise UserError(
+                    f"stage {self.kind}: compile: true with {key}: {size} was not verified: layers then wait for other"
+                    " processes inside; remove one of them"
+                )
+            if world % size:
+                raise UserError(
+                    f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into groups of {key}:"
+                    f" {size}; use {_either(nearest_divisors(world, size))}"
+                )
+        if self.sequence_length % parallel.context:
+            near = nearest_divisors(self.sequence_length, parallel.context)
             raise UserError(
-                f"stage {self.kind}: tensor: {parallel.tensor} is for pretraining; use shard: full without it here"
-            )
-        if parallel.tensor > 1 and self.compile:
-            raise UserError(
-                f"stage {self.kind}: compile: true with tensor: {parallel.tensor} was not verified: its layers wait"
-                " for other processes inside; remove one of them"
-            )
-        if world % parallel.tensor:
-            raise UserError(
-                f"stage {self.kind}: {plural(world, 'process/processes')} cannot be divided into groups of tensor:"
-                f" {parallel.tensor}; use {_either(nearest_divisors(world, parallel.tensor))}"
+                f"stage {self.kind}: sequence_length {self.sequence_length} cannot be divided into context:"
+                f" {parallel.context} equal parts; use {_either(near)}"
             )
         if parallel.shard_ranks and world % parallel.shard_ranks:
             raise UserError(
@@ -529,7 +552,8 @@ class TrainConfig(StageConfig):
             below = self.batch_size // ranks * ranks
             sizes = [below, below + ranks] if below else [ranks]
             fewer_ranks = [number for number in divisors(self.batch_size) if number < ranks][-2:]
-            processes = [number * self.parallel.pipeline * self.parallel.tensor for number in fewer_ranks]
+            per_rank = self.parallel.pipeline * self.parallel.tensor * self.parallel.context
+            processes = [number * per_rank for number in fewer_ranks]
             raise UserError(
                 f"stage {self.kind}: batch_size {self.batch_size} is not divisible by {ranks} data-parallel ranks; use"
                 f" {_either(sizes)}, or {_either(processes)} {'process' if processes[-1] == 1 else 'processes'}"
@@ -558,7 +582,8 @@ class TrainConfig(StageConfig):
         return False
 
     @classmethod
-    def supports_tensor(cls) -> bool:
+    def supports_row_groups(cls) -> bool:
+        """Whether several processes may compute the same rows: `tensor` and `context`."""
         return False
 
     def sequences_per_row(self) -> int:

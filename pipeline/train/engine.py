@@ -71,10 +71,11 @@ class Engine:
         """
         if lr is None:
             lr = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step_count, self.config.steps)
+        micro_batches = [self._own(batch) for batch in micro_batches]
         own_weight = float(sum(batch["weight"] for batch in micro_batches))
         own_rows = sum(len(batch["inputs"]["input_ids"]) for batch in micro_batches) if self.balance else 0
         weight, count, rows = self._data_sum([own_weight, len(micro_batches), own_rows])
-        assert count == len(micro_batches) * self.data_world, "data ranks must give the same number of micro-batches"
+        assert count == len(micro_batches) * self._num_losses(), "data ranks must give the same number of micro-batches"
         if weight == 0:  # nothing to learn from: all labels are masked
             self.step_count += 1
             return {"loss": 0.0, "grad_norm": 0.0, "applied": False, "weight": 0.0, "lr": lr}
@@ -100,6 +101,7 @@ class Engine:
         one with weight 0, because forward passes of ZeRO-3 and of a pipeline are collective. With `read`, the entry
         `results` has read(outputs, batch) of each of this process's micro-batches, fp32 on the CPU.
         """
+        micro_batches = [self._own(batch) for batch in micro_batches]
         batches, counted = self._padded(micro_batches)
         results: list[torch.Tensor] = []
         loss_fn = self.loss_fn
@@ -122,7 +124,7 @@ class Engine:
     def forward(self, micro_batches: list[dict], read: Read) -> list[torch.Tensor]:
         """read(outputs, batch) of each of this process's micro-batches, fp32 on the CPU. No gradient, dropout off.
         Collective, with unequal numbers of micro-batches as in `evaluate`."""
-        batches, counted = self._padded(micro_batches)
+        batches, counted = self._padded([self._own(batch) for batch in micro_batches])
         results: list[torch.Tensor] = []
 
         def no_loss(outputs, batch):
@@ -308,6 +310,14 @@ class Engine:
     def _forward_sums(self, micro_batches: list[dict], counted: list[bool]) -> dict[str, float]:
         raise AssertionError("an engine implements this")
 
+    def _own(self, batch: dict) -> dict:
+        """What this process computes of a micro-batch of its data rank."""
+        return batch
+
+    def _num_losses(self) -> int:
+        """Processes whose losses are added up."""
+        return self.data_world
+
     def _data_sum(self, values: list[float]) -> list[float]:
         """Sums over data ranks. If several processes share the rows of one data rank, these are counted once."""
         return distributed.all_reduce_sum(values)
@@ -319,9 +329,9 @@ class Engine:
         moved = {key: move(value) for key, value in batch.items()}
         inputs = batch["inputs"]
         moved["inputs"] = {key: move(value) for key, value in inputs.items()}
-        if "position_ids" in inputs and row_attention.is_installed(self.model):
+        positions = batch["row_positions"] if "row_positions" in batch else inputs.get("position_ids")
+        if positions is not None and row_attention.is_installed(self.model):
             dtype = torch.bfloat16 if self.config.wide_precision == "bf16" else torch.float32
-            positions = inputs["position_ids"]
             moved["inputs"] |= row_attention.document_inputs(self.model, positions, self.device, dtype)
         return moved
 

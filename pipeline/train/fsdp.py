@@ -30,6 +30,7 @@ from pipeline.core import distributed
 from pipeline.core.errors import UserError
 from pipeline.models import publish
 from pipeline.train import muon, muon_sharded, phases, shards
+from pipeline.train.context_parallel import ContextGroup
 from pipeline.train.engine import Engine, Sums, adamw, finite, gradient_norm, set_learning_rate
 from pipeline.train.fsdp_sharding import Fill, Sharder
 from pipeline.train.state import Fragment, share
@@ -56,6 +57,14 @@ def mesh_of(parallel, device: torch.device):
     return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("copies", "shard"))
 
 
+def rows_mesh(parallel, device: torch.device):
+    """The processes as a mesh [data ranks, processes that share their rows]."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (parallel.data_ranks(distributed.world()), parallel.context)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("rows", "context"))
+
+
 class FullySharded(Engine):
     """`model` is the sharded model; a forward pass of it is collective. `pieces` are this process's parts of its
     parameters, `whole` the parameters that every process holds."""
@@ -67,15 +76,19 @@ class FullySharded(Engine):
         super().__init__(model, loss_fn, config, name)
         self.mesh = mesh_of(config.parallel, self.device)
         self.size = self.mesh["shard"].size()
-        self.data_world = distributed.world() // config.parallel.tensor
-        self.data_rank = distributed.rank() // config.parallel.tensor
-        self.num_copies = self.data_world // self.size
+        parallel = config.parallel
+        self.data_world = parallel.data_ranks(distributed.world())
+        self.data_rank = distributed.rank() // (parallel.tensor * parallel.context)
+        self.num_copies = self._num_losses() // self.size
         self.matrices = muon.matrix_names(model) if config.optimizer.kind == "muon" else set()
         self.skeleton = without_weights(model)
         self.tensor: TensorGroup | None = None
         mesh = self.mesh
-        if config.parallel.tensor > 1:
+        if parallel.tensor > 1:
             mesh, self.tensor = self.mesh["shard"], TensorGroup(model, self.mesh["tensor"])
+        self.context: ContextGroup | None = None
+        if parallel.context > 1:
+            self.context = ContextGroup(model, rows_mesh(parallel, self.device)["context"])
         sharder = Sharder(model, mesh, self.device, config.wide_precision, self.tensor)
         sharder.shard(fill)
         self.sharded, self.pieces, self.whole = sharder.result()
@@ -102,7 +115,7 @@ class FullySharded(Engine):
             loss, metrics = self._forward(self.model, batch)
             sums.add(loss, metrics)
             phases.enter("backward")
-            (loss * (self.data_world / weight)).backward()  # fully_shard averages over processes
+            (loss * (self._num_losses() / weight)).backward()  # fully_shard averages over processes
         phases.enter("reduce")
         gradients = self._reduced_gradients()
         if self.tensor is not None:
@@ -149,6 +162,12 @@ class FullySharded(Engine):
         whole = [parameter.grad for parameter in self.whole.values() if parameter.grad is not None]
         pieces = gradients[: len(gradients) - len(whole)]
         return gradient_norm(pieces) ** 2 / self.num_copies + gradient_norm(whole) ** 2 / distributed.world()
+
+    def _own(self, batch):
+        return batch if self.context is None else self.context.own(batch)
+
+    def _num_losses(self):
+        return self.data_world * self.config.parallel.context
 
     def _counts(self) -> float:
         """1 on one process of each tensor group, whose others have the same sums, and 0 on these. As a factor it leaves
@@ -249,6 +268,8 @@ class FullySharded(Engine):
             layout["copies"] = self.num_copies
         if self.tensor is not None:
             layout["tensor"] = self.tensor.size
+        if self.context is not None:
+            layout["context"] = self.context.size
         return layout
 
     def _held(self):

@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.models import cost, pipeline_split, sampling_cost, step_time
 from pipeline.models.devices import Cluster
 from pipeline.models.families import family_of
-from pipeline.train import chunked_loss, tensor_parallel
+from pipeline.train import chunked_loss, context_parallel, tensor_parallel
 from pipeline.train.config import Parallel, TrainConfig, divisors
 
 MOST_MICRO_ROWS = 64
@@ -70,6 +70,8 @@ def _words(keys: dict) -> list[str]:
         words.append(f"FSDP {parallel['shard']}" + (f" of {ranks}" if ranks else ""))
         if "tensor" in parallel:
             words.append(f"tensor {parallel['tensor']}")
+        if "context" in parallel:
+            words.append(f"context {parallel['context']}")
     elif "zero" in parallel:
         words.append(f"ZeRO-{parallel['zero']}")
     else:
@@ -137,6 +139,7 @@ def layout_of(config: TrainConfig, model_config, size: cost.Size, world: int, de
         stage_layers=_stage_layers(config, model_config, size),
         shard=parallel.group_size(world, config.run.processes),
         tensor=parallel.tensor,
+        context=parallel.context,
         compiled=config.compile,
         loss_tokens=config.loss_tokens(),
     )
@@ -160,6 +163,7 @@ def candidate(config: TrainConfig, costs: Costs, cluster: Cluster) -> Candidate:
     config = _on(config, cluster)
     config.check_layout(cluster.count)
     tensor_parallel.check(costs.config, config.parallel.tensor)
+    context_parallel.check(costs.config, config.parallel.context)
     layout = layout_of(config, costs.config, costs.size, cluster.count, cluster.device.kind)
     return _measured(config, layout, config.parallel.model_dump(exclude_defaults=True), costs, cluster)
 
@@ -233,10 +237,12 @@ def _parallels(config: TrainConfig, costs: Costs, cluster: Cluster) -> list[dict
         found += [{"shard": "full"}, {"shard": "hybrid"}] if cluster.nodes > 1 else [{"shard": "full"}]
         group = _even_group(costs.size, cluster)
         found += [{"shard": "hybrid", "shard_ranks": group}] if group else []
-    if type(config).supports_tensor():
+    if type(config).supports_row_groups():
         sizes = [size for size in divisors(cluster.local) if size > 1 and cluster.count % size == 0]
         possible = [size for size in sizes if tensor_parallel.obstacle(model_config, size) is None]
         found += [{"shard": "full", "tensor": size} for size in possible]
+        possible = [size for size in sizes if context_parallel.obstacle(model_config, size) is None]
+        found += [{"shard": "full", "context": size} for size in possible if not config.sequence_length % size]
     if type(config).supports_pipeline() and family_of(model_config).pipeline:
         depths = [depth for depth in divisors(cluster.count) if 1 < depth <= model_config.num_hidden_layers]
         found += [{"zero": 1, "pipeline": depth} for depth in depths]

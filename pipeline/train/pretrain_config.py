@@ -140,11 +140,12 @@ class Config(TrainConfig):
                 "precision: fp8 is for one process, DDP and shard, and was not tried with DeepSpeed (zero, pipeline);"
                 " use shard: full, or precision: bf16"
             )
-        if self.precision == "fp8" and self.parallel.tensor > 1:
-            raise ValueError(
-                f"precision: fp8 was not tried with tensor: {self.parallel.tensor}; use shard: full without tensor, or"
-                " precision: bf16"
-            )
+        for key, size in (("tensor", self.parallel.tensor), ("context", self.parallel.context)):
+            if self.precision == "fp8" and size > 1:
+                raise ValueError(
+                    f"precision: fp8 was not tried with {key}: {size}; use shard: full without {key}, or precision:"
+                    " bf16"
+                )
         return self
 
     @property
@@ -198,7 +199,7 @@ class Config(TrainConfig):
         return True
 
     @classmethod
-    def supports_tensor(cls) -> bool:
+    def supports_row_groups(cls) -> bool:
         return True
 
     def last_step(self) -> int | None:
@@ -296,9 +297,11 @@ class Config(TrainConfig):
         model_block.check(self.model)
         if self.parallel.pipeline > 1:
             pipeline_split.check_layers(model_block.block_config(self.model), self.parallel)
-        if self.parallel.tensor > 1:
-            from pipeline.train import tensor_parallel
+        if self.parallel.tensor > 1 or self.parallel.context > 1:
+            from pipeline.train import context_parallel, tensor_parallel
 
-            tensor_parallel.check(model_block.block_config(self.model), self.parallel.tensor)
+            model_config = model_block.block_config(self.model)
+            tensor_parallel.check(model_config, self.parallel.tensor)
+            context_parallel.check(model_config, self.parallel.context)
         if self.document_mask:
             model_block.check_document_mask(self.model["family"])

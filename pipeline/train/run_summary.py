@@ -207,7 +207,7 @@ def schedule_text(optimizer, schedule) -> str:
 
 
 def layout_line(config, layout: cost.Layout) -> str:
-    world = layout.ranks * layout.depth * layout.tensor
+    world = layout.ranks * layout.depth * layout.tensor * layout.context
     if layout.depth > 1:
         processes = f"pipeline {layout.depth} x {layout.ranks} data ranks"
     elif layout.zero is not None:
@@ -216,6 +216,8 @@ def layout_line(config, layout: cost.Layout) -> str:
         processes = f"FSDP over {world}"
         if layout.tensor > 1:
             processes = f"FSDP over {layout.shard} x tensor {layout.tensor}"
+        elif layout.context > 1:
+            processes = f"FSDP over {layout.shard}, context {layout.context}"
         elif layout.shard < world:
             processes = f"FSDP over {layout.shard} x {world // layout.shard} copies"
     else:

@@ -383,6 +383,8 @@ def describe(layout: dict) -> str:
         details.append(f"shard {layout['shard']}{copies}")
     if layout.get("tensor"):
         details.append(f"tensor {layout['tensor']}")
+    if layout.get("context"):
+        details.append(f"context {layout['context']}")
     if layout["offload"]:
         details.append("offload")
     processes = plural(layout["processes"], "process/processes")
