@@ -34,7 +34,7 @@ from pipeline.train import planned_model
 from pipeline.train.config import Date
 
 # 2: ends of answers from generation_config.json, rewards of models with other tokenizers, only prompts that fit
-VERSION = 4  # 4: tool calls, columns of structs and messages as JSON text are read completely or rejected
+VERSION = 5  # 5: thoughts that a template writes otherwise than its prompt, ids and ends of tool calls
 INPUTS = {"tokens": ("pack",), "reward?": ("reward",), "*": ("pretrain", "sft", "dpo", "kto", "ppo", "grpo", "soup")}
 
 

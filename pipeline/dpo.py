@@ -21,7 +21,7 @@ from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.config import LossChunk
 from pipeline.train.finetune_config import FinetuneConfig, FinetuneOptimizer
 
-VERSION = 7  # 7: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
+VERSION = 8  # 8: thoughts that a template writes otherwise than its prompt, ids and ends of tool calls
 INPUTS = {"model": ("sft", "pretrain")}
 
 PairLossName = Literal[

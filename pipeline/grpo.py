@@ -20,7 +20,7 @@ from pipeline.rl.config import AlgorithmName, GroupUpdates, Overlong
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.prompts import Prompts
 
-VERSION = 5  # 5: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
+VERSION = 6  # 6: thoughts that a template writes otherwise than its prompt, ids and ends of tool calls
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
 
 

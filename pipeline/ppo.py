@@ -20,7 +20,7 @@ from pipeline.rl.config import Algorithm, ValueOptimizer
 from pipeline.rl.online_config import OnlineConfig
 from pipeline.rl.prompts import Prompts
 
-VERSION = 9  # 9: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
+VERSION = 10  # 10: thoughts that a template writes otherwise than its prompt, ids and ends of tool calls
 INPUTS = {"policy": ("sft", "dpo", "kto", "pretrain"), "reward": ("reward",), "process": ("prm",)}
 
 

@@ -20,7 +20,7 @@ from pipeline.core.terminal import say
 from pipeline.data.chat.chat_sources import StepSource
 from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
-VERSION = 3  # 3: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
+VERSION = 4  # 4: thoughts that a template writes otherwise than its prompt, ids and ends of tool calls
 INPUTS = {"model": ("sft", "pretrain")}
 
 

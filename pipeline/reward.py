@@ -22,7 +22,7 @@ from pipeline.core.output import Output
 from pipeline.data.chat.chat_sources import PreferenceSource
 from pipeline.train.finetune_config import FinetuneConfig, ScoreOptimizer
 
-VERSION = 8  # 8: records whose metadata say that they carry no loss are rejected; latin-1 is windows-1252
+VERSION = 9  # 9: thoughts that a template writes otherwise than its prompt, ids and ends of tool calls
 INPUTS = {"model": ("sft", "pretrain")}
 
 

@@ -86,6 +86,23 @@ def test_killed_and_resumed(plain, tmp_path):
     killed_like_plain(plain, tmp_path, faults, kill_after=random.uniform(0.2, 2.5))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [("kto.lora={rank: 4}", "kto.optimizer.lr=3e-2"), ("kto.loss=apo_zero_unpaired",)], ids=["adapters", "apo"]
+)
+def test_variants_killed_twice_and_resumed(words, tmp_path):
+    """With the bytes of the run that was left alone, whose reference was computed by that run itself."""
+    found = []
+    for name, faults in (("alone", []), ("killed", ["work:5", "save:2"])):
+        world(folder := tmp_path / name)
+        for fault in faults:
+            code, text = stage("kto", "tiny.yaml", "kto.steps=10", *words, cwd=folder, fault=fault)
+            assert code == -9, f"did not reach {fault}: {text}"
+        succeed("kto", "tiny.yaml", "kto.steps=10", *words, cwd=folder)
+        found.append(files_of(folder / "runs/tiny/kto/current"))
+    assert found[0] == found[1]
+
+
 def test_partners_are_others_and_a_function_of_the_seed():
     for count in (2, 3, 100):
         partner = partners(7, "train", count)

@@ -101,6 +101,22 @@ def test_killed_and_resumed(plain, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_adapter_killed_twice_and_resumed(tmp_path):
+    found = []
+    words = ["prm.lora={rank: 4}", "prm.steps=6", "prm.optimizer.lr=1e-2"]
+    for name, faults in (("alone", []), ("killed", ["work:3", "save:1"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        world(folder)
+        for fault in faults:
+            code, text = stage("prm", "tiny.yaml", *words, cwd=folder, fault=fault)
+            assert code == -9, f"did not reach {fault}: {text}"
+        succeed("prm", "tiny.yaml", *words, cwd=folder)
+        found.append(files_of(folder / "runs/tiny/prm/current"))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
 def test_an_adapter(plain, tmp_path):
     """Merged and published for peft: the same scores."""
     peft = pytest.importorskip("peft")

@@ -1,6 +1,8 @@
 """What a chat template writes around messages, found by writing a few with it: in which form it reads them, and how an
 answer ends."""
 
+import itertools
+import os
 from dataclasses import dataclass, replace
 
 from pipeline.data.chat.quoting import any_of
@@ -54,6 +56,9 @@ class Probe:
         self.template, self._eos = template, eos
         self._added = any_of([token for token in added if token.strip()])
         template.style = self._content_style()
+        self.removes_thoughts = self._removes_thoughts()
+        """Whether the template removes <think>...</think> from the texts of answers, of the last one or of earlier
+        ones: its model writes it."""
         self.end = self._plain_end()
         self.tool_end: End | None = None
         """The end of an answer that calls tools; None if the template cannot write one."""
@@ -79,6 +84,13 @@ class Probe:
                 return style
         raise Unusable(reasons[0] if reasons else "the chat template does not write what the messages say")
 
+    def _removes_thoughts(self) -> bool:
+        try:
+            text = self._text(Dialogue([user(ASKED), assistant(f"<think>\n{GIVEN}\n</think>\n\n{SAID}"), user(NEXT)]))
+        except Unusable:  # only one question
+            return False
+        return SAID in text and NEXT in text and GIVEN not in text
+
     def _tokens_at(self, text: str) -> tuple[list[str], str]:
         """(added tokens that a text begins with, white space aside, what follows them)."""
         tokens = []
@@ -96,6 +108,10 @@ class Probe:
             both = ""
         between = both.partition(SAID)[2].partition(NEXT)[0]
         as_history, _ = self._tokens_at(between)
+        if rest.strip():  # text between the tokens that end a turn
+            shared = self._added.findall(os.path.commonprefix([after, between or after]))
+            if shared:
+                return End(self._eos if self._eos in shared else shared[-1], "written")
         if tokens:  # some templates end the last turn, or the whole text, with one more
             return End(self._first([token for token in tokens if token in as_history] or tokens), "written")
         if rest.strip():
@@ -116,14 +132,11 @@ class Probe:
     def _tool_style(self) -> Style | None:
         """How a template reads tool calls; None if it cannot write them with their results."""
         messages = [user(ASKED), assistant("", calls=1), tool(RESULT), assistant(SAID)]
-        for short_ids in (False, True):
-            for as_text in (False, True):
-                for none_content in (False, True):
-                    style = replace(
-                        self.template.style, arguments_as_text=as_text, none_content=none_content, short_ids=short_ids
-                    )
-                    if self._writes_calls(style, messages):
-                        return style
+        forms = itertools.product(("as given", "nine digits", "function and number"), (False, True), (False, True))
+        for ids, as_text, none_content in forms:
+            style = replace(self.template.style, ids=ids, arguments_as_text=as_text, none_content=none_content)
+            if self._writes_calls(style, messages):
+                return style
         return None
 
     def _writes_calls(self, style: Style, messages: list[dict]) -> bool:
@@ -135,7 +148,8 @@ class Probe:
         finally:
             self.template.style = before
         twice_quoted = f'\\"{GIVEN}1' in text  # JSON text that the template has quoted as JSON again
-        return all(content in text for content in (CALLED, f"{GIVEN}1", RESULT, SAID)) and not twice_quoted
+        called = CALLED in text.partition(ASKED)[2]  # and not only among the tools
+        return called and all(content in text for content in (f"{GIVEN}1", RESULT, SAID)) and not twice_quoted
 
     def _tool_end(self) -> End | None:
         """How an answer with tool calls ends; None if it is not ended."""

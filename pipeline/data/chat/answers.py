@@ -15,11 +15,11 @@ import re
 from dataclasses import dataclass, replace
 
 from pipeline.core.errors import UserError
-from pipeline.data.chat.answer_probe import Probe
+from pipeline.data.chat.answer_probe import NEXT, Probe
 from pipeline.data.chat.fields import is_metadata, snake
 from pipeline.data.chat.rendering import Dialogue, Template, Unusable
+from pipeline.data.chat.thoughts import END_THINK, THINK, answer_text, before_content, split, thinks_twice, with_dropped
 
-THINK, END_THINK = "<think>", "</think>"
 SHAPES = 4096  # of conversations, whose check is remembered
 
 
@@ -43,6 +43,8 @@ class Answers:
         self._dropped: dict[tuple, str | None] = {}
         probe = Probe(template, added, eos)
         self.end, self.tool_end = probe.end, probe.tool_end
+        self._removes_thoughts = probe.removes_thoughts
+        self._switches = sorted(name for name in template.variables if "think" in name or "reason" in name)
 
     @classmethod
     def of(cls, tokenizer, template: Template | None = None) -> "Answers":
@@ -79,19 +81,34 @@ class Answers:
         answered = dialogue.until(number + 1)
         asked = self._text(dialogue.until(number), generation_prompt=True)
         text, marks = self.template.write(answered)
-        if text.startswith(asked) and asked.rstrip().endswith(THINK) and THINK in text[len(asked) :]:
-            message = _with_reasoning(message)  # else it would think twice
+        if text.startswith(asked) and thinks_twice(asked, text[len(asked) :]):
+            message = split(message)
             answered = replace(answered, messages=[*answered.messages[:-1], message])
             text, marks = self.template.write(answered)
         if not text.startswith(asked):
-            text, marks = _after_open_thought(asked, text, marks, message)
+            header, said = self._after_question(answered)
+            text = answer_text(asked, header, said, message, self._switches)
+            marks = [(len(asked), len(text))] if marks else []
+        whole = with_dropped(len(asked), text, message, self._removes_thoughts, self._switches)
+        if whole != text:
+            text, marks = whole, [(len(asked), len(whole))] if marks else []
         end = self._end_of(text, len(asked), message)
         text = end[0]
         self._check_written(answered, text, len(asked))
         spans = [(len(asked), len(text), message.get("weight", 1.0))]
         if self.template.has_marks:
-            spans = _marked(spans[0], marks, end[1])
+            spans = _marked(spans[0], marks, end[1], text)
         return Row(text, spans, number + 1)
+
+    def _after_question(self, answered: Dialogue) -> tuple[str, str]:
+        """What the template writes behind the message that the last one answers: (in the prompt that waits for the
+        answer, with the answer). Found by another content of that message, which no other text has."""
+        *before, answer = answered.messages
+        if not before or before[-1]["role"] == "assistant":
+            return "", ""
+        question = replace(answered, messages=[*before[:-1], {**before[-1], "content": NEXT}])
+        header = self._text(question, generation_prompt=True).rpartition(NEXT)[2]
+        return header, self._text(replace(question, messages=[*question.messages, answer])).rpartition(NEXT)[2]
 
     def prompt(self, dialogue: Dialogue) -> str:
         """The text of a conversation that waits for an answer. Raises Unusable."""
@@ -105,10 +122,11 @@ class Answers:
     def _end_of(self, text: str, begin: int, message: dict) -> tuple[str, int]:
         """(text up to the end of the turn of an answer that begins at `begin`, where the token that ends it begins)."""
         ends = [self.end]
-        if message.get("tool_calls"):
+        if calls := message.get("tool_calls"):
             if self.tool_end is None:
                 raise Unusable("the chat template does not write tool calls")
             ends = [self.tool_end, self.end]
+            begin = max(begin, text.rfind(calls[-1]["name"]))  # a text beside the calls may have an end of its own
         for end in ends:
             if end.how == "written" and (at := text.find(end.token, begin)) >= 0:
                 return text[: at + len(end.token)], at
@@ -140,7 +158,8 @@ class Answers:
                     raise Unusable("the chat template drops the reasoning of an answer")
             if not _is_in(content, where):
                 raise Unusable(f"the chat template does not write {what} as it is")
-            if answer and not _is_in(message.get("reasoning_content", ""), where):
+            reasoning = message.get("reasoning_content", "")
+            if answer and not _is_in(reasoning, before_content(where, content)):
                 raise Unusable("the chat template does not write the reasoning of an answer")
             if message.get("tool_calls") and self.tool_end is None:
                 raise Unusable("the chat template does not write tool calls")
@@ -175,8 +194,11 @@ class Answers:
             {**message, "content": content if message["content"] else ""}
             for message, content in zip(dialogue.messages, contents, strict=True)
         ]
+        probe = replace(dialogue, messages=messages)
         try:
-            text = self._text(replace(dialogue, messages=messages))
+            text = self._text(probe)
+            if messages[-1]["role"] == "assistant":  # the prompt, which a row begins with, may have more
+                text += self._text(probe.until(len(messages) - 1), generation_prompt=True)
         except Unusable:  # it reads what messages say
             return None
         for message, content in zip(messages, contents, strict=True):
@@ -198,45 +220,6 @@ def ends_of_turn(tokenizer) -> list[int]:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def _after_open_thought(
-    asked: str, text: str, marks: list[tuple[int, int]], message: dict
-) -> tuple[str, list[tuple[int, int]]]:
-    """An answer after a prompt that ends with an open <think>, where the template writes answers without what they
-    thought (DeepSeek-R1): the reasoning, </think>, and the answer; and the generation marks in that text. Raises
-    Unusable for any other difference between the prompt and the answered text."""
-    before, opened, space = asked.rpartition(THINK)
-    if not opened or space.strip() or not text.startswith(before):
-        if asked.rstrip().endswith(END_THINK):
-            raise Unusable(
-                "the chat template asks for answers without reasoning, and this one has some; let it think"
-                " (chat_template_kwargs: {enable_thinking: true})"
-            )
-        raise Unusable(
-            "the chat template writes a prompt that waits for an answer differently from one that has it; the model"
-            " would be asked what it was never taught"
-        )
-    answer = text[len(before) :]
-    marked = any(stop > len(before) for _, stop in marks)
-    thought = message.get("reasoning_content", "").strip("\n")
-    if answer.startswith(THINK):  # it writes an empty thought differently
-        whole = asked + answer.removeprefix(THINK).lstrip()
-    elif not thought and END_THINK in message["content"]:
-        thought = message["content"].rpartition(END_THINK)[0].strip().removeprefix(THINK).lstrip()
-        whole = f"{asked}{thought}\n{END_THINK}{answer}"
-    else:
-        whole = f"{asked}{thought}\n{END_THINK}\n\n{answer}"
-    return whole, [(len(asked), len(whole))] if marked else []
-
-
-def _with_reasoning(message: dict) -> dict:
-    """An answer whose content begins with <think>...</think>, with what it thought as a field of its own."""
-    thought, closed, content = message["content"].partition(END_THINK)
-    if not closed or not thought.lstrip().startswith(THINK):
-        return message
-    reasoning = thought.lstrip().removeprefix(THINK)
-    return {**message, "reasoning_content": reasoning.strip("\n"), "content": content.lstrip("\n")}
-
-
 def row_of_steps(row: Row, steps: list[str], content: str) -> Row:
     """A row whose only answer, with the text `content`, is divided into spans: one for each of `steps`, which follow
     each other in it. What the template writes in front of the text belongs to the first step, and what it writes after
@@ -254,14 +237,18 @@ def row_of_steps(row: Row, steps: list[str], content: str) -> Row:
     return Row(row.text, spans, row.num_messages)
 
 
-def _marked(span: tuple[int, int, float], marks: list[tuple[int, int]], end: int) -> list[tuple[int, int, float]]:
+def _marked(
+    span: tuple[int, int, float], marks: list[tuple[int, int]], end: int, text: str
+) -> list[tuple[int, int, float]]:
     """What of an answer is between generation marks, and the end of its turn, which begins at `end`; nothing if
-    nothing of it is marked."""
+    nothing of it is marked. White space that the template has in front of the first mark is the model's to write."""
     first, last, weight = span
     inside = [(max(first, begin), min(last, stop), weight) for begin, stop in marks]
     inside = [(begin, stop, weight) for begin, stop, weight in inside if begin < stop]
     if not inside:
         return []
+    if not text[first : inside[0][0]].strip():
+        inside[0] = (first, *inside[0][1:])
     begin, stop, _ = inside[-1]
     if stop >= end:
         return [*inside[:-1], (begin, last, weight)]

@@ -21,6 +21,10 @@ ROLES = {
     "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",  # ShareGPT's own records also have the names of services
+    "bing": "assistant",
+    "bard": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "chatbot": "assistant",
     "model": "assistant",
@@ -58,7 +62,8 @@ def checked_text(value, what: str) -> str:
 def whole_text(value, what: str) -> str:
     """A text, which may be empty. Raises Rejected for what is not text, and for half a character."""
     if not isinstance(value, str):
-        raise Rejected(f"{what} is not text")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        raise Rejected(f"{what} is not text{' but a number' if number else ''}", "quote it" if number else "")
     try:
         value.encode()
     except UnicodeEncodeError:

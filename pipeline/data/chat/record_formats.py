@@ -33,7 +33,7 @@ from pipeline.data.chat.record_fields import (
     repeated_fields,
     truth_of,
 )
-from pipeline.data.sources.text_encoding import printable_name
+from pipeline.data.chat.record_reasons import no_prompt, unrecognised
 
 LISTS = ("messages", "conversations", "conversation")
 # What a pair says of its two answers, chosen first: numbers that must not contradict the order.
@@ -48,16 +48,6 @@ PAIR_SCORES = (
 )
 LONG_PROMPT = 20  # characters of a prompt that answers do not begin with by chance
 SCORES = {name for names in PAIR_SCORES for name in names}
-# The formats without templates, as a user writes them, and fields of other formats that mean the same as theirs.
-FORMATS = {
-    "conversation": (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")),
-    "pair": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
-    "judged answer": (("prompt", "completion", "label"), ("messages", "label")),
-    "answer with judged steps": (("prompt", "completions", "labels"), ("input", "label")),
-    "prompt": (("prompt",), ("instruction",), ("messages",)),
-}
-PROMPT_NAMES = ("prompt", "instruction", "question", "query", "problem", "input", "user")
-ANSWER_NAMES = ("completion", "output", "response", "answer", "answers", "target", "solution", "assistant", "reply")
 
 
 @dataclass
@@ -100,7 +90,7 @@ def labelled_of(record: dict, named: set[str] = frozenset()) -> tuple[ParsedReco
     fields = _without_nulls(record)
     name = next((name for name in LABELS if name in fields and name not in named), None)
     if name is None:
-        raise _unrecognised(record, "judged answer")
+        raise unrecognised(record, "judged answer")
     label = truth_of(fields[name], f"`{name}`")
     others = [other for other in LABELS if other in fields and other not in named]
     if any(truth_of(fields[other], f"`{other}`") != label for other in others):
@@ -137,7 +127,7 @@ def steps_of(record: dict, named: set[str] = frozenset()) -> ParsedSteps:
     elif isinstance(fields.get("input"), str) and isinstance(fields.get("label"), str):
         used, parsed = {"input", "label"}, _math_shepherd(fields["input"], fields["label"])
     else:
-        raise _unrecognised(record, "answer with judged steps")
+        raise unrecognised(record, "answer with judged steps")
     if not parsed.steps:
         raise Rejected("the answer has no steps")
     refuse_weight(weight_of(fields, "the record"), "the record")
@@ -179,7 +169,7 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> ParsedPair:
     """A pair of answers. Raises Rejected."""
     fields = _without_nulls(record)
     if "chosen" not in fields or "rejected" not in fields:
-        raise _unrecognised(record, "pair")
+        raise unrecognised(record, "pair")
     if any(isinstance(fields[key], (str, list, dict)) and not fields[key] for key in ("chosen", "rejected")):
         raise Rejected("an empty answer")
     for key in ("chosen", "rejected"):
@@ -192,9 +182,9 @@ def pair_of(record: dict, named: set[str] = frozenset()) -> ParsedPair:
     }
     if prompt is None:
         if isinstance(fields["chosen"], str) and isinstance(fields["rejected"], str):
-            form, answers = "transcripts (Human, Assistant)", {key: _transcript(fields[key]) for key in answers}
+            form, answers = "transcripts (Human, Assistant)", {key: _transcript(fields, key) for key in answers}
         elif isinstance(fields["chosen"], str) or isinstance(fields["rejected"], str):
-            raise _no_prompt()
+            raise no_prompt(fields)
         prompt = answers["chosen"][: _common_length(answers["chosen"], answers["rejected"])]
     for key, answer in answers.items():
         if prompt and answer[: len(prompt)] == prompt:  # the answers repeat the prompt
@@ -230,7 +220,7 @@ def prompt_of(record: dict, named: set[str] = frozenset()) -> ParsedRecord:
         messages, used = alpaca
         form = "Alpaca (instruction, input)"
     else:
-        raise _unrecognised(record, "prompt")
+        raise unrecognised(record, "prompt")
     parsed = ParsedRecord([without_weight(message) for message in messages], form)
     used |= add_other_fields(parsed, fields, thoughts=False)
     messages = parsed.messages
@@ -267,7 +257,7 @@ def _conversation(record: dict, fields: dict) -> tuple[ParsedRecord, set[str]]:
         return ParsedRecord(parse_messages(raw), "glaive (system, chat)", tools or None), {"system", "chat"}
     if name := next((name for name in LISTS if name in record), None):
         raise Rejected(f"`{name}` is not a list of messages")
-    raise _unrecognised(record, "conversation")
+    raise unrecognised(record, "conversation")
 
 
 def _format_name(messages: list, name: str) -> str:
@@ -411,11 +401,11 @@ def _common_length(one: list[dict], other: list[dict]) -> int:
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
-def _transcript(text: str) -> list[dict]:
-    """The messages of a text such as `\\n\\nHuman: ...\\n\\nAssistant: ...` (Anthropic's hh-rlhf)."""
-    turns = _transcript_turns(text)
+def _transcript(fields: dict, key: str) -> list[dict]:
+    """The messages of a field such as `\\n\\nHuman: ...\\n\\nAssistant: ...` (Anthropic's hh-rlhf)."""
+    turns = _transcript_turns(fields[key])
     if len(turns) < 2:
-        raise _no_prompt()
+        raise no_prompt(fields)
     return parse_messages(turns)
 
 
@@ -426,13 +416,6 @@ def _transcript_turns(text: str) -> list[dict]:
         return []
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said} for who, said in zip(rest[::2], rest[1::2], strict=True)]
-
-
-def _no_prompt() -> Rejected:
-    return Rejected(
-        "no prompt: texts that begin alike do not say where the prompt ends; give templates for prompt, chosen and"
-        " rejected"
-    )
 
 
 def _ordered(fields: dict) -> set[str]:
@@ -450,9 +433,6 @@ def _ordered(fields: dict) -> set[str]:
     return used
 
 
-# ---- records of no known format --------------------------------------------------------------------------------------
-
-
 def conversation_text(messages: list[dict]) -> str:
     """What is said in a conversation, but for the system's message, which many rows share."""
     return "\n".join(message_text(message) for message in messages if message["role"] != "system")
@@ -461,23 +441,3 @@ def conversation_text(messages: list[dict]) -> str:
 def _without_nulls(fields: dict) -> dict:
     """Without fields that hold nothing, as columns of parquet do where another row has a value."""
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _unrecognised(fields: dict, what: str) -> Rejected:
-    """The reason of a record in no known format: its fields, the formats, and what is nearest."""
-    names = ", ".join(printable_name(name) for name in list(fields)[:20]) or "none"
-    expected = ", ".join(" + ".join(format) for format in FORMATS[what])
-    asked = next((name for name in fields if snake(name) in PROMPT_NAMES), None)
-    said = next((name for name in fields if snake(name) in ANSWER_NAMES), None)
-    near = max(FORMATS[what], key=lambda format: (len(set(format) & set(fields)) / len(format), -len(format)))
-    lacking = [name for name in near if name not in fields]
-    reason = f"no {what} among its fields ({names}): expected {expected}, or templates"
-    if len(lacking) < len(near):
-        reason += f"; nearest is {' + '.join(near)}, without {', '.join(lacking)}"
-    advice = ""
-    if what == "conversation" and asked is not None and said is not None and asked != said:
-        advice = (
-            f"give the source templates: messages: [{{role: user, content: '{{{printable_name(asked)}}}'}},"
-            f" {{role: assistant, content: '{{{printable_name(said)}}}'}}]"
-        )
-    return Rejected(reason, advice)

@@ -12,6 +12,7 @@ import json
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pipeline.core.errors import UserError
 
@@ -51,8 +52,40 @@ class Style:
     """arguments of a tool call are JSON text; else an object."""
     none_content: bool = False
     """content of a tool call without text is none; else an empty text."""
-    short_ids: bool = False
-    """ids of tool calls are nine digits (Mistral)."""
+    ids: Literal["as given", "nine digits", "function and number"] = "as given"
+    """What ids of tool calls are: nine digits (Mistral), or functions.NAME:NUMBER (Kimi)."""
+
+
+class CallIds:
+    """Ids of the calls of one conversation and of their results, in a template's style."""
+
+    def __init__(self, style: Style):
+        self._style, self._count = style, 0
+        self._by_given: dict[str, str] = {}
+        self._unanswered: list[str] = []
+
+    def of_call(self, call: dict) -> str | None:
+        given = call.get("id")
+        if self._style.ids == "as given":
+            return given
+        name = f"functions.{call['name']}:{self._count}"
+        written = f"{self._count:09d}" if self._style.ids == "nine digits" else name
+        self._count += 1
+        self._unanswered.append(written)
+        if given is not None:
+            self._by_given[given] = written
+        return written
+
+    def of_result(self, given: str | None) -> str | None:
+        """A result that names no call answers the first one that has no result."""
+        if self._style.ids == "as given":
+            return given
+        written = self._by_given.get(given) if given is not None else None
+        if written is None and given is None and self._unanswered:
+            written = self._unanswered[0]
+        if written in self._unanswered:
+            self._unanswered.remove(written)
+        return given if written is None else written
 
 
 class Template:
@@ -97,41 +130,36 @@ class Template:
 
     def _messages(self, messages: list[dict]) -> list[dict]:
         """Messages as transformers hands them to a template, in the template's style."""
-        numbers: dict[str, str] = {}
-        return [self._message(message, numbers) for message in messages]
+        ids = CallIds(self.style)
+        return [self._message(message, ids) for message in messages]
 
-    def _message(self, message: dict, numbers: dict[str, str]) -> dict:
+    def _message(self, message: dict, ids: "CallIds") -> dict:
         written = {"role": message["role"], "content": message["content"]}
         if reasoning := message.get("reasoning_content"):
             written["reasoning_content"] = written["thinking"] = reasoning  # the names that transformers fills
         if calls := message.get("tool_calls"):
-            written["tool_calls"] = [self._call(call, numbers) for call in calls]
+            written["tool_calls"] = [self._call(call, ids) for call in calls]
             if self.style.none_content and not message["content"]:
                 written["content"] = None
-        if "tool_call_id" in message:
-            written["tool_call_id"] = self._id(message["tool_call_id"], numbers)
+        if message["role"] == "tool":
+            result_id = ids.of_result(message.get("tool_call_id"))
+            if result_id is not None:
+                written["tool_call_id"] = result_id
         if "name" in message:
             written["name"] = message["name"]
         if self.style.parts and written["content"] is not None:
             written["content"] = [{"type": "text", "text": written["content"]}]
         return written
 
-    def _call(self, call: dict, numbers: dict[str, str]) -> dict:
+    def _call(self, call: dict, ids: "CallIds") -> dict:
         arguments = copy.deepcopy(call["arguments"])
         if self.style.arguments_as_text:
             arguments = json.dumps(arguments, ensure_ascii=False)
         written = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
-        if self.style.short_ids or "id" in call:
-            written["id"] = self._id(call.get("id"), numbers)
+        call_id = ids.of_call(call)
+        if call_id is not None:
+            written["id"] = call_id
         return written
-
-    def _id(self, given: str | None, numbers: dict[str, str]) -> str | None:
-        """The id of a tool call, the same for the call and its result."""
-        if not self.style.short_ids:
-            return given
-        if given is None:
-            given = f"call {len(numbers)}"
-        return numbers.setdefault(given, f"{len(numbers):09d}")
 
     def _compile(self, tokenizer):
         """The tokenizer's template as transformers compiles it, but with a fixed date."""

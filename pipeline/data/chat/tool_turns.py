@@ -8,10 +8,11 @@ Templates that write a call as a JSON object with a name and arguments can be re
 import json
 
 from pipeline.data.chat.answer_probe import ASKED, CALLED, GIVEN, SAID, TOOL, End, assistant, user
-from pipeline.data.chat.answers import END_THINK, Answers
+from pipeline.data.chat.answers import Answers
 from pipeline.data.chat.fields import Rejected
 from pipeline.data.chat.quoting import Quoting
 from pipeline.data.chat.rendering import Dialogue, Unusable
+from pipeline.data.chat.thoughts import END_THINK
 from pipeline.data.chat.tool_calls import checked
 
 DECODER = json.JSONDecoder()
