@@ -133,13 +133,19 @@ class Probe:
         """How a template reads tool calls; None if it cannot write them with their results."""
         messages = [user(ASKED), assistant("", calls=1), tool(RESULT), assistant(SAID)]
         forms = itertools.product(("as given", "nine digits", "function and number"), (False, True), (False, True))
-        for ids, as_text, none_content in forms:
-            style = replace(self.template.style, ids=ids, arguments_as_text=as_text, none_content=none_content)
-            if self._writes_calls(style, messages):
-                return style
+        styles = [
+            replace(self.template.style, ids=ids, arguments_as_text=as_text, none_content=none_content)
+            for ids, as_text, none_content in forms
+        ]
+        for name_first in (True, False):
+            for style in styles:
+                if self._writes_calls(style, messages, name_first):
+                    return style
         return None
 
-    def _writes_calls(self, style: Style, messages: list[dict]) -> bool:
+    def _writes_calls(self, style: Style, messages: list[dict], name_first: bool) -> bool:
+        """Whether a template writes a call and its result in a style. `name_first`: with the name in front of the
+        arguments, and so not only among the tools or in the result, where templates whose ids say it have it too."""
         before, self.template.style = self.template.style, style
         try:
             text = self._text(Dialogue(messages, tools=[TOOL]))
@@ -148,8 +154,10 @@ class Probe:
         finally:
             self.template.style = before
         twice_quoted = f'\\"{GIVEN}1' in text  # JSON text that the template has quoted as JSON again
-        called = CALLED in text.partition(ASKED)[2]  # and not only among the tools
-        return called and all(content in text for content in (f"{GIVEN}1", RESULT, SAID)) and not twice_quoted
+        called = text.partition(ASKED)[2]
+        if name_first:
+            called = called.partition(f"{GIVEN}1")[0]
+        return CALLED in called and all(content in text for content in (f"{GIVEN}1", RESULT, SAID)) and not twice_quoted
 
     def _tool_end(self) -> End | None:
         """How an answer with tool calls ends; None if it is not ended."""

@@ -232,7 +232,7 @@ CALLS = Dialogue(
 )  # fmt: skip
 KIMI = (
     "{% if tools %}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'tool' %}{{ '## Return of ' + m['tool_call_id'] + '\n' }}{% endif %}"
+    "{{ '<|im_start|>' + (m['name'] or m['role']) + '\n' }}{% if m['role'] == 'tool' %}{{ '## Return of ' + m['tool_call_id'] + '\n' }}{% endif %}"
     "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ '<tool_call>' + c['id'] + ' ' + (c['function']['arguments'] | tojson) + '</tool_call>' }}"
     "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
