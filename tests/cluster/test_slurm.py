@@ -4,7 +4,9 @@ numbers, jobs with several parts, a controller or a database that does not answe
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_slurm import FakeSlurm
@@ -131,7 +133,8 @@ def test_a_job_waits_for_a_controller_that_is_away_and_takes_a_refusal_at_its_wo
         if len(slept) == 2:
             (fake.folder / "scontrol.fails").unlink()  # it is back
 
-    monkeypatch.setattr(slurm.time, "sleep", sleep)
+    # Not time.sleep itself, which subprocess calls while it waits for a program.
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     answer = slurm.call_patiently("scontrol", "requeue", "7")
     assert len(fake.calls("scontrol")) == tries and answer.returncode == (0 if tries == 3 else 1)
 
