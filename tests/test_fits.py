@@ -235,8 +235,8 @@ def test_ppo_that_does_not_fit_is_told_what_would():
     model = plan_stages.on_meta(model_config)
     cluster = devices.like(GPU.driver_name, GPU.memory, 32, 8)
     text = layouts.advice(config, model, cluster)
-    assert "; FSDP full, micro-batch 1, rollout.batch 16 would, with" in text, text
-    smaller = config.model_copy(update={"rollout": config.rollout.model_copy(update={"batch": 16})})
+    assert "; FSDP full, micro-batch 1, rollout.batch 32 would, with" in text, text
+    smaller = config.model_copy(update={"rollout": config.rollout.model_copy(update={"batch": 32})})
     assert layouts.advice(smaller, model, cluster) is None
     assert "no other layout" in layouts.advice(config, model, devices.like("unknown", 20 * 2**30, 8, 8))
 

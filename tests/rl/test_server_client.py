@@ -263,7 +263,7 @@ def test_a_run_with_a_server_is_the_run_without_it(world):
     assert iterations(found)[-1]["server_restarts"] == 1
     assert (found / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
     names = {path.relative_to(found).as_posix() for path in found.rglob("*")}
-    assert not any("rollout" in name for name in names) and not orphans(world)
+    assert {name for name in names if "rollout" in name} == {"logs/rollouts.jsonl"} and not orphans(world)
 
 
 @pytest.mark.slow
