@@ -165,7 +165,9 @@ class Server(ThreadingHTTPServer):
             path = self.home / f"order.{name}"
             left = int(path.read_text()) if path.exists() else 0
             if left:
-                path.write_text(str(left - 1))
+                partial = path.with_suffix(".tmp")  # a kill must not leave an empty file
+                partial.write_text(str(left - 1))
+                partial.replace(path)
             return left > 0
 
     def note(self, words: str) -> None:
