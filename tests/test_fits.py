@@ -7,6 +7,7 @@ plan`: 2 GiB for the CUDA context and NCCL, and 5% of the rest for the allocator
 
 import dataclasses
 
+import families
 import pytest
 import simulated_fsdp
 import simulated_ppo
@@ -21,6 +22,7 @@ from pipeline.core.graph import nodes, planned_inputs
 from pipeline.core.recipe import load
 from pipeline.models import cost, devices
 from pipeline.train import layouts
+from pipeline.train.config import TrainConfig
 
 GPU = devices.find("H100-80G")
 # Stages whose recipes name another GPU.
@@ -74,6 +76,14 @@ def test_a_recipe_fits_the_gpus_it_names(name):
         assert simulated <= gpu.usable, f"{name}: {stage}: {simulated / 2**30:.1f} GiB"
         predicted = estimate(config, model_config, config.run.world)
         assert predicted == pytest.approx(simulated, rel=0.10), f"{name}: {stage}"
+
+
+@pytest.mark.parametrize("name", [name for name, count in families.PUBLISHED.items() if count > 1e9])
+def test_recipes_above_a_billion_parameters_have_fsdp(name):
+    """In every stage that trains."""
+    stages = load(ROOT / "recipes" / f"{name}.yaml").stages
+    shards = {key: stage.parallel.shard for key, stage in stages.items() if isinstance(stage, TrainConfig)}
+    assert shards and set(shards.values()) <= {"full", "hybrid"}, shards
 
 
 def simulation(config, model_config) -> float:
@@ -135,7 +145,7 @@ def test_experts_that_the_processes_cannot_share_evenly_are_in_the_estimate():
     assert costs.size.padding(1024) == pytest.approx(1, abs=0.01)
     cluster = devices.like(gpu.driver_name, gpu.memory, 2048, 8)
     full = layouts.candidate(config, costs, cluster)
-    assert full.peak == pytest.approx(351 * 2**30, rel=0.10), "as simulated"
+    assert full.peak == pytest.approx(327 * 2**30, rel=0.01), "docs/log.md, 71"
     found, _ = layouts.search(config, costs, cluster)
     groups = [one for one in found if one.keys["parallel"].get("shard_ranks") == 1024]
     assert any(one.fits(cluster) for one in groups) and str(groups[0]).startswith("FSDP hybrid of 1024, micro-batch")

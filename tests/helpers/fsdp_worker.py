@@ -14,6 +14,7 @@ MODELS = {
     "llama": {"family": "llama", "num_key_value_heads": 2, "init": "depth"},
     "mup": {"family": "llama", "num_key_value_heads": 2, "tie_word_embeddings": False, "mup": {"base_width": 16}},
     "gpt2": {"family": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "deep": {"family": "llama", "num_key_value_heads": 2, "num_hidden_layers": 12},
     "experts": {
         "family": "qwen3_moe",
         "num_experts": 3,  # not divisible by two processes: split by another dimension
@@ -151,6 +152,20 @@ def gathered(trainer) -> tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]:
     return *logits, types
 
 
+@torch.no_grad()
+def peaks(trainer, where: Path, texts: Path) -> dict[str, int]:
+    """The most bytes that were alive at a time, in addition to what the engine keeps: while a model is published, and
+    while it samples."""
+    from simulated_fsdp import Live
+
+    with Live() as publishing:
+        trainer.publish(trainer.skeleton.config, texts, where)
+    ids = torch.tensor([[5, 6, 7]])
+    with Live() as sampling, trainer.sampling() as model:
+        model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    return {"publishing": publishing.peak, "sampling": sampling.peak}
+
+
 def split_read(where: Path) -> tuple[dict, dict, int]:
     """A model in a folder that is only read: its weights put together, this process's parts, and the elements that it
     has read."""
@@ -211,6 +226,7 @@ def run(folder: Path) -> dict:
         config, texts = trainer.skeleton.config, folder / "tokenizer"
         trainer.publish(config, texts, folder / f"{name}-parts")
         Engine.publish(trainer, config, texts, folder / f"{name}-whole")
+    results["peaks"] = peaks(engine_of("deep"), folder / "deep-parts", folder / "tokenizer")
     for name in ("llama", "mup", "experts"):
         results["read", name] = read_engine(folder / f"{name}-whole").consolidated()
     adapted = read_engine(folder / "experts-whole", adapters=True)

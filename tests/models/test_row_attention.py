@@ -1,10 +1,14 @@
 """Attention of rows: documents apart, in every family, without reads of the device, and with one matrix for all
 layers."""
 
+import types
+
 import families
 import pytest
 import torch
 from device_reads import Reads
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.models import build, row_attention
 from pipeline.models.families import supporting
@@ -93,6 +97,41 @@ def test_layers_share_one_matrix():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(input_ids=torch.zeros_like(POSITIONS), position_ids=POSITIONS, use_cache=False, **inputs)
     assert len(kept["rows"]) == 1 < len(kept["sdpa"])
+
+
+class Squares(TorchDispatchMode):
+    """Whether an operation makes a matrix of as many rows and columns as a row has tokens, or more."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.found = length, False
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), keywords=None):
+        outputs = function(*arguments, **(keywords or {}))
+        for value in tree_leaves(outputs):
+            if isinstance(value, torch.Tensor) and value.dim() >= 2:
+                self.found |= min(value.shape[-2:]) >= self.length
+        return outputs
+
+
+def test_documents_need_no_matrix_on_a_gpu(monkeypatch):
+    """Rows of 2 x 100 tokens, more than any width of the model, forward and backward: what a GPU with bf16 is given are
+    the borders of documents, and nothing [T, T] exists; with a mask it does."""
+    positions = torch.arange(10).repeat(2, 10)
+    length = positions.shape[1]
+    model = tiny("llama")
+    row_attention.install(model)
+    monkeypatch.setattr(row_attention, "varlen", documents_one_by_one)
+    borders = row_attention.borders
+    stays = lambda rows: types.SimpleNamespace(to=lambda *_, **__: borders(rows))  # noqa: E731
+    monkeypatch.setattr(row_attention, "borders", stays)
+    ids = torch.zeros_like(positions)
+    for device, dtype, has_matrix in (("cuda", torch.bfloat16, False), ("cpu", torch.float32, True)):
+        with Squares(length) as squares:
+            inputs = row_attention.document_inputs(model, positions, torch.device(device), dtype)
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False, **inputs).logits
+            logits.square().sum().backward()
+        assert squares.found == has_matrix
 
 
 def test_borders_have_few_shapes():

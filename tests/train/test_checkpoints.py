@@ -100,8 +100,9 @@ def test_columns_of_a_matrix_are_read_in_any_other_parts(tmp_path_factory, data)
     assert torch.equal(reader.read("exp_avg", "p", start, count), whole.flatten()[start : start + count])
 
 
-def test_each_header_is_read_by_one_of_the_processes(tmp_path):
-    """Of two processes that resume together each opens every second file, and knows all pieces afterwards."""
+def test_each_header_is_read_by_one_of_the_processes(tmp_path, monkeypatch):
+    """Of two processes that resume together each opens every second file, and knows all pieces afterwards; then each
+    opens the files that hold what it keeps, and no others."""
     values = torch.arange(12.0)
     for index in range(3):
         part = state.Part(
@@ -120,6 +121,15 @@ def test_each_header_is_read_by_one_of_the_processes(tmp_path):
     state.Reader(tmp_path, "model", rank=1, world=2, gather=gather)
     reader = state.Reader(tmp_path, "model", rank=0, world=2, gather=gather)
     assert [[name[-13] for name in share] for share in shares] == [["1"], ["0", "2"]]
+    opened = []
+
+    def noting(path, *words, **options):
+        opened.append(path.name)
+        return open(path, *words, **options)
+
+    monkeypatch.setattr(state, "open", noting, raising=False)
+    assert torch.equal(reader.read("weight", "p", 5, 2), values[5:7])
+    assert opened == ["model-00001.safetensors"], "what a process keeps is in one file of three"
     assert torch.equal(reader.read("weight", "p", 0, 12), values)
 
 

@@ -111,6 +111,18 @@ def test_files_written_by_many_processes_are_those_of_one(results, folder, name)
     assert len([file for file in parts if file.endswith(".safetensors")]) > 2
 
 
+def test_publishing_and_sampling_hold_no_more_than_a_file_and_two_layers(results):
+    """A model of 12 layers, in addition to a process's share of it. Published: the largest file, of 20,000 bytes, and
+    one matrix and its copies. Sampled: the layer that computes and the next one, each as it is received and as it is
+    used, and the tables."""
+    shapes = {name: value.shape for name, value in fsdp_worker.made("deep", materialise=False).named_parameters()}
+    sizes = {name: 4 * shape.numel() for name, shape in shapes.items()}
+    layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
+    table = sizes["model.embed_tokens.weight"]
+    assert results["peaks"]["publishing"] < 20_000 + 4 * max(sizes.values()) < sum(sizes.values()) / 8
+    assert results["peaks"]["sampling"] < 4 * layer + 4 * table < sum(sizes.values()) / 2
+
+
 @pytest.mark.slow
 def test_a_model_of_70_billion_starts_and_trains_within_a_shard_and_a_layer():
     """LLaMA 2 70B on 256 GPUs, at its full width on fake tensors, with 4 and with 6 of its 80 layers. While it is
