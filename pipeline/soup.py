@@ -46,6 +46,8 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _consistent(self):
+        if self.seed:
+            raise ValueError(f"seed: {self.seed} decides nothing, because a soup draws nothing at random; remove it")
         models = set(self.inputs) - {"tokens"}
         if len(models) == 1:
             raise ValueError("inputs: a soup needs two models or more")
@@ -55,6 +57,10 @@ class Config(StageConfig):
         elif "tokens" in self.inputs:
             raise ValueError("inputs.tokens: with sources conversations decide, and no text is read; remove one")
         return self
+
+    @classmethod
+    def uses_seed(cls, block: dict) -> bool:
+        return False
 
     def unread(self) -> set[str]:
         return {"tokens"} if self.sources else set()

@@ -198,6 +198,7 @@ def test_every_key_of_every_stage_is_read_or_refused(least):
         ("clean.run.device=cuda", "run.device: cuda has no effect, because only stages that train or assess use a GPU"),
         ("export.run.device=cpu", "run.device: cpu has no effect, because only stages that train or assess use a GPU"),
         ("pack.seed=3", "seed: 3 decides which documents of `shards` are held out, and there are none"),
+        ("soup.seed=3", "seed: 3 decides nothing, because a soup draws nothing at random"),
         ("clean.language.min_confidence=0.5", "min_confidence: 0.5 is for detected languages"),
         ("clean.dedup={exact: false, near: false, keep: longest}", "keep: 'longest' is about duplicates, and exact"),
         ("ppo.ppo.critic_warmup=1000", "ppo.critic_warmup: 1000 is more than steps"),
@@ -243,8 +244,9 @@ def test_a_shared_source_gives_each_stage_what_it_reads(least):
     assert recipe.stages["sft"].sources["nouns"].text == "text"
 
 
-def test_the_seed_of_a_recipe_is_no_part_of_a_pack_without_shards(least):
-    """correctness 4: another seed packs the same tokens."""
+def test_the_seed_of_a_recipe_is_no_part_of_stages_that_draw_nothing(least):
+    """correctness 4: another seed packs the same tokens and makes the same soup."""
+    assert load("least.yaml", ["seed=5"]).stages["soup"].seed == 0
     assert load("least.yaml", ["seed=5"]).stages["pack"].seed == 0
     assert load("least.yaml", ["seed=5", "pack.shards={a: {path: x}}"]).stages["pack"].seed == 5
 
