@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+import worker
 from tensor_worker import fresh
 from tiny_engine import ROWS, VOCABULARY
 
@@ -80,29 +81,18 @@ def train(name: str, parallel: dict, folder: Path | None = None) -> dict:
 
 def sampled(parallel: dict) -> list:
     """A greedy continuation by the model as the processes hold it."""
-    from pipeline.core import distributed
     from pipeline.models import row_attention
 
     trainer = engine_of("llama", settings_of("llama", parallel))
     with trainer.sampling() as model, row_attention.padded(trainer.model):
-        words = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        ids = model.generate(torch.tensor([[5, 6, 7]]), **words)[0].tolist()
-    assert len({tuple(found) for found in distributed.all_gather_object(ids)}) == 1
-    return ids
+        return worker.continued(model)
+
+
+def measured(scratch: Path) -> dict:
+    layout = {"shard": "full", "context": 2}
+    results = {name: train(name, layout, scratch / name) for name in sys.argv[2].split(",")}
+    return results | {"sampled": sampled(layout)}
 
 
 if __name__ == "__main__":
-    import warnings
-
-    from pipeline.core import distributed
-
-    warnings.simplefilter("ignore")
-    distributed.setup()
-    layout = {"shard": "full", "context": 2}
-    scratch = Path(sys.argv[1]).parent
-    results = {name: train(name, layout, scratch / name) for name in sys.argv[2].split(",")}
-    results["sampled"] = sampled(layout)
-    if distributed.is_main():
-        torch.save(results, sys.argv[1])
-    distributed.barrier()
-    distributed.shutdown()
+    worker.run(measured)

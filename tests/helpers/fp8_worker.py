@@ -1,13 +1,11 @@
 """FP8 emulated on a CPU. Runs in each process of a launch, under DDP and FSDP; losses go to the file named on the
 command line."""
 
-import sys
-import warnings
+from pathlib import Path
 
 import tiny_engine
-import torch
+import worker
 
-from pipeline.core import distributed
 from pipeline.pretrain import Config
 from pipeline.train import engine, fp8
 from pipeline.train.loop import share
@@ -36,11 +34,9 @@ def trained(trainer, steps: range) -> list[float]:
     return losses
 
 
+def measured(scratch: Path) -> dict:
+    return {name: trained(built("fp8", parallel=parallel), range(STEPS)) for name, parallel in LAYOUTS.items()}
+
+
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    distributed.setup()
-    results = {name: trained(built("fp8", parallel=parallel), range(STEPS)) for name, parallel in LAYOUTS.items()}
-    if distributed.is_main():
-        torch.save(results, sys.argv[1])
-    distributed.barrier()
-    distributed.shutdown()
+    worker.run(measured)

@@ -1,11 +1,9 @@
 """Runs in each process of a launch: Muon under FSDP, in both of its forms, and under DDP. Results go to the file named
 on the command line, checkpoints next to it."""
 
-import sys
-import warnings
 from pathlib import Path
 
-import torch
+import worker
 from parallel_worker import STEPS, go_on, micro_batches, model
 from tiny_engine import config, spoiled
 
@@ -51,10 +49,7 @@ def spoils() -> bool:
     return distributed.rank() == distributed.world() - 1
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    distributed.setup()
-    scratch = Path(sys.argv[1]).parent
+def measured(scratch: Path) -> dict:
     world, results = distributed.world(), {}
     layouts = LAYOUTS if world == 4 else {"full": LAYOUTS["full"]}
     results["bf16"] = train({"shard": "full"}, scratch / f"{world} bf16", "bf16")["steps"]
@@ -64,7 +59,8 @@ if __name__ == "__main__":
     for name, parallel in layouts.items():
         results[name, "tied"] = train(parallel, scratch / f"{world} {name} tied", kind="tied")
     results["from one"] = {name: go_on(built(parallel), scratch / "one") for name, parallel in layouts.items()}
-    if distributed.is_main():
-        torch.save(results, sys.argv[1])
-    distributed.barrier()
-    distributed.shutdown()
+    return results
+
+
+if __name__ == "__main__":
+    worker.run(measured)
