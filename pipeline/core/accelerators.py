@@ -61,7 +61,6 @@ def backend(kind: str) -> str:
 
 def use(device) -> None:
     """Make a device the one that this process computes on."""
-
     if device.type in ("cuda", "npu"):
         _library(device.type).set_device(device)
 
@@ -89,14 +88,12 @@ def peak_memory(device) -> float | None:
 
 def reset_peak(device) -> None:
     """Forget the most that torch has allocated on a device; a Mac knows only what it has now."""
-
     if device.type in ("cuda", "npu"):
         _library(device.type).reset_peak_memory_stats(device)
 
 
 def name(device) -> str:
     """As people call it."""
-
     if device.type in ("cuda", "npu"):
         return _library(device.type).get_device_name(device)
     return NAMES[device.type]
